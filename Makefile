@@ -1,0 +1,57 @@
+# make demo | make test | make lint | make bench | make gpu | make venv | make wheel | make clean
+# `demo`, `test` and `lint` set up everything they need in .venv; `gpu` uses the python3 and packages already on the machine.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip --disable-pip-version-check
+SRC     = $(wildcard csrc/*) setup.py pyproject.toml
+
+.PHONY: venv demo test test-native test-composite test-triton test-slow aot lint bench gpu wheel clean
+venv: $(VENV)/.built
+
+demo: $(VENV)/.built
+	$(PY) -P -m fastpeft.demo
+
+test: lint test-native test-composite test-triton aot
+
+test-native: $(VENV)/.built
+	$(PY) -m pytest -q
+
+test-composite: $(VENV)/.built
+	FASTPEFT_BACKEND=composite $(PY) -m pytest -q tests/ops
+
+# Triton fixes its interpreter at first import: one process per mode
+test-triton: $(VENV)/.built
+	TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest -q tests/ops
+
+test-slow: $(VENV)/.built
+	$(PY) -m pytest -q -m slow
+
+aot: $(VENV)/.built
+	$(PY) bench/aot.py --check bench/aot_limits.json
+
+lint: $(VENV)/.built
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-cache
+
+bench: $(VENV)/.built
+	$(PY) -m bench
+
+wheel: $(VENV)/.built
+	$(PIP) wheel --no-deps --no-build-isolation -w dist .
+
+# torch alone at its pin, so that no other package can choose it; then the rest; then our package
+$(VENV)/.deps: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q 'torch==$(shell sed -n 's/^torch==//p' constraints.txt)'
+	@# a CUDA torch brings its own exact triton: drop our pin then
+	@$(PY) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' && sed '/^triton==/d' constraints.txt > $(VENV)/constraints.txt || cp constraints.txt $(VENV)/constraints.txt
+	$(PIP) install -q -c $(VENV)/constraints.txt -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(SRC)
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastpeft/_C*.so

@@ -1,0 +1,94 @@
+"""One registry for operators: schema, fake, and an implementation per backend. PyTorch's dispatcher chooses among them.
+
+Backends: ``native`` (csrc, row-wise ops), ``triton`` (kernels/, tile-wise ops), ``composite`` (ATen, always there).
+``FASTPEFT_BACKEND`` forces one; where an op lacks the forced backend it stays on composite, and :func:`backend_of` says so.
+``FASTPEFT_BACKEND=triton`` with ``TRITON_INTERPRET=1`` runs the Triton kernels on CPU tensors, through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "fastpeft"
+BACKENDS = ("native", "triton", "composite")
+FORCED = os.environ.get("FASTPEFT_BACKEND", "")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+if FORCED and FORCED not in BACKENDS:
+    raise ValueError(f"FASTPEFT_BACKEND={FORCED!r} is not a backend; use one of {', '.join(BACKENDS)}, or unset it")
+
+library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
+_served: dict[str, dict[str, str]] = {}  # op -> device -> why that backend
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _load_native() -> str:
+    """Load csrc's library once; returns '' or the reason it is not there."""
+    if FORCED not in ("", "native"):
+        return f"FASTPEFT_BACKEND={FORCED}"
+    path = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
+    if path is None:
+        return "csrc was not built (FASTPEFT_NO_EXT=1, or no compiler at install)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"csrc did not load: {str(error).splitlines()[0]}"
+    return ""
+
+
+native_missing = _load_native()
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable | None = None):
+    """Define ``fastpeft::<schema>`` and register its backends; returns the op's default overload.
+
+    C++ implementations register themselves when the library loads; ``triton`` is a launcher that imports triton when called.
+    CPU order: native, composite (triton under the interpreter when forced). CUDA order: triton, native, composite.
+    """
+    name = schema.split("(", 1)[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    served = _served.setdefault(name, {})
+
+    if _has_kernel(name, "CPU"):
+        served["CPU"] = "native"
+    elif triton and FORCED == "triton" and INTERPRET:
+        library.impl(name, triton, "CPU")
+        served["CPU"] = "triton (interpreted)"
+    else:
+        library.impl(name, composite, "CPU")
+        served["CPU"] = f"composite ({_why_not_native(name, triton)})"
+
+    if triton and has_triton() and FORCED in ("", "triton"):
+        library.impl(name, triton, "CUDA", allow_override=True)
+        served["CUDA"] = "triton"
+    elif _has_kernel(name, "CUDA"):
+        served["CUDA"] = "native"
+    else:
+        library.impl(name, composite, "CUDA")
+        served["CUDA"] = "composite" + (f" (FASTPEFT_BACKEND={FORCED})" if FORCED else "" if not triton else " (triton is not installed)")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _why_not_native(name: str, triton: Callable | None) -> str:
+    if FORCED:
+        return f"FASTPEFT_BACKEND={FORCED}" + ("" if FORCED == "composite" else ", which this op does not have on CPU")
+    if triton:
+        return "tile-wise: Triton serves it on CUDA, ATen's GEMM and attention on CPU"
+    return native_missing or "no native form"
+
+
+def backend_of() -> dict[str, dict[str, str]]:
+    """Which backend serves each defined op on each device, with the reason: ``{op: {"CPU": ..., "CUDA": ...}}``."""
+    return {name: dict(devices) for name, devices in sorted(_served.items())}

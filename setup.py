@@ -1,0 +1,100 @@
+"""Build: Python packages, and one C++/CUDA library on LibTorch's stable ABI (no Python symbols, loads without a GPU).
+
+Environment:
+    FASTPEFT_NO_EXT=1              pure Python install; everything still works, on PyTorch's own operators
+    FASTPEFT_CUDA=auto|0|1         compile csrc/*.cu (auto: where nvcc is found; needs neither a GPU nor a CUDA torch)
+    FASTPEFT_CUDA_ARCHS=80;90;100  real architectures; PTX of the last one is added
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext as _build_ext
+from setuptools.command.build_py import build_py as _build_py
+
+STABLE_ABI = "0x020a000000000000"  # 2.10: the oldest torch the binary must load in
+
+
+class build_py(_build_py):
+    """Ship the top-level kernels/*.py as fastpeft/kernels/*.py."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        if package == "fastpeft.kernels":
+            modules += [(package, p.stem, str(p)) for p in sorted(Path("kernels").glob("*.py"))]
+        return modules
+
+
+class build_ext(_build_ext):
+    """Call g++ and nvcc directly: torch.utils.cpp_extension cannot build CUDA on a CPU torch."""
+
+    def build_extension(self, ext):
+        spec = importlib.util.find_spec("torch")  # not imported: only its headers and libraries are needed
+        if spec is None:
+            raise RuntimeError("torch is needed to build: install it first and use --no-build-isolation, or set FASTPEFT_NO_EXT=1")
+        torch = Path(spec.submodule_search_locations[0])
+        tmp, out = Path(self.build_temp), Path(self.get_ext_fullpath(ext.name))
+        tmp.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+        cxx = os.environ.get("CXX", "g++")
+
+        jobs, objects, link = [], [], []
+        for source in ext.sources:
+            objects.append(str(tmp / (Path(source).stem + ".cpp.o")))
+            flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
+            jobs.append([cxx, *flags, *include, "-c", source, "-o", objects[-1]])
+        nvcc = find_nvcc()
+        if nvcc:
+            for source in sorted(Path("csrc").glob("*.cu")):
+                objects.append(str(tmp / (source.stem + ".cu.o")))
+                flags = ["-std=c++17", "-O3", *cuda_architectures(), "-t", "0", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+                jobs.append([nvcc, *flags, *include, "-c", str(source), "-o", objects[-1]])
+            # the CUDA runtime goes inside: the library then loads on machines without CUDA
+            link = [f"-L{static_cudart(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for result in pool.map(subprocess.run, jobs):
+                if result.returncode:
+                    raise RuntimeError(f"compilation failed: {' '.join(map(str, result.args))}")
+        # libtorch.so must stay in DT_NEEDED: through it the weak CUDA symbol is found on a GPU machine
+        torch_libs = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        subprocess.check_call([cxx, "-shared", "-s", "-o", str(out), *objects, *torch_libs, "-Wl,--exclude-libs,ALL", *link])
+
+
+def find_nvcc():
+    want = os.environ.get("FASTPEFT_CUDA", "auto")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if want == "1" and not nvcc:
+        raise RuntimeError("FASTPEFT_CUDA=1 but nvcc was not found on PATH or in /usr/local/cuda/bin")
+    return nvcc if want != "0" and any(Path("csrc").glob("*.cu")) else None
+
+
+def cuda_architectures():
+    archs = os.environ.get("FASTPEFT_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
+    real = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*real, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def static_cudart(nvcc):
+    """Folder of libcudart_static.a, from what nvcc itself says its root is."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
+    said = subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
+    top = Path(os.path.realpath(said.split("TOP=", 1)[1].splitlines()[0]))
+    for folder in (top / "lib64", top / "lib", top / "targets/x86_64-linux/lib"):
+        if (folder / "libcudart_static.a").is_file():
+            return folder
+    raise RuntimeError(f"libcudart_static.a not found under {top}; set FASTPEFT_CUDA=0 to build without CUDA")
+
+
+sources = sorted(map(str, Path("csrc").glob("*.cpp")))
+native = bool(sources) and os.environ.get("FASTPEFT_NO_EXT") != "1"
+setup(
+    cmdclass={"build_py": build_py, "build_ext": build_ext},
+    ext_modules=[Extension("fastpeft._C", sources, depends=sorted(map(str, Path("csrc").iterdir())), py_limited_api=True)] if native else [],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
+)
