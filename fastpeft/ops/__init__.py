@@ -1,0 +1,33 @@
+"""Operators: one file per op, backends meet here and nowhere else. What `fastpeft.ops` names is the public surface."""
+
+from fastpeft.ops.activations import gelu, swiglu
+from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
+from fastpeft.ops.linear_cross_entropy import linear_cross_entropy
+from fastpeft.ops.rescale import rescale
+from fastpeft.ops.rms_norm import add_rms_norm, rms_norm
+from fastpeft.ops.rotary import rotary
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "excitor_keys",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_linear",
+    "mm_adapter",
+    "rescale",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+]
+_LATER = ("attention", "excitor_keys", "lora_linear", "mm_adapter")
+
+
+def __getattr__(name: str):
+    import importlib
+
+    if name in _LATER:
+        return getattr(importlib.import_module(f"fastpeft.ops.{name}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""Small things every op shares: dtypes, argument checks, and whether autograd is needed at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """False: the caller may skip the autograd Function, which costs more than a small op itself."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; cast it to float64, float32, bfloat16 or float16")
+
+
+def check_affine(op: str, x: Tensor, **params: Tensor | None) -> None:
+    """Per-channel parameters: shape [N], dtype of x or the accumulator's (float32 masters over a bfloat16 trunk)."""
+    for name, p in params.items():
+        if p is None:
+            continue
+        if p.dim() != 1 or p.shape[0] != x.shape[-1]:
+            raise ValueError(f"{op}: {name} has shape {tuple(p.shape)}, but x's last dimension is {x.shape[-1]}; pass {name} of shape [N]")
+        if p.dtype not in (x.dtype, accumulator(x.dtype)):
+            raise TypeError(f"{op}: {name} is {p.dtype} and x is {x.dtype}; cast {name} to {x.dtype} or {accumulator(x.dtype)}")
+    dtypes = {p.dtype for p in params.values() if p is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"{op}: {' and '.join(params)} differ in dtype ({', '.join(map(str, dtypes))}); cast one to the other's")

@@ -1,0 +1,165 @@
+"""GELU and SwiGLU, each with an optional (IA)^3 scale on its output, saving only their inputs.
+
+    gelu:    a = x Phi(x)             y = a l     dx = dy l gelu'(x)
+    swiglu:  a = silu(gate) up        y = a l     dgate = dy l up silu'(gate)     dup = dy l silu(gate)
+    both:    dl = sum_rows dy a                   silu(z) = z sigma(z),  silu'(z) = sigma(z) (1 + z (1 - sigma(z)))
+
+Source: Hendrycks, Gimpel (2016); Shazeer, "GLU Variants Improve Transformer" (2020), eq. 6; Liu et al. (2022), eq. 1 for l_ff.
+Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for float64), one rounding.
+
+| gradient needed for | saved by gelu | saved by swiglu             |
+|---------------------|---------------|-----------------------------|
+| x, gate, or scale   | x, scale      | gate, up, scale             |
+| up only             |               | gate, scale; up is let go   |
+| none                | nothing       | nothing                     |
+
+The activation itself is never saved: backward remakes it, for dl too, so l_ff costs no activation of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function
+
+from fastpeft import _library
+from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
+
+aten = torch.ops.aten
+
+
+def gelu_reference(x: Tensor, scale: Tensor | None = None, approximate: str = "none") -> Tensor:
+    acc = accumulator(x.dtype)
+    y = F.gelu(x.to(acc), approximate=approximate)
+    return (y if scale is None else y * scale.to(acc)).to(x.dtype)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
+    acc = accumulator(gate.dtype)
+    y = F.silu(gate.to(acc)) * up.to(acc)
+    return (y if scale is None else y * scale.to(acc)).to(gate.dtype)
+
+
+def _dense(like: Tensor, value: Tensor) -> Tensor:
+    """``value`` rounded to the dtype of ``like``, contiguous and never an alias of an input."""
+    return like.new_empty(like.shape).copy_(value)
+
+
+def _sum_rows(value: Tensor, scale: Tensor) -> Tensor:
+    return value.reshape(-1, scale.shape[0]).sum(0).to(scale.dtype)
+
+
+def _gelu_fwd(x, scale, approximate):
+    return _dense(x, gelu_reference(x, scale, approximate))
+
+
+def _gelu_bwd(dy, x, scale, approximate, need_dx, need_dscale):
+    acc = accumulator(x.dtype)
+    dy, wide = dy.to(acc), x.to(acc)
+    dscale = _sum_rows(dy * F.gelu(wide, approximate=approximate), scale) if need_dscale else x.new_empty(0)
+    if not need_dx:
+        return x.new_empty(0), dscale
+    return _dense(x, aten.gelu_backward(dy if scale is None else dy * scale, wide, approximate=approximate)), dscale
+
+
+_gelu_forward = _library.define(
+    "gelu_fwd(Tensor x, Tensor? scale, str approximate) -> Tensor",
+    fake=lambda x, scale, approximate: x.new_empty(x.shape),
+    composite=_gelu_fwd,
+)
+_gelu_backward = _library.define(
+    "gelu_bwd(Tensor dy, Tensor x, Tensor? scale, str approximate, bool need_dx, bool need_dscale) -> (Tensor dx, Tensor dscale)",
+    fake=lambda dy, x, scale, approximate, need_dx, need_dscale: (
+        x.new_empty(x.shape if need_dx else 0),
+        scale.new_empty(scale.shape) if need_dscale else x.new_empty(0),
+    ),
+    composite=_gelu_bwd,
+)
+
+
+class _GELU(Function):
+    @staticmethod
+    def forward(ctx, x, scale, approximate):
+        ctx.approximate = approximate
+        ctx.save_for_backward(x, scale)
+        return _gelu_forward(x, scale, approximate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_dx, need_dscale, _ = ctx.needs_input_grad
+        dx, dscale = _gelu_backward(dy, *ctx.saved_tensors, ctx.approximate, need_dx, need_dscale)
+        return dx if need_dx else None, dscale if need_dscale else None, None
+
+
+def gelu(x: Tensor, scale: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """GELU of ``x`` [..., N], times ``scale`` [N] if given; ``approximate`` is "none" (erf) or "tanh".
+
+    Raises ValueError or TypeError where shapes or dtypes do not fit.
+    """
+    check_floating("gelu", x=x, scale=scale)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate={approximate!r}; use 'none' or 'tanh'")
+    if scale is None:  # nothing to fuse: ATen's own op saves x alone, as ours would
+        return F.gelu(x, approximate=approximate)
+    check_affine("gelu", x, scale=scale)
+    return _GELU.apply(x, scale, approximate) if wants_grad(x, scale) else _gelu_forward(x, scale, approximate)
+
+
+def _swiglu_fwd(gate, up, scale):
+    return _dense(gate, swiglu_reference(gate, up, scale))
+
+
+def _swiglu_bwd(dy, gate, up, scale, need_dgate, need_dup, need_dscale):
+    acc, none = accumulator(gate.dtype), gate.new_empty(0)
+    dy, gate32 = dy.to(acc), gate.to(acc)
+    sigma = torch.sigmoid(gate32)
+    silu = gate32 * sigma
+    up32 = None if up is None else up.to(acc)
+    dscale = _sum_rows(dy * silu * up32, scale) if need_dscale else none
+    da = dy if scale is None else dy * scale
+    dgate = _dense(gate, da * up32 * (sigma * (1 + gate32 - silu))) if need_dgate else none
+    return dgate, _dense(gate, da * silu) if need_dup else none, dscale
+
+
+_swiglu_forward = _library.define(
+    "swiglu_fwd(Tensor gate, Tensor up, Tensor? scale) -> Tensor",
+    fake=lambda gate, up, scale: gate.new_empty(gate.shape),
+    composite=_swiglu_fwd,
+)
+_swiglu_backward = _library.define(
+    "swiglu_bwd(Tensor dy, Tensor gate, Tensor? up, Tensor? scale, bool need_dgate, bool need_dup, bool need_dscale)"
+    " -> (Tensor dgate, Tensor dup, Tensor dscale)",
+    fake=lambda dy, gate, up, scale, need_dgate, need_dup, need_dscale: (
+        gate.new_empty(gate.shape if need_dgate else 0),
+        gate.new_empty(gate.shape if need_dup else 0),
+        scale.new_empty(scale.shape) if need_dscale else gate.new_empty(0),
+    ),
+    composite=_swiglu_bwd,
+)
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx, gate, up, scale):
+        need_dgate, _, need_dscale = ctx.needs_input_grad
+        ctx.save_for_backward(gate, up if need_dgate or need_dscale else None, scale)
+        return _swiglu_forward(gate, up, scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        grads = _swiglu_backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
+
+
+def swiglu(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up`` [..., N], times ``scale`` [N] if given.
+
+    Raises ValueError or TypeError where shapes or dtypes do not fit.
+    """
+    check_floating("swiglu", gate=gate, up=up, scale=scale)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must match")
+    if scale is not None:
+        check_affine("swiglu", gate, scale=scale)
+    return _SwiGLU.apply(gate, up, scale) if wants_grad(gate, up, scale) else _swiglu_forward(gate, up, scale)

@@ -1,0 +1,162 @@
+"""LayerNorm, optionally with the residual addition before it, and only the gradients that are asked for.
+
+    h = x (+ residual)        mean = sum(h) / N        rstd = (sum((h - mean)^2) / N + eps)^-1/2
+    x_hat = (h - mean) rstd   y = x_hat weight + bias
+
+    wd = dy weight            dbias = sum_rows dy      dweight = sum_rows dy x_hat
+    dx = rstd (wd - mean_N(wd) - x_hat mean_N(wd x_hat)) (+ dh),   dresidual = dx
+
+Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), eq. 4.
+Shapes: x, residual, h, y [..., N]; weight, bias [N] (x's dtype or the accumulator's); mean, rstd [rows].
+Accumulation: float32 (float64 for float64), statistics by two passes over the row; one rounding, at the store.
+
+| gradient needed for  | saved                                  | written in backward |
+|----------------------|----------------------------------------|---------------------|
+| x or residual        | h (x itself without residual), mean, rstd, weight (the parameter, no copy) | dx |
+| weight, not x        | the same                               | dweight; no dx      |
+| bias only            | nothing                                | dbias               |
+| none                 | nothing; no autograd node at all       |                     |
+
+x_hat is never rebuilt from y by dividing by weight: a zero weight would lose it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from fastpeft import _library
+from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
+
+aten = torch.ops.aten
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The definition, in the accumulator's dtype, rounded once."""
+    h = x.to(accumulator(x.dtype))
+    centred = h - h.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight.to(h.dtype)
+    y = y if bias is None else y + bias.to(h.dtype)
+    return y.to(x.dtype)
+
+
+def _affine(x: Tensor, p: Tensor | None) -> Tensor | None:
+    """ATen mixes dtypes on CPU, and then keeps its statistics in float32; on CUDA it wants parameters of x's dtype."""
+    return None if p is None else p.to(accumulator(x.dtype) if x.device.type == "cpu" else x.dtype)
+
+
+def _fwd(x, residual, weight, bias, eps, keep):
+    h = x.contiguous() if residual is None else (x + residual).contiguous()
+    acc, n = accumulator(x.dtype), x.shape[-1]
+    if weight is None and acc != x.dtype and x.device.type == "cpu":
+        weight = x.new_ones(n)
+    y, mean, rstd = aten.native_layer_norm(h, [n], _affine(x, weight), _affine(x, bias), eps)
+    none = x.new_empty(0)
+    stats = (mean.to(acc).view(-1), rstd.to(acc).view(-1)) if keep else (none.to(acc), none.to(acc))
+    return y, none if residual is None else h, *stats
+
+
+def _fwd_fake(x, residual, weight, bias, eps, keep):
+    rows = x.numel() // x.shape[-1] if keep and x.shape[-1] else 0
+    y, acc = x.new_empty(x.shape), accumulator(x.dtype)
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    return y, h, x.new_empty(rows, dtype=acc), x.new_empty(rows, dtype=acc)
+
+
+def _bwd(dy, h, weight, mean, rstd, dh, need_dx, need_dweight, need_dbias):
+    n, none = h.shape[-1], h.new_empty(0)
+    affine = _affine(h, weight if weight is not None else h.new_ones(n))
+    stats = [s.view(*h.shape[:-1], 1) for s in (mean, rstd)]
+    mask = [need_dx, need_dweight, need_dbias]
+    dx, dweight, dbias = aten.native_layer_norm_backward(dy.contiguous(), h.contiguous(), [n], *stats, affine, affine, mask)
+    if need_dx and dh is not None:
+        dx = dx + dh
+    like = h.dtype if weight is None else weight.dtype
+    return dx if need_dx else none, dweight.to(like) if need_dweight else none, dbias.to(like) if need_dbias else none
+
+
+def _bwd_fake(dy, h, weight, mean, rstd, dh, need_dx, need_dweight, need_dbias):
+    like = h if weight is None else weight
+    dparam = [like.new_empty(h.shape[-1] if need else 0) for need in (need_dweight, need_dbias)]
+    return h.new_empty(h.shape if need_dx else 0), *dparam
+
+
+_forward = _library.define(
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool keep)"
+    " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    fake=_fwd_fake,
+    composite=_fwd,
+)
+_backward = _library.define(
+    "layer_norm_bwd(Tensor dy, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dh,"
+    " bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    fake=_bwd_fake,
+    composite=_bwd,
+)
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        keep = need_x or need_residual or need_weight
+        y, h, mean, rstd = _forward(x, residual, weight, bias, eps, keep)
+        ctx.param_dtype = bias.dtype if need_bias else None
+        if keep:
+            ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx, dy, dh=None):
+        need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_dx = need_x or need_residual
+        if dy is None:  # only the sum was used
+            return dh if need_x else None, dh if need_residual else None, None, None, None
+        if not (need_dx or need_weight):
+            flat = dy.reshape(-1, dy.shape[-1])
+            return None, None, None, flat.sum(0, dtype=accumulator(dy.dtype)).to(ctx.param_dtype), None
+        h, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = _backward(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
+        dweight, dbias = dweight if need_weight else None, dbias if need_bias else None
+        return dx if need_x else None, dx if need_residual else None, dweight, dbias, None
+
+
+def _check(op: str, x, residual, weight, bias, eps) -> None:
+    check_floating(op, x=x, residual=residual, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it needs a last dimension of at least 1 to normalise over")
+    check_affine(op, x, weight=weight, bias=bias)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"{op}: residual {tuple(residual.shape)} {residual.dtype} must match x {tuple(x.shape)} {x.dtype}; expand or cast it first"
+        )
+    if eps < 0:
+        raise ValueError(f"{op}: eps is {eps}; it must not be negative")
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
+
+    ``weight`` and ``bias`` are [N] or None, in x's dtype or float32. Frozen ones cost nothing: no gradient of theirs is formed.
+    Raises ValueError or TypeError where shapes or dtypes do not fit.
+    """
+    _check("layer_norm", x, None, weight, bias, eps)
+    if wants_grad(x, weight, bias):
+        return _LayerNorm.apply(x, None, weight, bias, eps)
+    return _forward(x, None, weight, bias, eps, False)[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """``h = x + residual`` and ``y = layer_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N].
+
+    h is what backward keeps: neither x nor residual is saved. Post-norm blocks (BERT) drop h, pre-norm blocks carry it on.
+    """
+    _check("add_layer_norm", x, residual, weight, bias, eps)
+    if wants_grad(x, residual, weight, bias):
+        return _LayerNorm.apply(x, residual, weight, bias, eps)
+    return _forward(x, residual, weight, bias, eps, False)[:2]

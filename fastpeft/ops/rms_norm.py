@@ -1,0 +1,135 @@
+"""RMSNorm, optionally with the residual addition before it, and only the gradients that are asked for.
+
+    h = x (+ residual)        rstd = (sum(h^2) / N + eps)^-1/2        x_hat = h rstd        y = x_hat weight
+
+    wd = dy weight            dweight = sum_rows dy x_hat             dx = rstd (wd - x_hat mean_N(wd x_hat)) (+ dh),   dresidual = dx
+
+Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4.
+Shapes: x, residual, h, y [..., N]; weight [N] (x's dtype or the accumulator's); rstd [rows].
+Accumulation: float32 (float64 for float64); one rounding, at the store (transformers' LlamaRMSNorm rounds x_hat as well).
+
+| gradient needed for  | saved                                                                | written in backward |
+|----------------------|----------------------------------------------------------------------|---------------------|
+| x or residual        | h (x itself without residual), rstd, weight (the parameter, no copy) | dx                  |
+| weight, not x        | the same                                                             | dweight; no dx      |
+| none                 | nothing; no autograd node at all                                     |                     |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from fastpeft import _library
+from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The definition, in the accumulator's dtype, rounded once."""
+    h = x.to(accumulator(x.dtype))
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight.to(h.dtype)).to(x.dtype)
+
+
+def _fwd(x, residual, weight, eps, keep):
+    h = x if residual is None else (x + residual).contiguous()
+    acc = h.to(accumulator(x.dtype))
+    rstd = torch.rsqrt(acc.square().mean(-1, keepdim=True).add_(eps))
+    y = acc * rstd
+    y = y if weight is None else y.mul_(weight)
+    none = x.new_empty(0)
+    # a fresh contiguous tensor, whatever x's strides were
+    return torch.empty_like(y, dtype=x.dtype, memory_format=torch.contiguous_format).copy_(y), (
+        none if residual is None else h
+    ), rstd.reshape(-1) if keep else none.to(acc.dtype)
+
+
+def _fwd_fake(x, residual, weight, eps, keep):
+    rows = x.numel() // x.shape[-1] if keep and x.shape[-1] else 0
+    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    return x.new_empty(x.shape), h, x.new_empty(rows, dtype=accumulator(x.dtype))
+
+
+def _bwd(dy, h, weight, rstd, dh, need_dx, need_dweight):
+    n, none = h.shape[-1], h.new_empty(0)
+    rstd = rstd.view(*h.shape[:-1], 1)
+    x_hat, dy = h.to(rstd.dtype) * rstd, dy.to(rstd.dtype)
+    like = h if weight is None else weight
+    dweight = (dy * x_hat).view(-1, n).sum(0).to(like.dtype) if need_dweight else like.new_empty(0)
+    if not need_dx:
+        return none, dweight
+    wd = dy if weight is None else dy * weight
+    dx = (wd - x_hat * (wd * x_hat).mean(-1, keepdim=True)).mul_(rstd)
+    if dh is not None:
+        dx += dh
+    return h.new_empty(h.shape).copy_(dx), dweight
+
+
+def _bwd_fake(dy, h, weight, rstd, dh, need_dx, need_dweight):
+    like = h if weight is None else weight
+    return h.new_empty(h.shape if need_dx else 0), like.new_empty(h.shape[-1] if need_dweight else 0)
+
+
+_forward = _library.define(
+    "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, bool keep) -> (Tensor y, Tensor h, Tensor rstd)",
+    fake=_fwd_fake,
+    composite=_fwd,
+)
+_backward = _library.define(
+    "rms_norm_bwd(Tensor dy, Tensor h, Tensor? weight, Tensor rstd, Tensor? dh, bool need_dx, bool need_dweight)"
+    " -> (Tensor dx, Tensor dweight)",
+    fake=_bwd_fake,
+    composite=_bwd,
+)
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        ctx.set_materialize_grads(False)
+        y, h, rstd = _forward(x, residual, weight, eps, True)
+        ctx.save_for_backward(x if residual is None else h, weight, rstd)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx, dy, dh=None):
+        need_x, need_residual, need_weight, _ = ctx.needs_input_grad
+        if dy is None:  # only the sum was used
+            return dh if need_x else None, dh if need_residual else None, None, None
+        h, weight, rstd = ctx.saved_tensors
+        dx, dweight = _backward(dy, h, weight, rstd, dh, need_x or need_residual, need_weight)
+        return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None
+
+
+def _check(op: str, x, residual, weight, eps) -> None:
+    check_floating(op, x=x, residual=residual, weight=weight)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it needs a last dimension of at least 1 to normalise over")
+    check_affine(op, x, weight=weight)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"{op}: residual {tuple(residual.shape)} {residual.dtype} must match x {tuple(x.shape)} {x.dtype}; expand or cast it first"
+        )
+    if eps < 0:
+        raise ValueError(f"{op}: eps is {eps}; it must not be negative")
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
+
+    ``weight`` is [N] or None, in x's dtype or float32. A frozen one costs nothing: its gradient is not formed.
+    Raises ValueError or TypeError where shapes or dtypes do not fit.
+    """
+    _check("rms_norm", x, None, weight, eps)
+    if wants_grad(x, weight):
+        return _RMSNorm.apply(x, None, weight, eps)
+    return _forward(x, None, weight, eps, False)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``h = x + residual`` and ``y = rms_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N]."""
+    _check("add_rms_norm", x, residual, weight, eps)
+    if wants_grad(x, residual, weight):
+        return _RMSNorm.apply(x, residual, weight, eps)
+    return _forward(x, residual, weight, eps, False)[:2]
