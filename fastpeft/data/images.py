@@ -1,0 +1,146 @@
+"""Images: decoded, brought to three channels of 8 bits, resized, scaled. No torchvision; the arithmetic is its `Resize` and `ToTensor`.
+
+S = image_size. Pixels are kept as uint8 until the last step, so that a cache of them takes a quarter of the memory.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# What Pillow's decoders raise on damaged files, seen over PNG, JPEG, TIFF, GIF and BMP cut at every length.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+
+
+def _to_rgb(image):
+    """Any Pillow mode to RGB. Transparency is dropped; modes deeper than 8 bits are scaled by their own range (darkest 0, brightest 255)."""
+    if image.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, F: convert() would clip them at 255
+        from PIL import Image
+
+        values = np.asarray(image, dtype=np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        scaled = np.clip(np.nan_to_num((values - low) / ((high - low) or 1.0), nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+        image = Image.fromarray((scaled * 255 + 0.5).astype(np.uint8), "L")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_image(image):
+    """An RGB `PIL.Image` from a path or from an image already open (its first frame, its EXIF orientation not applied).
+
+    Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range. ValueError
+    naming the file where it is missing, damaged, no image, or so large that decoding it is unsafe.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
+    path = Path(image)
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return _to_rgb(opened)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: image too large to decode safely ({error})") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that Pillow can read (corrupt, or another kind of file)") from None
+    except _DECODE_ERRORS as error:
+        raise ValueError(f"{path}: corrupt image ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an image to what a vision tower reads; JSON-able, so that an adapter can carry it.
+
+    image_size: S, for a square resize (bilinear, antialiased). mean, std: per channel, or None for no normalisation.
+    extra_255: divide by 255 once more after scaling to [0, 1]: the preprocessing the official MISS and MILE checkpoints were trained with.
+    """
+
+    image_size: int = 480
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    extra_255: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both, or neither")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None:
+                if len(value) != 3 or (name == "std" and any(v <= 0 for v in value)):
+                    raise ValueError(f"{name}={value!r}: use three {'positive ' if name == 'std' else ''}numbers, one per channel")
+                object.__setattr__(self, name, tuple(float(v) for v in value))
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON; `from_dict` takes them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Preprocess:
+        """The inverse of `to_dict`. ValueError names an unknown field."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown preprocessing field(s) {', '.join(unknown)}: known are {', '.join(f.name for f in fields(cls))}")
+        return cls(**values)
+
+    def pixels(self, image) -> torch.Tensor:
+        """uint8 [3, S, S] from a path or a `PIL.Image`: decoded and resized, not yet scaled. Errors as `load_image`."""
+        from PIL import Image
+
+        resized = load_image(image).resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+    def scale(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32 [..., 3, S, S] from the uint8 of `pixels`: to [0, 1], then the second /255, then the normalisation, where asked for."""
+        x = pixels.to(torch.float32) / 255
+        if self.extra_255:
+            x = x / 255
+        if self.mean is not None:
+            shape = (3, 1, 1)
+            x = (x - torch.tensor(self.mean, device=x.device).view(shape)) / torch.tensor(self.std, device=x.device).view(shape)
+        return x
+
+    def __call__(self, image) -> torch.Tensor:
+        """float32 [3, S, S] from a path or a `PIL.Image`."""
+        return self.scale(self.pixels(image))
+
+
+class ImageCache:
+    """The most recently used decoded images, up to `max_bytes` (0 keeps none). `hits` and `misses` count look-ups."""
+
+    def __init__(self, max_bytes: int = 256 << 20):
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes={max_bytes}: use 0 (no cache) or a number of bytes")
+        self.max_bytes, self.bytes, self.hits, self.misses = max_bytes, 0, 0, 0
+        self._items: OrderedDict[object, torch.Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key, load: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tensor under `key`, made by `load` where it isn't held. It is shared: don't write to it."""
+        if key in self._items:
+            self.hits += 1
+            self._items.move_to_end(key)
+            return self._items[key]
+        self.misses += 1
+        value = load()
+        if value.nbytes <= self.max_bytes:
+            self._items[key] = value
+            self.bytes += value.nbytes
+            while self.bytes > self.max_bytes:
+                self.bytes -= self._items.popitem(last=False)[1].nbytes
+        return value

@@ -1,0 +1,99 @@
+"""What every reader of `fastpeft.data` produces: samples of a question, its image and its answer, in a list that knows where they came from."""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image.
+
+    `image` is an absolute, existing path; `image_name` the name the annotation file gives it. `entry` counts from 0 in `source`.
+    `question_pool` holds the phrasings of an instruction data set (empty elsewhere), of which `question` is then the first.
+    """
+
+    image: Path
+    question: str
+    answer: str
+    answer_type: str  # "OPEN" or "CLOSED"
+    qid: str
+    content_type: str
+    language: str
+    question_pool: tuple[str, ...]
+    entry: int
+    source: Path
+    image_name: str = ""
+
+
+@dataclass
+class SampleList(Sequence):
+    """Samples, and what was left out on the way: a sequence that can be read like a list.
+
+    skipped: reason -> count of bad entries left out (`skip_bad`). filtered: language -> count of entries in languages not asked for.
+    format: "slake", "vqa-rad", "mile", or several joined by "+". files: the annotation files read. note: how the file was chosen, where
+    that wasn't the obvious choice, else "".
+    """
+
+    samples: list[Sample]
+    skipped: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    format: str = ""
+    files: tuple[Path, ...] = ()
+    note: str = ""
+
+    @property
+    def file(self) -> Path | None:
+        """The annotation file (the first, where there were several)."""
+        return self.files[0] if self.files else None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def normalise_answer(text) -> str:
+    """The form in which two answers are compared: what an uncased WordPiece tokenizer can't express is dropped, and nothing else.
+
+    Lower case; accents removed; white space collapsed; no space beside punctuation, since decoding turns "x-ray" into "x - ray"; no
+    full stop at the end. Articles, plurals and synonyms count: "the left lung" isn't "left lung".
+    """
+    text = "".join(c for c in unicodedata.normalize("NFD", str(text).lower()) if unicodedata.category(c) != "Mn")
+    text = re.sub(r"\s*([^\w\s]|_)\s*", r"\1", " ".join(text.split()))
+    return text.rstrip(".").strip()
+
+
+def hold_out(samples: Sequence[Sample], fraction: float, seed: int = 0, by: str = "image") -> tuple[SampleList, SampleList]:
+    """(kept, held): about `fraction` of the samples held out in whole groups, so that no image (by="image") is on both sides.
+
+    The same samples, fraction and seed give the same split on any machine. by="sample" splits questions one by one: images are then
+    shared, and a score on the held part measures memory of images too. ValueError where either side would be empty.
+    """
+    if by not in ("image", "sample"):
+        raise ValueError(f'by={by!r}: use "image" or "sample"')
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction!r}: use a number between 0 and 1, such as 0.1")
+    groups: dict[object, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(sample.image if by == "image" else index, []).append(index)
+    if len(groups) < 2:
+        raise ValueError(f"cannot hold out part of {len(samples)} samples on {len(groups)} image(s): at least 2 are needed")
+    order = list(groups.values())  # by first appearance: no path takes part in the draw
+    random.Random(f"hold out {seed}").shuffle(order)
+    held: set[int] = set()
+    target = max(1, round(fraction * len(samples)))
+    for group in order[:-1]:  # one group always stays
+        if len(held) >= target:
+            break
+        held.update(group)
+    meta = {name: getattr(samples, name) for name in ("format", "files", "note") if hasattr(samples, name)}
+    parts = ([s for i, s in enumerate(samples) if (i in held) is side] for side in (False, True))
+    kept, out = (SampleList(part, **meta) for part in parts)
+    return kept, out

@@ -1,0 +1,183 @@
+"""Text to ids the way the MISS family reads it: BERT WordPiece, [DEC] opening an answer and [ENC] a question. B = texts, L = tokens."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_QUESTION = 35
+
+
+def _build(vocab: dict[str, int], where: str, **options):
+    from transformers import BertTokenizer
+
+    missing = [token for token in SPECIALS if token not in vocab]
+    if missing:
+        raise ValueError(f"{where}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary is needed, such as bert-base-uncased's vocab.txt")
+    return _add_roles(BertTokenizer(vocab=vocab, **options))
+
+
+def _add_roles(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def load_tokenizer(path):
+    """A `BertTokenizer` from a local folder (tokenizer.json or vocab.txt) or from a vocab.txt; nothing is downloaded.
+
+    [DEC] (its bos token) and then [ENC] are appended where the vocabulary lacks them: ids 30,522 and 30,523 after bert-base-uncased's.
+    ValueError where the path, its vocabulary or a special token is missing.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return _from_json(path)
+    vocab_file = path / "vocab.txt" if path.is_dir() else path
+    if not vocab_file.is_file():
+        raise ValueError(f"{path}: no tokenizer here; give a folder with tokenizer.json or vocab.txt, or a vocab.txt file")
+    try:
+        tokens = vocab_file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{vocab_file}: not UTF-8 text; a vocabulary is a text file with one token on each line") from None
+    tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    twice = [token for token, n in Counter(tokens).items() if n > 1]
+    if twice:
+        raise ValueError(f"{vocab_file}: token {twice[0]!r} is there more than once; a line's number is its token's id")
+    return _build({token: i for i, token in enumerate(tokens)}, str(vocab_file), **_options(vocab_file.parent))
+
+
+def _options(folder: Path) -> dict:
+    """What a vocab.txt doesn't say and the tokenizer_config.json beside it may."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: config[name] for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars") if name in config}
+
+
+def _from_json(folder: Path):
+    from transformers import BertTokenizer
+
+    file = folder / "tokenizer.json"
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        kind, vocab = model.get("type"), model["vocab"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a tokenizer file ({type(error).__name__}: {error})") from None
+    if kind not in (None, "WordPiece"):
+        raise ValueError(f"{file}: a {kind} tokenizer; BERT's WordPiece is needed")
+    missing = [token for token in SPECIALS if token not in vocab]
+    if missing:
+        raise ValueError(f"{file}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary is needed")
+    return _add_roles(BertTokenizer.from_pretrained(str(folder), local_files_only=True))
+
+
+def save_tokenizer(tokenizer, folder) -> None:
+    """Writes what `load_tokenizer` reads back into a folder, made where absent."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency: int = 1):
+    """A lower-case WordPiece tokenizer of at most `vocab_size` tokens, learnt from texts: the same texts give the same ids on every run.
+
+    Ids: [PAD] 0, [UNK], [CLS], [SEP], [MASK], [DEC], [ENC]; ASCII punctuation, letters and digits, so that any English text can be
+    encoded; the texts' other characters; then merges of the commonest neighbours (ties: alphabetical), seen `min_frequency` times or more.
+    The trainer of the `tokenizers` library isn't used because its ties fall differently in each process (five runs, five vocabularies).
+    ValueError where there are no texts, or no room for the characters.
+    """
+    from transformers import BertTokenizer
+
+    if isinstance(texts, str):
+        raise ValueError("texts must be several texts, not one string")
+    backend = BertTokenizer().backend_tokenizer
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)))
+    if not words:
+        raise ValueError("no texts to learn a vocabulary from")
+    inner = string.ascii_lowercase + string.digits
+    spelt = {word: [word[0], *(f"##{c}" for c in word[1:])] for word in sorted(words)}
+    base = [*SPECIALS, "[DEC]", "[ENC]", *string.punctuation, *inner, *(f"##{c}" for c in inner)]
+    vocab = dict.fromkeys(base + sorted({piece for pieces in spelt.values() for piece in pieces}))
+    if len(vocab) > vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: the characters of these texts alone need {len(vocab)}")
+    for token in _merges(list(spelt.values()), [words[word] for word in spelt], min_frequency):
+        if len(vocab) == vocab_size:
+            break
+        vocab[token] = None
+    return _build({token: i for i, token in enumerate(vocab)}, "train_tokenizer")
+
+
+def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
+    """Yields the token of each byte-pair merge, commonest pair first; `words` are rewritten on the way."""
+    pairs: Counter[tuple[str, str]] = Counter()
+    where: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    while heap:
+        n, pair = heapq.heappop(heap)
+        if -n != pairs[pair]:  # counted again since: its present count is in the heap too
+            continue
+        if -n < max(1, min_frequency):
+            return
+        token = pair[0] + pair[1].removeprefix("##")
+        yield token
+        changed = set()
+        for i in where.pop(pair):
+            word = words[i]
+            for old in zip(word, word[1:]):
+                pairs[old] -= counts[i]
+                changed.add(old)
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == pair:
+                    word[j : j + 2] = [token]
+                j += 1
+            for new in zip(word, word[1:]):
+                pairs[new] += counts[i]
+                where[new].add(i)
+                changed.add(new)
+        for p in changed:
+            if pairs[p] > 0:
+                heapq.heappush(heap, (-pairs[p], p))
+
+
+def _ids(tokenizer, texts: Sequence[str], first: str, max_length: int | None) -> dict[str, torch.Tensor]:
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("give a list of one or more texts")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length={max_length}: at least 2, for the opening token and [SEP]")
+    encoded = tokenizer(list(texts), padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt")
+    encoded["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids(first)
+    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def encode_questions(tokenizer, questions: Sequence[str], max_length: int = MAX_QUESTION) -> dict[str, torch.Tensor]:
+    """{"input_ids", "attention_mask"}, int64 [B, L]: [ENC] question [SEP], cut at `max_length`, padded to the longest."""
+    return _ids(tokenizer, questions, "[ENC]", max_length)
+
+
+def encode_answers(tokenizer, answers: Sequence[str], max_length: int | None = None) -> dict[str, torch.Tensor]:
+    """{"input_ids", "attention_mask", "labels"}, int64 [B, L]: [DEC] answer [SEP]; labels are the ids, -100 at padding, not shifted."""
+    encoded = _ids(tokenizer, answers, "[DEC]", max_length)
+    return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)}
+
+
+def decode(tokenizer, ids) -> list[str]:
+    """Texts of ids [B, L] (a tensor or lists), special tokens and -100 left out, pieces joined: "x - ray", as `normalise_answer` expects."""
+    rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    texts = []
+    for row in rows:
+        tokens = tokenizer.convert_ids_to_tokens([i for i in row if i >= 0], skip_special_tokens=True)
+        texts.append(" ".join(tokens).replace(" ##", "").removeprefix("##"))
+    return texts

@@ -1,0 +1,199 @@
+"""Batches of questions about images: each distinct image of a batch is decoded once and there once.
+
+B = questions in a batch, U = distinct images among them, S = image size, L_q, L_a = tokens of the longest question and answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fastpeft.data.images import ImageCache, Preprocess
+from fastpeft.data.samples import Sample
+from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questions
+
+
+class VQADataset(Dataset):
+    """Samples with their images: `dataset[i]` is {"sample": Sample, "question": str, "pixel_values": float32 [3, S, S]}.
+
+    Where a sample has a question pool, each access asks one of its phrasings, drawn from (seed, epoch, index) and nothing else: the same
+    in any process, order or resumed run. `set_epoch` reaches data loader workers that are already running.
+
+    Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in each worker its own). With `load_images` False no image is
+    touched and "pixel_values" is left out, for trainers that hold the images' features; `pixels(path)` then gives a single one.
+    """
+
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20):
+        if not len(samples):
+            raise ValueError("a data set needs at least one sample")
+        self.samples, self.preprocess, self.seed = samples, preprocess, seed
+        self.cache = ImageCache(cache_bytes)
+        self.load_images = True
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose phrasings are asked."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the phrasings of another epoch from now on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def question(self, index: int) -> str:
+        """The phrasing asked of sample `index` in this epoch."""
+        sample = self.samples[index]
+        if len(sample.question_pool) < 2:
+            return sample.question
+        return random.Random(f"question {self.seed} {self.epoch} {index}").choice(sample.question_pool)
+
+    def pixels(self, path: Path) -> torch.Tensor:
+        """float32 [3, S, S] of one image, through the cache. ValueError naming the file where it can't be decoded."""
+        return self.preprocess.scale(self.cache.get(path, lambda: self.preprocess.pixels(path)))
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Several at once, as data loaders ask for them: items of one image share its tensor."""
+        images, items = {}, []
+        for index in indices:
+            index = range(len(self))[index]  # -1 is the last, and asks what it asks
+            item = {"sample": self.samples[index], "question": self.question(index)}
+            if self.load_images:
+                path = item["sample"].image
+                if path not in images:
+                    images[path] = self.pixels(path)
+                item["pixel_values"] = images[path]
+            items.append(item)
+        return items
+
+
+class VQACollator:
+    """Items of a `VQADataset` to one batch, a dict of
+
+    pixel_values float32 [U, 3, S, S], distinct images in order of appearance (absent where the items carry none); images, their U paths;
+    image_index int64 [B], the image of each question: pixel_values[image_index] is [B, 3, S, S];
+    input_ids, attention_mask int64 [B, L_q], questions opened by [ENC] and cut at `max_question`;
+    decoder_input_ids, decoder_attention_mask int64 [B, L_a], answers opened by [DEC]; labels, the same with -100 at padding, not shifted;
+    samples, the B `Sample`s.
+    """
+
+    def __init__(self, tokenizer, max_question: int = MAX_QUESTION, max_answer: int | None = None):
+        self.tokenizer, self.max_question, self.max_answer = tokenizer, max_question, max_answer
+
+    def __call__(self, items: Sequence[dict]) -> dict:
+        samples = [item["sample"] for item in items]
+        place: dict[Path, int] = {}
+        index = [place.setdefault(sample.image, len(place)) for sample in samples]
+        answers = encode_answers(self.tokenizer, [sample.answer for sample in samples], self.max_answer)
+        batch = {
+            "images": list(place),
+            "image_index": torch.tensor(index, dtype=torch.int64),
+            **encode_questions(self.tokenizer, [item["question"] for item in items], self.max_question),
+            "decoder_input_ids": answers["input_ids"],
+            "decoder_attention_mask": answers["attention_mask"],
+            "labels": answers["labels"],
+            "samples": samples,
+        }
+        if "pixel_values" in items[0]:
+            batch["pixel_values"] = torch.stack([items[index.index(u)]["pixel_values"] for u in range(len(place))])
+        return batch
+
+
+class EpochSampler(Sampler[list[int]]):
+    """A batch sampler: every sample exactly once per epoch, in an order drawn from (seed, epoch) alone.
+
+    All batches hold `batch_size` indices, except that the last may hold fewer (`drop_last` leaves that one out).
+
+    `questions_per_image` Q > 1 puts up to Q questions about one image side by side, in groups drawn anew each epoch, so that a batch of B
+    needs about B / Q images: B / Q passes of the vision tower instead of B. A group is broken only where no whole group fits the room left
+    in a batch; two groups of an image may meet by chance. Samples are still visited once per epoch, so the expected gradient over an
+    epoch is the same; but questions on one image are correlated, and a batch's gradient is noisier: its variance is that of up to B
+    independent samples at Q = 1, of as few as B / Q at worst. A larger batch (the images saved pay for it) makes up for that.
+
+    `data` is a `VQADataset`, a sequence of samples, or, for Q = 1, a number of samples.
+    """
+
+    def __init__(self, data, batch_size: int, seed: int = 0, questions_per_image: int = 1, drop_last: bool = False):
+        for name, value in (("batch_size", batch_size), ("questions_per_image", questions_per_image)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: use a whole number of 1 or more")
+        if isinstance(data, int):
+            if questions_per_image > 1:
+                raise ValueError("questions_per_image > 1 needs the samples, not their number: their images make the groups")
+            groups = [[i] for i in range(data)]
+        else:
+            by_image: dict[object, list[int]] = {}
+            for i, sample in enumerate(getattr(data, "samples", data)):
+                by_image.setdefault(sample.image if questions_per_image > 1 else i, []).append(i)
+            groups = list(by_image.values())
+        self.n = sum(map(len, groups))
+        if self.n == 0 or (drop_last and self.n < batch_size):
+            raise ValueError(f"{self.n} samples make no batch of {batch_size}")
+        self.batch_size, self.seed, self.drop_last, self.questions_per_image = batch_size, seed, drop_last, questions_per_image
+        self.epoch, self.start_batch = 0, 0
+        self._groups = groups
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """The epoch to draw next, from batch `start_batch` on: how a run stopped within an epoch goes on."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch={start_batch}: an epoch has {len(self)} batches")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def state_dict(self, batches_done: int) -> dict:
+        """What `load_state_dict` needs to go on after `batches_done` batches of this epoch.
+
+        The trainer counts them, since data loaders draw ahead of what has been trained on.
+        """
+        return {"epoch": self.epoch, "batch": batches_done, **self._identity()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` was taken. ValueError where the order would be another: a different seed, batch size or data set."""
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(f"cannot resume: {name} was {state[name]} and is {value}; the order of batches would differ")
+        epochs, batch = divmod(state["batch"], len(self))
+        self.set_epoch(state["epoch"] + epochs, batch)
+
+    def _identity(self) -> dict:
+        return {name: getattr(self, name) for name in ("n", "batch_size", "seed", "questions_per_image", "drop_last")}
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, whatever `start_batch`."""
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order(random.Random(f"epoch {self.seed} {self.epoch}"))
+        for b in range(self.start_batch, len(self)):
+            yield order[b * self.batch_size : (b + 1) * self.batch_size]
+
+    def _order(self, draw: random.Random) -> list[int]:
+        """All indices in the epoch's order, cut into batches by their position."""
+        q = min(self.questions_per_image, self.batch_size)
+        chunks = []
+        for group in self._groups:
+            group = draw.sample(group, len(group))
+            chunks += [group[i : i + q] for i in range(0, len(group), q)]
+        draw.shuffle(chunks)
+        if q == 1:
+            return [i for chunk in chunks for i in chunk]
+        waiting = [[] for _ in range(q + 1)]  # by size, each a stack whose top comes first in the drawn order
+        for rank in range(len(chunks) - 1, -1, -1):
+            waiting[len(chunks[rank])].append((rank, chunks[rank]))
+        order: list[int] = []
+        while len(order) < self.n:
+            room = self.batch_size - len(order) % self.batch_size
+            fitting = [stack for stack in waiting[: room + 1] if stack]
+            rank, chunk = min(fitting or [s for s in waiting if s], key=lambda stack: stack[-1][0]).pop()
+            order += chunk[:room]
+            if chunk[room:]:
+                waiting[len(chunk) - room].append((rank, chunk[room:]))
+        return order

@@ -1,0 +1,87 @@
+"""Scores of predicted answers: exact match after `normalise_answer`, apart for open and closed questions, beside what guessing would get."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastpeft.data.samples import Sample, normalise_answer
+
+__all__ = ["normalise_answer", "score", "write_predictions"]
+
+
+def _correct(predictions: Sequence[str], samples: Sequence[Sample]) -> list[bool]:
+    if isinstance(predictions, str) or len(predictions) != len(samples):
+        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: give a list of one prediction per sample, in their order")
+    wrong = next((i for i, p in enumerate(predictions) if not isinstance(p, str)), None)
+    if wrong is not None:
+        raise ValueError(f"prediction {wrong} is {type(predictions[wrong]).__name__}, not text")
+    return [normalise_answer(p) == normalise_answer(s.answer) for p, s in zip(predictions, samples)]
+
+
+def _share(hits: Sequence[bool]) -> float | None:
+    return sum(hits) / len(hits) if hits else None
+
+
+def _commonest(answers: Sequence[str]) -> float | None:
+    return Counter(answers).most_common(1)[0][1] / len(answers) if answers else None
+
+
+def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
+    """Accuracies as fractions of 1, None where there are no such questions.
+
+    open, closed, global: exact match after `normalise_answer`, by the samples' answer_type and over all; n_open, n_closed, n: how many.
+    majority_closed, majority: what always giving the commonest answer of the closed questions, or of all, would score on these samples.
+    always_no_closed: what "no" to every closed question would score. A model that has learnt to look is above all three.
+
+    ValueError unless there is one text per sample.
+    """
+    hits = _correct(predictions, samples)
+    closed = [s.answer_type == "CLOSED" for s in samples]
+    answers = [normalise_answer(s.answer) for s in samples]
+    closed_answers = [a for a, c in zip(answers, closed) if c]
+    return {
+        "open": _share([h for h, c in zip(hits, closed) if not c]),
+        "closed": _share([h for h, c in zip(hits, closed) if c]),
+        "global": _share(hits),
+        "n_open": len(hits) - len(closed_answers),
+        "n_closed": len(closed_answers),
+        "n": len(hits),
+        "majority_closed": _commonest(closed_answers),
+        "majority": _commonest(answers),
+        "always_no_closed": _share([a == "no" for a in closed_answers]),
+    }
+
+
+def write_predictions(path, samples: Sequence[Sample], predictions: Sequence[str]) -> None:
+    """A JSON list with qid, img_name (as the data set names it), question, answer, prediction, answer_type and correct of each sample.
+
+    The file appears whole or not at all. ValueError unless there is one text per sample.
+    """
+    rows = [
+        {
+            "qid": sample.qid,
+            "img_name": sample.image_name or sample.image.name,
+            "question": sample.question,
+            "answer": sample.answer,
+            "prediction": prediction,
+            "answer_type": sample.answer_type,
+            "correct": hit,
+        }
+        for sample, prediction, hit in zip(samples, predictions, _correct(predictions, samples))
+    ]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(rows, out, ensure_ascii=False, indent=1)
+        os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
