@@ -1,0 +1,33 @@
+"""fastpeft: parameter-efficient fine-tuning that computes, keeps and moves only what the trainable parameters need."""
+
+from __future__ import annotations
+
+import importlib
+
+from fastpeft import ops
+from fastpeft.methods import FFN, IA3, Attention, Frozen, Full, LayerNorm, LoRA, Prefix, PTv2
+from fastpeft.optimize import Report, optimize, restore
+from fastpeft.plan import Plan, adapt, build, count
+
+__version__ = "0.1.0"
+
+# what a model alone does not need is loaded on first use
+_LATER = {
+    "save_adapter": "fastpeft.checkpoints",
+    "load_adapter": "fastpeft.checkpoints",
+    "merge": "fastpeft.checkpoints",
+    "Trainer": "fastpeft.train",
+    "TrainConfig": "fastpeft.train",
+}
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
+
+
+__all__ = [
+    "FFN", "IA3", "Attention", "Frozen", "Full", "LayerNorm", "LoRA", "PTv2", "Plan", "Prefix", "Report", "TrainConfig", "Trainer",
+    "__version__", "adapt", "build", "count", "load_adapter", "merge", "ops", "optimize", "restore", "save_adapter",
+]  # fmt: skip

@@ -1,0 +1,101 @@
+"""The base's own linear layers and convolutions, able to run with what a method attached to them.
+
+``nn.Linear`` becomes :class:`AdaptedLinear` in place (its class changes, nothing else), so its ``weight`` and ``bias`` keep
+their names and the adapter's parameters stand beside them: ``query.weight``, ``query.lora_A``, ``query.lora_B``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastpeft import ops
+from fastpeft.methods.base import swap_class
+
+
+class _Adapted:
+    """LoRA (``lora_A``, ``lora_B``, ``scaling``, ``lora_dropout``) and/or IA3 (``ia3_l``, ``ia3_feedforward``), each optional."""
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    ia3_l: nn.Parameter | None
+
+    def adapter_fields(self) -> None:
+        for name in ("lora_A", "lora_B", "ia3_l"):
+            self.register_parameter(name, None)
+        self.scaling, self.lora_dropout, self.ia3_feedforward = 1.0, 0.0, False
+
+    @property
+    def active_dropout(self) -> float:
+        return self.lora_dropout if self.training else 0.0
+
+
+class AdaptedLinear(_Adapted, nn.Linear):
+    """y = l_out * (W(l_in * x) + b + scaling * B A dropout(l_in * x)); whichever of LoRA and IA3 is absent drops out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., in]`` -> ``[..., out]``."""
+        y = self.before_rescale(x)
+        return y if self.ia3_l is None or self.ia3_feedforward else ops.rescale(y, self.ia3_l)
+
+    def before_rescale(self, x: Tensor) -> Tensor:
+        """The output without IA3's factor on it: attention applies that factor to the query side instead (no extra tensor)."""
+        if self.ia3_l is not None and self.ia3_feedforward:
+            x = ops.rescale(x, self.ia3_l)
+        if self.lora_A is None:
+            return F.linear(x, self.weight, self.bias)
+        return ops.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.active_dropout)
+
+    @property
+    def output_rescale(self) -> Tensor | None:
+        """IA3's factor on the output, ``[out]``."""
+        return None if self.ia3_l is None or self.ia3_feedforward else self.ia3_l
+
+
+class AdaptedConv2d(_Adapted, nn.Conv2d):
+    """A convolution with LoRA as PEFT defines it: lora_A ``[r, in, kh, kw]`` strides like the base, lora_B is ``[out, r, 1, 1]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[B, in, H, W]`` -> ``[B, out, H', W']``."""
+        if self.lora_A is None:
+            return super().forward(x)
+        if self._is_patch_projection(x):
+            return self._patches(x)
+        dropped = F.dropout(x, self.lora_dropout, self.training)
+        low = F.conv2d(dropped, self.lora_A.to(x.dtype), None, self.stride, self.padding, self.dilation)
+        return super().forward(x) + self.scaling * F.conv2d(low, self.lora_B.to(x.dtype))
+
+    def _is_patch_projection(self, x: Tensor) -> bool:
+        whole = all(size % k == 0 for size, k in zip(x.shape[-2:], self.kernel_size))
+        plain = self.padding == (0, 0) and self.dilation == (1, 1) and self.groups == 1
+        return whole and plain and tuple(self.stride) == tuple(self.kernel_size)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Patches do not overlap, so the convolution is one linear layer over ``in * kh * kw`` pixels, and so is its LoRA."""
+        (kh, kw), (height, width) = self.kernel_size, x.shape[-2:]
+        rows = x.unflatten(-2, (height // kh, kh)).unflatten(-1, (width // kw, kw))  # [B, in, H', kh, W', kw]
+        rows = rows.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, H', W', in * kh * kw]
+        y = ops.lora_linear(
+            rows, self.weight.flatten(1), self.bias, self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling, self.active_dropout
+        )
+        return y.permute(0, 3, 1, 2)
+
+
+def adapted(module: nn.Module) -> nn.Module:
+    """``module`` itself, made able to carry adapters; TypeError where its type cannot."""
+    if isinstance(module, _Adapted):
+        return module
+    cls = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}.get(type(module))
+    if cls is None:
+        raise TypeError(f"cannot attach to a {type(module).__name__}; only nn.Linear and nn.Conv2d carry LoRA or IA3")
+    swap_class(module, cls)
+    module.adapter_fields()
+    return module
+
+
+def new_parameter(module: nn.Module, *shape: int) -> nn.Parameter:
+    """An uninitialised adapter parameter on the module's device: float32 under a half-precision base, else its dtype."""
+    weight = module.weight
+    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) or not weight.is_floating_point() else weight.dtype
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))

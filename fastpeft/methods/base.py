@@ -1,0 +1,124 @@
+"""What a method is: it marks or attaches parameters inside one part of a backbone, and names them on disk as PEFT does.
+
+A method knows operators and module types, never a particular backbone: where it attaches comes from a :class:`Part`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+# The last name of every parameter that a method adds; whatever else a model holds is its base.
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", "prefix_encoder")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a backbone and where methods attach in it.
+
+    Module names are relative to the part. ``lora``, ``ia3`` and ``ia3_feedforward`` are PEFT's ``target_modules`` (a name
+    matches if it equals or ends with a target; a string is a regular expression); ``attention`` and ``ffn`` name the modules whose parameters those
+    treatments train; ``prefix_host`` is the module that runs the layers and hands prefixes to their self-attention (it has
+    ``prefix_encoder`` and ``prefix_shape = (layers, heads, head_dim)``); ``norms_left_out`` are norms that LayerNorm skips.
+    """
+
+    name: str
+    path: str
+    lora: tuple[str, ...] = ()
+    ia3: tuple[str, ...] = ()
+    ia3_feedforward: tuple[str, ...] = ()
+    attention: tuple[str, ...] | str = ()
+    ffn: tuple[str, ...] | str = ()
+    prefix_host: str | None = None
+    norms_left_out: tuple[str, ...] = ()
+    peft_task: str | None = None
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """The part's module."""
+        return model.get_submodule(self.path) if self.path else model
+
+
+def matches(name: str, targets: Sequence[str] | str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name; a sequence holds names or their endings."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def find(root: nn.Module, targets: Sequence[str] | str, kinds: tuple[type, ...] = (nn.Module,)) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of ``root`` whose names match ``targets``, of one of ``kinds``."""
+    for name, module in root.named_modules():
+        if name and matches(name, targets) and isinstance(module, kinds):
+            yield name, module
+
+
+def swap_class(module: nn.Module, cls: type) -> None:
+    """Give ``module`` another class of the same layout: parameters, names, hooks and identity stay."""
+    assert issubclass(cls, type(module)) or issubclass(type(module), cls), (type(module), cls)
+    module.__class__ = cls
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of this name was added by a method (as opposed to belonging to the base)."""
+    return any(piece in ADAPTER_PARAMETERS for piece in name.split("."))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A treatment of one part; the fields of a subclass are its options."""
+
+    name: ClassVar[str]
+    peft_type: ClassVar[str | None] = None  # PEFT's name of the method, where PEFT has it
+
+    def attach(self, root: nn.Module, part: Part) -> None:
+        """Attach or mark this method's parameters in ``root``, all of whose base parameters are frozen on entry."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it attaches")
+
+    def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
+        """What must be saved, under PEFT's names where PEFT has the method: every trained parameter of the part."""
+        return {name: p.detach() for name, p in root.named_parameters() if p.requires_grad or is_adapter(name)}
+
+    def load(self, root: nn.Module, part: Part, tensors: dict[str, torch.Tensor], where: str) -> None:
+        """Copy ``tensors`` (as :meth:`tensors` names them) into an attached part; ValueError names every key that is off."""
+        expected = self.tensors(root, part)
+        check_keys(expected, tensors, where)
+        with torch.no_grad():
+            for name, mine in expected.items():
+                mine.copy_(tensors[name])
+
+    def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
+        """The part's ``adapter_config.json``."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_keys(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], where: str) -> None:
+    """Raise one ValueError that names every missing, unexpected and misshapen key of ``got``."""
+    wrong = []
+    for kind, keys in (("missing", expected.keys() - got.keys()), ("unexpected", got.keys() - expected.keys())):
+        if keys:
+            wrong.append(f"{len(keys)} {kind}: {shorten(sorted(keys))}")
+    shapes = [
+        f"{key} is {list(got[key].shape)}, expected {list(expected[key].shape)}"
+        for key in sorted(expected.keys() & got.keys())
+        if got[key].shape != expected[key].shape
+    ]
+    if shapes:
+        wrong.append(f"{len(shapes)} misshapen: {shorten(shapes)}")
+    if wrong:
+        raise ValueError(f"{where} does not fit this model and plan; nothing was loaded. " + "; ".join(wrong))
+
+
+def shorten(items: Sequence[str], most: int = 8) -> str:
+    return ", ".join(items[:most]) + (f", ... and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,86 @@
+"""(IA)^3 (Liu et al., 2022): learned vectors rescale keys, values and inner activations.
+
+l_k and l_v multiply the outputs of the key and value projections (bias included, as in PEFT); l_ff multiplies the input of a
+feed-forward module. All start at one, so a fresh adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastpeft.methods.adapted import AdaptedLinear, adapted, new_parameter
+from fastpeft.methods.base import Method, Part, find, matches
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """Rescaling vectors.
+
+    target_modules / feedforward_modules: as PEFT's IA3Config; a target that also is a feed-forward module is rescaled at its
+    input, any other at its output. None: the part's own lists.
+    """
+
+    name: ClassVar[str] = "IA3"
+    peft_type: ClassVar[str] = "IA3"
+    target_modules: tuple[str, ...] | str | None = None
+    feedforward_modules: tuple[str, ...] | str | None = None
+
+    def __post_init__(self):
+        for field in ("target_modules", "feedforward_modules"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+
+    def _targets(self, part: Part):
+        feedforward = part.ia3_feedforward if self.feedforward_modules is None else self.feedforward_modules
+        return self.target_modules or part.ia3, feedforward
+
+    def attach(self, root: nn.Module, part: Part) -> None:
+        targets, feedforward = self._targets(part)
+        found = list(find(root, targets, (nn.Linear,)))
+        if not found:
+            raise ValueError(f"IA3: no linear layer of {part.name!r} matches target_modules={targets!r}")
+        for name, module in found:
+            module = adapted(module)
+            module.ia3_feedforward = matches(name, feedforward)
+            module.ia3_l = new_parameter(module, module.in_features if module.ia3_feedforward else module.out_features)
+            nn.init.ones_(module.ia3_l)
+
+    def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
+        """``base_model.model.<module>.ia3_l``, ``[out, 1]`` or, on a feed-forward module, ``[1, in]``: PEFT's keys and shapes."""
+        return {
+            f"base_model.model.{name}.ia3_l": module.ia3_l.detach().view((1, -1) if module.ia3_feedforward else (-1, 1))
+            for name, module in root.named_modules()
+            if isinstance(module, AdaptedLinear) and module.ia3_l is not None
+        }
+
+    def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
+        targets, feedforward = (t if isinstance(t, str) else list(t) for t in self._targets(part))
+        return {
+            "peft_type": self.peft_type,
+            "task_type": part.peft_task,
+            "target_modules": targets,
+            "feedforward_modules": feedforward,
+            "fan_in_fan_out": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> IA3:
+        """The method a PEFT ``adapter_config.json`` describes."""
+        if config.get("modules_to_save") or config.get("fan_in_fan_out"):
+            raise ValueError("IA3 adapter: modules_to_save and fan_in_fan_out are not supported")
+        as_tuple = lambda t: t if isinstance(t, str) else tuple(sorted(t or ()))  # noqa: E731
+        return cls(as_tuple(config["target_modules"]), as_tuple(config.get("feedforward_modules")))
+
+
+def merge_ia3(module: AdaptedLinear) -> None:
+    """Scale the weight's columns (feed-forward) or rows and bias, in float32 with one rounding; the vector is removed."""
+    l = module.ia3_l.detach().float()
+    weight = module.weight.detach().float()
+    module.weight.copy_(weight * l if module.ia3_feedforward else weight * l[:, None])
+    if module.bias is not None and not module.ia3_feedforward:
+        module.bias.copy_(module.bias.detach().float() * l)
+    module.ia3_l = None

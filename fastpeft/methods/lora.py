@@ -1,0 +1,111 @@
+"""LoRA (Hu et al., 2021): y = W x + b + scaling * B A x, scaling = lora_alpha / r.
+
+On a convolution the factors are PEFT's: A is the base's kernel with r outputs, B a 1x1 convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastpeft.methods.adapted import adapted, new_parameter
+from fastpeft.methods.base import Method, Part, find
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adapters.
+
+    r: rank. lora_alpha: numerator of the scaling (MILE's code uses 32). lora_dropout: on the branch's input, training only.
+    target_modules: names, name endings, or a regular expression for whole names (PEFT's rule); None: the part's own list.
+    """
+
+    name: ClassVar[str] = "LoRA"
+    peft_type: ClassVar[str] = "LORA"
+    r: int = 4
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str | None = None
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"LoRA: r must be a positive integer, not {self.r!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"LoRA: lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def attach(self, root: nn.Module, part: Part) -> None:
+        targets = self.target_modules or part.lora
+        found = list(find(root, targets, (nn.Linear, nn.Conv2d)))
+        if not found:
+            raise ValueError(f"LoRA: no linear layer or convolution of {part.name!r} matches target_modules={targets!r}")
+        for _, module in found:
+            module = adapted(module)
+            if isinstance(module, nn.Conv2d):
+                if module.groups != 1:
+                    raise ValueError("LoRA on a grouped convolution is not defined here; leave it out of target_modules")
+                shape_a = (self.r, module.in_channels, *module.kernel_size)
+                shape_b = (module.out_channels, self.r, 1, 1)
+            else:
+                shape_a, shape_b = (self.r, module.in_features), (module.out_features, self.r)
+            module.lora_A, module.lora_B = new_parameter(module, *shape_a), new_parameter(module, *shape_b)
+            nn.init.kaiming_uniform_(module.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(module.lora_B)
+            module.scaling, module.lora_dropout = self.scaling, self.lora_dropout
+
+    def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
+        """``base_model.model.<module>.lora_A.weight``: PEFT's keys."""
+        return {
+            f"base_model.model.{name}.weight": p.detach()
+            for name, p in root.named_parameters()
+            if name.endswith((".lora_A", ".lora_B"))
+        }
+
+    def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
+        targets = self.target_modules or part.lora
+        return {
+            "peft_type": self.peft_type,
+            "task_type": part.peft_task,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "use_rslora": self.use_rslora,
+            "bias": "none",
+            "fan_in_fan_out": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> LoRA:
+        """The method a PEFT ``adapter_config.json`` describes; ValueError for options that would change the mathematics."""
+        for option in ("use_dora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+            if config.get(option):
+                raise ValueError(f"LoRA adapter: {option}={config[option]!r} is not supported; merge it with PEFT first")
+        if config.get("bias", "none") != "none":
+            raise ValueError(f"LoRA adapter: bias={config['bias']!r} is not supported; train with bias='none'")
+        targets = config["target_modules"]
+        return cls(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout", 0.0),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            use_rslora=config.get("use_rslora", False),
+        )
+
+
+def merge_lora(module: nn.Module) -> None:
+    """W += scaling * B A, computed in float32 and rounded once; the factors are removed."""
+    delta = module.lora_B.detach().float().flatten(1) @ module.lora_A.detach().float().flatten(1)
+    merged = module.weight.detach().float() + module.scaling * delta.view(module.weight.shape)
+    module.weight.copy_(merged)
+    module.lora_A = module.lora_B = None

@@ -1,0 +1,126 @@
+"""Prefix tuning (Li & Liang, 2021) and P-tuning v2 (Liu et al., 2021): learned keys and values before those of self-attention.
+
+Per layer i the prefix is (P_k, P_v), each ``[H, n, d]``, shared by every sample. P-tuning v2 learns them directly, as one matrix
+``[n, layers * 2 * C]``; Prefix passes n learned tokens through an MLP (Linear, Tanh, Linear) to that matrix. The MLP runs once per
+step on n tokens, never per sample. The module that runs the layers (``Part.prefix_host``) holds the encoder and hands each
+self-attention its pair. As in PEFT and in MILE's code, text positions start after the prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.methods.base import Method, Part, check_keys
+
+PROJECTION = "prefix_projection."  # prefix of our own keys beside PEFT's one, which holds the MLP's output only
+
+
+class PrefixEncoder(nn.Module):
+    """Parameters of PEFT's PrefixEncoder, names included; :meth:`forward` gives every layer's keys and values."""
+
+    def __init__(self, tokens: int, layers: int, heads: int, head_dim: int, projection: int | None, **factory):
+        super().__init__()
+        self.tokens, self.layers, self.heads, self.head_dim = tokens, layers, heads, head_dim
+        width, flat = heads * head_dim, layers * 2 * heads * head_dim
+        if projection is None:
+            self.embedding = nn.Embedding(tokens, flat, **factory)
+            self.transform = None
+        else:
+            self.embedding = nn.Embedding(tokens, width, **factory)
+            self.transform = nn.Sequential(
+                nn.Linear(width, projection, **factory), nn.Tanh(), nn.Linear(projection, flat, **factory)
+            )
+
+    def matrix(self) -> Tensor:
+        """``[n, layers * 2 * C]``, laid out as PEFT's ``prompt_embeddings``."""
+        return self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer (P_k, P_v), each ``[H, n, d]``."""
+        flat = self.matrix().view(self.tokens, self.layers, 2, self.heads, self.head_dim)
+        return [(layer[0], layer[1]) for layer in flat.permute(1, 2, 3, 0, 4)]
+
+
+@dataclass(frozen=True)
+class PTv2(Method):
+    """P-tuning v2: n prefix keys and values per layer, learned directly."""
+
+    name: ClassVar[str] = "PTv2"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    projection: ClassVar[bool] = False
+    num_virtual_tokens: int = 10
+
+    def __post_init__(self):
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+            raise ValueError(f"{self.name}: num_virtual_tokens must be a positive integer, not {self.num_virtual_tokens!r}")
+
+    def projection_width(self, width: int) -> int | None:
+        return None
+
+    def attach(self, root: nn.Module, part: Part) -> None:
+        if part.prefix_host is None:
+            raise ValueError(f"{self.name} is not defined for part {part.name!r}: it needs text self-attention")
+        host = root.get_submodule(part.prefix_host)
+        layers, heads, head_dim = host.prefix_shape
+        reference = next(root.parameters())
+        dtype = torch.float32 if reference.dtype in (torch.float16, torch.bfloat16) else reference.dtype
+        factory = {"dtype": dtype, "device": reference.device}
+        host.prefix_encoder = PrefixEncoder(
+            self.num_virtual_tokens, layers, heads, head_dim, self.projection_width(heads * head_dim), **factory
+        )
+
+    @staticmethod
+    def encoder(root: nn.Module, part: Part) -> PrefixEncoder:
+        return root.get_submodule(part.prefix_host).prefix_encoder
+
+    def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
+        """PEFT's one key ``prompt_embeddings`` ``[n, layers * 2 * C]``; with a projection also its own weights, which PEFT drops."""
+        encoder = self.encoder(root, part)
+        saved = {"prompt_embeddings": encoder.matrix().detach()}
+        if encoder.transform is not None:
+            saved |= {PROJECTION + name: p.detach() for name, p in encoder.named_parameters()}
+        return saved
+
+    def load(self, root: nn.Module, part: Part, tensors: dict[str, Tensor], where: str) -> None:
+        encoder = self.encoder(root, part)
+        check_keys(self.tensors(root, part), tensors, where)
+        with torch.no_grad():
+            for name, parameter in encoder.named_parameters():
+                parameter.copy_(tensors["prompt_embeddings" if encoder.transform is None else PROJECTION + name])
+
+    def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
+        encoder = self.encoder(root, part)
+        width = encoder.heads * encoder.head_dim
+        return {
+            "peft_type": self.peft_type,
+            "task_type": part.peft_task,
+            "num_virtual_tokens": encoder.tokens,
+            "num_layers": encoder.layers,
+            "num_attention_heads": encoder.heads,
+            "num_transformer_submodules": 1,
+            "token_dim": width,
+            "encoder_hidden_size": self.projection_width(width) or width,
+            "prefix_projection": self.projection,
+            "inference_mode": True,
+        }
+
+    @staticmethod
+    def from_peft(config: dict[str, Any]) -> PTv2:
+        """PEFT saves the projection's output only, so either kind loads as direct keys and values."""
+        return PTv2(num_virtual_tokens=config["num_virtual_tokens"])
+
+
+@dataclass(frozen=True)
+class Prefix(PTv2):
+    """Prefix tuning: n learned tokens, projected to every layer's keys and values by an MLP of ``projection_dim`` (default: C)."""
+
+    name: ClassVar[str] = "Prefix"
+    projection: ClassVar[bool] = True
+    projection_dim: int | None = None
+
+    def projection_width(self, width: int) -> int | None:
+        return self.projection_dim or width

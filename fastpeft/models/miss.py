@@ -1,0 +1,196 @@
+"""MISS: transformers' BlipForQuestionAnswering with the official model's numbers, loss and padding.
+
+Source: Chen et al., MISS (arXiv 2401.05163) and its code. What the official model has and BlipConfig's defaults do not: 480 px,
+12 text heads, vision norms with eps 1e-6, text dropout 0.1, drop-path up to 0.1 in the vision encoder, label smoothing 0.1; the loss
+is summed over an answer's tokens and averaged over samples; a question's padding is masked in the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import BlipConfig, BlipForQuestionAnswering
+from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
+
+from fastpeft.methods import Part
+
+DROP_PATH = 0.1
+
+PARTS = (
+    Part(
+        "vit",
+        "vision_model",
+        lora=("qkv", "projection", "fc1", "fc2", "patch_embedding"),
+        ia3=("fc2",),
+        ia3_feedforward=("fc2",),
+        attention=("self_attn",),
+        ffn=("mlp",),
+    ),
+    *(
+        Part(
+            name,
+            path,
+            lora=("query", "value"),
+            ia3=("key", "value", "output.dense"),
+            ia3_feedforward=("output.dense",),
+            attention=("attention", "crossattention"),
+            ffn=r"(.*\.)?layer\.\d+\.(intermediate|output)\.dense",  # not the attention's output.dense
+            prefix_host=host,
+            peft_task=task,
+        )
+        for name, path, host, task in (
+            ("jtm", "text_encoder", "", "FEATURE_EXTRACTION"),
+            ("dec", "text_decoder", "bert", "CAUSAL_LM"),
+        )
+    ),
+)
+
+
+def miss_config(*, image_size=480, vocab_size=30_524, hidden_size=768, layers=12, heads=12, tiny=False, **text) -> BlipConfig:
+    """The official MISS as a BlipConfig; ``tiny`` is its 64-pixel sibling for tests and the demo."""
+    vision = {"patch_size": 16, "num_hidden_layers": layers}
+    if tiny:
+        image_size, vocab_size, hidden_size, layers, heads = 64, 512, 128, 3, 4
+        vision = {"patch_size": 8, "num_hidden_layers": 4}
+        text = {"max_position_embeddings": 128} | text
+    text_config = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "encoder_hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 512,
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "label_smoothing": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": vocab_size - 2,  # [DEC]
+        "sep_token_id": 102 if vocab_size > 30_000 else 3,
+        "eos_token_id": 102 if vocab_size > 30_000 else 3,
+        "projection_dim": hidden_size,
+    }
+    vision_config = {
+        "image_size": image_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_attention_heads": heads,
+        "layer_norm_eps": 1e-6,
+        "projection_dim": hidden_size,
+        "drop_path_rate": DROP_PATH,
+        **vision,
+    }
+    return BlipConfig(text_config=text_config | text, vision_config=vision_config, projection_dim=hidden_size)
+
+
+class MissForQuestionAnswering(BlipForQuestionAnswering):
+    """BlipForQuestionAnswering whose loss, masks and training behaviour are the official MISS's.
+
+    Beyond transformers' arguments, ``forward`` takes ``image_index`` [B]: sample b asks about ``pixel_values[image_index[b]]``, so
+    that an image shared by several questions is encoded once.
+    """
+
+    def __init__(self, config: BlipConfig):
+        super().__init__(config)
+        last = getattr(config.vision_config, "drop_path_rate", 0.0)
+        vision = self.vision_model.encoder.layers
+        for i, layer in enumerate(vision):  # grows linearly with depth, from 0 to the configured rate
+            for branch in (layer.self_attn, layer.mlp):
+                branch.register_forward_hook(DropPath(last * i / max(1, len(vision) - 1)))
+
+    def train(self, mode: bool = True):
+        """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
+        super().train(mode)
+        for path in getattr(self, "evaluation_only", ()):
+            self.get_submodule(path).eval()
+        return self
+
+    def encode_images(self, pixel_values: Tensor, image_index: Tensor | None = None, **kwargs) -> Tensor:
+        """[U, 3, S, S] -> [U or B, 1 + patches, C]."""
+        embeds = self.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state
+        return embeds if image_index is None else embeds[image_index]
+
+    def encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None, image_embeds: Tensor) -> Tensor:
+        """Question states [B, M, C]; an image has no padding, so nothing is masked there."""
+        return self.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds
+        ).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_index: Tensor | None = None,
+        **kwargs,
+    ) -> BlipTextVisionModelOutput:
+        """input_ids [B, M] with [ENC] first; labels [B, L] = the answer's tokens with [DEC] first and padding -100.
+
+        ``loss``: cross entropy of each answer's next tokens with label smoothing, summed over tokens, averaged over samples.
+        """
+        if labels is None and decoder_input_ids is None:
+            raise ValueError("give labels (training) or decoder_input_ids; to answer questions call generate()")
+        if decoder_input_ids is None:
+            decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
+        if decoder_attention_mask is None and labels is not None:
+            decoder_attention_mask = labels != -100
+        image_embeds = self.encode_images(pixel_values, image_index, interpolate_pos_encoding=interpolate_pos_encoding)
+        answer = self.text_decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=self.encode_questions(input_ids, attention_mask, image_embeds),
+            encoder_attention_mask=attention_mask,
+            labels=labels,
+            reduction="sum",
+        )
+        return BlipTextVisionModelOutput(
+            loss=None if labels is None else answer.loss / labels.shape[0],
+            image_embeds=image_embeds,
+            last_hidden_state=image_embeds,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_index: Tensor | None = None,
+        **generate_kwargs,
+    ) -> Tensor:
+        """Token ids of the answers; ``generate_kwargs`` go to transformers' ``generate`` (papers: num_beams=3, max_length=10).
+
+        The question's padding is masked, so an answer does not depend on what else is in the batch (the official code attends to it).
+        """
+        image_embeds = self.encode_images(pixel_values, image_index, interpolate_pos_encoding=interpolate_pos_encoding)
+        question = self.encode_questions(input_ids, attention_mask, image_embeds)
+        text = self.config.text_config
+        return self.text_decoder.generate(
+            input_ids=torch.full((len(question), 1), self.decoder_start_token_id, device=question.device),
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            encoder_hidden_states=question,
+            encoder_attention_mask=attention_mask if attention_mask is not None else torch.ones_like(input_ids),
+            **generate_kwargs,
+        )
+
+
+class DropPath:
+    """Stochastic depth as a hook on a residual branch: in training a sample's branch is zero with probability ``rate``, else
+    divided by ``1 - rate``. A hook, so that the branch's module may be transformers' or ours."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, args, output):
+        if not module.training or self.rate == 0.0:
+            return output
+        branch = output[0] if isinstance(output, tuple) else output
+        keep = branch.new_empty(branch.shape[0], *([1] * (branch.dim() - 1))).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return (branch * keep, *output[1:]) if isinstance(output, tuple) else branch * keep

@@ -1,0 +1,86 @@
+"""Drop-in execution: exchange a model's modules in place for ones on fastpeft's operators, and take it back.
+
+A module is exchanged by giving it another class with another ``forward``; its parameters, their names, its hooks and every reference
+to it stay. A class is exchanged only where it is exactly the one known (a subclass may mean something else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fastpeft.methods.base import swap_class
+from fastpeft.models import blip, layers
+
+
+@dataclass
+class Report:
+    """What :func:`optimize` did. ``swapped``: (name, class); ``skipped``: (name, reason); ``notes``: changes of behaviour."""
+
+    swapped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} modules swapped, {len(self.skipped)} skipped"]
+        lines += [f"  skipped {name or '(model)'}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
+    """Exchange every known module of ``model`` for its fused form, in place.
+
+    filter_fn(module, name) -> bool: return False to leave a module as it is. Outputs, losses and gradients stay those of the model,
+    up to rounding, except where the report's ``notes`` say otherwise. Call it as often as you like; :func:`restore` undoes it.
+    """
+    report = Report()
+    for name, module in model.named_modules():
+        ours = blip.SWAPS.get(type(module), layers.LayerNorm if type(module) is nn.LayerNorm else None)
+        if ours is None:
+            continue
+        reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else ""
+        if filter_fn is not None and not filter_fn(module, name):
+            reason = "left out by filter_fn"
+        if reason:
+            report.skipped.append((name, reason))
+            continue
+        swap_class(module, ours)
+        report.swapped.append((name, ours.__name__))
+        if ours is blip.TextAttention and blip.MASK_FIX not in report.notes:
+            report.notes.append(blip.MASK_FIX)
+    if not report.swapped and not report.skipped:
+        known = ", ".join(sorted(cls.__name__ for cls in (*blip.SWAPS, nn.LayerNorm)))
+        report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {known}"))
+    return report
+
+
+def restore(model: nn.Module) -> list[tuple[str, str]]:
+    """Give every exchanged module its own class back. Returns (name, reason) of those that stay, because an attached method
+    (Prefix, PTv2) can only run in them."""
+    original = {ours: theirs for theirs, ours in blip.SWAPS.items()} | {layers.LayerNorm: nn.LayerNorm}
+    needed = {
+        child: f"needed by the prefix in {name or 'the model'}"
+        for name, module in model.named_modules()
+        if getattr(module, "prefix_encoder", None) is not None
+        for child in module.modules()
+        if type(child) in blip.PREFIX_SWAPS.values()
+    }
+    stayed = []
+    for name, module in model.named_modules():
+        if type(module) not in original:
+            continue
+        if module in needed:
+            stayed.append((name, needed[module]))
+        else:
+            swap_class(module, original[type(module)])
+    return stayed
+
+
+def make_room_for_prefix(host: nn.Module) -> None:
+    """Give a text model and what is below it the classes that can run with prefix keys."""
+    for module in host.modules():
+        if type(module) in blip.PREFIX_SWAPS:
+            swap_class(module, blip.PREFIX_SWAPS[type(module)])
+

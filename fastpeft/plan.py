@@ -1,0 +1,185 @@
+"""Plans in the papers' notation: one treatment per part, "F/LoRA/LoRA"; build a model, apply a plan, count what it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
+from fastpeft.models import NAMES, load_model, new_model, parts_of, pretrained_folder
+from fastpeft.optimize import make_room_for_prefix, optimize
+
+Treatment = Method | str | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to each part: ``{part: (method, ...)}``. ``str(plan)`` is the papers' notation."""
+
+    treatments: dict[str, tuple[Method, ...]]
+
+    def __str__(self) -> str:
+        return "/".join("+".join(map(str, methods)) for methods in self.treatments.values())
+
+    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """JSON- and YAML-able; :func:`parse` reads it back."""
+        return {part: [{m.name: m.options()} for m in methods] for part, methods in self.treatments.items()}
+
+
+def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], **options) -> Plan:
+    """A plan from "F/LoRA/LoRA", from ``{"vit": "F", "jtm": LoRA(r=8)}`` (parts left out are frozen), or from a YAML file of that form.
+
+    Treatments combine with "+" ("Excitor+LoRA"). ``options`` (``r=8``) go to every method of the plan that has a field of that name.
+    ValueError names what is wrong: an unknown treatment, a wrong number of parts, an option nobody takes.
+    """
+    names = [part.name for part in parts]
+    if isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith((".yaml", ".yml"))):
+        plan = _read_yaml(Path(plan))
+    if isinstance(plan, str):
+        entries = [entry.strip() for entry in plan.split("/")]
+        if len(entries) != len(names):
+            raise ValueError(f"plan {plan!r} has {len(entries)} treatments; this model has {len(names)} parts: {'/'.join(names)}")
+        plan = dict(zip(names, entries))
+    if unknown := [name for name in plan if name not in names]:
+        raise ValueError(f"no part called {', '.join(map(repr, unknown))}; this model's parts are {', '.join(names)}")
+    used: set[str] = set()
+    treatments = {name: _treatment(plan.get(name), options, used, name) for name in names}
+    if unused := sorted(set(options) - used):
+        raise ValueError(f"no method of this plan takes {', '.join(unused)}")
+    return Plan(treatments)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Treatment] | str:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from None
+    content = content.get("plan", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict | str):
+        raise ValueError(f"{path} holds no plan; expected 'plan: F/LoRA/LoRA' or a mapping from parts to treatments")
+    return content
+
+
+def _treatment(entry: Treatment | list, options: Mapping[str, Any], used: set[str], part: str) -> tuple[Method, ...]:
+    if entry is None:
+        return (Frozen(),)
+    if isinstance(entry, Method):
+        return (entry,)
+    if isinstance(entry, str):
+        return tuple(_method(name.strip(), options, used, part) for name in entry.split("+"))
+    if isinstance(entry, Mapping):
+        return tuple(_method(name, options, used, part, **(own or {})) for name, own in entry.items())
+    if isinstance(entry, list | tuple):
+        return tuple(m for one in entry for m in _treatment(one, options, used, part))
+    raise ValueError(f"part {part!r}: {entry!r} is no treatment; give a name, a method such as LoRA(r=4), or a mapping of options")
+
+
+def _method(name: str, options: Mapping[str, Any], used: set[str], part: str, **own) -> Method:
+    cls = {known.lower(): cls for known, cls in METHODS.items()}.get(str(name).lower())
+    if cls is None:
+        raise ValueError(f"part {part!r}: unknown treatment {name!r}; known: {', '.join(METHODS)}")
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(own) - fields):
+        raise ValueError(f"part {part!r}: {cls.name} has no option {', '.join(unknown)}; it has {', '.join(sorted(fields)) or 'none'}")
+    shared = {k: v for k, v in options.items() if k in fields}
+    used.update(shared)
+    return cls(**(shared | own))
+
+
+def build(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    pretrained: bool = True,
+    **overrides,
+) -> nn.Module:
+    """A backbone, ready to run on fastpeft's operators, in evaluation mode.
+
+    model: "miss", "miss-tiny", or a local transformers folder (BLIP VQA). A name whose weights ship with the package loads them
+    unless ``pretrained=False`` or ``overrides`` (fields of the configuration, such as ``image_size=224``) change its shape; otherwise
+    weights are random and depend on ``seed`` alone. device "meta" allocates nothing: enough to count, plan and estimate.
+    """
+    device, named = torch.device(device), str(model) in NAMES
+    folder = pretrained_folder(model)
+    if named and (folder is None or overrides or not pretrained):
+        built = new_model(str(model), device=device, seed=seed, **overrides)
+        source = {"model": str(model), "pretrained": False, "seed": seed, "overrides": overrides}
+    elif overrides:
+        raise ValueError(f"{model} is a folder; its shape is in its config.json, so {', '.join(overrides)}= cannot change it")
+    else:
+        built = load_model(folder, device=device, dtype=dtype)
+        source = {"model": str(model) if named else str(folder.resolve())}
+    built.fastpeft_source = source | {"dtype": str(dtype).removeprefix("torch.")}
+    built.to(device=device, dtype=dtype)
+    optimize(built)
+    return built.eval()
+
+
+def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | None = None, **options) -> nn.Module:
+    """Apply a plan to ``model`` in place (and return it): freeze its base, then attach each part's method.
+
+    ``adapt(model, "F/LoRA/LoRA", r=4)``, or by part: ``adapt(model, vit="F", jtm=LoRA(r=4), dec=LoRA(r=4))``; parts left out are frozen.
+    """
+    if getattr(model, "fastpeft_plan", None) is not None:
+        raise ValueError(f"the model is adapted already ({model.fastpeft_plan}); merge it, or build a new one")
+    parts = parts_of(model)
+    by_part = {part.name: options.pop(part.name) for part in parts if part.name in options}
+    if plan is not None and by_part:
+        raise ValueError(f"give a plan or treatments by part ({', '.join(by_part)}=), not both")
+    if plan is None and not by_part:
+        raise ValueError(f"give a plan such as {'/'.join('LoRA' for _ in parts)!r}, or treatments by part: {[p.name for p in parts]}")
+    if not isinstance(plan, Plan):
+        plan = parse(by_part if plan is None else plan, parts, **options)
+    model.requires_grad_(False)
+    for part in parts:
+        root = part.of(model)
+        for method in plan.treatments[part.name]:
+            if part.prefix_host is not None and hasattr(method, "num_virtual_tokens"):
+                make_room_for_prefix(root.get_submodule(part.prefix_host))
+            method.attach(root, part)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.requires_grad_(True)
+    # a frozen part's output for an input is then a constant: no dropout, no drop-path
+    model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),)]
+    model.fastpeft_plan = plan
+    return model.train(model.training)
+
+
+def count(model: nn.Module) -> dict[str, Any]:
+    """Parameters by what becomes of them; tied weights count once, in the first part that holds them.
+
+    ``percent`` is 100 * trainable / (base + adapters), MILE's convention; ``percent_of_base`` the LayerNorm paper's.
+    """
+    whole = _count(list(model.named_parameters()))
+    seen: set[int] = set()
+    parts = {}
+    for part in parts_of(model):
+        mine = [(name, p) for name, p in part.of(model).named_parameters() if id(p) not in seen]
+        seen.update(id(p) for _, p in mine)
+        parts[part.name] = _count(mine)
+    return whole | {"parts": parts}
+
+
+def _count(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    adapters = sum(p.numel() for name, p in parameters if is_adapter(name))
+    total = sum(p.numel() for _, p in parameters)
+    trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
+    base = total - adapters
+    return {
+        "total": total,
+        "base": base,
+        "adapters": adapters,
+        "trainable": trainable,
+        "percent": 100 * trainable / max(1, total),
+        "percent_of_base": 100 * trainable / max(1, base),
+    }
