@@ -1,0 +1,215 @@
+"""Attention with key padding, causality, grouped heads, prefixes and (IA)^3, each folded into one ordinary flash attention.
+
+    O = softmax(Q K^T / sqrt(d)) V                     lse = logsumexp of the scaled scores
+
+    (IA)^3   softmax(Q (K l_k)^T) (V l_v) = attention(Q l_k, K, V) l_v          K, V are never scaled, nothing is divided by l
+             dl_k = sum Q dQ',  dQ = dQ' l_k           dl_v = sum dO' O,  dO = dO' l_v
+    prefix   keys [P_k; K], values [P_v; V]: the parts' outputs meet by their lse,
+             O = O_r + w (O_p - O_r),  w = sigmoid(lse_p - lse_r)
+             The prefix has no batch dimension: the batch folds into its queries' length. Backward runs once per part, each
+             with the merged O and lse; dP is summed over the batch inside.
+
+Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
+Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d], H a multiple of H_kv; key_padding_mask [B, N], True = attend;
+P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64).
+
+| gradient needed for | saved                                | computed in backward                                       |
+|---------------------|--------------------------------------|------------------------------------------------------------|
+| q, k, v or l_k      | q, k, v, o, lse (q and o unscaled)   | ATen's flash backward: dq, dk and dv, whichever are needed |
+| P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
+| l_v alone           | o                                    | one sum                                                    |
+
+This is the CPU's path. On CUDA, and with dropout, the same folding surrounds SDPA, flash-attn or xformers
+(attention_backends.py). With a prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops.attention_backends import allowed_keys, around_sdpa
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=None, prefix=None, rescale=None) -> Tensor:
+    """The definition, with every matrix formed."""
+    B, H, _, d = q.shape
+    groups = H // k.shape[1]
+    if rescale is not None:
+        k, v = k * rescale[0][:, None], v * rescale[1][:, None]
+    allowed = allowed_keys(q, k, causal, key_padding_mask)
+    n = 0 if prefix is None else prefix[0].shape[1]
+    if prefix is not None:
+        k, v = (torch.cat([p.expand(B, -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v)))
+        allowed = None if allowed is None else torch.nn.functional.pad(allowed, (n, 0), value=True)
+    k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    scores = q @ k.mT * (d**-0.5 if scale is None else scale)
+    if allowed is None:
+        return scores.softmax(-1) @ v
+    alive = allowed.any(-1, keepdim=True)
+    return scores.masked_fill(~(allowed | ~alive), -torch.inf).softmax(-1).masked_fill(~alive, 0.0) @ v
+
+
+def _plan(q: Tensor, k: Tensor, causal: bool, padding: Tensor | None) -> tuple[bool, Tensor | None]:
+    """(is_causal, additive mask) for ATen, whose own causality is aligned at the first query: right for M = N only."""
+    is_causal = causal and q.shape[2] == k.shape[2]
+    mask = allowed_keys(q, k, causal and not is_causal, padding)
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    return is_causal, mask
+
+
+def _fold(t: Tensor) -> Tensor:
+    """[B, H, M, ...] -> [1, H, B M, ...]: a view where t is stored [B, M, H, ...], as projections and ATen leave it."""
+    return t.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+
+
+def _unfold(t: Tensor, B: int) -> Tensor:
+    return t[0].transpose(0, 1).unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def _per_query_head(l: Tensor, q: Tensor) -> Tensor:
+    return l.to(q.dtype).repeat_interleave(q.shape[1] // l.shape[0], 0)[:, None]  # [H, 1, d]
+
+
+def _sum_per_kv_head(a: Tensor, b: Tensor, l: Tensor) -> Tensor:
+    """Sum of a b over batch, length and the query heads that share a key head: [H_kv, d]."""
+    total = (a * b).sum((0, 2), dtype=accumulator(a.dtype))
+    return total.unflatten(0, (l.shape[0], -1)).sum(1).to(l.dtype)
+
+
+def _merge(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, pk: Tensor, pv: Tensor, scale: float, causal, padding):
+    """Attention to [P; K] from attention to K."""
+    op, lp = (_unfold(t, q.shape[0]) for t in _flash(_fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), scale=scale))
+    if padding is not None or (causal and q.shape[2] > k.shape[2]):
+        alive = allowed_keys(q, k, causal, padding).any(-1)  # ATen leaves lse = 0 where every key is masked
+        lse = lse.masked_fill(~alive, -torch.inf)
+    weight = torch.sigmoid(lp - lse)[..., None]
+    acc = accumulator(o.dtype)
+    return torch.lerp(o.to(acc), op.to(acc), weight.to(acc)).to(o.dtype), torch.logaddexp(lse, lp)
+
+
+def _forward(causal, scale, padding, q, k, v, pk, pv, lk):
+    is_causal, mask = _plan(q, k, causal, padding)
+    scaled = q if lk is None else q * _per_query_head(lk, q)
+    o, lse = _flash(scaled, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return (o, lse) if pk is None else _merge(o, lse, q, k, pk, pv, scale, causal, padding)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx, causal, scale, padding, q, k, v, pk, pv, lk, lv):
+        o, lse = _forward(causal, scale, padding, q, k, v, pk, pv, lk)
+        need_q, need_k, need_v, need_pk, need_pv, need_lk, need_lv = ctx.needs_input_grad[3:]
+        ctx.real = need_q or need_k or need_v or need_lk
+        ctx.prefix = pk is not None and (need_pk or need_pv or need_q)
+        ctx.causal, ctx.scale = causal, scale
+        both, any_part = (ctx.real, ctx.real or ctx.prefix)
+        saved = (q if any_part else None, k if both else None, v if both else None)
+        saved += (o if any_part or need_lv else None, lse if any_part else None, padding if both else None, pk, pv, lk, lv)
+        ctx.save_for_backward(*saved)
+        return o if lv is None else o * _per_query_head(lv, q)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse, padding, pk, pv, lk, lv = ctx.saved_tensors
+        need_q, _, _, _, _, need_lk, need_lv = ctx.needs_input_grad[3:]
+        dq = dk = dv = dpk = dpv = dlk = dlv = None
+        if lv is not None:
+            dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
+            do = do * _per_query_head(lv, do)
+        if ctx.real:
+            is_causal, mask = _plan(q, k, ctx.causal, padding)
+            scaled = q if lk is None else q * _per_query_head(lk, q)
+            dq, dk, dv = _flash_bwd(do, scaled, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
+            if lk is not None:
+                dlk = _sum_per_kv_head(q, dq, lk) if need_lk else None
+                dq = dq * _per_query_head(lk, dq) if need_q else None
+        if ctx.prefix:
+            parts = (_fold(do), _fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), _fold(o), _fold(lse))
+            dqp, dpk, dpv = _flash_bwd(*parts, 0.0, False, scale=ctx.scale)
+            dq = dq + _unfold(dqp, q.shape[0]) if need_q else None
+            dpk, dpv = dpk[0].to(pk.dtype), dpv[0].to(pv.dtype)
+        return None, None, None, dq, dk, dv, dpk, dpv, dlk, dlv
+
+
+def _count(query, key, products: int) -> int:
+    return products * 2 * query[0] * query[1] * query[2] * key[2] * query[3]
+
+
+if flop_registry.get(_flash) is None:  # torch counts SDPA's CUDA kernels only; like it, causality is not discounted
+
+    @register_flop_formula(_flash)
+    def _flash_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+        return _count(query, key, 2)
+
+    @register_flop_formula(_flash_bwd)
+    def _flash_bwd_flops(grad_out, query, key, *args, out_shape=None, **kwargs) -> int:
+        return _count(query, key, 5)
+
+
+def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
+    check_floating("attention", q=q, k=k, v=v)
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"attention: {shapes} do not fit; pass q [B, H, M, d] and k, v [B, H_kv, N, d]")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads cannot share {k.shape[1]} key heads; H must be a multiple of H_kv")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
+    if padding is not None and (padding.dtype != torch.bool or padding.shape != (k.shape[0], k.shape[2])):
+        raise ValueError(
+            f"attention: key_padding_mask is {padding.dtype} {tuple(padding.shape)}; pass bool [B, N] ="
+            f" [{k.shape[0]}, {k.shape[2]}], True = attend"
+        )
+    if prefix is not None and any(p.dim() != 3 or p.shape[::2] != k.shape[1::2] or p.shape != prefix[0].shape for p in prefix):
+        raise ValueError(f"attention: prefix shapes {[tuple(p.shape) for p in prefix]}; pass (P_k, P_v), each [H_kv, n, d]")
+    if rescale is not None and any(l.shape != k.shape[1::2] for l in rescale):
+        raise ValueError(f"attention: rescale shapes {[tuple(l.shape) for l in rescale]}; pass (l_k, l_v), each [H_kv, d]")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"attention: dropout_p is {dropout_p}; it must lie in [0, 1)")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    rescale: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Softmax attention of q [B, H, M, d] to k, v [B, H_kv, N, d]; returns [B, H, M, d].
+
+    ``causal``: query i sees keys j <= i + N - M. ``key_padding_mask`` [B, N] bool, True = attend. ``scale``: 1/sqrt(d).
+    ``prefix`` = (P_k, P_v) [H_kv, n, d]: keys and values every query sees, before the others.
+    ``rescale`` = (l_k, l_v) [H_kv, d]: (IA)^3's factors on k and v, not on the prefix. ``dropout_p`` falls on the
+    probabilities. A query without any key gives 0 and gets gradient 0.
+    Raises ValueError or TypeError where shapes or dtypes do not fit.
+    """
+    _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if prefix is not None and prefix[0].shape[1] == 0:
+        prefix = None
+    if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
+        k, v = (t * l.to(t.dtype)[:, None] for t, l in zip((k, v), rescale))
+        rescale = None
+    pk, pv = prefix or (None, None)
+    lk, lv = rescale or (None, None)
+    if q.device.type != "cpu" or dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
+        q = q if lk is None else q * _per_query_head(lk, q)
+        o = around_sdpa(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
+        return o if lv is None else o * _per_query_head(lv, o)
+    if wants_grad(q, k, v, pk, pv, lk, lv):
+        return _Attention.apply(causal, scale, key_padding_mask, q, k, v, pk, pv, lk, lv)
+    o, _ = _forward(causal, scale, key_padding_mask, q, k, v, pk, pv, lk)
+    return o if lv is None else o * _per_query_head(lv, o)
