@@ -1,20 +1,24 @@
-"""Files of a data set: which annotation file serves a split, how it is parsed, and where an entry's image lies. Used by `formats`."""
+"""Files of a data set, for `formats`: which annotation file serves a split, how it is parsed, where an entry's image lies."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 _SUFFIXES = (".json", ".jsonl", ".jsol", ".ndjson")
-_KINDS = {  # the last word(s) of a file's name, without its suffix, in lower case
+_KINDS = {  # the last word or words of a file's name, without its suffix, in lower case
     "train": ("train", "trainset", "training"),
     "val": ("val", "valid", "validate", "validation", "valset"),
     "test": ("test", "testset", "testing"),
     "both": ("dataset public", "rad dataset"),
     "instructions": ("instruction data",),
 }
-_LOOKED_FOR = "train.json, validate.json, test.json (Slake), trainset.json, testset.json, VQA_RAD Dataset Public.json (VQA-RAD), *instruction_data.json (MILE)"
+_LOOKED_FOR = (
+    "train.json, validate.json, test.json (Slake), trainset.json, testset.json, VQA_RAD Dataset Public.json (VQA-RAD), "
+    "instruction_data.json (MILE), or names that end so, such as slake_train.jsonl"
+)
 _IMAGE_FOLDERS = ("imgs", "images", "image", "img", "vqa_rad image folder", "vqa_rad images")
 
 
@@ -26,24 +30,30 @@ class Refused(ValueError):
         self.reason = reason
 
 
+def _words(file: Path) -> str:
+    return re.sub(r"[\s_.-]+", " ", file.stem).lower().strip()
+
+
 def _kind(file: Path) -> str | None:
-    words = re.sub(r"[\s_.-]+", " ", file.stem).lower().strip()
-    for kind, endings in _KINDS.items():
-        if any(words == e or words.endswith(" " + e) for e in endings):
-            return kind
-    return None
+    words = _words(file)
+    if file.suffix.lower() not in _SUFFIXES or file.name.startswith("."):  # macOS archives carry a ._train.json
+        return None
+    return next((kind for kind, ends in _KINDS.items() if any(words == e or words.endswith(f" {e}") for e in ends)), None)
 
 
 def choose_files(folder: Path, split: str | None) -> tuple[list[Path], str]:
-    """(annotation files, note) of a split of a folder; the note says so where a split's own file was absent. ValueError where none serves."""
+    """(annotation files, note) of a split of a folder. The note says so where the split has no file of its own.
+
+    train: the training file, else the one that marks both splits, else the instruction file. test: the test file, else the one
+    that marks both, else the validation file, else the only one. None: training, validation and test files, else the others.
+    """
     found: dict[str, list[Path]] = {}
-    others = []
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in _SUFFIXES and file.is_file():
-            kind = _kind(file)
-            found.setdefault(kind, []).append(file) if kind else others.append(file.name)
+        kind = _kind(file)
+        if kind and file.is_file():
+            found.setdefault(kind, []).append(file)
     if not found:
-        raise ValueError(_none_found(folder, others))
+        raise ValueError(_none_found(folder))
     if split is None:
         named = [file for kind in ("train", "val", "test") for file in found.get(kind, ())]
         return named or found.get("both") or found["instructions"], ""
@@ -52,26 +62,30 @@ def choose_files(folder: Path, split: str | None) -> tuple[list[Path], str]:
         if kind in found:
             file = _only(folder, found[kind], split)
             return [file], f"no test file: {file.name} is used" if split == "test" and kind == "val" else ""
-    names = sorted(f.name for files in found.values() for f in files)
-    if split == "test" and len(names) == 1:
-        return [next(iter(found.values()))[0]], f"no test file: {names[0]} is used, which may be what was trained on"
-    raise ValueError(f"{folder}: no {split} file among {', '.join(names)}; name the file to use as split_file")
+    files = sorted(file for kind in found.values() for file in kind)
+    if split == "test" and len(files) == 1:
+        return files, f"no test file: {files[0].name} is used, the only one; a model trained on it is tested on what it has seen"
+    raise ValueError(f"{folder}: no {split} file among {_names(files)}; name the file to use as split_file")
+
+
+def _names(files) -> str:
+    return ", ".join(file.name for file in files)
 
 
 def _only(folder: Path, files: list[Path], split: str) -> Path:
-    plain = [f for f in files if " " not in re.sub(r"[\s_.-]+", " ", f.stem).strip()]  # train.json before slake_train.json
-    files = plain or files
+    files = [file for file in files if " " not in _words(file)] or files  # train.json goes before slake_train.json
     if len(files) > 1:
-        raise ValueError(f"{folder}: several {split} files ({', '.join(f.name for f in files)}); name the one to use as split_file")
+        raise ValueError(f"{folder}: several {split} files ({_names(files)}); name the one to use as split_file")
     return files[0]
 
 
-def _none_found(folder: Path, others: list[str]) -> str:
+def _none_found(folder: Path) -> str:
     message = f"{folder}: no annotation file found; looked for {_LOOKED_FOR}"
-    inner = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(_kind(f) for s in _SUFFIXES for f in d.glob(f"*{s}")))
-    if inner:
-        return f"{message}; did you mean {folder / inner[0]}?"
-    return f"{message}; to use {others[0]}, name it as split_file" if others else message
+    for inner in sorted(d for d in folder.iterdir() if d.is_dir()):
+        if any(_kind(file) for file in inner.iterdir()):
+            return f"{message}; did you mean {inner}?"
+    other = next((f.name for f in sorted(folder.iterdir()) if f.suffix.lower() in _SUFFIXES), None)
+    return f"{message}; to use {other}, name it as split_file" if other else message
 
 
 def find_split_file(folder: Path, split_file) -> Path:
@@ -91,81 +105,66 @@ def _read_text(file: Path) -> str:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def read_json(file: Path) -> list:
-    """The entries of a JSON list or of JSON lines, not empty. ValueError with line and column where it doesn't parse."""
-    text = _read_text(file)
+def _parse(file: Path, text: str, first_line: int = 1):
     try:
-        value = json.loads(text)
-        if not isinstance(value, list) and file.suffix.lower() != ".json":
-            value = [value]  # JSON lines of one line
-    except (json.JSONDecodeError, RecursionError) as error:
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        by_line = file.suffix.lower() in (".jsonl", ".ndjson") or (len(lines) > 1 and _parses(lines[0][1]))
-        if not by_line:
-            raise ValueError(f"{file}: not valid JSON: {_where(error)}") from None
-        value = [_parse_line(file, number, line) for number, line in lines]
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {first_line - 1 + error.lineno}, column {error.colno}"
+        raise ValueError(f"{file}: not valid JSON: {where}: {error.msg}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: not valid JSON: nested too deeply") from None
+
+
+def read_json(file: Path) -> list:
+    """The entries of a JSON list or of JSON lines, at least one. ValueError with line and column where it doesn't parse."""
+    text = _read_text(file)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    first = lines[0][1].strip() if lines else ""
+    if first.startswith("{") and first.endswith("}"):  # a whole object on the first line
+        value = [_parse(file, line, number) for number, line in lines]
+    else:
+        value = _parse(file, text)
     if not isinstance(value, list):
-        raise ValueError(f"{file}: expected a JSON list of entries, not {type(value).__name__}")
+        raise ValueError(f"{file}: expected a JSON list of entries, or one JSON object on each line, not {type(value).__name__}")
     if not value:
         raise ValueError(f"{file}: holds no entries")
     return value
 
 
-def _where(error) -> str:
-    return f"line {error.lineno}, column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-
-
-def _parses(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-
-
-def _parse_line(file: Path, number: int, line: str):
-    try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {number}, column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f"line {number}: nested too deeply"
-        raise ValueError(f"{file}: not valid JSON: {where}") from None
-
-
-def is_entry_list(file: Path) -> bool:
-    """True for annotation files; False for lists of qids (a JSON list of text and numbers, or anything that isn't JSON by its name)."""
-    if file.suffix.lower() not in _SUFFIXES:
-        return _read_text(file).lstrip().startswith(("[", "{"))
-    return not all(isinstance(e, (str, int)) for e in read_json(file))
-
-
-def read_ids(file: Path) -> dict[str, None]:
-    """The qids of a split file, in order, each once."""
-    if file.suffix.lower() in _SUFFIXES:
-        ids = [str(e).strip() for e in read_json(file)]
-    else:
-        ids = [line.strip() for line in _read_text(file).splitlines() if line.strip() and not line.lstrip().startswith("#")]
+def read_split_file(file: Path) -> tuple[list, list[str]]:
+    """(entries, qids) of a split file, one of them empty: annotations, or a JSON list or a text file of qids, each taken once."""
+    entries: list = []
+    if file.suffix.lower() in _SUFFIXES or _read_text(file).lstrip().startswith(("[", "{")):
+        entries = read_json(file)
+        if not all(isinstance(entry, (str, int)) for entry in entries):
+            return entries, []
+    lines = entries or [line for line in _read_text(file).splitlines() if not line.lstrip().startswith("#")]
+    ids = [str(line).strip() for line in lines if str(line).strip()]
     if not ids:
         raise ValueError(f"{file}: holds no qids")
-    return dict.fromkeys(ids)
+    return [], list(dict.fromkeys(ids))
 
 
 class ImageFinder:
     """Paths of images by the names entries give them, never outside the data folder.
 
-    Tried in order: the name in the folder and in its image folders, then the name without its first component ("vqa-rad/x.jpg") in the same
-    places, then that in the image folders of the sub-folder called so.
+    Looked for in the folder and in its image folders (imgs, images, image, "VQA_RAD Image Folder"). Then, as in MILE's
+    "slake/..." and "vqa-rad/...", the name's first component is taken for a data set's: its own image folders if there is
+    one, else left out.
     """
 
     def __init__(self, folder: Path):
         self.root = folder.resolve()
         self._known: dict[str, Path] = {}
-        self._folders = {self.root: self._image_folders(self.root)}
+        self._bases: dict[Path, list[Path]] = {}
 
-    @staticmethod
-    def _image_folders(folder: Path) -> list[Path]:
-        if not folder.is_dir():
-            return []
-        named = {d.name.lower(): d for d in sorted(folder.iterdir()) if d.is_dir()}
-        return [folder, *(named[name] for name in _IMAGE_FOLDERS if name in named)]
+    def _folders(self, folder: Path) -> list[Path]:
+        if folder not in self._bases:
+            named = {d.name.lower(): d for d in sorted(folder.iterdir()) if d.is_dir()}
+            self._bases[folder] = [folder, *(named[name] for name in _IMAGE_FOLDERS if name in named)]
+        return self._bases[folder]
 
     def __call__(self, name: str) -> Path:
         """The absolute path of an image. `Refused` where it is absent or outside."""
@@ -174,23 +173,23 @@ class ImageFinder:
         return self._known[name]
 
     def _find(self, name: str) -> Path:
-        if "\0" in name or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or PureWindowsPath(name).root:
-            raise Refused("unsafe image path", f"image path {name!r} is refused: give it relative to the data folder")
+        refused = f"image path {name!r} is refused: "
+        if "\0" in name or name.startswith("/") or PureWindowsPath(name).drive or PureWindowsPath(name).root:
+            raise Refused("unsafe image path", refused + "give it relative to the data folder")
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or not parts:
-            raise Refused("unsafe image path", f"image path {name!r} is refused: it may not leave the data folder through '..'")
-        places = [base.joinpath(*parts) for base in self._folders[self.root]]
+            raise Refused("unsafe image path", refused + "it may not leave the data folder through '..'")
+        places = [base.joinpath(*parts) for base in self._folders(self.root)]
         if len(parts) > 1:
-            inner = self.root / parts[0]
-            if inner not in self._folders:
-                self._folders[inner] = self._image_folders(inner)
-            places += [base.joinpath(*parts[1:]) for base in self._folders[self.root] + self._folders[inner][1:]]
+            own = [base / parts[0] for base in self._folders(self.root) if (base / parts[0]).is_dir()]
+            bases = [folder for base in own for folder in self._folders(base)] or self._folders(self.root)
+            places += [base.joinpath(*parts[1:]) for base in bases]
         for place in places:
-            if not place.is_file():
+            if not os.path.isfile(place):  # False, not an error, for names too long
                 continue
             path = place.resolve()
             if not path.is_relative_to(self.root):
-                raise Refused("unsafe image path", f"image path {name!r} is refused: it leaves the data folder through a symbolic link")
+                raise Refused("unsafe image path", refused + "it leaves the data folder through a symbolic link")
             return path
-        looked = ", ".join(dict.fromkeys(str(p.parent.relative_to(self.root)) for p in places))
+        looked = ", ".join(dict.fromkeys(str(place.parent.relative_to(self.root)) for place in places))
         raise Refused("missing image", f"image {name!r} not found in {self.root} (looked in {looked})")

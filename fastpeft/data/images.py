@@ -1,4 +1,4 @@
-"""Images: decoded, brought to three channels of 8 bits, resized, scaled. No torchvision; the arithmetic is its `Resize` and `ToTensor`.
+"""Images: decoded, brought to three channels of 8 bits, resized, scaled; the arithmetic of torchvision's `Resize` and `ToTensor`.
 
 S = image_size. Pixels are kept as uint8 until the last step, so that a cache of them takes a quarter of the memory.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# What Pillow's decoders raise on damaged files, seen over PNG, JPEG, TIFF, GIF and BMP cut at every length.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+# Pillow's decoders raise more than OSError on damaged files, by format and by where the damage is.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
 
 
 def _to_rgb(image):
-    """Any Pillow mode to RGB. Transparency is dropped; modes deeper than 8 bits are scaled by their own range (darkest 0, brightest 255)."""
+    """Any Pillow mode to RGB. Transparency is dropped; more than 8 bits are scaled by their own range, darkest to 0."""
     if image.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, F: convert() would clip them at 255
         from PIL import Image
 
@@ -37,8 +37,8 @@ def _to_rgb(image):
 def load_image(image):
     """An RGB `PIL.Image` from a path or from an image already open (its first frame, its EXIF orientation not applied).
 
-    Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range. ValueError
-    naming the file where it is missing, damaged, no image, or so large that decoding it is unsafe.
+    Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range.
+    ValueError naming the file where it is missing, damaged, no image, or so large that decoding it is unsafe.
     """
     from PIL import Image
 
@@ -51,12 +51,12 @@ def load_image(image):
             return _to_rgb(opened)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path}: image too large to decode safely ({error})") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that Pillow can read (corrupt, or another kind of file)") from None
-    except _DECODE_ERRORS as error:
-        raise ValueError(f"{path}: corrupt image ({type(error).__name__}: {error})") from None
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: corrupt or unreadable image ({type(error).__name__}: {error})") from None
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Preprocess:
     """From an image to what a vision tower reads; JSON-able, so that an adapter can carry it.
 
     image_size: S, for a square resize (bilinear, antialiased). mean, std: per channel, or None for no normalisation.
-    extra_255: divide by 255 once more after scaling to [0, 1]: the preprocessing the official MISS and MILE checkpoints were trained with.
+    extra_255: divide by 255 once more after scaling to [0, 1]: the preprocessing the official MISS and MILE checkpoints were
+    trained with.
     """
 
     image_size: int = 480
@@ -80,8 +81,8 @@ class Preprocess:
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None:
-                if len(value) != 3 or (name == "std" and any(v <= 0 for v in value)):
-                    raise ValueError(f"{name}={value!r}: use three {'positive ' if name == 'std' else ''}numbers, one per channel")
+                if len(value) != 3 or (name == "std" and min(value) <= 0):
+                    raise ValueError(f"{name}={value!r}: use three numbers, one per channel (those of std above 0)")
                 object.__setattr__(self, name, tuple(float(v) for v in value))
 
     def to_dict(self) -> dict:
@@ -91,9 +92,10 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: dict) -> Preprocess:
         """The inverse of `to_dict`. ValueError names an unknown field."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown preprocessing field(s) {', '.join(unknown)}: known are {', '.join(f.name for f in fields(cls))}")
+            raise ValueError(f"unknown preprocessing fields {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**values)
 
     def pixels(self, image) -> torch.Tensor:
@@ -104,7 +106,7 @@ class Preprocess:
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
     def scale(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [..., 3, S, S] from the uint8 of `pixels`: to [0, 1], then the second /255, then the normalisation, where asked for."""
+        """float32 [..., 3, S, S] from the uint8 of `pixels`: to [0, 1], then the second /255 and the normalisation, if any."""
         x = pixels.to(torch.float32) / 255
         if self.extra_255:
             x = x / 255

@@ -1,4 +1,4 @@
-"""What every reader of `fastpeft.data` produces: samples of a question, its image and its answer, in a list that knows where they came from."""
+"""What every reader of `fastpeft.data` gives: samples of a question, its image and its answer, in a list with its origin."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class Sample:
 class SampleList(Sequence):
     """Samples, and what was left out on the way: a sequence that can be read like a list.
 
-    skipped: reason -> count of bad entries left out (`skip_bad`). filtered: language -> count of entries in languages not asked for.
-    format: "slake", "vqa-rad", "mile", or several joined by "+". files: the annotation files read. note: how the file was chosen, where
-    that wasn't the obvious choice, else "".
+    skipped: reason -> count of bad entries left out (`skip_bad`). filtered: language -> count of entries in languages not
+    asked for.
+    format: "slake", "vqa-rad", "mile", or several joined by "+". files: the annotation files read. note: how the file was
+    chosen, where that wasn't the obvious choice, else "".
     """
 
     samples: list[Sample]
@@ -62,8 +63,8 @@ class SampleList(Sequence):
 def normalise_answer(text) -> str:
     """The form in which two answers are compared: what an uncased WordPiece tokenizer can't express is dropped, and nothing else.
 
-    Lower case; accents removed; white space collapsed; no space beside punctuation, since decoding turns "x-ray" into "x - ray"; no
-    full stop at the end. Articles, plurals and synonyms count: "the left lung" isn't "left lung".
+    Lower case; accents removed; white space collapsed; no space beside punctuation, since decoding turns "x-ray" into "x -
+    ray"; no full stop at the end. Articles, plurals and synonyms count: "the left lung" isn't "left lung".
     """
     text = "".join(c for c in unicodedata.normalize("NFD", str(text).lower()) if unicodedata.category(c) != "Mn")
     text = re.sub(r"\s*([^\w\s]|_)\s*", r"\1", " ".join(text.split()))
@@ -73,8 +74,8 @@ def normalise_answer(text) -> str:
 def hold_out(samples: Sequence[Sample], fraction: float, seed: int = 0, by: str = "image") -> tuple[SampleList, SampleList]:
     """(kept, held): about `fraction` of the samples held out in whole groups, so that no image (by="image") is on both sides.
 
-    The same samples, fraction and seed give the same split on any machine. by="sample" splits questions one by one: images are then
-    shared, and a score on the held part measures memory of images too. ValueError where either side would be empty.
+    The same samples, fraction and seed give the same split on any machine. by="sample" splits questions one by one: images
+    are then shared, and a score on the held part measures memory of images too. ValueError where either side would be empty.
     """
     if by not in ("image", "sample"):
         raise ValueError(f'by={by!r}: use "image" or "sample"')

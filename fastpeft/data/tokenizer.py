@@ -1,4 +1,4 @@
-"""Text to ids the way the MISS family reads it: BERT WordPiece, [DEC] opening an answer and [ENC] a question. B = texts, L = tokens."""
+"""Text to ids as the MISS family reads it: BERT WordPiece, [ENC] opens a question and [DEC] an answer. B = texts, L = tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,16 +16,14 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_QUESTION = 35
 
 
-def _build(vocab: dict[str, int], where: str, **options):
-    from transformers import BertTokenizer
-
+def _check_specials(vocab: dict[str, int], file: Path) -> None:
     missing = [token for token in SPECIALS if token not in vocab]
     if missing:
-        raise ValueError(f"{where}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary is needed, such as bert-base-uncased's vocab.txt")
-    return _add_roles(BertTokenizer(vocab=vocab, **options))
+        raise ValueError(f"{file}: no {', '.join(missing)} in this vocabulary; a BERT vocabulary is needed")
 
 
 def _add_roles(tokenizer):
+    """[DEC] as the bos token, then [ENC]: the order of the official tokenizer, and so its ids."""
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
@@ -33,8 +32,8 @@ def _add_roles(tokenizer):
 def load_tokenizer(path):
     """A `BertTokenizer` from a local folder (tokenizer.json or vocab.txt) or from a vocab.txt; nothing is downloaded.
 
-    [DEC] (its bos token) and then [ENC] are appended where the vocabulary lacks them: ids 30,522 and 30,523 after bert-base-uncased's.
-    ValueError where the path, its vocabulary or a special token is missing.
+    [DEC] (its bos token) and then [ENC] are appended where the vocabulary lacks them: ids 30,522 and 30,523 after
+    bert-base-uncased's. ValueError where the path, its vocabulary or a special token is missing.
     """
     path = Path(path)
     if path.is_dir() and (path / "tokenizer.json").is_file():
@@ -46,34 +45,38 @@ def load_tokenizer(path):
         tokens = vocab_file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{vocab_file}: not UTF-8 text; a vocabulary is a text file with one token on each line") from None
-    tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    tokens = [token.rstrip("\r") for token in tokens]
+    while tokens and not tokens[-1]:  # empty lines at the end would push [DEC] and [ENC] to other ids
+        tokens.pop()
     twice = [token for token, n in Counter(tokens).items() if n > 1]
     if twice:
         raise ValueError(f"{vocab_file}: token {twice[0]!r} is there more than once; a line's number is its token's id")
-    return _build({token: i for i, token in enumerate(tokens)}, str(vocab_file), **_options(vocab_file.parent))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    _check_specials(vocab, vocab_file)
+    from transformers import BertTokenizer
+
+    beside = vocab_file.parent / "tokenizer_config.json"  # says what a vocab.txt can't
+    config = _read_object(beside) if beside.is_file() else {}
+    options = {name: config[name] for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars") if name in config}
+    return _add_roles(BertTokenizer(vocab=vocab, **options))
 
 
-def _options(folder: Path) -> dict:
-    """What a vocab.txt doesn't say and the tokenizer_config.json beside it may."""
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {name: config[name] for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars") if name in config}
+def _read_object(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    return value if isinstance(value, dict) else {}
 
 
 def _from_json(folder: Path):
     from transformers import BertTokenizer
 
     file = folder / "tokenizer.json"
-    try:
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
-        kind, vocab = model.get("type"), model["vocab"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a tokenizer file ({type(error).__name__}: {error})") from None
-    if kind not in (None, "WordPiece"):
-        raise ValueError(f"{file}: a {kind} tokenizer; BERT's WordPiece is needed")
-    missing = [token for token in SPECIALS if token not in vocab]
-    if missing:
-        raise ValueError(f"{file}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary is needed")
+    model = _read_object(file).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or model.get("type", "WordPiece") != "WordPiece":
+        raise ValueError(f"{file}: holds no WordPiece vocabulary; a BERT tokenizer is needed")
+    _check_specials(model["vocab"], file)
     return _add_roles(BertTokenizer.from_pretrained(str(folder), local_files_only=True))
 
 
@@ -84,12 +87,12 @@ def save_tokenizer(tokenizer, folder) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency: int = 1):
-    """A lower-case WordPiece tokenizer of at most `vocab_size` tokens, learnt from texts: the same texts give the same ids on every run.
+    """A lower-case WordPiece tokenizer of at most `vocab_size` tokens, learnt from texts: same texts, same ids, on every run.
 
-    Ids: [PAD] 0, [UNK], [CLS], [SEP], [MASK], [DEC], [ENC]; ASCII punctuation, letters and digits, so that any English text can be
-    encoded; the texts' other characters; then merges of the commonest neighbours (ties: alphabetical), seen `min_frequency` times or more.
-    The trainer of the `tokenizers` library isn't used because its ties fall differently in each process (five runs, five vocabularies).
-    ValueError where there are no texts, or no room for the characters.
+    Ids: [PAD] 0, [UNK], [CLS], [SEP], [MASK], [DEC], [ENC]; ASCII punctuation, letters and digits, so that any English text
+    can be encoded; the texts' other characters; then merges of the commonest neighbours (ties: alphabetical), seen
+    `min_frequency` times or more. The trainer of the `tokenizers` library isn't used because its ties fall differently in
+    each process (five runs, five vocabularies). ValueError where there are no texts, or no room for the characters.
     """
     from transformers import BertTokenizer
 
@@ -111,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency:
         if len(vocab) == vocab_size:
             break
         vocab[token] = None
-    return _build({token: i for i, token in enumerate(vocab)}, "train_tokenizer")
+    return _add_roles(BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}))
 
 
 def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
@@ -119,7 +122,7 @@ def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
     pairs: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[int]] = defaultdict(set)
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             pairs[pair] += counts[i]
             where[pair].add(i)
     heap = [(-n, pair) for pair, n in pairs.items()]
@@ -135,7 +138,7 @@ def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
         changed = set()
         for i in where.pop(pair):
             word = words[i]
-            for old in zip(word, word[1:]):
+            for old in pairwise(word):
                 pairs[old] -= counts[i]
                 changed.add(old)
             j = 0
@@ -143,7 +146,7 @@ def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
                 if (word[j], word[j + 1]) == pair:
                     word[j : j + 2] = [token]
                 j += 1
-            for new in zip(word, word[1:]):
+            for new in pairwise(word):
                 pairs[new] += counts[i]
                 where[new].add(i)
                 changed.add(new)
@@ -157,7 +160,8 @@ def _ids(tokenizer, texts: Sequence[str], first: str, max_length: int | None) ->
         raise ValueError("give a list of one or more texts")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length}: at least 2, for the opening token and [SEP]")
-    encoded = tokenizer(list(texts), padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt")
+    cut = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    encoded = tokenizer(list(texts), padding="longest", return_tensors="pt", **cut)
     encoded["input_ids"][:, 0] = tokenizer.convert_tokens_to_ids(first)
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
@@ -168,16 +172,19 @@ def encode_questions(tokenizer, questions: Sequence[str], max_length: int = MAX_
 
 
 def encode_answers(tokenizer, answers: Sequence[str], max_length: int | None = None) -> dict[str, torch.Tensor]:
-    """{"input_ids", "attention_mask", "labels"}, int64 [B, L]: [DEC] answer [SEP]; labels are the ids, -100 at padding, not shifted."""
+    """{"input_ids", "attention_mask", "labels"}, int64 [B, L]: [DEC] answer [SEP]; labels, not shifted, are -100 at padding."""
     encoded = _ids(tokenizer, answers, "[DEC]", max_length)
     return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)}
 
 
 def decode(tokenizer, ids) -> list[str]:
-    """Texts of ids [B, L] (a tensor or lists), special tokens and -100 left out, pieces joined: "x - ray", as `normalise_answer` expects."""
-    rows = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    """Texts of ids [B, L] (a tensor or lists), word pieces joined: "x - ray", which `normalise_answer` knows for "x-ray".
+
+    Special tokens, -100 and ids beyond the vocabulary (a model's table may be larger) are left out.
+    """
     texts = []
-    for row in rows:
-        tokens = tokenizer.convert_ids_to_tokens([i for i in row if i >= 0], skip_special_tokens=True)
-        texts.append(" ".join(tokens).replace(" ##", "").removeprefix("##"))
+    for row in ids.tolist() if isinstance(ids, torch.Tensor) else ids:
+        known = [int(i) for i in row if 0 <= i < len(tokenizer)]
+        pieces = tokenizer.convert_ids_to_tokens(known, skip_special_tokens=True)
+        texts.append(" ".join(pieces).replace(" ##", "").removeprefix("##"))
     return texts

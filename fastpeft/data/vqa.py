@@ -20,11 +20,12 @@ from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questio
 class VQADataset(Dataset):
     """Samples with their images: `dataset[i]` is {"sample": Sample, "question": str, "pixel_values": float32 [3, S, S]}.
 
-    Where a sample has a question pool, each access asks one of its phrasings, drawn from (seed, epoch, index) and nothing else: the same
-    in any process, order or resumed run. `set_epoch` reaches data loader workers that are already running.
+    Where a sample has a question pool, each access asks one of its phrasings, drawn from (seed, epoch, index) and nothing
+    else: the same in any process, order or resumed run. `set_epoch` reaches data loader workers that are already running.
 
-    Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in each worker its own). With `load_images` False no image is
-    touched and "pixel_values" is left out, for trainers that hold the images' features; `pixels(path)` then gives a single one.
+    Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in each worker its own). With `load_images` False no
+    image is touched and "pixel_values" is left out, for trainers that hold the images' features; `pixels(path)` then gives a
+    single one.
     """
 
     def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20):
@@ -79,10 +80,10 @@ class VQADataset(Dataset):
 class VQACollator:
     """Items of a `VQADataset` to one batch, a dict of
 
-    pixel_values float32 [U, 3, S, S], distinct images in order of appearance (absent where the items carry none); images, their U paths;
-    image_index int64 [B], the image of each question: pixel_values[image_index] is [B, 3, S, S];
-    input_ids, attention_mask int64 [B, L_q], questions opened by [ENC] and cut at `max_question`;
-    decoder_input_ids, decoder_attention_mask int64 [B, L_a], answers opened by [DEC]; labels, the same with -100 at padding, not shifted;
+    pixel_values float32 [U, 3, S, S], distinct images in order of appearance (absent where the items carry none); images,
+    their U paths; image_index int64 [B], the image of each question: pixel_values[image_index] is [B, 3, S, S]; input_ids,
+    attention_mask int64 [B, L_q], questions opened by [ENC] and cut at `max_question`; decoder_input_ids,
+    decoder_attention_mask int64 [B, L_a], answers opened by [DEC]; labels, the same with -100 at padding, not shifted;
     samples, the B `Sample`s.
     """
 
@@ -91,12 +92,14 @@ class VQACollator:
 
     def __call__(self, items: Sequence[dict]) -> dict:
         samples = [item["sample"] for item in items]
-        place: dict[Path, int] = {}
-        index = [place.setdefault(sample.image, len(place)) for sample in samples]
+        first: dict[Path, dict] = {}  # each image's first item
+        for item in items:
+            first.setdefault(item["sample"].image, item)
+        place = {path: u for u, path in enumerate(first)}
         answers = encode_answers(self.tokenizer, [sample.answer for sample in samples], self.max_answer)
         batch = {
-            "images": list(place),
-            "image_index": torch.tensor(index, dtype=torch.int64),
+            "images": list(first),
+            "image_index": torch.tensor([place[sample.image] for sample in samples], dtype=torch.int64),
             **encode_questions(self.tokenizer, [item["question"] for item in items], self.max_question),
             "decoder_input_ids": answers["input_ids"],
             "decoder_attention_mask": answers["attention_mask"],
@@ -104,7 +107,7 @@ class VQACollator:
             "samples": samples,
         }
         if "pixel_values" in items[0]:
-            batch["pixel_values"] = torch.stack([items[index.index(u)]["pixel_values"] for u in range(len(place))])
+            batch["pixel_values"] = torch.stack([item["pixel_values"] for item in first.values()])
         return batch
 
 
@@ -113,11 +116,12 @@ class EpochSampler(Sampler[list[int]]):
 
     All batches hold `batch_size` indices, except that the last may hold fewer (`drop_last` leaves that one out).
 
-    `questions_per_image` Q > 1 puts up to Q questions about one image side by side, in groups drawn anew each epoch, so that a batch of B
-    needs about B / Q images: B / Q passes of the vision tower instead of B. A group is broken only where no whole group fits the room left
-    in a batch; two groups of an image may meet by chance. Samples are still visited once per epoch, so the expected gradient over an
-    epoch is the same; but questions on one image are correlated, and a batch's gradient is noisier: its variance is that of up to B
-    independent samples at Q = 1, of as few as B / Q at worst. A larger batch (the images saved pay for it) makes up for that.
+    `questions_per_image` Q > 1 puts up to Q questions about one image side by side, in groups drawn anew each epoch, so that
+    a batch of B needs about B / Q images: B / Q passes of the vision tower instead of B. A group is broken only where no
+    whole group fits the room left in a batch; two groups of an image may meet by chance. Each sample still comes once per
+    epoch, so a batch's expected gradient is the same, but not its noise: with a correlation c between the gradients of
+    questions on one image, its variance is up to 1 + (Q - 1) c times that of B independent questions, at worst (c = 1) that
+    of B / Q. A larger batch makes up for it, and the images saved pay for the batch.
 
     `data` is a `VQADataset`, a sequence of samples, or, for Q = 1, a number of samples.
     """
@@ -156,7 +160,7 @@ class EpochSampler(Sampler[list[int]]):
         return {"epoch": self.epoch, "batch": batches_done, **self._identity()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken. ValueError where the order would be another: a different seed, batch size or data set."""
+        """Goes on where `state_dict` was taken. ValueError where the order would differ: another seed, batch size or data set."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise ValueError(f"cannot resume: {name} was {state[name]} and is {value}; the order of batches would differ")

@@ -1,4 +1,4 @@
-"""Scores of predicted answers: exact match after `normalise_answer`, apart for open and closed questions, beside what guessing would get."""
+"""Scores of predicted answers: exact match after `normalise_answer`, open and closed apart, beside what guessing gets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["normalise_answer", "score", "write_predictions"]
 
 def _correct(predictions: Sequence[str], samples: Sequence[Sample]) -> list[bool]:
     if isinstance(predictions, str) or len(predictions) != len(samples):
-        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: give a list of one prediction per sample, in their order")
+        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: give one text for each, in a list")
     wrong = next((i for i, p in enumerate(predictions) if not isinstance(p, str)), None)
     if wrong is not None:
         raise ValueError(f"prediction {wrong} is {type(predictions[wrong]).__name__}, not text")
@@ -34,8 +34,10 @@ def _commonest(answers: Sequence[str]) -> float | None:
 def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
     """Accuracies as fractions of 1, None where there are no such questions.
 
-    open, closed, global: exact match after `normalise_answer`, by the samples' answer_type and over all; n_open, n_closed, n: how many.
-    majority_closed, majority: what always giving the commonest answer of the closed questions, or of all, would score on these samples.
+    open, closed, global: exact match after `normalise_answer`, by the samples' answer_type and over all; n_open, n_closed, n:
+    how many.
+    majority_closed, majority: what always giving the commonest answer of the closed questions, or of all, would score on
+    these samples.
     always_no_closed: what "no" to every closed question would score. A model that has learnt to look is above all three.
 
     ValueError unless there is one text per sample.
@@ -58,7 +60,7 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
 
 
 def write_predictions(path, samples: Sequence[Sample], predictions: Sequence[str]) -> None:
-    """A JSON list with qid, img_name (as the data set names it), question, answer, prediction, answer_type and correct of each sample.
+    """A JSON list of qid, img_name (as the data set names it), question, answer, prediction, answer_type, correct for each sample.
 
     The file appears whole or not at all. ValueError unless there is one text per sample.
     """
