@@ -83,4 +83,3 @@ def make_room_for_prefix(host: nn.Module) -> None:
     for module in host.modules():
         if type(module) in blip.PREFIX_SWAPS:
             swap_class(module, blip.PREFIX_SWAPS[type(module)])
-

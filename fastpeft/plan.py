@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
+from fastpeft.methods.adapted import Adapted
 from fastpeft.models import NAMES, load_model, new_model, parts_of, pretrained_folder
 from fastpeft.optimize import make_room_for_prefix, optimize
 
@@ -153,6 +154,18 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
     model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),)]
     model.fastpeft_plan = plan
     return model.train(model.training)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove every adapter and the plan; base weights stay as they are, all frozen."""
+    for module in list(model.modules()):
+        if isinstance(module, Adapted):
+            module.remove()
+        if getattr(module, "prefix_encoder", None) is not None:
+            del module.prefix_encoder
+    model.requires_grad_(False)
+    model.fastpeft_plan, model.evaluation_only = None, []
+    model.train(model.training)
 
 
 def count(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastpeft import ops
 from fastpeft.methods.base import swap_class
 
 
-class _Adapted:
+class Adapted:
     """LoRA (``lora_A``, ``lora_B``, ``scaling``, ``lora_dropout``) and/or IA3 (``ia3_l``, ``ia3_feedforward``), each optional."""
 
     lora_A: nn.Parameter | None
@@ -26,12 +26,20 @@ class _Adapted:
             self.register_parameter(name, None)
         self.scaling, self.lora_dropout, self.ia3_feedforward = 1.0, 0.0, False
 
+    def remove(self) -> None:
+        """Back to the plain PyTorch layer."""
+        for name in ("lora_A", "lora_B", "ia3_l"):
+            del self._parameters[name]
+        for name in ("scaling", "lora_dropout", "ia3_feedforward"):
+            delattr(self, name)
+        swap_class(self, next(cls for cls, ours in HOSTS.items() if ours is type(self)))
+
     @property
     def active_dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
 
 
-class AdaptedLinear(_Adapted, nn.Linear):
+class AdaptedLinear(Adapted, nn.Linear):
     """y = l_out * (W(l_in * x) + b + scaling * B A dropout(l_in * x)); whichever of LoRA and IA3 is absent drops out."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +61,7 @@ class AdaptedLinear(_Adapted, nn.Linear):
         return None if self.ia3_l is None or self.ia3_feedforward else self.ia3_l
 
 
-class AdaptedConv2d(_Adapted, nn.Conv2d):
+class AdaptedConv2d(Adapted, nn.Conv2d):
     """A convolution with LoRA as PEFT defines it: lora_A ``[r, in, kh, kw]`` strides like the base, lora_B is ``[out, r, 1, 1]``."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,16 +85,25 @@ class AdaptedConv2d(_Adapted, nn.Conv2d):
         rows = x.unflatten(-2, (height // kh, kh)).unflatten(-1, (width // kw, kw))  # [B, in, H', kh, W', kw]
         rows = rows.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, H', W', in * kh * kw]
         y = ops.lora_linear(
-            rows, self.weight.flatten(1), self.bias, self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling, self.active_dropout
+            rows,
+            self.weight.flatten(1),
+            self.bias,
+            self.lora_A.flatten(1),
+            self.lora_B.flatten(1),
+            self.scaling,
+            self.active_dropout,
         )
         return y.permute(0, 3, 1, 2)
 
 
+HOSTS = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
+
+
 def adapted(module: nn.Module) -> nn.Module:
     """``module`` itself, made able to carry adapters; TypeError where its type cannot."""
-    if isinstance(module, _Adapted):
+    if isinstance(module, Adapted):
         return module
-    cls = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}.get(type(module))
+    cls = HOSTS.get(type(module))
     if cls is None:
         raise TypeError(f"cannot attach to a {type(module).__name__}; only nn.Linear and nn.Conv2d carry LoRA or IA3")
     swap_class(module, cls)

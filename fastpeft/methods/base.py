@@ -22,10 +22,10 @@ ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", "prefix_encoder")
 class Part:
     """One part of a backbone and where methods attach in it.
 
-    Module names are relative to the part. ``lora``, ``ia3`` and ``ia3_feedforward`` are PEFT's ``target_modules`` (a name
-    matches if it equals or ends with a target; a string is a regular expression); ``attention`` and ``ffn`` name the modules whose parameters those
-    treatments train; ``prefix_host`` is the module that runs the layers and hands prefixes to their self-attention (it has
-    ``prefix_encoder`` and ``prefix_shape = (layers, heads, head_dim)``); ``norms_left_out`` are norms that LayerNorm skips.
+    Module names are relative to the part. ``lora``, ``ia3`` and ``ia3_feedforward`` are PEFT's ``target_modules`` (see :func:`matches`);
+    ``attention`` and ``ffn`` name the modules whose parameters those treatments train. ``prefix_host`` is the module that runs the layers
+    and hands prefixes to their self-attention (it has ``prefix_encoder`` and ``prefix_shape = (layers, heads, head_dim)``).
+    ``norms_left_out`` are norms that LayerNorm skips.
     """
 
     name: str
@@ -81,20 +81,26 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must say how it attaches")
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
-        """What must be saved, under PEFT's names where PEFT has the method: every trained parameter of the part."""
-        return {name: p.detach() for name, p in root.named_parameters() if p.requires_grad or is_adapter(name)}
+        """What must be saved, as views of the parameters, under PEFT's names where PEFT has the method."""
+        return {name: p.detach() for name, p in root.named_parameters() if p.requires_grad and not is_adapter(name)}
 
-    def load(self, root: nn.Module, part: Part, tensors: dict[str, torch.Tensor], where: str) -> None:
-        """Copy ``tensors`` (as :meth:`tensors` names them) into an attached part; ValueError names every key that is off."""
-        expected = self.tensors(root, part)
-        check_keys(expected, tensors, where)
+    def check(self, root: nn.Module, part: Part, tensors: dict[str, torch.Tensor], where: str) -> None:
+        """ValueError naming every key of ``tensors`` that does not fit the attached part."""
+        check_keys(self.tensors(root, part), tensors, where)
+
+    def load(self, root: nn.Module, part: Part, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy ``tensors``, checked and named as :meth:`tensors` names them, into an attached part."""
         with torch.no_grad():
-            for name, mine in expected.items():
+            for name, mine in self.tensors(root, part).items():
                 mine.copy_(tensors[name])
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         """The part's ``adapter_config.json``."""
         return {}
+
+    def equivalent(self, other: Method, part: Part) -> bool:
+        """Whether ``other`` computes the same on this part (options that only matter while training aside)."""
+        return self == other
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -49,6 +49,9 @@ class IA3(Method):
             module.ia3_l = new_parameter(module, module.in_features if module.ia3_feedforward else module.out_features)
             nn.init.ones_(module.ia3_l)
 
+    def equivalent(self, other: Method, part: Part) -> bool:
+        return isinstance(other, IA3) and [set(t) for t in self._targets(part)] == [set(t) for t in other._targets(part)]
+
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """``base_model.model.<module>.ia3_l``, ``[out, 1]`` or, on a feed-forward module, ``[1, in]``: PEFT's keys and shapes."""
         return {

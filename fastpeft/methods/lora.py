@@ -63,12 +63,16 @@ class LoRA(Method):
             nn.init.zeros_(module.lora_B)
             module.scaling, module.lora_dropout = self.scaling, self.lora_dropout
 
+    def equivalent(self, other: Method, part: Part) -> bool:
+        if not isinstance(other, LoRA) or (self.r, self.scaling) != (other.r, other.scaling):
+            return False
+        mine, theirs = (m.target_modules or part.lora for m in (self, other))
+        return mine == theirs or (not isinstance(mine, str) and not isinstance(theirs, str) and set(mine) == set(theirs))
+
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """``base_model.model.<module>.lora_A.weight``: PEFT's keys."""
         return {
-            f"base_model.model.{name}.weight": p.detach()
-            for name, p in root.named_parameters()
-            if name.endswith((".lora_A", ".lora_B"))
+            f"base_model.model.{name}.weight": p.detach() for name, p in root.named_parameters() if name.endswith((".lora_A", ".lora_B"))
         }
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
@@ -88,7 +92,15 @@ class LoRA(Method):
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> LoRA:
         """The method a PEFT ``adapter_config.json`` describes; ValueError for options that would change the mathematics."""
-        for option in ("use_dora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+        for option in (
+            "use_dora",
+            "use_qalora",
+            "lora_bias",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+            "fan_in_fan_out",
+        ):
             if config.get(option):
                 raise ValueError(f"LoRA adapter: {option}={config[option]!r} is not supported; merge it with PEFT first")
         if config.get("bias", "none") != "none":

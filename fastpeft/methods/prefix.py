@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.methods.base import Method, Part, check_keys
+from fastpeft.methods.base import Method, Part
 
 PROJECTION = "prefix_projection."  # prefix of our own keys beside PEFT's one, which holds the MLP's output only
 
@@ -31,9 +31,7 @@ class PrefixEncoder(nn.Module):
             self.transform = None
         else:
             self.embedding = nn.Embedding(tokens, width, **factory)
-            self.transform = nn.Sequential(
-                nn.Linear(width, projection, **factory), nn.Tanh(), nn.Linear(projection, flat, **factory)
-            )
+            self.transform = nn.Sequential(nn.Linear(width, projection, **factory), nn.Tanh(), nn.Linear(projection, flat, **factory))
 
     def matrix(self) -> Tensor:
         """``[n, layers * 2 * C]``, laid out as PEFT's ``prompt_embeddings``."""
@@ -85,9 +83,8 @@ class PTv2(Method):
             saved |= {PROJECTION + name: p.detach() for name, p in encoder.named_parameters()}
         return saved
 
-    def load(self, root: nn.Module, part: Part, tensors: dict[str, Tensor], where: str) -> None:
+    def load(self, root: nn.Module, part: Part, tensors: dict[str, Tensor]) -> None:
         encoder = self.encoder(root, part)
-        check_keys(self.tensors(root, part), tensors, where)
         with torch.no_grad():
             for name, parameter in encoder.named_parameters():
                 parameter.copy_(tensors["prompt_embeddings" if encoder.transform is None else PROJECTION + name])

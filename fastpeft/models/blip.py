@@ -23,16 +23,6 @@ from fastpeft import ops
 from fastpeft.methods.adapted import AdaptedLinear
 
 
-def before_rescale(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A projection without IA3's output factor, which :func:`output_rescale` gives to attention."""
-    return linear.before_rescale(x) if isinstance(linear, AdaptedLinear) else linear(x)
-
-
-def output_rescale(linear: nn.Linear, heads: int) -> Tensor | None:
-    l = linear.output_rescale if isinstance(linear, AdaptedLinear) else None
-    return None if l is None else l.view(heads, -1)
-
-
 class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
     """Self- or cross-attention of one layer. Returns (context [B, M, C], None): probabilities are not formed."""
 
@@ -105,7 +95,14 @@ class TextAttention(modeling_blip_text.BlipTextAttention):
     """Attention with its output projection; passes the encoder's mask on, which transformers loses here."""
 
     def forward(
-        self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, prefix=None, causal=False, **kwargs
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        past_key_values=None,
+        prefix=None,
+        causal=False,
+        **kwargs,
     ):
         mask = "attention_mask" if encoder_hidden_states is None else "encoder_attention_mask"
         context, _ = self.self(
@@ -229,12 +226,17 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         self,
         input_ids=None,
         attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
         labels=None,
+        past_key_values=None,
+        use_cache=None,
         return_logits=False,
         is_decoder=True,
         reduction="mean",
         logits_to_keep=0,
-        use_cache=None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers."""
@@ -242,6 +244,11 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
             is_decoder=is_decoder,
             use_cache=False if labels is not None else use_cache,
             **kwargs,
@@ -292,5 +299,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip.BlipAttention: VisionAttention,
 }
 # what Prefix needs below its host, whatever optimize() leaves alone
-PREFIX_SWAPS = {theirs: ours for theirs, ours in SWAPS.items() if theirs.__name__.startswith("BlipText") and "LMHead" not in theirs.__name__}
+PREFIX_SWAPS = {
+    theirs: ours for theirs, ours in SWAPS.items() if theirs.__name__.startswith("BlipText") and "LMHead" not in theirs.__name__
+}
 MASK_FIX = "cross-attention now honours encoder_attention_mask, which transformers 4.57 to 5.23 loses: padded questions no longer leak"

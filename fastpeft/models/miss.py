@@ -113,9 +113,7 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
 
     def encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None, image_embeds: Tensor) -> Tensor:
         """Question states [B, M, C]; an image has no padding, so nothing is masked there."""
-        return self.text_encoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds
-        ).last_hidden_state
+        return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds).last_hidden_state
 
     def forward(
         self,

@@ -1,0 +1,224 @@
+"""Adapters on disk, in PEFT's formats: one folder per part, ``adapter_config.json`` and ``adapter_model.safetensors`` in each.
+
+Plain ``peft`` loads a part's folder into the corresponding transformers module where PEFT has the method (LoRA, IA3, Prefix and PTv2,
+LayerNorm); F leaves no folder; T, Attention and FFN, which PEFT does not have, leave ``model.safetensors`` under the base's own names.
+``fastpeft.json`` beside them says the plan and the base. Unlike PEFT, loading raises when a key is missing, unexpected or misshapen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
+from fastpeft.methods.adapted import Adapted, AdaptedLinear
+from fastpeft.methods.ia3 import merge_ia3
+from fastpeft.methods.lora import merge_lora
+from fastpeft.models import parts_of
+from fastpeft.plan import Plan, adapt, detach, parse
+
+FORMAT = 1
+DESCRIPTION = "fastpeft.json"
+
+
+@contextmanager
+def atomic_folder(folder: str | Path):
+    """A temporary sibling to write in, which becomes ``folder`` on success and vanishes on failure; what stood there is replaced."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    draft.chmod(0o755)
+    try:
+        yield draft
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / "old"
+            os.replace(folder, old)
+        os.replace(draft, folder)
+        if old is not None:
+            shutil.rmtree(old.parent, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    description: dict[str, Any] | None = None,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write what the plan trained, atomically. ``description`` joins ``fastpeft.json``; ``write_more(folder)`` adds files."""
+    plan = _plan_of(model)
+    with atomic_folder(folder) as draft:
+        for part in parts_of(model):
+            for method, name in zip(plan.treatments[part.name], _folders(plan, part)):
+                _save_method(method, part, part.of(model), draft / name)
+        about = {
+            "format": FORMAT,
+            "plan": str(plan),
+            "treatments": plan.to_dict(),
+            "base": getattr(model, "fastpeft_source", {}),
+            "base_fingerprint": fingerprint(model),
+        }
+        (draft / DESCRIPTION).write_text(json.dumps(about | (description or {}), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if write_more is not None:
+            write_more(draft)
+    return Path(folder)
+
+
+def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> None:
+    tensors = method.tensors(root, part)
+    if not tensors:
+        return
+    folder.mkdir()
+    copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if method.peft_type is None:
+        save_file(copies, folder / "model.safetensors")
+        return
+    config = method.peft_config(root, part) | {"inference_mode": True, "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not).
+
+    Everything is checked before anything is copied: ValueError names a missing file, and every missing, unexpected or misshapen key.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no adapter folder at {folder}")
+    plan = read_plan(model, folder)
+    mine = getattr(model, "fastpeft_plan", None)
+    if mine is not None and not _equivalent(mine, plan, parts_of(model)):
+        raise ValueError(f"{folder} holds {plan}, and the model is adapted with {mine} (options included); load it into a fresh base")
+    about = describe(folder)
+    fresh = mine is None
+    if fresh:
+        adapt(model, plan)
+    try:
+        if about and about["base_fingerprint"] not in (None, fingerprint(model)):
+            warnings.warn(f"{folder} was trained on other base weights than this model's", stacklevel=2)
+        found = []
+        for part in parts_of(model):
+            for method, name in zip((mine or plan).treatments[part.name], _folders(plan, part)):
+                root, where = part.of(model), folder / name
+                expected = method.tensors(root, part)
+                if expected:
+                    found.append((method, root, part, _read_tensors(where, method), str(where)))
+        for method, root, part, tensors, where in found:
+            method.check(root, part, tensors, where)
+        for method, root, part, tensors, _ in found:
+            method.load(root, part, tensors)
+    except BaseException:
+        if fresh:
+            detach(model)
+        raise
+    return model
+
+
+def _equivalent(mine: Plan, theirs: Plan, parts: tuple[Part, ...]) -> bool:
+    pairs = [(part, mine.treatments[part.name], theirs.treatments[part.name]) for part in parts]
+    return all(len(a) == len(b) and all(m.equivalent(n, part) for m, n in zip(a, b)) for part, a, b in pairs)
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """``fastpeft.json`` of an adapter folder, or {} where PEFT wrote it."""
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] > FORMAT:
+            raise ValueError(f"format {about['format']} is newer than this fastpeft reads ({FORMAT})")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not ours: {error}") from None
+    return about
+
+
+def read_plan(model: nn.Module, folder: Path) -> Plan:
+    """The plan of an adapter folder; part folders written by PEFT are read by their configs, other parts are F."""
+    parts = parts_of(model)
+    if about := describe(folder):
+        return parse(about["treatments"], parts)
+    treatments = {}
+    for part in parts:
+        config = folder / part.name / "adapter_config.json"
+        if config.is_file():
+            try:
+                treatments[part.name] = (from_peft(json.loads(config.read_text(encoding="utf-8"))),)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{config}: {error}") from None
+        else:
+            treatments[part.name] = (Frozen(),)
+    if all(methods == (Frozen(),) for methods in treatments.values()):
+        names = ", ".join(f"{part.name}/" for part in parts)
+        raise ValueError(f"{folder} holds no adapter: no {DESCRIPTION}, and no adapter_config.json in {names}")
+    return Plan(treatments)
+
+
+def _read_tensors(folder: Path, method: Method) -> dict[str, torch.Tensor]:
+    path = folder / ("model.safetensors" if method.peft_type is None else "adapter_model.safetensors")
+    if not path.is_file():
+        raise ValueError(f"the adapter is incomplete: {path} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _folders(plan: Plan, part: Part) -> list[str]:
+    """One folder for a part, or one per method where it has several."""
+    methods = plan.treatments[part.name]
+    return [part.name] if len(methods) == 1 else [f"{part.name}-{m.name}" for m in methods]
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    plan = getattr(model, "fastpeft_plan", None)
+    if plan is None:
+        raise ValueError("the model is not adapted: call fastpeft.adapt(model, plan) first")
+    return plan
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """A short identity of the frozen base weights, the same in float32 and bfloat16; None on meta or where all is trained."""
+    crc, seen = 0, False
+    for name, p in sorted(model.named_parameters()):
+        if p.requires_grad or is_adapter(name) or p.is_meta:
+            continue
+        sample = p.detach().flatten()[:: max(1, p.numel() // 64)].to(torch.bfloat16).contiguous().cpu()
+        crc, seen = zlib.crc32(name.encode() + sample.view(torch.uint8).numpy().tobytes(), crc), True
+    return f"{crc:08x}" if seen else None
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Fold LoRA and IA3 into the base weights, in place: the same outputs, no adapter left. ValueError for Prefix and PTv2, whose
+    keys and values no weight can hold."""
+    plan = _plan_of(model)
+    stuck = [part for part, methods in plan.treatments.items() if any(hasattr(m, "num_virtual_tokens") for m in methods)]
+    if stuck:
+        raise ValueError(f"a prefix cannot be merged into weights ({', '.join(stuck)}); keep the adapter beside the base")
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            if module.lora_A is not None:
+                merge_lora(module)
+            if isinstance(module, AdaptedLinear) and module.ia3_l is not None:
+                merge_ia3(module)
+    detach(model)
+    return model
