@@ -1,10 +1,10 @@
 """Attention around a flash kernel of someone else: PyTorch's SDPA, and on CUDA flash-attn or xformers where installed.
 
-| backend    | function                                                   | layout       | causality aligned at | takes            |
-|------------|------------------------------------------------------------|--------------|----------------------|------------------|
-| flash-attn | flash_attn_func(q, k, v, dropout_p, softmax_scale, causal) | [B, M, H, d] | last query and key   | 16-bit, d <= 256 |
-| xformers   | memory_efficient_attention(q, k, v, attn_bias, p, scale)   | [B, M, H, d] | first query and key  | 16-bit           |
-| SDPA       | scaled_dot_product_attention                               | [B, H, M, d] | first query and key  | everything       |
+| backend    | function                                                   | layout       | causal from         | takes           |
+|------------|------------------------------------------------------------|--------------|---------------------|-----------------|
+| flash-attn | flash_attn_func(q, k, v, dropout_p, softmax_scale, causal) | [B, M, H, d] | last query and key  | 16-bit, d <= 256|
+| xformers   | memory_efficient_attention(q, k, v, attn_bias, p, scale)   | [B, M, H, d] | first query and key | 16-bit          |
+| SDPA       | scaled_dot_product_attention                               | [B, H, M, d] | first query and key | everything      |
 
 xformers takes grouped heads as [B, M, H_kv, H / H_kv, d]. Whatever needs a mask (padding, a prefix under causality, M != N
 under causality) goes to SDPA. ``FASTPEFT_ATTENTION=sdpa|flash-attn|xformers`` restricts the choice; neither package is

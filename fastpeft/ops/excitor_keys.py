@@ -1,0 +1,230 @@
+"""LLaMA-Excitor's extra keys, merged into the layer's own: K' = K + g K_x, after which any ordinary attention serves.
+
+    S_extra g + S = Q (K + g K_x)^T / sqrt(d)                   the second score matrix never exists
+
+    U = T W_down^T            N = W_up^T P^T / sqrt(C)          W_up(U) never exists: (U W_up^T) P^T = U (W_up^T P^T)
+    A = softmax(U N)          K_x = A P                         K' = K + g K_x, added in the accumulator before the one rounding
+    image I:  N = [W_up^T P^T, (W_up^T W_ku) (I W_kd^T)^T] / sqrt(C)      A = [A_P, A_I]      L = [A_P, A_I Z]      Z = I W_vd^T
+              K_x = L R,  R = [P; W_vu^T]                                 (text: L = A, R = P)
+
+    dK = dK'      dL = dK' (g R)^T      Y = L^T dK'      dR = g Y      dg_h = <Y_h, R_h>             one pass over dK'
+    dA_I = dL_I Z^T      dZ = A_I^T dL_I      dS = A (dA - rowsum(A dA))      dU = dS N^T      dN = U^T dS
+
+Source: Zou et al., "LLaMA-Excitor" (2024), equations 3-9. Where it is silent: S_extra is scaled like S, S_excitor over the full C,
+the gate is one number per head without tanh, and K_x gets no rotary embedding (K is merged after its own).
+Shapes: k, K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [C, r]; P (prompt) [K, C]; g (gate) [H];
+I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
+Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
+
+| gradient needed for     | saved                                                           | computed in backward        |
+|-------------------------|-----------------------------------------------------------------|-----------------------------|
+| k alone                 | nothing                                                         | nothing: dK is dK' itself   |
+| any other               | U, N (and Z): r elements a token, none as wide as C; no K_x, no A | A again, then the one pass |
+| w_down                  | also T, which the projections beside it keep anyway             | dU^T T                      |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.nn.functional import linear
+from torch.utils.flop_counter import register_flop_formula
+
+from fastpeft import _library
+from fastpeft.ops._common import accumulator, check_floating, wants_grad
+
+
+def excitor_keys_reference(k, hidden, w_down, w_up, prompt, gate, visual=None) -> Tensor:
+    """The paper's equations 6-9, K_x formed; adding its scores to S is the same as adding it to K."""
+    B, H, M, d = k.shape
+    keys = values = prompt.expand(B, -1, -1)
+    if visual is not None:
+        image, wk_down, wk_up, wv_down, wv_up = visual
+        keys = torch.cat([keys, linear(linear(image, wk_down), wk_up)], 1)
+        values = torch.cat([values, linear(linear(image, wv_down), wv_up)], 1)
+    scores = linear(linear(hidden, w_down), w_up) @ keys.mT / prompt.shape[1] ** 0.5
+    extra = (scores.softmax(-1) @ values).view(B, M, H, d).transpose(1, 2)
+    return k + gate[:, None, None] * extra
+
+
+def _attend(u: Tensor, n: Tensor, z: Tensor | None, prompts: int) -> tuple[Tensor, Tensor]:
+    """A [B, M, K + V] and L [B, M, K + r], in the accumulator's dtype."""
+    acc = accumulator(u.dtype)
+    a = torch.matmul(u.to(acc), n.to(acc)).softmax(-1)
+    if z is None:
+        return a, a
+    return a, torch.cat([a[..., :prompts], a[..., prompts:] @ z.to(acc)], -1)
+
+
+def _rows(prompt: Tensor, wv_up: Tensor | None) -> Tensor:
+    return prompt if wv_up is None else torch.cat([prompt, wv_up.t()])  # R [K (+ r), C]
+
+
+def _gated(rows: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    return (rows.unflatten(1, (gate.shape[0], -1)) * gate[:, None]).flatten(1).to(dtype)  # g R
+
+
+def _fwd(k, u, n, z, prompt, wv_up, gate):
+    """K' as [B, M, C]: the layout projections leave keys in, so that reading and writing it is contiguous."""
+    _, L = _attend(u, n, z, prompt.shape[0])
+    rows = _gated(_rows(prompt, wv_up), gate, k.dtype)
+    k2 = k.transpose(1, 2).reshape(-1, rows.shape[1])
+    return torch.addmm(k2, L.to(k.dtype).flatten(0, 1), rows).view(k.shape[0], k.shape[2], -1)
+
+
+def _fwd_fake(k, u, n, z, prompt, wv_up, gate):
+    return k.new_empty(k.shape[0], k.shape[2], prompt.shape[1])
+
+
+def _bwd(g, u, n, z, prompt, wv_up, gate, need_u, need_p, need_z, need_v, need_gate):
+    """(du, dn, dz, dprompt, dwv_up, dgate) from g = dK' [B, M, C]; empty where not needed. need_u stands for u and n."""
+    K, dtype, acc = prompt.shape[0], g.dtype, accumulator(g.dtype)
+    a, L = _attend(u, n, z, K)
+    rows = _rows(prompt, wv_up)
+    g2 = g.reshape(-1, rows.shape[1])
+    du, dn, dz, dprompt, dwv, dgate = (g.new_empty(0, dtype=acc) for _ in range(6))
+    if need_p or need_v or need_gate:
+        y = (L.to(dtype).flatten(0, 1).t() @ g2).to(acc).unflatten(1, (gate.shape[0], -1))  # [K (+ r), H, d]
+        if need_gate:
+            dgate = (y * rows.to(acc).view_as(y)).sum((0, 2))
+        if need_p or need_v:
+            dr = (y * gate.to(acc)[:, None]).flatten(1)
+            dprompt = dr[:K].clone() if need_p else dprompt  # an op's outputs share no storage
+            dwv = dr[K:].t().clone(memory_format=torch.contiguous_format) if need_v else dwv
+    if need_u or need_z:
+        dL = (g2 @ _gated(rows, gate, dtype).t()).to(acc).view_as(L)
+        da = dL
+        if z is not None:
+            dz = a[..., K:].mT @ dL[..., K:] if need_z else dz
+            da = torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1) if need_u else da
+        if need_u:
+            ds = torch._softmax_backward_data(da, a, -1, acc)
+            du = torch.matmul(ds, n.to(acc).mT)
+            if n.shape[0] == 1:  # one N for the batch: its gradient is one GEMM over all tokens
+                dn = (u.to(acc).flatten(0, 1).t() @ ds.flatten(0, 1))[None]
+            else:
+                dn = u.to(acc).mT @ ds
+    return du, dn, dz, dprompt, dwv, dgate
+
+
+def _bwd_fake(g, u, n, z, prompt, wv_up, gate, need_u, need_p, need_z, need_v, need_gate):
+    needs = ((u, need_u), (n, need_u), (z, need_z), (prompt, need_p), (wv_up, need_v), (gate, need_gate))
+    return tuple(g.new_empty(t.shape if need and t is not None else 0, dtype=accumulator(g.dtype)) for t, need in needs)
+
+
+def _triton(name):
+    def launch(*args):
+        from fastpeft.kernels import excitor_keys as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+_merge = _library.define(
+    "excitor_merge_fwd(Tensor k, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate) -> Tensor",
+    fake=_fwd_fake,
+    composite=_fwd,
+)
+_merge_bwd = _library.define(
+    "excitor_merge_bwd(Tensor dk, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate, bool need_u,"
+    " bool need_p, bool need_z, bool need_v, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    composite=_bwd,
+)
+
+
+def _products(u, n, z, prompt) -> tuple[int, int, int]:
+    """Multiplications in U N, in A_I Z, and in L R."""
+    tokens, r, keys = u[0] * u[1], u[2], n[2]
+    inner = 0 if z is None else r
+    return tokens * r * keys, tokens * inner * (keys - prompt[0]), tokens * (prompt[0] + inner) * prompt[1]
+
+
+@register_flop_formula(torch.ops.fastpeft.excitor_merge_fwd)
+def _fwd_flops(k, u, n, z, prompt, wv_up, gate, *args, out_shape=None, **kwargs) -> int:
+    return 2 * sum(_products(u, n, z, prompt))
+
+
+@register_flop_formula(torch.ops.fastpeft.excitor_merge_bwd)
+def _bwd_flops(g, u, n, z, prompt, wv_up, gate, need_u, need_p, need_z, need_v, need_gate, *args, out_shape=None, **kwargs) -> int:
+    scores, inner, outer = _products(u, n, z, prompt)
+    total = scores + inner  # A and L again
+    total += outer * ((need_p or need_v or need_gate) + (need_u or need_z))
+    return 2 * (total + inner * (need_u + need_z) + 2 * scores * need_u)
+
+
+class _Merge(Function):
+    @staticmethod
+    def forward(ctx, k, u, n, z, prompt, wv_up, gate):
+        ctx.shape = k.shape
+        if any(ctx.needs_input_grad[1:]):
+            ctx.save_for_backward(u, n, z, prompt, wv_up, gate)
+        return _merge(k, u, n, z, prompt, wv_up, gate)
+
+    @staticmethod
+    def backward(ctx, g):
+        need_k, need_u, need_n, need_z, need_p, need_v, need_gate = ctx.needs_input_grad
+        B, H, M, d = ctx.shape
+        dk = g.view(B, M, H, d).transpose(1, 2) if need_k else None
+        if not any(ctx.needs_input_grad[1:]):
+            return dk, None, None, None, None, None, None
+        u, n, z, prompt, wv_up, gate = ctx.saved_tensors
+        grads = _merge_bwd(g, u, n, z, prompt, wv_up, gate, need_u or need_n, need_p, need_z, need_v, need_gate)
+        flags, inputs = (need_u, need_n, need_z, need_p, need_v, need_gate), (u, n, z, prompt, wv_up, gate)
+        return dk, *(grad.to(t.dtype) if flag else None for grad, t, flag in zip(grads, inputs, flags))
+
+
+def _check(k, hidden, w_down, w_up, prompt, gate, visual) -> None:
+    names = ("image", "wk_down", "wk_up", "wv_down", "wv_up")
+    check_floating("excitor_keys", k=k, hidden=hidden, w_down=w_down, w_up=w_up, prompt=prompt, gate=gate)
+    if k.dim() != 4 or hidden.dim() != 3:
+        raise ValueError(f"excitor_keys: k {tuple(k.shape)}, hidden {tuple(hidden.shape)}; pass k [B, H, M, d] and hidden [B, M, C]")
+    B, H, M, d = k.shape
+    C, r = H * d, w_down.shape[0]
+    wanted = {"hidden": (hidden, (B, M, C)), "w_down": (w_down, (r, C)), "w_up": (w_up, (C, r)), "gate": (gate, (H,))}
+    wanted["prompt"] = (prompt, (prompt.shape[0], C))
+    if visual is not None:
+        if len(visual) != 5:
+            raise ValueError(f"excitor_keys: visual has {len(visual)} entries; pass ({', '.join(names)})")
+        check_floating("excitor_keys", **dict(zip(names, visual)))
+        V, D = visual[0].shape[-2:]
+        shapes = ((B, V, D), (r, D), (C, r), (r, D), (C, r))
+        wanted |= {name: (t, shape) for name, t, shape in zip(names, visual, shapes)}
+    for name, (t, shape) in wanted.items():
+        if tuple(t.shape) != shape:
+            raise ValueError(f"excitor_keys: {name} has shape {tuple(t.shape)}; k {tuple(k.shape)} and r = {r} ask for {shape}")
+    if hidden.dtype != k.dtype:
+        raise TypeError(f"excitor_keys: hidden is {hidden.dtype} and k is {k.dtype}; cast one to the other's")
+
+
+def excitor_keys(
+    k: Tensor,
+    hidden: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    prompt: Tensor,
+    gate: Tensor,
+    visual: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The merged keys ``k + gate K_x`` [B, H, M, d] (stored [B, M, H, d]), for k after its rotary embedding.
+
+    ``hidden`` [B, M, C] is the attention's input, C = H d; ``w_down`` [r, C], ``w_up`` [C, r], ``prompt`` [K, C], ``gate`` [H].
+    ``visual`` = (image [B, V, D], wk_down [r, D], wk_up [C, r], wv_down [r, D], wv_up [C, r]) adds the image's keys and values.
+    Raises ValueError or TypeError where shapes or dtypes do not fit.
+    """
+    _check(k, hidden, w_down, w_up, prompt, gate, visual)
+    u = linear(hidden, w_down.to(hidden.dtype))
+    up = w_up * (prompt.shape[1] ** -0.5)
+    n = (up.t() @ prompt.t())[None]  # tiny: [1, r, K], in the parameters' dtype
+    z = wv_up = None
+    if visual is not None:
+        image, wk_down, wk_up, wv_down, wv_up = visual
+        zk, z = (linear(image.to(w.dtype), w) for w in (wk_down, wv_down))
+        n = torch.cat([n.expand(k.shape[0], -1, -1), (up.t() @ wk_up) @ zk.mT], -1)
+    if wants_grad(k, u, n, z, prompt, wv_up, gate):
+        merged = _Merge.apply(k, u, n, z, prompt, wv_up, gate)
+    else:
+        merged = _merge(k, u, n, z, prompt, wv_up, gate)
+    return merged.unflatten(-1, k.shape[1::2]).transpose(1, 2)
