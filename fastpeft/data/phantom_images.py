@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastpeft.data.phantom_questions import MODALITIES, SIGNS, SIZES, Scene
+from fastpeft.data.phantom_questions import EDGES, MODALITIES, SIZES, Scene
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Scanner:
 
 SCANNERS = {
     "a": Scanner(),
-    # A negative with uneven light, mirrored anatomy, a light frame and other marker inks.
+    # Foggy, noisy and uneven, with mirrored anatomy, a light frame and other marker inks.
     "b": Scanner(
         gamma=0.8,
-        window=(0.92, 0.12),
-        lesion_grays=(0.04, 1.0),
+        window=(0.15, 0.92),
+        lesion_grays=(0.05, 1.0),
         noise=0.03,
         grain=0.02,
         bias=0.1,
@@ -173,7 +173,7 @@ class Canvas:
     def anatomy(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         """Gray levels 0 to 1 before the scanner: the body in a random pose."""
         turn, (dx, dy) = np.radians(rng.uniform(-6, 6)), rng.uniform(-0.05, 0.05, 2)
-        scale = rng.uniform(0.92, 1.05, 2)
+        scale = rng.uniform(0.84, 0.94, 2)
         mx, my = (-1 if self.scanner.mirror else 1), (-1 if self.scanner.flip else 1)
         x, y = mx * self.x - dx, my * self.y - dy
         x, y = (np.cos(turn) * x + np.sin(turn) * y) / scale[0], (np.cos(turn) * y - np.sin(turn) * x) / scale[1]
@@ -216,10 +216,14 @@ class Canvas:
         gray = gray * (1 + s.bias * self.field(rng)) * (1 - 0.5 * s.vignette * self.radius2)
         gray = self.blur @ gray @ self.blur.T
         image = gray[..., None] * np.array(s.tint, np.float32)
-        sx, sy = SIGNS[scene.corner]
-        (cx, cy), r = np.multiply((sx, sy), rng.uniform(0.76, 0.84, 2)), rng.uniform(0.12, 0.14)
+        (along_y, along_x), (sx, sy) = np.abs(EDGES[scene.edge]), EDGES[scene.edge]
+        offset, thick, long, slide = rng.uniform((0.84, 0.11, 0.7, -0.15), (0.88, 0.13, 0.8, 0.15))
+        cover, _ = self.shape(
+            "b", self.x, self.y, offset * sx + slide * along_x, offset * sy + slide * along_y,
+            long if along_x else thick, long if along_y else thick,
+        )  # fmt: skip
         ink = np.array(self.palette[scene.marker], np.float32) / 255 * rng.uniform(0.92, 1.05)
-        image += self.shape("b", self.x, self.y, cx, cy, r, r, rng.uniform(-15, 15))[0][..., None] * (ink - image)
+        image += cover[..., None] * (ink - image)
         if s.frame:
             border = np.maximum(np.abs(self.x), np.abs(self.y)) > 1 - s.frame
             image[border] = s.frame_gray

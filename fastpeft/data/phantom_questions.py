@@ -1,9 +1,9 @@
 """What a phantom shows and what can be asked about it: scenes, questions, and a choice of questions with balanced answers.
 
-A `Scene` is the truth behind one image: modality, plane, region, lesions and a coloured side marker. Positions are the image's
-own (its left is left). `questions_of` lists all that can be asked of a scene; `Balancer.pick` takes those whose answers were
-given least so far, so that over a set of images the words of a question alone tell little: Yes and No come near half each,
-open answers spread over their values.
+A `Scene` is the truth behind one image: modality, plane, region, lesions, and a coloured bar along one edge, the marker. Positions
+are the image's own (its left is left). `questions_of` lists all that can be asked of a scene; `Balancer.pick` takes those whose
+answers were given least so far, so that over a set of images the words of a question alone tell little: Yes and No come near half
+each, open answers spread over their values.
 """
 
 import functools
@@ -24,9 +24,10 @@ ORGANS = {
 }  # main one first
 REGIONS = tuple(ORGANS)
 LOCATIONS = {"Head": "Brain_Tissue", "Chest": "Lung", "Abdomen": "Abdomen", "Pelvis": "Pelvic Cavity"}  # Slake's names
-SIGNS = {"Upper Left": (-1, -1), "Upper Right": (1, -1), "Lower Left": (-1, 1), "Lower Right": (1, 1), "Center": (0, 0)}
-CORNERS = tuple(SIGNS)[:4]
-SIZES = {"Small": (0.13, 0.16), "Large": (0.25, 0.29)}  # radius, an image being -1 to 1 wide: 8-10 and 16-19 pixels across of 64
+PLACES = {"Upper Left": (-1, -1), "Upper Right": (1, -1), "Lower Left": (-1, 1), "Lower Right": (1, 1), "Center": (0, 0)}
+CORNERS = tuple(PLACES)[:4]
+EDGES = {"Top": (0, -1), "Bottom": (0, 1), "Left": (-1, 0), "Right": (1, 0)}
+SIZES = {"Small": (0.14, 0.17), "Large": (0.28, 0.32)}  # radius, an image being -1 to 1 wide: 9-11 and 18-20 pixels across of 64
 TONES = ("White", "Black")
 COLORS = ("Red", "Green", "Blue", "Yellow")
 NUMBERS = ("no", "one", "two", "three")
@@ -84,10 +85,10 @@ KINDS = {
         ("what color is the marker?", "which color is used, on the marker?"), "what is the color of the marker?"),
     "is marker": Kind("Color", "CLOSED", 0.8,
         ("is the marker {}?", "does the marker look {}?"), "is the color of the marker {}?"),
-    "corner": Kind("Position", "OPEN", 1.2,
+    "edge": Kind("Position", "OPEN", 1.2,
         ("where is the marker?", "what is the position of the marker?"), "which part contains the marker?"),
-    "is corner": Kind("Position", "CLOSED", 0.6,
-        ("is the marker in the {}?", "does the {} contain the marker?"), "is the position of the marker {}?"),
+    "is edge": Kind("Position", "CLOSED", 0.6,
+        ("is the marker on the {}?", "does the {} contain the marker?"), "is the position of the marker {}?"),
 }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ class Scene:
     size: str
     tone: str
     marker: str
-    corner: str
+    edge: str
 
 
 def _one(rng: np.random.Generator, values: tuple[str, ...]) -> str:
@@ -119,13 +120,12 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     places = (
         ("Center",) if number == 1 and rng.random() < 0.2 else tuple(str(place) for place in rng.permutation(CORNERS)[:number])
     )
-    nearest = 0.36 if size == "Large" and number > 1 else 0.24  # large neighbours keep clear of each other
-    lesions = []
-    for sx, sy in (SIGNS[place] for place in places):
-        jitter = rng.uniform(-0.03, 0.03, 2)
-        lesions.append((float(sx * rng.uniform(nearest, 0.44) + jitter[0]), float(sy * rng.uniform(nearest, 0.5) + jitter[1])))
-    region, tone, marker, corner = (_one(rng, values) for values in (REGIONS, TONES, COLORS, CORNERS))
-    return Scene(modality, plane, region, tuple(lesions), places, size, tone, marker, corner)
+    low, high = ((0.36, 0.38), (0.42, 0.46)) if size == "Large" else ((0.28, 0.30), (0.42, 0.46))  # so that large ones never touch
+    jitter = rng.uniform(-0.04, 0.04, 2)
+    away = [np.multiply(PLACES[place], rng.uniform(low, high)) + (jitter if place == "Center" else 0) for place in places]
+    region, tone, marker, edge = (_one(rng, values) for values in (REGIONS, TONES, COLORS, tuple(EDGES)))
+    lesions = tuple((float(x), float(y)) for x, y in away)
+    return Scene(modality, plane, region, lesions, places, size, tone, marker, edge)
 
 
 def questions_of(scene: Scene) -> list[tuple[str, str, str]]:
@@ -141,14 +141,14 @@ def questions_of(scene: Scene) -> list[tuple[str, str, str]]:
         ("abnormality", "", {"White": "Mass", "Black": "Cyst"}[scene.tone] if number else "None"),
         ("count", "", str(number)),
         ("marker", "", scene.marker),
-        ("corner", "", scene.corner),
+        ("edge", "", scene.edge),
     ]
     asked += [("is modality", m, _yes(m == scene.modality)) for m in MODALITIES]
     asked += [("is plane", p, _yes(p == scene.plane)) for p in PLANES]
     asked += [("is organ", o, _yes(o in shown)) for organs in ORGANS.values() for o in organs]
     asked += [("is count", word, _yes(n == number)) for n, word in enumerate(NUMBERS)]
     asked += [("is marker", c, _yes(c == scene.marker)) for c in COLORS]
-    asked += [("is corner", c, _yes(c == scene.corner)) for c in CORNERS]
+    asked += [("is edge", e, _yes(e == scene.edge)) for e in EDGES]
     if number:  # of no lesion, position and size would always be No
         asked += [("is position", c, _yes(c in scene.positions)) for c in CORNERS]
         asked += [("is size", s, _yes(s == scene.size)) for s in SIZES]

@@ -17,6 +17,7 @@ from fastpeft.data.phantom_questions import (
     MODALITIES,
     PLANES,
     REGIONS,
+    SIZES,
     Balancer,
     draw_scene,
     phrase,
@@ -119,7 +120,7 @@ def test_answers_are_true_to_the_scene():
             corner = f"{'Upper' if y < 0 else 'Lower'} {'Left' if x < 0 else 'Right'}"
             assert truth["position", ""] == ("Center" if abs(x) < 0.1 else corner)
         for i, (x, y) in enumerate(scene.lesions):  # and no two lesions touch
-            radius = 0.29 if scene.size == "Large" else 0.16
+            radius = SIZES[scene.size][1]
             assert all(np.hypot(x - u, y - v) > 2 * radius for u, v in scene.lesions[:i])
 
 
@@ -148,7 +149,7 @@ def test_scanners_share_scenes_not_looks(tmp_path):
 @pytest.mark.parametrize("name", SCANNERS)
 def test_lesions_and_marker_show(name):
     canvas = Canvas(64, replace(SCANNERS[name], noise=0.0))
-    base = replace(scenes(1)[0], lesions=(), positions=(), size="Small", marker="Red", corner="Lower Right")
+    base = replace(scenes(1)[0], lesions=(), positions=(), size="Small", marker="Red", edge="Right")
 
     def drawn(**changes):
         return canvas.draw(replace(base, **changes), np.random.default_rng(0)).astype(int)
@@ -160,7 +161,7 @@ def test_lesions_and_marker_show(name):
     for i, one in enumerate(inks):
         for other in inks[:i]:
             changed = np.abs(one - other).sum(2) > 40
-            assert 20 < changed.sum() < 120 and changed[44:, 44:].sum() == changed.sum()
+            assert changed.sum() > 200 and changed[:, 54:].sum() == changed.sum()
 
 
 def test_every_view_is_drawn():
