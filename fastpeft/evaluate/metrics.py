@@ -60,7 +60,7 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
 
 
 def write_predictions(path, samples: Sequence[Sample], predictions: Sequence[str]) -> None:
-    """A JSON list of qid, img_name (as the data set names it), question, answer, prediction, answer_type, correct for each sample.
+    """A JSON list of qid, img_name (as the data set has it), question, answer, prediction, answer_type, correct of each sample.
 
     The file appears whole or not at all. ValueError unless there is one text per sample.
     """
