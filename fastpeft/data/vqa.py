@@ -5,6 +5,7 @@ B = questions in a batch, U = distinct images among them, S = image size, L_q, L
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,13 +26,13 @@ class VQADataset(Dataset):
 
     Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in each worker its own). With `load_images` False no
     image is touched and "pixel_values" is left out, for trainers that hold the images' features; `pixels(path)` then gives a
-    single one.
+    single one. `tokenizer` is what a trainer makes batches with.
     """
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20):
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20, tokenizer=None):
         if not len(samples):
             raise ValueError("a data set needs at least one sample")
-        self.samples, self.preprocess, self.seed = samples, preprocess, seed
+        self.samples, self.preprocess, self.seed, self.tokenizer = samples, preprocess, seed, tokenizer
         self.cache = ImageCache(cache_bytes)
         self.load_images = True
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
@@ -133,10 +134,11 @@ class EpochSampler(Sampler[list[int]]):
         if isinstance(data, int):
             if questions_per_image > 1:
                 raise ValueError("questions_per_image > 1 needs the samples, not their number: their images make the groups")
-            groups = [[i] for i in range(data)]
+            samples, groups = [], [[i] for i in range(data)]
         else:
+            samples = getattr(data, "samples", data)
             by_image: dict[object, list[int]] = {}
-            for i, sample in enumerate(getattr(data, "samples", data)):
+            for i, sample in enumerate(samples):
                 by_image.setdefault(sample.image if questions_per_image > 1 else i, []).append(i)
             groups = list(by_image.values())
         self.n = sum(map(len, groups))
@@ -144,7 +146,7 @@ class EpochSampler(Sampler[list[int]]):
             raise ValueError(f"{self.n} samples make no batch of {batch_size}")
         self.batch_size, self.seed, self.drop_last, self.questions_per_image = batch_size, seed, drop_last, questions_per_image
         self.epoch, self.start_batch = 0, 0
-        self._groups = groups
+        self._samples, self._groups = samples, groups
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """The epoch to draw next, from batch `start_batch` on: how a run stopped within an epoch goes on."""
@@ -152,23 +154,11 @@ class EpochSampler(Sampler[list[int]]):
             raise ValueError(f"start_batch={start_batch}: an epoch has {len(self)} batches")
         self.epoch, self.start_batch = epoch, start_batch
 
-    def state_dict(self, batches_done: int) -> dict:
-        """What `load_state_dict` needs to go on after `batches_done` batches of this epoch.
-
-        The trainer counts them, since data loaders draw ahead of what has been trained on.
-        """
-        return {"epoch": self.epoch, "batch": batches_done, **self._identity()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken. ValueError where the order would differ: another seed, batch size or data set."""
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise ValueError(f"cannot resume: {name} was {state[name]} and is {value}; the order of batches would differ")
-        epochs, batch = divmod(state["batch"], len(self))
-        self.set_epoch(state["epoch"] + epochs, batch)
-
-    def _identity(self) -> dict:
-        return {name: getattr(self, name) for name in ("n", "batch_size", "seed", "questions_per_image", "drop_last")}
+    def identity(self) -> dict:
+        """What the order of batches depends on, JSON-able: a run resumes where it stopped only if none of it has changed."""
+        digest = hashlib.sha256(repr([(s.image_name, s.question, s.answer) for s in self._samples]).encode()).hexdigest()[:16]
+        names = ("n", "batch_size", "seed", "questions_per_image", "drop_last")
+        return {name: getattr(self, name) for name in names} | {"samples": digest}
 
     def __len__(self) -> int:
         """Batches in a whole epoch, whatever `start_batch`."""
