@@ -1,0 +1,237 @@
+"""The command line. With ``--json`` the last line printed is one JSON object; bad input ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
+)
+
+Model = Annotated[str, typer.Option(help="miss, miss-tiny, or a local transformers folder")]
+PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
+Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
+Data = Annotated[str, typer.Option(help="folder of a Slake, VQA-RAD or MILE data set")]
+Split = Annotated[str | None, typer.Option(help="annotation file, or a file of qids; default: by the data set's own file names")]
+
+
+def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print for people, then, if asked, for programs."""
+    for line in lines:
+        print(line)
+    if as_json:
+        print(json.dumps(values))
+
+
+@app.command()
+def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
+    """Count what a plan trains; allocates nothing."""
+    from fastpeft.plan import adapt, build, count
+
+    network = build(model, device="meta")
+    adapt(network, plan, **_rank(rank, plan))
+    counted = count(network)
+    rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
+    lines = [f"{model}  {network.fastpeft_plan}", f"{'part':>10} {'base':>15} {'adapters':>13} {'trainable':>13}"]
+    lines += [f"{name:>10} {c['base']:>15,} {c['adapters']:>13,} {c['trainable']:>13,}" for name, c in rows]
+    lines.append(f"{counted['percent']:.3f}% of base + adapters, {counted['percent_of_base']:.3f}% of base")
+    emit(counted | {"model": model, "plan": str(network.fastpeft_plan)}, as_json, lines)
+
+
+def _rank(rank: int | None, plan: str) -> dict[str, int]:
+    """--rank speaks to LoRA only; a plan without LoRA ignores it, as tables print a rank of their own for every row."""
+    return {} if rank is None or "lora" not in str(plan).lower() else {"r": rank}
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, typer.Option(help="folder of a Slake, VQA-RAD or MILE data set")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for the run's files")] = None,
+    model: Annotated[str | None, typer.Option(help="miss, miss-tiny, or a local transformers folder")] = None,
+    plan: Annotated[str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
+    rank: Rank = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the data, where steps are not given (default 1)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="samples per forward (default 20)")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="forwards per step")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate of adapters (default 1e-3)")] = None,
+    base_lr: Annotated[float | None, typer.Option(help="peak learning rate of trained base weights (default: a tenth of --lr)")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    warmup: Annotated[float | None, typer.Option(help="steps, or a fraction of them if below 1")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    questions_per_image: Annotated[int | None, typer.Option(help="group a batch's questions by image")] = None,
+    split_file: Split = None,
+    eval_split_file: Annotated[str | None, typer.Option(help="what to score at the end; default: the data set's test split")] = None,
+    hold_out: Annotated[float | None, typer.Option(help="score a fraction of the training images, held out, instead")] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="score nothing at the end")] = False,
+    vocab: Annotated[
+        str | None, typer.Option(help="vocab.txt or tokenizer folder; default: the model's, else learnt from the data")
+    ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="random weights, even where the package ships trained ones")] = False,
+    languages: Annotated[str | None, typer.Option(help="comma-separated q_lang values to keep (default en)")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
+    save_every: Annotated[int | None, typer.Option(help="steps between checkpoints (default 200)")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes that decode images")] = None,
+    device: Device = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="torch.profiler trace of three steps")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
+    from fastpeft.train.config import TrainConfig, read_yaml
+    from fastpeft.train.run import DataOptions, train_run
+
+    given = read_yaml(config) if config else {}
+    ours = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation}
+    ours |= {"learning_rate": lr, "base_learning_rate": base_lr, "weight_decay": weight_decay, "warmup": warmup, "dtype": dtype}
+    ours |= {"seed": seed, "questions_per_image": questions_per_image, "save_every": save_every, "num_workers": workers, "out": out}
+    ours |= {"device": device, "data": data, "model": model, "plan": plan, "rank": rank, "split_file": split_file, "vocab": vocab}
+    ours |= {"eval_split_file": eval_split_file, "hold_out": hold_out, "languages": languages.split(",") if languages else None}
+    flags = {"resume": resume, "tensorboard": tensorboard, "trace": trace, "skip_bad": skip_bad, "from_scratch": from_scratch}
+    given |= {k: v for k, v in ours.items() if v is not None} | {k: True for k, v in flags.items() if v}
+    given |= {"no_eval": True} if no_eval else {}
+    for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
+        if not given.get(name):
+            raise ValueError(f"--{name} is missing: give {what}")
+    model, plan = given.pop("model", "miss-tiny"), given.pop("plan", "F/LoRA/LoRA")
+    chosen = DataOptions(
+        data=given.pop("data"),
+        split_file=given.pop("split_file", None),
+        eval_split_file=given.pop("eval_split_file", None),
+        hold_out=given.pop("hold_out", 0.0),
+        languages=tuple(given.pop("languages", ("en",))),
+        skip_bad=given.pop("skip_bad", False),
+    )
+    options = _rank(given.pop("rank", None), plan)
+    how = {
+        "vocab": given.pop("vocab", None),
+        "pretrained": not given.pop("from_scratch", False),
+        "evaluate": not given.pop("no_eval", False),
+    }
+    summary = train_run(model, plan, chosen, TrainConfig.from_dict(given | {"progress": not quiet}), **how, **options)
+    lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
+    lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
+
+
+def _accuracy(scored: dict | None) -> list[str]:
+    if scored is None:
+        return []
+    shown = ", ".join(f"{k} {scored[k]:.1%}" for k in ("open", "closed", "global") if scored[k] is not None)
+    lines = [f"accuracy on {scored['n']} questions: {shown} (most frequent answer: {scored['majority']:.1%})"]
+    if scored["closed"] is not None:
+        always, verdict = scored["always_no_closed"], "beats" if scored["closed"] > scored["always_no_closed"] else "does NOT beat"
+        lines.append(f"on closed questions it {verdict} always answering 'no' ({always:.1%})")
+    return lines
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
+    data: Data,
+    split_file: Split = None,
+    model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
+    out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
+    batch_size: Annotated[int, typer.Option()] = 32,
+    num_beams: Annotated[int, typer.Option()] = 3,
+    languages: Annotated[str, typer.Option(help="comma-separated q_lang values to keep")] = "en",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a data set's questions with an adapter and score the answers."""
+    from fastpeft.data import VQADataset, load_samples
+    from fastpeft.evaluate import answer_questions, score, write_predictions
+    from fastpeft.train.run import data_notes, load_run
+
+    samples = load_samples(data, split_file, split="test", languages=tuple(languages.split(",")), skip_bad=skip_bad)
+    network, tokenizer, preprocess = load_run(adapter, device, model)
+    dataset = VQADataset(samples, preprocess)
+    answers = answer_questions(network, dataset, tokenizer, batch_size=batch_size, num_beams=num_beams, progress=not quiet)
+    scored = score(answers, samples)
+    notes = data_notes(samples)
+    if out:
+        write_predictions(out, samples, answers)
+    emit(scored | {"notes": notes}, as_json, [*notes, *_accuracy(scored)])
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="official MISS/BLIP checkpoint (.pth), or a transformers folder")],
+    out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
+    image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    as_json: Json = False,
+) -> None:
+    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back."""
+    from fastpeft.models.convert import convert as run
+
+    report = run(Path(checkpoint), Path(out), image_size=image_size, overwrite=overwrite)
+    about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
+    emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
+    out: Annotated[str, typer.Option(help="transformers folder to write")],
+    model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fold LoRA and IA3 into the base and write a plain transformers folder."""
+    from fastpeft.train.run import merge_run
+
+    written = merge_run(adapter, out, model)
+    emit({"out": str(written)}, as_json, [f"merged model in {written}"])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Which backend serves each operator here, and why."""
+    from fastpeft.diagnose import diagnose
+
+    about = diagnose()
+    lines = [f"{name:>14}: {value}" for name, value in about["environment"].items()] + ["", f"{'operator':>28}  CPU / CUDA"]
+    lines += [f"{op:>28}  {by.get('CPU', '-')} / {by.get('CUDA', '-')}" for op, by in about["operators"].items()]
+    emit(about, as_json, lines)
+
+
+def main() -> None:
+    """Entry point: usage errors and bad input end with exit code 2 and one line on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except (ValueError, TypeError) as error:
+        sys.exit(_complain(error))
+    except OSError as error:
+        sys.exit(_complain(f"{error.strerror or error}: {error.filename}" if error.filename else error))
+    except FloatingPointError as error:
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's and click's usage errors
+            sys.exit(_complain(error.format_message()))
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error) -> int:
+    print(f"fastpeft: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

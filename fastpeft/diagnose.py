@@ -1,0 +1,29 @@
+"""What is here, and which backend serves each operator: for `fastpeft doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+import fastpeft.ops  # noqa: F401  defines the operators
+from fastpeft import _library
+
+OPTIONAL = ("triton", "flash_attn", "xformers", "peft", "tensorboard")
+
+
+def diagnose() -> dict[str, dict]:
+    """{"environment": versions and devices, "operators": {op: {"CPU": backend and why, "CUDA": ...}}}."""
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "csrc": _library.native_missing or "loaded",
+        "forced backend": os.environ.get("FASTPEFT_BACKEND") or "none",
+    }
+    environment |= {name: "installed" if importlib.util.find_spec(name) else "not installed" for name in OPTIONAL}
+    return {"environment": environment, "operators": _library.backend_of()}

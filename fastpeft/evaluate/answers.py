@@ -1,0 +1,48 @@
+"""Answers to questions about images: batched beam search, each image encoded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fastpeft.data import EpochSampler, VQACollator, VQADataset, decode
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_index")
+
+
+def to_device(batch: dict, names, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of ``names`` that the batch has, on ``device``; floating ones in ``dtype``."""
+    moved = {name: batch[name].to(device, non_blocking=True) for name in names if batch.get(name) is not None}
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in moved.items()}
+
+
+@torch.no_grad()
+def answer_questions(
+    model: nn.Module,
+    dataset: VQADataset,
+    tokenizer,
+    *,
+    batch_size: int = 32,
+    num_beams: int = 3,
+    max_length: int = 10,
+    progress: bool = True,
+) -> list[str]:
+    """One answer per sample, in the data set's order. Defaults are the papers': beams of 3, at most 10 tokens.
+
+    A batch gathers questions on the same images; padding is masked, so an answer does not depend on its neighbours.
+    """
+    was_training, first = model.training, next(model.parameters())
+    model.eval()
+    largest = max(1, len({s.image for s in dataset.samples}))
+    sampler = EpochSampler(dataset, batch_size, questions_per_image=min(batch_size, max(1, len(dataset) // largest)))
+    order = [i for batch in sampler for i in batch]
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=VQACollator(tokenizer))
+    answers: list[str] = []
+    for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
+        ids = model.generate(**to_device(batch, MODEL_INPUTS, first.device, first.dtype), num_beams=num_beams, max_length=max_length)
+        answers += decode(tokenizer, ids)
+    model.train(was_training)
+    place = {index: at for at, index in enumerate(order)}
+    return [answers[place[i]] for i in range(len(dataset))]

@@ -1,0 +1,299 @@
+"""The training loop: one process, one device, nothing hidden."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import fastpeft
+from fastpeft.checkpoints import save_adapter
+from fastpeft.data import EpochSampler, VQACollator, VQADataset, save_tokenizer
+from fastpeft.evaluate import answer_questions, score, write_predictions
+from fastpeft.evaluate.answers import MODEL_INPUTS, to_device
+from fastpeft.methods import is_adapter
+from fastpeft.plan import count
+from fastpeft.train.config import TrainConfig
+from fastpeft.train.optimizer import Optimizer
+from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
+from fastpeft.train.report import write_report
+from fastpeft.train.state import load_state, save_state
+
+BATCH_INPUTS = (*MODEL_INPUTS, "decoder_input_ids", "decoder_attention_mask", "labels")
+
+
+class Trainer:
+    """Trains what the model's plan says, measures what it costs, and leaves a run's files in ``config.out``.
+
+    ``Trainer(model, dataset, TrainConfig(steps=200)).fit()`` returns the summary (the fields of ``summary.json``). ``dataset`` is a
+    :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end.
+    """
+
+    def __init__(self, model: nn.Module, dataset: VQADataset, config: TrainConfig | None = None, *, eval_dataset: VQADataset | None = None):
+        self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
+        config = self.config
+        if dataset.tokenizer is None:
+            raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
+        if getattr(model, "fastpeft_plan", None) is None:
+            raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+        self.model.to(self.device)
+        for name, parameter in model.named_parameters():
+            if not is_adapter(name) and parameter.dtype != self.dtype:
+                parameter.data = parameter.data.to(self.dtype)
+        self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
+        per_epoch = max(1, len(self.sampler) // config.gradient_accumulation)
+        self.total_steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+        self.optimizer = Optimizer(model, config, self.total_steps)
+        self.out = Path(config.out) if config.out else None
+        self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "loss_first": None, "loss_last": None}
+        self.steady = {"samples": 0, "seconds": 0.0}
+        self.cost: StepCost | None = None
+        self.notes: list[str] = []
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/."""
+        torch.manual_seed(self.config.seed)
+        if self.out is not None:
+            self._open_out()
+        reset_peak(self.device)
+        self.model.train()
+        with contextlib.ExitStack() as stack:
+            self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
+            self.board = self._tensorboard(stack)
+            bar = stack.enter_context(
+                tqdm(total=self.total_steps, initial=self.done["step"], desc="training", unit="step", disable=not self.config.progress)
+            )
+            tracer = stack.enter_context(self._tracer())
+            try:
+                for batches in self._batches():
+                    self._log(self._step(batches), bar)
+                    if tracer is not None:
+                        tracer.step()
+                    every = self.config.save_every
+                    if self.out and every and self.done["step"] % every == 0 and self.done["step"] < self.total_steps:
+                        self.save()
+            except KeyboardInterrupt:
+                if self.out and self.done["step"]:
+                    self.save()
+                raise
+        if self.out:
+            self.save()
+        summary = self.summary(self.evaluate())
+        if self.out:
+            if self.eval_dataset is not None:
+                write_predictions(self.out / "predictions.json", self.eval_dataset.samples, self.answers)
+            write_json(self.out / "summary.json", summary)
+            write_report(self.out)
+        return summary
+
+    def _batches(self):
+        """Groups of ``gradient_accumulation`` batches, from where the run stands to its last step."""
+        group = []
+        while self.done["step"] < self.total_steps:
+            epoch, start = divmod(self.done["batches"] + len(group), len(self.sampler))
+            self.sampler.set_epoch(epoch, start)
+            self.dataset.set_epoch(epoch)
+            loader = DataLoader(
+                self.dataset,
+                batch_sampler=self.sampler,
+                collate_fn=VQACollator(self.dataset.tokenizer),
+                num_workers=self.config.num_workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
+            )
+            for batch in loader:
+                group.append(batch)
+                if len(group) == self.config.gradient_accumulation:
+                    yield group
+                    group = []
+                    if self.done["step"] >= self.total_steps:
+                        return
+
+    def _step(self, batches: list[dict]) -> dict[str, float]:
+        """Forward, backward and update on one group of batches; the first one ever is also measured."""
+        began = time.perf_counter()
+        samples = sum(len(batch["samples"]) for batch in batches)
+        first = self.cost is None
+        loss = 0.0
+        for batch in batches:
+            inputs = to_device(batch, BATCH_INPUTS, self.device, self.dtype)
+            weight = len(batch["samples"]) / samples
+            with measure(self.model) if self.cost is None else contextlib.nullcontext() as cost:
+                part = self.model(**inputs).loss * weight
+                part.backward()
+            if cost is not None:
+                self.cost, self.cost_samples = cost, len(batch["samples"])
+            loss += float(part.detach())
+        if not math.isfinite(loss):
+            where = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
+            raise FloatingPointError(f"the loss is {loss} at step {self.done['step'] + 1}: lower learning_rate, or use fp32{where}")
+        rate, norm = self.optimizer.step(self.done["step"])
+        seconds = time.perf_counter() - began
+        tokens = sum(int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum()) for batch in batches)
+        done = self.done
+        done["step"] += 1
+        done["batches"] += len(batches)
+        done["samples"] += samples
+        done["tokens"] += tokens
+        done["seconds"] += seconds
+        done["loss_first"] = loss if done["loss_first"] is None else done["loss_first"]
+        done["loss_last"] = loss
+        if not first and done["step"] > min(3, self.total_steps // 2):  # the first steps fill caches and are measured
+            self.steady["samples"] += samples
+            self.steady["seconds"] += seconds
+        return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples, "seconds": seconds}
+
+    def _log(self, row: dict[str, float], bar: tqdm) -> None:
+        row["samples_per_second"] = row["samples"] / row["seconds"]
+        row["memory_bytes"] = memory_bytes(self.device)
+        shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.flush()
+        if self.board is not None:
+            for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes"):
+                self.board.add_scalar(name, row[name], row["step"])
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
+        if self.eval_dataset is None:
+            return None
+        tokenizer = self.dataset.tokenizer
+        self.answers = answer_questions(self.model, self.eval_dataset, tokenizer, progress=self.config.progress)
+        return score(self.answers, self.eval_dataset.samples)
+
+    def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+        """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the first batch of this process."""
+        done, cost = self.done, self.cost or StepCost()
+        steady = self.steady if self.steady["seconds"] else done
+        per_sample = 1 / max(1, getattr(self, "cost_samples", 1))
+        parts = {
+            name: {"flops_per_sample": flops * per_sample, "saved_bytes": cost.saved_by_part.get(name, 0)}
+            for name, flops in cost.flops_by_part.items()
+        }
+        return {
+            "steps": done["step"],
+            "samples": done["samples"],
+            "samples_per_second": done["samples"] / max(done["seconds"], 1e-9),
+            "steady_samples_per_second": steady["samples"] / max(steady["seconds"], 1e-9),
+            "tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "saved_bytes_per_step": cost.saved_bytes,
+            "flops_per_sample": cost.flops * per_sample,
+            "loss_first": done["loss_first"],
+            "loss_last": done["loss_last"],
+            "eval": evaluation,
+            "model": self.model.fastpeft_source.get("model") if hasattr(self.model, "fastpeft_source") else type(self.model).__name__,
+            "plan": str(self.model.fastpeft_plan),
+            "dtype": self.config.dtype,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+            "batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+            "seconds": done["seconds"],
+            "parameters": count(self.model),
+            "parts": parts,
+            "notes": self.notes,
+            "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def save(self) -> None:
+        """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
+        tokenizer, preprocess = self.dataset.tokenizer, self.dataset.preprocess
+        save_adapter(
+            self.model,
+            self.out / "adapter",
+            description={"preprocess": preprocess.to_dict(), "tokenizer": "tokenizer"},
+            write_more=lambda folder: save_tokenizer(tokenizer, folder / "tokenizer"),
+        )
+        progress = {"done": self.done, "identity": self._identity(), "config": asdict(self.config)}
+        save_state(self.out / "checkpoint", self.model, self.optimizer, progress)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        sampler = {name: getattr(self.sampler, name) for name in ("n", "batch_size", "seed", "questions_per_image")}
+        return sampler | {
+            "plan": self.model.fastpeft_plan.to_dict(),
+            "gradient_accumulation": self.config.gradient_accumulation,
+            "dtype": self.config.dtype,
+        }
+
+    def _open_out(self) -> None:
+        """Make ``out`` ready: resume from its checkpoint, or refuse to write over another run."""
+        checkpoint = self.out / "checkpoint"
+        if self.config.resume and checkpoint.is_dir():
+            progress = load_state(checkpoint, self.model, self.optimizer)
+            mine = json.loads(json.dumps(self._identity()))
+            changed = [f"{k} was {progress['identity'].get(k)!r}, now {v!r}" for k, v in mine.items() if progress["identity"].get(k) != v]
+            if changed:
+                raise ValueError(f"cannot resume {self.out}: " + "; ".join(changed))
+            self.done = progress["done"]
+            if self.done["step"] > self.total_steps:
+                raise ValueError(f"cannot resume {self.out}: it stands at step {self.done['step']}, past steps={self.total_steps}")
+            keep_lines(self.out / "metrics.jsonl", self.done["step"])
+        elif (self.out / "metrics.jsonl").exists() or checkpoint.exists():
+            if not self.config.resume:
+                raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # it ended before its first checkpoint
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def _tensorboard(self, stack: contextlib.ExitStack):
+        if not (self.config.tensorboard and self.out):
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("tensorboard is not installed: pip install 'fastpeft[tensorboard]'") from None
+        board = SummaryWriter(str(self.out / "tensorboard"))
+        stack.callback(board.close)
+        return board
+
+    def _tracer(self):
+        """torch.profiler over steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
+        if not (self.config.trace and self.out):
+            return contextlib.nullcontext()
+        from torch.profiler import profile, schedule
+
+        path = str(self.out / "trace.json")
+        return profile(
+            schedule=schedule(wait=1, warmup=0, active=3, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(path),
+            profile_memory=True,
+        )
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop metrics past ``last_step`` (and a torn last line): a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
