@@ -34,9 +34,21 @@ def check_affine(op: str, x: Tensor, **params: Tensor | None) -> None:
         if p is None:
             continue
         if p.dim() != 1 or p.shape[0] != x.shape[-1]:
-            raise ValueError(f"{op}: {name} has shape {tuple(p.shape)}, but x's last dimension is {x.shape[-1]}; pass {name} of shape [N]")
+            raise ValueError(f"{op}: {name} has shape {tuple(p.shape)}; pass [{x.shape[-1]}], x's last dimension")
         if p.dtype not in (x.dtype, accumulator(x.dtype)):
             raise TypeError(f"{op}: {name} is {p.dtype} and x is {x.dtype}; cast {name} to {x.dtype} or {accumulator(x.dtype)}")
     dtypes = {p.dtype for p in params.values() if p is not None}
     if len(dtypes) > 1:
         raise TypeError(f"{op}: {' and '.join(params)} differ in dtype ({', '.join(map(str, dtypes))}); cast one to the other's")
+
+
+def check_norm(op: str, x: Tensor, residual: Tensor | None, eps: float, **params: Tensor | None) -> None:
+    check_floating(op, x=x, residual=residual, **params)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it needs a last dimension of at least 1 to normalise over")
+    check_affine(op, x, **params)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        got, want = f"{tuple(residual.shape)} {residual.dtype}", f"{tuple(x.shape)} {x.dtype}"
+        raise ValueError(f"{op}: residual is {got} and x is {want}; expand or cast residual to match")
+    if eps < 0:
+        raise ValueError(f"{op}: eps is {eps}; it must not be negative")

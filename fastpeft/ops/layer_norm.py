@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
-from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
+from fastpeft.ops._common import accumulator, check_norm, wants_grad
 
 aten = torch.ops.aten
 
@@ -124,26 +124,13 @@ class _LayerNorm(Function):
         return dx if need_x else None, dx if need_residual else None, dweight, dbias, None
 
 
-def _check(op: str, x, residual, weight, bias, eps) -> None:
-    check_floating(op, x=x, residual=residual, weight=weight, bias=bias)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it needs a last dimension of at least 1 to normalise over")
-    check_affine(op, x, weight=weight, bias=bias)
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"{op}: residual {tuple(residual.shape)} {residual.dtype} must match x {tuple(x.shape)} {x.dtype}; expand or cast it first"
-        )
-    if eps < 0:
-        raise ValueError(f"{op}: eps is {eps}; it must not be negative")
-
-
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
     ``weight`` and ``bias`` are [N] or None, in x's dtype or float32. Frozen ones cost nothing: no gradient of theirs is formed.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
-    _check("layer_norm", x, None, weight, bias, eps)
+    check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)
     if wants_grad(x, weight, bias):
         return _LayerNorm.apply(x, None, weight, bias, eps)
     return _forward(x, None, weight, bias, eps, False)[0]
@@ -156,7 +143,7 @@ def add_layer_norm(
 
     h is what backward keeps: neither x nor residual is saved. Post-norm blocks (BERT) drop h, pre-norm blocks carry it on.
     """
-    _check("add_layer_norm", x, residual, weight, bias, eps)
+    check_norm("add_layer_norm", x, residual, eps, weight=weight, bias=bias)
     if wants_grad(x, residual, weight, bias):
         return _LayerNorm.apply(x, residual, weight, bias, eps)
     return _forward(x, residual, weight, bias, eps, False)[:2]

@@ -15,9 +15,9 @@ Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (
 | weight, bias; reduction none       | inputs and labels: rows of G scale apart, so backward remakes z | 2 + 1 + 1 |
 | none                               | nothing                                 | 1                   |
 
-A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (and at least MIN_ROWS rows, to keep the GEMM efficient).
-Which rows are labelled is found inside the op: opaque to torch.compile, so fullgraph=True holds and no output has a data-dependent
-shape. On CUDA that is one wait for one integer per loss; on CPU it costs nothing. dh is dense because autograd wants it dense.
+A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM).
+Which rows are labelled is found inside the op: opaque to torch.compile, so fullgraph=True holds and no output's shape depends on
+data. On CUDA that is one wait for one integer per loss; on CPU it costs nothing. dh is dense because autograd wants it dense.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smo
     # summed over chunks: in bfloat16 each sum would round again
     dweight = torch.zeros_like(weight, dtype=acc, memory_format=torch.contiguous_format) if need_dweight else none
     dbias = bias.new_zeros(bias.shape, dtype=acc) if need_dbias else none
+    _check_labels(labels, ignore_index, weight.shape[0])
     labelled = (labels != ignore_index).nonzero()[:, 0]
     for index in labelled.split(chunk_rows(weight.shape[0], labelled.shape[0])):
         h, y = hidden.index_select(0, index), labels.index_select(0, index)
@@ -104,6 +105,15 @@ def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smo
         if need_dweight:
             dweight += mm_wide(g.t(), h)
     return loss, dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+def _check_labels(labels, ignore_index, vocabulary):
+    """On CUDA the assertion is the device's own, as in PyTorch: nothing waits for it."""
+    bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if labels.is_cuda:
+        torch._assert_async(~bad.any())
+    elif bad.any():
+        raise IndexError(f"linear_cross_entropy: label {int(labels[bad][0])} is outside [0, {vocabulary})")
 
 
 def _composite(*args):
@@ -131,6 +141,7 @@ _op = _library.define(
     " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
     composite=_composite,
+    triton=_triton,
 )
 
 
@@ -165,13 +176,13 @@ class _LinearCrossEntropy(Function):
             return *(d if need else None for d, need in zip(grads, needs)), None, None, None, None
         *grads, factor = ctx.saved_tensors
         grad = grad if factor is None else grad * factor
-        # rows of dhidden scale apart (reduction none); a factor of shape [1], unlike a 0-dim one, is not rounded to bfloat16 first
+        # reduction none: rows scale apart. Else shape [1]: a 0-dim factor would be rounded to bfloat16 first
         grad = grad[:, None] if grad.dim() else grad.view(1)
         return *(None if d is None else (d * grad).to(d.dtype) for d in grads), None, None, None, None
 
 
 def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss, and what backward multiplies by: 1/n, or 0 where nothing is labelled (the loss is then nan, as PyTorch's)."""
+    """The reduced loss, and what backward multiplies by: 1/n, or 0 if nothing is labelled (and the loss nan, as in PyTorch)."""
     if reduction == "none":
         return loss, None
     total = loss.sum()
@@ -185,11 +196,13 @@ def _check(hidden, weight, bias, labels, label_smoothing, reduction) -> None:
     op = "linear_cross_entropy"
     check_floating(op, hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; weight is [V, C], hidden [..., C]")
+        raise ValueError(
+            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; pass [..., C] and [V, C]"
+        )
     if weight.dtype != hidden.dtype:
         raise TypeError(f"{op}: weight is {weight.dtype} and hidden is {hidden.dtype}; cast one to the other's dtype")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in (hidden.dtype, accumulator(hidden.dtype))):
-        raise ValueError(f"{op}: bias {tuple(bias.shape)} {bias.dtype}; pass [V] = [{weight.shape[0]}] in {hidden.dtype} or float32")
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} {bias.dtype}; pass [{weight.shape[0]}] in {hidden.dtype} or float32")
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels are {labels.dtype}; call labels.long()")
     if labels.shape != hidden.shape[:-1]:
@@ -212,8 +225,8 @@ def linear_cross_entropy(
     """``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` without the logits.
 
     hidden [..., C], weight [V, C], bias [V] or None, labels [...] int64. Returns a scalar, or losses of labels' shape for "none",
-    in float32 (float64 for float64): a loss in bfloat16 has 3 digits. No labelled row: nan for "mean", zero gradients, as PyTorch.
-    Raises ValueError or TypeError where arguments do not fit. Labels outside [0, V) fail as in PyTorch's gather.
+    in float32 (float64 for float64): bfloat16 has 3 digits. Nothing labelled: nan for "mean" and zero gradients, as in PyTorch.
+    Raises ValueError or TypeError where arguments do not fit. IndexError for a label outside [0, V).
     """
     _check(hidden, weight, bias, labels, label_smoothing, reduction)
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

@@ -77,5 +77,7 @@ def rescale(x: Tensor, scale: Tensor) -> Tensor:
         raise TypeError(f"rescale: scale is {scale.dtype} and x is {x.dtype}; cast scale to {x.dtype} or {accumulator(x.dtype)}")
     trailing = x.shape[x.dim() - scale.dim() :]
     if scale.dim() > x.dim() or any(s not in (1, n) for s, n in zip(scale.shape, trailing)):
-        raise ValueError(f"rescale: scale {tuple(scale.shape)} does not broadcast to x {tuple(x.shape)}; view it as [..., 1] or [N] first")
+        raise ValueError(
+            f"rescale: scale {tuple(scale.shape)} does not broadcast to x {tuple(x.shape)}; view it as [N] or [..., 1]"
+        )
     return _Rescale.apply(x, scale) if wants_grad(x, scale) else _forward(x, scale)

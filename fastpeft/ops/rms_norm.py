@@ -2,7 +2,8 @@
 
     h = x (+ residual)        rstd = (sum(h^2) / N + eps)^-1/2        x_hat = h rstd        y = x_hat weight
 
-    wd = dy weight            dweight = sum_rows dy x_hat             dx = rstd (wd - x_hat mean_N(wd x_hat)) (+ dh),   dresidual = dx
+    wd = dy weight            dweight = sum_rows dy x_hat
+    dx = rstd (wd - x_hat mean_N(wd x_hat)) (+ dh),   dresidual = dx
 
 Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4.
 Shapes: x, residual, h, y [..., N]; weight [N] (x's dtype or the accumulator's); rstd [rows].
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
-from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
+from fastpeft.ops._common import accumulator, check_norm, wants_grad
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -39,10 +40,8 @@ def _fwd(x, residual, weight, eps, keep):
     y = acc * rstd
     y = y if weight is None else y.mul_(weight)
     none = x.new_empty(0)
-    # a fresh contiguous tensor, whatever x's strides were
-    return torch.empty_like(y, dtype=x.dtype, memory_format=torch.contiguous_format).copy_(y), (
-        none if residual is None else h
-    ), rstd.reshape(-1) if keep else none.to(acc.dtype)
+    y = x.new_empty(x.shape).copy_(y)  # contiguous, whatever x's strides are
+    return y, none if residual is None else h, rstd.reshape(-1) if keep else none.to(acc.dtype)
 
 
 def _fwd_fake(x, residual, weight, eps, keep):
@@ -102,26 +101,13 @@ class _RMSNorm(Function):
         return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None
 
 
-def _check(op: str, x, residual, weight, eps) -> None:
-    check_floating(op, x=x, residual=residual, weight=weight)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it needs a last dimension of at least 1 to normalise over")
-    check_affine(op, x, weight=weight)
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"{op}: residual {tuple(residual.shape)} {residual.dtype} must match x {tuple(x.shape)} {x.dtype}; expand or cast it first"
-        )
-    if eps < 0:
-        raise ValueError(f"{op}: eps is {eps}; it must not be negative")
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
     ``weight`` is [N] or None, in x's dtype or float32. A frozen one costs nothing: its gradient is not formed.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
-    _check("rms_norm", x, None, weight, eps)
+    check_norm("rms_norm", x, None, eps, weight=weight)
     if wants_grad(x, weight):
         return _RMSNorm.apply(x, None, weight, eps)
     return _forward(x, None, weight, eps, False)[0]
@@ -129,7 +115,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """``h = x + residual`` and ``y = rms_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N]."""
-    _check("add_rms_norm", x, residual, weight, eps)
+    check_norm("add_rms_norm", x, residual, eps, weight=weight)
     if wants_grad(x, residual, weight):
         return _RMSNorm.apply(x, residual, weight, eps)
     return _forward(x, residual, weight, eps, False)[:2]

@@ -5,7 +5,7 @@
 
 Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), eq. 34.
 Shapes: x, y [..., d]; cos, sin broadcastable to [..., rot], rot <= d and even (transformers gives [B, M, d]: unsqueeze the head).
-Accumulation: float32 (float64 for float64), one rounding; x may be any strided view, and y has its strides.
+Accumulation: float32 (float64 for float64), one rounding; x may be any view, and y has its strides.
 
 Saved for backward: cos and sin (tables of the caller, no copy), and nothing of x.
 """
@@ -28,11 +28,16 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(((turn * cos.to(acc) + half * sin.to(acc)).to(x.dtype), rest), -1)
 
 
+def _empty(x):
+    """x's strides where its channels are adjacent (heads not yet split from tokens stay so), else contiguous."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _rotate(x, cos, sin, transpose):
     acc, half = accumulator(x.dtype), cos.shape[-1] // 2
     (c1, c2), (s1, s2) = (t.to(acc).split(half, -1) for t in (cos, sin))
     x1, x2 = (x[..., i * half : (i + 1) * half].to(acc) for i in (0, 1))
-    y = torch.empty_like(x)
+    y = _empty(x)
     y[..., :half] = x1 * c1 + x2 * s2 if transpose else x1 * c1 - x2 * s1
     y[..., half : 2 * half] = x2 * c2 - x1 * s1 if transpose else x2 * c2 + x1 * s2
     y[..., 2 * half :] = x[..., 2 * half :]
@@ -41,7 +46,7 @@ def _rotate(x, cos, sin, transpose):
 
 _op = _library.define(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
-    fake=lambda x, cos, sin, transpose: torch.empty_like(x),
+    fake=lambda x, cos, sin, transpose: _empty(x),
     composite=_rotate,
 )
 
@@ -70,7 +75,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(f"rotary: tables turn {rot} channels; use an even number of at most x's last dimension, {x.shape[-1]}")
     lead, trailing = cos.shape[:-1], x.shape[x.dim() - cos.dim() : -1]
     if cos.dim() > x.dim() or any(c not in (1, n) for c, n in zip(lead, trailing)):
-        raise ValueError(f"rotary: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}; for x [B, H, M, d] unsqueeze(1) it")
+        raise ValueError(
+            f"rotary: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}; for [B, H, M, d] unsqueeze(1)"
+        )
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rotary: cos and sin are constants; detach() them")
     return _Rotary.apply(x, cos, sin) if wants_grad(x) else _op(x, cos, sin, False)

@@ -1,0 +1,116 @@
+#pragma once
+// Shared by every row-wise op, on CPU and CUDA. LibTorch's stable ABI only (no ATen, no c10): one binary serves torch >= 2.10.
+// Schemas, shapes and dtype rules live in fastpeft/ops/*.py; what is checked here guards memory, not users.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace fastpeft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using bf16 = torch::headeronly::BFloat16;
+using half = torch::headeronly::Half;
+
+// Statistics and sums: double for double, float for everything else.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType acc_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class T>
+struct tag {
+  using type = T;
+};
+
+// Calls f(tag<T>{}) for the element type; f is a generic lambda.
+template <class F>
+auto dispatch(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(tag<double>{});
+    case ScalarType::Float: return f(tag<float>{});
+    case ScalarType::BFloat16: return f(tag<bf16>{});
+    case ScalarType::Half: return f(tag<half>{});
+    default: STD_TORCH_CHECK(false, op, ": float64, float32, bfloat16 or float16 expected");
+  }
+}
+
+template <class T>
+const T* read(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T>
+const T* read(const Maybe& t) { return t ? read<T>(*t) : nullptr; }
+template <class T>
+T* write(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+// An output of x's dtype and shape, contiguous; or of no element where it is not wanted.
+inline Tensor output_like(const Tensor& x, bool wanted = true) {
+  if (!wanted) return torch::stable::new_empty(x, {0});
+  return torch::stable::new_empty(x, x.sizes());
+}
+
+// x as rows of its last dimension: unit stride inside a row, one stride between rows. Views that are such rows are read in place
+// (slices of a fused projection, broadcast rows); others are copied once. `own` keeps the copy alive.
+struct Rows {
+  Tensor own;
+  int64_t count, n, stride;
+};
+
+inline Rows rows_of(const Tensor& x) {
+  const int64_t dim = x.dim(), n = x.size(dim - 1), count = n ? x.numel() / n : 0;
+  if (x.is_contiguous()) return {x, count, n, n};
+  bool ok = x.stride(dim - 1) == 1 || n == 1;
+  int64_t stride = n, next = -1;  // next: the stride the dimension outside must have
+  for (int64_t i = dim - 2; ok && i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (next < 0) stride = x.stride(i);
+    else ok = x.stride(i) == next;
+    next = x.stride(i) * x.size(i);
+  }
+  if (ok) return {x, count, n, stride};
+  return {torch::stable::contiguous(x), count, n, n};
+}
+
+// Where row r of a tensor begins, for a tensor that broadcasts against x: its leading dimensions walk with x's, size 1 stands still.
+class Walk {
+ public:
+  Walk(const Tensor& x, const Tensor& t) : dims_(x.dim() - 1) {
+    STD_TORCH_CHECK(dims_ <= kMax && t.dim() <= x.dim(), "fastpeft: at most ", kMax + 1, " dimensions");
+    const int64_t pad = x.dim() - t.dim();
+    for (int64_t i = 0; i < dims_; ++i) {
+      size_[i] = x.size(i);
+      stride_[i] = i < pad || t.size(i - pad) == 1 ? 0 : t.stride(i - pad);
+    }
+  }
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+  int64_t operator()(int64_t row) const {
+    int64_t offset = 0;
+    for (int64_t i = dims_ - 1; i >= 0; --i) {
+      const int64_t q = row / size_[i];
+      offset += (row - q * size_[i]) * stride_[i];
+      row = q;
+    }
+    return offset;
+  }
+
+ private:
+  static constexpr int64_t kMax = 7;
+  int64_t dims_, size_[kMax], stride_[kMax];
+};
+
+}  // namespace fastpeft
