@@ -33,6 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._tiled import triton_launcher
 
 
 def excitor_keys_reference(k, hidden, w_down, w_up, prompt, gate, visual=None) -> Tensor:
@@ -77,82 +78,45 @@ def _fwd_fake(k, u, n, z, prompt, wv_up, gate):
     return k.new_empty(k.shape[0], k.shape[2], prompt.shape[1])
 
 
-def _bwd(g, u, n, z, prompt, wv_up, gate, need_u, need_p, need_z, need_v, need_gate):
-    """(du, dn, dz, dprompt, dwv_up, dgate) from g = dK' [B, M, C]; empty where not needed. need_u stands for u and n."""
-    K, dtype, acc = prompt.shape[0], g.dtype, accumulator(g.dtype)
-    a, L = _attend(u, n, z, K)
-    rows = _rows(prompt, wv_up)
-    g2 = g.reshape(-1, rows.shape[1])
-    du, dn, dz, dprompt, dwv, dgate = (g.new_empty(0, dtype=acc) for _ in range(6))
-    if need_p or need_v or need_gate:
-        y = (L.to(dtype).flatten(0, 1).t() @ g2).to(acc).unflatten(1, (gate.shape[0], -1))  # [K (+ r), H, d]
-        if need_gate:
-            dgate = (y * rows.to(acc).view_as(y)).sum((0, 2))
-        if need_p or need_v:
-            dr = (y * gate.to(acc)[:, None]).flatten(1)
-            dprompt = dr[:K].clone() if need_p else dprompt  # an op's outputs share no storage
-            dwv = dr[K:].t().clone(memory_format=torch.contiguous_format) if need_v else dwv
-    if need_u or need_z:
-        dL = (g2 @ _gated(rows, gate, dtype).t()).to(acc).view_as(L)
-        da = dL
-        if z is not None:
-            dz = a[..., K:].mT @ dL[..., K:] if need_z else dz
-            da = torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1) if need_u else da
-        if need_u:
-            ds = torch._softmax_backward_data(da, a, -1, acc)
-            du = torch.matmul(ds, n.to(acc).mT)
-            if n.shape[0] == 1:  # one N for the batch: its gradient is one GEMM over all tokens
-                dn = (u.to(acc).flatten(0, 1).t() @ ds.flatten(0, 1))[None]
-            else:
-                dn = u.to(acc).mT @ ds
-    return du, dn, dz, dprompt, dwv, dgate
+def _bwd(g, L, rows, need_dl, need_y):
+    """dL [tokens, KR] = dK' (g R)^T and Y [KR, C] = L^T dK' from dK' [B, M, C] and g R; empty where not needed."""
+    g2, acc = g.reshape(-1, rows.shape[1]), accumulator(g.dtype)
+    dl, y = (g.new_empty(0, dtype=acc) for _ in range(2))
+    if need_dl:
+        dl = (g2 @ rows.t()).to(acc)
+    if need_y:
+        y = (L.to(g.dtype).t() @ g2).to(acc)
+    return dl, y
 
 
-def _bwd_fake(g, u, n, z, prompt, wv_up, gate, need_u, need_p, need_z, need_v, need_gate):
-    needs = ((u, need_u), (n, need_u), (z, need_z), (prompt, need_p), (wv_up, need_v), (gate, need_gate))
-    return tuple(g.new_empty(t.shape if need and t is not None else 0, dtype=accumulator(g.dtype)) for t, need in needs)
-
-
-def _triton(name):
-    def launch(*args):
-        from fastpeft.kernels import excitor_keys as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return launch
+def _bwd_fake(g, L, rows, need_dl, need_y):
+    acc = accumulator(g.dtype)
+    return g.new_empty(L.shape if need_dl else 0, dtype=acc), g.new_empty(rows.shape if need_y else 0, dtype=acc)
 
 
 _merge = _library.define(
     "excitor_merge_fwd(Tensor k, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate) -> Tensor",
     fake=_fwd_fake,
     composite=_fwd,
+    triton=triton_launcher("excitor_keys", "excitor_merge_fwd", _fwd),
 )
 _merge_bwd = _library.define(
-    "excitor_merge_bwd(Tensor dk, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate, bool need_u,"
-    " bool need_p, bool need_z, bool need_v, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "excitor_merge_bwd(Tensor dk, Tensor L, Tensor rows, bool need_dl, bool need_y) -> (Tensor dl, Tensor y)",
     fake=_bwd_fake,
     composite=_bwd,
+    triton=triton_launcher("excitor_keys", "excitor_merge_bwd", _bwd),
 )
-
-
-def _products(u, n, z, prompt) -> tuple[int, int, int]:
-    """Multiplications in U N, in A_I Z, and in L R."""
-    tokens, r, keys = u[0] * u[1], u[2], n[2]
-    inner = 0 if z is None else r
-    return tokens * r * keys, tokens * inner * (keys - prompt[0]), tokens * (prompt[0] + inner) * prompt[1]
 
 
 @register_flop_formula(torch.ops.fastpeft.excitor_merge_fwd)
 def _fwd_flops(k, u, n, z, prompt, wv_up, gate, *args, out_shape=None, **kwargs) -> int:
-    return 2 * sum(_products(u, n, z, prompt))
+    (B, M, r), keys, (K, C) = u, n[2], prompt
+    return 2 * B * M * (r * keys + K * C + (0 if z is None else r * (keys - K) + r * C))
 
 
 @register_flop_formula(torch.ops.fastpeft.excitor_merge_bwd)
-def _bwd_flops(g, u, n, z, prompt, wv_up, gate, need_u, need_p, need_z, need_v, need_gate, *args, out_shape=None, **kwargs) -> int:
-    scores, inner, outer = _products(u, n, z, prompt)
-    total = scores + inner  # A and L again
-    total += outer * ((need_p or need_v or need_gate) + (need_u or need_z))
-    return 2 * (total + inner * (need_u + need_z) + 2 * scores * need_u)
+def _bwd_flops(g, L, rows, need_dl, need_y, *args, out_shape=None, **kwargs) -> int:
+    return 2 * L[0] * rows[0] * rows[1] * (need_dl + need_y)
 
 
 class _Merge(Function):
@@ -171,9 +135,31 @@ class _Merge(Function):
         if not any(ctx.needs_input_grad[1:]):
             return dk, None, None, None, None, None, None
         u, n, z, prompt, wv_up, gate = ctx.saved_tensors
-        grads = _merge_bwd(g, u, n, z, prompt, wv_up, gate, need_u or need_n, need_p, need_z, need_v, need_gate)
-        flags, inputs = (need_u, need_n, need_z, need_p, need_v, need_gate), (u, n, z, prompt, wv_up, gate)
-        return dk, *(grad.to(t.dtype) if flag else None for grad, t, flag in zip(grads, inputs, flags))
+        K, acc = prompt.shape[0], accumulator(g.dtype)
+        du = dn = dz = dprompt = dwv = dgate = None
+        a, L = _attend(u, n, z, K)
+        rows = _rows(prompt, wv_up)
+        need_y, need_dl = need_p or need_v or need_gate, need_u or need_n or need_z
+        dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(rows, gate, g.dtype), need_dl, need_y)
+        if need_y:
+            y = y.unflatten(1, (H, d))
+            dgate = (y * rows.to(acc).unflatten(1, (H, d))).sum((0, 2)).to(gate.dtype) if need_gate else None
+            dr = (y * gate.to(acc)[:, None]).flatten(1)
+            dprompt = dr[:K].to(prompt.dtype) if need_p else None
+            dwv = dr[K:].t().to(wv_up.dtype) if need_v else None
+        if need_dl:
+            dL = dL.view_as(L)
+            da = dL
+            if z is not None:
+                dz = (a[..., K:].mT @ dL[..., K:]).to(z.dtype) if need_z else None
+                da = torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1)
+            ds = a * (da - (a * da).sum(-1, keepdim=True))
+            du = (ds @ n.to(acc).mT).to(u.dtype) if need_u else None
+            if need_n and n.shape[0] == 1:  # one N for the batch: its gradient is one GEMM over all tokens
+                dn = (u.to(acc).flatten(0, 1).t() @ ds.flatten(0, 1))[None].to(n.dtype)
+            elif need_n:
+                dn = (u.to(acc).mT @ ds).to(n.dtype)
+        return dk, du, dn, dz, dprompt, dwv, dgate
 
 
 def _check(k, hidden, w_down, w_up, prompt, gate, visual) -> None:

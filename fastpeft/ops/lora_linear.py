@@ -35,6 +35,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._common import check_floating, wants_grad
+from fastpeft.ops._tiled import triton_launcher
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
 
@@ -163,12 +164,14 @@ _forward = _library.define(
     " float dropout_p, Tensor? seed) -> Tensor[]",
     fake=_fwd_fake,
     composite=_fwd,
+    triton=triton_launcher("lora_linear", "lora_linears_fwd", _fwd),
 )
 _backward = _library.define(
     "lora_linears_bwd(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor? s,"
     " float[] scalings, float dropout_p, Tensor? seed, bool need_dx, int[] needs) -> Tensor[]",
     fake=_bwd_fake,
     composite=_bwd,
+    triton=triton_launcher("lora_linear", "lora_linears_bwd", _bwd),
 )
 
 

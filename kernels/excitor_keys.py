@@ -1,0 +1,164 @@
+"""Excitor's key merge: softmax, reconstruction, gate and sum in one read of K and one write of K'; backward in one read of dK'.
+
+    K' = K + g (A_P P + E W_vu^T),  [A_P, A_I] = softmax(U N),  E = A_I Z         _excitor_merge_fwd_kernel
+    dL = dK' (g R)^T,  Y = L^T dK'                                                _excitor_merge_bwd_kernel
+
+Shapes: k [B, H, M, d], any strides; u [B, M, r]; n [B or 1, r, K + V]; z [B, V, r]; prompt [K, C]; wv_up [C, r]; gate [H];
+L [B M, KR], R [KR, C], KR = K + r or K. A forward program owns BLOCK_M rows and STEPS blocks of columns: it makes A for itself,
+from r numbers a row. A backward program owns a block of columns and a span of rows: Y stays in registers, dL leaves in one partial
+per block of columns; both partials are summed after, in a fixed order. Softmax and accumulation in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Text: the scores are 16 x 32 a row, so each block of columns makes its own. Images: 512 wide, shared by eight blocks."""
+
+    BLOCK_M: int = 32
+    BLOCK_C: int = 128
+    STEPS: int = 1
+    num_warps: int = 4
+
+
+TEXT, IMAGE = Merge(), Merge(STEPS=8)
+BWD_ROWS, BWD_COLS, BWD_SPANS = 32, 128, 8
+
+
+@triton.jit
+def _excitor_merge_fwd_kernel(
+    k_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, out_ptr,
+    M, C, D, K, V, R, stride_kb, stride_kh, stride_km, stride_kd, stride_nb,
+    IMAGE: tl.constexpr, IEEE: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_c, pid_m, pid_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = out_ptr.dtype.element_ty
+    offs_m, offs_r, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    mask_m, mask_r, mask_k = offs_m < M, offs_r < R, offs_k < K
+    row = pid_b * M + offs_m
+    u = tl.load(u_ptr + row[:, None] * R + offs_r, mask=mask_m[:, None] & mask_r, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
+    n_row = n_ptr + pid_b * stride_nb + offs_r[:, None] * (K + V)
+    n = tl.load(n_row + offs_k, mask=mask_r[:, None] & mask_k, other=0.0).to(tl.float32)
+    score = tl.where(mask_k, tl.dot(u, n, input_precision="ieee"), float("-inf"))  # [BLOCK_M, BLOCK_K]
+    top = tl.max(score, 1)
+    if IMAGE:
+        offs_v = tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        n = tl.load(n_row + K + offs_v, mask=mask_r[:, None] & mask_v, other=0.0).to(tl.float32)
+        score_i = tl.where(mask_v, tl.dot(u, n, input_precision="ieee"), float("-inf"))  # [BLOCK_M, BLOCK_V]
+        top = tl.maximum(top, tl.max(score_i, 1))
+        prob_i = tl.exp(score_i - top[:, None])
+    prob = tl.exp(score - top[:, None])
+    total = tl.sum(prob, 1)
+    if IMAGE:
+        total += tl.sum(prob_i, 1)
+        z_ptrs = z_ptr + (pid_b * V + offs_v[:, None]) * R + offs_r
+        z = tl.load(z_ptrs, mask=mask_v[:, None] & mask_r, other=0.0).to(tl.float32)
+        e = (tl.dot(prob_i, z, input_precision="ieee") / total[:, None]).to(dtype)  # [BLOCK_M, BLOCK_R]
+    prob = (prob / total[:, None]).to(dtype)
+    for step in range(0, STEPS):
+        offs_c = (pid_c * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        p = tl.load(prompt_ptr + offs_k[:, None] * C + offs_c, mask=mask_k[:, None] & mask_c, other=0.0).to(dtype)
+        extra = tl.dot(prob, p, input_precision=precision)  # [BLOCK_M, BLOCK_C]
+        if IMAGE:
+            w = tl.load(up_ptr + offs_c * R + offs_r[:, None], mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
+            extra = tl.dot(e, w, extra, input_precision=precision)
+        gate = tl.load(gate_ptr + offs_c // D, mask=mask_c, other=0.0).to(tl.float32)
+        mask = mask_m[:, None] & mask_c
+        k_ptrs = k_ptr + pid_b * stride_kb + offs_m[:, None] * stride_km + (offs_c // D) * stride_kh + (offs_c % D) * stride_kd
+        k = tl.load(k_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row[:, None] * C + offs_c, (k + gate * extra).to(dtype), mask=mask)
+
+
+@triton.jit
+def _excitor_merge_bwd_kernel(
+    g_ptr, l_ptr, r_ptr, dl_ptr, y_ptr, M, C, K, STEPS,
+    NEED_DL: tl.constexpr, NEED_Y: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid_c, pid_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = g_ptr.dtype.element_ty
+    offs_c, offs_k = pid_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    mask_c, mask_k = offs_c < C, offs_k < K
+    if NEED_DL:
+        r = tl.load(r_ptr + offs_k * C + offs_c[:, None], mask=mask_c[:, None] & mask_k, other=0.0).to(dtype)  # [BLOCK_C, BLOCK_K]
+    y = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for step in range(0, STEPS):
+        offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        g = tl.load(g_ptr + offs_m[:, None] * C + offs_c, mask=mask_m[:, None] & mask_c, other=0.0)  # [BLOCK_M, BLOCK_C]
+        if NEED_DL:
+            dl = tl.dot(g, r, input_precision=precision)  # [BLOCK_M, BLOCK_K]
+            tl.store(dl_ptr + (pid_c * M + offs_m[:, None]) * K + offs_k, dl, mask=mask_m[:, None] & mask_k)
+        if NEED_Y:
+            l = tl.load(l_ptr + offs_m * K + offs_k[:, None], mask=mask_k[:, None] & mask_m, other=0.0)  # [BLOCK_K, BLOCK_M]
+            y = tl.dot(l.to(dtype), g, y, input_precision=precision)
+    if NEED_Y:
+        tl.store(y_ptr + (pid_s * K + offs_k[:, None]) * C + offs_c, y, mask=mask_k[:, None] & mask_c)
+
+
+def _pad(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def _ieee() -> bool:
+    return not torch.backends.cuda.matmul.allow_tf32
+
+
+def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
+    (B, _, M, D), (K, C), R = k.shape, prompt.shape, u.shape[2]
+    out = k.new_empty(B, M, C)
+    V = n.shape[2] - K
+    config = TEXT if z is None else IMAGE
+    grid = (triton.cdiv(C, config.BLOCK_C * config.STEPS), triton.cdiv(M, config.BLOCK_M), B)
+    if 0 in grid:
+        return out
+    n = n.contiguous()
+    _excitor_merge_fwd_kernel[grid](
+        k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
+        stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
+        stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=_ieee(), STEPS=config.STEPS,
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=_pad(K), BLOCK_V=_pad(V), BLOCK_R=_pad(R), num_warps=config.num_warps,
+        num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def excitor_merge_bwd(g, L, rows, need_dl, need_y):
+    C = g.shape[-1]
+    g, L, K = g.reshape(-1, C).contiguous(), L.contiguous(), rows.shape[0]
+    M = g.shape[0]
+    columns, steps = triton.cdiv(C, BWD_COLS), max(1, triton.cdiv(triton.cdiv(M, BWD_ROWS), BWD_SPANS))
+    spans = triton.cdiv(M, BWD_ROWS * steps)
+    dl = g.new_empty(columns if need_dl else 0, M, K, dtype=torch.float32)
+    y = g.new_empty(spans if need_y else 0, K, C, dtype=torch.float32)
+    if spans:
+        _excitor_merge_bwd_kernel[(columns, spans)](
+            g_ptr=g, l_ptr=L, r_ptr=rows, dl_ptr=dl, y_ptr=y, M=M, C=C, K=K, STEPS=steps, NEED_DL=need_dl, NEED_Y=need_y,
+            IEEE=_ieee(), BLOCK_M=BWD_ROWS, BLOCK_C=BWD_COLS, BLOCK_K=_pad(K), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return dl.sum(0) if need_dl else dl.view(-1), y.sum(0) if need_y else y.view(-1)
+
+
+def aot_cases():
+    for dtype in ("fp32", "bf16"):
+        for name, config, image, width in (("text", TEXT, False, 16), ("image", IMAGE, True, 512)):
+            pointers = {f"{n}_ptr": f"*{dtype}" for n in ("k", "u", "n", "z", "prompt", "up", "gate", "out")}
+            names = ("M", "C", "D", "K", "V", "R", "stride_kb", "stride_kh", "stride_km", "stride_kd", "stride_nb")
+            blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_C": config.BLOCK_C, "BLOCK_K": 32, "BLOCK_V": width, "BLOCK_R": 16}
+            constants = blocks | {"IMAGE": image, "IEEE": True, "STEPS": config.STEPS}
+            options = {"num_warps": config.num_warps, "num_stages": 2}
+            yield f"excitor_merge/fwd/{name}/{dtype}", _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
+        pointers = {"g_ptr": f"*{dtype}", "l_ptr": "*fp32", "r_ptr": f"*{dtype}", "dl_ptr": "*fp32", "y_ptr": "*fp32"}
+        signature = pointers | dict.fromkeys(("M", "C", "K", "STEPS"), "i32")
+        blocks = {"BLOCK_M": BWD_ROWS, "BLOCK_C": BWD_COLS, "BLOCK_K": 32, "NEED_DL": True, "NEED_Y": True, "IEEE": True}
+        yield f"excitor_merge/bwd/{dtype}", _excitor_merge_bwd_kernel, signature, blocks, {"num_warps": 4, "num_stages": 2}
