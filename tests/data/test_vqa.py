@@ -214,6 +214,17 @@ def test_grouping_saves_images(samples):
     assert distinct(8) <= 6 + 2 < distinct(1)  # each of the 6 images once, and at most one cut at each of the 2 borders
 
 
+def test_no_group_is_broken_where_a_whole_one_fits(tmp_path, make):
+    """Images of 4 and of 2 questions fill batches of 4 exactly, in any order: a 2 waits for the next 2, never for half a 4."""
+    for n in range(12):
+        make.image(tmp_path / "images" / f"synpic{n}.jpg")
+    make.json(tmp_path / "trainset.json", [make.rad_entry(n) for n in range(12) for _ in range(4 if n < 6 else 2)])
+    samples = load_samples(tmp_path)
+    for seed in range(5):
+        batches = list(EpochSampler(samples, 4, seed=seed, questions_per_image=4))
+        assert sorted(len({samples[i].image for i in b}) for b in batches) == [1] * 6 + [2] * 3
+
+
 def test_resuming_within_an_epoch(dataset):
     whole = EpochSampler(dataset, 4, seed=3, questions_per_image=2)
     whole.set_epoch(7)
