@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastpeft.data.phantom_images import SCANNERS, Canvas, Scanner
 from fastpeft.data.phantom_questions import KINDS, LOCATIONS, Balancer, draw_scene, phrase
 
-VERSION = 2  # of what the same parameters draw; a set of another version is not reused
+VERSION = 3  # of what the same parameters draw; a set of another version is not reused
 IMAGES = {"train": 1200, "validate": 100, "test": 200}
 
 

@@ -43,8 +43,8 @@ SCANNERS = {
     # Foggy, noisy and uneven, with mirrored anatomy, a light frame and other marker inks.
     "b": Scanner(
         gamma=0.8,
-        window=(0.15, 0.92),
-        lesion_grays=(0.05, 1.0),
+        window=(0.32, 0.9),
+        lesion_grays=(0.18, 0.92),
         noise=0.03,
         grain=0.02,
         bias=0.1,
@@ -54,7 +54,7 @@ SCANNERS = {
         frame=0.06,
         couch=False,
         tint=(0.9, 0.97, 1.06),
-        palette=(("Red", (150, 40, 60)), ("Green", (70, 140, 110)), ("Blue", (110, 130, 200)), ("Yellow", (215, 150, 60))),
+        palette=(("Red", (150, 50, 110)), ("Green", (60, 130, 130)), ("Blue", (120, 110, 190)), ("Yellow", (210, 130, 70))),
         held_out_phrases=True,
     ),
 }
