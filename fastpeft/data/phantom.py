@@ -39,7 +39,7 @@ def make_phantoms(
 
     `scanner` is a name in SCANNERS or a Scanner; `images` maps some of train, validate and test to numbers of images (default
     1200, 100, 200), and no image is in two splits. An image gets `questions_per_image` questions, or as many kinds as apply to it
-    (18 to 22). The same arguments give the same set. The folder appears when it is complete; where the same set stands already,
+    (16 to 22). The same arguments give the same set. The folder appears when it is complete; where the same set stands already,
     it is kept. ValueError: an argument out of range, or anything else in the folder.
     """
     folder = Path(folder)
