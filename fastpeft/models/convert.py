@@ -1,67 +1,34 @@
-"""Official MISS and BLIP VQA checkpoints <-> folders that transformers' BlipForQuestionAnswering loads.
+"""Official MISS and BLIP VQA checkpoint files <-> folders that transformers and `fastpeft.build` load.
 
-Source of names and shapes: vit.py and med.py of https://github.com/TIMMY-CHAN/MISS and https://github.com/salesforce/BLIP. An
-official state dict holds ``visual_encoder.*`` (a timm ViT), ``text_encoder.*``, ``text_decoder.*`` (BERT with cross-attention).
-The text names are transformers' own; those of the vision tower differ by ``_VISION_NAMES``. Both sides tie the head to the
-decoder's word embedding. So a conversion renames and never computes, but for position embeddings wanted in another size.
-
-What a tensor cannot tell (heads, eps, dropout) is the official code's: 64 channels a head and `miss_config`'s numbers.
+Names and shapes are ``official.py``'s; here files are read and written. A pickle is read by ``torch.load(weights_only=True)`` alone,
+and what is written appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import pickle
 import re
 import shutil
 import uuid
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import BlipConfig, BlipForQuestionAnswering
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from transformers import BlipConfig
 
-from fastpeft.models.miss import miss_config
+from fastpeft.models.official import TIED, from_official, listing, lost, official_to_transformers, transformers_to_official
 
-_VISION_NAMES = (  # transformers, official
-    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
-    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
-    ("vision_model.embeddings.patch_embedding.", "visual_encoder.patch_embed.proj."),
-    ("vision_model.encoder.layers.", "visual_encoder.blocks."),
-    ("vision_model.post_layernorm.", "visual_encoder.norm."),
-    (".self_attn.qkv.", ".attn.qkv."),
-    (".self_attn.projection.", ".attn.proj."),
-    (".layer_norm1.", ".norm1."),
-    (".layer_norm2.", ".norm2."),
-)
-_TIED = {  # the same tensor under two names, in both formats; transformers' files keep the second only
-    "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
-    "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
-}
-_POSITIONS = "vision_model.embeddings.position_embedding"
-_PARTS = ("visual_encoder.", "text_encoder.", "text_decoder.")
-_EXTRAS = (  # what official files carry that answering a question does not need
-    ("position_ids buffers", r"(^|\.)position_ids$"),
-    ("momentum copies", r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\."),
-    ("queues", r"^((image|text|idx)_queue|queue_ptr|ptr_queue)$"),
-    ("pretraining heads", r"^(itm_head|vision_proj|text_proj)\.|^temp$"),
-    ("poolers", r"^(text_encoder|text_decoder\.bert)\.pooler\."),
-)
-# PEFT's names around a base module (its prompt methods have no inner "model"), and those of its own tensors.
-_WRAPPER = re.compile(r"^(visual_encoder|text_encoder|text_decoder)\.base_model\.(model\.)?")
-_ADAPTER = re.compile(r"\.(lora_\w+|ia3_l|modules_to_save|prompt_encoder)(\.|$)|^text_(encoder|decoder)\.word_embeddings\.")
+__all__ = ["ConversionReport", "convert", "official_to_transformers", "transformers_to_official"]
 
 
 @dataclass(frozen=True)
@@ -71,29 +38,6 @@ class ConversionReport:
     direction: str
     n_tensors: int
     notes: list[str] = field(default_factory=list)
-
-
-def official_to_transformers(
-    state: dict, image_size: int | None = 480, *, text_heads: int | None = None, vision_heads: int | None = None
-) -> tuple[dict[str, Tensor], BlipConfig]:
-    """An official state dict as BlipForQuestionAnswering's (tied names included) and the config it needs.
-
-    Sizes come from the tensors' shapes; heads are width / 64 unless given. ``image_size`` None keeps the checkpoint's; another
-    one resizes the position embeddings as the official ``interpolate_pos_embed`` does. Tensors keep their dtype, uncopied.
-    ValueError names every missing, unexpected, misshapen or untied tensor.
-    """
-    return _from_official(state, image_size, text_heads, vision_heads)[:2]
-
-
-def transformers_to_official(state: dict, config: BlipConfig) -> dict[str, Tensor]:
-    """BlipForQuestionAnswering's state dict under the official names, with official files' tied names and position_ids."""
-    state = _tie({k: v for k, v in state.items() if not k.endswith("position_ids")})
-    wanted = _shapes(config)
-    _check(state, wanted)
-    out = {_official_name(name): state[name] for name in wanted}
-    for part in ("text_encoder", "text_decoder.bert"):
-        out[f"{part}.embeddings.position_ids"] = torch.arange(config.text_config.max_position_embeddings)[None]
-    return out
 
 
 def convert(
@@ -125,8 +69,8 @@ def convert(
 
 
 def _write_folder(out, state, notes, image_size, text_heads, vision_heads) -> ConversionReport:
-    state, config, more = _from_official(state, image_size, text_heads, vision_heads)
-    state = _owned({k: v for k, v in state.items() if k not in _TIED})
+    state, config, more = from_official(state, image_size, text_heads, vision_heads)
+    state = _owned({k: v for k, v in state.items() if k not in TIED})
     dtypes = {v.dtype for v in state.values()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.architectures = ["BlipForQuestionAnswering"]
@@ -142,157 +86,11 @@ def _write_folder(out, state, notes, image_size, text_heads, vision_heads) -> Co
 
 def _write_official(out, state, config) -> ConversionReport:
     official = transformers_to_official(state, config)
-    official |= _owned({k: v for k, v in official.items() if k not in _TIED})
-    official |= {tied: official[kept] for tied, kept in _TIED.items()}
+    official |= _owned({k: v for k, v in official.items() if k not in TIED})
+    official |= {tied: official[kept] for tied, kept in TIED.items()}
     with _staged(out) as stage:
         torch.save({"model": official}, stage)
-    return ConversionReport("transformers -> official", len(official) - len(_TIED), _lost(config))
-
-
-def _official_name(name: str) -> str:
-    if name.startswith("vision_model."):
-        for ours, theirs in _VISION_NAMES:
-            name = name.replace(ours, theirs)
-    return name
-
-
-def _shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes BlipForQuestionAnswering has: asked of the class itself, without memory."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in BlipForQuestionAnswering(config).state_dict().items()}
-
-
-def _from_official(state, image_size, text_heads, vision_heads) -> tuple[dict[str, Tensor], BlipConfig, list[str]]:
-    state, notes = _bare(state)
-    config = _infer_config(state, text_heads, vision_heads)
-    wanted, vision = _shapes(config), config.vision_config
-    _check(_tie(state), {_official_name(name): shape for name, shape in wanted.items()})
-    out = {name: state[_official_name(name)] for name in wanted}
-    if image_size not in (None, vision.image_size):
-        if image_size < 1 or image_size % vision.patch_size:
-            raise ValueError(f"image_size={image_size}: use a multiple of the patch size, {vision.patch_size}")
-        out[_POSITIONS] = _resize_positions(out[_POSITIONS], image_size // vision.patch_size)
-        notes.append(f"position embeddings resized (bicubic) from {vision.image_size} to {image_size} pixels")
-        vision.image_size = image_size
-    return out, config, notes
-
-
-def _bare(state: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict without wrappers and known extras, and a note on each kind left out."""
-    out, left = {}, Counter()
-    for key, value in state.items():
-        name = _WRAPPER.sub(r"\1.", str(key).removeprefix("module."))
-        if _ADAPTER.search(name):
-            kind = "PEFT adapter tensors (only the base weights convert)"
-        elif not isinstance(value, Tensor):
-            kind = "entries that are not tensors"
-        else:
-            kind = next((label for label, pattern in _EXTRAS if re.search(pattern, name)), None)
-        if kind is None:
-            out[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
-        else:
-            left[kind] += 1
-    if not any(name.startswith(_PARTS) for name in out):
-        stems = _listing(sorted({str(name).split(".")[0] for name in state})) or "nothing"
-        hint = "; these are transformers' names: give the folder" if "vision_model" in stems else ""
-        raise ValueError(f"no MISS or BLIP VQA checkpoint: no {'*, '.join(_PARTS)}* tensors, but {stems}{hint}")
-    return out, [f"left out {count} {kind}" for kind, count in left.items()]
-
-
-def _infer_config(state: dict[str, Tensor], text_heads: int | None, vision_heads: int | None) -> BlipConfig:
-    """Sizes by majority among tensors that share them, so that one broken tensor is reported alone."""
-
-    def size(default: int, *places: tuple[str, int]) -> int:
-        found = Counter(state[name].shape[dim] for name, dim in places if name in state and state[name].dim() > dim)
-        return found.most_common(1)[0][0] if found else default
-
-    def layers(pattern: str) -> int:
-        return max((int(m[1]) + 1 for name in state if (m := re.match(pattern, name))), default=12)
-
-    def heads(width: int, given: int | None, argument: str) -> int:
-        if width % (given or 64) or (given is not None and given < 1):
-            raise ValueError(f"width {width} is not {f'a multiple of {given}' if given else 'made of heads of 64'}: give {argument}")
-        return given or width // 64
-
-    texts = ("text_encoder", "text_decoder.bert")
-    norms = [(f"{text}.embeddings.LayerNorm.weight", 0) for text in texts]
-    words = [f"{text}.embeddings.word_embeddings.weight" for text in texts]
-    width = size(768, *norms, *((word, 1) for word in words))
-    patches = "visual_encoder.patch_embed.proj.weight"
-    vision_width = size(768, ("visual_encoder.cls_token", 2), ("visual_encoder.norm.weight", 0), (patches, 0))
-    if vision_width != width:
-        raise ValueError(
-            f"vision width {vision_width} and text width {width} differ (ViT-L): BlipForQuestionAnswering would give its decoder "
-            f"keys for question states of width {vision_width}, and could not run; only equal widths (ViT-B) convert"
-        )
-    patch = size(16, (patches, 2), (patches, 3))
-    grid = math.isqrt(max(size(901, ("visual_encoder.pos_embed", 1)) - 1, 1))
-    config = miss_config(
-        image_size=grid * patch,
-        vocab_size=size(30_524, *((word, 0) for word in words), ("text_decoder.cls.predictions.bias", 0)),
-        hidden_size=width,
-        layers=layers(r"text_(?:encoder|decoder\.bert)\.encoder\.layer\.(\d+)\."),
-        heads=heads(width, text_heads, "text_heads"),
-        intermediate_size=size(4 * width, *((f"{text}.encoder.layer.0.intermediate.dense.weight", 0) for text in texts)),
-        max_position_embeddings=size(512, *((f"{text}.embeddings.position_embeddings.weight", 0) for text in texts)),
-    )
-    vision = config.vision_config
-    vision.patch_size, vision.num_hidden_layers = patch, layers(r"visual_encoder\.blocks\.(\d+)\.")
-    vision.num_attention_heads = heads(vision_width, vision_heads, "vision_heads")
-    vision.intermediate_size = size(4 * width, *((f"visual_encoder.blocks.0.mlp.fc1.{p}", 0) for p in ("weight", "bias")))
-    return config
-
-
-def _tie(state: dict) -> dict:
-    """Fill in a tied name that a file omits, in place."""
-    for pair in _TIED.items():
-        for absent, present in (pair, pair[::-1]):
-            if absent not in state and present in state:
-                state[absent] = state[present]
-    return state
-
-
-def _check(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    faults = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "misshapen": [
-            f"{name} {tuple(state[name].shape)} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in state and tuple(state[name].shape) != shape
-        ],
-        "untied": [a for a, b in _TIED.items() if a in state and b in state and not torch.equal(state[a], state[b])],
-    }
-    if any(faults.values()):
-        raise ValueError("; ".join(f"{len(names)} {kind}: {_listing(names)}" for kind, names in faults.items() if names))
-
-
-def _listing(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """[1, 1 + g * g, C] -> [1, 1 + grid * grid, C]; the class token's stays. Computed in fp32 at least."""
-    first, patches = positions[:, :1], positions[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    image = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).to(torch.promote_types(positions.dtype, torch.float32))
-    image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([first, image.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)], dim=1)
-
-
-def _lost(config: BlipConfig) -> list[str]:
-    """What the official file format cannot say and the official code would get wrong."""
-    text, vision = config.text_config, config.vision_config
-    facts = (
-        ("text heads", text.num_attention_heads, text.hidden_size // 64),
-        ("vision heads", vision.num_attention_heads, vision.hidden_size // 64),
-        ("text norm eps", text.layer_norm_eps, 1e-12),
-        ("vision norm eps", vision.layer_norm_eps, 1e-6),
-    )
-    return [f"{name}: {ours}; the file cannot say so, and official code uses {theirs}" for name, ours, theirs in facts if ours != theirs]
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+    return ConversionReport("transformers -> official", len(official) - len(TIED), lost(config))
 
 
 class _Inert:
@@ -304,43 +102,34 @@ class _Inert:
     def __init__(self, *args, **kwargs):
         pass
 
-    __setstate__ = __setitem__ = append = extend = __init__
+    __setstate__ = __init__
 
 
-class _TensorsAndYaml(pickle.Unpickler):
-    """MISS and MILE save their ruamel.yaml config beside the tensors, which weights_only refuses. Here tensors load, the config
-    becomes `_Inert`, and any other name is refused: nothing is imported or called for it."""
-
-    allowed = {  # noqa: RUF012
-        ("collections", "OrderedDict"): OrderedDict,
-        ("__builtin__", "set"): set,  # protocol 2's name for it, inside CommentedMap
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    }
-
-    def find_class(self, module: str, name: str):
-        if module.startswith("ruamel.yaml."):
-            return _Inert
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
-        return self.allowed[module, name]
+# weights_only sets items on exactly dict, OrderedDict and Counter, and of these only a Counter takes any state
+_MAPPINGS = ("CommentedMap", "CommentedOrderedMap", "ordereddict")
 
 
 def _load_pickle(path: Path):
-    mmap = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 is no zip and cannot be mapped
+    """MISS and MILE save the ruamel.yaml objects of their config beside the tensors: for these names the unpickler gets classes that
+    do nothing, whether ruamel.yaml is installed or not. Any other name that weights_only refuses is an error."""
+    zipped = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 is no zip: it cannot be mapped, nor its names listed
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            if not (mmap and "GLOBAL ruamel.yaml." in str(error)):
-                raise
-            reader = SimpleNamespace(__name__="pickle", Unpickler=_TensorsAndYaml)
-            return torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=reader)
+        names = sorted(get_unsafe_globals_in_checkpoint(path)) if zipped else []
+        refused = [name for name in names if not name.startswith("ruamel.yaml.")]
+        if not refused:
+            with safe_globals([(Counter if name.endswith(_MAPPINGS) else _Inert, name) for name in names]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch and pickle raise a dozen types on a broken file
-        reason = next(iter(str(error).splitlines()), repr(error))
-        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"holds {foreign[1]}, not only tensors: refused, as loading it could run code") from None
-        raise ValueError(f"no PyTorch checkpoint, or a truncated one: {reason[:200]}") from None
+        if re.search("Can only (append to|extend) lists", str(error)):
+            raise ValueError(
+                "its ruamel.yaml config holds a list, which weights_only cannot read: if you trust the file, keep its tensors alone, with "
+                f"torch.save({{'model': torch.load({path.name!r}, weights_only=False)['model']}}, 'tensors.pth'), and convert that"
+            ) from None
+        refused = re.findall(r"GLOBAL (\S+)", str(error))
+        if not refused:
+            reason = next(iter(str(error).splitlines()), repr(error))
+            raise ValueError(f"no PyTorch checkpoint, or a truncated one: {reason[:200]}") from None
+    raise ValueError(f"holds {listing(refused)}, not only tensors: refused, as loading it could run code")
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -357,7 +146,7 @@ def _read_file(path: Path) -> tuple[dict, list[str]]:
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             beside = sorted(str(k) for k in content if k != key)
-            notes = [f"left out what lies beside {key!r}: {_listing(beside)}"] if beside else []
+            notes = [f"left out what lies beside {key!r}: {listing(beside)}"] if beside else []
             return content[key], notes
     return content, notes
 

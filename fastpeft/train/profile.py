@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpeft.models import parts_of
 
-OUTSIDE = "other"
+OUTSIDE, BACKWARD = "other", "backward"
 
 
 @dataclass
 class StepCost:
     """FLOPs of forward and backward (matrix products, two per multiply-add), and bytes that autograd kept between them: every distinct
-    storage once, parameters and buffers aside."""
+    storage once, parameters and buffers aside. By part: of its forward; ``flops_by_part["backward"]`` is all that follows."""
 
     flops: int = 0
     saved_bytes: int = 0
@@ -45,36 +45,31 @@ def measure(model: nn.Module):
         return tensor
 
     counter = FlopCounterMode(display=False)
-    marks = [counter]
 
     def enter(name):
         def hook(module, args):
             at.append(name)
+            flops[name] -= counter.get_total_flops()
 
         return hook
 
     def leave(module, args, output):
-        at.pop()
+        flops[at.pop()] += counter.get_total_flops()
 
     hooks = []
-    parts = _known_parts(model)
-    for part in parts:
+    for part in _known_parts(model):
         root = part.of(model)
         hooks += [root.register_forward_pre_hook(enter(part.name)), root.register_forward_hook(leave)]
     try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor), marks[0]:
+        with saved_tensors_hooks(pack, lambda tensor: tensor), counter:
             yield cost
     finally:
         for hook in hooks:
             hook.remove()
     kept.clear()
-    by_module = counter.get_flop_counts()
     cost.flops, cost.saved_bytes = int(counter.get_total_flops()), sum(saved.values())
-    prefix = type(model).__name__
-    for part in parts:
-        flops[part.name] = int(sum(by_module.get(f"{prefix}.{part.path}", {}).values()))
-    flops[OUTSIDE] = cost.flops - sum(flops.values())
-    cost.flops_by_part, cost.saved_by_part = dict(flops), dict(saved)
+    flops[BACKWARD] = cost.flops - sum(flops.values())
+    cost.flops_by_part, cost.saved_by_part = {name: int(n) for name, n in flops.items()}, dict(saved)
 
 
 def _known_parts(model: nn.Module):

@@ -245,10 +245,11 @@ class Trainer:
             if self.done["step"] > self.total_steps:
                 raise ValueError(f"cannot resume {self.out}: it stands at step {self.done['step']}, past steps={self.total_steps}")
             keep_lines(self.out / "metrics.jsonl", self.done["step"])
-        elif (self.out / "metrics.jsonl").exists() or checkpoint.exists():
-            if not self.config.resume:
+        else:
+            metrics = self.out / "metrics.jsonl"
+            if not self.config.resume and (checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size)):
                 raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
-            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # it ended before its first checkpoint
+            metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         self.out.mkdir(parents=True, exist_ok=True)
 
     def _tensorboard(self, stack: contextlib.ExitStack):
