@@ -107,7 +107,11 @@ class _LayerNorm(Function):
         ctx.param_dtype = bias.dtype if need_bias else None
         if keep:
             ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
-        return y if residual is None else (y, h)
+        if residual is None:
+            return y
+        if not (need_x or need_residual):
+            ctx.mark_non_differentiable(h)
+        return y, h
 
     @staticmethod
     def backward(ctx, dy, dh=None):

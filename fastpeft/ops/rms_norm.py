@@ -89,7 +89,11 @@ class _RMSNorm(Function):
         ctx.set_materialize_grads(False)
         y, h, rstd = _forward(x, residual, weight, eps, True)
         ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        return y if residual is None else (y, h)
+        if residual is None:
+            return y
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(h)
+        return y, h
 
     @staticmethod
     def backward(ctx, dy, dh=None):

@@ -1,0 +1,47 @@
+"""For every test: the interpreter's bfloat16 repaired, fixed seeds, and uninitialised memory full of NaN."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _load(path: Path):
+    """A module beside this file: tests are no package, on purpose (pyproject.toml)."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_load(Path(__file__).with_name("_bf16_interp.py")).install()  # before any kernel runs
+
+BACKEND = os.environ.get("FASTPEFT_BACKEND") or "native"
+
+
+def pytest_report_header() -> str:
+    return f"fastpeft: backend {BACKEND}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """ATen fills what empty() returns with NaN, C++ callers included: an element nobody wrote cannot pass for a zero."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
