@@ -21,7 +21,7 @@ Accumulation: the GEMM's (float32, float64 for float64). Parameters may be float
 | w_down                       | also x, which the norm before it keeps anyway      | da^T x                        |
 | any, with dropout            | a seed of 8 bytes; the mask is drawn again         |                               |
 
-:func:`norm_mm_adapter` takes the RMSNorm before it along: one read of the residual stream on CUDA, two ops elsewhere.
+norm_mm_adapter.py takes the RMSNorm before it along.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._tiled import triton_launcher
 
 
 def mm_adapter_reference(x, w_down, b_down, w_up, b_up, routing, scale=1.0, groups=2) -> Tensor:
@@ -88,8 +89,13 @@ def _fwd_fake(x, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed):
     return x.new_empty(x.shape), x.new_empty(x.shape[0] * x.shape[1], w_down.shape[0])
 
 
-def _bwd(g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed, need_x, need_down, need_up, need_routing):
-    """(dx, dw_down, db_down, dw_up, db_up, drouting); empty where not needed. need_down and need_up stand for weight and bias."""
+def _bwd(
+    g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed, need_x, need_down, need_up, need_routing, rstd=None, gamma=None
+):  # fmt: skip
+    """(dx, dw_down, db_down, dw_up, db_up, drouting); empty where not needed. need_down and need_up stand for weight and bias.
+
+    With rstd and gamma, x is the input of the norm before: A's gradient takes them as scales of da's rows and its own columns.
+    """
     acc = accumulator(g.dtype)
     C = g.shape[-1]
     g2, w = g.reshape(-1, C), _per_token(routing, g)
@@ -115,7 +121,9 @@ def _bwd(g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed, need_x, n
             if need_x:
                 dx = torch.addmm(g2, da, w_down.to(g.dtype)).view(g.shape)
             if need_down:
-                dw_down = (da.t() @ x.reshape(-1, C)).to(w_down.dtype)
+                left = da if rstd is None else (da * rstd[:, None]).to(da.dtype)
+                dw_down = (left.t() @ x.reshape(-1, C)).to(w_down.dtype)
+                dw_down = dw_down if gamma is None else dw_down.mul_(gamma)
                 db_down = da.sum(0, dtype=acc).to(w_down.dtype)
     return dx, dw_down, db_down, dw_up, db_up, drouting
 
@@ -131,6 +139,7 @@ _forward = _library.define(
     " float dropout_p, Tensor? seed) -> (Tensor out, Tensor a)",
     fake=_fwd_fake,
     composite=_fwd,
+    triton=triton_launcher("mm_adapter", "mm_adapter_fwd", _fwd),
 )
 _backward = _library.define(
     "mm_adapter_bwd(Tensor dout, Tensor? x, Tensor a, Tensor w_down, Tensor w_up, Tensor b_up, Tensor routing, float scale,"
@@ -138,6 +147,7 @@ _backward = _library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     composite=_bwd,
+    triton=triton_launcher("mm_adapter", "mm_adapter_bwd", _bwd),
 )
 
 
