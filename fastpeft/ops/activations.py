@@ -111,15 +111,15 @@ def _swiglu_fwd(gate, up, scale):
 
 
 def _swiglu_bwd(dy, gate, up, scale, need_dgate, need_dup, need_dscale):
-    acc, none = accumulator(gate.dtype), gate.new_empty(0)
+    acc = accumulator(gate.dtype)
     dy, gate32 = dy.to(acc), gate.to(acc)
     sigma = torch.sigmoid(gate32)
     silu = gate32 * sigma
     up32 = None if up is None else up.to(acc)
-    dscale = _sum_rows(dy * silu * up32, scale) if need_dscale else none
+    dscale = _sum_rows(dy * silu * up32, scale) if need_dscale else gate.new_empty(0)
     da = dy if scale is None else dy * scale
-    dgate = _dense(gate, da * up32 * (sigma * (1 + gate32 - silu))) if need_dgate else none
-    return dgate, _dense(gate, da * silu) if need_dup else none, dscale
+    dgate = _dense(gate, da * up32 * (sigma * (1 + gate32 - silu))) if need_dgate else gate.new_empty(0)
+    return dgate, _dense(gate, da * silu) if need_dup else gate.new_empty(0), dscale
 
 
 _swiglu_forward = _library.define(

@@ -53,9 +53,8 @@ def _fwd(x, residual, weight, bias, eps, keep):
     if weight is None and acc != x.dtype and x.device.type == "cpu":
         weight = x.new_ones(n)
     y, mean, rstd = aten.native_layer_norm(h, [n], _affine(x, weight), _affine(x, bias), eps)
-    none = x.new_empty(0)
-    stats = (mean.to(acc).view(-1), rstd.to(acc).view(-1)) if keep else (none.to(acc), none.to(acc))
-    return y, none if residual is None else h, *stats
+    stats = [s.to(acc).view(-1) if keep else x.new_empty(0, dtype=acc) for s in (mean, rstd)]
+    return y, x.new_empty(0) if residual is None else h, *stats
 
 
 def _fwd_fake(x, residual, weight, bias, eps, keep):
@@ -66,15 +65,16 @@ def _fwd_fake(x, residual, weight, bias, eps, keep):
 
 
 def _bwd(dy, h, weight, mean, rstd, dh, need_dx, need_dweight, need_dbias):
-    n, none = h.shape[-1], h.new_empty(0)
+    n = h.shape[-1]
     affine = _affine(h, weight if weight is not None else h.new_ones(n))
     stats = [s.view(*h.shape[:-1], 1) for s in (mean, rstd)]
     mask = [need_dx, need_dweight, need_dbias]
     dx, dweight, dbias = aten.native_layer_norm_backward(dy.contiguous(), h.contiguous(), [n], *stats, affine, affine, mask)
     if need_dx and dh is not None:
         dx = dx + dh
-    like = h.dtype if weight is None else weight.dtype
-    return dx if need_dx else none, dweight.to(like) if need_dweight else none, dbias.to(like) if need_dbias else none
+    like = h if weight is None else weight
+    dparams = [d.to(like.dtype) if need else like.new_empty(0) for d, need in zip((dweight, dbias), mask[1:])]
+    return dx if need_dx else h.new_empty(0), *dparams
 
 
 def _bwd_fake(dy, h, weight, mean, rstd, dh, need_dx, need_dweight, need_dbias):

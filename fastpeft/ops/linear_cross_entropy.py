@@ -40,9 +40,9 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """PyTorch's own two calls, in the accumulator's dtype."""
     acc = accumulator(hidden.dtype)
-    logits = F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc)).flatten(0, -2)
+    logits = F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
     loss = F.cross_entropy(
-        logits, labels.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+        logits.view(-1, weight.shape[0]), labels.reshape(-1), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
     )
     return loss.view(labels.shape) if reduction == "none" else loss
 
@@ -51,12 +51,13 @@ def chunk_rows(vocabulary: int, rows: int) -> int:
     return min(max(CHUNK_BYTES // (4 * vocabulary), MIN_ROWS), max(rows, 1))
 
 
-def mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with the accumulator's dtype kept where the backend can (CUDA); elsewhere rounded once, as PyTorch does."""
+def mm_wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` in the accumulator's dtype: never rounded where the backend can (CUDA), else once, exactly as F.linear does."""
     acc = accumulator(a.dtype)
     if a.is_cuda and a.dtype != acc:
-        return torch.mm(a, b, out_dtype=acc)
-    return torch.mm(a, b).to(acc)
+        out = torch.mm(a, b, out_dtype=acc)
+        return out if bias is None else out.add_(bias)
+    return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)).to(acc)
 
 
 def _rows(z, labels, smoothing, row_scale, form):
@@ -80,19 +81,17 @@ def _rows(z, labels, smoothing, row_scale, form):
 
 def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
     """The op over any ``rows_op`` (ATen's :func:`_rows`, or the Triton kernel that does the same in one pass)."""
-    acc, none = accumulator(hidden.dtype), hidden.new_empty(0)
+    acc = accumulator(hidden.dtype)
     loss = hidden.new_zeros(labels.shape[0], dtype=acc)
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_dhidden else none
+    dhidden = hidden.new_zeros(hidden.shape if need_dhidden else 0)
     # summed over chunks: in bfloat16 each sum would round again
-    dweight = torch.zeros_like(weight, dtype=acc, memory_format=torch.contiguous_format) if need_dweight else none
-    dbias = bias.new_zeros(bias.shape, dtype=acc) if need_dbias else none
+    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=acc)
+    dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
     _check_labels(labels, ignore_index, weight.shape[0])
     labelled = (labels != ignore_index).nonzero()[:, 0]
     for index in labelled.split(chunk_rows(weight.shape[0], labelled.shape[0])):
         h, y = hidden.index_select(0, index), labels.index_select(0, index)
-        z = mm_wide(h, weight.t())
-        if bias is not None:
-            z += bias
+        z = mm_wide(h, weight.t(), bias)
         scale = None if row_scale is None else row_scale.index_select(0, index).to(acc)
         loss.index_copy_(0, index, rows_op(z, y, smoothing, scale, need_dhidden or need_dweight or need_dbias))
         if need_dbias:
@@ -104,7 +103,7 @@ def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smo
             dhidden.index_copy_(0, index, g @ weight)
         if need_dweight:
             dweight += mm_wide(g.t(), h)
-    return loss, dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+    return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype if bias is None else bias.dtype)
 
 
 def _check_labels(labels, ignore_index, vocabulary):
@@ -131,7 +130,7 @@ def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need
         hidden.new_empty(labels.shape, dtype=accumulator(hidden.dtype)),
         hidden.new_empty(hidden.shape if need_dhidden else 0),
         weight.new_empty(weight.shape if need_dweight else 0),
-        bias.new_empty(bias.shape) if need_dbias else hidden.new_empty(0),
+        (hidden if bias is None else bias).new_empty(weight.shape[0] if need_dbias else 0),
     )
 
 

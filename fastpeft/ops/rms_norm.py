@@ -39,9 +39,8 @@ def _fwd(x, residual, weight, eps, keep):
     rstd = torch.rsqrt(acc.square().mean(-1, keepdim=True).add_(eps))
     y = acc * rstd
     y = y if weight is None else y.mul_(weight)
-    none = x.new_empty(0)
     y = x.new_empty(x.shape).copy_(y)  # contiguous, whatever x's strides are
-    return y, none if residual is None else h, rstd.reshape(-1) if keep else none.to(acc.dtype)
+    return y, x.new_empty(0) if residual is None else h, rstd.reshape(-1) if keep else acc.new_empty(0)
 
 
 def _fwd_fake(x, residual, weight, eps, keep):
@@ -51,13 +50,13 @@ def _fwd_fake(x, residual, weight, eps, keep):
 
 
 def _bwd(dy, h, weight, rstd, dh, need_dx, need_dweight):
-    n, none = h.shape[-1], h.new_empty(0)
+    n = h.shape[-1]
     rstd = rstd.view(*h.shape[:-1], 1)
     x_hat, dy = h.to(rstd.dtype) * rstd, dy.to(rstd.dtype)
     like = h if weight is None else weight
     dweight = (dy * x_hat).view(-1, n).sum(0).to(like.dtype) if need_dweight else like.new_empty(0)
     if not need_dx:
-        return none, dweight
+        return h.new_empty(0), dweight
     wd = dy if weight is None else dy * weight
     dx = (wd - x_hat * (wd * x_hat).mean(-1, keepdim=True)).mul_(rstd)
     if dh is not None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Grace where PyTorch's own error is (nearly) zero: half a unit in the last place for dtypes rounded once from float32, where it is luck
 # which of two roundings is nearer; a few units for the dtypes sums are made in, which every order of summation moves.
-GRACE = {torch.float64: 2**-48, torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+GRACE = {torch.float64: 2**-46, torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def _tensors(value) -> tuple[Tensor, ...]:
