@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForQuestionAnswering
-from transformers import initialization as init
-from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput, BlipVisionEmbeddings
+from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 
 from fastpeft.methods import Part
 
@@ -105,18 +104,12 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
 
     def __init__(self, config: BlipConfig):
         super().__init__(config)
+        nn.init.trunc_normal_(self.vision_model.embeddings.position_embedding, std=getattr(config.vision_config, "position_range", 0.02))
         last = getattr(config.vision_config, "drop_path_rate", 0.0)
         vision = self.vision_model.encoder.layers
         for i, layer in enumerate(vision):  # grows linearly with depth, from 0 to the configured rate
             for branch in (layer.self_attn, layer.mlp):
                 branch.register_forward_hook(DropPath(last * i / max(1, len(vision) - 1)))
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, BlipVisionEmbeddings):
-            std = getattr(self.config.vision_config, "position_range", 0.02)
-            init.trunc_normal_(module.position_embedding, mean=0.0, std=std)
 
     def train(self, mode: bool = True):
         """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
