@@ -18,7 +18,7 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Merge:
-    """Text: the scores are 16 x 32 a row, so each block of columns makes its own. Images: 512 wide, shared by eight blocks."""
+    """Text: 32 scores a row, so that each block of columns makes its own. Images: hundreds, shared by STEPS blocks of columns."""
 
     BLOCK_M: int = 32
     BLOCK_C: int = 128
@@ -26,7 +26,13 @@ class Merge:
     num_warps: int = 4
 
 
-TEXT, IMAGE = Merge(), Merge(STEPS=8)
+# by (image, bytes of an element): float32 with an image spilled at 32 x 128 on sm_80
+CONFIGS = {
+    (False, 2): Merge(),
+    (False, 4): Merge(BLOCK_C=64),
+    (True, 2): Merge(STEPS=8),
+    (True, 4): Merge(BLOCK_M=16, BLOCK_C=64, STEPS=16),
+}
 BWD_ROWS, BWD_COLS, BWD_SPANS = 32, 128, 8
 
 
@@ -48,20 +54,25 @@ def _excitor_merge_fwd_kernel(
     n = tl.load(n_row + offs_k, mask=mask_r[:, None] & mask_k, other=0.0).to(tl.float32)
     score = tl.where(mask_k, tl.dot(u, n, input_precision="ieee"), float("-inf"))  # [BLOCK_M, BLOCK_K]
     top = tl.max(score, 1)
-    if IMAGE:
-        offs_v = tl.arange(0, BLOCK_V)
-        mask_v = offs_v < V
-        n = tl.load(n_row + K + offs_v, mask=mask_r[:, None] & mask_v, other=0.0).to(tl.float32)
-        score_i = tl.where(mask_v, tl.dot(u, n, input_precision="ieee"), float("-inf"))  # [BLOCK_M, BLOCK_V]
-        top = tl.maximum(top, tl.max(score_i, 1))
-        prob_i = tl.exp(score_i - top[:, None])
     prob = tl.exp(score - top[:, None])
     total = tl.sum(prob, 1)
-    if IMAGE:
-        total += tl.sum(prob_i, 1)
-        z_ptrs = z_ptr + (pid_b * V + offs_v[:, None]) * R + offs_r
-        z = tl.load(z_ptrs, mask=mask_v[:, None] & mask_r, other=0.0).to(tl.float32)
-        e = (tl.dot(prob_i, z, input_precision="ieee") / total[:, None]).to(dtype)  # [BLOCK_M, BLOCK_R]
+    if IMAGE:  # online softmax over the image's keys: 512 scores a row at once spilled 14,000 registers
+        e = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for v in range(0, V, BLOCK_V):
+            offs_v = v + tl.arange(0, BLOCK_V)
+            mask_v = offs_v < V
+            n = tl.load(n_row + K + offs_v, mask=mask_r[:, None] & mask_v, other=0.0).to(tl.float32)
+            score = tl.where(mask_v, tl.dot(u, n, input_precision="ieee"), float("-inf"))  # [BLOCK_M, BLOCK_V]
+            highest = tl.maximum(top, tl.max(score, 1))
+            shrink = tl.exp(top - highest)
+            part = tl.exp(score - highest[:, None])
+            z_ptrs = z_ptr + (pid_b * V + offs_v[:, None]) * R + offs_r
+            z = tl.load(z_ptrs, mask=mask_v[:, None] & mask_r, other=0.0).to(tl.float32)
+            e = tl.dot(part, z, e * shrink[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+            prob *= shrink[:, None]
+            total = total * shrink + tl.sum(part, 1)
+            top = highest
+        e = (e / total[:, None]).to(dtype)
     prob = (prob / total[:, None]).to(dtype)
     for step in range(0, STEPS):
         offs_c = (pid_c * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -117,7 +128,7 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
     (B, _, M, D), (K, C), R = k.shape, prompt.shape, u.shape[2]
     out = k.new_empty(B, M, C)
     V = n.shape[2] - K
-    config = TEXT if z is None else IMAGE
+    config = CONFIGS[z is not None, k.element_size()]
     grid = (triton.cdiv(C, config.BLOCK_C * config.STEPS), triton.cdiv(M, config.BLOCK_M), B)
     if 0 in grid:
         return out
@@ -127,7 +138,7 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
         up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
         stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
         stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=_ieee(), STEPS=config.STEPS,
-        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=_pad(K), BLOCK_V=_pad(V), BLOCK_R=_pad(R), num_warps=config.num_warps,
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=_pad(K), BLOCK_V=min(32, _pad(V)), BLOCK_R=_pad(R), num_warps=config.num_warps,
         num_stages=2,
     )  # fmt: skip
     return out
@@ -150,14 +161,15 @@ def excitor_merge_bwd(g, L, rows, need_dl, need_y):
 
 
 def aot_cases():
-    for dtype in ("fp32", "bf16"):
-        for name, config, image, width in (("text", TEXT, False, 16), ("image", IMAGE, True, 512)):
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        for image in (False, True):
+            config, name = CONFIGS[image, size], f"excitor_merge/fwd/{'image' if image else 'text'}/{dtype}"
             pointers = {f"{n}_ptr": f"*{dtype}" for n in ("k", "u", "n", "z", "prompt", "up", "gate", "out")}
             names = ("M", "C", "D", "K", "V", "R", "stride_kb", "stride_kh", "stride_km", "stride_kd", "stride_nb")
-            blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_C": config.BLOCK_C, "BLOCK_K": 32, "BLOCK_V": width, "BLOCK_R": 16}
+            blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_C": config.BLOCK_C, "BLOCK_K": 32, "BLOCK_V": 32, "BLOCK_R": 16}
             constants = blocks | {"IMAGE": image, "IEEE": True, "STEPS": config.STEPS}
             options = {"num_warps": config.num_warps, "num_stages": 2}
-            yield f"excitor_merge/fwd/{name}/{dtype}", _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
+            yield name, _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
         pointers = {"g_ptr": f"*{dtype}", "l_ptr": "*fp32", "r_ptr": f"*{dtype}", "dl_ptr": "*fp32", "y_ptr": "*fp32"}
         signature = pointers | dict.fromkeys(("M", "C", "K", "STEPS"), "i32")
         blocks = {"BLOCK_M": BWD_ROWS, "BLOCK_C": BWD_COLS, "BLOCK_K": 32, "NEED_DL": True, "NEED_Y": True, "IEEE": True}

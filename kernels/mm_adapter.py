@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_M, BLOCK_C, WARPS = 16, 128, 4  # few rows: at 2,048 tokens 128 programs, one for each multiprocessor
-DW_ROWS, DW_COLS, DW_SPANS = 32, 64, 4
+BLOCK_M, WARPS = 16, 4  # few rows: at 2,048 tokens 128 programs, one for each multiprocessor
+BLOCK_C = {2: 128, 4: 64}  # by bytes of an element: float32 at 128 spilled
+DW_ROWS, DW_SPANS = 32, 4
+DW_COLS = {2: 64, 4: 32}
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def norm_mm_adapter_fwd(x, gamma, eps, w_down, b_down, w_up, b_up, routing, scal
             x_ptr=x2, gamma_ptr=gamma, down_ptr=w_down.contiguous(), down_bias_ptr=b_down, up_ptr=w_up.contiguous(),
             up_bias_ptr=b_up.contiguous(), route_ptr=_per_token(routing, x), seed_ptr=seed, out_ptr=out, a_ptr=a, rstd_ptr=rstd,
             M=M, C=C, stride_xm=x2.stride(0), scale=scale, p=p, eps=eps, NORM=gamma is not None, DROP=p > 0.0, BLOCK_M=BLOCK_M,
-            BLOCK_C=BLOCK_C, num_warps=WARPS, num_stages=3, **_common(w_down, groups),
+            BLOCK_C=BLOCK_C[x2.element_size()], num_warps=WARPS, num_stages=3, **_common(w_down, groups),
         )  # fmt: skip
     return out, a, rstd
 
@@ -234,14 +236,15 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
             g_ptr=g2, x_ptr=x2, gamma_ptr=gamma, rstd_ptr=rstd, a_ptr=a, down_ptr=w_down.contiguous(), down_bias_ptr=b_down,
             up_ptr=w_up.contiguous(), up_bias_ptr=b_up.contiguous(), route_ptr=route, seed_ptr=seed, dx_ptr=dx, da_ptr=da, dw_ptr=dw,
             M=M, C=C, stride_xm=x2.stride(0), scale=scale, p=p, NEED_DX=need_x, NORM=norm, DROP=p > 0.0, BLOCK_M=BLOCK_M,
-            BLOCK_C=BLOCK_C, num_warps=WARPS, num_stages=3, **common,
+            BLOCK_C=BLOCK_C[x2.element_size()], num_warps=WARPS, num_stages=3, **common,
         )  # fmt: skip
     if need_t or need_up:
-        _mm_adapter_dw_kernel[(triton.cdiv(C, DW_COLS), spans)](
+        cols = DW_COLS[g.element_size()]
+        _mm_adapter_dw_kernel[(triton.cdiv(C, cols), spans)](
             g_ptr=g2, x_ptr=x2, rstd_ptr=rstd, a_ptr=a, da_ptr=da[:, 1] if norm else da, route_ptr=route, up_ptr=up, up_bias_ptr=up_bias,
             down_ptr=down, gamma_ptr=dgamma, M=M, C=C, stride_xm=x2.stride(0), stride_am=2 * H,
             STEPS=triton.cdiv(triton.cdiv(M, DW_ROWS), spans), scale=scale, NEED_UP=need_up, NEED_DOWN=need_t, NEED_GAMMA=need_gamma,
-            BLOCK_M=DW_ROWS, BLOCK_C=DW_COLS, num_warps=WARPS, num_stages=2, **common,
+            BLOCK_M=DW_ROWS, BLOCK_C=cols, num_warps=WARPS, num_stages=2, **common,
         )  # fmt: skip
     t = down.sum(0)
     dgamma = (dgamma.sum(0) + (w_down * t).sum(0)).to(gamma.dtype) if need_gamma else empty(g if gamma is None else gamma)
@@ -266,13 +269,13 @@ def mm_adapter_bwd(g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed,
 
 def aot_cases():
     scalars = ("M", "C", "H", "stride_xm", "stride_am", "STEPS")
-    for dtype in ("fp32", "bf16"):
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
         names = ("x", "g", "gamma", "down", "down_bias", "up", "up_bias", "route", "out", "a", "dx")
         types = {f"{n}_ptr": f"*{dtype}" for n in names} | {"seed_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in ("rstd", "da", "dw")}
         types |= dict.fromkeys(scalars, "i32") | dict.fromkeys(("scale", "p", "eps"), "fp32")
         blocks = {"GROUPS": 2, "IEEE": True, "BLOCK_H": 16}
-        rows = blocks | {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, "DROP": False, "NEED_DX": True}
-        columns = blocks | {"BLOCK_M": DW_ROWS, "BLOCK_C": DW_COLS, "NEED_UP": True, "NEED_DOWN": True}
+        rows = blocks | {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[size], "DROP": False, "NEED_DX": True}
+        columns = blocks | {"BLOCK_M": DW_ROWS, "BLOCK_C": DW_COLS[size], "NEED_UP": True, "NEED_DOWN": True}
         cases = [(f"norm={norm}/{name}", kernel, rows | {"NORM": norm}, types, 3) for norm in (False, True)
                  for name, kernel in (("fwd", _mm_adapter_fwd_kernel), ("dx", _mm_adapter_dx_kernel))]  # fmt: skip
         sums = types | {f"{n}_ptr": "*fp32" for n in ("up", "up_bias", "down", "gamma")}
