@@ -118,7 +118,7 @@ def _swiglu_bwd(dy, gate, up, scale, need_dgate, need_dup, need_dscale):
     up32 = None if up is None else up.to(acc)
     dscale = _sum_rows(dy * silu * up32, scale) if need_dscale else gate.new_empty(0)
     da = dy if scale is None else dy * scale
-    dgate = _dense(gate, da * up32 * (sigma * (1 + gate32 - silu))) if need_dgate else gate.new_empty(0)
+    dgate = _dense(gate, da * up32 * (sigma * (1 + gate32 * (1 - sigma)))) if need_dgate else gate.new_empty(0)
     return dgate, _dense(gate, da * silu) if need_dup else gate.new_empty(0), dscale
 
 

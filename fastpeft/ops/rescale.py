@@ -41,9 +41,7 @@ def _bwd(dy, x, scale, need_dx, need_dscale):
     return dx, (dy.to(acc) * x.to(acc)).sum_to_size(scale.shape).to(scale.dtype)
 
 
-_forward = _library.define(
-    "rescale_fwd(Tensor x, Tensor scale) -> Tensor", fake=lambda x, scale: x.new_empty(x.shape), composite=_fwd
-)
+_forward = _library.define("rescale_fwd(Tensor x, Tensor scale) -> Tensor", fake=lambda x, scale: x.new_empty(x.shape), composite=_fwd)
 _backward = _library.define(
     "rescale_bwd(Tensor dy, Tensor? x, Tensor scale, bool need_dx, bool need_dscale) -> (Tensor dx, Tensor dscale)",
     fake=lambda dy, x, scale, need_dx, need_dscale: (
@@ -75,9 +73,9 @@ def rescale(x: Tensor, scale: Tensor) -> Tensor:
     check_floating("rescale", x=x, scale=scale)
     if scale.dtype not in (x.dtype, accumulator(x.dtype)):
         raise TypeError(f"rescale: scale is {scale.dtype} and x is {x.dtype}; cast scale to {x.dtype} or {accumulator(x.dtype)}")
+    if x.dim() == 0:
+        raise ValueError("rescale: x needs at least one dimension; view it as [1]")
     trailing = x.shape[x.dim() - scale.dim() :]
     if scale.dim() > x.dim() or any(s not in (1, n) for s, n in zip(scale.shape, trailing)):
-        raise ValueError(
-            f"rescale: scale {tuple(scale.shape)} does not broadcast to x {tuple(x.shape)}; view it as [N] or [..., 1]"
-        )
+        raise ValueError(f"rescale: scale {tuple(scale.shape)} does not broadcast to x {tuple(x.shape)}; view it as [N] or [..., 1]")
     return _Rescale.apply(x, scale) if wants_grad(x, scale) else _forward(x, scale)

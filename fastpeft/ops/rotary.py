@@ -70,14 +70,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_floating("rotary", x=x, cos=cos, sin=sin)
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"rotary: cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype} must match")
+    if cos.dtype not in (x.dtype, accumulator(x.dtype)):
+        raise TypeError(f"rotary: cos is {cos.dtype} and x is {x.dtype}; cast cos and sin to {x.dtype} or {accumulator(x.dtype)}")
     rot = cos.shape[-1]
     if rot % 2 or rot > x.shape[-1]:
         raise ValueError(f"rotary: tables turn {rot} channels; use an even number of at most x's last dimension, {x.shape[-1]}")
     lead, trailing = cos.shape[:-1], x.shape[x.dim() - cos.dim() : -1]
     if cos.dim() > x.dim() or any(c not in (1, n) for c, n in zip(lead, trailing)):
-        raise ValueError(
-            f"rotary: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}; for [B, H, M, d] unsqueeze(1)"
-        )
+        raise ValueError(f"rotary: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}; for [B, H, M, d] unsqueeze(1)")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rotary: cos and sin are constants; detach() them")
     return _Rotary.apply(x, cos, sin) if wants_grad(x) else _op(x, cos, sin, False)
