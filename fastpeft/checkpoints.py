@@ -8,13 +8,9 @@ LayerNorm); F leaves no folder; T, Attention and FFN, which PEFT does not have, 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastpeft.files import atomic_folder
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
 from fastpeft.methods.adapted import Adapted, AdaptedLinear
 from fastpeft.methods.ia3 import merge_ia3
@@ -32,27 +29,6 @@ from fastpeft.plan import Plan, adapt, detach, parse
 
 FORMAT = 1
 DESCRIPTION = "fastpeft.json"
-
-
-@contextmanager
-def atomic_folder(folder: str | Path):
-    """A temporary sibling to write in, which becomes ``folder`` on success and vanishes on failure; what stood there is replaced."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    draft.chmod(0o755)
-    try:
-        yield draft
-        old = None
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / "old"
-            os.replace(folder, old)
-        os.replace(draft, folder)
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def save_adapter(

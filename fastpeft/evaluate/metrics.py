@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastpeft.data.samples import Sample, normalise_answer
+from fastpeft.files import write_json
 
 __all__ = ["normalise_answer", "score", "write_predictions"]
 
@@ -60,7 +57,8 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
 
 
 def write_predictions(path, samples: Sequence[Sample], predictions: Sequence[str]) -> None:
-    """A JSON list of qid, img_name (as the data set has it), question, answer, prediction, answer_type, correct of each sample.
+    """A JSON list of qid, img_name (as the data set has it), image (the file's absolute path), question, answer, prediction,
+    answer_type, correct of each sample.
 
     The file appears whole or not at all. ValueError unless there is one text per sample.
     """
@@ -68,6 +66,7 @@ def write_predictions(path, samples: Sequence[Sample], predictions: Sequence[str
         {
             "qid": sample.qid,
             "img_name": sample.image_name or sample.image.name,
+            "image": str(sample.image.absolute()),
             "question": sample.question,
             "answer": sample.answer,
             "prediction": prediction,
@@ -76,14 +75,4 @@ def write_predictions(path, samples: Sequence[Sample], predictions: Sequence[str
         }
         for sample, prediction, hit in zip(samples, predictions, _correct(predictions, samples))
     ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(rows, out, ensure_ascii=False, indent=1)
-        os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_json(path, rows)

@@ -88,6 +88,7 @@ def test_write_predictions(tmp_path):
     assert rows[0] == {
         "qid": "0",
         "img_name": "imgs/0.jpg",
+        "image": "/data/imgs/0.jpg",
         "question": "Question 0?",
         "answer": "Yes",
         "prediction": "Yes",
@@ -102,7 +103,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "predictions.json"
     write_predictions(path, SAMPLES[:1], ["yes"])
     before = path.read_bytes()
-    monkeypatch.setattr("json.dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_predictions(path, SAMPLES[:2], ["yes", "no"])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

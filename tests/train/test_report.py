@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpeft.train.report import EXAMPLES, _curve, _running_mean, _si, _thin, _ticks, main, write_report
+from fastpeft.train.charts import _curve, _running_mean, _thin, _ticks
+from fastpeft.train.report import EXAMPLES, _si, main, write_report
 
 HOSTILE = "</p><script>alert(1)</script> & \"quoted\" 'too' {{ 7 * 7 }}"
 SUMMARY = {

@@ -1,0 +1,127 @@
+"""Curves of a training run as SVG paths, ticks and words; report.html.j2 draws them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+BUCKETS = 240  # of a curve: at most two points each, so that 100,000 steps draw as small as 480
+
+
+def charts(rows: list[dict]) -> list[dict]:
+    """Loss, throughput, memory and accuracy by step, of the rows of metrics.jsonl; a chart without data is left out."""
+    evals = [{"step": row["step"]} | mapping(row.get("eval")) for row in rows if row.get("eval")]
+    kinds = [(kind, _curve(evals, kind, 100)) for kind in ("global", "open", "closed")]
+    memory = _curve(rows, "memory_bytes", 1)
+    peak = max(memory[1], default=0)
+    power = min(5, max(2, int(math.log10(peak) / 3))) if peak >= 1 else 2
+    memory = (memory[0], [v / 1000**power for v in memory[1]])
+    drawn = [
+        _chart("Loss", "", [("loss", _curve(rows, "loss", 1))], smooth=True, zero=False, width=920, height=280),
+        _chart("Throughput", "samples/s", [("throughput", _curve(rows, "samples_per_second", 1))], smooth=True),
+        _chart("Memory held after each step", f"{'..MGTP'[power]}B", [("memory", memory)]),
+        _chart("Accuracy during training", "%", [kind for kind in kinds if len(kind[1][0])]) if len(evals) > 1 else None,
+    ]
+    return [chart for chart in drawn if chart]
+
+
+def _curve(rows: list[dict], key: str, scale: float) -> tuple[list[float], list[float]]:
+    """Steps and values of a field, finite ones only."""
+    pairs = [(float(row["step"]), v * scale) for row in rows if (v := number(row.get(key))) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, width=450, height=230) -> dict | None:
+    """Paths, ticks and words of a line chart; None without data. ``zero``: the axis starts at 0 in any case."""
+    series = [(name, np.array(x), np.array(y)) for name, (x, y) in series if len(x)]
+    if not series:
+        return None
+    x_all, y_all = np.concatenate([x for _, x, _ in series]), np.concatenate([y for *_, y in series])
+    low, high = float(y_all.min()), float(y_all.max())
+    if low > 0 and (zero or low < 0.5 * high or low == high):
+        low = 0.0
+    high = high if high > low else low + (abs(low) or 1)
+    y_ticks, decimals = _ticks(low, high, height // 40)
+    first, last = float(x_all.min()), float(x_all.max())
+    first = 0.0 if 0 < first <= last / 2 or last <= 1 else min(first, last - 1)
+    x_ticks, _ = _ticks(first, last, width // 110, whole=True)
+    left, right, top, bottom = 52, width - 14, 26, height - 26
+    low, high = y_ticks[0], high + 0.02 * (high - low)
+
+    def across(x):
+        return left + (x - first) / (last - first) * (right - left)
+
+    def down(y):
+        return bottom - (y - low) / (high - low) * (bottom - top)
+
+    paths, window = [], 0
+    for i, (name, x, y) in enumerate(series):
+        faint = smooth and len(y) >= 10
+        look = " faint" if faint else " dot" if len(y) == 1 else ""
+        paths.append((name, f"c{i}{look}", _path(*_thin(across(x), down(y)))))
+        if faint:
+            window = max(5, len(y) // 25) | 1
+            paths.append((name, f"c{i}", _path(*_thin(across(x), down(_running_mean(y, window))))))
+    ends = "; ".join(f"{name} {short(y[0])} at step {x[0]:,.0f}, {short(y[-1])} at step {x[-1]:,.0f}" for name, x, y in series)
+    count = max(len(x) for _, x, _ in series)
+    fixed = decimals < 5 and abs(high) < 1e6
+    return {
+        "id": title.split()[0].lower(), "title": title, "unit": unit, "width": width, "height": height, "paths": paths,
+        "left": left, "right": right, "bottom": bottom, "names": [name for name, *_ in series] if len(series) > 1 else [],
+        "window": window, "bucket": round(count / BUCKETS) if count > 2 * BUCKETS else 1,
+        "x_ticks": [(round(across(t), 1), f"{t:,.0f}") for t in x_ticks if first <= t <= last],
+        "y_ticks": [(round(down(t), 1), f"{t:,.{decimals}f}" if fixed else f"{t:.3g}") for t in y_ticks if t <= high],
+        "words": f"{ends}; lowest {short(y_all.min())}, highest {short(y_all.max())}",
+    }  # fmt: skip
+
+
+def _ticks(low: float, high: float, count: int, whole: bool = False) -> tuple[list[float], int]:
+    """About ``count`` multiples of 1, 2 or 5 times a power of ten that reach around [low, high], and the decimals they need."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    step = max(1.0, step) if whole else step
+    begin, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(begin, end + 1)], max(0, -math.floor(math.log10(step) + 1e-9))
+
+
+def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the ``window`` steps around each, fewer at the ends."""
+    sums, at = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
+    begin, end = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(y))
+    return (sums[end] - sums[begin]) / (end - begin)
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest point of each bucket, in order: no spike is lost."""
+    if len(y) <= 2 * BUCKETS:
+        return x, y
+    buckets = np.array_split(np.arange(len(y)), BUCKETS)
+    keep = np.unique([at for b in buckets for at in (b[y[b].argmin()], b[y[b].argmax()])])
+    return x[keep], y[keep]
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+    return f"M{points}" if len(x) > 1 else f"M{points}h0"  # a dot, by its round cap
+
+
+# from any JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def number(value) -> float | None:
+    """A finite number one can draw, else None."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30  # false for NaN
+    return float(value) if good else None
+
+
+def mapping(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def short(value, unit: str = "") -> str:
+    """Three digits, or all before the point; "" for what is no number."""
+    if (value := number(value)) is None:
+        return ""
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
