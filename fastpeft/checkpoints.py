@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from fastpeft.methods.adapted import Adapted, AdaptedLinear
 from fastpeft.methods.ia3 import merge_ia3
 from fastpeft.methods.lora import merge_lora
 from fastpeft.models import parts_of
-from fastpeft.plan import Plan, adapt, detach, parse
+from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
 
 FORMAT = 1
 DESCRIPTION = "fastpeft.json"
@@ -38,8 +40,13 @@ def save_adapter(
     description: dict[str, Any] | None = None,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write what the plan trained, atomically. ``description`` joins ``fastpeft.json``; ``write_more(folder)`` adds files."""
-    plan = _plan_of(model)
+    """Write what the plan trained, atomically. ``description`` joins ``fastpeft.json``; ``write_more(folder)`` adds files.
+
+    An adapter that stands at ``folder`` is replaced; ValueError for a folder that holds anything else.
+    """
+    plan, folder = _plan_of(model), Path(folder)
+    if folder.exists() and not (folder / DESCRIPTION).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an adapter, and one would replace it; give a new or an empty folder")
     with atomic_folder(folder) as draft:
         for part in parts_of(model):
             for method, name in zip(plan.treatments[part.name], _folders(plan, part)):
@@ -54,7 +61,7 @@ def save_adapter(
         (draft / DESCRIPTION).write_text(json.dumps(about | (description or {}), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if write_more is not None:
             write_more(draft)
-    return Path(folder)
+    return folder
 
 
 def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> None:
@@ -84,27 +91,21 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     if mine is not None and not _equivalent(mine, plan, parts_of(model)):
         raise ValueError(f"{folder} holds {plan}, and the model is adapted with {mine} (options included); load it into a fresh base")
     about = describe(folder)
-    fresh = mine is None
-    if fresh:
-        adapt(model, plan)
-    try:
-        if about and about["base_fingerprint"] not in (None, fingerprint(model)):
+    with undone_on_error(model) if mine is None else nullcontext():
+        if mine is None:
+            adapt(model, plan)
+        if about.get("base_fingerprint") not in (None, fingerprint(model)):
             warnings.warn(f"{folder} was trained on other base weights than this model's", stacklevel=2)
         found = []
         for part in parts_of(model):
-            for method, name in zip((mine or plan).treatments[part.name], _folders(plan, part)):
+            for method, name in zip(model.fastpeft_plan.treatments[part.name], _folders(plan, part)):
                 root, where = part.of(model), folder / name
-                expected = method.tensors(root, part)
-                if expected:
+                if method.tensors(root, part):
                     found.append((method, root, part, _read_tensors(where, method), str(where)))
         for method, root, part, tensors, where in found:
             method.check(root, part, tensors, where)
         for method, root, part, tensors, _ in found:
             method.load(root, part, tensors)
-    except BaseException:
-        if fresh:
-            detach(model)
-        raise
     return model
 
 
@@ -122,7 +123,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["format"] > FORMAT:
             raise ValueError(f"format {about['format']} is newer than this fastpeft reads ({FORMAT})")
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(about["treatments"], dict):
+            raise ValueError("its treatments are no mapping from parts to methods")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not ours: {error}") from None
     return about
 
@@ -131,15 +134,20 @@ def read_plan(model: nn.Module, folder: Path) -> Plan:
     """The plan of an adapter folder; part folders written by PEFT are read by their configs, other parts are F."""
     parts = parts_of(model)
     if about := describe(folder):
-        return parse(about["treatments"], parts)
+        try:
+            return parse(about["treatments"], parts)
+        except ValueError as error:
+            raise ValueError(f"{folder / DESCRIPTION}: {error}") from None
     treatments = {}
     for part in parts:
         config = folder / part.name / "adapter_config.json"
         if config.is_file():
             try:
                 treatments[part.name] = (from_peft(json.loads(config.read_text(encoding="utf-8"))),)
-            except (ValueError, KeyError) as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"{config}: {error}") from None
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{config} is no configuration of a PEFT adapter: {type(error).__name__} {error}") from None
         else:
             treatments[part.name] = (Frozen(),)
     if all(methods == (Frozen(),) for methods in treatments.values()):
@@ -172,10 +180,14 @@ def _plan_of(model: nn.Module) -> Plan:
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """A short identity of the frozen base weights, the same in float32 and bfloat16; None on meta or where all is trained."""
-    crc, seen = 0, False
+    """A short identity of the base weights that the plan leaves alone, the same in float32 and bfloat16; None if there are none, or on
+    meta."""
+    crc, seen, plan = 0, False, _plan_of(model)
+    trained = {
+        id(p) for part in parts_of(model) for method in plan.treatments[part.name] for p in method.trains(part.of(model), part).values()
+    }
     for name, p in sorted(model.named_parameters()):
-        if p.requires_grad or is_adapter(name) or p.is_meta:
+        if id(p) in trained or is_adapter(name) or p.is_meta:
             continue
         sample = p.detach().flatten()[:: max(1, p.numel() // 64)].to(torch.bfloat16).contiguous().cpu()
         crc, seen = zlib.crc32(name.encode() + sample.view(torch.uint8).numpy().tobytes(), crc), True
@@ -190,6 +202,10 @@ def merge(model: nn.Module) -> nn.Module:
     stuck = [part for part, methods in plan.treatments.items() if any(hasattr(m, "num_virtual_tokens") for m in methods)]
     if stuck:
         raise ValueError(f"a prefix cannot be merged into weights ({', '.join(stuck)}); keep the adapter beside the base")
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = [name for name, m in model.named_modules() if isinstance(m, Adapted) and owners[id(m.weight)] > 1]
+    if shared:
+        raise ValueError(f"{', '.join(shared)} shares its weight with another module, which merging would change too; untie it first")
     for module in model.modules():
         if isinstance(module, Adapted):
             if module.lora_A is not None:

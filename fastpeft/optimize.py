@@ -14,6 +14,14 @@ from torch import nn
 from fastpeft.methods.base import swap_class
 from fastpeft.models import blip, layers
 
+_CARRYING = (blip.TextModel, blip.TextLayer, blip.TextAttention, blip.TextSelfAttention)
+CARRIERS = {theirs: ours for theirs, ours in blip.SWAPS.items() if ours in _CARRYING}
+NOTES = {
+    blip.TextAttention: blip.MASK_FIX,
+    blip.TextModel: "hidden states of padding are zero",
+    blip.TextLMHeadModel: "a training step with labels returns no logits: they are formed at labelled positions only, for the loss",
+}
+
 
 @dataclass
 class Report:
@@ -36,24 +44,33 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     up to rounding, except where the report's ``notes`` say otherwise. Call it as often as you like; :func:`restore` undoes it.
     """
     report = Report()
-    for name, module in model.named_modules():
+    for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
         ours = blip.SWAPS.get(type(module), layers.LayerNorm if type(module) is nn.LayerNorm else None)
         if ours is None:
             continue
-        reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else ""
+        reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
         if filter_fn is not None and not filter_fn(module, name):
             reason = "left out by filter_fn"
         if reason:
-            report.skipped.append((name, reason))
+            report.skipped.insert(0, (name, reason))
             continue
         swap_class(module, ours)
-        report.swapped.append((name, ours.__name__))
-        if ours is blip.TextAttention and blip.MASK_FIX not in report.notes:
-            report.notes.append(blip.MASK_FIX)
+        report.swapped.insert(0, (name, ours.__name__))
+        if ours in NOTES and NOTES[ours] not in report.notes:
+            report.notes.append(NOTES[ours])
     if not report.swapped and not report.skipped:
         known = ", ".join(sorted(cls.__name__ for cls in (*blip.SWAPS, nn.LayerNorm)))
         report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {known}"))
     return report
+
+
+def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
+    """'' or why this module cannot be exchanged: ours hands masks, causality and prefixes down in a form that only ours read."""
+    if ours not in CARRIERS.values():
+        return ""
+    left = [name for name, child in module.named_modules() if isinstance(child, tuple(CARRIERS)) and type(child) not in CARRIERS.values()]
+    left = [name for name in left if name]  # the module itself is about to be exchanged
+    return f"{left[0]} inside it stays as it is" if left else ""
 
 
 def restore(model: nn.Module) -> list[tuple[str, str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ class Plan:
 
     treatments: dict[str, tuple[Method, ...]]
 
+    def __post_init__(self):
+        for part, methods in self.treatments.items():
+            kinds = [m.peft_type or m.name for m in methods]
+            if len(set(kinds)) < max(1, len(kinds)) or ("F" in kinds and len(kinds) > 1):
+                given = "+".join(map(str, methods)) or "nothing"
+                raise ValueError(f"part {part!r}: {given!r} cannot be combined; F stands alone, and a kind of method comes once")
+
     def __str__(self) -> str:
         return "/".join("+".join(map(str, methods)) for methods in self.treatments.values())
 
@@ -41,6 +49,8 @@ def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], *
     ValueError names what is wrong: an unknown treatment, a wrong number of parts, an option nobody takes.
     """
     names = [part.name for part in parts]
+    if not isinstance(plan, str | Path | Mapping):
+        raise ValueError(f"{plan!r} is no plan; give one treatment per part ({'/'.join(names)}) or a mapping from parts to treatments")
     if isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith((".yaml", ".yml"))):
         plan = _read_yaml(Path(plan))
     if isinstance(plan, str):
@@ -60,7 +70,7 @@ def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], *
 def _read_yaml(path: Path) -> Mapping[str, Treatment] | str:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from None
     content = content.get("plan", content) if isinstance(content, dict) else content
     if not isinstance(content, dict | str):
@@ -74,24 +84,27 @@ def _treatment(entry: Treatment | list, options: Mapping[str, Any], used: set[st
     if isinstance(entry, Method):
         return (entry,)
     if isinstance(entry, str):
-        return tuple(_method(name.strip(), options, used, part) for name in entry.split("+"))
+        return tuple(_method(name.strip(), {}, options, used, part) for name in entry.split("+"))
     if isinstance(entry, Mapping):
-        return tuple(_method(name, options, used, part, **(own or {})) for name, own in entry.items())
+        return tuple(_method(name, own, options, used, part) for name, own in entry.items())
     if isinstance(entry, list | tuple):
         return tuple(m for one in entry for m in _treatment(one, options, used, part))
     raise ValueError(f"part {part!r}: {entry!r} is no treatment; give a name, a method such as LoRA(r=4), or a mapping of options")
 
 
-def _method(name: str, options: Mapping[str, Any], used: set[str], part: str, **own) -> Method:
+def _method(name: str, own: Mapping[str, Any] | None, options: Mapping[str, Any], used: set[str], part: str) -> Method:
     cls = {known.lower(): cls for known, cls in METHODS.items()}.get(str(name).lower())
     if cls is None:
         raise ValueError(f"part {part!r}: unknown treatment {name!r}; known: {', '.join(METHODS)}")
+    own = {} if own is None else own
+    if not isinstance(own, Mapping):
+        raise ValueError(f"part {part!r}: {own!r} are no options of {cls.name}; give a mapping, such as {{'r': 4}}")
     fields = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(own) - fields):
         raise ValueError(f"part {part!r}: {cls.name} has no option {', '.join(unknown)}; it has {', '.join(sorted(fields)) or 'none'}")
     shared = {k: v for k, v in options.items() if k in fields}
     used.update(shared)
-    return cls(**(shared | own))
+    return cls(**(shared | dict(own)))
 
 
 def build(
@@ -140,20 +153,36 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         raise ValueError(f"give a plan such as {'/'.join('LoRA' for _ in parts)!r}, or treatments by part: {[p.name for p in parts]}")
     if not isinstance(plan, Plan):
         plan = parse(by_part if plan is None else plan, parts, **options)
-    model.requires_grad_(False)
-    for part in parts:
-        root = part.of(model)
-        for method in plan.treatments[part.name]:
-            if part.prefix_host is not None and hasattr(method, "num_virtual_tokens"):
-                make_room_for_prefix(root.get_submodule(part.prefix_host))
-            method.attach(root, part)
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            parameter.requires_grad_(True)
-    # a frozen part's output for an input is then a constant: no dropout, no drop-path
-    model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),)]
-    model.fastpeft_plan = plan
+    elif options or list(plan.treatments) != [part.name for part in parts]:
+        raise ValueError(f"a Plan holds its options already and must be for {'/'.join(p.name for p in parts)}; got {plan!r}, {options}")
+    with undone_on_error(model):
+        model.requires_grad_(False)
+        for part in parts:
+            root = part.of(model)
+            for method in plan.treatments[part.name]:
+                if part.prefix_host is not None and hasattr(method, "num_virtual_tokens"):
+                    make_room_for_prefix(root.get_submodule(part.prefix_host))
+                method.attach(root, part)
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.requires_grad_(True)
+        # a frozen part's output for an input is then a constant: no dropout, no drop-path
+        model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),)]
+        model.fastpeft_plan = plan
     return model.train(model.training)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """If what runs inside fails, ``model``, not adapted before, is left without adapters and as trainable as it was."""
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        detach(model)
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+        raise
 
 
 def detach(model: nn.Module) -> None:

@@ -51,6 +51,21 @@ def matches(name: str, targets: Sequence[str] | str) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def check_targets(method: str, targets: Any) -> tuple[str, ...] | str | None:
+    """Module names as a method keeps them (a list becomes a tuple); ValueError for what :func:`matches` cannot take."""
+    if targets is None:
+        return None
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"{method}: {targets!r} is no regular expression ({error}); or give a list of names") from None
+        return targets
+    if not isinstance(targets, list | tuple | set) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{method}: {targets!r} names no modules; give a list of names or a regular expression")
+    return tuple(sorted(targets) if isinstance(targets, set) else targets)
+
+
 def find(root: nn.Module, targets: Sequence[str] | str, kinds: tuple[type, ...] = (nn.Module,)) -> Iterator[tuple[str, nn.Module]]:
     """Modules of ``root`` whose names match ``targets``, of one of ``kinds``."""
     for name, module in root.named_modules():
@@ -80,9 +95,13 @@ class Method:
         """Attach or mark this method's parameters in ``root``, all of whose base parameters are frozen on entry."""
         raise NotImplementedError(f"{type(self).__name__} must say how it attaches")
 
+    def trains(self, root: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+        """The base's own parameters that this method trains, by their names in ``root``."""
+        return {}
+
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """What must be saved, as views of the parameters, under PEFT's names where PEFT has the method."""
-        return {name: p.detach() for name, p in root.named_parameters() if p.requires_grad and not is_adapter(name)}
+        return {name: p.detach() for name, p in self.trains(root, part).items()}
 
     def check(self, root: nn.Module, part: Part, tensors: dict[str, torch.Tensor], where: str) -> None:
         """ValueError naming every key of ``tensors`` that does not fit the attached part."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import AdaptedLinear, adapted, new_parameter
-from fastpeft.methods.base import Method, Part, find, matches
+from fastpeft.methods.base import Method, Part, check_targets, find, matches
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class IA3(Method):
 
     def __post_init__(self):
         for field in ("target_modules", "feedforward_modules"):
-            if isinstance(getattr(self, field), list):
-                object.__setattr__(self, field, tuple(getattr(self, field)))
+            object.__setattr__(self, field, check_targets("IA3", getattr(self, field)))
 
     def _targets(self, part: Part):
         feedforward = part.ia3_feedforward if self.feedforward_modules is None else self.feedforward_modules
@@ -50,7 +49,10 @@ class IA3(Method):
             nn.init.ones_(module.ia3_l)
 
     def equivalent(self, other: Method, part: Part) -> bool:
-        return isinstance(other, IA3) and [set(t) for t in self._targets(part)] == [set(t) for t in other._targets(part)]
+        if not isinstance(other, IA3):
+            return False
+        mine, theirs = ([t if isinstance(t, str) else set(t) for t in m._targets(part)] for m in (self, other))
+        return mine == theirs
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """``base_model.model.<module>.ia3_l``, ``[out, 1]`` or, on a feed-forward module, ``[1, in]``: PEFT's keys and shapes."""
@@ -80,10 +82,10 @@ class IA3(Method):
 
 
 def merge_ia3(module: AdaptedLinear) -> None:
-    """Scale the weight's columns (feed-forward) or rows and bias, in float32 with one rounding; the vector is removed."""
-    l = module.ia3_l.detach().float()
-    weight = module.weight.detach().float()
+    """Scale the weight's columns (feed-forward) or rows and bias, in float32 (float64 for float64), rounded once; the vector is removed."""
+    acc = torch.promote_types(module.weight.dtype, torch.float32)
+    l, weight = module.ia3_l.detach().to(acc), module.weight.detach().to(acc)
     module.weight.copy_(weight * l if module.ia3_feedforward else weight * l[:, None])
     if module.bias is not None and not module.ia3_feedforward:
-        module.bias.copy_(module.bias.detach().float() * l)
+        module.bias.copy_(module.bias.detach().to(acc) * l)
     module.ia3_l = None

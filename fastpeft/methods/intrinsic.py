@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastpeft.methods.base import Method, Part, find, matches
+from fastpeft.methods.base import Method, Part, find, is_adapter, matches
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,36 @@ class Frozen(Method):
         pass
 
 
+class _Intrinsic(Method):
+    """Trains what :meth:`trains` names, and adds nothing."""
+
+    def attach(self, root: nn.Module, part: Part) -> None:
+        found = self.trains(root, part)
+        if not found:
+            raise ValueError(f"{self.name} is not defined for part {part.name!r}: it has no such parameters")
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+
+
 @dataclass(frozen=True)
-class Full(Method):
+class Full(_Intrinsic):
     """T: every parameter of the part is trained."""
 
     name: ClassVar[str] = "T"
 
-    def attach(self, root: nn.Module, part: Part) -> None:
-        root.requires_grad_(True)
+    def trains(self, root: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in root.named_parameters() if not is_adapter(name)}
 
 
 @dataclass(frozen=True)
-class LayerNorm(Method):
+class LayerNorm(_Intrinsic):
     """Scale and shift of the part's norms are trained."""
 
     name: ClassVar[str] = "LayerNorm"
     peft_type: ClassVar[str] = "LN_TUNING"
 
-    def attach(self, root: nn.Module, part: Part) -> None:
-        for _, module in self.norms(root, part):
-            module.requires_grad_(True)
+    def trains(self, root: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+        return {f"{name}.{key}": p for name, module in self.norms(root, part) for key, p in module.named_parameters(recurse=False)}
 
     @staticmethod
     def norms(root: nn.Module, part: Part) -> list[tuple[str, nn.Module]]:
@@ -59,11 +69,8 @@ class LayerNorm(Method):
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """``base_model.model.<norm>.ln_tuning_layers.weight``: PEFT's keys."""
-        return {
-            f"base_model.model.{name}.ln_tuning_layers.{key}": p.detach()
-            for name, module in self.norms(root, part)
-            for key, p in module.named_parameters(recurse=False)
-        }
+        halves = ((*name.rsplit(".", 1), p) for name, p in self.trains(root, part).items())
+        return {f"base_model.model.{module}.ln_tuning_layers.{key}": p.detach() for module, key, p in halves}
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         return {
@@ -77,18 +84,19 @@ class LayerNorm(Method):
         return cls()
 
 
-class _Modules(Method):
+class _Modules(_Intrinsic):
     """Trains whole modules, named by the part."""
 
     def targets(self, part: Part) -> tuple[str, ...]:
         raise NotImplementedError(f"{type(self).__name__} must name its modules")
 
-    def attach(self, root: nn.Module, part: Part) -> None:
-        found = list(find(root, self.targets(part)))
-        if not found:
-            raise ValueError(f"{self.name} is not defined for part {part.name!r}")
-        for _, module in found:
-            module.requires_grad_(True)
+    def trains(self, root: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{key}": p
+            for name, module in find(root, self.targets(part))
+            for key, p in module.named_parameters()
+            if not is_adapter(key)
+        }
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fastpeft.methods.adapted import adapted, new_parameter
-from fastpeft.methods.base import Method, Part, find
+from fastpeft.methods.base import Method, Part, check_targets, find
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class LoRA(Method):
     use_rslora: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or self.r < 1:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"LoRA: r must be a positive integer, not {self.r!r}")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_alpha, Real) or not math.isfinite(self.lora_alpha):
+            raise ValueError(f"LoRA: lora_alpha must be a number, not {self.lora_alpha!r}")
+        if not isinstance(self.lora_dropout, Real) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoRA: lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "target_modules", check_targets("LoRA", self.target_modules))
 
     @property
     def scaling(self) -> float:
@@ -99,10 +101,17 @@ class LoRA(Method):
             "rank_pattern",
             "alpha_pattern",
             "modules_to_save",
+            "exclude_modules",
+            "layers_to_transform",
+            "target_parameters",
+            "trainable_token_indices",
             "fan_in_fan_out",
         ):
             if config.get(option):
                 raise ValueError(f"LoRA adapter: {option}={config[option]!r} is not supported; merge it with PEFT first")
+        start = config.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+            raise ValueError(f"LoRA adapter: init_lora_weights={start!r} also changed the base; convert it to plain LoRA with PEFT first")
         if config.get("bias", "none") != "none":
             raise ValueError(f"LoRA adapter: bias={config['bias']!r} is not supported; train with bias='none'")
         targets = config["target_modules"]
@@ -116,8 +125,8 @@ class LoRA(Method):
 
 
 def merge_lora(module: nn.Module) -> None:
-    """W += scaling * B A, computed in float32 and rounded once; the factors are removed."""
-    delta = module.lora_B.detach().float().flatten(1) @ module.lora_A.detach().float().flatten(1)
-    merged = module.weight.detach().float() + module.scaling * delta.view(module.weight.shape)
-    module.weight.copy_(merged)
+    """W += scaling * B A, computed in float32 (float64 for float64) and rounded once; the factors are removed."""
+    acc = torch.promote_types(module.weight.dtype, torch.float32)
+    A, B, weight = (p.detach().to(acc) for p in (module.lora_A, module.lora_B, module.weight))
+    module.weight.copy_(weight + module.scaling * (B.flatten(1) @ A.flatten(1)).view(weight.shape))
     module.lora_A = module.lora_B = None

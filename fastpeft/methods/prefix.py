@@ -8,6 +8,7 @@ self-attention its pair. As in PEFT and in MILE's code, text positions start aft
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,8 +54,12 @@ class PTv2(Method):
     num_virtual_tokens: int = 10
 
     def __post_init__(self):
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise ValueError(f"{self.name}: num_virtual_tokens must be a positive integer, not {self.num_virtual_tokens!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{self.name}: {field.name} must be a positive integer, not {value!r}")
 
     def projection_width(self, width: int) -> int | None:
         return None
