@@ -31,7 +31,7 @@ CONFIGS = {
     (False, 2): Merge(),
     (False, 4): Merge(BLOCK_C=64),
     (True, 2): Merge(STEPS=8),
-    (True, 4): Merge(BLOCK_M=16, BLOCK_C=64, STEPS=16),
+    (True, 4): Merge(BLOCK_C=32, STEPS=16, num_warps=8),
 }
 BWD_ROWS, BWD_COLS, BWD_SPANS = 32, 128, 8
 
@@ -138,8 +138,8 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
         up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
         stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
         stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=_ieee(), STEPS=config.STEPS,
-        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=_pad(K), BLOCK_V=min(32, _pad(V)), BLOCK_R=_pad(R), num_warps=config.num_warps,
-        num_stages=2,
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=_pad(K), BLOCK_V=min(32, _pad(V)), BLOCK_R=_pad(R),
+        num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return out
 

@@ -177,7 +177,7 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
     ys = []
     for i, (W, b, A, B, scaling, part) in enumerate(zip(weights, biases, As, Bs, scalings, s.split(ranks))):
         y = x.new_empty(*x.shape[:-1], W.shape[0])
-        A = None if A is None else A.contiguous()
+        A, b = (None if t is None else t.contiguous() for t in (A, b))
         _gemm(x2, W, y, bias=b, a=A, b=B, s=part if A is not None else None, scaling=scaling, p=p, seed=seed, index=i)
         ys.append(y)
     return [*ys, s]

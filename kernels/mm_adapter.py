@@ -203,6 +203,7 @@ def _per_token(routing, x):
 def norm_mm_adapter_fwd(x, gamma, eps, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed):
     """(out, a, rstd); gamma None: no norm, rstd empty."""
     x2 = _rows(x)
+    gamma, b_down = (None if t is None else t.contiguous() for t in (gamma, b_down))
     M, C = x2.shape
     out, a = x.new_empty(x.shape), x.new_empty(M, w_down.shape[0])
     rstd = x.new_empty(0 if gamma is None else M, dtype=torch.float32)
@@ -220,6 +221,7 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
                         need_x, need_gamma, need_down, need_up, need_routing):  # fmt: skip
     """(dx, dgamma, dw_down, db_down, dw_up, db_up, drouting); empty where not needed. gamma None: no norm."""
     g2, norm, route, common = _rows(g).contiguous(), gamma is not None, _per_token(routing, g), _common(w_down, groups)
+    gamma, b_down = (None if t is None else t.contiguous() for t in (gamma, b_down))
     (M, C), H, per = g2.shape, w_down.shape[0], w_up.shape[2]
     x2 = g2 if x is None else _rows(x)
     empty = lambda like: g.new_empty(0, dtype=like.dtype)

@@ -19,6 +19,8 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
 
+In 16 bit a prefix is joined to the keys for each call instead (and P alone keeps k and v too): see _joined.
+
 This is the CPU's path. On CUDA, and with dropout, the same folding surrounds SDPA, flash-attn or xformers
 (attention_backends.py). With a prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
 """
@@ -95,7 +97,25 @@ def _merge(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, pk: Tensor, pv: Tensor,
     return torch.lerp(o.to(acc), op.to(acc), weight.to(acc)).to(o.dtype), torch.logaddexp(lse, lp)
 
 
+def _joined(dtype: torch.dtype) -> bool:
+    """Whether a prefix is put before the keys for the call. In 16 bit, rounding each part's output before they meet doubles the error."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _join(q, k, v, pk, pv, causal, padding):
+    """[P_k; K], [P_v; V] and their additive mask; made again in backward rather than kept."""
+    k_all, v_all = (torch.cat([p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], 2) for p, t in ((pk, k), (pv, v)))
+    mask = allowed_keys(q, k, causal, padding)
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (pk.shape[1], 0), value=True)
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    return k_all, v_all, mask
+
+
 def _forward(causal, scale, padding, q, k, v, pk, pv, lk):
+    if pk is not None and _joined(q.dtype):
+        k, v, mask = _join(q, k, v, pk, pv, causal, padding)
+        return _flash(q, k, v, attn_mask=mask, scale=scale)
     is_causal, mask = _plan(q, k, causal, padding)
     scaled = q if lk is None else q * _per_query_head(lk, q)
     o, lse = _flash(scaled, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
@@ -107,8 +127,9 @@ class _Attention(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv, lk, lv):
         o, lse = _forward(causal, scale, padding, q, k, v, pk, pv, lk)
         need_q, need_k, need_v, need_pk, need_pv, need_lk, need_lv = ctx.needs_input_grad[3:]
-        ctx.real = need_q or need_k or need_v or need_lk
-        ctx.prefix = pk is not None and (need_pk or need_pv or need_q)
+        ctx.joined = pk is not None and _joined(q.dtype)
+        ctx.real = need_q or need_k or need_v or need_lk or (ctx.joined and (need_pk or need_pv))
+        ctx.prefix = pk is not None and not ctx.joined and (need_pk or need_pv or need_q)
         ctx.causal, ctx.scale = causal, scale
         both, any_part = (ctx.real, ctx.real or ctx.prefix)
         saved = (q if any_part else None, k if both else None, v if both else None)
@@ -124,7 +145,13 @@ class _Attention(Function):
         if lv is not None:
             dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
             do = do * _per_query_head(lv, do)
-        if ctx.real:
+        if ctx.real and ctx.joined:
+            n = pk.shape[1]
+            k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
+            dq, dk, dv = _flash_bwd(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            dpk, dpv = (t[:, :, :n].sum(0, dtype=torch.float32).to(p.dtype) for t, p in ((dk, pk), (dv, pv)))
+            dk, dv = dk[:, :, n:], dv[:, :, n:]
+        elif ctx.real:
             is_causal, mask = _plan(q, k, ctx.causal, padding)
             scaled = q if lk is None else q * _per_query_head(lk, q)
             dq, dk, dv = _flash_bwd(do, scaled, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
@@ -198,6 +225,7 @@ def attention(
     """
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # ATen's flash reads the last dimension as if dense
     if prefix is not None and prefix[0].shape[1] == 0:
         prefix = None
     if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves

@@ -1,0 +1,293 @@
+"""attention against its definition in float64, and against what users write around F.scaled_dot_product_attention."""
+
+import itertools
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastpeft import _library
+from fastpeft.ops import attention_backends as backends
+from fastpeft.ops.attention import attention, attention_reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("q", "k", "v", "P_k", "P_v", "l_k", "l_v")
+FEW = _library.FORCED == "triton"  # no kernel of this op is Triton's: its mode repeats the default one, thinned out
+
+
+def make(B=2, H=4, G=2, M=5, N=7, d=8, n=3, dtype=torch.float32):
+    shapes = ((B, H, M, d), (B, G, N, d), (B, G, N, d), (G, n, d), (G, n, d), (G, d), (G, d))
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def padding(B, N):
+    """A sample without any key, a full one, the rest at random."""
+    mask = torch.rand(B, N) > 0.4
+    mask[0], mask[-1] = False, True
+    return mask
+
+
+def calling(fn, causal=False, mask=None, prefix=True, rescale=True):
+    def call(*tensors):
+        q, k, v, *rest = tensors
+        extra = {"prefix": tuple(rest[:2])} if prefix else {}
+        extra |= {"rescale": tuple(rest[-2:])} if rescale else {}
+        return fn(q, k, v, causal=causal, key_padding_mask=mask, **extra)
+
+    return call
+
+
+def written_out(q, k, v, *, causal=False, key_padding_mask=None, prefix=None, rescale=None):
+    """Scaled and concatenated keys and values, expanded heads, SDPA."""
+    if rescale is not None:
+        k, v = k * rescale[0][:, None], v * rescale[1][:, None]
+    mask = backends.allowed_keys(q, k, causal, key_padding_mask)
+    if prefix is not None:
+        k, v = (torch.cat([p.expand(q.shape[0], -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v)))
+        mask = None if mask is None else F.pad(mask, (prefix[0].shape[1], 0), value=True)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def pick(tensors, prefix, rescale):
+    return tensors[:3] + (tensors[3:5] if prefix else []) + (tensors[5:] if rescale else [])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2] if FEW else DTYPES, ids=str)
+@pytest.mark.parametrize("prefix, rescale", [*itertools.product((False, True), repeat=2)])
+def test_every_case(check, dtype, prefix, rescale):
+    sizes = ((1, 5, 9), (5, 9)) if dtype.itemsize > 2 else ((20,), (16, 24))  # 16 bit: enough terms that luck averages out
+    for M, N, causal, padded in itertools.product(*sizes, (False, True), (False, True)):
+        inputs = pick(make(3, 4, 2, M, N, 8 if dtype.itemsize > 2 else 32, dtype=dtype), prefix, rescale)
+        options = {"causal": causal, "mask": padding(3, N) if padded else None, "prefix": prefix, "rescale": rescale}
+        check.no_worse(calling(attention, **options), calling(attention_reference, **options), calling(written_out, **options), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prefix, rescale", [*itertools.product((False, True), repeat=2)])
+def test_every_gradient_subset(check, dtype, prefix, rescale):
+    inputs = pick(make(dtype=dtype), prefix, rescale)
+    options = {"mask": padding(2, 7), "causal": True, "prefix": prefix, "rescale": rescale}
+    fns = [calling(fn, **options) for fn in (attention, attention_reference, written_out)]
+    for needs in list(check.subsets(len(inputs)))[:: 5 if FEW else 1]:
+        check.no_worse(*fns, inputs, needs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M, N, d", [(1, 901, 64), (20, 257, 64), (252, 252, 7), (129, 129, 128)])
+def test_longer_and_odd(check, dtype, M, N, d):
+    inputs = make(1, 2, 1, M, N, d, dtype=dtype)[:3]
+    options = {"causal": True, "prefix": False, "rescale": False}
+    check.no_worse(calling(attention, **options), calling(attention_reference, **options), calling(written_out, **options), inputs)
+
+
+def test_strided_and_broadcast(check):
+    """Projections leave [B, M, H, d]; a cache is longer than what is used; one key set may serve the whole batch."""
+    inputs = make()
+    q = torch.randn(2, 5, 4, 8).transpose(1, 2)
+    k = torch.randn(2, 2, 20, 8)[:, :, 4:11]
+    v = torch.randn(1, 2, 7, 8).expand(2, -1, -1, -1)
+    fns = [calling(fn) for fn in (attention, attention_reference, written_out)]
+    check.no_worse(*fns, [q, k, v, *inputs[3:]])
+    check.no_worse(*fns, [q.mT.contiguous().mT, *inputs[1:]])
+
+
+@pytest.mark.parametrize("B, M, N", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty(check, B, M, N):
+    inputs = make(B, 4, 2, M, N)
+    for prefix in (False, True):
+        (o,), grads = check.run(calling(attention, prefix=prefix, rescale=False), pick(inputs, prefix, False))
+        assert o.shape == (B, 4, M, 8)
+        assert torch.isfinite(o).all() and all(torch.isfinite(g).all() for g in grads)
+        assert prefix or N or (o == 0).all()
+
+
+def test_nothing_to_attend_to_is_zero(check):
+    """No key at all: output 0, gradient 0, on this path and on the one around SDPA."""
+    q, k, v = make(2, 2, 2, 4, 6)[:3]
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    paths = [lambda *t: attention(*t, key_padding_mask=mask), lambda *t: backends.around_sdpa(*t, False, mask, 0.3, None, 0.0)]
+    for path in paths:
+        (o,), grads = check.run(path, [q, k, v])
+        assert (o == 0).all() and all((g == 0).all() for g in grads)
+    o = attention(q[:, :, :4], k[:, :, :2], v[:, :, :2], causal=True)  # queries 0 and 1 come before the first key
+    assert (o[:, :, :2] == 0).all() and (o[:, :, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_around_sdpa(check, prefix):
+    """CUDA's path, here on CPU tensors."""
+    for causal, padded in itertools.product((False, True), repeat=2):
+        mask = padding(2, 7) if padded else None
+        around = lambda q, k, v, *p: backends.around_sdpa(q, k, v, causal, mask, 8**-0.5, tuple(p) or None, 0.0)  # noqa: B023, E731
+        options = {"causal": causal, "mask": mask, "prefix": prefix, "rescale": False}
+        inputs = pick(make(), prefix, False)
+        check.no_worse(around, calling(attention_reference, **options), calling(written_out, **options), inputs)
+
+
+def test_scale(check):
+    q, k, v = make()[:3]
+    scaled = lambda fn: lambda q, k, v: fn(q, k, v, scale=0.3)  # noqa: E731
+    sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)  # noqa: E731
+    check.no_worse(scaled(attention), scaled(attention_reference), sdpa, [q, k, v])
+
+
+def test_zero_factors():
+    """(IA)^3 factors of exactly zero have their gradient: nothing is divided by them."""
+    inputs = [t.double().requires_grad_() for t in pick(make(), False, True)]
+    with torch.no_grad():
+        inputs[3][:, ::2] = 0
+        inputs[4][:, 1::2] = 0
+    got, want = (torch.autograd.grad(calling(fn, prefix=False)(*inputs).sum(), inputs) for fn in (attention, attention_reference))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+def test_saved_bytes(check):
+    """q, k, v, o, lse and nothing of the prefix's or the factors' size times the batch."""
+    B, H, G, M, N, d = 2, 4, 2, 5, 7, 8
+    q, kv, lse = B * H * M * d * 4, B * G * N * d * 4, B * H * M * 4
+    everything = 2 * q + 2 * kv + lse
+    cases = [((), everything, "qkv"), (("P_k", "P_v"), everything, "qkv"), (("l_k", "l_v"), everything, "qkv")]
+    cases += [(("P_k", "P_v"), 2 * q + lse, ()), (("l_k", "l_v"), q, ("l_v",)), ((), 0, ())]
+    for extra, want, trained in cases:
+        tensors = dict(zip(NAMES, make(B, H, G, M, N, d)))
+        prefix, rescale = "P_k" in extra, "l_k" in extra
+        trained = trained or (extra if prefix else ())
+        leaves = [tensors[name].requires_grad_(name in trained) for name in NAMES[:3] + extra]
+        assert check.saved_bytes(calling(attention, prefix=prefix, rescale=rescale), leaves, free=leaves[3:]) == want, (extra, trained)
+
+
+def test_flops(check):
+    """Two products forward, five backward (one of them the scores again); the prefix's separately, over the folded batch."""
+    B, H, M, N, d, n = 2, 4, 5, 7, 8, 3
+    product = 2 * B * H * M * N * d
+    inputs = make(B, H, 2, M, N, d, n)
+    plain, prefixed = calling(attention, prefix=False, rescale=False), calling(attention, rescale=False)
+    assert check.flops(lambda: plain(*inputs[:3])) == 2 * product
+    assert check.flops(lambda: check.run(plain, inputs[:3])) == 7 * product
+    assert check.flops(lambda: check.run(prefixed, inputs[:5])) == 7 * product * (N + n) // N
+
+
+def test_prefix_alone_runs_the_prefix_part_only(check):
+    B, H, M, N, d, n = 2, 4, 5, 7, 8, 3
+    inputs = make(B, H, 2, M, N, d, n)[:5]
+    needs = [False] * 3 + [True] * 2
+    flops = check.flops(lambda: check.run(calling(attention, rescale=False), inputs, needs))
+    assert flops == 2 * B * H * M * d * (2 * N + 7 * n)
+
+
+def test_compiles_and_deterministic(check):
+    for prefix, rescale in ((False, False), (True, False), (False, True)):
+        fn, inputs = calling(attention, True, padding(2, 7), prefix, rescale), pick(make(), prefix, rescale)
+        check.compiles(fn, inputs)
+        check.deterministic(fn, inputs)
+
+
+def test_gradcheck():
+    inputs = [t.double().requires_grad_() for t in make(2, 2, 1, 3, 4, 3, 2)]
+    assert torch.autograd.gradcheck(calling(attention, True, padding(2, 4)), inputs)
+    assert torch.autograd.gradcheck(calling(attention_reference, True, padding(2, 4)), inputs)
+    assert torch.autograd.gradcheck(calling(attention, True, padding(2, 4), prefix=False), inputs[:3] + inputs[5:])
+
+
+def test_dropout():
+    """Zero on average nothing: the mean over many draws is the output without dropout; gradients flow to every input."""
+    inputs = [t.requires_grad_() for t in make()]
+    extra = {"prefix": tuple(inputs[3:5]), "rescale": tuple(inputs[5:]), "key_padding_mask": padding(2, 7)}
+    draws = torch.stack([attention(*inputs[:3], dropout_p=0.2, **extra) for _ in range(600)])
+    want = attention(*inputs[:3], **extra)
+    error = (draws.mean(0) - want).abs() / (draws.std(0) / 600**0.5 + 1e-6)
+    assert error.max() < 5
+    assert all((g != 0).any() for g in torch.autograd.grad(draws[0].sum(), inputs))
+    torch.manual_seed(3)
+    first = attention(*inputs[:3], dropout_p=0.2)
+    torch.manual_seed(3)
+    assert torch.equal(first, attention(*inputs[:3], dropout_p=0.2))
+
+
+class FlashAttn(types.ModuleType):
+    """flash_attn_func as published: [B, M, H, d], grouped heads, causality from the last query and key."""
+
+    @staticmethod
+    def flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+        deterministic=False, return_attn_probs=False,
+    ):  # fmt: skip
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention_reference(q, k, v, causal=causal, scale=softmax_scale).transpose(1, 2)
+
+
+class XFormers(types.ModuleType):
+    """memory_efficient_attention as published: [B, M, H, K], or [B, M, G, H, K] with k and v expanded over H."""
+
+    class LowerTriangularMask:
+        pass
+
+    @staticmethod
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+        assert query.dim() == key.dim() == value.dim() and query.shape[2:] == key.shape[2:]
+        assert attn_bias is None or isinstance(attn_bias, XFormers.LowerTriangularMask)
+        grouped = query.dim() == 5
+        q, k, v = ((t.flatten(2, 3) if grouped else t).transpose(1, 2) for t in (query, key, value))
+        o = attention_reference(q, k, v, causal=attn_bias is not None, scale=scale).transpose(1, 2)
+        return o.unflatten(2, query.shape[2:4]) if grouped else o
+
+
+@pytest.mark.parametrize("name, module, stand_in", [("flash-attn", "flash_attn", FlashAttn), ("xformers", "xformers", XFormers)])
+def test_optional_backends(check, monkeypatch, name, module, stand_in):
+    """Against stand-ins with the published signatures: layouts, grouped heads, scale and causality arrive as they should."""
+    monkeypatch.setitem(sys.modules, module, stand_in(module))
+    monkeypatch.setitem(sys.modules, "xformers.ops", stand_in("xformers.ops"))
+    monkeypatch.setattr(backends, "fits", lambda q, k: name)
+    for heads, causal in itertools.product((2, 4), (False, True)):
+        inputs = make(2, 4, heads, 6, 6)[:3]
+        got = backends.around_sdpa(*inputs, causal, None, 0.4, None, 0.0)
+        torch.testing.assert_close(got, attention_reference(*inputs, causal=causal, scale=0.4))
+
+
+def test_backend_fits(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: True if package == "xformers" else None)
+    cpu = torch.randn(1, 2, 4, 64, dtype=torch.bfloat16)
+    cuda = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), dtype=torch.bfloat16, shape=(1, 2, 4, 64))
+    wide = types.SimpleNamespace(device=cuda.device, dtype=torch.float32, shape=cuda.shape)
+    assert backends.fits(cpu, cpu) == backends.fits(wide, wide) == "sdpa"
+    assert backends.fits(cuda, cuda) == "xformers"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: True)
+    assert backends.fits(cuda, cuda) == "flash-attn"
+    monkeypatch.setattr(backends, "CHOICE", "sdpa")
+    assert backends.fits(cuda, cuda) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": torch.randn(2, 4, 5)}, ValueError, "do not fit"),
+        ({"q": torch.randn(2, 3, 5, 8)}, ValueError, "multiple"),
+        ({"k": torch.randn(2, 2, 7, 8).double()}, TypeError, "one dtype"),
+        ({"key_padding_mask": torch.ones(2, 7)}, ValueError, "True = attend"),
+        ({"prefix": (torch.randn(2, 3, 9),) * 2}, ValueError, "pass .P_k, P_v."),
+        ({"rescale": (torch.randn(8),) * 2}, ValueError, "pass .l_k, l_v."),
+        ({"dropout_p": 1.0}, ValueError, "must lie in"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        attention(**(dict(zip(NAMES[:3], make())) | change))
+
+
+@settings(max_examples=10 if FEW else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20),
+    st.integers(1, 4), *[st.booleans()] * 4,
+)  # fmt: skip
+def test_any_shape(check, B, G, groups, M, N, d, n, causal, padded, prefix, rescale):
+    torch.manual_seed(M)
+    inputs = pick(make(B, G * groups, G, M, N, d, n, torch.float64), prefix, rescale)
+    options = {"causal": causal, "mask": padding(B, N) if padded else None, "prefix": prefix, "rescale": rescale}
+    fns = [calling(fn, **options) for fn in (attention, attention_reference, written_out)]
+    check.no_worse(*fns, inputs, floor=1.0)
