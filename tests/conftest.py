@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def miss():
+    """The smallest MISS and what to do with it: tests/_miss.py."""
+    return _load(Path(__file__).with_name("_miss.py"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BlipConfig, BlipForQuestionAnswering
 
@@ -51,9 +52,15 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Mis
             return MissForQuestionAnswering(config)
     try:
         model, info = MissForQuestionAnswering.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, use_safetensors=True
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} did not load as BlipForQuestionAnswering: {' '.join(str(error).split())[:600]}") from None
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
