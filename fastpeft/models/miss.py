@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipConfig, BlipForQuestionAnswering
+from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 
 from fastpeft.methods import Part
@@ -58,6 +58,9 @@ TINY |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dro
 def miss_config(*, tiny: bool = False, **overrides) -> BlipConfig:
     """The official MISS (or its ``tiny`` sibling) as a BlipConfig. ``overrides``: keys of FULL, drop_path_rate, or BlipTextConfig's."""
     given = (TINY if tiny else FULL) | overrides
+    known = FULL.keys() | {"drop_path_rate", "position_range"} | BlipTextConfig().to_dict().keys()
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"a MISS has no {', '.join(unknown)}; overrides are {', '.join(FULL)}, drop_path_rate, and BlipTextConfig's fields")
     image_size, patch_size, vocab_size, hidden_size, heads = (given.pop(k) for k in list(FULL)[:5])
     vision_layers, text_layers = given.pop("vision_layers"), given.pop("text_layers")
     drop_path_rate, position_range = given.pop("drop_path_rate", DROP_PATH), given.pop("position_range", 0.02)
