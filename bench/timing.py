@@ -1,0 +1,137 @@
+"""Measuring, the same way for every op: rivals interleaved in one run, quantiles, GB/s or TFLOP/s, peak memory on CUDA.
+
+Interleaving matters more than repetition: on a shared machine a rival measured a minute later meets another machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+@dataclass
+class Row:
+    """One line of a table: what was measured, of whom, on which shape, and how much data or arithmetic it stands for."""
+
+    op: str
+    shape: str
+    dtype: str
+    provider: str
+    ms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # 20, 50, 80 percent
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    ratio: float | None = None  # baseline's median over ours: above 1, ours is faster
+    peak_mb: float | None = None  # CUDA only
+    note: str = ""
+
+
+@dataclass
+class Settings:
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds: float = 1.0  # for all rivals of a case together
+    quick: bool = False
+    dtypes: list[torch.dtype] = field(default_factory=lambda: [torch.float32, torch.bfloat16])
+
+
+def environment() -> dict:
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _once(fn: Callable, device: str) -> float:
+    """Milliseconds of one call."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    begin = time.perf_counter()
+    fn()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def compare(
+    op: str,
+    shape: str,
+    dtype: torch.dtype,
+    rivals: dict[str, Callable],
+    settings: Settings,
+    *,
+    bytes_moved: float | None = None,
+    flops: float | None = None,
+    note: str = "",
+) -> list[Row]:
+    """A row per rival. The last one is the baseline of the ratios; ``bytes_moved`` and ``flops`` are what the work needs, not what a
+    rival does, so that GB/s and TFLOP/s compare as the times do."""
+    peaks = {}
+    for name, fn in rivals.items():
+        for _ in range(2):  # warm up: compilation, caches, allocator
+            fn()
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            fn()
+            torch.cuda.synchronize()
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    gc.collect()
+    gc.disable()
+    try:
+        stop = time.perf_counter() + settings.seconds * (0.2 if settings.quick else 1.0)
+        while time.perf_counter() < stop or len(times[next(iter(times))]) < 5:
+            for name, fn in rivals.items():
+                times[name].append(_once(fn, settings.device))
+    finally:
+        gc.enable()
+    rows = []
+    for name, samples in times.items():
+        quantiles = tuple(torch.tensor(samples).quantile(torch.tensor(QUANTILES)).tolist())
+        rows.append(Row(op, shape, str(dtype).removeprefix("torch."), name, quantiles, note=note))
+        seconds = quantiles[1] / 1e3
+        rows[-1].gb_per_s = bytes_moved / seconds / 1e9 if bytes_moved else None
+        rows[-1].tflop_per_s = flops / seconds / 1e12 if flops else None
+        rows[-1].peak_mb = peaks.get(name)
+    for row in rows:
+        row.ratio = rows[-1].ms[1] / row.ms[1]
+    return rows
+
+
+def backward_of(fn: Callable, inputs, cotangent: torch.Tensor) -> Callable:
+    """A callable that runs ``fn``'s backward alone, for the inputs that require gradients, as often as it is called."""
+    out = fn(*inputs)
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+
+
+def step_of(fn: Callable, inputs, cotangent: torch.Tensor | None = None) -> Callable:
+    """Forward and backward."""
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    return lambda: torch.autograd.grad(fn(*inputs), leaves, cotangent)
+
+
+def markdown(rows: list[Row]) -> str:
+    def number(value, digits=2):
+        return "" if value is None else f"{value:.{digits}f}"
+
+    head = "| op | shape | dtype | provider | ms 20% | ms 50% | ms 80% | GB/s | TFLOP/s | ratio | peak MB |\n|" + "---|" * 11
+    lines = [
+        f"| {r.op} | {r.shape} | {r.dtype} | {r.provider} | {' | '.join(number(m, 3) for m in r.ms)} | {number(r.gb_per_s, 1)} |"
+        f" {number(r.tflop_per_s, 3)} | {number(r.ratio)} | {number(r.peak_mb, 1)} |"
+        for r in rows
+    ]
+    return "\n".join([head, *lines])
