@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+import transformers
 import typer
 
 app = typer.Typer(
@@ -34,20 +38,16 @@ def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.plan import adapt, build, count
+    from fastpeft.train.run import plan_for
 
     network = build(model, device="meta")
-    adapt(network, plan, **_rank(rank, plan))
+    adapt(network, plan_for(network, plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
     lines = [f"{model}  {network.fastpeft_plan}", f"{'part':>10} {'base':>15} {'adapters':>13} {'trainable':>13}"]
     lines += [f"{name:>10} {c['base']:>15,} {c['adapters']:>13,} {c['trainable']:>13,}" for name, c in rows]
     lines.append(f"{counted['percent']:.3f}% of base + adapters, {counted['percent_of_base']:.3f}% of base")
     emit(counted | {"model": model, "plan": str(network.fastpeft_plan)}, as_json, lines)
-
-
-def _rank(rank: int | None, plan: str) -> dict[str, int]:
-    """--rank speaks to LoRA only; a plan without LoRA ignores it, as tables print a rank of their own for every row."""
-    return {} if rank is None or "lora" not in str(plan).lower() else {"r": rank}
 
 
 @app.command()
@@ -58,12 +58,15 @@ def train(
     plan: Annotated[str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
     rank: Rank = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="numerator of LoRA's scaling (default 32)")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="on the input of LoRA's branch (default 0)")] = None,
     steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
     epochs: Annotated[float | None, typer.Option(help="passes over the data, where steps are not given (default 1)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="samples per forward (default 20)")] = None,
     gradient_accumulation: Annotated[int | None, typer.Option(help="forwards per step")] = None,
     lr: Annotated[float | None, typer.Option(help="peak learning rate of adapters (default 1e-3)")] = None,
     base_lr: Annotated[float | None, typer.Option(help="peak learning rate of trained base weights (default: a tenth of --lr)")] = None,
+    min_lr: Annotated[float | None, typer.Option(help="where the cosine ends (default 0)")] = None,
     weight_decay: Annotated[float | None, typer.Option()] = None,
     warmup: Annotated[float | None, typer.Option(help="steps, or a fraction of them if below 1")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
@@ -89,40 +92,42 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
+    said = {name: value for name, value in locals().items() if value is not None and value is not False}
     from fastpeft.train.config import TrainConfig, read_yaml
     from fastpeft.train.run import DataOptions, train_run
 
-    given = read_yaml(config) if config else {}
-    ours = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "gradient_accumulation": gradient_accumulation}
-    ours |= {"learning_rate": lr, "base_learning_rate": base_lr, "weight_decay": weight_decay, "warmup": warmup, "dtype": dtype}
-    ours |= {"seed": seed, "questions_per_image": questions_per_image, "save_every": save_every, "num_workers": workers, "out": out}
-    ours |= {"device": device, "data": data, "model": model, "plan": plan, "rank": rank, "split_file": split_file, "vocab": vocab}
-    ours |= {"eval_split_file": eval_split_file, "hold_out": hold_out, "languages": languages.split(",") if languages else None}
-    flags = {"resume": resume, "tensorboard": tensorboard, "trace": trace, "skip_bad": skip_bad, "from_scratch": from_scratch}
-    given |= {k: v for k, v in ours.items() if v is not None} | {k: True for k, v in flags.items() if v}
-    given |= {"no_eval": True} if no_eval else {}
+    for name in ("config", "as_json"):
+        said.pop(name, None)
+    given = _canonical(read_yaml(config) if config else {}) | _canonical(said)
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
     model, plan = given.pop("model", "miss-tiny"), given.pop("plan", "F/LoRA/LoRA")
-    chosen = DataOptions(
-        data=given.pop("data"),
-        split_file=given.pop("split_file", None),
-        eval_split_file=given.pop("eval_split_file", None),
-        hold_out=given.pop("hold_out", 0.0),
-        languages=tuple(given.pop("languages", ("en",))),
-        skip_bad=given.pop("skip_bad", False),
-    )
-    options = _rank(given.pop("rank", None), plan)
+    chosen = DataOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(DataOptions) if f.name in given})
     how = {
+        "r": given.pop("rank", None),
+        "lora_alpha": given.pop("lora_alpha", None),
+        "lora_dropout": given.pop("lora_dropout", None),
         "vocab": given.pop("vocab", None),
         "pretrained": not given.pop("from_scratch", False),
         "evaluate": not given.pop("no_eval", False),
     }
-    summary = train_run(model, plan, chosen, TrainConfig.from_dict(given | {"progress": not quiet}), **how, **options)
+    summary = train_run(model, plan, chosen, TrainConfig.from_dict(given), **how)
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
+
+
+def _canonical(given: dict[str, Any]) -> dict[str, Any]:
+    """Options by the names that TrainConfig and DataOptions give them: a YAML file may use those, or the command line's."""
+    longer = {"lr": "learning_rate", "base_lr": "base_learning_rate", "min_lr": "min_learning_rate", "workers": "num_workers"}
+    given = {str(name).replace("-", "_"): value for name, value in given.items()}
+    given = {longer.get(name, name): value for name, value in given.items()}
+    if "quiet" in given:
+        given["progress"] = not given.pop("quiet")
+    if isinstance(given.get("languages"), str):
+        given["languages"] = given["languages"].split(",")
+    return given
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -143,8 +148,8 @@ def evaluate(
     split_file: Split = None,
     model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
-    batch_size: Annotated[int, typer.Option()] = 32,
-    num_beams: Annotated[int, typer.Option()] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    num_beams: Annotated[int, typer.Option(min=1)] = 3,
     languages: Annotated[str, typer.Option(help="comma-separated q_lang values to keep")] = "en",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
     device: Device = None,
@@ -172,13 +177,15 @@ def convert(
     checkpoint: Annotated[str, typer.Argument(help="official MISS/BLIP checkpoint (.pth), or a transformers folder")],
     out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
     image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
+    text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
+    vision_heads: Annotated[int | None, typer.Option(help="likewise, of the image encoder")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Json = False,
 ) -> None:
     """Official MISS/BLIP VQA checkpoint to a transformers folder, and back."""
     from fastpeft.models.convert import convert as run
 
-    report = run(Path(checkpoint), Path(out), image_size=image_size, overwrite=overwrite)
+    report = run(Path(checkpoint), Path(out), image_size, overwrite, text_heads=text_heads, vision_heads=vision_heads)
     about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
     emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])
 
@@ -210,27 +217,45 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: usage errors and bad input end with exit code 2 and one line on stderr."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module="fastpeft")
+            warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
+        sys.exit(_run())
+
+
+def _run() -> int:
     try:
         code = app(standalone_mode=False)
-    except (ValueError, TypeError) as error:
-        sys.exit(_complain(error))
+    except KeyboardInterrupt as error:
+        _say(error if str(error) else "interrupted")
+        return 130
     except OSError as error:
-        sys.exit(_complain(f"{error.strerror or error}: {error.filename}" if error.filename else error))
-    except FloatingPointError as error:
-        sys.exit(_complain(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
+    except (ValueError, TypeError, FloatingPointError) as error:
+        return _complain(error)
     except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            return _complain(f"out of memory: a smaller batch_size with more gradient_accumulation takes less ({error})")
         if hasattr(error, "format_message"):  # typer's and click's usage errors
-            sys.exit(_complain(error.format_message()))
+            return _complain(error.format_message())
         raise
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _complain(error) -> int:
-    print(f"fastpeft: {' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error)
+    if "Original Traceback" in text:  # of a process that loads data: its last line is the error
+        text = text.strip().splitlines()[-1].partition(": ")[2] or text
+    _say(text)
     return 2
+
+
+def _say(text) -> None:
+    print(f"fastpeft: {' '.join(str(text).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,18 @@ def miss():
     return _load(Path(__file__).with_name("_miss.py"))
 
 
+@pytest.fixture(scope="session")
+def runs():
+    """Short training runs: tests/_runs.py."""
+    return _load(Path(__file__).with_name("_runs.py"))
+
+
+@pytest.fixture(scope="session")
+def phantoms(runs, tmp_path_factory):
+    """A folder of phantoms in Slake's layout: 50 training and 20 test questions."""
+    return runs.make_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

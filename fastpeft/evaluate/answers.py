@@ -12,6 +12,17 @@ from fastpeft.data import EpochSampler, VQACollator, VQADataset, decode
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_index")
 
 
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called ``name``; None: CUDA where there is one. ValueError where it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # each backend raises another type
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
 def to_device(batch: dict, names, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of ``names`` that the batch has, on ``device``; floating ones in ``dtype``."""
     moved = {name: batch[name].to(device, non_blocking=True) for name in names if batch.get(name) is not None}

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 DTYPES = ("fp32", "bf16")
+WHOLE = dict.fromkeys(("steps", "batch_size", "gradient_accumulation", "questions_per_image"), 1)  # name -> least value
+WHOLE |= dict.fromkeys(("seed", "num_workers", "save_every"), 0)
+NUMBERS = ("epochs", "learning_rate", "base_learning_rate", "min_learning_rate", "warmup", "weight_decay", "max_grad_norm")
+FRACTIONS = ("beta1", "beta2")
+FLAGS = ("resume", "tensorboard", "trace", "progress")
+TEXTS = ("out", "device")
+OPTIONAL = ("steps", "base_learning_rate", *TEXTS)  # may be None
 
 
 @dataclass(frozen=True)
@@ -19,12 +27,13 @@ class TrainConfig:
 
     steps: optimiser steps; None: ``epochs`` passes over the data. batch_size: samples per forward. gradient_accumulation: forwards per
     step, weighted by their samples, so that a step equals one on all of them together.
-    learning_rate: of adapter parameters. base_learning_rate: of base parameters that are trained (T, LayerNorm, ...); None: a tenth.
-    min_learning_rate: where the cosine ends. warmup: steps, or a fraction of all steps if below 1. weight_decay: on matrices only,
-    not on biases, norms and IA3 vectors. max_grad_norm: 0 switches clipping off.
+    learning_rate: of adapter parameters, at its peak. base_learning_rate: of base parameters that are trained (T, LayerNorm, ...);
+    None: a tenth. min_learning_rate: where the cosine ends. warmup: steps, or a fraction of all steps if below 1, of a linear rise
+    from 0. weight_decay: on matrices only, not on biases, norms and IA3 vectors. max_grad_norm: 0 switches clipping off.
     dtype: "bf16" keeps the base in bfloat16; adapters, optimiser state and master copies of trained base weights stay float32.
     questions_per_image: group a batch's questions by image (see EpochSampler). save_every: checkpoint every so many steps (0: at the end).
-    out: where a run leaves its files; None: nowhere. resume: go on from ``out``'s checkpoint. trace: torch.profiler trace of 3 steps.
+    out: where a run leaves its files; None: nowhere. resume: go on from ``out``'s checkpoint; without one, start afresh.
+    trace: torch.profiler trace of 3 steps. ValueError names an option whose value cannot be.
     """
 
     steps: int | None = None
@@ -52,35 +61,43 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation", "questions_per_image"):
-            if not _whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, not {getattr(self, name)!r}")
-        for name in ("seed", "num_workers", "save_every"):
-            if not _whole(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name} must be a whole number of 0 or more, not {getattr(self, name)!r}")
-        if self.steps is not None and (not _whole(self.steps) or self.steps < 1):
-            raise ValueError(f"steps must be a whole number of 1 or more, not {self.steps!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        numbers = ("epochs", "learning_rate", "min_learning_rate", "warmup", "weight_decay", "max_grad_norm")
-        for name in (*numbers, *(("base_learning_rate",) if self.base_learning_rate is not None else ())):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a number of 0 or more, not {value!r}")
+        for name in TEXTS:
+            if isinstance(getattr(self, name), Path | torch.device):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if (wanted := _wanted(field.name, value)) and not (value is None and field.name in OPTIONAL):
+                raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
         if self.epochs == 0 or self.learning_rate == 0:
             raise ValueError("epochs and learning_rate must be above 0")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.out is None and (self.resume or self.tensorboard or self.trace):
+            raise ValueError("resume, tensorboard and trace need a folder: give out")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """ValueError names unknown options."""
         known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(str(name) for name in values if name not in known):
             raise ValueError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**values)
 
 
-def _whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _wanted(name: str, value) -> str:
+    """What the option must be, where ``value`` is something else."""
+    if name in WHOLE and not (isinstance(value, int) and not isinstance(value, bool) and WHOLE[name] <= value < 2**63):
+        return f"a whole number of {WHOLE[name]} or more"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in NUMBERS and not (number and 0 <= value < float("inf")):
+        return "a number of 0 or more"
+    if name in FRACTIONS and not (number and 0 <= value < 1):
+        return "a number from 0 to below 1"
+    if name in FLAGS and not isinstance(value, bool):
+        return "true or false"
+    if name in TEXTS and not isinstance(value, str):
+        return "text"
+    return f"one of {', '.join(DTYPES)}" if name == "dtype" and value not in DTYPES else ""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -92,7 +109,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options, such as 'learning_rate: 2.0e-5'")
     for name, value in content.items():
-        if isinstance(value, str) and name in {f.name for f in dataclasses.fields(TrainConfig) if "float" in str(f.type)}:
+        if isinstance(value, str) and name in (*NUMBERS, *FRACTIONS):
             try:  # YAML reads 2e-5 as text: it wants 2.0e-5
                 content[name] = float(value)
             except ValueError:

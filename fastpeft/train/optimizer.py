@@ -28,43 +28,56 @@ class Optimizer:
             [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
             betas=(config.beta1, config.beta2),
         )
-        self.rates = [rate for rate, _ in groups]
+        self.peaks = [rate for rate, _ in groups]
         self.config, self.total_steps = config, total_steps
         self.warmup_steps = int(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
 
-    def factor(self, step: int) -> float:
-        """Of the peak rate, at ``step`` (from 0): linear warm-up, then a cosine to zero (the floor is min_learning_rate)."""
+    def rate(self, peak: float, step: int) -> float:
+        """Of a group with this peak, at ``step`` (from 0): a linear rise to the peak, then a cosine to min_learning_rate."""
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return peak * (step + 1) / self.warmup_steps
+        floor = min(self.config.min_learning_rate, peak)
         left = max(1, self.total_steps - self.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / left)))
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / left)))
+
+    def collect(self) -> None:
+        """After each backward: half-precision gradients are added up in float32, on their masters."""
+        for p, master in self.pairs:
+            if master is not p and p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
 
     def step(self, step: int) -> tuple[float, float]:
-        """One update from the parameters' gradients; returns (learning rate of the first group, gradient norm before clipping)."""
-        floor = self.config.min_learning_rate
-        for group, rate in zip(self.adamw.param_groups, self.rates):
-            group["lr"] = floor + max(0.0, rate - floor) * self.factor(step)
-        for p, master in self.pairs:
-            if master is not p:
-                master.grad = None if p.grad is None else p.grad.float()
+        """One update from the collected gradients; returns (highest learning rate, gradient norm before clipping).
+
+        FloatingPointError, with nothing changed, where that norm is not finite.
+        """
+        for group, peak in zip(self.adamw.param_groups, self.peaks):
+            group["lr"] = self.rate(peak, step)
         limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs], limit)
+        norm = float(torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs], limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
         self.adamw.step()
         with torch.no_grad():
             for p, master in self.pairs:
                 if master is not p:
                     p.copy_(master)
                 p.grad = master.grad = None
-        return self.adamw.param_groups[0]["lr"], float(norm)
+        return max(group["lr"] for group in self.adamw.param_groups), norm
 
     def state_dict(self) -> dict:
         return {"adamw": self.adamw.state_dict(), "masters": [master.detach() for p, master in self.pairs if master is not p]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"])
+        """Moments and masters; rates, decay and betas stay this run's. ValueError where they are of other parameters."""
+        mine = self.adamw.state_dict()["param_groups"]
         masters = [master for p, master in self.pairs if master is not p]
+        if [group["params"] for group in state["adamw"]["param_groups"]] != [group["params"] for group in mine]:
+            raise ValueError("it groups its parameters by other learning rates or weight decays")
         if len(masters) != len(state["masters"]):
             raise ValueError("it was saved with another dtype")
+        self.adamw.load_state_dict({"state": state["adamw"]["state"], "param_groups": mine})
         with torch.no_grad():
             for mine, saved in zip(masters, state["masters"]):
                 mine.copy_(saved)

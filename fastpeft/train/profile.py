@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import psutil
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastpeft.models import parts_of
 
@@ -22,7 +24,8 @@ OUTSIDE, BACKWARD = "other", "backward"
 @dataclass
 class StepCost:
     """FLOPs of forward and backward (matrix products, two per multiply-add), and bytes that autograd kept between them: every distinct
-    storage once, parameters and buffers aside. By part: of its forward; ``flops_by_part["backward"]`` is all that follows."""
+    storage once, parameters and buffers aside. By part: of its forward; ``flops_by_part["backward"]`` is all that follows, and
+    ``saved_by_part["other"]`` what is saved outside the parts."""
 
     flops: int = 0
     saved_bytes: int = 0
@@ -30,21 +33,47 @@ class StepCost:
     saved_by_part: dict[str, int] = field(default_factory=dict)
 
 
+class _Storage:
+    """One storage that autograd keeps: alive as long as a saved tensor is."""
+
+    __slots__ = ("__weakref__",)
+
+
+def _cpu_attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _cpu_attention_backward(grad, q, k, v, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# attention on CPU: PyTorch 2.13's counter knows the CUDA forms only
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
 @contextmanager
 def measure(model: nn.Module):
     """Count what runs inside, forward and backward of one step; yields a :class:`StepCost` that is filled in on exit."""
-    cost, at, kept = StepCost(), [OUTSIDE], {}
+    cost, at = StepCost(), [OUTSIDE]
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = WeakValueDictionary()  # address -> _Storage; weak, so that measuring frees memory when autograd does
     saved, flops = defaultdict(int), defaultdict(int)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, _Storage | None]:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in kept:
-            kept[storage.data_ptr()] = tensor  # held, so that no later tensor takes its address within this step
+        address = storage.data_ptr()
+        if address in own:
+            return tensor, None
+        token = kept.get(address)
+        if token is None:
+            token = kept[address] = _Storage()
             saved[at[-1]] += storage.nbytes()
-        return tensor
+        return tensor, token
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
     def enter(name):
         def hook(module, args):
@@ -61,12 +90,11 @@ def measure(model: nn.Module):
         root = part.of(model)
         hooks += [root.register_forward_pre_hook(enter(part.name)), root.register_forward_hook(leave)]
     try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor), counter:
+        with saved_tensors_hooks(pack, lambda packed: packed[0]), counter:
             yield cost
     finally:
         for hook in hooks:
             hook.remove()
-    kept.clear()
     cost.flops, cost.saved_bytes = int(counter.get_total_flops()), sum(saved.values())
     flops[BACKWARD] = cost.flops - sum(flops.values())
     cost.flops_by_part, cost.saved_by_part = {name: int(n) for name, n in flops.items()}, dict(saved)
@@ -88,6 +116,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Largest value so far: since :func:`reset_peak` on CUDA, since the process began on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # not getrusage on Linux: its maximum outlives exec, so a small process started by a large one inherits the large one's
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as status:
+        peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+        return max(peak, memory_bytes(device))  # the kernel's counters lag by some pages
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

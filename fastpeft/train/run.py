@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.checkpoints import atomic_folder, describe, load_adapter, merge
+from fastpeft.checkpoints import describe, load_adapter, merge
 from fastpeft.data import (
     Preprocess,
     SampleList,
@@ -21,10 +22,13 @@ from fastpeft.data import (
     save_tokenizer,
     train_tokenizer,
 )
-from fastpeft.models import NAMES, pretrained_folder
-from fastpeft.plan import adapt, build
+from fastpeft.evaluate.answers import choose_device
+from fastpeft.files import atomic_folder, write_json
+from fastpeft.methods import LoRA
+from fastpeft.models import NAMES, parts_of, pretrained_folder
+from fastpeft.plan import Plan, adapt, build, parse
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.trainer import Trainer, write_json
+from fastpeft.train.trainer import Trainer
 
 PREPROCESS = "fastpeft_preprocess.json"
 
@@ -50,38 +54,63 @@ def train_run(
     vocab: str | None = None,
     pretrained: bool = True,
     evaluate: bool = True,
-    **plan_options,
+    **lora,
 ) -> dict[str, Any]:
-    """Load, adapt, train, score; returns the summary."""
+    """Load, adapt, train, score; returns the summary. ``lora``: as :func:`plan_for`."""
     samples, held = load_split(data, evaluate)
     network, tokenizer, preprocess = model_for(model, samples, vocab=vocab, pretrained=pretrained, seed=config.seed)
-    adapt(network, plan, **plan_options)
+    torch.manual_seed(config.seed)  # new adapters are drawn at random
+    adapt(network, plan_for(network, plan, **lora))
     dataset = VQADataset(samples, preprocess, config.seed, tokenizer=tokenizer)
-    eval_dataset = VQADataset(held, preprocess, tokenizer=tokenizer) if held is not None else None
+    eval_dataset = VQADataset(held, preprocess, tokenizer=tokenizer) if evaluate and held is not None else None
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
     trainer.notes += data_notes(samples)
     summary = trainer.fit()
-    if held is not None and data.hold_out and config.out:
-        write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])
+    if data.hold_out and config.out:
+        write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
     return summary
+
+
+def plan_for(network: nn.Module, plan: str | dict, **lora) -> Plan:
+    """``plan`` (notation, YAML file or mapping), with those of ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None in all its
+    LoRA, over what it says itself. A plan without LoRA ignores them, as tables print a rank of their own for every row."""
+    given = {name: value for name, value in lora.items() if value is not None}
+    LoRA(**given)  # bad values are errors in any plan
+    parsed = parse(plan, parts_of(network))
+
+    def told(method):
+        return dataclasses.replace(method, **given) if isinstance(method, LoRA) else method
+
+    return Plan({part: tuple(map(told, methods)) for part, methods in parsed.treatments.items()})
 
 
 def load_split(data: DataOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:
     """(training samples, samples to score or None): a held-out part, else a test split where the folder has one."""
     options = {"languages": data.languages, "skip_bad": data.skip_bad}
+    if data.hold_out and data.eval_split_file:
+        raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
     samples = load_samples(data.data, data.split_file, split="train", **options)
     if data.hold_out:
-        return hold_out(samples, data.hold_out)
+        kept, held = hold_out(samples, data.hold_out)
+        kept.skipped, kept.filtered = samples.skipped, samples.filtered
+        return kept, held
     if not evaluate:
         return samples, None
     if data.eval_split_file:
         return samples, load_samples(data.data, data.eval_split_file, split="test", **options)
     try:
         held = load_samples(data.data, split="test", **options)
-    except ValueError:  # no such split, or nothing usable in it: training needs none
-        return samples, None
+    except ValueError as error:  # no such split, or nothing usable in it: training needs none
+        return _unscored(samples, str(error)), None
     trained_on = {(sample.source, sample.entry) for sample in samples}
-    return samples, None if any((sample.source, sample.entry) in trained_on for sample in held) else held
+    if any((sample.source, sample.entry) in trained_on for sample in held):
+        return _unscored(samples, "no test split apart from the training samples"), None
+    return samples, held
+
+
+def _unscored(samples: SampleList, reason: str) -> SampleList:
+    samples.note = "; ".join(filter(None, (samples.note, f"no test questions were asked ({reason})")))
+    return samples
 
 
 def data_notes(samples: SampleList) -> list[str]:
@@ -133,8 +162,9 @@ def preprocess_for(folder: Path | None, network: nn.Module) -> Preprocess:
                     content = json.loads(path.read_text(encoding="utf-8"))
                     if name == PREPROCESS:
                         return Preprocess.from_dict(content)
-                    return Preprocess(size, mean=content.get("image_mean"), std=content.get("image_std"))
-                except (ValueError, TypeError) as error:
+                    scaled = content.get("do_normalize", True)
+                    return Preprocess(size, *((content.get("image_mean"), content.get("image_std")) if scaled else ()))
+                except (ValueError, TypeError, AttributeError) as error:
                     raise ValueError(f"{path}: {error}") from None
     return Preprocess(size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -142,26 +172,31 @@ def preprocess_for(folder: Path | None, network: nn.Module) -> Preprocess:
 def load_run(adapter: str | Path, device: str | None = None, model: str | None = None) -> tuple[nn.Module, Any, Preprocess]:
     """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base."""
     adapter = Path(adapter)
+    if not adapter.is_dir():
+        raise ValueError(f"no adapter folder at {adapter}")
     about = describe(adapter)
     if not about:
         raise ValueError(f"{adapter} has no fastpeft.json: it is not an adapter folder that fastpeft wrote")
-    base = dict(about["base"])
-    dtype = getattr(torch, base.pop("dtype", "float32"))
-    name = model or base.pop("model", None)
-    if name is None:
-        raise ValueError(f"{adapter} does not say its base model; give --model")
-    base.pop("model", None)
-    network = build(name, dtype=dtype, **base.pop("overrides", {}), **base) if model is None else build(name, dtype=dtype)
+    if not (about.get("tokenizer") and about.get("preprocess")):
+        raise ValueError(f"{adapter} holds an adapter alone: its tokenizer and preprocessing, which a training run writes, are missing")
+    try:
+        base = dict(about["base"])
+        name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
+        preprocess, about["treatments"] = Preprocess.from_dict(about["preprocess"]), dict(about["treatments"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: {error!r}") from None
+    device = choose_device(device)
+    tokenizer = load_tokenizer(adapter / about["tokenizer"])
+    network = build(model, dtype=dtype) if model else build(name, dtype=dtype, **overrides, **base)
     load_adapter(network, adapter)
-    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return network, load_tokenizer(adapter / about.get("tokenizer", "tokenizer")), Preprocess.from_dict(about["preprocess"])
+    return network.to(device), tokenizer, preprocess
 
 
 def merge_run(adapter: str | Path, out: str | Path, model: str | None = None) -> Path:
     """Fold an adapter into its base and write a plain transformers folder with tokenizer and preprocessing; ValueError if out exists."""
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty: choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
     network, tokenizer, preprocess = load_run(adapter, "cpu", model)
     merge(network)
     with atomic_folder(out) as draft:

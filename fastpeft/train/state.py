@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastpeft.checkpoints import atomic_folder
+from fastpeft.files import atomic_folder
 from fastpeft.methods.base import check_keys
 
 
@@ -26,24 +26,39 @@ def save_state(folder: Path, model: nn.Module, optimizer, progress: dict[str, An
         (draft / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
 
 
-def load_state(folder: Path, model: nn.Module, optimizer) -> dict[str, Any]:
-    """Put model, optimiser and random state back; returns the progress. ValueError names what is missing, damaged or does not fit."""
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What :func:`save_state` was given. ValueError if it cannot be read."""
     try:
         progress = json.loads((folder / "progress.json").read_text())
+        if not (isinstance(progress, dict) and isinstance(progress.get("done"), dict) and isinstance(progress.get("identity"), dict)):
+            raise ValueError("progress.json is not a run's")
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from None
+    return progress
+
+
+def load_state(folder: Path, model: nn.Module, optimizer) -> None:
+    """Put parameters, optimiser and random state back. ValueError names what is missing, damaged or does not fit."""
+    try:
         trained = load_file(folder / "trained.safetensors")
         rest = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"the checkpoint in {folder} is damaged: {' '.join(str(error).split())[:300]}") from None
+        state, rng, cuda_rng = rest["optimizer"], rest["rng"], rest["cuda_rng"]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise _damaged(folder, error) from None
     mine = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     check_keys(mine, trained, str(folder))
     try:
-        optimizer.load_state_dict(rest["optimizer"])
+        optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint in {folder} does not fit this run's optimiser: {error}") from None
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(trained[name])
-    torch.set_rng_state(rest["rng"])
-    if rest["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rest["cuda_rng"])
-    return progress
+    torch.set_rng_state(rng)
+    if cuda_rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda_rng)
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"the checkpoint in {folder} is damaged ({reason}): remove the folder to start afresh")

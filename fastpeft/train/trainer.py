@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
+import signal
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,17 +19,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fastpeft
-from fastpeft.checkpoints import save_adapter
+from fastpeft.checkpoints import fingerprint, save_adapter
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, save_tokenizer
 from fastpeft.evaluate import answer_questions, score, write_predictions
-from fastpeft.evaluate.answers import MODEL_INPUTS, to_device
+from fastpeft.evaluate.answers import MODEL_INPUTS, choose_device, to_device
+from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
-from fastpeft.train.report import write_report
-from fastpeft.train.state import load_state, save_state
+from fastpeft.train.state import load_state, read_progress, save_state
 
 BATCH_INPUTS = (*MODEL_INPUTS, "decoder_input_ids", "decoder_attention_mask", "labels")
 
@@ -47,24 +48,28 @@ class Trainer:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
             raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(config.device)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
         self.model.to(self.device)
         for name, parameter in model.named_parameters():
             if not is_adapter(name) and parameter.dtype != self.dtype:
                 parameter.data = parameter.data.to(self.dtype)
+        if hasattr(model, "fastpeft_source"):
+            model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
-        per_epoch = max(1, len(self.sampler) // config.gradient_accumulation)
-        self.total_steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+        self.total_steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.gradient_accumulation)
         self.optimizer = Optimizer(model, config, self.total_steps)
         self.out = Path(config.out) if config.out else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "loss_first": None, "loss_last": None}
-        self.steady = {"samples": 0, "seconds": 0.0}
-        self.cost: StepCost | None = None
+        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
+        self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
 
     def fit(self) -> dict[str, Any]:
-        """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/."""
+        """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
+
+        Ctrl-C and SIGTERM let the step end and save a checkpoint; KeyboardInterrupt then says how to go on.
+        """
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self._open_out()
@@ -77,22 +82,30 @@ class Trainer:
                 tqdm(total=self.total_steps, initial=self.done["step"], desc="training", unit="step", disable=not self.config.progress)
             )
             tracer = stack.enter_context(self._tracer())
+            stop = stack.enter_context(StopBetweenSteps())
             try:
+                began = time.perf_counter()
                 for batches in self._batches():
-                    self._log(self._step(batches), bar)
-                    if tracer is not None:
-                        tracer.step()
-                    every = self.config.save_every
-                    if self.out and every and self.done["step"] % every == 0 and self.done["step"] < self.total_steps:
-                        self.save()
+                    with stop.later():
+                        row = self._step(batches)
+                        self._log(row, time.perf_counter() - began, bar)
+                        if tracer is not None:
+                            tracer.step()
+                        every = self.config.save_every
+                        if self.out and every and self.done["step"] % every == 0 and self.done["step"] < self.total_steps:
+                            self.save()
+                    began = time.perf_counter()
             except KeyboardInterrupt:
-                if self.out and self.done["step"]:
+                if self.out and self.done["step"] and not stop.busy:
                     self.save()
+                    raise KeyboardInterrupt(f"stopped after step {self.done['step']}; --resume goes on from there") from None
                 raise
         if self.out:
             self.save()
         summary = self.summary(self.evaluate())
         if self.out:
+            from fastpeft.train.report import write_report  # here, so that `python -m fastpeft.train.report` finds it not yet imported
+
             if self.eval_dataset is not None:
                 write_predictions(self.out / "predictions.json", self.eval_dataset.samples, self.answers)
             write_json(self.out / "summary.json", summary)
@@ -123,42 +136,42 @@ class Trainer:
                         return
 
     def _step(self, batches: list[dict]) -> dict[str, float]:
-        """Forward, backward and update on one group of batches; the first one ever is also measured."""
-        began = time.perf_counter()
-        samples = sum(len(batch["samples"]) for batch in batches)
-        first = self.cost is None
-        loss = 0.0
+        """Forward, backward and update on one group of batches; the run's first batch is also measured."""
+        done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
+        self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
             inputs = to_device(batch, BATCH_INPUTS, self.device, self.dtype)
-            weight = len(batch["samples"]) / samples
-            with measure(self.model) if self.cost is None else contextlib.nullcontext() as cost:
-                part = self.model(**inputs).loss * weight
+            with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
+                part = self.model(**inputs).loss * (len(batch["samples"]) / samples)
                 part.backward()
+            self.optimizer.collect()
             if cost is not None:
-                self.cost, self.cost_samples = cost, len(batch["samples"])
+                done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
             loss += float(part.detach())
-        if not math.isfinite(loss):
-            where = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
-            raise FloatingPointError(f"the loss is {loss} at step {self.done['step'] + 1}: lower learning_rate, or use fp32{where}")
-        rate, norm = self.optimizer.step(self.done["step"])
-        seconds = time.perf_counter() - began
-        tokens = sum(int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum()) for batch in batches)
-        done = self.done
+        try:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+            rate, norm = self.optimizer.step(done["step"])
+        except FloatingPointError as error:
+            saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
+            raise FloatingPointError(f"{error} at step {done['step'] + 1}: lower learning_rate, or use fp32{saved}") from None
         done["step"] += 1
         done["batches"] += len(batches)
         done["samples"] += samples
-        done["tokens"] += tokens
-        done["seconds"] += seconds
+        done["tokens"] += sum(int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum()) for batch in batches)
         done["loss_first"] = loss if done["loss_first"] is None else done["loss_first"]
         done["loss_last"] = loss
-        if not first and done["step"] > min(3, self.total_steps // 2):  # the first steps fill caches and are measured
-            self.steady["samples"] += samples
-            self.steady["seconds"] += seconds
-        return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples, "seconds": seconds}
+        return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
 
-    def _log(self, row: dict[str, float], bar: tqdm) -> None:
-        row["samples_per_second"] = row["samples"] / row["seconds"]
-        row["memory_bytes"] = memory_bytes(self.device)
+    def _log(self, row: dict[str, float], seconds: float, bar: tqdm) -> None:
+        """``seconds`` since the step before: a step's own time, and what it waited for its data."""
+        done = self.done
+        done["seconds"] += seconds
+        if done["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
+            done["steady_samples"] += row["samples"]
+            done["steady_seconds"] += seconds
+        done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
+        row |= {"seconds": seconds, "samples_per_second": row["samples"] / seconds, "memory_bytes": memory_bytes(self.device)}
         shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
         bar.set_postfix(shown, refresh=False)
         bar.update()
@@ -178,23 +191,29 @@ class Trainer:
         return score(self.answers, self.eval_dataset.samples)
 
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the first batch of this process."""
-        done, cost = self.done, self.cost or StepCost()
-        steady = self.steady if self.steady["seconds"] else done
-        per_sample = 1 / max(1, getattr(self, "cost_samples", 1))
+        """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the run's first batch.
+
+        ``samples_per_second`` is over all steps, waiting for data included; the steady one leaves out each process's first steps.
+        """
+        done = self.done
+        cost = done["cost"] or asdict(StepCost()) | {"samples": 1}
+        steady = ("steady_samples", "steady_seconds") if done["steady_seconds"] else ("samples", "seconds")
         parts = {
-            name: {"flops_per_sample": flops * per_sample, "saved_bytes": cost.saved_by_part.get(name, 0)}
-            for name, flops in cost.flops_by_part.items()
+            name: {
+                "flops_per_sample": cost["flops_by_part"].get(name, 0) / cost["samples"],
+                "saved_bytes": cost["saved_by_part"].get(name, 0),
+            }
+            for name in dict.fromkeys([*cost["flops_by_part"], *cost["saved_by_part"]])
         }
         return {
             "steps": done["step"],
             "samples": done["samples"],
             "samples_per_second": done["samples"] / max(done["seconds"], 1e-9),
-            "steady_samples_per_second": steady["samples"] / max(steady["seconds"], 1e-9),
+            "steady_samples_per_second": done[steady[0]] / max(done[steady[1]], 1e-9),
             "tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "saved_bytes_per_step": cost.saved_bytes,
-            "flops_per_sample": cost.flops * per_sample,
+            "peak_memory_bytes": done["peak_memory_bytes"],
+            "saved_bytes_per_step": cost["saved_bytes"],
+            "flops_per_sample": cost["flops"] / cost["samples"],
             "loss_first": done["loss_first"],
             "loss_last": done["loss_last"],
             "eval": evaluation,
@@ -225,56 +244,91 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        sampler = {name: getattr(self.sampler, name) for name in ("n", "batch_size", "seed", "questions_per_image")}
-        return sampler | {
+        return self.sampler.identity() | {
             "plan": self.model.fastpeft_plan.to_dict(),
             "gradient_accumulation": self.config.gradient_accumulation,
             "dtype": self.config.dtype,
+            "base": fingerprint(self.model),
         }
 
     def _open_out(self) -> None:
         """Make ``out`` ready: resume from its checkpoint, or refuse to write over another run."""
-        checkpoint = self.out / "checkpoint"
+        checkpoint, metrics = self.out / "checkpoint", self.out / "metrics.jsonl"
+        if self.config.resume:
+            for folder in (checkpoint, self.out / "adapter"):
+                recover_folder(folder)
         if self.config.resume and checkpoint.is_dir():
-            progress = load_state(checkpoint, self.model, self.optimizer)
+            progress = read_progress(checkpoint)
             mine = json.loads(json.dumps(self._identity()))
-            changed = [f"{k} was {progress['identity'].get(k)!r}, now {v!r}" for k, v in mine.items() if progress["identity"].get(k) != v]
+            changed = [f"{k} was {was!r}, now {mine.get(k)!r}" for k, was in progress["identity"].items() if mine.get(k) != was]
             if changed:
                 raise ValueError(f"cannot resume {self.out}: " + "; ".join(changed))
-            self.done = progress["done"]
+            self.done |= progress["done"]
             if self.done["step"] > self.total_steps:
                 raise ValueError(f"cannot resume {self.out}: it stands at step {self.done['step']}, past steps={self.total_steps}")
-            keep_lines(self.out / "metrics.jsonl", self.done["step"])
-        else:
-            metrics = self.out / "metrics.jsonl"
-            if not self.config.resume and (checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size)):
-                raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
-            metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            load_state(checkpoint, self.model, self.optimizer)
+            keep_lines(metrics, self.done["step"])
+            return
+        if not self.config.resume and (checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size)):
+            raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
+        metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
 
     def _tensorboard(self, stack: contextlib.ExitStack):
-        if not (self.config.tensorboard and self.out):
+        if not self.config.tensorboard:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("tensorboard is not installed: pip install 'fastpeft[tensorboard]'") from None
-        board = SummaryWriter(str(self.out / "tensorboard"))
+        board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done["step"] + 1)
         stack.callback(board.close)
         return board
 
     def _tracer(self):
-        """torch.profiler over steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
-        if not (self.config.trace and self.out):
+        """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
+        if not self.config.trace:
             return contextlib.nullcontext()
         from torch.profiler import profile, schedule
 
         path = str(self.out / "trace.json")
         return profile(
-            schedule=schedule(wait=1, warmup=0, active=3, repeat=1),
+            schedule=schedule(wait=0, warmup=int(self.total_steps - self.done["step"] > 1), active=3, repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(path),
             profile_memory=True,
         )
+
+
+class StopBetweenSteps:
+    """Ctrl-C and SIGTERM as KeyboardInterrupt, at once while waiting for data, but only after a step that has begun: weights, optimiser
+    and random state then belong together. Outside the main thread, where Python sets no handlers, it does nothing."""
+
+    def __init__(self):
+        self.busy = self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopBetweenSteps:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame) -> None:
+        if not self.busy or self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextlib.contextmanager
+    def later(self):
+        """What runs inside is not interrupted, except by a second signal; ``busy`` then stays, as it does on any error."""
+        self.busy = True
+        yield
+        self.busy = False
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 def keep_lines(path: Path, last_step: int) -> None:
@@ -282,19 +336,8 @@ def keep_lines(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

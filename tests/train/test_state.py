@@ -1,0 +1,226 @@
+"""Resuming: to the bit, whatever ended the run; and what cannot be resumed says so in one clear error."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from fastpeft.files import atomic_folder, recover_folder
+from fastpeft.train.trainer import keep_lines
+
+SETTINGS = {
+    "dropout, mid-epoch": {"small": True, "batch_size": 4},
+    "accumulation over an epoch's end": {"small": True, "samples": 14, "batch_size": 4, "gradient_accumulation": 3},
+    "questions by image": {"small": True, "batch_size": 4, "questions_per_image": 2},
+    "bf16, base trained": {"plan": "T/LoRA/LayerNorm", "samples": 14, "dtype": "bf16"},
+}
+
+
+class Dead(Exception):
+    pass
+
+
+def during(trainer, step: int, what) -> None:
+    """Calls ``what`` in the middle of a step (1 is the first): after its backward, before its update."""
+    update = trainer.optimizer.step
+
+    def wrapped(number):
+        if number + 1 == step:
+            what()
+        return update(number)
+
+    trainer.optimizer.step = wrapped
+
+
+def die():
+    raise Dead
+
+
+def start(runs, data, out, **options):
+    small = runs.DROPOUT if options.pop("small", False) else None
+    return runs.trainer(data, small=small, out=out, **{"steps": 9, "save_every": 3} | options)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dies", [6, 8])
+def test_a_killed_run_resumes_to_the_bit(runs, phantoms, tmp_path, setting, dies):
+    whole = start(runs, phantoms, tmp_path / "whole", **SETTINGS[setting])
+    summary = whole.fit()
+    killed = start(runs, phantoms, tmp_path / "killed", **SETTINGS[setting])
+    during(killed, dies, die)
+    with pytest.raises(Dead):
+        killed.fit()
+    torch.rand(7)  # the random state of another process
+    resumed = start(runs, phantoms, tmp_path / "killed", resume=True, **SETTINGS[setting])
+    again = resumed.fit()
+    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+    assert runs.metrics(tmp_path / "killed") == runs.metrics(tmp_path / "whole")
+    same = ("steps", "samples", "loss_first", "loss_last", "saved_bytes_per_step", "flops_per_sample", "parts")
+    assert [again[name] for name in same] == [summary[name] for name in same]
+    for folder in ("jtm", "dec"):
+        for file in (tmp_path / "whole" / "adapter" / folder).glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "killed" / "adapter" / folder / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_step_and_saves(runs, phantoms, tmp_path, number):
+    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
+    whole.fit()
+    handlers = signal.getsignal(number)
+    stopped = start(runs, phantoms, tmp_path / "stopped", small=True, save_every=0)
+    during(stopped, 4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4; --resume goes on from there"):
+        stopped.fit()
+    assert signal.getsignal(number) is handlers
+    assert [row["step"] for row in runs.metrics(tmp_path / "stopped")] == [1, 2, 3, 4]
+    resumed = start(runs, phantoms, tmp_path / "stopped", small=True, save_every=0, resume=True)
+    resumed.fit()
+    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+    assert runs.metrics(tmp_path / "stopped") == runs.metrics(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing_torn(runs, phantoms, tmp_path):
+    stopped = start(runs, phantoms, tmp_path / "run")
+    during(stopped, 5, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["done"]["step"] == 3
+
+
+def test_a_finished_run_resumes_to_itself_and_further(runs, phantoms, tmp_path):
+    out = tmp_path / "run"
+    done = start(runs, phantoms, out, steps=4)
+    summary = done.fit()
+    again = start(runs, phantoms, out, steps=4, resume=True)
+    repeated = again.fit()
+    runs.assert_same_weights(runs.weights(again), runs.weights(done))
+    clock = ("seconds", "samples_per_second", "peak_memory_bytes")
+    assert {k: v for k, v in repeated.items() if k not in clock} == {k: v for k, v in summary.items() if k not in clock}
+    with pytest.raises(ValueError, match="it stands at step 4, past steps=3"):
+        start(runs, phantoms, out, steps=3, resume=True).fit()
+    assert start(runs, phantoms, out, steps=6, resume=True).fit()["steps"] == 6
+    assert [row["step"] for row in runs.metrics(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_to_resume_starts_afresh(runs, phantoms, tmp_path):
+    whole = start(runs, phantoms, tmp_path / "whole", steps=3)
+    whole.fit()
+    killed = start(runs, phantoms, tmp_path / "run", steps=3)
+    during(killed, 2, die)  # before its first checkpoint
+    with pytest.raises(Dead):
+        killed.fit()
+    with pytest.raises(ValueError, match="holds a run already"):
+        start(runs, phantoms, tmp_path / "run", steps=3).fit()
+    fresh = start(runs, phantoms, tmp_path / "run", steps=3, resume=True)
+    fresh.fit()
+    runs.assert_same_weights(runs.weights(fresh), runs.weights(whole))
+    assert runs.metrics(tmp_path / "run") == runs.metrics(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(runs, phantoms, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    start(runs, phantoms, out, steps=2).fit()
+    return out
+
+
+def test_a_run_is_not_overwritten(runs, phantoms, finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run already: resume it"):
+        start(runs, phantoms, finished, steps=2).fit()
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"plan": "F/LoRA/F"}, "plan was .*now"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"samples": 20}, "n was 50, now 20"),
+        ({"batch_size": 5}, "batch_size was 4, now 5"),
+        ({"gradient_accumulation": 2}, "gradient_accumulation was 1, now 2"),
+        ({"questions_per_image": 2}, "questions_per_image was 1, now 2"),
+        ({"dtype": "bf16"}, "dtype was 'fp32', now 'bf16'"),
+        ({"small": True, "wider": True}, "base was '[0-9a-f]{8}', now '[0-9a-f]{8}'"),
+    ],
+)
+def test_another_run_is_not_resumed(runs, phantoms, finished, change, message):
+    change = dict(change)
+    trainer = start(runs, phantoms, finished, steps=4, resume=True, **{k: v for k, v in change.items() if k != "wider"})
+    if change.pop("wider", False):
+        with torch.no_grad():
+            trainer.model.vision_model.post_layernorm.weight.mul_(2)
+    with pytest.raises(ValueError, match=f"cannot resume .*{message}"):
+        trainer.fit()
+
+
+def test_other_data_of_the_same_size_is_not_resumed(runs, phantoms, finished):
+    trainer = start(runs, phantoms, finished, steps=4, resume=True)
+    trainer.sampler._samples = list(reversed(trainer.sampler._samples))
+    with pytest.raises(ValueError, match=r"cannot resume .*samples was '[0-9a-f]+', now '[0-9a-f]+'"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("file", ["progress.json", "trained.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "removed"])
+def test_a_torn_checkpoint_is_one_clear_error(runs, phantoms, finished, tmp_path, file, how):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    path = out / "checkpoint" / file
+    content = path.read_bytes()
+    path.unlink() if how == "removed" else path.write_bytes(content[: len(content) // 2 if how == "cut" else 0])
+    trainer = start(runs, phantoms, out, steps=4, resume=True)
+    before = runs.weights(trainer)
+    with pytest.raises(ValueError, match=r"checkpoint in .* is damaged .*remove the folder to start afresh") as error:
+        trainer.fit()
+    assert "\n" not in str(error.value)
+    runs.assert_same_weights(runs.weights(trainer), before)
+
+
+def test_optimiser_state_of_other_groups_is_refused(runs, phantoms, tmp_path):
+    start(runs, phantoms, tmp_path / "run", steps=2, plan="LayerNorm/LoRA/LoRA").fit()
+    with pytest.raises(ValueError, match="does not fit this run's optimiser: it groups its parameters"):
+        options = {"base_learning_rate": 1e-3, "weight_decay": 0.0, "resume": True}  # now one group, before two
+        start(runs, phantoms, tmp_path / "run", steps=3, plan="LayerNorm/LoRA/LoRA", **options).fit()
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "checkpoint"
+    for text in ("one", "two"):
+        with atomic_folder(folder) as draft:
+            (draft / "a").write_text(text)
+    with pytest.raises(Dead), atomic_folder(folder) as draft:
+        (draft / "a").write_text("three")
+        raise Dead
+    assert (folder / "a").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_survives_a_failing_rename(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "checkpoint", os.replace
+    with atomic_folder(folder) as draft:
+        (draft / "a").write_text("one")
+    monkeypatch.setattr("os.replace", lambda a, b: die() if "-new-" in str(a) else replace(a, b))
+    with pytest.raises(Dead), atomic_folder(folder) as draft:
+        (draft / "a").write_text("two")
+    assert (folder / "a").read_text() == "one" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path):
+    """Killed between the two renames: the folder stands under another name, beside the finished draft."""
+    folder = tmp_path / "checkpoint"
+    for left, text in ((".checkpoint-old-x/old", "one"), (".checkpoint-new-y", "two"), (".checkpoint-new-z", "three")):
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "a").write_text(text)
+    recover_folder(folder)
+    assert (folder / "a").read_text() == "one" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_metrics_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\n{}\n3\n{"step": 3}\n{"step": 4, "lo')
+    keep_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_lines(tmp_path / "absent", 2)
