@@ -71,7 +71,7 @@ def _fwd(k, u, n, z, prompt, wv_up, gate):
     _, L = _attend(u, n, z, prompt.shape[0])
     rows = _gated(_rows(prompt, wv_up), gate, k.dtype)
     k2 = k.transpose(1, 2).reshape(-1, rows.shape[1])
-    return torch.addmm(k2, L.to(k.dtype).flatten(0, 1), rows).view(k.shape[0], k.shape[2], -1)
+    return torch.addmm(k2, L.to(k.dtype).flatten(0, 1), rows).view(k.shape[0], k.shape[2], rows.shape[1])
 
 
 def _fwd_fake(k, u, n, z, prompt, wv_up, gate):
