@@ -45,15 +45,17 @@ def answer_questions(
     A batch gathers questions on the same images; padding is masked, so an answer does not depend on its neighbours.
     """
     was_training, first = model.training, next(model.parameters())
-    model.eval()
-    largest = max(1, len({s.image for s in dataset.samples}))
-    sampler = EpochSampler(dataset, batch_size, questions_per_image=min(batch_size, max(1, len(dataset) // largest)))
+    images = len({sample.image for sample in dataset.samples})
+    sampler = EpochSampler(dataset, batch_size, questions_per_image=max(1, len(dataset) // images))
     order = [i for batch in sampler for i in batch]
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=VQACollator(tokenizer))
     answers: list[str] = []
-    for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
-        ids = model.generate(**to_device(batch, MODEL_INPUTS, first.device, first.dtype), num_beams=num_beams, max_length=max_length)
-        answers += decode(tokenizer, ids)
-    model.train(was_training)
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
+            ids = model.generate(**to_device(batch, MODEL_INPUTS, first.device, first.dtype), num_beams=num_beams, max_length=max_length)
+            answers += decode(tokenizer, ids)
+    finally:
+        model.train(was_training)
     place = {index: at for at, index in enumerate(order)}
     return [answers[place[i]] for i in range(len(dataset))]
