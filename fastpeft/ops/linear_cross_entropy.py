@@ -30,6 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops.rescale import _forward as scaled
 
 CHUNK_BYTES = 16 << 20  # of float32 logits
 MIN_ROWS = 64
@@ -42,13 +43,18 @@ def linear_cross_entropy_reference(
     acc = accumulator(hidden.dtype)
     logits = F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
     loss = F.cross_entropy(
-        logits.view(-1, weight.shape[0]), labels.reshape(-1), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+        logits.view(-1, weight.shape[0]),
+        labels.reshape(-1),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
     )
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
-def chunk_rows(vocabulary: int, rows: int) -> int:
-    return min(max(CHUNK_BYTES // (4 * vocabulary), MIN_ROWS), max(rows, 1))
+def chunk_rows(vocabulary: int, rows: int, spare_bytes: int = 0) -> int:
+    """Rows of logits at a time: CHUNK_BYTES of them, or as much as dW takes anyway where there is one (each chunk walks all of dW)."""
+    return min(max(max(CHUNK_BYTES, spare_bytes) // (4 * vocabulary), MIN_ROWS), max(rows, 1))
 
 
 def mm_wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,12 +90,14 @@ def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smo
     acc = accumulator(hidden.dtype)
     loss = hidden.new_zeros(labels.shape[0], dtype=acc)
     dhidden = hidden.new_zeros(hidden.shape if need_dhidden else 0)
-    # summed over chunks: in bfloat16 each sum would round again
-    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=acc)
     dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
     _check_labels(labels, ignore_index, weight.shape[0])
     labelled = (labels != ignore_index).nonzero()[:, 0]
-    for index in labelled.split(chunk_rows(weight.shape[0], labelled.shape[0])):
+    chunks = labelled.split(chunk_rows(weight.shape[0], labelled.shape[0], weight.numel() * 4 * need_dweight))
+    # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
+    several = need_dweight and len(chunks) > 1
+    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=acc if several else weight.dtype)
+    for index in chunks:
         h, y = hidden.index_select(0, index), labels.index_select(0, index)
         z = mm_wide(h, weight.t(), bias)
         scale = None if row_scale is None else row_scale.index_select(0, index).to(acc)
@@ -101,7 +109,9 @@ def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smo
         g = z.to(hidden.dtype)
         if need_dhidden:
             dhidden.index_copy_(0, index, g @ weight)
-        if need_dweight:
+        if need_dweight and g.dtype == dweight.dtype:
+            dweight.addmm_(g.t(), h)
+        elif need_dweight:
             dweight += mm_wide(g.t(), h)
     return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype if bias is None else bias.dtype)
 
@@ -175,9 +185,9 @@ class _LinearCrossEntropy(Function):
             return *(d if need else None for d, need in zip(grads, needs)), None, None, None, None
         *grads, factor = ctx.saved_tensors
         grad = grad if factor is None else grad * factor
-        # reduction none: rows scale apart. Else shape [1]: a 0-dim factor would be rounded to bfloat16 first
-        grad = grad[:, None] if grad.dim() else grad.view(1)
-        return *(None if d is None else (d * grad).to(d.dtype) for d in grads), None, None, None, None
+        grad = grad[:, None] if grad.dim() else grad.view(1)  # reduction none: rows scale apart
+        # rescale: one pass with a float32 factor; a 0-dim one would be rounded to bfloat16 first
+        return *(None if d is None else scaled(d, grad) for d in grads), None, None, None, None
 
 
 def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
@@ -195,9 +205,7 @@ def _check(hidden, weight, bias, labels, label_smoothing, reduction) -> None:
     op = "linear_cross_entropy"
     check_floating(op, hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; pass [..., C] and [V, C]"
-        )
+        raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; pass [..., C] and [V, C]")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"{op}: weight is {weight.dtype} and hidden is {hidden.dtype}; cast one to the other's dtype")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in (hidden.dtype, accumulator(hidden.dtype))):
