@@ -21,10 +21,14 @@ from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods.adapted import AdaptedLinear
+from fastpeft.models.layers import LayerNorm
+from fastpeft.models.layout import Layout, image_layout, self_layout
+from fastpeft.ops.absorbed_attention import Projection, absorbed_attention, absorbed_pays
+from fastpeft.ops.lora_linear import lora_linears
 
 
 class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
-    """Self- or cross-attention of one layer. Returns (context [B, M, C], None): probabilities are not formed."""
+    """Self- or cross-attention of one layer. Returns (context, None): probabilities are not formed."""
 
     def forward(
         self,
@@ -35,19 +39,37 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         past_key_values=None,
         prefix: tuple[Tensor, Tensor] | None = None,
         causal: bool = False,
+        layout: Layout | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, M, C]; masks [B, N] bool over keys (True = attend), or transformers' own [B, 1, M, N]."""
+        """hidden_states [B, M, C], or [T, C] with a ``layout``; masks [B, N] bool over keys (True = attend), or transformers' own
+        [B, 1, M, N]. Context has the shape of hidden_states."""
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
-        q = self._heads(self.query(hidden_states))
-        k, v = self._keys_values(encoder_hidden_states if cross else hidden_states, past_key_values, cross)
-        options = {"prefix": prefix, "rescale": self._rescale(), "dropout_p": self.dropout.p if self.training else 0.0}
+        if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
+            q = self._heads(layout.spread(self.query(hidden_states)))
+            return layout.gather(self._absorbed(q, encoder_hidden_states).transpose(1, 2).flatten(2)), None
+        if cross:
+            q = self.query(hidden_states)
+            k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
+            q = self._heads(q if layout is None else layout.spread(q))
+        else:
+            q, k, v = project_together((self.query, self.key, self.value), hidden_states)
+            q, k, v = (self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+            if past_key_values is not None:
+                cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+                k, v = cache.update(k, v, self.layer_idx)
+        options = {"prefix": prefix, "rescale": self._rescale(), "dropout_p": self._dropout_p}
         if mask is not None and mask.dim() == 4:
             context = dense_mask_attention(q, k, v, mask, **options)
         else:
             context = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
-        return context.transpose(1, 2).flatten(2), None
+        context = context.transpose(1, 2).flatten(2)
+        return (context if layout is None else layout.gather(context)), None
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout.p if self.training else 0.0
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
@@ -60,25 +82,51 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         l_k, l_v = (torch.ones_like(l_v) if l_k is None else l_k), (torch.ones_like(l_k) if l_v is None else l_v)
         return l_k.view(self.num_attention_heads, -1), l_v.view(self.num_attention_heads, -1)
 
-    def _keys_values(self, states: Tensor, cache, cross: bool) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, N, d] before IA3's factors; the cache holds them so, and the image's or question's only once."""
-        layer_cache = cache
-        if isinstance(cache, EncoderDecoderCache):
-            layer_cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-            if cross and cache.is_updated.get(self.layer_idx):
-                return layer_cache.layers[self.layer_idx].keys, layer_cache.layers[self.layer_idx].values
-        k, v = self._heads(before_rescale(self.key, states)), self._heads(before_rescale(self.value, states))
-        # a plain cache belongs to self-attention: transformers would append the encoder's keys to it
-        if layer_cache is not None and (layer_cache is not cache or not cross):
-            k, v = layer_cache.update(k, v, self.layer_idx)
-            if cross:
-                cache.is_updated[self.layer_idx] = True
+    def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
+        """k, v [B, H, N, d] of an image or a question before IA3's factors; an EncoderDecoderCache holds them from the first token on.
+        A plain cache belongs to self-attention: transformers would append the encoder's keys to it."""
+        paired = isinstance(cache, EncoderDecoderCache)
+        if paired and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        k, v = (self._heads(t) for t in project_together((self.key, self.value), states))
+        if paired:
+            k, v = cache.cross_attention_cache.update(k, v, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
         return k, v
 
+    def _absorbs(self, states: Tensor, mask: Tensor | None, layout: Layout) -> bool:
+        """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
+        dropped = any(isinstance(p, AdaptedLinear) and p.lora_A is not None and p.active_dropout for p in (self.key, self.value))
+        plain = all(type(p) is nn.Linear or isinstance(p, AdaptedLinear) for p in (self.key, self.value))
+        if mask is not None or dropped or not plain or any(getattr(p, "ia3_feedforward", False) for p in (self.key, self.value)):
+            return False
+        shape = (layout.columns, states.shape[1], states.shape[2], self.num_attention_heads)
+        return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
 
-def before_rescale(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A projection without IA3's factor on its output, which attention folds into q and into its own output."""
-    return linear.before_rescale(x) if isinstance(linear, AdaptedLinear) else linear(x)
+    def _absorbed(self, q: Tensor, states: Tensor) -> Tensor:
+        rescale = self._rescale()
+        if rescale is not None:
+            q = q * rescale[0][:, None].to(q.dtype)
+        key, value = (projection_of(linear) for linear in (self.key, self.value))
+        out = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p)
+        return out if rescale is None else out * rescale[1][:, None].to(out.dtype)
+
+
+def projection_of(linear: nn.Linear) -> Projection:
+    if isinstance(linear, AdaptedLinear) and linear.lora_A is not None:
+        return Projection(linear.weight, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
+    return Projection(linear.weight, linear.bias)
+
+
+def project_together(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Several projections of one input, without IA3's factors on outputs, which attention folds into q and into its own output."""
+    ours = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+    joint = all(type(linear) is nn.Linear or linear in ours for linear in linears)
+    joint = joint and any(linear.lora_A is not None for linear in ours) and not any(linear.ia3_feedforward for linear in ours)
+    if not joint or len({linear.active_dropout for linear in ours if linear.lora_A is not None}) > 1:
+        return tuple(linear.before_rescale(x) if linear in ours else linear(x) for linear in linears)
+    return lora_linears(x, [projection_of(linear) for linear in linears], max(linear.active_dropout for linear in ours))
 
 
 def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor:
@@ -94,26 +142,34 @@ def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor
 class TextAttention(modeling_blip_text.BlipTextAttention):
     """Attention with its output projection; passes the encoder's mask on, which transformers loses here."""
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        encoder_hidden_states=None,
-        past_key_values=None,
-        prefix=None,
-        causal=False,
-        **kwargs,
-    ):
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
         mask = "attention_mask" if encoder_hidden_states is None else "encoder_attention_mask"
         context, _ = self.self(
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             past_key_values=past_key_values,
-            prefix=prefix,
-            causal=causal,
             **{mask: attention_mask},
+            **kwargs,
         )
         return self.output(context, hidden_states), None
+
+
+class _AddNorm:
+    """norm(dropout(dense(x)) + residual), the sum formed once, inside the norm."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        branch, norm = self.dropout(self.dense(hidden_states)), self.LayerNorm
+        if type(norm) not in (nn.LayerNorm, LayerNorm):  # someone's wrapper, such as PEFT's LN tuning
+            return norm(branch + input_tensor)
+        return ops.add_layer_norm(branch, input_tensor, norm.weight, norm.bias, norm.eps)[0]
+
+
+class TextSelfOutput(_AddNorm, modeling_blip_text.BlipTextSelfOutput):
+    pass
+
+
+class TextOutput(_AddNorm, modeling_blip_text.BlipTextOutput):
+    pass
 
 
 class TextLayer(modeling_blip_text.BlipTextLayer):
@@ -128,23 +184,27 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         past_key_values=None,
         prefix=None,
         causal=False,
+        layout=None,
+        encoder_layout=None,
         **kwargs,
     ) -> Tensor:
-        hidden_states, _ = self.attention(
-            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, prefix=prefix, causal=causal
-        )
+        how = {"prefix": prefix, "causal": causal, "layout": layout}
+        # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
+        how = {name: value for name, value in how.items() if value is not None and value is not False}
+        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(
                 hidden_states,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 past_key_values=past_key_values,
+                **({} if encoder_layout is None else {"layout": encoder_layout}),
             )
         return self.feed_forward_chunk(hidden_states)
 
 
 class TextModel(modeling_blip_text.BlipTextModel):
-    """The stack of text layers: hands each its prefix, keeps masks [B, N], counts positions from the end of the prefix."""
+    """The stack of text layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
 
     @property
     def prefix_shape(self) -> tuple[int, int, int]:
@@ -166,9 +226,14 @@ class TextModel(modeling_blip_text.BlipTextModel):
         is_decoder=False,
         output_attentions=None,
         output_hidden_states=None,
+        encoder_index=None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend."""
+        """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
+
+        ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
+        once for all samples that share it. Hidden states of padding are zero.
+        """
         if output_attentions:
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
         if (input_ids is None) == (inputs_embeds is None) and encoder_embeds is None:
@@ -188,29 +253,51 @@ class TextModel(modeling_blip_text.BlipTextModel):
                 inputs_embeds=inputs_embeds,
                 past_key_values_length=past + (encoder.tokens if encoder is not None else 0),
             )
-        states = (hidden,)
+        masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
+        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index)
+        if layouts["layout"] is None and encoder_index is not None:
+            encoder_hidden_states = encoder_hidden_states[encoder_index.to(hidden.device)]
+        masks = [None if mask is None else mask.to(hidden.device, non_blocking=True) for mask in masks]
+        pad = layouts["layout"].spread if layouts["layout"] is not None else lambda x: x
+        hidden = hidden if layouts["layout"] is None else layouts["layout"].gather(hidden)
+        states = [hidden]
+        how = {name: value for name, value in {"causal": bool(is_decoder), **layouts}.items() if value}
         for layer, prefix in zip(self.encoder.layer, prefixes):
             hidden = layer(
                 hidden,
                 encoder_hidden_states,
-                attention_mask=as_key_mask(attention_mask),
-                encoder_attention_mask=as_key_mask(encoder_attention_mask),
+                attention_mask=masks[0],
+                encoder_attention_mask=masks[1],
                 past_key_values=past_key_values,
-                prefix=prefix,
-                causal=bool(is_decoder),
+                **how | ({} if prefix is None else {"prefix": prefix}),
             )
-            states += (hidden,) if output_hidden_states else ()
+            states += [hidden] if output_hidden_states else []
+        hidden = pad(hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
             pooler_output=self.pooler(hidden) if self.pooler is not None else None,
             past_key_values=past_key_values,
-            hidden_states=states if output_hidden_states else None,
+            hidden_states=tuple(map(pad, states)) if output_hidden_states else None,
         )
+
+    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index) -> dict[str, Layout | None]:
+        """Where tokens lie in self- and in cross-attention; None where a cache, a 4-D mask or a module of transformers' forbids it."""
+        ours = all(type(m) is SWAPS.get(type(m).__mro__[1], type(m)) for layer in self.encoder.layer for m in _attention_modules(layer))
+        if cache is not None or not ours or any(mask is not None and mask.dim() == 4 for mask in masks):
+            return {"layout": None, "encoder_layout": None}
+        layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
+        if encoder_states is None or encoder_index is None:
+            return {"layout": layout, "encoder_layout": layout}
+        return {"layout": layout, "encoder_layout": image_layout(layout, encoder_index, len(encoder_states), hidden.device)}
 
     def _cache(self, cache):
         if cache is None:
             return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         return EncoderDecoderCache(cache, DynamicCache(config=self.config)) if isinstance(cache, DynamicCache) else cache
+
+
+def _attention_modules(layer: nn.Module):
+    return [layer, layer.attention, layer.attention.self, layer.crossattention, layer.crossattention.self]
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:
@@ -293,6 +380,8 @@ class VisionAttention(modeling_blip.BlipAttention):
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextSelfAttention: TextSelfAttention,
     modeling_blip_text.BlipTextAttention: TextAttention,
+    modeling_blip_text.BlipTextSelfOutput: TextSelfOutput,
+    modeling_blip_text.BlipTextOutput: TextOutput,
     modeling_blip_text.BlipTextLayer: TextLayer,
     modeling_blip_text.BlipTextModel: TextModel,
     modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,

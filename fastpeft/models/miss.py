@@ -13,6 +13,7 @@ from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 
 from fastpeft.methods import Part
+from fastpeft.models.blip import TextModel
 
 DROP_PATH = 0.1
 
@@ -57,10 +58,10 @@ TINY |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dro
 
 def miss_config(*, tiny: bool = False, **overrides) -> BlipConfig:
     """The official MISS (or its ``tiny`` sibling) as a BlipConfig. ``overrides``: keys of FULL, drop_path_rate, or BlipTextConfig's."""
-    given = (TINY if tiny else FULL) | overrides
     known = FULL.keys() | {"drop_path_rate", "position_range"} | BlipTextConfig().to_dict().keys()
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"a MISS has no {', '.join(unknown)}; overrides are {', '.join(FULL)}, drop_path_rate, and BlipTextConfig's fields")
+    given = (TINY if tiny else FULL) | overrides
     image_size, patch_size, vocab_size, hidden_size, heads = (given.pop(k) for k in list(FULL)[:5])
     vision_layers, text_layers = given.pop("vision_layers"), given.pop("text_layers")
     drop_path_rate, position_range = given.pop("drop_path_rate", DROP_PATH), given.pop("position_range", 0.02)
@@ -121,14 +122,21 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
             self.get_submodule(path).eval()
         return self
 
-    def encode_images(self, pixel_values: Tensor, image_index: Tensor | None = None, **kwargs) -> Tensor:
-        """[U, 3, S, S] -> [U or B, 1 + patches, C]."""
-        embeds = self.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state
-        return embeds if image_index is None else embeds[image_index]
+    def encode_images(self, pixel_values: Tensor, **kwargs) -> Tensor:
+        """[U, 3, S, S] -> [U, 1 + patches, C]."""
+        return self.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state
 
-    def encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None, image_embeds: Tensor) -> Tensor:
+    def encode_questions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_embeds: Tensor, image_index: Tensor | None = None
+    ) -> Tensor:
         """Question states [B, M, C]; an image has no padding, so nothing is masked there."""
-        return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds).last_hidden_state
+        if image_index is not None and isinstance(self.text_encoder, TextModel):
+            shared = {"encoder_index": image_index}
+        else:
+            shared, image_embeds = {}, image_embeds if image_index is None else image_embeds[image_index.to(image_embeds.device)]
+        return self.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, **shared
+        ).last_hidden_state
 
     def forward(
         self,
@@ -152,11 +160,11 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
             decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
         if decoder_attention_mask is None and labels is not None:
             decoder_attention_mask = labels != -100
-        image_embeds = self.encode_images(pixel_values, image_index, interpolate_pos_encoding=interpolate_pos_encoding)
+        image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            encoder_hidden_states=self.encode_questions(input_ids, attention_mask, image_embeds),
+            encoder_hidden_states=self.encode_questions(input_ids, attention_mask, image_embeds, image_index),
             encoder_attention_mask=attention_mask,
             labels=labels,
             reduction="sum",
@@ -181,8 +189,8 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
 
         The question's padding is masked, so an answer does not depend on what else is in the batch (the official code attends to it).
         """
-        image_embeds = self.encode_images(pixel_values, image_index, interpolate_pos_encoding=interpolate_pos_encoding)
-        question = self.encode_questions(input_ids, attention_mask, image_embeds)
+        image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        question = self.encode_questions(input_ids, attention_mask, image_embeds, image_index)
         text = self.config.text_config
         return self.text_decoder.generate(
             input_ids=torch.full((len(question), 1), self.decoder_start_token_id, device=question.device),

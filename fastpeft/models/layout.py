@@ -1,0 +1,56 @@
+"""Where tokens lie: only real tokens between attentions, and inside an attention rows of queries that share their keys.
+
+T = real tokens of a batch, B = samples, L = tokens of the longest, U = distinct images, Q = query tokens of the image with the most.
+Linear layers, norms and activations see [T, C]: no padding is computed. Self-attention sees [B, L, C]; attention to images sees
+[U, Q, C], all the questions on one image as queries of one attention, so that the image's keys and values are projected once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Token t lies in cell ``place[t]`` of a table [rows, columns]; ``place`` None: in cell t, with none left over."""
+
+    rows: int
+    columns: int
+    place: Tensor | None
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[T, C] -> [rows, columns, C], zero where no token lies."""
+        if self.place is not None:
+            x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy(0, self.place, x)
+        return x.view(self.rows, self.columns, -1)
+
+    def gather(self, table: Tensor) -> Tensor:
+        """[rows, columns, C] -> [T, C]."""
+        flat = table.reshape(self.rows * self.columns, -1)
+        return flat if self.place is None else flat.index_select(0, self.place)
+
+
+def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> Layout:
+    """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for."""
+    if mask is None or bool(mask.all()):
+        return Layout(*shape, None)
+    return Layout(*shape, mask.flatten().nonzero().squeeze(1).to(device))
+
+
+def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch.device) -> Layout:
+    """The same tokens, by the image they ask about: image_index [B] gives each sample's image, of ``images``."""
+    index = image_index.cpu()
+    place = torch.arange(tokens.rows * tokens.columns) if tokens.place is None else tokens.place.cpu()
+    owner = index[place // tokens.columns]  # [T], the image of each token
+    order = owner.argsort(stable=True)
+    counts = torch.bincount(owner, minlength=images)
+    starts = counts.cumsum(0) - counts
+    slot = torch.empty_like(owner)
+    slot[order] = torch.arange(len(owner)) - starts[owner[order]]
+    columns = int(counts.max())
+    cells = owner * columns + slot
+    filled = columns * images == len(cells) and bool((cells == torch.arange(len(cells))).all())
+    return Layout(images, columns, None if filled else cells.to(device))

@@ -1,0 +1,91 @@
+"""Cross-attention of few queries over many encoder states, without ever forming the states' keys and values.
+
+    head h:   q~ = q_h W_k,h                [M, C]     the key projection, absorbed into the query
+              P  = softmax(q~ E^T * scale)  [M, N]
+              o_h = (P E) W_v,h^T + b_v,h   [M, d]     the value projection, after the sum (rows of P sum to one)
+
+A key bias adds the same number to every score of a query, which softmax cancels: it is not needed. LoRA's factors on key and value
+absorb likewise: q~ += s (q_h B_k,h) A_k, and o_h += s (P E A_v^T) B_v,h^T.
+
+Against the ordinary form this trades 4 N C^2 FLOPs of projections per image for heads times longer dot products, so it pays where
+few queries meet many states; :func:`absorbed_pays` counts both. What it keeps is P [U, H, M, N], where the ordinary form keeps
+K and V, [U, N, C] each: 5.5 MB per image and layer at N = 901, C = 768 in float32, against 0.9 MB at M = 20.
+
+Shapes: q [U, H, M, d]; states E [U, N, C]; weights [H d, C]; o [U, H, M, d]. dtype: that of q; the softmax of half precision
+accumulates in float32 (ATen). Saved for backward: P and E; q~ where E needs a gradient, P E where the value projection does, q where
+the key projection does. Source: MATH of DeepSeek-V2's absorbed latent attention (2024), for plain cross-attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Projection(NamedTuple):
+    """A linear map [out, in] with bias and optional LoRA factors."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
+
+
+def absorbed_attention_reference(q: Tensor, states: Tensor, key: Projection, value: Projection, scale: float) -> Tensor:
+    """The ordinary form: project keys and values, then attend."""
+    U, H, _, d = q.shape
+    k, v = (_project(states, p).view(U, -1, H, d).transpose(1, 2) for p in (key, value))
+    return (q @ k.mT * scale).softmax(-1) @ v
+
+
+def _project(x: Tensor, p: Projection) -> Tensor:
+    y = F.linear(x, p.weight, p.bias)
+    return y if p.lora_A is None else y + p.scaling * F.linear(F.linear(x, p.lora_A.to(x.dtype)), p.lora_B.to(x.dtype))
+
+
+def absorbed_attention(q: Tensor, states: Tensor, key: Projection, value: Projection, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q K^T scale) V with K, V the projections of ``states``, which are never formed.
+
+    q [U, H, M, d]; states [U, N, C]; key, value: weights [H d, C] -> [U, H, M, d] in q's dtype. ``dropout_p`` falls on the
+    probabilities. ValueError where shapes do not fit.
+    """
+    U, H, M, d = q.shape
+    if states.dim() != 3 or states.shape[0] != U or key.weight.shape != (H * d, states.shape[-1]) or value.weight.shape[0] != H * d:
+        raise ValueError(
+            f"absorbed_attention: q {tuple(q.shape)}, states {tuple(states.shape)} and weights {tuple(key.weight.shape)}, "
+            f"{tuple(value.weight.shape)} do not fit; pass q [U, H, M, d], states [U, N, C], weights [H * d, C]"
+        )
+    q = q * scale
+    lifted = q @ key.weight.view(H, d, -1)  # [U, H, M, C]
+    if key.lora_A is not None:
+        low = q @ key.lora_B.to(q.dtype).view(H, d, -1)  # [U, H, M, r]
+        lifted = lifted + key.scaling * (low @ key.lora_A.to(q.dtype))
+    P = F.dropout((lifted.flatten(1, 2) @ states.mT).softmax(-1), dropout_p)  # [U, H M, N]
+    mixed = (P @ states).unflatten(1, (H, M))  # [U, H, M, C]
+    out = mixed @ value.weight.view(H, d, -1).mT
+    if value.lora_A is not None:
+        low = mixed @ value.lora_A.to(q.dtype).mT
+        out = out + value.scaling * (low @ value.lora_B.to(q.dtype).view(H, d, -1).mT)
+    if key.bias is not None and key.bias.requires_grad:
+        out = out + 0.0 * key.bias.sum()  # its gradient is zero, not absent: an optimiser's view of it stays the ordinary form's
+    if value.bias is not None:
+        bias = value.bias.view(H, 1, d)
+        out = out + (bias if dropout_p == 0.0 else bias * P.sum(-1).view(U, H, M, 1))  # dropped rows no longer sum to one
+    return out
+
+
+def absorbed_pays(queries: int, states: int, width: int, heads: int, *, training: bool, states_need_grad: bool) -> bool:
+    """Whether absorbing takes fewer FLOPs, forward and (in training) backward, per image: ``queries`` M, ``states`` N, ``width`` C.
+
+    The ordinary backward is flash attention's, which recomputes the scores and returns all three gradients (10 M N C).
+    At N = 901, C = 768, 12 heads: below 64 queries in inference, 34 in training with frozen states, 44 with trained ones.
+    """
+    M, N, C, H = queries, states, width, heads
+    ordinary, absorbed = 4 * N * C * C + 4 * M * N * C, 4 * M * C * C + 4 * M * H * N * C
+    if training:
+        ordinary += 10 * M * N * C + (4 * N * C * C if states_need_grad else 0)
+        absorbed += 4 * M * C * C + (8 if states_need_grad else 4) * M * H * N * C
+    return absorbed < ordinary
