@@ -2,7 +2,7 @@
 // A thread owns a column and walks rows: neighbouring threads read neighbouring addresses, and the sum for dscale stays in a register.
 #include "cuda.cuh"
 
-namespace fastpeft::activations {
+namespace fastpeft::cuda_activations {
 
 template <class A>
 __device__ A sigmoid(A x) { return A(1) / (A(1) + exp(-x)); }
@@ -126,11 +126,11 @@ std::tuple<Tensor, Tensor> gelu_backward(
   return {dx, dscale};
 }
 
-}  // namespace fastpeft::activations
+}  // namespace fastpeft::cuda_activations
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
-  m.impl("swiglu_fwd", TORCH_BOX(&fastpeft::activations::swiglu_forward));
-  m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::activations::run_backward<fastpeft::activations::kSwiGLU>));
-  m.impl("gelu_fwd", TORCH_BOX(&fastpeft::activations::gelu_forward));
-  m.impl("gelu_bwd", TORCH_BOX(&fastpeft::activations::gelu_backward));
+  m.impl("swiglu_fwd", TORCH_BOX(&fastpeft::cuda_activations::swiglu_forward));
+  m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::run_backward<fastpeft::cuda_activations::kSwiGLU>));
+  m.impl("gelu_fwd", TORCH_BOX(&fastpeft::cuda_activations::gelu_forward));
+  m.impl("gelu_bwd", TORCH_BOX(&fastpeft::cuda_activations::gelu_backward));
 }

@@ -42,8 +42,7 @@ class Checks:
         if any(needs):
             generator = torch.Generator().manual_seed(1)
             cotangents = cotangents or [
-                torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) if o.dim() else torch.ones_like(o)
-                for o in outputs
+                torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) if o.dim() else torch.ones_like(o) for o in outputs
             ]
             live = [(o, c) for o, c in zip(outputs, cotangents) if o.requires_grad]
             got = torch.autograd.grad([o for o, _ in live], [t for t, need in zip(leaves, needs) if need], [c for _, c in live])
