@@ -93,12 +93,12 @@ def train(
 ) -> None:
     """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
     said = {name: value for name, value in locals().items() if value is not None and value is not False}
-    from fastpeft.train.config import TrainConfig, read_yaml
+    from fastpeft.train.config import TrainConfig, canonical, read_yaml
     from fastpeft.train.run import DataOptions, train_run
 
     for name in ("config", "as_json"):
         said.pop(name, None)
-    given = _canonical(read_yaml(config) if config else {}) | _canonical(said)
+    given = (read_yaml(config) if config else {}) | canonical(said)
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
@@ -112,22 +112,14 @@ def train(
         "pretrained": not given.pop("from_scratch", False),
         "evaluate": not given.pop("no_eval", False),
     }
-    summary = train_run(model, plan, chosen, TrainConfig.from_dict(given), **how)
+    try:
+        summary = train_run(model, plan, chosen, TrainConfig.from_dict(given), **how)
+    except KeyboardInterrupt as error:  # typer would drop what it says
+        _say(str(error) or "interrupted")
+        raise typer.Exit(130) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
-
-
-def _canonical(given: dict[str, Any]) -> dict[str, Any]:
-    """Options by the names that TrainConfig and DataOptions give them: a YAML file may use those, or the command line's."""
-    longer = {"lr": "learning_rate", "base_lr": "base_learning_rate", "min_lr": "min_learning_rate", "workers": "num_workers"}
-    given = {str(name).replace("-", "_"): value for name, value in given.items()}
-    given = {longer.get(name, name): value for name, value in given.items()}
-    if "quiet" in given:
-        given["progress"] = not given.pop("quiet")
-    if isinstance(given.get("languages"), str):
-        given["languages"] = given["languages"].split(",")
-    return given
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -230,9 +222,6 @@ def main() -> None:
 def _run() -> int:
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt as error:
-        _say(error if str(error) else "interrupted")
-        return 130
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except (ValueError, TypeError, FloatingPointError) as error:

@@ -100,18 +100,32 @@ def _wanted(name: str, value) -> str:
     return f"one of {', '.join(DTYPES)}" if name == "dtype" and value not in DTYPES else ""
 
 
+def canonical(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that TrainConfig and DataOptions give them, from those or from the command line's (lr, no-eval, quiet)."""
+    longer = {"lr": "learning_rate", "base_lr": "base_learning_rate", "min_lr": "min_learning_rate", "workers": "num_workers"}
+    given = {str(name).replace("-", "_"): value for name, value in given.items()}
+    given = {longer.get(name, name): value for name, value in given.items()}
+    if "quiet" in given:
+        given["progress"] = not given.pop("quiet")
+    if isinstance(given.get("languages"), str):
+        given["languages"] = given["languages"].split(",")
+    return given
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A recipe: a YAML mapping of options (TrainConfig's, and model, plan, data, ...). ValueError names the file and the line."""
+    """A recipe: a YAML mapping of options (TrainConfig's, and model, plan, data, ...), under their canonical names. ValueError names the
+    file and the line."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options, such as 'learning_rate: 2.0e-5'")
-    for name, value in content.items():
-        if isinstance(value, str) and name in (*NUMBERS, *FRACTIONS):
+    content = canonical(content)
+    for name in (*NUMBERS, *FRACTIONS, "hold_out", "lora_alpha", "lora_dropout"):
+        if isinstance(content.get(name), str):
             try:  # YAML reads 2e-5 as text: it wants 2.0e-5
-                content[name] = float(value)
+                content[name] = float(content[name])
             except ValueError:
-                raise ValueError(f"{path}: {name} must be a number, not {value!r}") from None
+                raise ValueError(f"{path}: {name} must be a number, not {content[name]!r}") from None
     return content

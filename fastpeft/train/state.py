@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,7 +41,7 @@ def load_state(folder: Path, model: nn.Module, optimizer) -> None:
         trained = load_file(folder / "trained.safetensors")
         rest = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         state, rng, cuda_rng = rest["optimizer"], rest["rng"], rest["cuda_rng"]
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # torch and pickle raise a dozen types on a broken file
         raise _damaged(folder, error) from None
     mine = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     check_keys(mine, trained, str(folder))
@@ -60,5 +58,5 @@ def load_state(folder: Path, model: nn.Module, optimizer) -> None:
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:300] or repr(error)
     return ValueError(f"the checkpoint in {folder} is damaged ({reason}): remove the folder to start afresh")

@@ -165,13 +165,14 @@ def test_other_data_of_the_same_size_is_not_resumed(runs, phantoms, finished):
 
 
 @pytest.mark.parametrize("file", ["progress.json", "trained.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("how", ["cut", "emptied", "removed"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "overwritten", "removed"])
 def test_a_torn_checkpoint_is_one_clear_error(runs, phantoms, finished, tmp_path, file, how):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     path = out / "checkpoint" / file
     content = path.read_bytes()
-    path.unlink() if how == "removed" else path.write_bytes(content[: len(content) // 2 if how == "cut" else 0])
+    torn = {"cut": content[: len(content) // 2], "emptied": b"", "overwritten": b"torn"}
+    path.unlink() if how == "removed" else path.write_bytes(torn[how])
     trainer = start(runs, phantoms, out, steps=4, resume=True)
     before = runs.weights(trainer)
     with pytest.raises(ValueError, match=r"checkpoint in .* is damaged .*remove the folder to start afresh") as error:
