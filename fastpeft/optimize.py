@@ -22,6 +22,8 @@ NOTES = {
     blip.TextLMHeadModel: "a training step with labels returns no logits: they are formed at labelled positions only, for the loss",
 }
 
+SWAPS = blip.SWAPS | layers.SWAPS
+
 
 @dataclass
 class Report:
@@ -45,7 +47,7 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     """
     report = Report()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
-        ours = blip.SWAPS.get(type(module), layers.LayerNorm if type(module) is nn.LayerNorm else None)
+        ours = SWAPS.get(type(module))
         if ours is None:
             continue
         reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
@@ -59,7 +61,7 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         if ours in NOTES and NOTES[ours] not in report.notes:
             report.notes.append(NOTES[ours])
     if not report.swapped and not report.skipped:
-        known = ", ".join(sorted(cls.__name__ for cls in (*blip.SWAPS, nn.LayerNorm)))
+        known = ", ".join(sorted(cls.__name__ for cls in SWAPS))
         report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {known}"))
     return report
 
@@ -69,14 +71,14 @@ def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
     if ours not in CARRIERS.values():
         return ""
     left = [name for name, child in module.named_modules() if isinstance(child, tuple(CARRIERS)) and type(child) not in CARRIERS.values()]
-    left = [name for name in left if name]  # the module itself is about to be exchanged
-    return f"{left[0]} inside it stays as it is" if left else ""
+    left.remove("")  # the module itself
+    return f"{max(left, key=len)} inside it stays as it is" if left else ""
 
 
 def restore(model: nn.Module) -> list[tuple[str, str]]:
     """Give every exchanged module its own class back. Returns (name, reason) of those that stay, because an attached method
     (Prefix, PTv2) can only run in them."""
-    original = {ours: theirs for theirs, ours in blip.SWAPS.items()} | {layers.LayerNorm: nn.LayerNorm}
+    original = {ours: theirs for theirs, ours in SWAPS.items()}
     needed = {
         child: f"needed by the prefix in {name or 'the model'}"
         for name, module in model.named_modules()
@@ -97,6 +99,9 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
 
 def make_room_for_prefix(host: nn.Module) -> None:
     """Give a text model and what is below it the classes that can run with prefix keys."""
-    for module in host.modules():
-        if type(module) in blip.PREFIX_SWAPS:
-            swap_class(module, blip.PREFIX_SWAPS[type(module)])
+    for module in reversed(list(host.modules())):
+        ours = blip.PREFIX_SWAPS.get(type(module))
+        if ours is not None:
+            if reason := _needs_inside(module, ours):
+                raise ValueError(f"a prefix needs fastpeft's own {ours.__name__} here, but {reason}")
+            swap_class(module, ours)

@@ -12,6 +12,7 @@ import fastpeft as fp
 from fastpeft.models.miss import DropPath
 
 SMALL = {"image_size": 32, "vocab_size": 64, "hidden_size": 32, "heads": 2, "vision_layers": 2, "text_layers": 2}
+SMALL |= {"initializer_range": 0.3}  # large: answers then depend on images and questions
 ENC, DEC = 63, 62  # [ENC] opens a question, [DEC] an answer
 PARTS = {"vit": "vision_model", "jtm": "text_encoder", "dec": "text_decoder"}
 
@@ -25,6 +26,7 @@ def build(plan: str | None = None, *, dtype: torch.dtype = torch.float64, scatte
     """The small model, adapted; ``scatter`` moves what is trained away from its start, where adapters change nothing."""
     model = copy.deepcopy(_base(dtype))
     if plan is not None:
+        torch.manual_seed(2)
         fp.adapt(model, plan, **options)
         scatter_trained(model, scatter)
     return model

@@ -116,7 +116,7 @@ def test_plain_peft_runs_our_adapters(miss, tmp_path, plan):
     want, got = outputs_of_parts(theirs, inputs, parts), outputs_of_parts(model, inputs, parts)
     base = outputs_of_parts(miss.build(), inputs, parts)
     for part in parts:
-        torch.testing.assert_close(got[part], want[part], rtol=0, atol=1e-6 if "F/P" in plan else 1e-10)
+        torch.testing.assert_close(got[part], want[part], rtol=0, atol=1e-5 if "F/P" in plan else 1e-10)
         assert part == "vit" or not torch.allclose(base[part], want[part], atol=1e-3)  # the adapter does something
     if "F/P" in plan:
         matrix = theirs.text_encoder.prompt_encoder["default"].embedding.weight
@@ -143,7 +143,7 @@ def test_adapters_of_peft_run_in_ours(miss, tmp_path, kind):
     model = fp.load_adapter(miss.build(), tmp_path)
     assert str(model.fastpeft_plan) == f"F/F/{kind.split(',')[0].replace('Prefix', 'PTv2')}"
     want, got = (outputs_of_parts(m, inputs, ("dec",))["dec"] for m in (theirs, model))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if "P" in kind else 1e-10)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if "P" in kind else 1e-10)
     fp.save_adapter(model, tmp_path / "ours")  # and back again
     assert {k: t.shape for k, t in load_file(tmp_path / "ours/dec/adapter_model.safetensors").items()} == {
         k: t.shape for k, t in load_file(tmp_path / "dec/adapter_model.safetensors").items()
@@ -322,7 +322,7 @@ def test_merging_keeps_the_outputs(miss, plan, dtype):
         want, images = model(**inputs).loss, model.vision_model(inputs["pixel_values"]).last_hidden_state
         base = miss.build(dtype=dtype)(**inputs).loss
     assert fp.merge(model) is model
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).loss, want, rtol=tolerance, atol=0)
         merged = model.vision_model(inputs["pixel_values"]).last_hidden_state

@@ -255,7 +255,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
             )
         masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
         layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index)
-        if layouts["layout"] is None and encoder_index is not None:
+        if encoder_index is not None and layouts["encoder_layout"] is layouts["layout"]:
             encoder_hidden_states = encoder_hidden_states[encoder_index.to(hidden.device)]
         masks = [None if mask is None else mask.to(hidden.device, non_blocking=True) for mask in masks]
         pad = layouts["layout"].spread if layouts["layout"] is not None else lambda x: x
@@ -281,12 +281,12 @@ class TextModel(modeling_blip_text.BlipTextModel):
         )
 
     def _layouts(self, hidden, masks, cache, encoder_states, encoder_index) -> dict[str, Layout | None]:
-        """Where tokens lie in self- and in cross-attention; None where a cache, a 4-D mask or a module of transformers' forbids it."""
-        ours = all(type(m) is SWAPS.get(type(m).__mro__[1], type(m)) for layer in self.encoder.layer for m in _attention_modules(layer))
-        if cache is not None or not ours or any(mask is not None and mask.dim() == 4 for mask in masks):
+        """Where tokens lie in self- and in cross-attention; None where a cache or a 4-D mask forbids it. Samples keep states of their own
+        (one layout for both) where nothing is shared, or where a mask over states would differ between those that share them."""
+        if cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
             return {"layout": None, "encoder_layout": None}
         layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
-        if encoder_states is None or encoder_index is None:
+        if encoder_states is None or encoder_index is None or masks[1] is not None:
             return {"layout": layout, "encoder_layout": layout}
         return {"layout": layout, "encoder_layout": image_layout(layout, encoder_index, len(encoder_states), hidden.device)}
 
@@ -294,10 +294,6 @@ class TextModel(modeling_blip_text.BlipTextModel):
         if cache is None:
             return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         return EncoderDecoderCache(cache, DynamicCache(config=self.config)) if isinstance(cache, DynamicCache) else cache
-
-
-def _attention_modules(layer: nn.Module):
-    return [layer, layer.attention, layer.attention.self, layer.crossattention, layer.crossattention.self]
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:
@@ -327,6 +323,7 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers."""
+        shift_labels = kwargs.pop("shift_labels", None)  # [B, L], aligned with input_ids by the caller
         lean = labels is not None and self.training and not return_logits
         outputs = self.bert(
             input_ids,
@@ -347,21 +344,20 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         if return_logits:
             return logits[:, :-1].contiguous()
         if labels is not None:
-            loss = self._loss(hidden[:, :-1], labels[:, 1:], reduction)
+            aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
+            loss = self._loss(*aligned, reduction)
         return CausalLMOutputWithCrossAttentions(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        head = self.cls.predictions
-        loss = ops.linear_cross_entropy(
-            head.transform(hidden),
-            head.decoder.weight,
-            head.decoder.bias,
-            labels.to(hidden.device),
-            label_smoothing=self.label_smoothing,
-            reduction=reduction,
-        )
+        head, labels = self.cls.predictions, labels.to(hidden.device)
+        how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
+        if type(head.decoder) is nn.Linear:
+            loss = ops.linear_cross_entropy(head.transform(hidden), head.decoder.weight, head.decoder.bias, labels, **how)
+        else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
+            logits = self.cls(hidden).flatten(0, 1)
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten(), **how)
         return loss.view(labels.shape).sum(1) if reduction == "none" else loss
 
 

@@ -60,7 +60,7 @@ def miss_config(*, tiny: bool = False, **overrides) -> BlipConfig:
     """The official MISS (or its ``tiny`` sibling) as a BlipConfig. ``overrides``: keys of FULL, drop_path_rate, or BlipTextConfig's."""
     known = FULL.keys() | {"drop_path_rate", "position_range"} | BlipTextConfig().to_dict().keys()
     if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"a MISS has no {', '.join(unknown)}; overrides are {', '.join(FULL)}, drop_path_rate, and BlipTextConfig's fields")
+        raise ValueError(f"a MISS has no {', '.join(unknown)}; overrides are {', '.join(FULL)}, drop_path_rate or BlipTextConfig's")
     given = (TINY if tiny else FULL) | overrides
     image_size, patch_size, vocab_size, hidden_size, heads = (given.pop(k) for k in list(FULL)[:5])
     vision_layers, text_layers = given.pop("vision_layers"), given.pop("text_layers")
