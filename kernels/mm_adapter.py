@@ -220,7 +220,8 @@ def norm_mm_adapter_fwd(x, gamma, eps, w_down, b_down, w_up, b_up, routing, scal
 def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed,
                         need_x, need_gamma, need_down, need_up, need_routing):  # fmt: skip
     """(dx, dgamma, dw_down, db_down, dw_up, db_up, drouting); empty where not needed. gamma None: no norm."""
-    g2, norm, route, common = _rows(g).contiguous(), gamma is not None, _per_token(routing, g), _common(w_down, groups)
+    # without rstd nothing below the adapter is wanted: no norm, or only w_up's, b_up's and routing's gradients
+    g2, norm, route, common = _rows(g).contiguous(), rstd is not None, _per_token(routing, g), _common(w_down, groups)
     gamma, b_down = (None if t is None else t.contiguous() for t in (gamma, b_down))
     (M, C), H, per = g2.shape, w_down.shape[0], w_up.shape[2]
     x2 = g2 if x is None else _rows(x)

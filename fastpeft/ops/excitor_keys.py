@@ -202,13 +202,15 @@ def excitor_keys(
     """
     _check(k, hidden, w_down, w_up, prompt, gate, visual)
     u = linear(hidden, w_down.to(hidden.dtype))
-    up = w_up * (prompt.shape[1] ** -0.5)
-    n = (up.t() @ prompt.t())[None]  # tiny: [1, r, K], in the parameters' dtype
+    # N is tiny; float16 alone is widened for it: C^-1/2 times a gradient leaves its range
+    wide = torch.float32 if w_up.dtype == torch.float16 else w_up.dtype
+    up = w_up.to(wide) * (prompt.shape[1] ** -0.5)
+    n = (up.t() @ prompt.t().to(wide))[None]  # [1, r, K]
     z = wv_up = None
     if visual is not None:
         image, wk_down, wk_up, wv_down, wv_up = visual
         zk, z = (linear(image.to(w.dtype), w) for w in (wk_down, wv_down))
-        n = torch.cat([n.expand(k.shape[0], -1, -1), (up.t() @ wk_up) @ zk.mT], -1)
+        n = torch.cat([n.expand(k.shape[0], -1, -1), (up.t() @ wk_up.to(wide)) @ zk.mT.to(wide)], -1)
     if wants_grad(k, u, n, z, prompt, wv_up, gate):
         merged = _Merge.apply(k, u, n, z, prompt, wv_up, gate)
     else:
