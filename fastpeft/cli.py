@@ -229,8 +229,8 @@ def _run() -> int:
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return _complain(f"out of memory: a smaller batch_size with more gradient_accumulation takes less ({error})")
-        if hasattr(error, "format_message"):  # typer's and click's usage errors
-            return _complain(error.format_message())
+        if hasattr(error, "format_message"):  # typer's and click's usage errors; without arguments, the help has been shown
+            return _complain(error.format_message()) if error.format_message() else 2
         raise
     return code if isinstance(code, int) else 0
 

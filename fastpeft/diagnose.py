@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import platform
 
 import torch
 
-import fastpeft.ops  # noqa: F401  defines the operators
-from fastpeft import _library
+from fastpeft import _library, ops
 
 OPTIONAL = ("triton", "flash_attn", "xformers", "peft", "tensorboard")
 
 
 def diagnose() -> dict[str, dict]:
     """{"environment": versions and devices, "operators": {op: {"CPU": backend and why, "CUDA": ...}}}."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"fastpeft.ops.{module.name}")  # defines its operators
     environment = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -205,7 +205,7 @@ def test_examples_are_mixed_and_settled(page, tmp_path):
     assert len(chosen) == len(set(chosen)) == EXAMPLES
     for kind in ("open", "closed"):
         for mark in ("✓ right", "✗ wrong"):
-            assert len(re.findall(f"{mark}</span><span class=\"muted\"> · {kind}", text)) == EXAMPLES // 4
+            assert len(re.findall(f'{mark}</span><span class="muted"> · {kind}', text)) == EXAMPLES // 4
     assert "of all 40 answers, 20 are right" in text
     assert shown(page(predictions=predictions[::-1])) == chosen
 
