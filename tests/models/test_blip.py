@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers.models.blip import modeling_blip_text
 
 import fastpeft as fp
+from fastpeft.models import blip
 from fastpeft.optimize import SWAPS
 
 PLANS = (
@@ -276,3 +277,34 @@ def test_attention_dropout_keeps_the_mean(miss):
     assert not torch.equal(many[0], many[1])
     torch.testing.assert_close(many.mean(0, keepdim=True), want, rtol=0, atol=0.15 * float(want.abs().max()))
     assert isinstance(attention, modeling_blip_text.BlipTextSelfAttention)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own images", "shared images"])
+@pytest.mark.parametrize("plan", ["T/T/T", "F/T/F", "LoRA/LoRA/F", "T/LoRA+IA3/F", "F/IA3/LoRA"])
+def test_absorbed_cross_attention_changes_nothing(miss, plan, shared, monkeypatch):
+    """Wherever it is chosen, attention to the image's states themselves equals attention to its keys and values."""
+    options = {"target_modules": ("query", "key", "value", "qkv")} if "LoRA" in plan and "IA3" not in plan else {}
+    model, inputs = miss.without_dropout(miss.build(plan, **options)), miss.batch(padded=True)
+    if shared:
+        inputs |= {"pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([1, 0, 1])}
+    results, calls, absorbed = [], [], blip.absorbed_attention
+    monkeypatch.setattr(blip, "absorbed_attention", lambda *args: calls.append(1) or absorbed(*args))
+    for pays in (True, False):
+        monkeypatch.setattr(blip, "absorbed_pays", lambda *args, pays=pays, **kwargs: pays)
+        results.append(miss.step(model, inputs))
+    assert len(calls) == 2  # one a layer of the question's encoder; a padded question has a mask
+    (loss, gradients), (want, wanted) = results
+    assert loss == pytest.approx(want, rel=1e-12)
+    miss.assert_same(gradients, wanted)
+
+
+def test_shared_states_with_masks_of_ones_own(miss):
+    """A mask over states belongs to a sample: those that share states may mask them differently."""
+    model, ids = miss.build(), miss.batch()["input_ids"]
+    states, index, mask = torch.randn(2, 6, 32, dtype=torch.float64), torch.tensor([1, 0, 1]), torch.ones(3, 6)
+    mask[0, 3:], mask[2, :2] = 0, 0
+    with torch.no_grad():
+        for given in ({}, {"encoder_attention_mask": mask}):
+            got = model.text_encoder(ids, encoder_hidden_states=states, encoder_index=index, **given).last_hidden_state
+            want = model.text_encoder(ids, encoder_hidden_states=states[index], **given).last_hidden_state
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
