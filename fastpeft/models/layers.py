@@ -15,6 +15,18 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class Dropout(nn.Dropout):
+    """Dropout that keeps a seed for backward instead of a mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape."""
+        return ops.dropout(x, self.p, self.training)
+
+
+# PyTorch's class -> ours
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dropout: Dropout}
+
+
 def supports_layer_norm(module: nn.LayerNorm) -> str:
     """'' or why this norm stays as it is."""
     if len(module.normalized_shape) != 1:

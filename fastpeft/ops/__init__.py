@@ -1,8 +1,13 @@
 """Operators: one file per op, backends meet here and nowhere else. What `fastpeft.ops` names is the public surface."""
 
 from fastpeft.ops.activations import gelu, swiglu
+from fastpeft.ops.attention import attention
+from fastpeft.ops.dropout import dropout
+from fastpeft.ops.excitor_keys import excitor_keys
 from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
 from fastpeft.ops.linear_cross_entropy import linear_cross_entropy
+from fastpeft.ops.lora_linear import lora_linear
+from fastpeft.ops.mm_adapter import mm_adapter
 from fastpeft.ops.rescale import rescale
 from fastpeft.ops.rms_norm import add_rms_norm, rms_norm
 from fastpeft.ops.rotary import rotary
@@ -11,6 +16,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "dropout",
     "excitor_keys",
     "gelu",
     "layer_norm",
@@ -22,12 +28,3 @@ __all__ = [
     "rotary",
     "swiglu",
 ]
-_LATER = ("attention", "excitor_keys", "lora_linear", "mm_adapter")
-
-
-def __getattr__(name: str):
-    import importlib
-
-    if name in _LATER:
-        return getattr(importlib.import_module(f"fastpeft.ops.{name}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
