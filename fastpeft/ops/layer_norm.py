@@ -140,9 +140,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return _forward(x, None, weight, bias, eps, False)[0]
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """``h = x + residual`` and ``y = layer_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N].
 
     h is what backward keeps: neither x nor residual is saved. Post-norm blocks (BERT) drop h, pre-norm blocks carry it on.
