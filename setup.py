@@ -92,9 +92,10 @@ def static_cudart(nvcc):
 
 
 sources = sorted(map(str, Path("csrc").glob("*.cpp")))
+headers = sorted(map(str, Path("csrc").iterdir()))
 native = bool(sources) and os.environ.get("FASTPEFT_NO_EXT") != "1"
 setup(
     cmdclass={"build_py": build_py, "build_ext": build_ext},
-    ext_modules=[Extension("fastpeft._C", sources, depends=sorted(map(str, Path("csrc").iterdir())), py_limited_api=True)] if native else [],
+    ext_modules=[Extension("fastpeft._C", sources, depends=headers, py_limited_api=True)] if native else [],
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
 )

@@ -139,18 +139,19 @@ def write_asset(folder: Path, model, tokenizer, preprocess, summary: dict, args)
         model.to(torch.float16).save_pretrained(draft)
         save_tokenizer(tokenizer, draft)
         (draft / PREPROCESS).write_text(json.dumps(preprocess.to_dict()) + "\n")
+        options = ("encoder_steps", "steps", "images", "learning_rate", "seed")
+        command = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options)
+        loss = f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}"
+        shown = ", ".join(f"{k} {v:.1%}" for k, v in scores.items())
         about = [
             "# miss-tiny",
             "",
             'A 64-pixel BLIP VQA model for tests and the demo, trained from random weights on self-made phantoms (scanner "a").',
             "",
-            f"    python bench/pretrain_miss_tiny.py --encoder-steps {args.encoder_steps} --steps {args.steps} --images {args.images} --learning-rate {args.learning_rate} "
-            f"--seed {args.seed}",
+            f"    python bench/pretrain_miss_tiny.py {command}",
             "",
-            f"{summary['steps']} steps of 64 questions in {summary['seconds'] / 60:.0f} minutes on {summary['device']}; "
-            f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}; accuracy on {summary['eval']['n']} questions on unseen images: "
-            + ", ".join(f"{k} {v:.1%}" for k, v in scores.items())
-            + ".",
+            f"The last {summary['steps']} steps of 64 questions: {summary['seconds'] / 60:.0f} minutes on {summary['device']}, {loss}.",
+            f"Accuracy on {summary['eval']['n']} questions on unseen images: {shown}.",
             "",
         ]
         (draft / "README.md").write_text("\n".join(about))
