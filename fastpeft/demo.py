@@ -44,9 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(trained(plan, data, args.steps, args.out / plan.replace("/", "-").replace("+", "_")))
     table = render(rows)
     (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(
-        f"\n{MODEL}, pretrained on scanner a, asked about unseen images of scanner b ({rows[0]['n']} questions, {args.steps} steps of 64):\n"
-    )
+    print(f"\n{MODEL}, pretrained on scanner a, asked {rows[0]['n']} questions on unseen images of scanner b; {args.steps} steps of 64:\n")
     print(table)
     print(f"\nAlways the most frequent answer: {rows[0]['majority']:.1%}. Done in {time.perf_counter() - began:.0f} s.")
     for row in rows[1:]:
@@ -81,9 +79,8 @@ def trained(plan: str, data: Path, steps: int, out: Path) -> dict:
 
 def render(rows: list[dict]) -> str:
     """The rows as a table for a terminal."""
-    lines = [
-        f"{'plan':<16} {'trained':>10} {'open':>7} {'closed':>7} {'global':>7} {'train s':>8} {'peak GB':>8} {'saved MB':>9} {'MF/sample':>10}"
-    ]
+    heads = [f"{'plan':<16} {'trained':>10}", *(f"{name:>7}" for name in ("open", "closed", "global"))]
+    lines = [" ".join([*heads, f"{'train s':>8} {'peak GB':>8} {'saved MB':>9} {'MF/sample':>10}"])]
     for row in rows:
         line = f"{row['plan']:<16} {row['trainable']:>10,} {row['open']:>7.1%} {row['closed']:>7.1%} {row['global']:>7.1%}"
         if "seconds" in row:
