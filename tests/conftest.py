@@ -51,6 +51,15 @@ def phantoms(runs, tmp_path_factory):
     return runs.make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that threads wait for each other: on two busy cores they take twenty times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from fastpeft.data import Preprocess, save_tokenizer
 from fastpeft.files import write_json
 from fastpeft.train.run import PREPROCESS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def fastpeft(monkeypatch, capfd):
@@ -335,7 +337,12 @@ def test_a_killed_process_resumes_to_the_bit(ok, runs, train, tmp_path):
     """SIGKILL mid-epoch, with dropout and accumulation; --resume ends in the weights and metrics of a run that was left alone."""
     options = {"lora_dropout": 0.1, "gradient_accumulation": 2, "questions_per_image": 2, "steps": 40, "save_every": 3}
     killed = train("--no-eval", **options)
-    process = subprocess.Popen([sys.executable, "-m", "fastpeft.cli", *map(str, killed)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastpeft.cli", *map(str, killed)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics, checkpoint = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoint"
     deadline = time.monotonic() + 120
     while not (checkpoint.is_dir() and len(metrics.read_bytes().splitlines()) >= 10):

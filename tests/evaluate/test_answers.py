@@ -7,6 +7,8 @@ from fastpeft.data import VQACollator, VQADataset, decode
 from fastpeft.evaluate import answer_questions
 from fastpeft.evaluate.answers import choose_device, to_device
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def trained(runs, phantoms):

@@ -11,6 +11,8 @@ import fastpeft as fp
 from fastpeft.evaluate.answers import MODEL_INPUTS, to_device
 from fastpeft.train.profile import measure, memory_bytes, peak_memory_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, M, L, C, P, LAYERS = 3, 7, 5, 32, 16, 2  # questions, their tokens, answers' tokens, width, patches, layers of each stack
 S, PIXELS, VOCABULARY = P + 1, 3 * 8 * 8, 64
 

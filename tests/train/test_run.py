@@ -24,6 +24,8 @@ from fastpeft.train.run import (
     train_run,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def finished(phantoms, tmp_path_factory):

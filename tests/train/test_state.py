@@ -11,6 +11,8 @@ import torch
 from fastpeft.files import atomic_folder, recover_folder
 from fastpeft.train.trainer import keep_lines
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = {
     "dropout, mid-epoch": {"small": True, "batch_size": 4},
     "accumulation over an epoch's end": {"small": True, "samples": 14, "batch_size": 4, "gradient_accumulation": 3},

@@ -11,6 +11,8 @@ import fastpeft as fp
 from fastpeft.data import VQADataset
 from fastpeft.methods import is_adapter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def gradients(trainer, monkeypatch):
     """What the optimiser is given at each step."""
