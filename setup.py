@@ -92,7 +92,7 @@ def static_cudart(nvcc):
 
 
 sources = sorted(map(str, Path("csrc").glob("*.cpp")))
-headers = sorted(map(str, Path("csrc").iterdir()))
+headers = sorted(map(str, Path("csrc").glob("*")))
 native = bool(sources) and os.environ.get("FASTPEFT_NO_EXT") != "1"
 setup(
     cmdclass={"build_py": build_py, "build_ext": build_ext},
