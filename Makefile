@@ -10,7 +10,7 @@ SRC     = $(wildcard csrc/*) setup.py pyproject.toml
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
-	$(PY) -P -m fastpeft.demo
+	PYTHONSAFEPATH=1 $(PY) -m fastpeft.demo
 
 test: lint test-native test-composite test-triton aot
 

@@ -72,6 +72,7 @@ def train(
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     questions_per_image: Annotated[int | None, typer.Option(help="group a batch's questions by image")] = None,
+    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="encode a frozen image encoder's images every time")] = False,
     split_file: Split = None,
     eval_split_file: Annotated[str | None, typer.Option(help="what to score at the end; default: the data set's test split")] = None,
     hold_out: Annotated[float | None, typer.Option(help="score a fraction of the training images, held out, instead")] = None,
@@ -112,6 +113,8 @@ def train(
         "pretrained": not given.pop("from_scratch", False),
         "evaluate": not given.pop("no_eval", False),
     }
+    if given.pop("no_feature_cache", False):
+        given["feature_cache"] = False
     try:
         summary = train_run(model, plan, chosen, TrainConfig.from_dict(given), **how)
     except KeyboardInterrupt as error:  # typer would drop what it says

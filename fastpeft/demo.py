@@ -67,7 +67,7 @@ def trained(plan: str, data: Path, steps: int, out: Path) -> dict:
     command = ["train", "--model", MODEL, "--plan", plan, "--data", str(data), "--out", str(out), "--steps", str(steps)]
     command += ["--batch-size", "64", "--questions-per-image", "4", "--lr", "4e-3", "--base-lr", "5e-4", "--json"]
     print(f"\n$ fastpeft {' '.join(command)}")
-    done = subprocess.run([sys.executable, "-P", "-m", "fastpeft.cli", *command], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "fastpeft.cli", *command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     summary = json.loads(done.stdout.splitlines()[-1])

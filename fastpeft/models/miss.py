@@ -102,8 +102,8 @@ def miss_config(*, tiny: bool = False, **overrides) -> BlipConfig:
 class MissForQuestionAnswering(BlipForQuestionAnswering):
     """BlipForQuestionAnswering whose loss, masks and training behaviour are the official MISS's.
 
-    Beyond transformers' arguments, ``forward`` takes ``image_index`` [B]: sample b asks about ``pixel_values[image_index[b]]``, so
-    that an image shared by several questions is encoded once.
+    Beyond transformers' arguments, ``forward`` takes ``image_index`` [B]: sample b asks about ``pixel_values[image_index[b]]``, so that
+    an image shared by several questions is encoded once; and ``image_embeds`` [U, N, C] in place of pixels, where they are known.
     """
 
     def __init__(self, config: BlipConfig):
@@ -141,13 +141,14 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_index: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         **kwargs,
     ) -> BlipTextVisionModelOutput:
         """input_ids [B, M] with [ENC] first; labels [B, L] = the answer's tokens with [DEC] first and padding -100.
@@ -160,7 +161,10 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
             decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
         if decoder_attention_mask is None and labels is not None:
             decoder_attention_mask = labels != -100
-        image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("give pixel_values, or image_embeds that encode_images() made of them")
+        if image_embeds is None:
+            image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,

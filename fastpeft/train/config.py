@@ -32,6 +32,7 @@ class TrainConfig:
     from 0. weight_decay: on matrices only, not on biases, norms and IA3 vectors. max_grad_norm: 0 switches clipping off.
     dtype: "bf16" keeps the base in bfloat16; adapters, optimiser state and master copies of trained base weights stay float32.
     questions_per_image: group a batch's questions by image (see EpochSampler). save_every: checkpoint every so many steps (0: at the end).
+    feature_cache: keep a frozen image encoder's features instead of computing them at every visit (where they are constants).
     out: where a run leaves its files; None: nowhere. resume: go on from ``out``'s checkpoint; without one, start afresh.
     trace: torch.profiler trace of 3 steps. ValueError names an option whose value cannot be.
     """
@@ -51,6 +52,7 @@ class TrainConfig:
     dtype: str = "fp32"
     seed: int = 0
     questions_per_image: int = 1
+    feature_cache: bool = True
     num_workers: int = 0
     save_every: int = 200
     out: str | None = None

@@ -27,6 +27,7 @@ from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.features import FeatureCache, why_not
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
 from fastpeft.train.state import load_state, read_progress, save_state
@@ -64,6 +65,7 @@ class Trainer:
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
+        self.features = FeatureCache(model, dataset) if config.feature_cache and not why_not(model) else None
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
@@ -119,6 +121,7 @@ class Trainer:
             epoch, start = divmod(self.done["batches"] + len(group), len(self.sampler))
             self.sampler.set_epoch(epoch, start)
             self.dataset.set_epoch(epoch)
+            self.dataset.load_images = self.features is None
             loader = DataLoader(
                 self.dataset,
                 batch_sampler=self.sampler,
@@ -141,6 +144,8 @@ class Trainer:
         self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
             inputs = to_device(batch, BATCH_INPUTS, self.device, self.dtype)
+            if self.features is not None:
+                inputs["image_embeds"] = self.features(batch["images"])
             with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
                 part = self.model(**inputs).loss * (len(batch["samples"]) / samples)
                 part.backward()
@@ -226,7 +231,7 @@ class Trainer:
             "seconds": done["seconds"],
             "parameters": count(self.model),
             "parts": parts,
-            "notes": self.notes,
+            "notes": self.notes + ([self.features.note()] if self.features is not None else []),
             "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
 
