@@ -37,6 +37,12 @@ lint: $(VENV)/.built
 bench: $(VENV)/.built
 	$(PY) -m bench
 
+# on a machine with a GPU: its own python3 and packages, nothing installed, csrc built in place
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -q -o addopts= --import-mode=importlib -m "not slow" tests/ops
+	PYTHONPATH=. $(PYTHON) -m bench --device cuda --quick
+
 wheel: $(VENV)/.built
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+import statistics
 import threading
 import time
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
 from fastpeft.train.state import load_state, read_progress, save_state
 
+WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
 BATCH_INPUTS = (*MODEL_INPUTS, "decoder_input_ids", "decoder_attention_mask", "labels")
 
 
@@ -61,7 +63,7 @@ class Trainer:
         self.total_steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.gradient_accumulation)
         self.optimizer = Optimizer(model, config, self.total_steps)
         self.out = Path(config.out) if config.out else None
-        self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "loss_first": None, "loss_last": None}
+        self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
@@ -164,8 +166,8 @@ class Trainer:
         done["batches"] += len(batches)
         done["samples"] += samples
         done["tokens"] += sum(int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum()) for batch in batches)
-        done["loss_first"] = loss if done["loss_first"] is None else done["loss_first"]
-        done["loss_last"] = loss
+        done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
+        done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
         return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
 
     def _log(self, row: dict[str, float], seconds: float, bar: tqdm) -> None:
@@ -196,7 +198,7 @@ class Trainer:
         return score(self.answers, self.eval_dataset.samples)
 
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the run's first batch.
+        """The fields of ``summary.json``; bytes, seconds, FLOPs. ``loss_first`` and ``loss_last`` are means over up to 20 steps. Cost fields are of the run's first batch.
 
         ``samples_per_second`` is over all steps, waiting for data included; the steady one leaves out each process's first steps.
         """
@@ -210,6 +212,7 @@ class Trainer:
             }
             for name in dict.fromkeys([*cost["flops_by_part"], *cost["saved_by_part"]])
         }
+        window = max(1, min(WINDOW, done["step"] // 5))
         return {
             "steps": done["step"],
             "samples": done["samples"],
@@ -219,8 +222,8 @@ class Trainer:
             "peak_memory_bytes": done["peak_memory_bytes"],
             "saved_bytes_per_step": cost["saved_bytes"],
             "flops_per_sample": cost["flops"] / cost["samples"],
-            "loss_first": done["loss_first"],
-            "loss_last": done["loss_last"],
+            "loss_first": statistics.fmean(done["first_losses"][:window]) if done["step"] else None,
+            "loss_last": statistics.fmean(done["last_losses"][-window:]) if done["step"] else None,
             "eval": evaluation,
             "model": self.model.fastpeft_source.get("model") if hasattr(self.model, "fastpeft_source") else type(self.model).__name__,
             "plan": str(self.model.fastpeft_plan),

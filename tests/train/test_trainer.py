@@ -191,3 +191,11 @@ def test_gradients_that_are_not_finite_change_nothing(runs, phantoms, monkeypatc
     with pytest.raises(FloatingPointError, match=r"gradient's norm is (nan|inf) at step 1"):
         trainer.fit()
     runs.assert_same_weights(runs.weights(trainer), before)
+
+
+def test_first_and_last_loss_are_means_over_a_fifth_of_a_short_run(runs, phantoms, tmp_path):
+    out = tmp_path / "run"
+    summary = runs.trainer(phantoms, steps=10, out=out).fit()
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert summary["loss_first"] == pytest.approx(sum(losses[:2]) / 2)
+    assert summary["loss_last"] == pytest.approx(sum(losses[-2:]) / 2)
