@@ -180,7 +180,7 @@ def test_bad_entries_can_be_skipped(bad, ok, train, phantoms, tmp_path):
     (data / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"no image")
     assert "train.json: entry 0: image 'xmlab0/source.jpg' not found" in bad(*train(data=data))
     notes = ok(*train("--skip-bad", "--no-eval", data=data))["notes"]
-    assert notes == ["5 bad entries skipped: missing image", "5 bad entries skipped: corrupt image"]
+    assert notes[:2] == ["5 bad entries skipped: missing image", "5 bad entries skipped: corrupt image"]
 
 
 def test_doctor_and_help(ok, fastpeft):

@@ -198,8 +198,9 @@ class Trainer:
         return score(self.answers, self.eval_dataset.samples)
 
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        """The fields of ``summary.json``; bytes, seconds, FLOPs. ``loss_first`` and ``loss_last`` are means over up to 20 steps. Cost fields are of the run's first batch.
+        """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the run's first batch.
 
+        ``loss_first`` and ``loss_last`` are means over 20 steps, or a fifth of a run of under 100.
         ``samples_per_second`` is over all steps, waiting for data included; the steady one leaves out each process's first steps.
         """
         done = self.done
