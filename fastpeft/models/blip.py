@@ -23,8 +23,8 @@ from fastpeft import ops
 from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.models.layers import LayerNorm
 from fastpeft.models.layout import Layout, image_layout, self_layout
-from fastpeft.ops.absorbed_attention import Projection, absorbed_attention, absorbed_pays
-from fastpeft.ops.lora_linear import lora_linears
+from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
+from fastpeft.ops.lora_linear import Projection, lora_linears
 
 
 class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):

@@ -22,8 +22,6 @@ accumulates in float32 (ATen). Source: the absorbed form of DeepSeek-V2's latent
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,16 +29,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._common import wants_grad
 from fastpeft.ops.dropout import keep_mask, new_seed
-
-
-class Projection(NamedTuple):
-    """A linear map [out, in] with bias and optional LoRA factors."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
+from fastpeft.ops.lora_linear import Projection
 
 
 def absorbed_attention_reference(q: Tensor, states: Tensor, key: Projection, value: Projection, scale: float) -> Tensor:
