@@ -120,7 +120,9 @@ def data_notes(samples: SampleList) -> list[str]:
     return notes + ([samples.note] if samples.note else [])
 
 
-def model_for(model: str, samples: SampleList, *, vocab: str | None, pretrained: bool, seed: int) -> tuple[nn.Module, Any, Preprocess]:
+def model_for(
+    model: str, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0
+) -> tuple[nn.Module, Any, Preprocess]:
     """A backbone, its tokenizer and its preprocessing. The vocabulary is ``vocab``, else the model folder's, else learnt from the data."""
     folder = pretrained_folder(model) if pretrained or model not in NAMES else None
     if vocab is not None:
