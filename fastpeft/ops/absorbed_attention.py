@@ -57,22 +57,28 @@ def absorbed_attention(q: Tensor, states: Tensor, key: Projection, value: Projec
             f"{tuple(value.weight.shape)} do not fit; pass q [U, H, M, d], states [U, N, C], weights [H * d, C]"
         )
     q = q * scale
-    lifted = q @ key.weight.view(H, d, -1)  # [U, H, M, C]
+    lifted = _per_head(q, key.weight.view(H, d, -1))  # [U, H, M, C]
     if key.lora_A is not None:
-        low = q @ key.lora_B.to(q.dtype).view(H, d, -1)  # [U, H, M, r]
+        low = _per_head(q, key.lora_B.to(q.dtype).view(H, d, -1))  # [U, H, M, r]
         lifted = lifted + key.scaling * (low @ key.lora_A.to(q.dtype))
     mixed, mass = attend_states(lifted.flatten(1, 2), states, dropout_p)
     mixed = mixed.unflatten(1, (H, M))  # [U, H, M, C]
-    out = mixed @ value.weight.view(H, d, -1).mT
+    out = _per_head(mixed, value.weight.view(H, d, -1).mT)
     if value.lora_A is not None:
         low = mixed @ value.lora_A.to(q.dtype).mT
-        out = out + value.scaling * (low @ value.lora_B.to(q.dtype).view(H, d, -1).mT)
+        out = out + value.scaling * _per_head(low, value.lora_B.to(q.dtype).view(H, d, -1).mT)
     if key.bias is not None and key.bias.requires_grad:
         out = out + 0.0 * key.bias.sum()  # its gradient is zero, not absent: an optimiser's view of it stays the ordinary form's
     if value.bias is not None:
         bias = value.bias.view(H, 1, d)
         out = out + (bias if dropout_p == 0.0 else bias * mass.view(U, H, M, 1))  # dropped rows no longer sum to one
     return out
+
+
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [U, H, M, a] by weight [H, a, b] -> [U, H, M, b]: one product per head over all images. Broadcasting would copy the weight U times."""
+    U, H, M, _ = x.shape
+    return torch.bmm(x.transpose(0, 1).reshape(H, U * M, -1), weight).view(H, U, M, -1).transpose(0, 1)
 
 
 class _AttendStates(Function):

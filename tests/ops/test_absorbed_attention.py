@@ -71,6 +71,9 @@ def test_keeps_queries_and_states_only():
     U, H, M, N = 2, 3, 5, 101
     assert all(x.numel() != U * H * M * N for x in kept), "the probabilities were kept"
     assert any(x.data_ptr() == t["states"].data_ptr() for x in kept)
+    given = {x.untyped_storage().data_ptr() for x in t.values()}
+    new = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.untyped_storage().data_ptr() not in given}
+    assert list(new.values()) == [U * H * M * 12 * 8], "q~ and nothing else: no copy of a weight"
 
 
 def test_dropout_is_unbiased_and_its_gradient_is_of_the_same_mask():
