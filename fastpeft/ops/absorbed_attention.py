@@ -76,7 +76,7 @@ def absorbed_attention(q: Tensor, states: Tensor, key: Projection, value: Projec
 
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x [U, H, M, a] by weight [H, a, b] -> [U, H, M, b]: one product per head over all images. Broadcasting would copy the weight U times."""
+    """x [U, H, M, a] by weight [H, a, b] -> [U, H, M, b], one product per head over all images: broadcasting copies weights U times."""
     U, H, M, _ = x.shape
     return torch.bmm(x.transpose(0, 1).reshape(H, U * M, -1), weight).view(H, U, M, -1).transpose(0, 1)
 
