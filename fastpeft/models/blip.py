@@ -21,10 +21,10 @@ from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods.adapted import AdaptedLinear
+from fastpeft.models.attend import as_key_mask, dense_mask_attention, project_together, projection_of, rescaled
 from fastpeft.models.layers import LayerNorm
 from fastpeft.models.layout import Layout, image_layout, self_layout
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
-from fastpeft.ops.lora_linear import Projection, lora_linears
 
 
 class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
@@ -55,6 +55,7 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
             q = self._heads(q if layout is None else layout.spread(q))
         else:
             q, k, v = project_together((self.query, self.key, self.value), hidden_states)
+            q = rescaled(self.query, q)  # l_k and l_v are attention's
             q, k, v = (self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
@@ -111,32 +112,6 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         key, value = (projection_of(linear) for linear in (self.key, self.value))
         out = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p)
         return out if rescale is None else out * rescale[1][:, None].to(out.dtype)
-
-
-def projection_of(linear: nn.Linear) -> Projection:
-    if isinstance(linear, AdaptedLinear) and linear.lora_A is not None:
-        return Projection(linear.weight, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
-    return Projection(linear.weight, linear.bias)
-
-
-def project_together(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Several projections of one input, without IA3's factors on outputs, which attention folds into q and into its own output."""
-    ours = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-    joint = all(type(linear) is nn.Linear or linear in ours for linear in linears)
-    joint = joint and any(linear.lora_A is not None for linear in ours) and not any(linear.ia3_feedforward for linear in ours)
-    if not joint or len({linear.active_dropout for linear in ours if linear.lora_A is not None}) > 1:
-        return tuple(linear.before_rescale(x) if linear in ours else linear(x) for linear in linears)
-    return lora_linears(x, [projection_of(linear) for linear in linears], max(linear.active_dropout for linear in ours))
-
-
-def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor:
-    """Attention under transformers' own [B, 1, M, N] mask, for text models whose outer modules were left as they are."""
-    if rescale is not None:
-        k, v = k * rescale[0][:, None].to(k.dtype), v * rescale[1][:, None].to(v.dtype)
-    if prefix is not None:
-        k, v = (torch.cat([p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], dim=2) for p, t in zip(prefix, (k, v)))
-        mask = F.pad(mask, (prefix[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
 class TextAttention(modeling_blip_text.BlipTextAttention):
@@ -294,11 +269,6 @@ class TextModel(modeling_blip_text.BlipTextModel):
         if cache is None:
             return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         return EncoderDecoderCache(cache, DynamicCache(config=self.config)) if isinstance(cache, DynamicCache) else cache
-
-
-def as_key_mask(mask: Tensor | None) -> Tensor | None:
-    """[B, N] of any dtype -> bool; transformers' 4-D masks pass as they are."""
-    return mask if mask is None or mask.dim() == 4 else mask.bool()
 
 
 class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
