@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastpeft.methods.base import swap_class
-from fastpeft.models import blip, layers
+from fastpeft.models import blip, layers, llama
 
-_CARRYING = (blip.TextModel, blip.TextLayer, blip.TextAttention, blip.TextSelfAttention)
-CARRIERS = {theirs: ours for theirs, ours in blip.SWAPS.items() if ours in _CARRYING}
+SWAPS = blip.SWAPS | llama.SWAPS | layers.SWAPS
+# these hand masks, layouts and prefixes down in a form that only ours read
+CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
+LEAN_LOSS = "a training step with labels returns no logits: they are formed at labelled positions only, for the loss"
 NOTES = {
     blip.TextAttention: blip.MASK_FIX,
     blip.TextModel: "hidden states of padding are zero",
-    blip.TextLMHeadModel: "a training step with labels returns no logits: they are formed at labelled positions only, for the loss",
+    blip.TextLMHeadModel: LEAN_LOSS,
+    llama.Model: "hidden states of padding are zero",
+    llama.CausalLM: LEAN_LOSS,
 }
-
-SWAPS = blip.SWAPS | layers.SWAPS
 
 
 @dataclass
@@ -84,7 +86,7 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
         for name, module in model.named_modules()
         if getattr(module, "prefix_encoder", None) is not None
         for child in module.modules()
-        if type(child) in blip.PREFIX_SWAPS.values()
+        if type(child) in CARRIERS.values()
     }
     stayed = []
     for name, module in model.named_modules():
@@ -100,7 +102,7 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
 def make_room_for_prefix(host: nn.Module) -> None:
     """Give a text model and what is below it the classes that can run with prefix keys."""
     for module in reversed(list(host.modules())):
-        ours = blip.PREFIX_SWAPS.get(type(module))
+        ours = CARRIERS.get(type(module))
         if ours is not None:
             if reason := _needs_inside(module, ours):
                 raise ValueError(f"a prefix needs fastpeft's own {ours.__name__} here, but {reason}")

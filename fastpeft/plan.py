@@ -167,7 +167,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
             if is_adapter(name):
                 parameter.requires_grad_(True)
         # a frozen part's output for an input is then a constant: no dropout, no drop-path
-        model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),)]
+        model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan
     return model.train(model.training)
 
@@ -206,7 +206,7 @@ def count(model: nn.Module) -> dict[str, Any]:
     seen: set[int] = set()
     parts = {}
     for part in parts_of(model):
-        mine = [(name, p) for name, p in part.of(model).named_parameters() if id(p) not in seen]
+        mine = [(name, p) for name, p in part.of(model).named_parameters() if part.holds(name) and id(p) not in seen]
         seen.update(id(p) for _, p in mine)
         parts[part.name] = _count(mine)
     return whole | {"parts": parts}

@@ -10,11 +10,11 @@ from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
 import fastpeft as fp
-from fastpeft.models import blip
+from fastpeft.models import blip, layers
 from fastpeft.models.miss import miss_config
 from fastpeft.optimize import SWAPS
 
-KINDS = tuple(SWAPS)
+KINDS = tuple(blip.SWAPS | layers.SWAPS)  # of a MISS
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ class Part:
     Module names are relative to the part. ``lora``, ``ia3`` and ``ia3_feedforward`` are PEFT's ``target_modules`` (see :func:`matches`);
     ``attention`` and ``ffn`` name the modules whose parameters those treatments train. ``prefix_host`` is the module that runs the layers
     and hands prefixes to their self-attention (it has ``prefix_encoder`` and ``prefix_shape = (layers, heads, head_dim)``).
-    ``norms_left_out`` are norms that LayerNorm skips.
+    ``norms_left_out`` are norms that LayerNorm skips. Two parts may share a path: ``excludes`` are modules there that belong to another
+    part, ``only`` the modules that alone belong to this one.
     """
 
     name: str
@@ -38,10 +39,20 @@ class Part:
     prefix_host: str | None = None
     norms_left_out: tuple[str, ...] = ()
     peft_task: str | None = None
+    excludes: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def holds(self, name: str) -> bool:
+        """Whether what has this name below ``path`` belongs to the part."""
+        return not _inside(name, self.excludes) and (not self.only or _inside(name, self.only))
 
     def of(self, model: nn.Module) -> nn.Module:
         """The part's module."""
         return model.get_submodule(self.path) if self.path else model
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def matches(name: str, targets: Sequence[str] | str) -> bool:

@@ -45,7 +45,7 @@ class Full(_Intrinsic):
     name: ClassVar[str] = "T"
 
     def trains(self, root: nn.Module, part: Part) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in root.named_parameters() if not is_adapter(name)}
+        return {name: p for name, p in root.named_parameters() if part.holds(name) and not is_adapter(name)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class LayerNorm(_Intrinsic):
         return [
             (name, module)
             for name, module in root.named_modules()
-            if "norm" in type(module).__name__.lower() and hasattr(module, "weight") and not matches(name, part.norms_left_out)
+            if "norm" in type(module).__name__.lower()
+            and hasattr(module, "weight")
+            and part.holds(name)
+            and not matches(name, part.norms_left_out)
         ]
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
@@ -95,7 +98,7 @@ class _Modules(_Intrinsic):
             f"{name}.{key}": p
             for name, module in find(root, self.targets(part))
             for key, p in module.named_parameters()
-            if not is_adapter(key)
+            if part.holds(name) and not is_adapter(key)
         }
 
 

@@ -3,32 +3,69 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BlipConfig, BlipForQuestionAnswering
+from transformers import BlipConfig, BlipForQuestionAnswering, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from fastpeft.methods import Part
-from fastpeft.models.miss import PARTS as MISS_PARTS
-from fastpeft.models.miss import MissForQuestionAnswering, miss_config
+from fastpeft.models import llama, miss
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-CONFIGS = {"miss": lambda **o: miss_config(**o), "miss-tiny": lambda **o: miss_config(tiny=True, **o)}
-NAMES = tuple(CONFIGS)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Backbones of one class: ``known`` is what has these parts, ``model`` what is built, ``configs`` makes a configuration by name."""
+
+    known: type[nn.Module]
+    model: type[nn.Module]
+    config: type[PretrainedConfig]
+    parts: tuple[Part, ...]
+    configs: dict[str, Callable[..., PretrainedConfig]]
+
+
+FAMILIES = (
+    Family(
+        BlipForQuestionAnswering,
+        miss.MissForQuestionAnswering,
+        BlipConfig,
+        miss.PARTS,
+        {"miss": miss.miss_config, "miss-tiny": partial(miss.miss_config, tiny=True)},
+    ),
+    Family(
+        LlamaForCausalLM,
+        LlamaForCausalLM,
+        LlamaConfig,
+        llama.PARTS,
+        {name: partial(llama.llama_config, name) for name in llama.SIZES},
+    ),
+)
+NAMES = tuple(name for family in FAMILIES for name in family.configs)
+
+
+def family_of(model: nn.Module) -> Family:
+    """ValueError for a model that fastpeft does not know."""
+    for family in FAMILIES:
+        if isinstance(model, family.known):
+            return family
+    known = ", ".join(family.known.__name__ for family in FAMILIES)
+    raise ValueError(f"{type(model).__name__} has no parts here; known: {known}; fastpeft.build makes {', '.join(NAMES)}")
 
 
 def parts_of(model: nn.Module) -> tuple[Part, ...]:
     """The parts of a backbone, in the order of the papers' plans; ValueError for a model that fastpeft does not know."""
-    if isinstance(model, BlipForQuestionAnswering):
-        return MISS_PARTS
-    raise ValueError(f"{type(model).__name__} has no parts here; fastpeft.build makes {', '.join(NAMES)} or a BLIP VQA folder")
+    return family_of(model).parts
 
 
 def pretrained_folder(name: str | Path) -> Path | None:
     """The local transformers folder behind a name or path: a user's own, or one that the package ships; None for a bare name."""
-    if str(name) in CONFIGS:
+    if str(name) in NAMES:
         shipped = ASSETS / str(name)
         return shipped if (shipped / "model.safetensors").is_file() else None
     folder = Path(name).expanduser()
@@ -37,21 +74,22 @@ def pretrained_folder(name: str | Path) -> Path | None:
     return folder
 
 
-def new_model(name: str, *, device: torch.device, seed: int, **overrides) -> MissForQuestionAnswering:
+def new_model(name: str, *, device: torch.device, seed: int, **overrides) -> nn.Module:
     """A named backbone with random weights that depend on ``seed`` alone; on ``meta`` it costs nothing."""
+    family = next(family for family in FAMILIES if name in family.configs)
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.manual_seed(seed)
-        return MissForQuestionAnswering(CONFIGS[name](**overrides))
+        return family.model(family.configs[name](**overrides))
 
 
-def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> MissForQuestionAnswering:
-    """A BLIP VQA folder of transformers (config.json and safetensors). ValueError names missing, unexpected or misshapen keys."""
-    config = read_config(folder)
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A folder of transformers (config.json and safetensors, sharded or not). ValueError names missing, unexpected or misshapen keys."""
+    family, config = read_config(folder)
     if device.type == "meta":
         with torch.device("meta"):
-            return MissForQuestionAnswering(config)
+            return family.model(config)
     try:
-        model, info = MissForQuestionAnswering.from_pretrained(
+        model, info = family.model.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -61,19 +99,23 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Mis
             ignore_mismatched_sizes=True,  # told below, by name
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} did not load as BlipForQuestionAnswering: {' '.join(str(error).split())[:600]}") from None
+        raise ValueError(f"{folder} did not load as {family.known.__name__}: {' '.join(str(error).split())[:600]}") from None
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{folder} does not hold this model: " + "; ".join(f"{k}: {', '.join(v[:8])}" for k, v in wrong.items()))
     return model
 
 
-def read_config(folder: Path) -> BlipConfig:
+def read_config(folder: Path) -> tuple[Family, PretrainedConfig]:
     path = folder / "config.json"
     try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+        kind, classes = content.get("model_type"), content.get("architectures") or ()
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} is not a transformers folder: cannot read config.json ({error})") from None
-    if kind != "blip":
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; supported: 'blip' (BlipForQuestionAnswering)")
-    return BlipConfig.from_pretrained(folder, local_files_only=True)
+    found = [family for family in FAMILIES if family.config.model_type == kind]
+    if not found:
+        known = ", ".join(f"{family.config.model_type!r} ({family.known.__name__})" for family in FAMILIES)
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; supported: {known}")
+    family = next((family for family in found if family.known.__name__ in classes), found[0])
+    return family, family.config.from_pretrained(folder, local_files_only=True)

@@ -34,7 +34,7 @@ def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor
     if prefix is not None:
         k, v = (torch.cat([p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], dim=2) for p, t in zip(prefix, (k, v)))
         mask = F.pad(mask, (prefix[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:

@@ -353,8 +353,6 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,
     modeling_blip.BlipAttention: VisionAttention,
 }
-# what Prefix needs below its host, whatever optimize() leaves alone
-PREFIX_SWAPS = {
-    theirs: ours for theirs, ours in SWAPS.items() if theirs.__name__.startswith("BlipText") and "LMHead" not in theirs.__name__
-}
+# these hand masks, layouts and prefixes down in a form that only they read
+CARRIERS = (TextModel, TextLayer, TextAttention, TextSelfAttention)
 MASK_FIX = "cross-attention now honours encoder_attention_mask, which transformers 4.57 to 5.23 loses: padded questions no longer leak"

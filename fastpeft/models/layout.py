@@ -54,3 +54,15 @@ def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch
     cells = owner * columns + slot
     filled = columns * images == len(cells) and bool((cells == torch.arange(len(cells))).all())
     return Layout(images, columns, None if filled else cells.to(device))
+
+
+def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
+    """Samples of ``lengths`` [B] one after the other, laid each in a row of its own from the row's start on: causal attention over such
+    rows needs no mask, as what fills a row up lies behind every token of it."""
+    lengths = lengths.cpu()
+    columns = int(lengths.max()) if len(lengths) else 0
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    place = rows * columns + torch.arange(len(rows)) - starts
+    full = len(place) == len(lengths) * columns
+    return Layout(len(lengths), columns, None if full else place.to(device))

@@ -1,0 +1,313 @@
+"""LLaMA's modules on fastpeft's operators: the same parameters under the same names, another ``forward``.
+
+What differs from transformers' own:
+
+- no padding is computed: linear layers, norms and activations see real tokens [T, C] only; attention sees each sample in a row of its own.
+  A batch is padded ([B, L] with ``attention_mask``) or packed ([1, T] whose ``position_ids`` start again at every sample);
+- logits of a training step with labels exist at labelled positions only, for the loss, and are not returned;
+- attention forms no probabilities, takes prefixes, IA3's factors, and Excitor's extra keys, merged into the layer's own before the cache
+  keeps them;
+- statistics, rotary tables and the loss are float32 under 16-bit weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama import modeling_llama
+from transformers.utils import can_return_tuple
+
+from fastpeft import ops
+from fastpeft.methods import Part
+from fastpeft.methods.adapted import AdaptedLinear
+from fastpeft.models.attend import as_key_mask, dense_mask_attention, project, project_together, rescaled
+from fastpeft.models.layout import Layout, rows_layout, self_layout
+from fastpeft.ops._common import accumulator
+
+SIZES = {
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-13b": {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llama-tiny": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512}
+    | {"max_position_embeddings": 1024, "initializer_range": 0.08},
+}
+
+
+def llama_config(name: str, **overrides) -> LlamaConfig:
+    """The first LLaMA's numbers (vocabulary 32,000, eps 1e-6) at a size of SIZES. ``overrides``: fields of LlamaConfig."""
+    if unknown := sorted(set(overrides) - LlamaConfig().to_dict().keys()):
+        raise ValueError(f"a LLaMA has no {', '.join(unknown)}; overrides are fields of transformers' LlamaConfig")
+    defaults = {"vocab_size": 32_000, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaConfig(**defaults | {"max_position_embeddings": 2048} | SIZES[name] | overrides)
+
+
+def llama_part(name: str = "llm", path: str = "", **more) -> Part:
+    """A LLaMA as a part of a backbone; ``path`` is where its LlamaForCausalLM stands."""
+    defaults = {
+        "lora": ("q_proj", "v_proj"),
+        "ia3": ("k_proj", "v_proj", "down_proj"),
+        "ia3_feedforward": ("down_proj",),
+        "attention": ("self_attn",),
+        "ffn": ("mlp",),
+        "prefix_host": "model",
+        "peft_task": "CAUSAL_LM",
+    }
+    return Part(name, path, **defaults | more)
+
+
+PARTS = (llama_part(),)
+
+
+class RMSNorm(modeling_llama.LlamaRMSNorm):
+    """RMSNorm with one rounding, at the end; saves its input and one number a row."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., C]."""
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(norm(branch + residual), branch + residual), the sum formed once, inside the norm."""
+    if type(norm) not in (modeling_llama.LlamaRMSNorm, RMSNorm):  # someone's wrapper, such as PEFT's LN tuning
+        total = branch + residual
+        return norm(total), total
+    return ops.add_rms_norm(branch, residual, norm.weight, norm.variance_epsilon)
+
+
+class MLP(modeling_llama.LlamaMLP):
+    """down(silu(gate(x)) * up(x)), the activation in one pass with IA3's factor on it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C]."""
+        gate, up = project((self.gate_proj, self.up_proj), x)
+        if self.config.hidden_act != "silu":
+            return self.down_proj(self.act_fn(gate) * up)
+        down = self.down_proj
+        if isinstance(down, AdaptedLinear) and down.ia3_feedforward and down.lora_A is None:
+            return F.linear(ops.swiglu(gate, up, down.ia3_l), down.weight, down.bias)
+        return down(ops.swiglu(gate, up))
+
+
+class Attention(modeling_llama.LlamaAttention):
+    """Causal self-attention with grouped heads. Returns (output, None): probabilities are not formed."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        layout: Layout | None = None,
+        visual: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, M, C], or [T, C] with a ``layout``; position_embeddings (cos, sin), each [B or 1, M, d] or [T, d];
+        attention_mask [B, N] bool over keys, or transformers' own [B, 1, M, N]; visual: images' features for Excitor."""
+        q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        q, k = rescaled(self.q_proj, q), rescaled(self.k_proj, k)  # IA3's l_k multiplies the key before its rotation: q cannot take it
+        l_v = self.v_proj.output_rescale if isinstance(self.v_proj, AdaptedLinear) else None
+        if prefix is not None:  # whose values l_v does not touch: it cannot wait for the output
+            v, l_v = rescaled(self.v_proj, v), None
+        cos, sin = (t.unsqueeze(-2) for t in position_embeddings)
+        q, k = (ops.rotary(t.unflatten(-1, (-1, self.head_dim)), cos, sin).flatten(-2) for t in (q, k))
+        q, k, v = (self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+        if getattr(self, "excitor", None) is not None:  # its gate is one number per query head: groups no longer share their keys
+            if (groups := self.num_key_value_groups) > 1:
+                k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+                prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
+            k = self.excitor(k, hidden_states if layout is None else layout.spread(hidden_states), visual)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        options = {"prefix": prefix, "rescale": None, "dropout_p": self.attention_dropout if self.training else 0.0}
+        if attention_mask is not None and attention_mask.dim() == 4:
+            context = dense_mask_attention(q, k, v, attention_mask, **options)
+        else:
+            context = ops.attention(q, k, v, causal=True, key_padding_mask=attention_mask, **options)
+        context = context.transpose(1, 2).flatten(2)
+        if l_v is not None:
+            context = ops.rescale(context, self._per_query_head(l_v))
+        return self.o_proj(context if layout is None else layout.gather(context)), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _per_query_head(self, l: Tensor) -> Tensor:
+        """[H_kv d] -> [H d]."""
+        return l.view(-1, 1, self.head_dim).expand(-1, self.num_key_value_groups, -1).flatten()
+
+
+class DecoderLayer(modeling_llama.LlamaDecoderLayer):
+    """Pre-norm layer; each residual sum is formed once."""
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs) -> Tensor:
+        """Arguments as :class:`Attention`'s; returns the shape of hidden_states."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
+        return hidden_states + self.mlp(x)
+
+
+class Model(modeling_llama.LlamaModel):
+    """The stack of layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
+
+    @property
+    def prefix_shape(self) -> tuple[int, int, int]:
+        return len(self.layers), self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer. Hidden states of
+        padding are zero. Where neither a mask nor a cache is given, position_ids that start again within a row mark packed samples."""
+        if output_attentions:
+            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        encoder = getattr(self, "prefix_encoder", None)
+        positions = position_ids
+        if positions is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        mask = as_key_mask(attention_mask)
+        if past_key_values is not None and past_key_values.is_compileable and (mask is None or mask.dim() == 2):
+            mask = self._static_mask(hidden, attention_mask, past_key_values, positions)
+        tokens = layout = None
+        if past_key_values is None and (mask is None or mask.dim() == 2):
+            tokens, layout = self._layouts(hidden, mask, position_ids)
+            mask = None
+        if encoder is not None:
+            positions = positions + encoder.tokens
+        tables = self.rotary_emb(hidden.new_empty(0, dtype=accumulator(hidden.dtype)), position_ids=positions)
+        if tokens is not None:
+            tables = tuple(tokens.gather(t.expand(hidden.shape[0], -1, -1)) for t in tables)
+            hidden = tokens.gather(hidden)
+        pad = (lambda x: x) if tokens is None else tokens.spread
+        states = [hidden]
+        prefixes = [None] * len(self.layers) if encoder is None else encoder()
+        how = {name: value for name, value in {"layout": layout, **kwargs}.items() if value is not None}
+        for layer, prefix in zip(self.layers, prefixes):
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=tables,
+                past_key_values=past_key_values,
+                **how | ({} if prefix is None else {"prefix": prefix}),
+            )
+            states += [hidden] if output_hidden_states else []
+        hidden = pad(self.norm(hidden))
+        if output_hidden_states:
+            states = [*map(pad, states[:-1]), hidden]  # as in transformers, the last is the normed one
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=tuple(states) if output_hidden_states else None
+        )
+
+    def _layouts(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Layout, Layout]:
+        """(where tokens lie in the batch as given, where they lie in attention); both wait for the device if what they read is there."""
+        tokens = self_layout(hidden.shape[:2], mask, hidden.device)
+        if mask is not None and tokens.place is not None:
+            return tokens, rows_layout(mask.sum(1), hidden.device)
+        if mask is None and position_ids is not None:
+            ids = position_ids.expand(hidden.shape[0], -1).cpu()
+            starts = torch.ones_like(ids, dtype=torch.bool)
+            starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
+            first = starts.flatten().nonzero().squeeze(1)
+            if len(first) > hidden.shape[0]:
+                return tokens, rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
+        return tokens, tokens
+
+    def _static_mask(self, hidden, mask, cache, positions) -> Tensor | None:
+        """transformers' own mask, for caches of fixed size."""
+        return create_causal_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=positions
+        )
+
+
+class CausalLM(modeling_llama.LlamaForCausalLM):
+    """LLaMA with its head. In training, with labels, logits exist at labelled positions only and are not returned."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        visual: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
+        tokens, or their sum over ``num_items_in_batch``. visual: images' features for Excitor."""
+        shift_labels, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+        labelled = labels is not None or shift_labels is not None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if labelled and use_cache is None else use_cache,
+            visual=visual,
+            **kwargs,
+        )
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if not (labelled and self.training):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        if labelled:
+            aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
+            loss = self._loss(*aligned, items)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        head, labels, reduction = self.lm_head, labels.to(hidden.device), "mean" if items is None else "sum"
+        if type(head) is nn.Linear:
+            loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
+        else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
+            rows = labels.flatten() != -100
+            logits = head(hidden.flatten(0, 1)[rows])
+            loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), labels.flatten()[rows], reduction=reduction)
+        return loss if items is None else loss / items
+
+
+# transformers' class -> ours; the exact type only, as a subclass may mean something else
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    modeling_llama.LlamaRMSNorm: RMSNorm,
+    modeling_llama.LlamaMLP: MLP,
+    modeling_llama.LlamaAttention: Attention,
+    modeling_llama.LlamaDecoderLayer: DecoderLayer,
+    modeling_llama.LlamaModel: Model,
+    modeling_llama.LlamaForCausalLM: CausalLM,
+}
+# these hand masks, layouts and prefixes down in a form that only they read
+CARRIERS = (Model, DecoderLayer, Attention)
