@@ -13,10 +13,13 @@ Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for
 | up only             |               | gate, scale; up is let go   |
 | none                | nothing       | nothing                     |
 
-The activation itself is never saved: backward remakes it, for dl too, so l_ff costs no activation of its own.
+The activation itself is never saved: backward remakes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
+that follows save it (see _remade.py).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
+from fastpeft.ops._remade import remade
 
 aten = torch.ops.aten
 
@@ -101,9 +105,11 @@ def gelu(x: Tensor, scale: Tensor | None = None, approximate: str = "none") -> T
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate={approximate!r}; use 'none' or 'tanh'")
     if scale is None:  # nothing to fuse: ATen's own op saves x alone, as ours would
-        return F.gelu(x, approximate=approximate)
+        return remade(F.gelu(x, approximate=approximate), partial(F.gelu, approximate=approximate), x)
     check_affine("gelu", x, scale=scale)
-    return _GELU.apply(x, scale, approximate) if wants_grad(x, scale) else _gelu_forward(x, scale, approximate)
+    if wants_grad(x, scale):
+        return remade(_GELU.apply(x, scale, approximate), partial(_gelu_forward, approximate=approximate), x, scale)
+    return _gelu_forward(x, scale, approximate)
 
 
 def _swiglu_fwd(gate, up, scale):
@@ -162,4 +168,6 @@ def swiglu(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must match")
     if scale is not None:
         check_affine("swiglu", gate, scale=scale)
-    return _SwiGLU.apply(gate, up, scale) if wants_grad(gate, up, scale) else _swiglu_forward(gate, up, scale)
+    if wants_grad(gate, up, scale):
+        return remade(_SwiGLU.apply(gate, up, scale), _swiglu_forward, gate, up, scale)
+    return _swiglu_forward(gate, up, scale)

@@ -22,12 +22,15 @@ x_hat is never rebuilt from y by dividing by weight: a zero weight would lose it
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
+from fastpeft.ops._remade import remade
 
 aten = torch.ops.aten
 
@@ -128,6 +131,11 @@ class _LayerNorm(Function):
         return dx if need_x else None, dx if need_residual else None, dweight, dbias, None
 
 
+def _again(eps, h, weight, bias):
+    """y, for the backward of an op that took it."""
+    return _forward(h, None, weight, bias, eps, False)[0]
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
@@ -136,7 +144,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """
     check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)
     if wants_grad(x, weight, bias):
-        return _LayerNorm.apply(x, None, weight, bias, eps)
+        return remade(_LayerNorm.apply(x, None, weight, bias, eps), partial(_again, eps), x, weight, bias)
     return _forward(x, None, weight, bias, eps, False)[0]
 
 
@@ -147,5 +155,6 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Ten
     """
     check_norm("add_layer_norm", x, residual, eps, weight=weight, bias=bias)
     if wants_grad(x, residual, weight, bias):
-        return _LayerNorm.apply(x, residual, weight, bias, eps)
+        y, h = _LayerNorm.apply(x, residual, weight, bias, eps)
+        return remade(y, partial(_again, eps), h, weight, bias), h
     return _forward(x, residual, weight, bias, eps, False)[:2]

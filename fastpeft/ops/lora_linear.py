@@ -14,9 +14,9 @@ images meet x, their gradients come back in float32.
 | gradient needed for | saved                                                  | computed in backward        |
 |---------------------|--------------------------------------------------------|-----------------------------|
 | x                   | nothing (W, A, B are parameters, no copy)              | one GEMM, one rank-R update |
-| A                   | x, once for all projections                            | dS, dA                      |
+| A                   | x, once for all projections (what remakes it, if any)  | dS, dA                      |
 | B                   | S: R elements a token, not x                           | dB                          |
-| W                   | x                                                      | dW                          |
+| W                   | x (likewise)                                           | dW                          |
 | b                   | nothing                                                | db                          |
 | any, with dropout   | also a seed of 8 bytes: masks are drawn again, not kept |                            |
 
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._common import check_floating, wants_grad
+from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops._tiled import triton_launcher
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
@@ -204,16 +205,18 @@ class _LoRALinears(Function):
         ctx.needs = [sum(bit for bit, flag in zip((DW, DB, DLA, DLB), flags[i : i + 4]) if flag) for i in range(0, len(flags), 4)]
         ctx.scalings, ctx.p = scalings, p
         need_x, need_s = (any(need & bits for need in ctx.needs) for bits in (DW | DLA, DLB))
-        ctx.save_for_backward(x if need_x else None, s if need_s else None, seed, *weights, *As, *Bs)
+        ctx.remake, kept = keep(x if need_x else None)
+        ctx.save_for_backward(s if need_s else None, seed, *weights, *As, *Bs, *kept)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
-        x, s, seed, *params = ctx.saved_tensors
+        s, seed, *params = ctx.saved_tensors
         n = len(dys)
-        weights, As, Bs = params[:n], params[n : 2 * n], params[2 * n :]
+        weights, As, Bs = params[:n], params[n : 2 * n], params[2 * n : 3 * n]
         out = [None] * (4 + 4 * n)
         if any(dy is not None for dy in dys):
+            x = again(ctx.remake, params[3 * n :])
             grads = iter(_backward(list(dys), x, weights, As, Bs, s, ctx.scalings, ctx.p, seed, ctx.need_dx, ctx.needs))
             if ctx.need_dx:
                 out[3] = next(grads)
@@ -282,3 +285,10 @@ def lora_linear(
     then kept for lora_A alone. Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     return lora_linears(x, [(weight, bias, lora_A, lora_B, scaling)], dropout_p)[0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _remade.py)."""
+    if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None:
+        return lora_linear(x, weight, bias, None, None)
+    return torch.nn.functional.linear(x, weight, bias)

@@ -9,7 +9,7 @@ Accumulation: float32 (float64 for float64). No division by l anywhere: exact ze
 | gradient needed for | saved                  | written in backward |
 |---------------------|------------------------|---------------------|
 | x only              | scale (the parameter)  | dx                  |
-| scale only          | x                      | dscale; no dx       |
+| scale only          | x, or what remakes it  | dscale; no dx       |
 | both                | x, scale               | dx, dscale, one pass over dy and x; dy x never exists |
 | none                | nothing                |                     |
 """
@@ -22,6 +22,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._remade import again, keep, remade
 
 
 def rescale_reference(x: Tensor, scale: Tensor) -> Tensor:
@@ -55,13 +56,15 @@ _backward = _library.define(
 class _Rescale(Function):
     @staticmethod
     def forward(ctx, x, scale):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale)
+        ctx.remake, kept = keep(x if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(scale, *kept)
         return _forward(x, scale)
 
     @staticmethod
     def backward(ctx, dy):
         need_dx, need_dscale = ctx.needs_input_grad
-        dx, dscale = _backward(dy, *ctx.saved_tensors, need_dx, need_dscale)
+        scale, *kept = ctx.saved_tensors
+        dx, dscale = _backward(dy, again(ctx.remake, kept), scale, need_dx, need_dscale)
         return dx if need_dx else None, dscale if need_dscale else None
 
 
@@ -78,4 +81,7 @@ def rescale(x: Tensor, scale: Tensor) -> Tensor:
     trailing = x.shape[x.dim() - scale.dim() :]
     if scale.dim() > x.dim() or any(s not in (1, n) for s, n in zip(scale.shape, trailing)):
         raise ValueError(f"rescale: scale {tuple(scale.shape)} does not broadcast to x {tuple(x.shape)}; view it as [N] or [..., 1]")
-    return _Rescale.apply(x, scale) if wants_grad(x, scale) else _forward(x, scale)
+    if not wants_grad(x, scale):
+        return _forward(x, scale)
+    y = _Rescale.apply(x, scale)
+    return remade(y, _forward, x, scale) if scale.requires_grad else y

@@ -18,12 +18,15 @@ Accumulation: float32 (float64 for float64); one rounding, at the store (transfo
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
+from fastpeft.ops._remade import remade
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -104,6 +107,11 @@ class _RMSNorm(Function):
         return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None
 
 
+def _again(eps, h, weight):
+    """y, for the backward of an op that took it."""
+    return _forward(h, None, weight, eps, False)[0]
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
@@ -112,7 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """
     check_norm("rms_norm", x, None, eps, weight=weight)
     if wants_grad(x, weight):
-        return _RMSNorm.apply(x, None, weight, eps)
+        return remade(_RMSNorm.apply(x, None, weight, eps), partial(_again, eps), x, weight)
     return _forward(x, None, weight, eps, False)[0]
 
 
@@ -120,5 +128,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
     """``h = x + residual`` and ``y = rms_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N]."""
     check_norm("add_rms_norm", x, residual, eps, weight=weight)
     if wants_grad(x, residual, weight):
-        return _RMSNorm.apply(x, residual, weight, eps)
+        y, h = _RMSNorm.apply(x, residual, weight, eps)
+        return remade(y, partial(_again, eps), h, weight), h
     return _forward(x, residual, weight, eps, False)[:2]
