@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.base import swap_class
+from fastpeft.ops.lora_linear import linear
 
 
 class Adapted:
@@ -52,7 +53,7 @@ class AdaptedLinear(Adapted, nn.Linear):
         if self.ia3_l is not None and self.ia3_feedforward:
             x = ops.rescale(x, self.ia3_l)
         if self.lora_A is None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return ops.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.active_dropout)
 
     @property

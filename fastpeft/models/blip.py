@@ -21,7 +21,15 @@ from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods.adapted import AdaptedLinear
-from fastpeft.models.attend import as_key_mask, dense_mask_attention, project_together, projection_of, rescaled
+from fastpeft.models.attend import (
+    as_key_mask,
+    dense_mask_attention,
+    key_value_rescale,
+    project_one,
+    project_together,
+    projection_of,
+    rescaled,
+)
 from fastpeft.models.layers import LayerNorm
 from fastpeft.models.layout import Layout, image_layout, self_layout
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
@@ -47,10 +55,10 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
-            q = self._heads(layout.spread(self.query(hidden_states)))
+            q = self._heads(layout.spread(project_one(self.query, hidden_states)))
             return layout.gather(self._absorbed(q, encoder_hidden_states).transpose(1, 2).flatten(2)), None
         if cross:
-            q = self.query(hidden_states)
+            q = project_one(self.query, hidden_states)
             k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
             q = self._heads(q if layout is None else layout.spread(q))
         else:
@@ -76,12 +84,7 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
 
     def _rescale(self) -> tuple[Tensor, Tensor] | None:
-        """IA3's (l_k, l_v), each [H, d]."""
-        l_k, l_v = (linear.output_rescale if isinstance(linear, AdaptedLinear) else None for linear in (self.key, self.value))
-        if l_k is None and l_v is None:
-            return None
-        l_k, l_v = (torch.ones_like(l_v) if l_k is None else l_k), (torch.ones_like(l_k) if l_v is None else l_v)
-        return l_k.view(self.num_attention_heads, -1), l_v.view(self.num_attention_heads, -1)
+        return key_value_rescale(self.key, self.value, self.num_attention_heads)
 
     def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
         """k, v [B, H, N, d] of an image or a question before IA3's factors; an EncoderDecoderCache holds them from the first token on.
@@ -133,7 +136,7 @@ class _AddNorm:
     """norm(dropout(dense(x)) + residual), the sum formed once, inside the norm."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        branch, norm = self.dropout(self.dense(hidden_states)), self.LayerNorm
+        branch, norm = self.dropout(project_one(self.dense, hidden_states)), self.LayerNorm
         if type(norm) not in (nn.LayerNorm, LayerNorm):  # someone's wrapper, such as PEFT's LN tuning
             return norm(branch + input_tensor)
         return ops.add_layer_norm(branch, input_tensor, norm.weight, norm.bias, norm.eps)[0]
@@ -145,6 +148,14 @@ class TextSelfOutput(_AddNorm, modeling_blip_text.BlipTextSelfOutput):
 
 class TextOutput(_AddNorm, modeling_blip_text.BlipTextOutput):
     pass
+
+
+class TextIntermediate(modeling_blip_text.BlipTextIntermediate):
+    """The feed-forward's first half; keeps its linear layer's output and neither input nor activation."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., C] -> [..., 4 C]."""
+        return self.intermediate_act_fn(project_one(self.dense, hidden_states))
 
 
 class TextLayer(modeling_blip_text.BlipTextLayer):
@@ -290,11 +301,13 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         is_decoder=True,
         reduction="mean",
         logits_to_keep=0,
+        loss_only=False,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
-        """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers."""
+        """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``loss_only``: with labels,
+        logits are returned in evaluation neither."""
         shift_labels = kwargs.pop("shift_labels", None)  # [B, L], aligned with input_ids by the caller
-        lean = labels is not None and self.training and not return_logits
+        lean = labels is not None and (self.training or loss_only) and not return_logits
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -336,10 +349,18 @@ class VisionAttention(modeling_blip.BlipAttention):
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
         """hidden_states [B, M, C]."""
-        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = project_one(self.qkv, hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         dropout_p = self.dropout.p if self.training else 0.0
         context = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
         return self.projection(context.transpose(1, 2).flatten(2)), None
+
+
+class VisionMLP(modeling_blip.BlipMLP):
+    """fc2(gelu(fc1(x))); keeps fc1's output and neither x nor the activation."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., C]."""
+        return project_one(self.fc2, self.activation_fn(project_one(self.fc1, hidden_states)))
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
@@ -348,10 +369,12 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextAttention: TextAttention,
     modeling_blip_text.BlipTextSelfOutput: TextSelfOutput,
     modeling_blip_text.BlipTextOutput: TextOutput,
+    modeling_blip_text.BlipTextIntermediate: TextIntermediate,
     modeling_blip_text.BlipTextLayer: TextLayer,
     modeling_blip_text.BlipTextModel: TextModel,
     modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,
     modeling_blip.BlipAttention: VisionAttention,
+    modeling_blip.BlipMLP: VisionMLP,
 }
 # these hand masks, layouts and prefixes down in a form that only they read
 CARRIERS = (TextModel, TextLayer, TextAttention, TextSelfAttention)

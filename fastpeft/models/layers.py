@@ -1,8 +1,10 @@
-"""PyTorch's own layers on fastpeft's operators."""
+"""Layers that every backbone has, on fastpeft's operators."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 from fastpeft import ops
 
@@ -23,8 +25,16 @@ class Dropout(nn.Dropout):
         return ops.dropout(x, self.p, self.training)
 
 
-# PyTorch's class -> ours
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dropout: Dropout}
+class GELU(GELUActivation):
+    """GELU whose output the linear layer after it need not keep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape."""
+        return ops.gelu(x) if self.act is F.gelu else super().forward(x)
+
+
+# PyTorch's or transformers' class -> ours
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dropout: Dropout, GELUActivation: GELU}
 
 
 def supports_layer_norm(module: nn.LayerNorm) -> str:

@@ -13,7 +13,7 @@ from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 
 from fastpeft.methods import Part
-from fastpeft.models.blip import TextModel
+from fastpeft.models.blip import TextLMHeadModel, TextModel
 
 DROP_PATH = 0.1
 
@@ -172,6 +172,7 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
             encoder_attention_mask=attention_mask,
             labels=labels,
             reduction="sum",
+            **({"loss_only": True} if isinstance(self.text_decoder, TextLMHeadModel) else {}),
         )
         return BlipTextVisionModelOutput(
             loss=None if labels is None else answer.loss / labels.shape[0],
