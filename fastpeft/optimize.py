@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastpeft.methods.base import swap_class
-from fastpeft.models import blip, layers, llama
+from fastpeft.models import blip, clip, layers, llama
 
-SWAPS = blip.SWAPS | llama.SWAPS | layers.SWAPS
+SWAPS = blip.SWAPS | clip.SWAPS | llama.SWAPS | layers.SWAPS
 # these hand masks, layouts and prefixes down in a form that only ours read
 CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
 LEAN_LOSS = "a training step with labels returns no logits: they are formed at labelled positions only, for the loss"

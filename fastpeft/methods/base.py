@@ -24,7 +24,8 @@ class Part:
 
     Module names are relative to the part. ``lora``, ``ia3`` and ``ia3_feedforward`` are PEFT's ``target_modules`` (see :func:`matches`);
     ``attention`` and ``ffn`` name the modules whose parameters those treatments train. ``prefix_host`` is the module that runs the layers
-    and hands prefixes to their self-attention (it has ``prefix_encoder`` and ``prefix_shape = (layers, heads, head_dim)``).
+    and hands prefixes to their self-attention (it has ``prefix_encoder`` and ``prefix_shape = (layers, heads, head_dim)``), and
+    ``prefix_tokens`` the papers' number of them.
     ``norms_left_out`` are norms that LayerNorm skips. Two parts may share a path: ``excludes`` are modules there that belong to another
     part, ``only`` the modules that alone belong to this one.
     """
@@ -37,6 +38,7 @@ class Part:
     attention: tuple[str, ...] | str = ()
     ffn: tuple[str, ...] | str = ()
     prefix_host: str | None = None
+    prefix_tokens: int = 10
     norms_left_out: tuple[str, ...] = ()
     peft_task: str | None = None
     excludes: tuple[str, ...] = ()

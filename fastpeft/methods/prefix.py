@@ -46,12 +46,12 @@ class PrefixEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class PTv2(Method):
-    """P-tuning v2: n prefix keys and values per layer, learned directly."""
+    """P-tuning v2: n prefix keys and values per layer, learned directly. num_virtual_tokens: n; None is the part's own (10)."""
 
     name: ClassVar[str] = "PTv2"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     projection: ClassVar[bool] = False
-    num_virtual_tokens: int = 10
+    num_virtual_tokens: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -73,7 +73,7 @@ class PTv2(Method):
         dtype = torch.float32 if reference.dtype in (torch.float16, torch.bfloat16) else reference.dtype
         factory = {"dtype": dtype, "device": reference.device}
         host.prefix_encoder = PrefixEncoder(
-            self.num_virtual_tokens, layers, heads, head_dim, self.projection_width(heads * head_dim), **factory
+            self.num_virtual_tokens or part.prefix_tokens, layers, heads, head_dim, self.projection_width(heads * head_dim), **factory
         )
 
     @staticmethod
@@ -93,6 +93,12 @@ class PTv2(Method):
         with torch.no_grad():
             for name, parameter in encoder.named_parameters():
                 parameter.copy_(tensors["prompt_embeddings" if encoder.transform is None else PROJECTION + name])
+
+    def equivalent(self, other: Method, part: Part) -> bool:
+        def told(method):
+            return dataclasses.replace(method, num_virtual_tokens=method.num_virtual_tokens or part.prefix_tokens)
+
+        return type(self) is type(other) and told(self) == told(other)
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         encoder = self.encoder(root, part)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BlipConfig, BlipForQuestionAnswering, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import BlipConfig, BlipForQuestionAnswering, LlamaConfig, LlamaForCausalLM, LlavaConfig, PretrainedConfig
 
 from fastpeft.methods import Part
-from fastpeft.models import llama, miss
+from fastpeft.models import llama, llava, miss
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -44,6 +44,13 @@ FAMILIES = (
         LlamaConfig,
         llama.PARTS,
         {name: partial(llama.llama_config, name) for name in llama.SIZES},
+    ),
+    Family(
+        llava.LlavaMedForConditionalGeneration,
+        llava.LlavaMedForConditionalGeneration,
+        LlavaConfig,
+        llava.PARTS,
+        {name: partial(llava.llava_med_config, name) for name in llava.SIZES},
     ),
 )
 NAMES = tuple(name for family in FAMILIES for name in family.configs)

@@ -284,20 +284,23 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
             logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
         if labelled:
             aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
-            loss = self._loss(*aligned, items)
+            loss = loss_of(self.lm_head, *aligned, items)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        head, labels, reduction = self.lm_head, labels.to(hidden.device), "mean" if items is None else "sum"
-        if type(head) is nn.Linear:
-            loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
-        else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
-            rows = labels.flatten() != -100
-            logits = head(hidden.flatten(0, 1)[rows])
-            loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), labels.flatten()[rows], reduction=reduction)
-        return loss if items is None else loss / items
+
+def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross entropy of hidden [B, L, C] under ``head`` with labels [B, L], -100 for none: the mean over labelled tokens, or their sum
+    over ``items``. Logits exist at labelled positions only."""
+    labels, reduction = labels.to(hidden.device), "mean" if items is None else "sum"
+    if type(head) is nn.Linear:
+        loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
+    else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
+        rows = labels.flatten() != -100
+        logits = head(hidden.flatten(0, 1)[rows])
+        loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), labels.flatten()[rows], reduction=reduction)
+    return loss if items is None else loss / items
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else

@@ -33,7 +33,7 @@ def test_the_matrix_is_that_of_peft(projection):
 @pytest.mark.parametrize("method", [fp.PTv2(num_virtual_tokens=3), fp.Prefix(num_virtual_tokens=3), fp.Prefix(projection_dim=8)])
 def test_parameters(miss, method):
     model = fp.adapt(miss.build(), dec=method)
-    n, C, layers = method.num_virtual_tokens, 32, 2
+    n, C, layers = method.num_virtual_tokens or 10, 32, 2
     width = getattr(method, "projection_dim", None) or C
     direct = n * layers * 2 * C
     projected = n * C + width * (C + 1) + (width + 1) * layers * 2 * C

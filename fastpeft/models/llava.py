@@ -1,0 +1,140 @@
+"""LLaVA-Med: transformers' LlavaForConditionalGeneration with the first LLaVA's one linear connector.
+
+Source: Li et al., "LLaVA-Med" (2023), on LLaVA (Liu et al., 2023): CLIP ViT-L/14 at 224 px, the patches of its last layer but one,
+Linear 1024 -> 4096, LLaMA-7B with four added tokens (padding, image patch, image start and end: a vocabulary of 32,004).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from fastpeft.methods import Part
+from fastpeft.models.clip import vision_config, vision_part
+from fastpeft.models.llama import llama_config, llama_part, loss_of
+
+SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+PARTS = (
+    vision_part("vision", "model.vision_tower"),
+    Part("connector", "model.multi_modal_projector", lora=("linear",)),
+    llama_part(
+        "llm",
+        "model.language_model",
+        lora=ALL_LINEARS,
+        prefix_host="",
+        prefix_tokens=5,
+        norms_left_out=("norm",),
+        excludes=("embed_tokens",),
+        peft_task="FEATURE_EXTRACTION",
+    ),
+    Part("head", "", only=("lm_head", "model.language_model.embed_tokens"), lora=("lm_head",)),
+)
+
+
+def llava_med_config(name: str, **overrides) -> LlavaConfig:
+    """``overrides``: ``vision_config`` and ``text_config`` (mappings of what differs), or fields of LlavaConfig."""
+    vision, text, vocabulary = SIZES[name]
+    seen = vision_config(vision, **overrides.pop("vision_config", {}))
+    read = llama_config(text, **{"vocab_size": vocabulary} | overrides.pop("text_config", {}))
+    if unknown := sorted(set(overrides) - LlavaConfig().to_dict().keys()):
+        raise ValueError(f"a LLaVA-Med has no {', '.join(unknown)}; overrides are vision_config, text_config and fields of LlavaConfig")
+    defaults = {
+        "image_token_index": read.vocab_size - 3,  # after the padding token: <im_patch>
+        "image_seq_length": (seen.image_size // seen.patch_size) ** 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "architectures": ["LlavaMedForConditionalGeneration"],
+    }
+    return LlavaConfig(vision_config=seen, text_config=read, **defaults | overrides)
+
+
+class Connector(nn.Module):
+    """Patches [U, N, C_vision] -> the language model's width."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        return self.linear(image_features)
+
+
+class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
+    """Beyond transformers' arguments, ``forward`` takes ``image_embeds`` [U, N, C_vision], patches that :meth:`encode_images` made, and
+    ``image_index`` [B]: the image of each sample, in the order of its image tokens; -1 for a sample without one."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.model.multi_modal_projector = Connector(config)
+        self.post_init()
+
+    def train(self, mode: bool = True):
+        """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
+        super().train(mode)
+        for path in getattr(self, "evaluation_only", None) or ():
+            self.get_submodule(path).eval()
+        return self
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """[U, 3, S, S] -> patches [U, N, C_vision] of the last layer but one; the last is not run."""
+        tower, layer = self.model.vision_tower, self.config.vision_feature_layer
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        for block in tower.encoder.layers[: len(tower.encoder.layers) + 1 + layer]:
+            hidden = block(hidden, None)
+        return hidden[:, 1:]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_embeds: Tensor | None = None,
+        image_index: Tensor | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens. In training, with labels,
+        logits exist at labelled positions only and are not returned."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None or image_embeds is not None:
+                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index)
+        outputs = self.model.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
+            **kwargs,
+        )
+        hidden, logits = outputs.last_hidden_state, None
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        loss = None if labels is None else loss_of(self.lm_head, hidden[:, :-1], labels[:, 1:])
+        return LlavaCausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _with_images(self, input_ids, inputs_embeds, pixel_values, image_embeds, image_index) -> Tensor:
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("give pixel_values, or image_embeds that encode_images() made of them")
+        images = self.encode_images(pixel_values) if image_embeds is None else image_embeds
+        seen = self.model.multi_modal_projector(images)
+        if image_index is not None:
+            seen = seen[image_index[image_index >= 0].to(seen.device)]
+        holes = input_ids == self.config.image_token_index
+        images, patches, found = *seen.shape[:2], int(holes.sum())
+        if found != images * patches:
+            raise ValueError(f"{found} image tokens (id {self.config.image_token_index}) for {images} images of {patches} patches each")
+        return inputs_embeds.masked_scatter(holes[..., None], seen.to(inputs_embeds.dtype))

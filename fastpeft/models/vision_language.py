@@ -1,0 +1,79 @@
+"""What backbones of a CLIP image encoder and a LLaMA have in common: their configuration, their batches, generation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPVisionModel
+
+
+class VisionLanguageConfig(PretrainedConfig):
+    """``vision_config`` (CLIPVisionConfig) and ``text_config`` (LlamaConfig), and what a subclass adds."""
+
+    sub_configs: ClassVar = {"vision_config": CLIPVisionConfig, "text_config": LlamaConfig}
+
+    def __init__(self, vision_config: Any = None, text_config: Any = None, **kwargs):
+        def made(config, cls):
+            return config if isinstance(config, cls) else cls(**config or {})
+
+        self.vision_config, self.text_config = made(vision_config, CLIPVisionConfig), made(text_config, LlamaConfig)
+        kwargs = {"tie_word_embeddings": self.text_config.tie_word_embeddings} | kwargs
+        super().__init__(**kwargs)
+
+
+class VisionLanguageModel(PreTrainedModel):
+    """``vision``: CLIP's image encoder; ``llm``: LlamaForCausalLM. A subclass says how images enter the text.
+
+    A batch holds distinct images (``pixel_values`` [U, 3, S, S], or ``image_embeds`` that :meth:`encode_images` made of them) and
+    ``image_index`` [B]: sample b sees image ``image_index[b]``, or none where that is -1.
+    """
+
+    config_class = VisionLanguageConfig
+    base_model_prefix = "llm"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: VisionLanguageConfig):
+        super().__init__(config)
+        self.vision = CLIPVisionModel(config.vision_config)
+        self.llm = LlamaForCausalLM(config.text_config)
+
+    def train(self, mode: bool = True):
+        """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
+        super().train(mode)
+        for path in getattr(self, "evaluation_only", None) or ():
+            self.get_submodule(path).eval()
+        return self
+
+    def get_input_embeddings(self):
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.llm.get_output_embeddings()
+
+    def _init_weights(self, module):
+        """Both halves have initialised themselves."""
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """[U, 3, S, S] -> what of an image does not depend on the text: a constant where ``vision`` is frozen."""
+        raise TypeError(f"{type(self).__name__} does not say what it takes of an image")
+
+    def images_of(self, pixel_values: Tensor | None, image_embeds: Tensor | None) -> Tensor | None:
+        """The distinct images' features, given as pixels or as features; None where a batch has none."""
+        if pixel_values is not None and image_embeds is not None:
+            raise ValueError("give pixel_values, or image_embeds that encode_images() made of them, not both")
+        return self.encode_images(pixel_values) if pixel_values is not None else image_embeds
+
+    @staticmethod
+    def index_of(images: Tensor | None, image_index: Tensor | None, samples: int) -> Tensor:
+        """[samples] int64: each sample's image, -1 for none; without ``image_index`` sample b sees image b."""
+        count = 0 if images is None else len(images)
+        if image_index is None:
+            if count not in (0, samples):
+                raise ValueError(f"{count} images for {samples} samples: give image_index [{samples}], -1 for a sample without an image")
+            image_index = torch.arange(samples) if count else torch.full((samples,), -1)
+        if image_index.shape != (samples,) or int(image_index.max()) >= count or int(image_index.min()) < -1:
+            raise ValueError(f"image_index {image_index.tolist()} must give each of {samples} samples one of {count} images, or -1")
+        return image_index

@@ -1,0 +1,103 @@
+"""LLaVA-Med: the paper's counts, and its forward against one written out by hand."""
+
+import pytest
+import torch
+
+import fastpeft as fp
+
+ROWS = {  # Table 2 of the LayerNorm paper; its FFN rows count two of three matrices, ours all
+    "F/F/LayerNorm/F": 262_144,
+    "F/T/LayerNorm/T": 266_637_312,
+    "LayerNorm/T/LayerNorm/T": 266_737_664,
+    "Attention/F/Attention/F": 2_248_245_248,
+    "F/T/LoRA/T": 276_369_408,
+    "F/T/Prefix/T": 1_357_180_928,
+    "F/F/FFN/F": 32 * 3 * 4096 * 11_008,
+}
+
+
+@pytest.mark.parametrize("plan", ROWS)
+def test_trained_parameters(plan):
+    model = fp.adapt(fp.build("llava-med", device="meta"), plan)
+    counted = fp.count(model)
+    assert counted["base"] == 7_045_826_560 and counted["trainable"] == ROWS[plan]
+    assert sum(part["base"] for part in counted["parts"].values()) == counted["base"]
+
+
+@pytest.fixture
+def model():
+    return fp.build("llava-med-tiny", dtype=torch.float64)
+
+
+@pytest.fixture
+def batch(model):
+    """Two samples on one image and one without any: 16 image tokens each where there is one."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 400, (3, 22))
+    ids[:2, 2:18] = model.config.image_token_index
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = mask[2, 9:] = 0
+    labels = torch.where((torch.arange(22) > 18) & mask.bool(), ids, -100)
+    labels[2, 5:9] = ids[2, 5:9]
+    pixels = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels, "image_index": torch.tensor([0, 0, -1])}
+
+
+def by_hand(model, batch):
+    tower = model.model.vision_tower
+    states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    seen = model.model.multi_modal_projector.linear(states)
+    text = model.model.language_model.embed_tokens(batch["input_ids"]).clone()
+    for row, image in enumerate(batch["image_index"].tolist()):
+        if image >= 0:
+            text[row, 2:18] = seen[image]
+    hidden = model.model.language_model(inputs_embeds=text, attention_mask=batch["attention_mask"]).last_hidden_state
+    logits = model.lm_head(hidden)[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("plan", ["LoRA/T/LoRA/T", "F/T/Prefix/F", "Attention/F/FFN/F", "LayerNorm/T/LayerNorm/T", "T/T/T/T", "F/F/F/LoRA"])
+def test_loss_and_gradients(model, batch, plan):
+    fp.adapt(model, plan).train()
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.02 * torch.randn_like(p)
+    grads = []
+    for loss in (by_hand(model, batch), model(**batch).loss):
+        model.zero_grad()
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_features_in_place_of_pixels(model, batch):
+    want = model(**batch).loss
+    batch["image_embeds"] = model.encode_images(batch.pop("pixel_values"))
+    assert torch.equal(model(**batch).loss, want)
+
+
+def test_generation_equals_decoding_step_by_step(model, batch):
+    batch.pop("labels")
+    one = {"input_ids": batch["input_ids"][:1, :19], "pixel_values": batch["pixel_values"]}
+    answer = model.generate(**one, max_new_tokens=5, eos_token_id=None, do_sample=False)
+    ids = one["input_ids"]
+    for _ in range(5):
+        ids = torch.cat([ids, model(input_ids=ids, pixel_values=one["pixel_values"]).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(answer, ids)
+
+
+def test_wrong_number_of_image_tokens(model, batch):
+    batch["input_ids"][0, 5] = 7
+    with pytest.raises(ValueError, match=r"31 image tokens .* 2 images of 16 patches"):
+        model(**batch)
+
+
+def test_folder_and_adapter_round_trip(model, batch, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    fp.adapt(model, "F/T/LoRA/T")
+    fp.save_adapter(model, tmp_path / "adapter")
+    other = fp.load_adapter(fp.build(tmp_path / "base", dtype=torch.float64), tmp_path / "adapter")
+    assert torch.equal(other.eval()(**batch).loss, model.eval()(**batch).loss)
