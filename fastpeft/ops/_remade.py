@@ -49,10 +49,10 @@ def recipe_of(x: Tensor) -> Recipe | None:
     return recipe if recipe is not None and recipe.version == x._version else None
 
 
-def remade(y: Tensor, remake: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """``y``, noted to equal ``remake(*inputs)`` bit for bit. The inputs must be such that backward keeps them in any case; one that has
-    a recipe of its own is replaced by what that recipe needs."""
-    if not _enabled or torch.compiler.is_compiling() or not y.requires_grad:
+def remade(y: Tensor, remake: Callable[..., Tensor], *inputs: Tensor | None, smaller: bool = False) -> Tensor:
+    """``y``, noted to equal ``remake(*inputs)`` bit for bit. The inputs must be such that backward keeps them in any case, or ``smaller``
+    than y; one that has a recipe of its own is replaced by what that recipe needs."""
+    if not _enabled or torch.compiler.is_compiling() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
     recipes = [None if x is None else recipe_of(x) for x in inputs]
     if any(recipe is not None for recipe in recipes):
