@@ -21,8 +21,8 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 
 In 16 bit a prefix is joined to the keys for each call instead (and P alone keeps k and v too): see _joined.
 
-This is the CPU's path. On CUDA, and with dropout, the same folding surrounds SDPA, flash-attn or xformers
-(attention_backends.py). With a prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
+This is the CPU's path. On CUDA the same folding surrounds SDPA, flash-attn or xformers (attention_backends.py); with dropout on the
+CPU, attention_dropout.py. With a prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops.attention_backends import allowed_keys, around_sdpa
+from fastpeft.ops.attention_dropout import attention_with_dropout
+from fastpeft.ops.rescale import rescale as rescaled
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -138,6 +141,7 @@ class _Attention(Function):
         return o if lv is None else o * _per_query_head(lv, q)
 
     @staticmethod
+    @first_order
     def backward(ctx, do):
         q, k, v, o, lse, padding, pk, pv, lk, lv = ctx.saved_tensors
         need_q, _, _, _, _, need_lk, need_lv = ctx.needs_input_grad[3:]
@@ -203,6 +207,7 @@ def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
         raise ValueError(f"attention: dropout_p is {dropout_p}; it must lie in [0, 1)")
 
 
+@under_autocast("lower")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -234,9 +239,15 @@ def attention(
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
     if q.device.type != "cpu" or dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
-        q = q if lk is None else q * _per_query_head(lk, q)
-        o = around_sdpa(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
-        return o if lv is None else o * _per_query_head(lv, o)
+        q = q if lk is None else rescaled(q, _per_query_head(lk, q))
+        if q.device.type == "cpu" and dropout_p > 0.0 and 0 not in (q.numel(), k.numel()):
+            allowed = allowed_keys(q, k, causal, key_padding_mask)
+            if allowed is not None and prefix is not None:
+                allowed = torch.nn.functional.pad(allowed, (pk.shape[1], 0), value=True)
+            o = attention_with_dropout(q, k, v, allowed, scale, prefix, dropout_p)
+        else:
+            o = around_sdpa(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
+        return o if lv is None else rescaled(o, _per_query_head(lv, o))
     if wants_grad(q, k, v, pk, pv, lk, lv):
         return _Attention.apply(causal, scale, key_padding_mask, q, k, v, pk, pv, lk, lv)
     o, _ = _forward(causal, scale, key_padding_mask, q, k, v, pk, pv, lk)
