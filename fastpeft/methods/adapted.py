@@ -6,13 +6,15 @@ their names and the adapter's parameters stand beside them: ``query.weight``, ``
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.base import swap_class
-from fastpeft.ops.lora_linear import linear
+from fastpeft.ops.lora_linear import Projection, linear
 
 
 class Adapted:
@@ -40,26 +42,45 @@ class Adapted:
         return self.lora_dropout if self.training else 0.0
 
 
+class Terms(NamedTuple):
+    """What a linear layer computes, whoever adapted it: y = after * (W(before * x) + b + scaling * B A dropout(before * x))."""
+
+    projection: Projection
+    dropout_p: float = 0.0
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+    def without_after(self, x: Tensor) -> Tensor:
+        """The output without IA3's factor on it: attention applies that factor to the query side instead (no extra tensor)."""
+        x = x if self.before is None else ops.rescale(x, self.before)
+        if self.projection.lora_A is None:
+            return linear(x, self.projection.weight, self.projection.bias)
+        return ops.lora_linear(x, *self.projection, self.dropout_p)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.without_after(x)
+        return y if self.after is None else ops.rescale(y, self.after)
+
+
 class AdaptedLinear(Adapted, nn.Linear):
-    """y = l_out * (W(l_in * x) + b + scaling * B A dropout(l_in * x)); whichever of LoRA and IA3 is absent drops out."""
+    """A linear layer with LoRA and IA3; whichever is absent drops out."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in]`` -> ``[..., out]``."""
-        y = self.before_rescale(x)
-        return y if self.ia3_l is None or self.ia3_feedforward else ops.rescale(y, self.ia3_l)
+        return self.terms()(x)
 
-    def before_rescale(self, x: Tensor) -> Tensor:
-        """The output without IA3's factor on it: attention applies that factor to the query side instead (no extra tensor)."""
-        if self.ia3_l is not None and self.ia3_feedforward:
-            x = ops.rescale(x, self.ia3_l)
-        if self.lora_A is None:
-            return linear(x, self.weight, self.bias)
-        return ops.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.active_dropout)
+    def terms(self) -> Terms:
+        before, after = (self.ia3_l, None) if self.ia3_feedforward else (None, self.ia3_l)
+        scaling = 1.0 if self.lora_A is None else self.scaling
+        projection = Projection(self.weight, self.bias, self.lora_A, self.lora_B, scaling)
+        return Terms(projection, 0.0 if self.lora_A is None else self.active_dropout, before, after)
 
-    @property
-    def output_rescale(self) -> Tensor | None:
-        """IA3's factor on the output, ``[out]``."""
-        return None if self.ia3_l is None or self.ia3_feedforward else self.ia3_l
+
+def terms_of(module: nn.Module) -> Terms | None:
+    """What ``module`` computes, where that is known; None for a module that must be called as it is."""
+    if type(module) is nn.Linear:
+        return Terms(Projection(module.weight, module.bias))
+    return module.terms() if hasattr(module, "terms") else None
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):

@@ -7,30 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft import ops
-from fastpeft.methods.adapted import AdaptedLinear
+from fastpeft.methods.adapted import Terms, terms_of
 from fastpeft.ops._remade import recipe_of
-from fastpeft.ops.lora_linear import Projection, lora_linears
+from fastpeft.ops.lora_linear import lora_linears
 
 
-def projection_of(linear: nn.Linear) -> Projection:
-    if isinstance(linear, AdaptedLinear) and linear.lora_A is not None:
-        return Projection(linear.weight, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
-    return Projection(linear.weight, linear.bias)
-
-
-def project_together(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Tensor, ...]:
+def project_together(linears: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
     """Several projections of one input, without IA3's factors on outputs, which attention folds into q and into its own output."""
-    ours = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-    joint = all(type(linear) is nn.Linear or linear in ours for linear in linears)
-    joint = joint and not any(linear.ia3_feedforward for linear in ours)
-    # what is trained without LoRA joins too where backward can form x again: as one op it does so once, and keeps nothing
-    joint = joint and (
-        any(linear.lora_A is not None for linear in ours)
-        or (any(linear.weight.requires_grad for linear in linears) and torch.is_grad_enabled() and recipe_of(x) is not None)
-    )
-    if not joint or len({linear.active_dropout for linear in ours if linear.lora_A is not None}) > 1:
-        return tuple(linear.before_rescale(x) if linear in ours else linear(x) for linear in linears)
-    return lora_linears(x, [projection_of(linear) for linear in linears], max((linear.active_dropout for linear in ours), default=0.0))
+    terms = [terms_of(linear) for linear in linears]
+    if _joins(terms, x):
+        return lora_linears(x, [term.projection for term in terms], max(term.dropout_p for term in terms))
+    return tuple(linear(x) if term is None else term.without_after(x) for linear, term in zip(linears, terms))
+
+
+def _joins(terms: list[Terms | None], x: Tensor) -> bool:
+    """Whether the projections run as one op: with LoRA its products then share x. What is trained without LoRA joins too where backward
+    can form x again: as one op it does so once, and keeps nothing."""
+    if any(term is None or term.before is not None for term in terms):
+        return False
+    low_rank = [term for term in terms if term.projection.lora_A is not None]
+    if low_rank:
+        return len({term.dropout_p for term in low_rank}) == 1
+    return any(term.projection.weight.requires_grad for term in terms) and torch.is_grad_enabled() and recipe_of(x) is not None
 
 
 def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor:
@@ -48,9 +46,15 @@ def as_key_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dim() == 4 else mask.bool()
 
 
-def rescaled(linear: nn.Linear, y: Tensor) -> Tensor:
+def output_factor(linear: nn.Module) -> Tensor | None:
+    """IA3's factor on the output, [out], which :func:`project_together` leaves to its caller."""
+    term = terms_of(linear)
+    return None if term is None else term.after
+
+
+def rescaled(linear: nn.Module, y: Tensor) -> Tensor:
     """``y``, a projection that :func:`project_together` made, with IA3's factor on it where ``linear`` has one."""
-    factor = linear.output_rescale if isinstance(linear, AdaptedLinear) else None
+    factor = output_factor(linear)
     return y if factor is None else ops.rescale(y, factor)
 
 
@@ -66,7 +70,7 @@ def project_one(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def key_value_rescale(key: nn.Linear, value: nn.Linear, heads: int) -> tuple[Tensor, Tensor] | None:
     """IA3's (l_k, l_v), each [H, d], as attention takes them; None where neither has one."""
-    l_k, l_v = (linear.output_rescale if isinstance(linear, AdaptedLinear) else None for linear in (key, value))
+    l_k, l_v = (output_factor(linear) for linear in (key, value))
     if l_k is None and l_v is None:
         return None
     l_k, l_v = (torch.ones_like(l_v) if l_k is None else l_k), (torch.ones_like(l_k) if l_v is None else l_v)

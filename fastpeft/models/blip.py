@@ -20,14 +20,13 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.utils import can_return_tuple
 
 from fastpeft import ops
-from fastpeft.methods.adapted import AdaptedLinear
+from fastpeft.methods.adapted import terms_of
 from fastpeft.models.attend import (
     as_key_mask,
     dense_mask_attention,
     key_value_rescale,
     project_one,
     project_together,
-    projection_of,
     rescaled,
 )
 from fastpeft.models.layers import LayerNorm
@@ -101,9 +100,8 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
 
     def _absorbs(self, states: Tensor, mask: Tensor | None, layout: Layout) -> bool:
         """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
-        dropped = any(isinstance(p, AdaptedLinear) and p.lora_A is not None and p.active_dropout for p in (self.key, self.value))
-        plain = all(type(p) is nn.Linear or isinstance(p, AdaptedLinear) for p in (self.key, self.value))
-        if mask is not None or dropped or not plain or any(getattr(p, "ia3_feedforward", False) for p in (self.key, self.value)):
+        terms = [terms_of(linear) for linear in (self.key, self.value)]
+        if mask is not None or any(term is None or term.dropout_p or term.before is not None for term in terms):
             return False
         shape = (layout.columns, states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
@@ -112,7 +110,7 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         rescale = self._rescale()
         if rescale is not None:
             q = q * rescale[0][:, None].to(q.dtype)
-        key, value = (projection_of(linear) for linear in (self.key, self.value))
+        key, value = (terms_of(linear).projection for linear in (self.key, self.value))
         out = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p)
         return out if rescale is None else out * rescale[1][:, None].to(out.dtype)
 

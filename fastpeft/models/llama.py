@@ -24,8 +24,8 @@ from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods import Part
-from fastpeft.methods.adapted import AdaptedLinear
-from fastpeft.models.attend import as_key_mask, dense_mask_attention, project, project_together, rescaled
+from fastpeft.methods.adapted import terms_of
+from fastpeft.models.attend import as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layout import Layout, rows_layout, self_layout
 from fastpeft.ops._common import accumulator
 
@@ -86,10 +86,10 @@ class MLP(modeling_llama.LlamaMLP):
         gate, up = project((self.gate_proj, self.up_proj), x)
         if self.config.hidden_act != "silu":
             return self.down_proj(self.act_fn(gate) * up)
-        down = self.down_proj
-        if isinstance(down, AdaptedLinear) and down.ia3_feedforward and down.lora_A is None:
-            return F.linear(ops.swiglu(gate, up, down.ia3_l), down.weight, down.bias)
-        return down(ops.swiglu(gate, up))
+        down = terms_of(self.down_proj)
+        if down is None:
+            return self.down_proj(ops.swiglu(gate, up))
+        return down._replace(before=None)(ops.swiglu(gate, up, down.before))
 
 
 class Attention(modeling_llama.LlamaAttention):
@@ -110,7 +110,7 @@ class Attention(modeling_llama.LlamaAttention):
         attention_mask [B, N] bool over keys, or transformers' own [B, 1, M, N]; visual: images' features for Excitor."""
         q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         q, k = rescaled(self.q_proj, q), rescaled(self.k_proj, k)  # IA3's l_k multiplies the key before its rotation: q cannot take it
-        l_v = self.v_proj.output_rescale if isinstance(self.v_proj, AdaptedLinear) else None
+        l_v = output_factor(self.v_proj)
         if prefix is not None:  # whose values l_v does not touch: it cannot wait for the output
             v, l_v = rescaled(self.v_proj, v), None
         cos, sin = (t.unsqueeze(-2) for t in position_embeddings)
