@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -197,6 +199,48 @@ def merge(
 
     written = merge_run(adapter, out, model)
     emit({"out": str(written)}, as_json, [f"merged model in {written}"])
+
+
+@app.command()
+def verify(
+    model: Model = "miss-tiny",
+    plan: Annotated[str | None, typer.Option(help="one treatment per part (default: LoRA in each), or a YAML file")] = None,
+    dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16")] = "fp32",
+    rank: Rank = None,
+    seed: Annotated[int, typer.Option(help="of adapters and of the batch")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare fused losses and gradients with plain PyTorch and PEFT; exit code 1 where they differ."""
+    from fastpeft.evaluate.answers import choose_device
+    from fastpeft.models import parts_of
+    from fastpeft.plan import adapt, build
+    from fastpeft.train.run import plan_for
+    from fastpeft.verify import DTYPES
+    from fastpeft.verify import verify as run
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    network = build(model, device=choose_device(device), dtype=DTYPES[dtype], seed=seed)
+    torch.manual_seed(seed)
+    adapt(network, plan_for(network, plan or "/".join("LoRA" for _ in parts_of(network)), r=rank))
+    result = run(network, seed=seed)
+    verdict = "all within tolerance" if result.ok else "DIFFERENT: " + ", ".join(dict.fromkeys(c.check for c in result.checks if not c.ok))
+    lines = [f"{model}  {network.fastpeft_plan}  {dtype}, errors relative to plain PyTorch in float64", *result.lines(), verdict]
+    emit(result.to_dict() | {"model": model, "plan": str(network.fastpeft_plan), "dtype": dtype}, as_json, lines)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """The benchmark suite of a checkout: `fastpeft bench ops ...`, `fastpeft bench steps ...`."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise ValueError("the benchmark suite is not part of an installed package: run this from a checkout of the repository")
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run([sys.executable, "-m", "bench", *context.args], env=os.environ | {"PYTHONPATH": path})
+    raise typer.Exit(done.returncode)
 
 
 @app.command()

@@ -1,0 +1,198 @@
+"""verify(): it passes what is right, in every dtype and method, and fails whatever is broken, by name. And plain(), the truth it uses."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastpeft as fp
+from fastpeft import cli, plain
+from fastpeft import verify as verifying
+from fastpeft.models import attend, blip
+from fastpeft.optimize import SWAPS
+from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FORMS = ["samples alone", "one padded batch", "questions grouped by image", "attention to states, absorbed", "attention to keys and values"]
+PEFT = "transformers + PEFT (float64)"
+
+
+def failed(result):
+    return list(dict.fromkeys(check.check for check in result.checks if not check.ok))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["T/T/T", "LoRA/LoRA/LoRA", "F/IA3/Prefix", "LayerNorm/Attention/FFN"])
+def test_what_is_right_passes(miss, plan, dtype):
+    model = miss.build(plan, dtype=DTYPES[dtype], scatter=0)
+    before = copy.deepcopy(model.state_dict())
+    result = verify(model)
+    assert result.ok, result.lines()
+    names = list(dict.fromkeys(check.check for check in result.checks))
+    skipped = dict(result.skipped)
+    expected = FORMS + (["image features kept"] if plan.startswith("F/") else [])
+    if "Prefix" in plan:
+        assert "PEFT's prefix in 'dec'" in skipped["transformers + PEFT"]
+    elif pytest.importorskip("peft"):
+        expected.append(PEFT)
+    assert names == expected
+    assert ("image features kept" in skipped) != plan.startswith("F/")
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())  # it works on a copy
+
+
+def faulty(function, spoil):
+    def call(*args, **kwargs):
+        return spoil(function(*args, **kwargs))
+
+    return call
+
+
+def in_backward(outputs):
+    for out in outputs:
+        if out.requires_grad:
+            out.register_hook(lambda gradient: 1.001 * gradient)
+    return outputs
+
+
+def test_a_fault_in_an_operator_fails_everywhere(miss, monkeypatch):
+    model = miss.build("F/LoRA/LoRA")
+    monkeypatch.setattr(fp.ops, "add_layer_norm", faulty(fp.ops.add_layer_norm, lambda out: (out[0] * (1 + 1e-6), *out[1:])))
+    assert failed(verify(model)) == [*FORMS, "image features kept"]
+
+
+def test_a_fault_in_a_backward_alone_fails(miss, monkeypatch):
+    monkeypatch.setattr(attend, "lora_linears", faulty(attend.lora_linears, in_backward))
+    result = verify(miss.build("F/LoRA/LoRA"))
+    wrong = [check for check in result.checks if not check.ok]
+    assert {check.quantity for check in wrong} == {"gradients", "worst gradient"} and failed(result) == [*FORMS, "image features kept"]
+    assert any("lora" in check.worst for check in wrong)
+
+
+def test_faults_of_single_forms(miss, monkeypatch):
+    model = miss.build("F/LoRA/LoRA", dtype=torch.float32)
+    with monkeypatch.context() as patch:  # a question's padding leaks into the decoder
+        patch.setattr(blip, "as_key_mask", lambda mask: None)
+        assert failed(verify(model, peft=False)) == [*FORMS[1:], "image features kept"]
+    with monkeypatch.context() as patch:  # questions see each other's images
+        patch.setattr(blip, "image_layout", lambda tokens, index, *rest, real=blip.image_layout: real(tokens, index.roll(1), *rest))
+        assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
+    with monkeypatch.context() as patch:
+        patch.setattr(blip, "absorbed_attention", faulty(blip.absorbed_attention, lambda out: 1.01 * out))
+        assert FORMS[3] in failed(verify(model, peft=False)) and FORMS[4] not in failed(verify(model, peft=False))
+    assert verify(model, peft=False).ok
+
+
+def test_a_wrong_truth_is_noticed(miss, monkeypatch):
+    """Plain PyTorch and PEFT are independent: they hold each other to account."""
+    pytest.importorskip("peft")
+    branch = plain._LiteralLinear._branch
+    monkeypatch.setattr(plain._LiteralLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
+    assert PEFT in failed(verify(miss.build("F/F/LoRA")))
+
+
+def test_nan_and_nothing_are_no_success():
+    assert not Check("", "", float("nan"), None, 1.0).ok and not Result().ok
+    assert Check("", "", 1.0, None, 1.0).ok and not Result([Check("", "", 1.0, None, 1.0), Check("", "", 1.1, None, 1.0)]).ok
+    step = (1.0, {"a": torch.tensor([1.0]), "b": torch.tensor([float("nan")])})
+    errors, worst = verifying.deviation(step, (1.0, {"a": torch.tensor([2.0]), "b": torch.tensor([1.0])}))
+    assert worst == "b" and errors["worst gradient"] != errors["worst gradient"] and errors["gradients"] != errors["gradients"]
+
+
+def test_deviation_by_hand():
+    step = (1.1, {"a": torch.tensor([3.0, 4.5]), "key.bias": torch.tensor([1e-4])})
+    truth = (1.0, {"a": torch.tensor([3.0, 4.0]).double(), "key.bias": torch.zeros(1).double()})
+    errors, worst = verifying.deviation(step, truth)
+    assert errors == pytest.approx({"loss": 0.1, "gradients": 0.1, "worst gradient": 0.1}, rel=1e-5) and worst == "a"
+    assert tolerance(0.0, torch.float64) < 1e-12 and tolerance(0.0, torch.bfloat16) < 0.04 and tolerance(1.0, torch.float32) == 4.0
+
+
+def test_what_cannot_be_verified(miss):
+    with pytest.raises(ValueError, match="Linear cannot be verified; known: Blip"):
+        verify(nn.Linear(2, 2))
+    no_plan = verify(miss.build().requires_grad_(True))
+    assert no_plan.ok and dict(no_plan.skipped)["transformers + PEFT"] == "the model has no plan"
+
+
+@pytest.mark.parametrize("plan", ["LoRA/LoRA/IA3", "F/Prefix/PTv2", "LoRA+LayerNorm/LoRA+IA3/IA3+Prefix"])
+def test_plain_runs_nothing_of_ours(miss, plan, monkeypatch):
+    model, inputs = miss.without_dropout(miss.build(plan)), miss.batch(padded=True)
+    twin = plain.plain(model)
+    assert not any(type(m) in SWAPS.values() for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
+    loss, gradients = miss.step(model, inputs)
+    for name in fp.ops.__all__:
+        monkeypatch.setattr(fp.ops, name, None)
+    want, wanted = miss.step(twin, inputs)
+    assert loss == pytest.approx(want, rel=1e-12)
+    miss.assert_same(gradients, wanted)
+
+
+@pytest.mark.parametrize("plan", ["LoRA/LoRA/LoRA", "T/IA3/LayerNorm", "F/Attention/FFN"])
+def test_with_peft_has_the_same_weights(miss, plan):
+    pytest.importorskip("peft")
+    model, inputs = miss.without_dropout(miss.build(plan)), miss.batch(padded=True)
+    twin, names = plain.with_peft(model)
+    assert not any(type(m).__module__.startswith("fastpeft.methods") or type(m) in SWAPS.values() for m in twin.modules())
+    (loss, gradients), (want, wanted) = miss.step(model, inputs), miss.step(twin, inputs)
+    assert loss == pytest.approx(want, rel=1e-12)
+    miss.assert_same(gradients, {names[name]: g.view(gradients[names[name]].shape) for name, g in wanted.items()})
+
+
+def test_what_peft_cannot_express(miss):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"PEFT does not combine LoRA\+LayerNorm"):
+        plain.with_peft(miss.build("LoRA+LayerNorm/F/F"))
+
+
+def test_without_dropout():
+    random = fp.adapt(fp.build("miss-tiny", drop_path_rate=0.5, hidden_dropout_prob=0.5), "LoRA/F/T", lora_dropout=0.5)
+    model = plain.without_dropout(random)
+    assert model.training and not model.text_encoder.training
+    batch = {"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([[4, 5, 6]]), "pixel_values": torch.randn(1, 3, 64, 64)}
+    with torch.no_grad():
+        assert model(**batch).loss == model(**batch).loss
+
+
+@pytest.fixture
+def fastpeft(monkeypatch, capfd):
+    """fastpeft("verify", ...) in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastpeft", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capfd.readouterr()
+
+    return call
+
+
+def test_the_command(fastpeft, monkeypatch):
+    code, out, err = fastpeft("verify", "--plan", "F/LoRA/IA3", "--rank", "2", "--json")
+    told = json.loads(out.splitlines()[-1])
+    assert (code, err) == (0, "") and told["ok"] and told["plan"] == "F/LoRA/IA3" and told["dtype"] == "fp32"
+    assert {check["check"] for check in told["checks"]} >= {*FORMS, "image features kept"}
+    assert "image features kept" in out and "all within tolerance" in out
+    monkeypatch.setattr(fp.ops, "add_layer_norm", faulty(fp.ops.add_layer_norm, lambda out: (out[0] * 1.01, *out[1:])))
+    code, out, err = fastpeft("verify", "--json")
+    assert code == 1 and json.loads(out.splitlines()[-1])["ok"] is False and "DIFFERENT: samples alone" in out
+    assert json.loads(out.splitlines()[-1])["plan"] == "LoRA/LoRA/LoRA"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(("--dtype", "fp8"), "fp64, fp32, bf16"), (("--plan", "LoRA"), "3 parts"), (("--model", "nowhere"), "neither a model name")],
+)
+def test_bad_input(fastpeft, arguments, said):
+    code, out, err = fastpeft("verify", *arguments)
+    assert (code, out) == (2, "") and err.startswith("fastpeft: ") and err.count("\n") == 1 and said in err
+
+
+def test_the_door_to_the_benchmarks(fastpeft, monkeypatch, tmp_path):
+    code, out, _ = fastpeft("bench", "steps", "--help")
+    assert code == 0 and "--questions-per-image" in out
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastpeft" / "cli.py"))
+    code, out, err = fastpeft("bench", "ops")
+    assert code == 2 and "run this from a checkout of the repository" in err and err.count("\n") == 1
