@@ -6,6 +6,7 @@ to it stay. A class is exchanged only where it is exactly the one known (a subcl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,15 @@ NOTES = {
     llama.Model: "hidden states of padding are zero",
     llama.CausalLM: LEAN_LOSS,
 }
+
+
+def swaps() -> dict[type[nn.Module], type[nn.Module]]:
+    """A known class -> ours; with PEFT's own layers where PEFT is in use."""
+    if "peft" not in sys.modules:
+        return SWAPS
+    from fastpeft.models import peft_layers
+
+    return SWAPS | peft_layers.SWAPS
 
 
 @dataclass
@@ -47,9 +57,9 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     filter_fn(module, name) -> bool: return False to leave a module as it is. Outputs, losses and gradients stay those of the model,
     up to rounding, except where the report's ``notes`` say otherwise. Call it as often as you like; :func:`restore` undoes it.
     """
-    report = Report()
+    report, known = Report(), swaps()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
-        ours = SWAPS.get(type(module))
+        ours = known.get(type(module))
         if ours is None:
             continue
         reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
@@ -63,8 +73,8 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         if ours in NOTES and NOTES[ours] not in report.notes:
             report.notes.append(NOTES[ours])
     if not report.swapped and not report.skipped:
-        known = ", ".join(sorted(cls.__name__ for cls in SWAPS))
-        report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {known}"))
+        names = ", ".join(sorted(cls.__name__ for cls in known))
+        report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {names}"))
     return report
 
 
@@ -80,7 +90,7 @@ def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
 def restore(model: nn.Module) -> list[tuple[str, str]]:
     """Give every exchanged module its own class back. Returns (name, reason) of those that stay, because an attached method
     (Prefix, PTv2) can only run in them."""
-    original = {ours: theirs for theirs, ours in SWAPS.items()}
+    original = {ours: theirs for theirs, ours in swaps().items()}
     needed = {
         child: f"needed by the prefix in {name or 'the model'}"
         for name, module in model.named_modules()
