@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
 from fastpeft.ops._remade import remade
 
@@ -90,12 +91,14 @@ class _GELU(Function):
         return _gelu_forward(x, scale, approximate)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         need_dx, need_dscale, _ = ctx.needs_input_grad
         dx, dscale = _gelu_backward(dy, *ctx.saved_tensors, ctx.approximate, need_dx, need_dscale)
         return dx if need_dx else None, dscale if need_dscale else None, None
 
 
+@under_autocast("promote")
 def gelu(x: Tensor, scale: Tensor | None = None, approximate: str = "none") -> Tensor:
     """GELU of ``x`` [..., N], times ``scale`` [N] if given; ``approximate`` is "none" (erf) or "tanh".
 
@@ -153,11 +156,13 @@ class _SwiGLU(Function):
         return _swiglu_forward(gate, up, scale)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         grads = _swiglu_backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 
+@under_autocast("promote")
 def swiglu(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     """``silu(gate) * up`` [..., N], times ``scale`` [N] if given.
 

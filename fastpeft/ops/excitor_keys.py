@@ -32,6 +32,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._tiled import triton_launcher
 
@@ -128,6 +129,7 @@ class _Merge(Function):
         return _merge(k, u, n, z, prompt, wv_up, gate)
 
     @staticmethod
+    @first_order
     def backward(ctx, g):
         need_k, need_u, need_n, need_z, need_p, need_v, need_gate = ctx.needs_input_grad
         B, H, M, d = ctx.shape
@@ -185,6 +187,7 @@ def _check(k, hidden, w_down, w_up, prompt, gate, visual) -> None:
         raise TypeError(f"excitor_keys: hidden is {hidden.dtype} and k is {k.dtype}; cast one to the other's")
 
 
+@under_autocast("lower")
 def excitor_keys(
     k: Tensor,
     hidden: Tensor,

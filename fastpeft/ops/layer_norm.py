@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
 from fastpeft.ops._remade import remade
 
@@ -117,6 +118,7 @@ class _LayerNorm(Function):
         return y, h
 
     @staticmethod
+    @first_order
     def backward(ctx, dy, dh=None):
         need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
         need_dx = need_x or need_residual
@@ -136,6 +138,7 @@ def _again(eps, h, weight, bias):
     return _forward(h, None, weight, bias, eps, False)[0]
 
 
+@under_autocast("promote")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
@@ -148,6 +151,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return _forward(x, None, weight, bias, eps, False)[0]
 
 
+@under_autocast("promote")
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """``h = x + residual`` and ``y = layer_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N].
 

@@ -29,6 +29,7 @@ from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops.rescale import _forward as scaled
 
@@ -178,6 +179,7 @@ class _LinearCrossEntropy(Function):
         return loss
 
     @staticmethod
+    @first_order
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:3]
         if ctx.remake:
@@ -220,6 +222,7 @@ def _check(hidden, weight, bias, labels, label_smoothing, reduction) -> None:
         raise ValueError(f"{op}: reduction={reduction!r}; use 'mean', 'sum' or 'none'")
 
 
+@under_autocast("lower")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -34,6 +34,7 @@ from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import check_floating, wants_grad
 from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops._tiled import triton_launcher
@@ -210,6 +211,7 @@ class _LoRALinears(Function):
         return tuple(ys)
 
     @staticmethod
+    @first_order
     def backward(ctx, *dys):
         s, seed, *params = ctx.saved_tensors
         n = len(dys)
@@ -247,6 +249,7 @@ def _check(x: Tensor, projection: Projection) -> None:
         )
 
 
+@under_autocast("lower")
 def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p: float = 0.0) -> tuple[Tensor, ...]:
     """The outputs of several linear layers of one input, each a :class:`Projection` (weight, bias, lora_A, lora_B, scaling).
 

@@ -32,6 +32,7 @@ from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._tiled import triton_launcher
 
@@ -181,6 +182,7 @@ class _MMAdapter(Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, g):
         *tensors, seed = ctx.saved_tensors
         grads = _backward(g, *tensors, *ctx.args, seed, *ctx.needs)
@@ -208,6 +210,7 @@ def _check(x, w_down, b_down, w_up, b_up, routing, groups, dropout_p) -> None:
         raise ValueError(f"mm_adapter: dropout_p is {dropout_p}; it must lie in [0, 1)")
 
 
+@under_autocast("promote")
 def mm_adapter(
     x: Tensor,
     w_down: Tensor,

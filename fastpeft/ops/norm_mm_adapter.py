@@ -23,6 +23,7 @@ from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
 from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.rms_norm import rms_norm_reference
@@ -105,12 +106,14 @@ class _NormMMAdapter(Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, g):
         *tensors, seed = ctx.saved_tensors
         grads = _backward(g, *tensors, *ctx.args, seed, *ctx.needs)
         return *(None,) * 5, *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[5:]))
 
 
+@under_autocast("promote")
 def norm_mm_adapter(
     x: Tensor,
     gamma: Tensor,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._remade import again, keep, remade
 
@@ -61,6 +62,7 @@ class _Rescale(Function):
         return _forward(x, scale)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         need_dx, need_dscale = ctx.needs_input_grad
         scale, *kept = ctx.saved_tensors
@@ -68,6 +70,7 @@ class _Rescale(Function):
         return dx if need_dx else None, dscale if need_dscale else None
 
 
+@under_autocast("promote")
 def rescale(x: Tensor, scale: Tensor) -> Tensor:
     """``x * scale`` in x's dtype, contiguous; ``scale`` broadcasts to x, in x's dtype or float32.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
 from fastpeft.ops._remade import remade
 
@@ -98,6 +99,7 @@ class _RMSNorm(Function):
         return y, h
 
     @staticmethod
+    @first_order
     def backward(ctx, dy, dh=None):
         need_x, need_residual, need_weight, _ = ctx.needs_input_grad
         if dy is None:  # only the sum was used
@@ -112,6 +114,7 @@ def _again(eps, h, weight):
     return _forward(h, None, weight, eps, False)[0]
 
 
+@under_autocast("promote")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
@@ -124,6 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     return _forward(x, None, weight, eps, False)[0]
 
 
+@under_autocast("promote")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """``h = x + residual`` and ``y = rms_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N]."""
     check_norm("add_rms_norm", x, residual, eps, weight=weight)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft import _library
+from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 
 
@@ -58,10 +59,12 @@ class _Rotary(Function):
         return _op(x, cos, sin, False)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         return _op(dy, *ctx.saved_tensors, True), None, None
 
 
+@under_autocast("promote")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` [..., d] by tables ``cos``, ``sin``, broadcastable to [..., rot], in x's dtype or float32.
 

@@ -76,7 +76,8 @@ def test_every_gradient_subset(check):
 @pytest.mark.parametrize("H, M, d, r, K", [(1, 1, 1, 1, 1), (3, 7, 84, 16, 30), (1, 65, 257, 5, 17)])
 def test_odd_sizes(check, H, M, d, r, K):
     check.no_worse(ours, reference, reference, make(2, H, M, d, r, K))
-    check.no_worse(ours, reference, reference, make(2, H, M, d, r, K, image=(37, 9)))
+    # each gate's gradient is one sum of up to B M d terms of either sign: what it comes to is no measure of its error
+    check.no_worse(ours, reference, reference, make(2, H, M, d, r, K, image=(37, 9)), floor=30.0)
 
 
 def test_strided_and_broadcast(check):
