@@ -6,6 +6,7 @@ import importlib
 
 from fastpeft import ops
 from fastpeft.methods import FFN, IA3, Attention, Frozen, Full, LayerNorm, LoRA, Prefix, PTv2
+from fastpeft.ops._savings import without
 from fastpeft.optimize import Report, optimize, restore
 from fastpeft.plan import Plan, adapt, build, count
 
@@ -29,5 +30,5 @@ def __getattr__(name: str):
 
 __all__ = [
     "FFN", "IA3", "Attention", "Frozen", "Full", "LayerNorm", "LoRA", "PTv2", "Plan", "Prefix", "Report", "TrainConfig", "Trainer",
-    "__version__", "adapt", "build", "count", "load_adapter", "merge", "ops", "optimize", "restore", "save_adapter",
+    "__version__", "adapt", "build", "count", "load_adapter", "merge", "ops", "optimize", "restore", "save_adapter", "without",
 ]  # fmt: skip

@@ -30,8 +30,11 @@ from fastpeft.models.attend import (
     rescaled,
 )
 from fastpeft.models.layers import LayerNorm
-from fastpeft.models.layout import Layout, image_layout, self_layout
+from fastpeft.models.layout import Layout, Tail, image_layout, rows_of, self_layout, tail_of
+from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
+
+IGNORED = -100  # a label that is none
 
 
 class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
@@ -47,10 +50,11 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         prefix: tuple[Tensor, Tensor] | None = None,
         causal: bool = False,
         layout: Layout | None = None,
+        tail: Tail | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout``; masks [B, N] bool over keys (True = attend), or transformers' own
-        [B, 1, M, N]. Context has the shape of hidden_states."""
+        [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``tail``."""
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
@@ -60,6 +64,11 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
             q = project_one(self.query, hidden_states)
             k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
             q = self._heads(q if layout is None else layout.spread(q))
+        elif tail is not None:
+            layout, mask = tail.queries, mask if mask is None else mask[:, : tail.keys.columns]
+            (q,) = project_together((self.query,), rows_of(hidden_states, tail.tokens))
+            k, v = project_together((self.key, self.value), rows_of(hidden_states, tail.seen))
+            q, k, v = (self._heads(t) for t in (layout.spread(rescaled(self.query, q)), tail.keys.spread(k), tail.keys.spread(v)))
         else:
             q, k, v = project_together((self.query, self.key, self.value), hidden_states)
             q = rescaled(self.query, q)  # l_k and l_v are attention's
@@ -101,7 +110,7 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
     def _absorbs(self, states: Tensor, mask: Tensor | None, layout: Layout) -> bool:
         """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
         terms = [terms_of(linear) for linear in (self.key, self.value)]
-        if mask is not None or any(term is None or term.dropout_p or term.before is not None for term in terms):
+        if not on("absorb") or mask is not None or any(term is None or term.dropout_p or term.before is not None for term in terms):
             return False
         shape = (layout.columns, states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
@@ -109,10 +118,10 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
     def _absorbed(self, q: Tensor, states: Tensor) -> Tensor:
         rescale = self._rescale()
         if rescale is not None:
-            q = q * rescale[0][:, None].to(q.dtype)
+            q = ops.rescale(q, rescale[0][:, None].to(q.dtype))
         key, value = (terms_of(linear).projection for linear in (self.key, self.value))
         out = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p)
-        return out if rescale is None else out * rescale[1][:, None].to(out.dtype)
+        return out if rescale is None else ops.rescale(out, rescale[1][:, None].to(out.dtype))
 
 
 class TextAttention(modeling_blip_text.BlipTextAttention):
@@ -127,7 +136,8 @@ class TextAttention(modeling_blip_text.BlipTextAttention):
             **{mask: attention_mask},
             **kwargs,
         )
-        return self.output(context, hidden_states), None
+        tail = kwargs.get("tail")
+        return self.output(context, hidden_states if tail is None else rows_of(hidden_states, tail.tokens)), None
 
 
 class _AddNorm:
@@ -170,9 +180,10 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         causal=False,
         layout=None,
         encoder_layout=None,
+        tail=None,
         **kwargs,
     ) -> Tensor:
-        how = {"prefix": prefix, "causal": causal, "layout": layout}
+        how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
         how = {name: value for name, value in how.items() if value is not None and value is not False}
         hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how)
@@ -211,12 +222,14 @@ class TextModel(modeling_blip_text.BlipTextModel):
         output_attentions=None,
         output_hidden_states=None,
         encoder_index=None,
+        wanted=None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
 
         ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
-        once for all samples that share it. Hidden states of padding are zero.
+        once for all samples that share it. Hidden states of padding are zero. ``wanted`` [B, L] bool: the caller reads the last hidden
+        state there only; elsewhere it may be zero.
         """
         if output_attentions:
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
@@ -246,7 +259,12 @@ class TextModel(modeling_blip_text.BlipTextModel):
         hidden = hidden if layouts["layout"] is None else layouts["layout"].gather(hidden)
         states = [hidden]
         how = {name: value for name, value in {"causal": bool(is_decoder), **layouts}.items() if value}
+        tail = None
+        if wanted is not None and layouts["layout"] is not None and self.pooler is None and not output_hidden_states and on("labelled"):
+            tail = tail_of(layouts["layout"], wanted, bool(is_decoder), hidden.device)
         for layer, prefix in zip(self.encoder.layer, prefixes):
+            if tail is not None and layer is self.encoder.layer[-1]:
+                pad, how = tail.outputs.spread, how | self._tail(tail, layouts, encoder_index, encoder_hidden_states)
             hidden = layer(
                 hidden,
                 encoder_hidden_states,
@@ -273,6 +291,12 @@ class TextModel(modeling_blip_text.BlipTextModel):
         if encoder_states is None or encoder_index is None or masks[1] is not None:
             return {"layout": layout, "encoder_layout": layout}
         return {"layout": layout, "encoder_layout": image_layout(layout, encoder_index, len(encoder_states), hidden.device)}
+
+    def _tail(self, tail: Tail, layouts, encoder_index, encoder_states) -> dict[str, Tail | Layout]:
+        """What the last layer is told where only some of its outputs are wanted."""
+        shared = layouts["encoder_layout"] is not layouts["layout"]
+        images = image_layout(tail.queries, encoder_index, len(encoder_states), tail.tokens.device) if shared else tail.queries
+        return {"tail": tail, "encoder_layout": images}
 
     def _cache(self, cache):
         if cache is None:
@@ -316,6 +340,7 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
             past_key_values=past_key_values,
             is_decoder=is_decoder,
             use_cache=False if labels is not None else use_cache,
+            **({"wanted": _next_labels(labels, shift_labels) != IGNORED} if lean and isinstance(self.bert, TextModel) else {}),
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
@@ -325,21 +350,30 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         if return_logits:
             return logits[:, :-1].contiguous()
         if labels is not None:
-            aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
-            loss = self._loss(*aligned, reduction)
+            loss = self._loss(hidden, _next_labels(labels, shift_labels).to(hidden.device), reduction)
         return CausalLMOutputWithCrossAttentions(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        head, labels = self.cls.predictions, labels.to(hidden.device)
+        """hidden [B, L, C], labels [B, L] of the same positions. Without an adapter on the head, the head sees labelled positions only."""
+        head, shape = self.cls.predictions, labels.shape
         how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if type(head.decoder) is nn.Linear:
-            loss = ops.linear_cross_entropy(head.transform(hidden), head.decoder.weight, head.decoder.bias, labels, **how)
+            hidden, labels = hidden.flatten(0, 1), labels.flatten()
+            rows = (labels != IGNORED).nonzero().squeeze(1)
+            loss = ops.linear_cross_entropy(head.transform(hidden[rows]), head.decoder.weight, head.decoder.bias, labels[rows], **how)
+            if reduction == "none":
+                loss = loss.new_zeros(len(labels)).index_copy(0, rows, loss)
         else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
             logits = self.cls(hidden).flatten(0, 1)
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten(), **how)
-        return loss.view(labels.shape).sum(1) if reduction == "none" else loss
+        return loss.view(shape).sum(1) if reduction == "none" else loss
+
+
+def _next_labels(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
+    """[B, L]: what each position is to predict."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
 
 
 class VisionAttention(modeling_blip.BlipAttention):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastpeft.ops._remade import recipe_of, remade
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,3 +68,54 @@ def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
     place = rows * columns + torch.arange(len(rows)) - starts
     full = len(place) == len(lengths) * columns
     return Layout(len(lengths), columns, None if full else place.to(device))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A last layer that is asked for some of its outputs only: ``tokens`` [T'] are those of the T states it gets, ``seen`` [S] those whose
+    keys and values they see (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T' where self_layout has them."""
+
+    tokens: Tensor
+    seen: Tensor | None
+    queries: Layout
+    keys: Layout
+    outputs: Layout
+
+
+def tail_of(layout: Layout, wanted: Tensor, causal: bool, device: torch.device) -> Tail | None:
+    """The tail for ``wanted`` [rows, columns] bool of a self_layout; None where nothing is saved, or nothing wanted.
+
+    Under causality the table of queries runs from the first to the last wanted column, that of keys ends with it, so that causality stays
+    aligned at both tables' last columns.
+    """
+    place = torch.arange(layout.rows * layout.columns) if layout.place is None else layout.place.cpu()
+    hit = wanted.cpu().flatten()[place]
+    if bool(hit.all()) or not bool(hit.any()):
+        return None
+    rows, columns = place // layout.columns, place % layout.columns
+    first, last = (int(columns[hit].min()), int(columns[hit].max())) if causal else (0, layout.columns - 1)
+    seen = columns <= last
+    return Tail(
+        tokens=hit.nonzero().squeeze(1).to(device),
+        seen=None if bool(seen.all()) else seen.nonzero().squeeze(1).to(device),
+        queries=_table(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
+        keys=_table(layout.rows, last + 1, rows[seen], columns[seen], device),
+        outputs=Layout(layout.rows, layout.columns, place[hit].to(device)),
+    )
+
+
+def _table(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
+    """Tokens in reading order, each in its row and column."""
+    return Layout(rows, columns, None if len(row) == rows * columns else (row * columns + column).to(device))
+
+
+def rows_of(x: Tensor, index: Tensor | None) -> Tensor:
+    """Rows of x [T, C]; what backward can form again, it can also take rows of."""
+    if index is None:
+        return x
+    rows = x.index_select(0, index)
+    return rows if recipe_of(x) is None else remade(rows, _select, x, index)
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)

@@ -10,19 +10,19 @@ So a linear layer after a norm, GELU, SwiGLU or (IA)^3 factor saves nothing of i
 layer, whichever parameters are trained.
 
 The recipe travels on the tensor. A tensor that lost it (a view, another's product) or that was changed in place is saved as ever: a recipe
-decides about memory, never about numbers. Under torch.compile there are none: its partitioner makes this choice itself.
+decides about memory, never about numbers. ``fastpeft.without("remake")`` switches recipes off; under torch.compile there are none, as its
+partitioner makes this choice itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_enabled = True
+from fastpeft.ops._savings import on
 
 
 class Recipe(NamedTuple):
@@ -33,26 +33,15 @@ class Recipe(NamedTuple):
     version: int
 
 
-@contextmanager
-def activations_kept() -> Iterator[None]:
-    """Inside, every op saves its own input: nothing is formed again. For comparisons and for finding faults."""
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
-
-
 def recipe_of(x: Tensor) -> Recipe | None:
-    recipe = getattr(x, "_fastpeft_recipe", None) if _enabled and not torch.compiler.is_compiling() else None
+    recipe = getattr(x, "_fastpeft_recipe", None) if on("remake") and not torch.compiler.is_compiling() else None
     return recipe if recipe is not None and recipe.version == x._version else None
 
 
 def remade(y: Tensor, remake: Callable[..., Tensor], *inputs: Tensor | None, smaller: bool = False) -> Tensor:
     """``y``, noted to equal ``remake(*inputs)`` bit for bit. The inputs must be such that backward keeps them in any case, or ``smaller``
     than y; one that has a recipe of its own is replaced by what that recipe needs."""
-    if not _enabled or torch.compiler.is_compiling() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
+    if not on("remake") or torch.compiler.is_compiling() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
     recipes = [None if x is None else recipe_of(x) for x in inputs]
     if any(recipe is not None for recipe in recipes):

@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
-from fastpeft.ops._remade import again, keep, remade
+from fastpeft.ops._remade import again, keep, recipe_of, remade
 
 
 def rescale_reference(x: Tensor, scale: Tensor) -> Tensor:
@@ -87,4 +87,4 @@ def rescale(x: Tensor, scale: Tensor) -> Tensor:
     if not wants_grad(x, scale):
         return _forward(x, scale)
     y = _Rescale.apply(x, scale)
-    return remade(y, _forward, x, scale) if scale.requires_grad else y
+    return remade(y, _forward, x, scale) if scale.requires_grad or recipe_of(x) is not None else y

@@ -1,0 +1,35 @@
+"""One switch per saving, for comparisons and for finding faults: ``with fastpeft.without("remake"): ...``.
+
+None changes a number beyond rounding; ``TrainConfig(without="remake,labelled")`` switches them off for a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SAVINGS = {
+    "remake": "what a norm, an activation or a factor returns is formed again in backward, not kept for the linear layer after it",
+    "labelled": "the last decoder layer computes outputs at labelled positions only",
+    "absorb": "few questions about many image tokens attend to the tokens themselves, without keys and values",
+}
+_off: set[str] = set()
+
+
+def on(saving: str) -> bool:
+    assert saving in SAVINGS, saving
+    return saving not in _off
+
+
+@contextmanager
+def without(*savings: str) -> Iterator[None]:
+    """Inside, these savings are off: names of ``fastpeft.ops.SAVINGS``. Forward and backward both belong inside. ValueError for others."""
+    if unknown := sorted(set(savings) - SAVINGS.keys()):
+        raise ValueError(f"no saving is called {', '.join(unknown)}; there are {', '.join(SAVINGS)}")
+    before = set(_off)
+    _off.update(savings)
+    try:
+        yield
+    finally:
+        _off.clear()
+        _off.update(before)
