@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 
 from fastpeft.data.images import ImageCache, Preprocess
 from fastpeft.data.samples import Sample
-from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questions
+from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questions, save_tokenizer
 
 
 class VQADataset(Dataset):
@@ -27,7 +27,13 @@ class VQADataset(Dataset):
     Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in each worker its own). With `load_images` False no
     image is touched and "pixel_values" is left out, for trainers that hold the images' features; `pixels(path)` then gives a
     single one. `tokenizer` is what a trainer makes batches with.
+
+    What a trainer asks of any data set: `inputs`, the names in a batch that the model takes; `collator()`; `weight(batch)`,
+    the number of terms that the model's loss is a mean of; `tokens(batch)`; `describe()` and `save(folder)`, what an adapter needs
+    to be used without the data.
     """
+
+    inputs = ("input_ids", "attention_mask", "pixel_values", "image_index", "decoder_input_ids", "decoder_attention_mask", "labels")
 
     def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20, tokenizer=None):
         if not len(samples):
@@ -48,6 +54,23 @@ class VQADataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def collator(self) -> VQACollator:
+        return VQACollator(self.tokenizer)
+
+    @staticmethod
+    def weight(batch: dict) -> int:
+        return len(batch["samples"])
+
+    @staticmethod
+    def tokens(batch: dict) -> int:
+        return int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum())
+
+    def describe(self) -> dict:
+        return {"preprocess": self.preprocess.to_dict(), "tokenizer": "tokenizer"}
+
+    def save(self, folder: Path) -> None:
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
 
     def question(self, index: int) -> str:
         """The phrasing asked of sample `index` in this epoch."""

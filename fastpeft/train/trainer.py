@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import fastpeft
 from fastpeft.checkpoints import fingerprint, save_adapter
-from fastpeft.data import EpochSampler, VQACollator, VQADataset, save_tokenizer
-from fastpeft.evaluate import answer_questions, score, write_predictions
-from fastpeft.evaluate.answers import MODEL_INPUTS, choose_device, to_device
+from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.evaluate import answer_and_score, write_predictions
+from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.plan import count
@@ -34,7 +34,6 @@ from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_
 from fastpeft.train.state import load_state, read_progress, save_state
 
 WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
-BATCH_INPUTS = (*MODEL_INPUTS, "decoder_input_ids", "decoder_attention_mask", "labels")
 
 
 class Trainer:
@@ -127,7 +126,7 @@ class Trainer:
             loader = DataLoader(
                 self.dataset,
                 batch_sampler=self.sampler,
-                collate_fn=VQACollator(self.dataset.tokenizer),
+                collate_fn=self.dataset.collator(),
                 num_workers=self.config.num_workers,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
@@ -143,13 +142,14 @@ class Trainer:
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
         done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
+        terms = sum(map(self.dataset.weight, batches))
         self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
-            inputs = to_device(batch, BATCH_INPUTS, self.device, self.dtype)
-            if self.features is not None:
+            inputs = to_device(batch, self.dataset.inputs, self.device, self.dtype)
+            if self.features is not None and batch["images"]:
                 inputs["image_embeds"] = self.features(batch["images"])
             with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
-                part = self.model(**inputs).loss * (len(batch["samples"]) / samples)
+                part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
                 part.backward()
             self.optimizer.collect()
             if cost is not None:
@@ -165,7 +165,7 @@ class Trainer:
         done["step"] += 1
         done["batches"] += len(batches)
         done["samples"] += samples
-        done["tokens"] += sum(int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum()) for batch in batches)
+        done["tokens"] += sum(map(self.dataset.tokens, batches))
         done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
         done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
         return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
@@ -193,9 +193,8 @@ class Trainer:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
         if self.eval_dataset is None:
             return None
-        tokenizer = self.dataset.tokenizer
-        self.answers = answer_questions(self.model, self.eval_dataset, tokenizer, progress=self.config.progress)
-        return score(self.answers, self.eval_dataset.samples)
+        self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, progress=self.config.progress)
+        return scores
 
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
         """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the run's first batch.
@@ -241,13 +240,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
-        tokenizer, preprocess = self.dataset.tokenizer, self.dataset.preprocess
-        save_adapter(
-            self.model,
-            self.out / "adapter",
-            description={"preprocess": preprocess.to_dict(), "tokenizer": "tokenizer"},
-            write_more=lambda folder: save_tokenizer(tokenizer, folder / "tokenizer"),
-        )
+        save_adapter(self.model, self.out / "adapter", description=self.dataset.describe(), write_more=self.dataset.save)
         progress = {"done": self.done, "identity": self._identity(), "config": asdict(self.config)}
         save_state(self.out / "checkpoint", self.model, self.optimizer, progress)
 
