@@ -110,15 +110,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency:
     vocab = dict.fromkeys(base + sorted({piece for pieces in spelt.values() for piece in pieces}))
     if len(vocab) > vocab_size:
         raise ValueError(f"vocab_size={vocab_size}: the characters of these texts alone need {len(vocab)}")
-    for token in _merges(list(spelt.values()), [words[word] for word in spelt], min_frequency):
+    for _, token in merge_pairs(list(spelt.values()), [words[word] for word in spelt], min_frequency, inner_mark="##"):
         if len(vocab) == vocab_size:
             break
         vocab[token] = None
     return _add_roles(BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}))
 
 
-def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
-    """Yields the token of each byte-pair merge, commonest pair first; `words` are rewritten on the way."""
+def merge_pairs(words: list[list[str]], counts: list[int], min_frequency: int, inner_mark: str = ""):
+    """Yields (pair, its token) of each byte-pair merge, commonest pair first; `words` are rewritten on the way.
+
+    `inner_mark` opens the pieces within a word, as WordPiece's "##" does.
+    """
     pairs: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[int]] = defaultdict(set)
     for i, word in enumerate(words):
@@ -133,8 +136,8 @@ def _merges(words: list[list[str]], counts: list[int], min_frequency: int):
             continue
         if -n < max(1, min_frequency):
             return
-        token = pair[0] + pair[1].removeprefix("##")
-        yield token
+        token = pair[0] + pair[1].removeprefix(inner_mark)
+        yield pair, token
         changed = set()
         for i in where.pop(pair):
             word = words[i]

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from fastpeft.data.images import ImageCache, Preprocess
+from fastpeft.data.dataset import SampleDataset, batch_images
+from fastpeft.data.images import Preprocess
 from fastpeft.data.samples import Sample
 from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questions, save_tokenizer
 
 
-class VQADataset(Dataset):
+class VQADataset(SampleDataset):
     """Samples with their images: `dataset[i]` is {"sample": Sample, "question": str, "pixel_values": float32 [3, S, S]}.
 
     Where a sample has a question pool, each access asks one of its phrasings, drawn from (seed, epoch, index) and nothing
@@ -36,24 +37,7 @@ class VQADataset(Dataset):
     inputs = ("input_ids", "attention_mask", "pixel_values", "image_index", "decoder_input_ids", "decoder_attention_mask", "labels")
 
     def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20, tokenizer=None):
-        if not len(samples):
-            raise ValueError("a data set needs at least one sample")
-        self.samples, self.preprocess, self.seed, self.tokenizer = samples, preprocess, seed, tokenizer
-        self.cache = ImageCache(cache_bytes)
-        self.load_images = True
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose phrasings are asked."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draws the phrasings of another epoch from now on."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
 
     def collator(self) -> VQACollator:
         return VQACollator(self.tokenizer)
@@ -79,26 +63,8 @@ class VQADataset(Dataset):
             return sample.question
         return random.Random(f"question {self.seed} {self.epoch} {index}").choice(sample.question_pool)
 
-    def pixels(self, path: Path) -> torch.Tensor:
-        """float32 [3, S, S] of one image, through the cache. ValueError naming the file where it can't be decoded."""
-        return self.preprocess.scale(self.cache.get(path, lambda: self.preprocess.pixels(path)))
-
-    def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Several at once, as data loaders ask for them: items of one image share its tensor."""
-        images, items = {}, []
-        for index in indices:
-            index = range(len(self))[index]  # -1 is the last, and asks what it asks
-            item = {"sample": self.samples[index], "question": self.question(index)}
-            if self.load_images:
-                path = item["sample"].image
-                if path not in images:
-                    images[path] = self.pixels(path)
-                item["pixel_values"] = images[path]
-            items.append(item)
-        return items
+    def _item(self, index: int) -> dict:
+        return {"sample": self.samples[index], "question": self.question(index)}
 
 
 class VQACollator:
@@ -116,23 +82,15 @@ class VQACollator:
 
     def __call__(self, items: Sequence[dict]) -> dict:
         samples = [item["sample"] for item in items]
-        first: dict[Path, dict] = {}  # each image's first item
-        for item in items:
-            first.setdefault(item["sample"].image, item)
-        place = {path: u for u, path in enumerate(first)}
         answers = encode_answers(self.tokenizer, [sample.answer for sample in samples], self.max_answer)
-        batch = {
-            "images": list(first),
-            "image_index": torch.tensor([place[sample.image] for sample in samples], dtype=torch.int64),
+        return {
+            **batch_images(items),
             **encode_questions(self.tokenizer, [item["question"] for item in items], self.max_question),
             "decoder_input_ids": answers["input_ids"],
             "decoder_attention_mask": answers["attention_mask"],
             "labels": answers["labels"],
             "samples": samples,
         }
-        if "pixel_values" in items[0]:
-            batch["pixel_values"] = torch.stack([item["pixel_values"] for item in first.values()])
-        return batch
 
 
 class EpochSampler(Sampler[list[int]]):

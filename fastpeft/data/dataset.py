@@ -1,0 +1,76 @@
+"""What every data set of samples shares: the epoch its random choices are drawn for, and decoded images in a bounded cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from fastpeft.data.images import ImageCache, Preprocess
+
+
+class SampleDataset(Dataset):
+    """Samples, whose `image` is a path or None, and what turns them into batches.
+
+    Choices are drawn from (seed, epoch, index) and nothing else: the same in any process, order or resumed run. `set_epoch`
+    reaches data loader workers that are already running. Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in
+    each worker its own). With `load_images` False no image is touched, for trainers that hold the images' features; `pixels`
+    then gives a single one. A data set adds `_item(index)`: an item without its pixels, with its "sample".
+    """
+
+    def __init__(self, samples: Sequence, preprocess: Preprocess | None, seed: int, cache_bytes: int, tokenizer):
+        if not len(samples):
+            raise ValueError("a data set needs at least one sample")
+        self.samples, self.preprocess, self.seed, self.tokenizer = samples, preprocess, seed, tokenizer
+        self.cache = ImageCache(cache_bytes)
+        self.load_images = True
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose choices are drawn."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the choices of another epoch from now on."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def pixels(self, path: Path) -> torch.Tensor:
+        """float32 [3, S, S] of one image, through the cache. ValueError naming the file where it can't be decoded."""
+        return self.preprocess.scale(self.cache.get(path, lambda: self.preprocess.pixels(path)))
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Several at once, as data loaders ask for them: items of one image share its tensor."""
+        images, items = {}, []
+        for index in indices:
+            item = self._item(range(len(self))[index])  # -1 is the last, and asks what it asks
+            path = item["sample"].image
+            if self.load_images and self.preprocess is not None and path is not None:
+                if path not in images:
+                    images[path] = self.pixels(path)
+                item["pixel_values"] = images[path]
+            items.append(item)
+        return items
+
+
+def batch_images(items: Sequence[dict]) -> dict:
+    """{"images", "image_index", "pixel_values"} of a batch: the U distinct paths in order of appearance; int64 [B], each item's
+    place among them, -1 where it has no image; float32 [U, 3, S, S] (absent where no item carries pixels)."""
+    first: dict[Path, dict] = {}  # each image's first item
+    for item in items:
+        if item["sample"].image is not None:
+            first.setdefault(item["sample"].image, item)
+    place = {path: u for u, path in enumerate(first)}
+    index = torch.tensor([place.get(item["sample"].image, -1) for item in items], dtype=torch.int64)
+    batch = {"images": list(first), "image_index": index}
+    if first and all("pixel_values" in item for item in first.values()):
+        batch["pixel_values"] = torch.stack([item["pixel_values"] for item in first.values()])
+    return batch
