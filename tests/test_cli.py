@@ -211,7 +211,7 @@ def test_convert_there_and_back(ok, small, tmp_path):
         (["params", "--plan", "F/LoRA"], "plan 'F/LoRA' has 2 treatments; this model has 3 parts: vit/jtm/dec"),
         (["params", "--plan", "F/LoRA/Lora2"], "unknown treatment 'Lora2'"),
         (["params", "--plan", "nowhere.yaml"], "cannot read the plan nowhere.yaml"),
-        (["params", "--model", "misss"], "'misss' is neither a model name (miss, miss-tiny) nor a folder"),
+        (["params", "--model", "misss"], "'misss' is neither a model name (miss, miss-tiny, llama-7b, "),
         (["params", "--rank", "0"], "r must be a positive integer, not 0"),
         (["params", "--plan", "F/T/T", "--rank", "-4"], "r must be a positive integer, not -4"),
         (["params", "--rank", "four"], "Invalid value for '--rank'"),
