@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch.utils.data import Sampler
 
 from fastpeft.data.dataset import SampleDataset, batch_images
