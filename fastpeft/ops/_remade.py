@@ -17,6 +17,7 @@ partitioner makes this choice itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,41 +27,51 @@ from fastpeft.ops._savings import on
 
 
 class Recipe(NamedTuple):
-    """``remake(*inputs)`` gives the tensor again, as it was at ``version``."""
+    """``remake(*inputs)`` gives the tensor again, as it was at ``version``; ``look`` does so for another recipe that builds on it."""
 
     remake: Callable[..., Tensor]
     inputs: tuple[Tensor | None, ...]
     version: int
+    look: Callable[..., Tensor]
+
+
+def _active() -> bool:
+    return on("remake") and not torch.compiler.is_compiling()
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    recipe = getattr(x, "_fastpeft_recipe", None) if on("remake") and not torch.compiler.is_compiling() else None
+    recipe = getattr(x, "_fastpeft_recipe", None) if _active() else None
     return recipe if recipe is not None and recipe.version == x._version else None
 
 
-def remade(y: Tensor, remake: Callable[..., Tensor], *inputs: Tensor | None, smaller: bool = False) -> Tensor:
+def remade(
+    y: Tensor,
+    remake: Callable[..., Tensor],
+    *inputs: Tensor | None,
+    smaller: bool = False,
+    look: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """``y``, noted to equal ``remake(*inputs)`` bit for bit. The inputs must be such that backward keeps them in any case, or ``smaller``
     than y; one that has a recipe of its own is replaced by what that recipe needs."""
-    if not on("remake") or torch.compiler.is_compiling() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
+    if not _active() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
+    look = remake if look is None else look
     recipes = [None if x is None else recipe_of(x) for x in inputs]
     if any(recipe is not None for recipe in recipes):
-        remake, inputs = _composed(remake, inputs, recipes)
-    y._fastpeft_recipe = Recipe(remake, inputs, y._version)
+        flat = tuple(t for x, recipe in zip(inputs, recipes) for t in ((x,) if recipe is None else recipe.inputs))
+        remake, look, inputs = _composed(remake, recipes), _composed(look, recipes), flat
+    y._fastpeft_recipe = Recipe(remake, inputs, y._version, look)
     return y
 
 
-def _composed(remake, inputs, recipes):
-    flat, ends = [], []
-    for x, recipe in zip(inputs, recipes):
-        flat += [x] if recipe is None else recipe.inputs
-        ends.append(len(flat))
+def _composed(remake: Callable[..., Tensor], recipes: list[Recipe | None]) -> Callable[..., Tensor]:
+    """``remake`` of inputs some of which have to be made first."""
 
     def compose(*tensors):
-        pieces = [tensors[start:end] for start, end in zip([0, *ends], ends)]
-        return remake(*(piece[0] if recipe is None else recipe.remake(*piece) for piece, recipe in zip(pieces, recipes)))
+        rest = iter(tensors)
+        return remake(*(next(rest) if r is None else r.look(*(next(rest) for _ in r.inputs)) for r in recipes))
 
-    return compose, tuple(flat)
+    return compose
 
 
 def keep(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
@@ -72,3 +83,46 @@ def keep(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor |
 def again(how: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     """The tensor that :func:`keep` was asked about."""
     return tensors[0] if how is None else how(*tensors)
+
+
+class _Computed:
+    """Several outputs of one computation, done again once: an op that kept one of them takes it away; one that builds on it before
+    (the linear layer after an activation, whose backward comes first) leaves it for that op."""
+
+    def __init__(self, call: Callable[..., tuple[Tensor, ...]]):
+        self.call, self.values = call, {}
+
+    def look(self, i: int, *inputs: Tensor) -> Tensor:
+        if i not in self.values:
+            self.values = dict(enumerate(self.call(*inputs)))
+        return self.values[i]
+
+    def take(self, i: int, *inputs: Tensor) -> Tensor:
+        self.look(i, *inputs)
+        return self.values.pop(i)
+
+
+def recomputed(
+    call: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, parameters: tuple[Tensor, ...], random: bool = False
+) -> tuple[Tensor, ...]:
+    """``call(x)``, whose outputs backward computes again, once, instead of keeping them: memory for FLOPs.
+
+    ``parameters`` are what ``call`` uses besides x: they are saved, so that a change before backward is an error. ``random``: it draws
+    random numbers; the same are drawn again. Under autocast it runs under the same autocast again.
+    """
+    if not _active() or not torch.is_grad_enabled():
+        return call(x)
+    device, devices = x.device.type, [x.device] if x.device.type == "cuda" else []
+    cast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+    states = (torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)) if random else ()
+
+    def replay(x, *_):
+        with torch.no_grad(), torch.autocast(device, **cast), torch.random.fork_rng(devices, enabled=random):
+            if random:
+                torch.set_rng_state(states[0])
+                for d, state in zip(devices, states[1:]):
+                    torch.cuda.set_rng_state(state, d)
+            return call(x)
+
+    outputs, computed = call(x), _Computed(replay)
+    return tuple(remade(y, partial(computed.take, i), x, *parameters, look=partial(computed.look, i)) for i, y in enumerate(outputs))

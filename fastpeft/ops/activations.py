@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
-from fastpeft.ops._remade import remade
+from fastpeft.ops._remade import again, keep, recipe_of, remade
 
 aten = torch.ops.aten
 
@@ -87,14 +87,16 @@ class _GELU(Function):
     @staticmethod
     def forward(ctx, x, scale, approximate):
         ctx.approximate = approximate
-        ctx.save_for_backward(x, scale)
+        ctx.remake, kept = keep(x)
+        ctx.save_for_backward(scale, *kept)
         return _gelu_forward(x, scale, approximate)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         need_dx, need_dscale, _ = ctx.needs_input_grad
-        dx, dscale = _gelu_backward(dy, *ctx.saved_tensors, ctx.approximate, need_dx, need_dscale)
+        scale, *kept = ctx.saved_tensors
+        dx, dscale = _gelu_backward(dy, again(ctx.remake, kept), scale, ctx.approximate, need_dx, need_dscale)
         return dx if need_dx else None, dscale if need_dscale else None, None
 
 
@@ -107,9 +109,10 @@ def gelu(x: Tensor, scale: Tensor | None = None, approximate: str = "none") -> T
     check_floating("gelu", x=x, scale=scale)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate={approximate!r}; use 'none' or 'tanh'")
-    if scale is None:  # nothing to fuse: ATen's own op saves x alone, as ours would
+    if scale is None and recipe_of(x) is None:  # nothing to fuse: ATen's own op saves x alone, as ours would
         return remade(F.gelu(x, approximate=approximate), partial(F.gelu, approximate=approximate), x)
-    check_affine("gelu", x, scale=scale)
+    if scale is not None:
+        check_affine("gelu", x, scale=scale)
     if wants_grad(x, scale):
         return remade(_GELU.apply(x, scale, approximate), partial(_gelu_forward, approximate=approximate), x, scale)
     return _gelu_forward(x, scale, approximate)
@@ -152,13 +155,17 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up, scale):
         need_dgate, _, need_dscale = ctx.needs_input_grad
-        ctx.save_for_backward(gate, up if need_dgate or need_dscale else None, scale)
+        (ctx.remake_gate, kept), (ctx.remake_up, more) = keep(gate), keep(up if need_dgate or need_dscale else None)
+        ctx.gates = len(kept)
+        ctx.save_for_backward(scale, *kept, *more)
         return _swiglu_forward(gate, up, scale)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        grads = _swiglu_backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+        scale, *kept = ctx.saved_tensors
+        gate, up = again(ctx.remake_gate, kept[: ctx.gates]), again(ctx.remake_up, kept[ctx.gates :])
+        grads = _swiglu_backward(dy, gate, up, scale, *ctx.needs_input_grad)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 
