@@ -29,7 +29,7 @@ from fastpeft.models.attend import (
     project_together,
     rescaled,
 )
-from fastpeft.models.layers import LayerNorm
+from fastpeft.models.layers import LayerNorm, Recomputes
 from fastpeft.models.layout import Layout, Tail, image_layout, rows_of, self_layout, tail_of
 from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
@@ -37,7 +37,7 @@ from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
 IGNORED = -100  # a label that is none
 
 
-class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
+class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
     """Self- or cross-attention of one layer. Returns (context, None): probabilities are not formed."""
 
     def forward(
@@ -70,9 +70,14 @@ class TextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
             k, v = project_together((self.key, self.value), rows_of(hidden_states, tail.seen))
             q, k, v = (self._heads(t) for t in (layout.spread(rescaled(self.query, q)), tail.keys.spread(k), tail.keys.spread(v)))
         else:
-            q, k, v = project_together((self.query, self.key, self.value), hidden_states)
-            q = rescaled(self.query, q)  # l_k and l_v are attention's
-            q, k, v = (self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+            linears = (self.query, self.key, self.value)
+
+            def project(x):
+                q, k, v = project_together(linears, x)
+                q = rescaled(self.query, q)  # l_k and l_v are attention's
+                return tuple(self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+
+            q, k, v = self.projected(project, hidden_states, linears)
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 k, v = cache.update(k, v, self.layer_idx)
@@ -158,12 +163,13 @@ class TextOutput(_AddNorm, modeling_blip_text.BlipTextOutput):
     pass
 
 
-class TextIntermediate(modeling_blip_text.BlipTextIntermediate):
+class TextIntermediate(Recomputes, modeling_blip_text.BlipTextIntermediate):
     """The feed-forward's first half; keeps its linear layer's output and neither input nor activation."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C] -> [..., 4 C]."""
-        return self.intermediate_act_fn(project_one(self.dense, hidden_states))
+        (hidden,) = self.projected(lambda x: (project_one(self.dense, x),), hidden_states, (self.dense,))
+        return self.intermediate_act_fn(hidden)
 
 
 class TextLayer(modeling_blip_text.BlipTextLayer):
@@ -376,23 +382,28 @@ def _next_labels(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
 
 
-class VisionAttention(modeling_blip.BlipAttention):
+class VisionAttention(Recomputes, modeling_blip.BlipAttention):
     """ViT self-attention from one qkv projection."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
         """hidden_states [B, M, C]."""
-        q, k, v = project_one(self.qkv, hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+
+        def project(x):
+            return project_one(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+        q, k, v = self.projected(project, hidden_states, (self.qkv,))
         dropout_p = self.dropout.p if self.training else 0.0
         context = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
         return self.projection(context.transpose(1, 2).flatten(2)), None
 
 
-class VisionMLP(modeling_blip.BlipMLP):
+class VisionMLP(Recomputes, modeling_blip.BlipMLP):
     """fc2(gelu(fc1(x))); keeps fc1's output and neither x nor the activation."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
-        return project_one(self.fc2, self.activation_fn(project_one(self.fc1, hidden_states)))
+        (hidden,) = self.projected(lambda x: (project_one(self.fc1, x),), hidden_states, (self.fc1,))
+        return project_one(self.fc2, self.activation_fn(hidden))
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from fastpeft import ops
+from fastpeft.ops._remade import recomputed
+
+
+class Recomputes:
+    """A module that can compute its projections again in backward instead of keeping them: fastpeft.train.recompute sets ``recompute``."""
+
+    recompute = False
+
+    def projected(self, call: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, linears: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
+        """``call(x)``, which runs ``linears``."""
+        if not self.recompute:
+            return call(x)
+        random = any(getattr(linear, "active_dropout", 0.0) > 0 for linear in linears)
+        return recomputed(call, x, tuple(p for linear in linears for p in linear.parameters()), random)
 
 
 class LayerNorm(nn.LayerNorm):

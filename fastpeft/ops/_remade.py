@@ -16,8 +16,9 @@ partitioner makes this choice itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,17 @@ def keep(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor |
 def again(how: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     """The tensor that :func:`keep` was asked about."""
     return tensors[0] if how is None else how(*tensors)
+
+
+def keep_all(*tensors: Tensor | None) -> tuple[list[tuple[Callable[..., Tensor] | None, int]], tuple[Tensor | None, ...]]:
+    """:func:`keep` for several: (notes, tensors), both of which :func:`again_all` takes."""
+    kept = [keep(x) for x in tensors]
+    return [(how, len(pieces)) for how, pieces in kept], tuple(t for _, pieces in kept for t in pieces)
+
+
+def again_all(notes: list[tuple[Callable[..., Tensor] | None, int]], tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    rest = iter(tensors)
+    return [again(how, tuple(islice(rest, n))) for how, n in notes]
 
 
 class _Computed:

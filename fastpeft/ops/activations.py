@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
-from fastpeft.ops._remade import again, keep, recipe_of, remade
+from fastpeft.ops._remade import again, again_all, keep, keep_all, recipe_of, remade
 
 aten = torch.ops.aten
 
@@ -155,17 +155,15 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up, scale):
         need_dgate, _, need_dscale = ctx.needs_input_grad
-        (ctx.remake_gate, kept), (ctx.remake_up, more) = keep(gate), keep(up if need_dgate or need_dscale else None)
-        ctx.gates = len(kept)
-        ctx.save_for_backward(scale, *kept, *more)
+        ctx.remake, kept = keep_all(gate, up if need_dgate or need_dscale else None)
+        ctx.save_for_backward(scale, *kept)
         return _swiglu_forward(gate, up, scale)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         scale, *kept = ctx.saved_tensors
-        gate, up = again(ctx.remake_gate, kept[: ctx.gates]), again(ctx.remake_up, kept[ctx.gates :])
-        grads = _swiglu_backward(dy, gate, up, scale, *ctx.needs_input_grad)
+        grads = _swiglu_backward(dy, *again_all(ctx.remake, kept), scale, *ctx.needs_input_grad)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 

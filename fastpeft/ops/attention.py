@@ -34,6 +34,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._remade import again_all, keep_all
 from fastpeft.ops.attention_backends import allowed_keys, around_sdpa
 from fastpeft.ops.attention_dropout import attention_with_dropout
 from fastpeft.ops.rescale import rescale as rescaled
@@ -135,15 +136,16 @@ class _Attention(Function):
         ctx.prefix = pk is not None and not ctx.joined and (need_pk or need_pv or need_q)
         ctx.causal, ctx.scale = causal, scale
         both, any_part = (ctx.real, ctx.real or ctx.prefix)
-        saved = (q if any_part else None, k if both else None, v if both else None)
-        saved += (o if any_part or need_lv else None, lse if any_part else None, padding if both else None, pk, pv, lk, lv)
-        ctx.save_for_backward(*saved)
+        ctx.remake, kept = keep_all(q if any_part else None, k if both else None, v if both else None)
+        saved = (o if any_part or need_lv else None, lse if any_part else None, padding if both else None, pk, pv, lk, lv)
+        ctx.save_for_backward(*saved, *kept)
         return o if lv is None else o * _per_query_head(lv, q)
 
     @staticmethod
     @first_order
     def backward(ctx, do):
-        q, k, v, o, lse, padding, pk, pv, lk, lv = ctx.saved_tensors
+        o, lse, padding, pk, pv, lk, lv, *kept = ctx.saved_tensors
+        q, k, v = again_all(ctx.remake, kept)
         need_q, _, _, _, _, need_lk, need_lv = ctx.needs_input_grad[3:]
         dq = dk = dv = dpk = dpv = dlk = dlv = None
         if lv is not None:

@@ -8,7 +8,7 @@ products in float32 (float64 for float64). A query without any key gives 0 and g
 
 | gradient needed for        | saved                                                                       |
 |----------------------------|-----------------------------------------------------------------------------|
-| q, k, v or the prefix      | q (or what remakes it), k, v, the boolean mask and a seed; P is formed again |
+| q, k, v or the prefix      | q, k, v (or what remakes them), the boolean mask and a seed; P is formed again |
 | none                       | nothing                                                                     |
 """
 
@@ -20,7 +20,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order
 from fastpeft.ops._common import accumulator, wants_grad
-from fastpeft.ops._remade import again, keep
+from fastpeft.ops._remade import again_all, keep_all
 from fastpeft.ops.dropout import keep_mask, new_seed
 
 
@@ -49,15 +49,15 @@ class _DroppedAttention(Function):
     @staticmethod
     def forward(ctx, scale, p, seed, allowed, q, k, v, pk, pv):
         ctx.scale, ctx.p = scale, p
-        ctx.remake, kept = keep(q)
-        ctx.save_for_backward(seed, allowed, k, v, pk, pv, *kept)
+        ctx.remake, kept = keep_all(q, k, v)
+        ctx.save_for_backward(seed, allowed, pk, pv, *kept)
         return _forward(scale, p, seed, allowed, q, k, v, pk, pv)
 
     @staticmethod
     @first_order
     def backward(ctx, do):
-        seed, allowed, k, v, pk, pv, *kept = ctx.saved_tensors
-        q, H = again(ctx.remake, kept), do.shape[1]
+        seed, allowed, pk, pv, *kept = ctx.saved_tensors
+        (q, k, v), H = again_all(ctx.remake, kept), do.shape[1]
         wide, do, keys, values = q.to(accumulator(q.dtype)), do.to(accumulator(q.dtype)), _all_keys(k, pk, H), _all_keys(v, pv, H)
         P = _probabilities(wide, keys, allowed, ctx.scale)
         mask = keep_mask(P, ctx.p, seed)
