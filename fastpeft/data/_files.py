@@ -117,15 +117,21 @@ def _parse(file: Path, text: str, first_line: int = 1):
         raise ValueError(f"{file}: not valid JSON: nested too deeply") from None
 
 
-def read_json(file: Path) -> list:
-    """The entries of a JSON list or of JSON lines, at least one. ValueError with line and column where it doesn't parse."""
+def read_value(file: Path):
+    """What a JSON file holds; of JSON lines, a list. ValueError with line and column where it doesn't parse."""
     text = _read_text(file)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first = lines[0][1].strip() if lines else ""
-    if first.startswith("{") and first.endswith("}"):  # a whole object on the first line
-        value = [_parse(file, line, number) for number, line in lines]
-    else:
-        value = _parse(file, text)
+    if len(lines) > 1 and first.startswith("{") and first.endswith("}"):  # a whole object on the first line of several
+        return [_parse(file, line, number) for number, line in lines]
+    return _parse(file, text)
+
+
+def read_json(file: Path) -> list:
+    """The entries of a JSON list or of JSON lines, at least one. ValueError with line and column where it doesn't parse."""
+    value = read_value(file)
+    if isinstance(value, dict) and _read_text(file).strip().count("\n") == 0:  # a single line: a file of one entry
+        value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{file}: expected a JSON list of entries, or one JSON object on each line, not {type(value).__name__}")
     if not value:
@@ -148,16 +154,17 @@ def read_split_file(file: Path) -> tuple[list, list[str]]:
 
 
 class ImageFinder:
-    """Paths of images by the names entries give them, never outside the data folder.
+    """Paths of images by the names entries give them, never outside the data folder; with `check`, each decoded once.
 
     Looked for in the folder and in its image folders (imgs, images, image, "VQA_RAD Image Folder"). Then, as in MILE's
     "slake/..." and "vqa-rad/...", the name's first component is taken for a data set's: its own image folders if there is
     one, else left out.
     """
 
-    def __init__(self, folder: Path):
-        self.root = folder.resolve()
+    def __init__(self, folder: Path, check: bool = False):
+        self.root, self.check = folder.resolve(), check
         self._known: dict[str, Path] = {}
+        self._faults: dict[Path, str] = {}
         self._bases: dict[Path, list[Path]] = {}
 
     def _folders(self, folder: Path) -> list[Path]:
@@ -167,10 +174,21 @@ class ImageFinder:
         return self._bases[folder]
 
     def __call__(self, name: str) -> Path:
-        """The absolute path of an image. `Refused` where it is absent or outside."""
+        """The absolute path of an image. `Refused` where it is absent or outside, or, with `check`, damaged."""
         if name not in self._known:
             self._known[name] = self._find(name)
-        return self._known[name]
+        path = self._known[name]
+        if self.check and path not in self._faults:
+            from fastpeft.data.images import load_image  # where asked for: reading annotations needs neither Pillow nor torch
+
+            self._faults[path] = ""
+            try:
+                load_image(path)
+            except ValueError as error:
+                self._faults[path] = str(error)
+        if self._faults.get(path):
+            raise Refused("corrupt image", self._faults[path])
+        return path
 
     def _find(self, name: str) -> Path:
         refused = f"image path {name!r} is refused: "

@@ -61,7 +61,7 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
         entries, ids = read_split_file(file)
         pages = {page: read_json(page) for page in choose_files(folder, None)[0]} if ids else {file: entries}
 
-    reader = _Reader(ImageFinder(folder), languages, skip_bad if check_images is None else check_images)
+    reader = _Reader(ImageFinder(folder, skip_bad if check_images is None else check_images), languages)
     samples, formats, skipped, wanted_ids = [], [], Counter(), set(ids)
     for page, entries in pages.items():
         formats.append(_format(page, entries))
@@ -130,10 +130,9 @@ def _unknown_ids(file: Path, ids: list[str], pages: dict[Path, list]) -> list[st
 class _Reader:
     """Entries to samples; counts those in other languages."""
 
-    def __init__(self, find_image: ImageFinder, languages, check_images: bool):
-        self.find_image, self.check_images, self.filtered = find_image, check_images, Counter()
+    def __init__(self, find_image: ImageFinder, languages):
+        self.find_image, self.filtered = find_image, Counter()
         self.languages = None if languages is None else {str(x).strip().lower() for x in languages}
-        self._faults: dict[Path, str] = {}
 
     def sample(self, file: Path, index: int, entry, kind: str) -> Sample | None:
         """None for an entry in a language that wasn't asked for; `Refused` for a bad one."""
@@ -154,22 +153,8 @@ class _Reader:
         if answer_type not in ("OPEN", "CLOSED"):
             raise Refused("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
         image = self.find_image(name)
-        if self.check_images:
-            self._check(image)
         content = " ".join(str(entry.get("content_type") or entry.get("question_type") or "").split())
         return Sample(image, question, answer, answer_type, _qid(entry, index), content, language, pool, index, file, name)
-
-    def _check(self, image: Path) -> None:
-        if image not in self._faults:
-            from fastpeft.data.images import load_image  # where asked for: reading annotations needs neither Pillow nor torch
-
-            self._faults[image] = ""
-            try:
-                load_image(image)
-            except ValueError as error:
-                self._faults[image] = str(error)
-        if self._faults[image]:
-            raise Refused("corrupt image", self._faults[image])
 
 
 def _text(entry: dict, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What every reader of `fastpeft.data` gives: samples of a question, its image and its answer, in a list with its origin."""
+"""What every reader of `fastpeft.data` gives: questions about images, or instructions, in a list with its origin."""
 
 from __future__ import annotations
 
@@ -31,9 +31,44 @@ class Sample:
     image_name: str = ""
 
 
+Turns = tuple[tuple[str, str], ...]  # (what is asked, the answer), once or more
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction and its response, or a conversation, with an image or without.
+
+    `image` is an absolute, existing path or None; `image_name` the name the file gives it. `context` is what the first question
+    is about (Alpaca's "input"). `alternatives` are other turns for the same sample, one of all drawn in each epoch. `kind` is the
+    format it was read from; `entry` its place in `source` (a list's index, a problem's id). `facts` are what a format says
+    beside the text, such as a problem's subject and grade.
+    """
+
+    turns: Turns
+    image: Path | None
+    kind: str
+    qid: str
+    entry: int | str
+    source: Path
+    context: str = ""
+    image_name: str = ""
+    alternatives: tuple[Turns, ...] = ()
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """What is asked first."""
+        return self.turns[0][0]
+
+    @property
+    def answer(self) -> str:
+        """The last answer."""
+        return self.turns[-1][1]
+
+
 @dataclass
 class SampleList(Sequence):
-    """Samples, and what was left out on the way: a sequence that can be read like a list.
+    """Samples or instructions, and what was left out on the way: a sequence that can be read like a list.
 
     skipped: reason -> count of bad entries left out (`skip_bad`). filtered: language -> count of entries in languages not
     asked for.
@@ -41,7 +76,7 @@ class SampleList(Sequence):
     chosen, where that wasn't the obvious choice, else "".
     """
 
-    samples: list[Sample]
+    samples: list[Sample] | list[Instruction]
     skipped: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     format: str = ""
@@ -75,7 +110,8 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int = 0, by: str 
     """(kept, held): about `fraction` of the samples held out in whole groups, so that no image (by="image") is on both sides.
 
     The same samples, fraction and seed give the same split on any machine. by="sample" splits questions one by one: images
-    are then shared, and a score on the held part measures memory of images too. ValueError where either side would be empty.
+    are then shared, and a score on the held part measures memory of images too. A sample without an image is a group of its
+    own. ValueError where either side would be empty.
     """
     if by not in ("image", "sample"):
         raise ValueError(f'by={by!r}: use "image" or "sample"')
@@ -83,7 +119,7 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int = 0, by: str 
         raise ValueError(f"fraction={fraction!r}: use a number between 0 and 1, such as 0.1")
     groups: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(sample.image if by == "image" else index, []).append(index)
+        groups.setdefault(sample.image if by == "image" and sample.image is not None else index, []).append(index)
     if len(groups) < 2:
         raise ValueError(f"cannot hold out part of {len(samples)} samples on {len(groups)} image(s): at least 2 are needed")
     order = list(groups.values())  # by first appearance: no path takes part in the draw
