@@ -1,0 +1,82 @@
+"""Batches of token ids for causal language models, padded or packed, and batches of like lengths.
+
+B = samples in a batch, L = tokens of the longest, T = tokens of all, U = distinct images, S = image size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from fastpeft.data.dataset import batch_images
+from fastpeft.data.vqa import EpochSampler
+
+IGNORE = -100  # the label that no loss counts
+
+
+class CausalCollator:
+    """Items of a `CausalDataset` to one batch, text-only and image-text samples mixed, a dict of
+
+    padded: input_ids, attention_mask, labels int64 [B, L], labels -100 at padding and on prompts; on the "right", or for
+    generation on the "left"; L a multiple of `multiple_of`.
+    packed: input_ids, position_ids, labels int64 [1, T], samples end to end without padding, positions from 0 in each, each
+    one's first label -100; cu_seqlens int32 [B+1], where each begins and all end; max_seqlen, the longest (an int); no mask.
+    both: images, image_index int64 [B] (-1: no image), pixel_values float32 [U, 3, S, S] as `batch_images`; image_mask bool like
+    input_ids, where items have it; samples.
+    """
+
+    def __init__(self, pad_token_id: int, packed: bool = False, padding_side: str = "right", multiple_of: int = 1):
+        if padding_side not in ("left", "right") or multiple_of < 1:
+            raise ValueError(f'padding_side={padding_side!r}, multiple_of={multiple_of}: use "left" or "right", and 1 or more')
+        self.pad_token_id, self.packed, self.padding_side, self.multiple_of = pad_token_id, packed, padding_side, multiple_of
+
+    def __call__(self, items: Sequence[dict]) -> dict:
+        lengths = [len(item["input_ids"]) for item in items]
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE, "image_mask": False}
+        columns = {name: [item[name] for item in items] for name in fills if name in items[0]}
+        if self.packed:
+            batch = {name: torch.cat(rows)[None] for name, rows in columns.items()}
+            starts = [0, *accumulate(lengths)]
+            if "labels" in batch:
+                batch["labels"][0, starts[:-1]] = IGNORE
+            batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+            batch |= {"cu_seqlens": torch.tensor(starts, dtype=torch.int32), "max_seqlen": max(lengths)}
+        else:
+            columns["attention_mask"] = [torch.ones(n, dtype=torch.int64) for n in lengths]
+            width = -(-max(lengths) // self.multiple_of) * self.multiple_of
+            batch = {name: torch.stack([self._pad(row, width, fills.get(name, 0)) for row in rows]) for name, rows in columns.items()}
+        return {**batch, **batch_images(items), "samples": [item["sample"] for item in items]}
+
+    def _pad(self, row: torch.Tensor, width: int, fill) -> torch.Tensor:
+        more = width - len(row)
+        return torch.nn.functional.pad(row, (more, 0) if self.padding_side == "left" else (0, more), value=fill)
+
+
+class LengthGroupedSampler(EpochSampler):
+    """An `EpochSampler` whose batches hold samples of like length, so that padding is short; for padded batches.
+
+    The epoch's order is cut into pools of `pool` batches, sorted by length within, cut into batches, and the batches shuffled:
+    the smaller `pool`, the nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes once
+    per epoch; a batch's lengths are alike, so its expected gradient isn't that of a plain batch, though the epoch's is.
+    """
+
+    def __init__(self, data, batch_size: int, seed: int = 0, pool: int = 50, drop_last: bool = False):
+        super().__init__(data, batch_size, seed, drop_last=drop_last)
+        if pool < 1:
+            raise ValueError(f"pool={pool}: use a whole number of batches, 1 or more")
+        self.pool, self.lengths = pool, data.lengths
+
+    def identity(self) -> dict:
+        return super().identity() | {"pool": self.pool}
+
+    def _order(self, draw: random.Random) -> list[int]:
+        order, size = super()._order(draw), self.batch_size * self.pool
+        pools = [sorted(order[i : i + size], key=self.lengths.__getitem__, reverse=True) for i in range(0, self.n, size)]
+        order = [i for pool in pools for i in pool]
+        batches = [order[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)]
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a shorter one stays last
+        draw.shuffle(batches)
+        return [i for batch in batches + last for i in batch]

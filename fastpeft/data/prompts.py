@@ -1,0 +1,95 @@
+"""Prompt templates of instruction tuning: what a language model reads before each response, word for word as published.
+
+- alpaca: Stanford Alpaca's train.py, with and without input; paper 003 prints the same words.
+- lavin: LaVIN's data_processing.py and base_prompt.py, after "Image: " and the image's tokens, or "Image: N/A".
+- llava: LLaVA's conversation v1 (Vicuna 1.1); the image comes before the first question.
+- scienceqa: ScienceQA's base_prompt.py.
+- plain: the question and a line break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastpeft.data.samples import Instruction, Turns
+
+IMAGE = None  # a piece of a prompt: the place of the image's tokens
+Piece = str | None
+_LLAVA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+def _alpaca(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
+    if turn:
+        return f"\n\n### Instruction:\n{question}\n\n### Response:", ""
+    paired = ", paired with an input that provides further context" if sample.context else ""
+    context = f"### Input:\n{sample.context}\n\n" if sample.context else ""
+    opening = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
+    return f"{opening}### Instruction:\n{question}\n\n{context}### Response:", ""
+
+
+def _lavin(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
+    if sample.kind == "scienceqa":
+        return f"{question}\nResponse:", ""
+    context = f" {sample.context}" if sample.kind == "alpaca" else ""  # the space stays where the input is empty, as published
+    return ("\n" if turn else "") + f"Instruction: {question}{context}\nResponse: ".replace("  ", " ").strip(), ""
+
+
+def _llava(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
+    context = f"\n{sample.context}" if sample.context and not turn else ""
+    return (f"USER: {question}{context} ASSISTANT:" if turn else f"{_LLAVA}USER: {question}{context} ASSISTANT:"), " "
+
+
+def _scienceqa(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
+    return f"{question}\nAnswer:", " "
+
+
+def _plain(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
+    context = f"\n{sample.context}" if sample.context and not turn else ""
+    return f"{question}{context}\n", ""
+
+
+_TEMPLATES: dict[str, Callable[[Instruction, int, str], tuple[str, str]]] = {
+    "alpaca": _alpaca,
+    "lavin": _lavin,
+    "llava": _llava,
+    "plain": _plain,
+    "scienceqa": _scienceqa,
+}
+TEMPLATES = tuple(_TEMPLATES)
+
+
+def render(template: str, sample: Instruction, turns: Turns | None = None, image_tokens: bool = False) -> list[tuple[list[Piece], str]]:
+    """(pieces of the prompt, response) of each turn; `turns` instead of the sample's own, where given.
+
+    Pieces are tokenised apart, except that the last and the response are one text: a token may reach across, and
+    "...Response:" and "The answer" have no space between them. With `image_tokens`, `IMAGE` stands where the image's tokens
+    go: as lavin and llava have it, else before all text; without, the text is what a model reads that sees the image otherwise.
+
+    ValueError for an unknown template.
+    """
+    if template not in _TEMPLATES:
+        raise ValueError(f"template={template!r}: use one of {', '.join(TEMPLATES)}")
+    rendered: list[tuple[list[Piece], str]] = []
+    for turn, (question, answer) in enumerate(turns or sample.turns):
+        prompt, space = _TEMPLATES[template](sample, turn, question)
+        rendered.append(([prompt], space + answer))
+    if image_tokens:
+        first = rendered[0][0]
+        if template == "lavin":
+            first[:0] = ["Image: ", IMAGE] if sample.image else ["Image: N/A"]
+        elif sample.image and template == "llava":
+            before, after = first[0].split("USER: ", 1)
+            first[:] = [f"{before}USER: ", IMAGE, f"\n{after}"]
+        elif sample.image:
+            first.insert(0, IMAGE)
+    return rendered
+
+
+def prompt_text(template: str, sample: Instruction) -> str:
+    """The text before the last response, without an image's place, earlier responses in it: for looking at, and for generation
+    by models that tokenise for themselves."""
+    *earlier, (pieces, _) = render(template, sample)
+    return "".join("".join(p) + answer for p, answer in earlier) + "".join(pieces)
