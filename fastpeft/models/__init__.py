@@ -21,13 +21,19 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 @dataclass(frozen=True)
 class Family:
-    """Backbones of one class: ``known`` is what has these parts, ``model`` what is built, ``configs`` makes a configuration by name."""
+    """Backbones of one class: ``known`` is what has these parts, ``model`` what is built, ``configs`` makes a configuration by name.
+
+    Of a causal language model, ``template`` is the prompt it was trained with, and ``image_tokens(config)`` the number of places that an
+    image takes among its tokens; without a template it is a model of visual question answering.
+    """
 
     known: type[nn.Module]
     model: type[nn.Module]
     config: type[PretrainedConfig]
     parts: tuple[Part, ...]
     configs: dict[str, Callable[..., PretrainedConfig]]
+    template: str = ""
+    image_tokens: Callable[[PretrainedConfig], int] = lambda config: 0
 
 
 FAMILIES = (
@@ -44,6 +50,7 @@ FAMILIES = (
         LlamaConfig,
         llama.PARTS,
         {name: partial(llama.llama_config, name) for name in llama.SIZES},
+        template="alpaca",
     ),
     Family(
         llava.LlavaMedForConditionalGeneration,
@@ -51,6 +58,8 @@ FAMILIES = (
         LlavaConfig,
         llava.PARTS,
         {name: partial(llava.llava_med_config, name) for name in llava.SIZES},
+        template="llava",
+        image_tokens=lambda config: config.image_seq_length,
     ),
 )
 NAMES = tuple(name for family in FAMILIES for name in family.configs)
@@ -63,6 +72,12 @@ def family_of(model: nn.Module) -> Family:
             return family
     known = ", ".join(family.known.__name__ for family in FAMILIES)
     raise ValueError(f"{type(model).__name__} has no parts here; known: {known}; fastpeft.build makes {', '.join(NAMES)}")
+
+
+def family_named(model: str | Path) -> Family:
+    """The family of a name or a local transformers folder."""
+    named = [family for family in FAMILIES if str(model) in family.configs]
+    return named[0] if named else read_config(pretrained_folder(model))[0]
 
 
 def parts_of(model: nn.Module) -> tuple[Part, ...]:
@@ -83,7 +98,7 @@ def pretrained_folder(name: str | Path) -> Path | None:
 
 def new_model(name: str, *, device: torch.device, seed: int, **overrides) -> nn.Module:
     """A named backbone with random weights that depend on ``seed`` alone; on ``meta`` it costs nothing."""
-    family = next(family for family in FAMILIES if name in family.configs)
+    family = family_named(name)
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.manual_seed(seed)
         return family.model(family.configs[name](**overrides))

@@ -6,6 +6,7 @@ Linear 1024 -> 4096, LLaMA-7B with four added tokens (padding, image patch, imag
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
@@ -65,7 +66,8 @@ class Connector(nn.Module):
 
 class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
     """Beyond transformers' arguments, ``forward`` takes ``image_embeds`` [U, N, C_vision], patches that :meth:`encode_images` made, and
-    ``image_index`` [B]: the image of each sample, in the order of its image tokens; -1 for a sample without one."""
+    ``image_index`` [B]: the image of each sample, -1 for a sample without one. Patches take the places of ``image_mask`` [B, L], or of
+    the image token's id."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
@@ -101,6 +103,7 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
+        image_mask: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens. In training, with labels,
@@ -108,7 +111,7 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:
-                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index)
+                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
         outputs = self.model.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -126,15 +129,27 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _with_images(self, input_ids, inputs_embeds, pixel_values, image_embeds, image_index) -> Tensor:
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, image_index=None, image_mask=None, image_embeds=None, **options):
+        """transformers' own, for batches of distinct images too: ids of prompt and answer."""
+        if image_index is None and image_mask is None and image_embeds is None:
+            return super().generate(input_ids, **options)
+        embeds, pixels = self.get_input_embeddings()(input_ids), options.pop("pixel_values", None)
+        if pixels is not None or image_embeds is not None:
+            embeds = self._with_images(input_ids, embeds, pixels, image_embeds, image_index, image_mask)
+        answer = super().generate(inputs_embeds=embeds, **options)  # as transformers does with embeddings, without the prompt
+        repeats = len(answer) // len(input_ids)  # num_return_sequences
+        return torch.cat([input_ids.repeat_interleave(repeats, 0), answer], 1)
+
+    def _with_images(self, input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask) -> Tensor:
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("give pixel_values, or image_embeds that encode_images() made of them")
         images = self.encode_images(pixel_values) if image_embeds is None else image_embeds
         seen = self.model.multi_modal_projector(images)
         if image_index is not None:
             seen = seen[image_index[image_index >= 0].to(seen.device)]
-        holes = input_ids == self.config.image_token_index
+        holes = input_ids == self.config.image_token_index if image_mask is None else image_mask
         images, patches, found = *seen.shape[:2], int(holes.sum())
         if found != images * patches:
-            raise ValueError(f"{found} image tokens (id {self.config.image_token_index}) for {images} images of {patches} patches each")
+            raise ValueError(f"{found} image tokens for {images} images of {patches} patches each")
         return inputs_embeds.masked_scatter(holes[..., None], seen.to(inputs_embeds.dtype))

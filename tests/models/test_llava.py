@@ -89,9 +89,29 @@ def test_generation_equals_decoding_step_by_step(model, batch):
     assert torch.equal(answer, ids)
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_a_batch_of_distinct_images_generates_as_its_samples_alone(model, how):
+    torch.manual_seed(3)
+    how |= {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+    pixels, texts = torch.randn(2, 3, 32, 32, dtype=torch.float64), [torch.randint(3, 400, (n,)) for n in (3, 5, 4)]
+    index, pad = torch.tensor([1, -1, 0]), torch.nn.functional.pad
+    rows, alone = [], []
+    for text, image in zip(texts, index.tolist()):
+        ids = text if image < 0 else torch.cat([text[:2], torch.full((16,), model.config.image_token_index), text[2:]])
+        seen = {} if image < 0 else {"pixel_values": pixels[image, None]}
+        alone.append(model.generate(ids[None], **seen, **how)[0, len(ids) :])
+        rows.append(ids)
+    fill = [(20 - len(ids), 0) for ids in rows]
+    ids = torch.stack([pad(r, f) for r, f in zip(rows, fill)])
+    mask = torch.stack([pad(torch.ones_like(r), f) for r, f in zip(rows, fill)])
+    places = {"image_index": index, "image_mask": ids == model.config.image_token_index}
+    together = model.generate(ids, attention_mask=mask, pixel_values=pixels, **places, **how)
+    assert torch.equal(together[:, 20:], torch.stack(alone))
+
+
 def test_wrong_number_of_image_tokens(model, batch):
     batch["input_ids"][0, 5] = 7
-    with pytest.raises(ValueError, match=r"31 image tokens .* 2 images of 16 patches"):
+    with pytest.raises(ValueError, match="31 image tokens for 2 images of 16 patches"):
         model(**batch)
 
 
