@@ -189,6 +189,8 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         tail=None,
         **kwargs,
     ) -> Tensor:
+        if self.gradient_checkpointing and self.training:  # the layer starts anew: no recipe reaches back beyond its input
+            hidden_states = hidden_states.view_as(hidden_states)
         how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
         how = {name: value for name, value in how.items() if value is not None and value is not False}
