@@ -4,6 +4,10 @@
 
 #include "common.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 // GCC picks the clone at load time. Plain functions only (no templates), so each op overloads `rows` per element type by hand.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTPEFT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -18,7 +22,33 @@
   FASTPEFT_CLONES void name(const Args<bf16>& a, int64_t begin, int64_t end) { f(a, begin, end); }   \
   FASTPEFT_CLONES void name(const Args<half>& a, int64_t begin, int64_t end) { f(a, begin, end); }
 
+// The same for an `f<B, T>` whose loops name their vectors: B bytes, as the instruction set has them. Here the choice is made by hand.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTPEFT_AS(set) __attribute__((target("arch=x86-64-" set)))
+#define FASTPEFT_WIDE(name, Args, f, T)                                                                           \
+  FASTPEFT_AS("v4") static void name##_64(const Args<T>& a, int64_t begin, int64_t end) { f<64>(a, begin, end); } \
+  FASTPEFT_AS("v3") static void name##_32(const Args<T>& a, int64_t begin, int64_t end) { f<32>(a, begin, end); } \
+  static void name##_16(const Args<T>& a, int64_t begin, int64_t end) { f<16>(a, begin, end); }                   \
+  void name(const Args<T>& a, int64_t begin, int64_t end) {                                                       \
+    if (kVector == 64) name##_64(a, begin, end);                                                                  \
+    else if (kVector == 32) name##_32(a, begin, end);                                                             \
+    else name##_16(a, begin, end);                                                                                \
+  }
+#else
+#define FASTPEFT_WIDE(name, Args, f, T) \
+  void name(const Args<T>& a, int64_t begin, int64_t end) { f<16>(a, begin, end); }
+#endif
+#define FASTPEFT_WIDE_PER_DTYPE(name, Args, f) \
+  FASTPEFT_WIDE(name, Args, f, double)         \
+  FASTPEFT_WIDE(name, Args, f, float)          \
+  FASTPEFT_WIDE(name, Args, f, bf16)           \
+  FASTPEFT_WIDE(name, Args, f, half)
+
 namespace fastpeft {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+inline const int kVector = (__builtin_cpu_init(), __builtin_cpu_supports("x86-64-v4")) ? 64 : __builtin_cpu_supports("x86-64-v3") ? 32 : 16;
+#endif
 
 // Conversions without branches, so that loops over them vectorise: with the header types' own, the bfloat16 backward took 3x as long.
 FASTPEFT_INLINE uint32_t bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
@@ -48,6 +78,51 @@ FASTPEFT_INLINE void put(half* p, float v) {
   uint32_t out = magnitude < (113u << 23) ? subnormal : normal;
   out = magnitude >= 0x477ff000u ? 0x7c00u : out;  // from 65520 on
   p->x = uint16_t(sign | (magnitude > 0x7f800000u ? 0x7e00u : out));
+}
+
+// Whole rows to the accumulator's dtype and back. float16 has instructions for it where the CPU has F16C; a target clone cannot ask
+// for them (its code must also compile for the others), so they are chosen here, once a row.
+template <class T>
+FASTPEFT_INLINE void widen_row(const T* from, acc_t<T>* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) to[j] = get(from[j]);
+}
+template <class T>
+FASTPEFT_INLINE void narrow_row(const acc_t<T>* from, T* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) put(to + j, from[j]);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx,f16c"))) inline void widen_f16c(const half* from, float* to, int64_t n) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8) _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
+  for (; j < n; ++j) to[j] = _cvtsh_ss(from[j].x);
+}
+__attribute__((target("avx,f16c"))) inline void narrow_f16c(const float* from, half* to, int64_t n) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm256_cvtps_ph(_mm256_loadu_ps(from + j), _MM_FROUND_TO_NEAREST_INT));
+  for (; j < n; ++j) to[j].x = _cvtss_sh(from[j], _MM_FROUND_TO_NEAREST_INT);
+}
+inline const bool kF16C = (__builtin_cpu_init(), __builtin_cpu_supports("avx")) && __builtin_cpu_supports("f16c");
+template <>
+FASTPEFT_INLINE void widen_row(const half* from, float* to, int64_t n) {
+  if (kF16C) return widen_f16c(from, to, n);
+  for (int64_t j = 0; j < n; ++j) to[j] = get(from[j]);
+}
+template <>
+FASTPEFT_INLINE void narrow_row(const float* from, half* to, int64_t n) {
+  if (kF16C) return narrow_f16c(from, to, n);
+  for (int64_t j = 0; j < n; ++j) put(to + j, from[j]);
+}
+#endif
+
+// A row in the accumulator's dtype: itself, or its copy in `buffer`.
+template <class T>
+FASTPEFT_INLINE const acc_t<T>* wide_row(const T* row, acc_t<T>* buffer, int64_t n) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) return row;
+  else return widen_row(row, buffer, n), buffer;
 }
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it brings

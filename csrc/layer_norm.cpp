@@ -3,12 +3,12 @@
 
 namespace fastpeft::layer_norm {
 
-template <class T>
-FASTPEFT_INLINE void fwd(const NormFwd<T>& a, int64_t begin, int64_t end) { norm_fwd_rows<true>(a, begin, end); }
-template <class T>
-FASTPEFT_INLINE void bwd(const NormBwd<T>& a, int64_t begin, int64_t end) { norm_bwd_rows<true>(a, begin, end); }
-FASTPEFT_PER_DTYPE(fwd_rows, NormFwd, fwd)
-FASTPEFT_PER_DTYPE(bwd_rows, NormBwd, bwd)
+template <int B, class T>
+FASTPEFT_INLINE void fwd(const NormFwd<T>& a, int64_t begin, int64_t end) { norm_fwd_rows<B, true>(a, begin, end); }
+template <int B, class T>
+FASTPEFT_INLINE void bwd(const NormBwd<T>& a, int64_t begin, int64_t end) { norm_bwd_rows<B, true>(a, begin, end); }
+FASTPEFT_WIDE_PER_DTYPE(fwd_rows, NormFwd, fwd)
+FASTPEFT_WIDE_PER_DTYPE(bwd_rows, NormBwd, bwd)
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias, double eps, bool keep) {

@@ -1,8 +1,13 @@
 #pragma once
 // LayerNorm (CENTER) and RMSNorm are one pair of row loops. Equations: fastpeft/ops/layer_norm.py, fastpeft/ops/rms_norm.py.
+//
+// Sums keep several vectors in flight: one would wait 4 cycles for each addition to itself. float16 rows are widened once, into buffers
+// that stay in the first-level cache, by the instructions that exist for it; bfloat16 is a shift, cheaper where it is read.
 #include <cmath>
 
 #include "cpu.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 
 namespace fastpeft {
 
@@ -28,108 +33,211 @@ struct NormBwd {
   A* scratch;           // 2 n, beside dweight
 };
 
-template <bool CENTER, class T>
+// B bytes of A: a register of the instruction set that a loop is compiled for (with wider ones, accumulators would live in memory).
+template <class A, int B>
+struct Vec {
+  typedef A type __attribute__((vector_size(B)));
+  static constexpr int64_t width = B / sizeof(A);
+};
+template <int B, class E>
+FASTPEFT_INLINE typename Vec<acc_t<E>, B>::type load(const E* p) {
+  typename Vec<acc_t<E>, B>::type out;
+  if constexpr (std::is_same_v<E, bf16>) {
+    typename Vec<uint16_t, B / 2>::type v;
+    std::memcpy(&v, p, B / 2);
+    const auto word = __builtin_convertvector(v, typename Vec<uint32_t, B>::type) << 16;
+    std::memcpy(&out, &word, B);
+  } else {
+    std::memcpy(&out, p, B);
+  }
+  return out;
+}
+template <class V, class A>
+FASTPEFT_INLINE void add_to(A* p, const V& more) {
+  const V v = load<sizeof(V)>(p) + more;
+  std::memcpy(p, &v, sizeof v);
+}
+template <class V>
+FASTPEFT_INLINE auto lanes(const V& v) {
+  auto total = v[0];
+  for (int i = 1; i < int(sizeof v / sizeof v[0]); ++i) total += v[i];
+  return total;
+}
+
+// What row loops read: the tensor's own elements, or floats where they are float16.
+template <class T>
+using direct_t = std::conditional_t<std::is_same_v<T, half>, float, T>;
+template <class T>
+FASTPEFT_INLINE const direct_t<T>* direct_row(const T* row, acc_t<T>* buffer, int64_t n) {
+  if constexpr (std::is_same_v<T, direct_t<T>>) return row;
+  else return widen_row(row, buffer, n), buffer;
+}
+
+// Sums of d = v - shift and of its square over a row.
+template <int B, class A>
+FASTPEFT_INLINE void moments(const A* v, int64_t n, A shift, A& sum, A& square) {
+  using V = typename Vec<A, B>::type;
+  constexpr int64_t W = Vec<A, B>::width;
+  V s[4]{}, q[4]{};
+  int64_t j = 0;
+  for (; j + 4 * W <= n; j += 4 * W) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V d = load<B>(v + j + i * W) - shift;
+      s[i] += d;
+      q[i] += d * d;
+    }
+  }
+  sum = lanes((s[0] + s[1]) + (s[2] + s[3]));
+  square = lanes((q[0] + q[1]) + (q[2] + q[3]));
+  for (; j < n; ++j) {
+    const A d = v[j] - shift;
+    sum += d;
+    square += d * d;
+  }
+}
+
+template <int B, bool CENTER, class T>
 FASTPEFT_INLINE void norm_fwd_rows(const NormFwd<T>& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t n = a.n;
   const A *__restrict weight = a.weight, *__restrict bias = a.bias;
-  std::vector<A> wide(n);  // the row in the accumulator's dtype
+  std::vector<A> wide(2 * n);
+  A *row = wide.data(), *other = row + n;
   for (int64_t r = begin; r < end; ++r) {
-    const T* __restrict x = a.x + r * a.x_stride;
-    T* __restrict y = a.y + r * n;
-    const A* v = wide.data();
-    A* __restrict w = wide.data();
-    A sum = 0;
+    const A* v = wide_row(a.x + r * a.x_stride, row, n);
     if (a.residual) {
-      const T* __restrict other = a.residual + r * a.residual_stride;
-      T* __restrict h = a.h + r * n;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) {
-        put(h + j, get(x[j]) + get(other[j]));
-        w[j] = get(h[j]);  // statistics of the rounded sum: backward sees no other
-        sum += w[j];
-      }
-    } else if constexpr (std::is_same_v<T, A>) {
-      v = x;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += x[j];
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) {
-        w[j] = get(x[j]);
-        sum += w[j];
-      }
+      const A* w = wide_row(a.residual + r * a.residual_stride, other, n);
+      T* h = a.h + r * n;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) row[j] = v[j] + w[j];
+      narrow_row(row, h, n);
+      v = wide_row(h, row, n);  // statistics of the rounded sum: backward sees no other
     }
-    A mean = CENTER ? sum / n : A(0), left = 0, square = 0;
-#pragma omp simd reduction(+ : left, square)
-    for (int64_t j = 0; j < n; ++j) {
-      const A d = v[j] - mean;
-      left += d;
-      square += d * d;
+    A mean = 0, left, square;
+    if (CENTER) {
+      moments<B>(v, n, A(0), mean, square);
+      mean /= n;
     }
+    moments<B>(v, n, mean, left, square);
     if (CENTER) {  // the first mean's rounding error, which matters for rows of large constant offset
       left /= n;
       square -= n * left * left;
       mean += left;
     }
     const A rstd = A(1) / std::sqrt(std::max(square / n, A(0)) + a.eps);
+    T* y = a.y + r * n;
+    direct_t<T>* __restrict out;
+    if constexpr (std::is_same_v<T, half>) out = other;
+    else out = y;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) put(y + j, (v[j] - mean) * rstd * weight[j] + bias[j]);
+    for (int64_t j = 0; j < n; ++j) put(out + j, (v[j] - mean) * rstd * weight[j] + bias[j]);
+    if constexpr (std::is_same_v<T, half>) narrow_row(other, y, n);
     if (a.rstd) a.rstd[r] = rstd;
     if (CENTER && a.mean) a.mean[r] = mean;
   }
 }
 
-template <bool CENTER, bool PARAMS, bool DX, class T>
-FASTPEFT_INLINE void norm_bwd_block(const NormBwd<T>& a, int64_t begin, int64_t end, acc_t<T>* dw, acc_t<T>* db) {
-  using A = acc_t<T>;
-  const int64_t n = a.n;
-  const A* __restrict weight = a.weight;
-  A *__restrict g = dw, *__restrict b = db;
-  for (int64_t r = begin; r < end; ++r) {
-    const T *__restrict dy = a.dy + r * a.dy_stride, *__restrict h = a.h + r * a.h_stride;
-    const A rstd = a.rstd[r], mean = CENTER ? a.mean[r] : A(0);
-    A s1 = 0, s2 = 0;
-#pragma omp simd reduction(+ : s1, s2)
-    for (int64_t j = 0; j < n; ++j) {
-      const A d = get(dy[j]), x_hat = (get(h[j]) - mean) * rstd, wd = d * weight[j];
-      if (DX && CENTER) s1 += wd;
-      if (DX) s2 += wd * x_hat;
+// The sums of R rows at once: dx's two means per row into c1, c2, and the parameters' onto g, b, which are read and written once
+// for all R.
+template <int B, bool CENTER, bool PARAMS, bool DX, int R, class E, class A>
+FASTPEFT_INLINE void norm_bwd_sums(
+    const E* const* dy, const E* const* h, const A* mean, const A* rstd, const A* weight, int64_t n, A* g, A* b, A* c1, A* c2) {
+  using V = typename Vec<A, B>::type;
+  constexpr int64_t W = Vec<A, B>::width;
+  V s1[R]{}, s2[R]{};
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    V dg{}, db{};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V d = load<B>(dy[r] + j), x_hat = (load<B>(h[r] + j) - mean[r]) * rstd[r];
+      if (DX) {
+        const V wd = d * load<B>(weight + j);
+        if (CENTER) s1[r] += wd;
+        s2[r] += wd * x_hat;
+      }
       if (PARAMS) {
-        g[j] += d * x_hat;
-        if (CENTER) b[j] += d;
+        dg += d * x_hat;
+        if (CENTER) db += d;
       }
     }
-    if (!DX) continue;
-    const A c1 = s1 / n, c2 = s2 / n;
-    T* __restrict dx = a.dx + r * n;
-    if (a.dh) {
-      const T* __restrict dh = a.dh + r * a.dh_stride;
+    if (PARAMS) add_to(g + j, dg);
+    if (PARAMS && CENTER) add_to(b + j, db);
+  }
+  for (int r = 0; r < R; ++r) {
+    A t1 = lanes(s1[r]), t2 = lanes(s2[r]);
+    for (int64_t i = j; i < n; ++i) {
+      const A d = get(dy[r][i]), x_hat = (get(h[r][i]) - mean[r]) * rstd[r], wd = d * weight[i];
+      t1 += wd;
+      t2 += wd * x_hat;
+      if (PARAMS) g[i] += d * x_hat;
+      if (PARAMS && CENTER) b[i] += d;
+    }
+    c1[r] = CENTER ? t1 / n : A(0);
+    c2[r] = t2 / n;
+  }
+}
+
+template <class E, class A>
+FASTPEFT_INLINE void norm_bwd_dx(const E* __restrict dy, const E* __restrict h, const E* __restrict dh, const A* __restrict weight,
+                                 A mean, A rstd, A c1, A c2, int64_t n, E* __restrict dx) {
+  if (dh) {
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const A x_hat = (get(h[j]) - mean) * rstd;
-        put(dx + j, rstd * (get(dy[j]) * weight[j] - c1 - x_hat * c2) + get(dh[j]));
-      }
+    for (int64_t j = 0; j < n; ++j)
+      put(dx + j, rstd * (get(dy[j]) * weight[j] - c1 - (get(h[j]) - mean) * rstd * c2) + get(dh[j]));
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) put(dx + j, rstd * (get(dy[j]) * weight[j] - c1 - (get(h[j]) - mean) * rstd * c2));
+  }
+}
+
+template <int B, bool CENTER, bool PARAMS, bool DX, int R, class T>
+FASTPEFT_INLINE void norm_bwd_group(const NormBwd<T>& a, int64_t row, acc_t<T>* g, acc_t<T>* b, acc_t<T>* wide) {
+  using A = acc_t<T>;
+  using E = direct_t<T>;
+  const int64_t n = a.n;
+  const E *dy[R], *h[R];
+  A mean[R], rstd[R], c1[R], c2[R];
+  for (int r = 0; r < R; ++r) {
+    dy[r] = direct_row(a.dy + (row + r) * a.dy_stride, wide + 2 * r * n, n);
+    h[r] = direct_row(a.h + (row + r) * a.h_stride, wide + (2 * r + 1) * n, n);
+    mean[r] = CENTER ? a.mean[row + r] : A(0);
+    rstd[r] = a.rstd[row + r];
+  }
+  norm_bwd_sums<B, CENTER, PARAMS, DX, R>(dy, h, mean, rstd, a.weight, n, g, b, c1, c2);
+  for (int r = 0; DX && r < R; ++r) {
+    const E* dh = a.dh ? direct_row(a.dh + (row + r) * a.dh_stride, wide + 8 * n, n) : nullptr;
+    T* dx = a.dx + (row + r) * n;
+    if constexpr (std::is_same_v<T, E>) {
+      norm_bwd_dx(dy[r], h[r], dh, a.weight, mean[r], rstd[r], c1[r], c2[r], n, dx);
     } else {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const A x_hat = (get(h[j]) - mean) * rstd;
-        put(dx + j, rstd * (get(dy[j]) * weight[j] - c1 - x_hat * c2));
-      }
+      norm_bwd_dx(dy[r], h[r], dh, a.weight, mean[r], rstd[r], c1[r], c2[r], n, wide + 9 * n);
+      narrow_row(wide + 9 * n, dx, n);
     }
   }
 }
 
+// Four rows at a time while dx finds them in the first-level cache again.
+template <int B, bool CENTER, bool PARAMS, bool DX, class T>
+FASTPEFT_INLINE void norm_bwd_block(const NormBwd<T>& a, int64_t begin, int64_t end, acc_t<T>* g, acc_t<T>* b, acc_t<T>* wide) {
+  if (8 * a.n * int64_t(sizeof(direct_t<T>)) <= (DX ? 32768 : 131072))
+    for (; begin + 4 <= end; begin += 4) norm_bwd_group<B, CENTER, PARAMS, DX, 4>(a, begin, g, b, wide);
+  for (; begin < end; ++begin) norm_bwd_group<B, CENTER, PARAMS, DX, 1>(a, begin, g, b, wide);
+}
+
 // Parameter sums go through a block of few rows before the part's total: the error of a float sum grows with its length.
-template <bool CENTER, class T>
+template <int B, bool CENTER, class T>
 FASTPEFT_INLINE void norm_bwd_rows(const NormBwd<T>& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  if (!a.dweight) return norm_bwd_block<CENTER, false, true>(a, begin, end, nullptr, nullptr);
+  std::vector<A> buffer(std::is_same_v<T, direct_t<T>> ? 0 : 10 * a.n);  // dy and h of four rows, dh, dx
+  A* wide = buffer.data();
+  if (!a.dweight) return norm_bwd_block<B, CENTER, false, true>(a, begin, end, wide, wide, wide);
   A *g = a.scratch, *b = a.scratch + a.n;
   for (int64_t r = begin; r < end; r += 64) {
     std::fill(g, g + 2 * a.n, A(0));
-    if (a.dx) norm_bwd_block<CENTER, true, true>(a, r, std::min(r + 64, end), g, b);
-    else norm_bwd_block<CENTER, true, false>(a, r, std::min(r + 64, end), g, b);
+    if (a.dx) norm_bwd_block<B, CENTER, true, true>(a, r, std::min(r + 64, end), g, b, wide);
+    else norm_bwd_block<B, CENTER, true, false>(a, r, std::min(r + 64, end), g, b, wide);
     for (int64_t j = 0; j < a.n; ++j) a.dweight[j] += g[j];
     for (int64_t j = 0; CENTER && j < a.n; ++j) a.dbias[j] += b[j];
   }

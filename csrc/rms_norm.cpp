@@ -3,12 +3,12 @@
 
 namespace fastpeft::rms_norm {
 
-template <class T>
-FASTPEFT_INLINE void fwd(const NormFwd<T>& a, int64_t begin, int64_t end) { norm_fwd_rows<false>(a, begin, end); }
-template <class T>
-FASTPEFT_INLINE void bwd(const NormBwd<T>& a, int64_t begin, int64_t end) { norm_bwd_rows<false>(a, begin, end); }
-FASTPEFT_PER_DTYPE(fwd_rows, NormFwd, fwd)
-FASTPEFT_PER_DTYPE(bwd_rows, NormBwd, bwd)
+template <int B, class T>
+FASTPEFT_INLINE void fwd(const NormFwd<T>& a, int64_t begin, int64_t end) { norm_fwd_rows<B, false>(a, begin, end); }
+template <int B, class T>
+FASTPEFT_INLINE void bwd(const NormBwd<T>& a, int64_t begin, int64_t end) { norm_bwd_rows<B, false>(a, begin, end); }
+FASTPEFT_WIDE_PER_DTYPE(fwd_rows, NormFwd, fwd)
+FASTPEFT_WIDE_PER_DTYPE(bwd_rows, NormBwd, bwd)
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe& residual, const Maybe& weight, double eps, bool keep) {
   const Rows in = rows_of(x), other = residual ? rows_of(*residual) : in;

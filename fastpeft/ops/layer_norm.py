@@ -18,6 +18,17 @@ Accumulation: float32 (float64 for float64), statistics by two passes over the r
 | none                 | nothing; no autograd node at all       |                     |
 
 x_hat is never rebuilt from y by dividing by weight: a zero weight would lose it.
+
+csrc on a CPU (one thread, AVX-512; time of ATen over ours, interleaved, best of many; rows of 128x768 lie in the second-level cache):
+
+| rows x width | fp32 fwd, all, dx, params | bf16 fwd, all, dx, params | fp16 fwd, all, dx, params |
+|--------------|---------------------------|---------------------------|---------------------------|
+| 128 x 768    | 1.3, 1.75, 1.55, 1.8      | 1.5, 2.15, 1.15, 2.7      | 1.2, 1.7, 1.0, 1.9        |
+| 2048 x 768   | 1.0, 1.18, 1.05, 1.03     | 1.3, 2.1, 1.15, 2.7       | 1.0, 1.5, 0.86, 1.5       |
+| 2048 x 2048  | 1.0, 1.35, 1.08, 1.06     | 1.3, 2.2, 1.13, 2.8       | 1.0, 1.25, 0.84, 1.3      |
+
+In fp32 the larger ones stand at what memory gives (29 GB/s read or written, 95% or more of it used): no code would be faster. fp16's dx
+alone goes to ATen, which converts as it reads.
 """
 
 from __future__ import annotations
@@ -101,6 +112,11 @@ _backward = _library.define(
 )
 
 
+def _cheaper_in_aten(h: Tensor, dh: Tensor | None, need_params: bool) -> bool:
+    """The measured rule (see the table above)."""
+    return h.device.type == "cpu" and h.dtype == torch.float16 and dh is None and not need_params
+
+
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
@@ -128,7 +144,8 @@ class _LayerNorm(Function):
             flat = dy.reshape(-1, dy.shape[-1])
             return None, None, None, flat.sum(0, dtype=accumulator(dy.dtype)).to(ctx.param_dtype), None
         h, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = _backward(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
+        run = _bwd if _cheaper_in_aten(h, dh, need_weight or need_bias) else _backward
+        dx, dweight, dbias = run(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
         dweight, dbias = dweight if need_weight else None, dbias if need_bias else None
         return dx if need_x else None, dx if need_residual else None, dweight, dbias, None
 
