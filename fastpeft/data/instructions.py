@@ -81,7 +81,7 @@ def load_instructions(
                     raise ValueError(f"{file}: entry {index}: {bad}") from None
                 skipped[bad.reason] += 1
             else:
-                qid = str(entry.get("id", index))
+                qid = str(index if entry.get("id") is None else entry["id"])
                 samples += [Instruction(kind=found, qid=qid, entry=index, source=file, **f) for f in fields]
     if not samples:
         left_out = "; ".join(f"{n} skipped for {reason}" for reason, n in skipped.items())

@@ -1,10 +1,12 @@
 """ScienceQA as published: problems.json, pid_splits.json, captions.json and images/SPLIT/ID/image.png; its family of prompts.
 
 A prompt format is INPUT-OUTPUT. INPUT: CQM, QCM, and with lecture (L) or solution (E, the explanation) given away QCML, QCME,
-QCMLE, QCLM, QCEM, QCLEM. OUTPUT: A alone, or with L and E before or after it, or without it. The words are those of ScienceQA's
-models/base_prompt.py, which LaVIN's training uses too. One of its ways is kept though it looks like a slip: "AL" puts the
-solution after the answer and "AE" the lecture, the other way round than "LA" and "EA"; results printed for these formats were
-made so.
+QCMLE, QCLM, QCEM, QCLEM. OUTPUT: A alone, or with L and E before or after it, or L and E without it. The words are those of
+ScienceQA's models/base_prompt.py, which LaVIN's training uses too, to the letter where there are a lecture and a solution.
+Where there is neither, nothing follows the answer (LaVIN leaves a "BECAUSE:" there, ScienceQA deletes all of the prompt's).
+
+One of its ways is kept though it looks like a slip: "AL" puts the solution after the answer and "AE" the lecture, the other
+way round than "LA" and "EA"; the results printed for these formats were made so.
 """
 
 from __future__ import annotations
