@@ -75,10 +75,16 @@ def train(
     seed: Annotated[int | None, typer.Option()] = None,
     questions_per_image: Annotated[int | None, typer.Option(help="group a batch's questions by image")] = None,
     no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="encode a frozen image encoder's images every time")] = False,
+    memory_budget: Annotated[str | None, typer.Option(help="compute activations again to stay below so much memory, such as 6GB")] = None,
+    without: Annotated[str | None, typer.Option(help="savings to switch off: remake, labelled, absorb")] = None,
     split_file: Split = None,
     eval_split_file: Annotated[str | None, typer.Option(help="what to score at the end; default: the data set's test split")] = None,
     hold_out: Annotated[float | None, typer.Option(help="score a fraction of the training images, held out, instead")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="score nothing at the end")] = False,
+    template: Annotated[str | None, typer.Option(help="prompt of a causal model: alpaca, llava, lavin, plain (default: its own)")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens of a causal model's longest sample (default 512)")] = None,
+    no_packing: Annotated[bool, typer.Option("--no-packing", help="pad a causal model's batches")] = False,
+    prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, such as QCM-ALE")] = None,
     vocab: Annotated[
         str | None, typer.Option(help="vocab.txt or tokenizer folder; default: the model's, else learnt from the data")
     ] = None,
@@ -96,6 +102,7 @@ def train(
 ) -> None:
     """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
     said = {name: value for name, value in locals().items() if value is not None and value is not False}
+    from fastpeft.train.causal_run import TextOptions
     from fastpeft.train.config import TrainConfig, canonical, read_yaml
     from fastpeft.train.run import DataOptions, train_run
 
@@ -114,6 +121,7 @@ def train(
         "vocab": given.pop("vocab", None),
         "pretrained": not given.pop("from_scratch", False),
         "evaluate": not given.pop("no_eval", False),
+        "text": TextOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(TextOptions) if f.name in given}),
     }
     if given.pop("no_feature_cache", False):
         given["feature_cache"] = False
@@ -146,7 +154,10 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    num_beams: Annotated[int, typer.Option(min=1)] = 3,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="default: 3 for visual question answering, 1 for responses")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of a response (default 128)")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample a response from the likeliest tokens of this probability")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
     languages: Annotated[str, typer.Option(help="comma-separated q_lang values to keep")] = "en",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
     device: Device = None,
@@ -154,19 +165,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Answer a data set's questions with an adapter and score the answers."""
-    from fastpeft.data import VQADataset, load_samples
-    from fastpeft.evaluate import answer_questions, score, write_predictions
-    from fastpeft.train.run import data_notes, load_run
+    from fastpeft.train.run import DataOptions, eval_run
 
-    samples = load_samples(data, split_file, split="test", languages=tuple(languages.split(",")), skip_bad=skip_bad)
-    network, tokenizer, preprocess = load_run(adapter, device, model)
-    dataset = VQADataset(samples, preprocess)
-    answers = answer_questions(network, dataset, tokenizer, batch_size=batch_size, num_beams=num_beams, progress=not quiet)
-    scored = score(answers, samples)
-    notes = data_notes(samples)
-    if out:
-        write_predictions(out, samples, answers)
-    emit(scored | {"notes": notes}, as_json, [*notes, *_accuracy(scored)])
+    chosen = DataOptions(data, split_file, languages=tuple(languages.split(",")), skip_bad=skip_bad)
+    generation = {"max_new_tokens": max_new_tokens, "top_p": top_p, "temperature": temperature}
+    generation = {name: value for name, value in generation.items() if value is not None}
+    if "top_p" in generation or "temperature" in generation:
+        generation["do_sample"] = True
+    how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size, "num_beams": num_beams}
+    scored = eval_run(adapter, chosen, **how, **generation)
+    emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 
 
 @app.command()

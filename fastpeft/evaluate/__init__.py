@@ -2,15 +2,32 @@
 
 from fastpeft.data import VQADataset
 from fastpeft.evaluate.answers import answer_questions
-from fastpeft.evaluate.metrics import normalise_answer, score, write_predictions
+from fastpeft.evaluate.metrics import normalise_answer, score, score_responses, write_predictions
+from fastpeft.evaluate.responses import respond, respond_and_score, write_responses
 
 
 def answer_and_score(model, dataset, tokenizer, *, progress: bool = True) -> tuple[list[str], dict]:
     """(answers, scores) of a model on a data set, as the papers generate and score that kind of data."""
-    if isinstance(dataset, VQADataset):
-        answers = answer_questions(model, dataset, tokenizer, progress=progress)
-        return answers, score(answers, dataset.samples)
-    raise TypeError(f"{type(dataset).__name__} has no score here; pass a VQADataset")
+    if not isinstance(dataset, VQADataset):
+        return respond_and_score(model, dataset, progress=progress)
+    answers = answer_questions(model, dataset, tokenizer, progress=progress)
+    return answers, score(answers, dataset.samples)
 
 
-__all__ = ["answer_and_score", "answer_questions", "normalise_answer", "score", "write_predictions"]
+def write_answers(path, dataset, answers: list[str]) -> None:
+    """The answers of a data set as a JSON list, each beside what was asked."""
+    (write_predictions if isinstance(dataset, VQADataset) else write_responses)(path, dataset.samples, answers)
+
+
+__all__ = [
+    "answer_and_score",
+    "answer_questions",
+    "normalise_answer",
+    "respond",
+    "respond_and_score",
+    "score",
+    "score_responses",
+    "write_answers",
+    "write_predictions",
+    "write_responses",
+]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from fastpeft.data.samples import Sample, normalise_answer
+from fastpeft.data.samples import Instruction, Sample, normalise_answer
 from fastpeft.files import write_json
 
-__all__ = ["normalise_answer", "score", "write_predictions"]
+__all__ = ["normalise_answer", "score", "score_responses", "write_predictions"]
 
 
 def _correct(predictions: Sequence[str], samples: Sequence[Sample]) -> list[bool]:
@@ -53,6 +53,29 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
         "majority_closed": _commonest(closed_answers),
         "majority": _commonest(answers),
         "always_no_closed": _share([a == "no" for a in closed_answers]),
+    }
+
+
+def score_responses(responses: Sequence[str], samples: Sequence[Instruction]) -> dict:
+    """Exact match after `normalise_answer`, as fractions of 1 (None where there are no such samples).
+
+    global, n: over all samples; open, closed, n_open, n_closed: over those whose data say which they are; majority: what always giving
+    the commonest answer would score. Of free text an exact match says little: the predictions are written beside it.
+
+    ValueError unless there is one text per sample.
+    """
+    hits = _correct(responses, samples)
+    kinds = [sample.facts.get("answer_type") for sample in samples]
+    by_kind = {kind: [h for h, k in zip(hits, kinds) if k == kind.upper()] for kind in ("open", "closed")}
+    closed = [normalise_answer(s.answer) for s, k in zip(samples, kinds) if k == "CLOSED"]
+    return {
+        **{kind: _share(found) for kind, found in by_kind.items()},
+        "global": _share(hits),
+        **{f"n_{kind}": len(found) for kind, found in by_kind.items()},
+        "n": len(hits),
+        "majority_closed": _commonest(closed),
+        "majority": _commonest([normalise_answer(sample.answer) for sample in samples]),
+        "always_no_closed": _share([answer == "no" for answer in closed]),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 import yaml
 
+from fastpeft.ops._savings import without
+
 DTYPES = ("fp32", "bf16")
 WHOLE = dict.fromkeys(("steps", "batch_size", "gradient_accumulation", "questions_per_image"), 1)  # name -> least value
 WHOLE |= dict.fromkeys(("seed", "num_workers", "save_every"), 0)
 NUMBERS = ("epochs", "learning_rate", "base_learning_rate", "min_learning_rate", "warmup", "weight_decay", "max_grad_norm")
 FRACTIONS = ("beta1", "beta2")
 FLAGS = ("resume", "tensorboard", "trace", "progress")
-TEXTS = ("out", "device")
+TEXTS = ("out", "device", "memory_budget", "without")
 OPTIONAL = ("steps", "base_learning_rate", *TEXTS)  # may be None
 
 
@@ -33,6 +36,8 @@ class TrainConfig:
     dtype: "bf16" keeps the base in bfloat16; adapters, optimiser state and master copies of trained base weights stay float32.
     questions_per_image: group a batch's questions by image (see EpochSampler). save_every: checkpoint every so many steps (0: at the end).
     feature_cache: keep a frozen image encoder's features instead of computing them at every visit (where they are constants).
+    memory_budget: "6GB" (or MB, GiB, ...): compute again in backward what it takes to keep a step's weights, gradients, optimiser state and
+    activations below this many bytes. without: savings to switch off, such as "remake,labelled" (see :func:`fastpeft.without`).
     out: where a run leaves its files; None: nowhere. resume: go on from ``out``'s checkpoint; without one, start afresh.
     trace: torch.profiler trace of 3 steps. ValueError names an option whose value cannot be.
     """
@@ -53,6 +58,8 @@ class TrainConfig:
     seed: int = 0
     questions_per_image: int = 1
     feature_cache: bool = True
+    memory_budget: str | None = None
+    without: str | None = None
     num_workers: int = 0
     save_every: int = 200
     out: str | None = None
@@ -74,8 +81,16 @@ class TrainConfig:
             raise ValueError("epochs and learning_rate must be above 0")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.memory_budget is not None:
+            bytes_of(self.memory_budget)
+        with without(*self.savings_off):
+            pass  # it knows the names
         if self.out is None and (self.resume or self.tensorboard or self.trace):
             raise ValueError("resume, tensorboard and trace need a folder: give out")
+
+    @property
+    def savings_off(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.without or "").split(",") if name.strip())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -84,6 +99,17 @@ class TrainConfig:
         if unknown := sorted(str(name) for name in values if name not in known):
             raise ValueError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+
+UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+
+
+def bytes_of(size: str) -> int:
+    """Bytes of "6GB", "800 MB", "5.5GiB". ValueError for what is no size."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", size.strip().lower())
+    if found is None or found[2] not in UNITS or not float(found[1]) > 0:
+        raise ValueError(f"{size!r} is no size in bytes; write it as 6GB, 800MB or 5.5GiB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def _wanted(name: str, value) -> str:
@@ -109,6 +135,8 @@ def canonical(given: Mapping[str, Any]) -> dict[str, Any]:
     given = {longer.get(name, name): value for name, value in given.items()}
     if "quiet" in given:
         given["progress"] = not given.pop("quiet")
+    if "no_packing" in given:
+        given["packed"] = not given.pop("no_packing")
     if isinstance(given.get("languages"), str):
         given["languages"] = given["languages"].split(",")
     return given

@@ -17,16 +17,20 @@ from fastpeft.data import (
     SampleList,
     VQADataset,
     hold_out,
+    load_causal_tokenizer,
+    load_instructions,
     load_samples,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
+from fastpeft.evaluate import answer_questions, respond_and_score, score, write_answers
 from fastpeft.evaluate.answers import choose_device
 from fastpeft.files import atomic_folder, write_json
 from fastpeft.methods import LoRA
-from fastpeft.models import NAMES, parts_of, pretrained_folder
+from fastpeft.models import NAMES, family_named, family_of, parts_of, pretrained_folder
 from fastpeft.plan import Plan, adapt, build, parse
+from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for, load_instruction_split, options_of
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
 
@@ -51,24 +55,48 @@ def train_run(
     data: DataOptions,
     config: TrainConfig,
     *,
+    text: TextOptions | None = None,
     vocab: str | None = None,
     pretrained: bool = True,
     evaluate: bool = True,
     **lora,
 ) -> dict[str, Any]:
-    """Load, adapt, train, score; returns the summary. ``lora``: as :func:`plan_for`."""
-    samples, held = load_split(data, evaluate)
-    network, tokenizer, preprocess = model_for(model, samples, vocab=vocab, pretrained=pretrained, seed=config.seed)
+    """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``lora``: as
+    :func:`plan_for`."""
+    how = {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
+    open_data = _open_causal if family_named(model).template else _open_vqa
+    network, samples, held, dataset_of = open_data(model, data, text or TextOptions(), evaluate, how)
     torch.manual_seed(config.seed)  # new adapters are drawn at random
     adapt(network, plan_for(network, plan, **lora))
-    dataset = VQADataset(samples, preprocess, config.seed, tokenizer=tokenizer)
-    eval_dataset = VQADataset(held, preprocess, tokenizer=tokenizer) if evaluate and held is not None else None
+    dataset = dataset_of(samples, seed=config.seed)
+    eval_dataset = dataset_of(held, prompts_only=True) if evaluate and held is not None else None
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
     trainer.notes += data_notes(samples)
     summary = trainer.fit()
     if data.hold_out and config.out:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
     return summary
+
+
+def _open_vqa(model, data: DataOptions, text: TextOptions, evaluate: bool, how: dict):
+    samples, held = load_split(data, evaluate)
+    network, tokenizer, preprocess = model_for(model, samples, **how)
+
+    def dataset_of(samples, *, prompts_only: bool = False, seed: int = 0):
+        return VQADataset(samples, preprocess, seed, tokenizer=tokenizer)
+
+    return network, samples, held, dataset_of
+
+
+def _open_causal(model, data: DataOptions, text: TextOptions, evaluate: bool, how: dict):
+    samples, held = load_instruction_split(data, text, evaluate)
+    network, tokenizer, preprocess = causal_model_for(model, samples, **how)
+    skip = {"skip_bad": data.skip_bad}
+
+    def dataset_of(samples, *, prompts_only: bool = False, seed: int = 0):
+        return causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=prompts_only, seed=seed, **skip)
+
+    return network, samples, held, dataset_of
 
 
 def plan_for(network: nn.Module, plan: str | dict, **lora) -> Plan:
@@ -179,19 +207,56 @@ def load_run(adapter: str | Path, device: str | None = None, model: str | None =
     about = describe(adapter)
     if not about:
         raise ValueError(f"{adapter} has no fastpeft.json: it is not an adapter folder that fastpeft wrote")
-    if not (about.get("tokenizer") and about.get("preprocess")):
+    causal = "prompt" in about
+    if not about.get("tokenizer") or not (causal or about.get("preprocess")):
         raise ValueError(f"{adapter} holds an adapter alone: its tokenizer and preprocessing, which a training run writes, are missing")
     try:
         base = dict(about["base"])
         name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
-        preprocess, about["treatments"] = Preprocess.from_dict(about["preprocess"]), dict(about["treatments"])
+        preprocess = Preprocess.from_dict(about["preprocess"]) if about.get("preprocess") else None
+        about["treatments"] = dict(about["treatments"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: {error!r}") from None
     device = choose_device(device)
-    tokenizer = load_tokenizer(adapter / about["tokenizer"])
+    tokenizer = (load_causal_tokenizer if causal else load_tokenizer)(adapter / about["tokenizer"])
     network = build(model, dtype=dtype) if model else build(name, dtype=dtype, **overrides, **base)
     load_adapter(network, adapter)
     return network.to(device), tokenizer, preprocess
+
+
+def eval_run(
+    adapter: str | Path,
+    data: DataOptions,
+    *,
+    device: str | None = None,
+    model: str | None = None,
+    out: str | None = None,
+    progress: bool = True,
+    batch_size: int = 32,
+    num_beams: int | None = None,
+    **generation,
+) -> dict[str, Any]:
+    """Answer a data set's test split with an adapter and score the answers; the scores, with ``notes``. ``out``: a file for the
+    predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options
+    of transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True)."""
+    network, tokenizer, preprocess = load_run(adapter, device, model)
+    split = {"split": "test", "skip_bad": data.skip_bad}
+    if family_of(network).template:
+        text = options_of(describe(adapter))
+        samples = load_instructions(data.split_file or data.data, **split, **text.reading())
+        dataset = causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
+        generation |= {"num_beams": num_beams or 1}
+        answers, scored = respond_and_score(network, dataset, progress=progress, batch_size=batch_size, **generation)
+    else:
+        if generation:
+            raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
+        samples = load_samples(data.data, data.split_file, languages=data.languages, **split)
+        dataset = VQADataset(samples, preprocess)
+        answers = answer_questions(network, dataset, tokenizer, batch_size=batch_size, num_beams=num_beams or 3, progress=progress)
+        scored = score(answers, samples)
+    if out:
+        write_answers(out, dataset, answers)
+    return scored | {"notes": data_notes(samples)}
 
 
 def merge_run(adapter: str | Path, out: str | Path, model: str | None = None) -> Path:
@@ -202,8 +267,9 @@ def merge_run(adapter: str | Path, out: str | Path, model: str | None = None) ->
     network, tokenizer, preprocess = load_run(adapter, "cpu", model)
     merge(network)
     with atomic_folder(out) as draft:
-        network.config.architectures = ["BlipForQuestionAnswering"]
+        network.config.architectures = [family_of(network).known.__name__]
         network.save_pretrained(draft)
         save_tokenizer(tokenizer, draft)
-        write_json(draft / PREPROCESS, preprocess.to_dict())
+        if preprocess is not None:
+            write_json(draft / PREPROCESS, preprocess.to_dict())
     return out

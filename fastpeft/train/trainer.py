@@ -22,15 +22,18 @@ from tqdm import tqdm
 import fastpeft
 from fastpeft.checkpoints import fingerprint, save_adapter
 from fastpeft.data import EpochSampler, VQADataset
-from fastpeft.evaluate import answer_and_score, write_predictions
+from fastpeft.evaluate import answer_and_score, write_answers
 from fastpeft.evaluate.answers import choose_device, to_device
+from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
+from fastpeft.ops._savings import without
 from fastpeft.plan import count
-from fastpeft.train.config import TrainConfig
+from fastpeft.train.config import TrainConfig, bytes_of
 from fastpeft.train.features import FeatureCache, why_not
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
+from fastpeft.train.recompute import Budget
 from fastpeft.train.state import load_state, read_progress, save_state
 
 WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
@@ -58,6 +61,7 @@ class Trainer:
                 parameter.data = parameter.data.to(self.dtype)
         if hasattr(model, "fastpeft_source"):
             model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
+        self.inputs = model_inputs(model, dataset)
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
         self.total_steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.gradient_accumulation)
         self.optimizer = Optimizer(model, config, self.total_steps)
@@ -66,6 +70,7 @@ class Trainer:
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
+        self.budget = Budget(model, bytes_of(config.memory_budget)) if config.memory_budget else None
         self.features = FeatureCache(model, dataset) if config.feature_cache and not why_not(model) else None
 
     def fit(self) -> dict[str, Any]:
@@ -79,6 +84,7 @@ class Trainer:
         reset_peak(self.device)
         self.model.train()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(without(*self.config.savings_off))
             self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
             self.board = self._tensorboard(stack)
             bar = stack.enter_context(
@@ -110,7 +116,7 @@ class Trainer:
             from fastpeft.train.report import write_report  # here, so that `python -m fastpeft.train.report` finds it not yet imported
 
             if self.eval_dataset is not None:
-                write_predictions(self.out / "predictions.json", self.eval_dataset.samples, self.answers)
+                write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
             write_report(self.out)
         return summary
@@ -145,9 +151,11 @@ class Trainer:
         terms = sum(map(self.dataset.weight, batches))
         self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
-            inputs = to_device(batch, self.dataset.inputs, self.device, self.dtype)
+            inputs = to_device(batch, self.inputs, self.device, self.dtype)
             if self.features is not None and batch["images"]:
                 inputs["image_embeds"] = self.features(batch["images"])
+            if self.budget is not None:
+                self.budget.fit(inputs)
             with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
                 part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
                 part.backward()
@@ -234,7 +242,7 @@ class Trainer:
             "seconds": done["seconds"],
             "parameters": count(self.model),
             "parts": parts,
-            "notes": self.notes + ([self.features.note()] if self.features is not None else []),
+            "notes": self.notes + [kept.note() for kept in (self.features, self.budget) if kept is not None],
             "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
 

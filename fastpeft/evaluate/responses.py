@@ -1,0 +1,75 @@
+"""Responses of causal language models: generated in batches, and scored."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fastpeft.data import CausalDataset
+from fastpeft.evaluate.answers import to_device
+from fastpeft.evaluate.metrics import score_responses
+from fastpeft.files import write_json
+
+
+def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
+    """What of a data set's batches ``model`` takes. ValueError where there are images and it sees none."""
+    taken = inspect.signature(model.forward).parameters
+    if "pixel_values" not in taken and any(sample.image is not None for sample in dataset.samples):
+        raise ValueError(f"the data have images, and {type(model).__name__} sees none: choose a model that does, or data without")
+    return tuple(name for name in dataset.inputs if name in taken)
+
+
+@torch.no_grad()
+def respond(
+    model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **how
+) -> list[str]:
+    """One response per sample, in the data set's order; ``how`` goes to transformers' ``generate`` (greedy by default).
+
+    dataset: of prompts (``prompts_only``). Prompts of like length are batched, padded on the left and masked: a response does not
+    depend on its neighbours.
+    """
+    if not dataset.prompts_only:
+        raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
+    tokenizer, was_training, first = dataset.tokenizer, model.training, next(model.parameters())
+    lengths = dataset.lengths
+    order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    names = model_inputs(model, dataset)
+    how = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id} | how
+    how.setdefault("eos_token_id", tokenizer.eos_token_id)
+    responses: dict[int, str] = {}
+    model.eval()
+    try:
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
+        for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
+            inputs = to_device(batch, names, first.device, first.dtype)
+            ids = model.generate(**inputs, **how)[:, batch["input_ids"].shape[1] :]
+            responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
+    finally:
+        model.train(was_training)
+    return [responses[i].strip() for i in range(len(dataset))]
+
+
+def respond_and_score(model: nn.Module, dataset: CausalDataset, *, progress: bool = True, **how) -> tuple[list[str], dict]:
+    """(responses, scores)."""
+    responses = respond(model, dataset, progress=progress, **how)
+    return responses, score_responses(responses, dataset.samples)
+
+
+def write_responses(path, samples, responses: list[str]) -> None:
+    """A JSON list of qid, image, question, answer and prediction of each sample; the file appears whole or not at all."""
+    rows = [
+        {
+            "qid": sample.qid,
+            "image": None if sample.image is None else str(sample.image),
+            "question": sample.question,
+            "answer": sample.answer,
+            "prediction": response,
+        }
+        for sample, response in zip(samples, responses, strict=True)
+    ]
+    write_json(path, rows)

@@ -1,0 +1,127 @@
+"""Runs on causal language models: instructions, conversations, captions, with images or without."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, hold_out, load_causal_tokenizer, load_instructions
+from fastpeft.data import train_causal_tokenizer as learn_tokenizer
+from fastpeft.models import NAMES, family_of, pretrained_folder
+from fastpeft.plan import build
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class TextOptions:
+    """How instructions become tokens. template: None is the model's own. max_length: longer samples are cut. packed: samples end to end
+    instead of padded. instruction: what is asked where the data hold responses only. prompt_format, use_caption: of ScienceQA."""
+
+    template: str | None = None
+    max_length: int = 512
+    packed: bool = True
+    instruction: str | None = None
+    prompt_format: str = "QCM-ALE"
+    use_caption: bool = False
+
+    def reading(self) -> dict[str, Any]:
+        """What of it concerns reading files."""
+        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
+
+
+def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:
+    """(training samples, samples to score or None); ``data``: :class:`fastpeft.train.run.DataOptions`."""
+    how = {"skip_bad": data.skip_bad, **text.reading()}
+    samples = load_instructions(data.split_file or data.data, **how)
+    if data.hold_out and data.eval_split_file:
+        raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
+    if data.hold_out:
+        by_image = all(sample.image is not None for sample in samples)
+        kept, held = hold_out(samples, data.hold_out, by="image" if by_image else "sample")
+        kept.skipped, kept.filtered = samples.skipped, samples.filtered
+        return kept, held
+    if not evaluate:
+        return samples, None
+    if data.eval_split_file:
+        return samples, load_instructions(data.eval_split_file, split=None, **how)
+    try:
+        return samples, load_instructions(data.data, split="test", **how)
+    except ValueError as error:  # no such split: training needs none
+        samples.note = "; ".join(filter(None, (samples.note, f"no test samples were scored ({error})")))
+        return samples, None
+
+
+def causal_model_for(
+    model: str, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0
+) -> tuple[nn.Module, Any, Preprocess | None]:
+    """A backbone, its tokenizer, and its images' preprocessing (None where it sees none). The tokenizer is ``vocab``'s, else the model
+    folder's, else learnt from the data."""
+    folder = pretrained_folder(model) if pretrained or model not in NAMES else None
+    if vocab is not None:
+        tokenizer = load_causal_tokenizer(vocab)
+    elif folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = load_causal_tokenizer(folder)
+    elif folder is not None:
+        raise ValueError(f"{folder} has no tokenizer: give one (--vocab FOLDER)")
+    else:
+        tokenizer = learn_tokenizer([text for sample in samples for text in _texts(sample)])
+    if folder is None:
+        text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        text["pad_token_id"] = tokenizer.pad_token_id
+        seen = "text_config" in build(model, device="meta").config.to_dict()
+        network = build(model, pretrained=False, seed=seed, **({"text_config": text} if seen else text))
+    else:
+        network = build(model)
+    size = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {model} embeds {size}: use the one it was trained with")
+    return network, tokenizer, clip_preprocess(folder, network)
+
+
+def _texts(sample: Instruction) -> list[str]:
+    return [sample.context, *(text for turns in (sample.turns, *sample.alternatives) for turn in turns for text in turn)]
+
+
+def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | None:
+    """CLIP's own normalisation at the encoder's size, or the folder's preprocessor_config.json."""
+    vision = getattr(network.config, "vision_config", None)
+    if vision is None:
+        return None
+    mean, std = CLIP_MEAN, CLIP_STD
+    path = None if folder is None else folder / "preprocessor_config.json"
+    if path is not None and path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            mean, std = content.get("image_mean", mean), content.get("image_std", std)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std))
+
+
+def causal_dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
+    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer."""
+    family = family_of(network)
+    return CausalDataset(
+        samples,
+        tokenizer,
+        text.template or family.template,
+        text.max_length,
+        preprocess=preprocess,
+        image_tokens=family.image_tokens(network.config),
+        prompts_only=prompts_only,
+        packed=text.packed and not prompts_only,
+        **more,
+    )
+
+
+def options_of(about: dict[str, Any]) -> TextOptions:
+    """The options an adapter was trained with, from its description."""
+    known = {f.name for f in dataclasses.fields(TextOptions)}
+    return TextOptions(**{name: value for name, value in about.get("prompt", {}).items() if name in known})

@@ -1,0 +1,141 @@
+"""Runs on causal language models, from files to answers."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fastpeft.cli import app
+from fastpeft.train.causal_run import TextOptions
+from fastpeft.train.config import TrainConfig
+from fastpeft.train.run import DataOptions, eval_run, load_run, train_run
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture
+def alpaca(tmp_path):
+    """Instructions of two forms, with input and without; a fact repeated often enough to be learnt."""
+    folder = tmp_path / "alpaca"
+    folder.mkdir()
+    rows = [{"instruction": "Name the colour.", "input": f"thing {i % 4}", "output": COLOURS[i % 4]} for i in range(40)]
+    rows += [{"instruction": "Say hello.", "input": "", "output": "hello"}] * 8
+    (folder / "alpaca_data.json").write_text(json.dumps(rows))
+    (folder / "test.json").write_text(json.dumps(rows[:4]))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """LLaVA conversations about images of one colour, and one without an image."""
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    rows = []
+    for i, colour in enumerate(COLOURS):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{colour}.png")
+        said = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": colour}]
+        rows += [{"id": f"{i}", "image": f"{colour}.png", "conversations": said}] * 3
+    said = [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "hello"}]
+    rows.append({"id": "text", "conversations": said})
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder
+
+
+def config(tmp_path, **more):
+    return TrainConfig(**{"out": str(tmp_path / "run"), "batch_size": 8, "progress": False, "steps": 3} | more)
+
+
+def test_a_language_model_learns_and_answers(alpaca, tmp_path):
+    data = DataOptions(str(alpaca), split_file=str(alpaca / "alpaca_data.json"), eval_split_file=str(alpaca / "test.json"))
+    how = config(tmp_path, steps=90, batch_size=16, base_learning_rate=1e-3)
+    summary = train_run("llama-tiny", "T", data, how, text=TextOptions(template="plain"))
+    assert summary["loss_last"] < 0.2 * summary["loss_first"] and summary["eval"]["global"] == 1.0
+    assert summary["tokens_per_second"] > 0 and summary["model"] == "llama-tiny"
+    rows = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert [row["prediction"] for row in rows] == list(COLOURS)
+    again = eval_run(tmp_path / "run" / "adapter", DataOptions(str(alpaca), split_file=str(alpaca / "test.json")), progress=False)
+    assert again["global"] == 1.0 and again["n"] == 4
+
+
+@pytest.mark.parametrize("plan", ["LoRA", "IA3", "PTv2", "LayerNorm", "LoRA+IA3"])
+def test_packing_changes_no_loss(alpaca, tmp_path, plan):
+    losses = []
+    for packed in (True, False):
+        data = DataOptions(str(alpaca), split_file=str(alpaca / "alpaca_data.json"))
+        options = {"text": TextOptions(packed=packed), "evaluate": False}
+        train_run("llama-tiny", plan, data, config(tmp_path / str(packed)), **options)
+        lines = (tmp_path / str(packed) / "run" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_gradient_accumulation_weighs_labelled_tokens(alpaca, tmp_path):
+    losses = []
+    for batch_size, parts in ((8, 1), (2, 4)):
+        data, out = DataOptions(str(alpaca), split_file=str(alpaca / "alpaca_data.json")), tmp_path / str(parts)
+        train_run("llama-tiny", "LoRA", data, config(out, batch_size=batch_size, gradient_accumulation=parts), evaluate=False)
+        losses.append([json.loads(line)["loss"] for line in (out / "run" / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_images_and_text_in_one_run(pictures, tmp_path):
+    summary = train_run("llava-med-tiny", "F/T/LoRA/T", DataOptions(str(pictures)), config(tmp_path, steps=4), evaluate=False)
+    assert summary["steps"] == 4 and summary["parts"]["llm"]["saved_bytes"] > 0
+    network, tokenizer, preprocess = load_run(tmp_path / "run" / "adapter")
+    assert preprocess.image_size == 32 and len(tokenizer) <= network.config.text_config.vocab_size
+    scored = eval_run(
+        tmp_path / "run" / "adapter", DataOptions(str(pictures), split_file=str(pictures / "train.json")), progress=False, max_new_tokens=4
+    )
+    assert scored["n"] == 13
+
+
+def test_a_model_without_eyes_refuses_images(pictures, tmp_path):
+    with pytest.raises(ValueError, match="the data have images, and CausalLM sees none"):
+        train_run("llama-tiny", "LoRA", DataOptions(str(pictures)), config(tmp_path), evaluate=False)
+
+
+def test_resumed_equals_uninterrupted(alpaca, tmp_path):
+    data = DataOptions(str(alpaca), split_file=str(alpaca / "alpaca_data.json"))
+    whole = train_run("llama-tiny", "LoRA", data, config(tmp_path / "a", steps=6), evaluate=False)
+    # the schedule is the whole run's: stop it half way, as a signal would
+    from fastpeft.train.trainer import Trainer
+
+    step, seen = Trainer._step, []
+
+    def stopping(self, batches):
+        row = step(self, batches)
+        seen.append(row)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return row
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", stopping)
+        train_run("llama-tiny", "LoRA", data, config(tmp_path / "b", steps=6, save_every=2), evaluate=False)
+    resumed = train_run("llama-tiny", "LoRA", data, config(tmp_path / "b", steps=6, resume=True), evaluate=False)
+    assert resumed["loss_last"] == whole["loss_last"]
+
+
+def test_command_line(alpaca, tmp_path, capsys):
+    out, split, said = tmp_path / "run", str(alpaca / "alpaca_data.json"), "--quiet --json"
+    how = f"--model llama-tiny --plan LoRA --steps 2 --batch-size 4 --no-eval --no-packing --max-length 300 {said}"
+    app(["train", "--data", str(alpaca), "--split-file", split, "--out", str(out), *how.split()], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 2
+    app(["eval", "--adapter", str(out / "adapter"), "--data", str(alpaca), "--max-new-tokens", "3", *said.split()], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 4
+    assert (out / "report.html").stat().st_size > 0
+
+
+def test_merged_folder_answers_alike(alpaca, tmp_path):
+    from fastpeft.train.run import merge_run
+
+    data = DataOptions(str(alpaca), split_file=str(alpaca / "alpaca_data.json"))
+    train_run("llama-tiny", "LoRA", data, config(tmp_path, steps=10, learning_rate=1e-2), evaluate=False)
+    merge_run(tmp_path / "run" / "adapter", tmp_path / "merged")
+    ids = torch.tensor([[1, 40, 50, 60]])
+    adapted = load_run(tmp_path / "run" / "adapter")[0].eval()
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
