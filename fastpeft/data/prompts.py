@@ -33,7 +33,7 @@ def _alpaca(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
 def _lavin(sample: Instruction, turn: int, question: str) -> tuple[str, str]:
     if sample.kind == "scienceqa":
         return f"{question}\nResponse:", ""
-    context = f" {sample.context}" if sample.kind == "alpaca" else ""  # the space stays where the input is empty, as published
+    context = f" {sample.context}" if sample.kind == "alpaca" and not turn else ""  # the space stays where the input is empty, as published
     return ("\n" if turn else "") + f"Instruction: {question}{context}\nResponse: ".replace("  ", " ").strip(), ""
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 
 import pytest
 
@@ -17,37 +16,10 @@ def raises(text: str):
     return pytest.raises(ValueError, match=text)
 
 
-def varint(value: int) -> bytes:
-    out = b""
-    while value > 0x7F:
-        out += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return out + bytes([value])
-
-
-def field(number: int, value: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def piece(text: str, score: float, kind: int) -> bytes:
-    return field(1, field(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind))
-
-
-def write_model(file, merges=("he", "ll", "hell", "▁t", "▁th", "▁hell"), algorithm=2, specials=(("<unk>", 2), ("<s>", 3), ("</s>", 3))):
-    """LLaMA's layout: special pieces, the 256 bytes, merges by falling score, then single characters."""
-    parts = [piece(text, 0.0, kind) for text, kind in specials]
-    parts += [piece(f"<0x{i:02X}>", 0.0, 6) for i in range(256)]
-    parts += [piece(text, -float(i), 1) for i, text in enumerate([*merges, *"▁helot"])]
-    parts += [field(2, varint(3 << 3) + varint(algorithm)), field(3, field(1, b"identity"))]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(b"".join(parts))
-    return file
-
-
 @pytest.mark.parametrize("place", ["tokenizer.model", ".", "7B"])
-def test_sentencepiece_model(tmp_path, place):
+def test_sentencepiece_model(tmp_path, place, make):
     """By hand: "▁hello" joins h e (score 0), then l l, then he ll, then ▁ hell: ▁hell o. In "the", h e before ▁t h."""
-    write_model(tmp_path / "tokenizer.model")
+    make.sentencepiece(tmp_path / "tokenizer.model")
     (tmp_path / "7B").mkdir()
     tokenizer = load_causal_tokenizer(tmp_path / place)
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
@@ -139,16 +111,16 @@ def test_a_tokenizer_without_end_is_refused(tmp_path):
         load_causal_tokenizer(tmp_path)
 
 
-def test_bad_models(tmp_path):
+def test_bad_models(tmp_path, make):
     file = tmp_path / "tokenizer.model"
     file.write_bytes(b"")
     with raises("holds no byte-pair model"):
         load_causal_tokenizer(file)
     with raises("holds no byte-pair model"):
-        load_causal_tokenizer(write_model(file, algorithm=1))
+        load_causal_tokenizer(make.sentencepiece(file, algorithm=1))
     with raises("no </s> among its special pieces"):
-        load_causal_tokenizer(write_model(file, specials=(("<unk>", 2), ("<s>", 3))))
-    data = write_model(file).read_bytes()
+        load_causal_tokenizer(make.sentencepiece(file, specials=(("<unk>", 2), ("<s>", 3))))
+    data = make.sentencepiece(file).read_bytes()
     for cut in (1, 20, len(data) // 2, len(data) - 3):
         file.write_bytes(data[:cut])
         with raises("tokenizer.model: "):
