@@ -31,6 +31,7 @@ from fastpeft.models.attend import (
 )
 from fastpeft.models.layers import LayerNorm, Recomputes
 from fastpeft.models.layout import Layout, Tail, image_layout, rows_of, self_layout, tail_of
+from fastpeft.ops._remade import bare
 from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
 
@@ -189,8 +190,8 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         tail=None,
         **kwargs,
     ) -> Tensor:
-        if self.gradient_checkpointing and self.training:  # the layer starts anew: no recipe reaches back beyond its input
-            hidden_states = hidden_states.view_as(hidden_states)
+        if self.gradient_checkpointing and self.training:  # run again in backward, it gets its inputs without the recipes they may have now
+            hidden_states, encoder_hidden_states = bare(hidden_states), bare(encoder_hidden_states)
         how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
         how = {name: value for name, value in how.items() if value is not None and value is not False}

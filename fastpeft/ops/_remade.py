@@ -75,6 +75,11 @@ def _composed(remake: Callable[..., Tensor], recipes: list[Recipe | None]) -> Ca
     return compose
 
 
+def bare(x: Tensor | None) -> Tensor | None:
+    """x without its recipe."""
+    return x if x is None or recipe_of(x) is None else x.view_as(x)
+
+
 def keep(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
     """(how, tensors): what a Function saves in place of ``x``; :func:`again` takes both."""
     recipe = None if x is None else recipe_of(x)

@@ -32,6 +32,11 @@ from fastpeft.train.survey import Survey, survey
 TRANSIENT = 1.5  # of the forward's: measured 0.7 to 1.4 in backward, over MISS's plans
 
 
+def readable(size: float) -> str:
+    """6.00 GB, or 35.2 MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
 @dataclass(frozen=True)
 class Recomputation:
     """What :func:`choose` chose: names of modules and of layers; bytes of the estimate, FLOPs that it adds to a batch's step."""
@@ -47,8 +52,8 @@ class Recomputation:
         chosen = [f"{len(names)} {what}" for names, what in ((self.modules, "modules' projections"), (self.layers, "layers")) if names]
         what = f"backward computes {' and '.join(chosen)} again" if chosen else "nothing is computed again"
         return (
-            f"memory budget {budget / 1e9:.2f} GB: {what}; estimated peak {self.peak / 1e9:.2f} GB, of which activations "
-            f"{self.saved / 1e9:.2f} GB; {self.flops / 1e9:.1f} GF more a batch, {self.share:.0%} of its forward pass"
+            f"memory budget {readable(budget)}: {what}; estimated peak {readable(self.peak)}, of which {readable(self.saved)} activations; "
+            f"{self.flops / 1e9:.1f} GF more a batch, {self.share:.0%} of its forward pass"
         )
 
 
@@ -72,8 +77,8 @@ def choose(found: Survey, fixed: int, budget: int) -> Recomputation:
         options = list(_options(found, picked))
         if not options:
             raise ValueError(
-                f"memory budget {budget / 1e9:.2f} GB: this batch's step takes at least {least / 1e9:.2f} GB "
-                f"({fixed / 1e9:.2f} GB of it weights, gradients and optimiser state): lower batch_size, or allow as much"
+                f"memory budget {readable(budget)}: this batch's step takes at least {readable(least)} "
+                f"({readable(fixed)} of it weights, gradients and optimiser state): lower batch_size, or allow as much"
             )
         picked.append(min(options)[1:])
         chosen = _estimate(found, fixed, picked)
@@ -127,19 +132,29 @@ class Budget:
     """Keeps a run under ``limit`` bytes: surveys its first batch, and again every batch that might not fit what was chosen."""
 
     def __init__(self, model: nn.Module, limit: int):
-        self.model, self.limit, self.sizes = model, limit, {}
-        self.fixed, self.chosen = fixed_bytes(model), Recomputation()
+        self.model, self.limit, self.fixed = model, limit, fixed_bytes(model)
+        self.chosen, self.sizes, self.room = Recomputation(), {}, 0  # room: the estimate beyond fixed, of batches of these sizes
 
     def fit(self, inputs: dict[str, Tensor]) -> None:
         """Make room for a step on ``inputs``, the model's keyword arguments. ValueError where there is no room."""
         sizes = {name: t.numel() for name, t in inputs.items()}
-        growth = max((n / self.sizes[name] if self.sizes.get(name) else float("inf") for name, n in sizes.items() if n), default=1.0)
-        if self.fixed + (self.chosen.peak - self.fixed) * growth <= self.limit:
+        if self.sizes and self.fixed + self.room * _growth(self.sizes, sizes) <= self.limit:
             return
         found = survey(self.model, lambda: self.model(**inputs).loss)
-        self.sizes = {name: max(n, self.sizes.get(name, 0)) for name, n in sizes.items()}
-        self.chosen = choose(found, self.fixed, self.limit)
+        largest = {name: max(n, self.sizes.get(name, 0)) for name, n in sizes.items()}
+        growth = _growth(sizes, largest)
+        try:  # for batches as large as any so far in every respect
+            self.chosen = choose(found, self.fixed, int(self.fixed + (self.limit - self.fixed) / growth))
+            self.sizes, self.room = largest, (self.chosen.peak - self.fixed) * growth
+        except ValueError:
+            self.chosen = choose(found, self.fixed, self.limit)
+            self.sizes, self.room = sizes, self.chosen.peak - self.fixed
         apply(self.model, self.chosen.modules, self.chosen.layers)
 
     def note(self) -> str:
         return self.chosen.note(self.limit)
+
+
+def _growth(before: dict[str, int], now: dict[str, int]) -> float:
+    """By how much a batch of sizes ``now`` may take more than one of sizes ``before``."""
+    return max([1.0, *(n / before[name] if before.get(name) else float("inf") for name, n in now.items() if n)])
