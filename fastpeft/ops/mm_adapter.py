@@ -135,21 +135,26 @@ def _bwd_fake(g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed, need
     return tuple(t.new_empty(shape if need else 0) for t, shape, need in like)
 
 
-_forward = _library.define(
-    "mm_adapter_fwd(Tensor x, Tensor w_down, Tensor b_down, Tensor w_up, Tensor b_up, Tensor routing, float scale, int groups,"
-    " float dropout_p, Tensor? seed) -> (Tensor out, Tensor a)",
-    fake=_fwd_fake,
-    composite=_fwd,
-    triton=triton_launcher("mm_adapter", "mm_adapter_fwd", _fwd),
-)
-_backward = _library.define(
-    "mm_adapter_bwd(Tensor dout, Tensor? x, Tensor a, Tensor w_down, Tensor w_up, Tensor b_up, Tensor routing, float scale,"
-    " int groups, float dropout_p, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_routing)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_bwd_fake,
-    composite=_bwd,
-    triton=triton_launcher("mm_adapter", "mm_adapter_bwd", _bwd),
-)
+def define_adapter(name: str, forward: tuple, backward: tuple, *, normed: bool):
+    """The two operators of an adapter, with or without the norm before it; ``forward`` and ``backward`` are (composite, fake)."""
+    scalars = "Tensor w_up, Tensor b_up, Tensor routing, float scale, int groups, float dropout_p, Tensor? seed"
+    norm_in, norm_out = ("Tensor gamma, float eps, ", ", Tensor rstd") if normed else ("", "")
+    kept, b_down, need_gamma, dgamma = (
+        ("Tensor gamma, Tensor? rstd, ", "Tensor b_down, ", "bool need_gamma, ", "Tensor dgamma, ") if normed else ("",) * 4
+    )
+    schemas = (
+        f"{name}_fwd(Tensor x, {norm_in}Tensor w_down, Tensor b_down, {scalars}) -> (Tensor out, Tensor a{norm_out})",
+        f"{name}_bwd(Tensor dout, Tensor? x, {kept}Tensor a, Tensor w_down, {b_down}{scalars}, bool need_x, {need_gamma}bool need_down,"
+        f" bool need_up, bool need_routing) -> (Tensor dx, {dgamma}Tensor dw_down, Tensor db_down, Tensor dw_up, Tensor db_up,"
+        " Tensor drouting)",
+    )
+    return tuple(
+        _library.define(schema, fake=fake, composite=composite, triton=triton_launcher("mm_adapter", f"{name}_{way}", composite))
+        for way, schema, (composite, fake) in zip(("fwd", "bwd"), schemas, (forward, backward))
+    )
+
+
+_forward, _backward = define_adapter("mm_adapter", (_fwd, _fwd_fake), (_bwd, _bwd_fake), normed=False)
 
 
 def _flops(x, w_down, w_up) -> tuple[int, int]:

@@ -22,10 +22,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
-from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.rms_norm import rms_norm_reference
 
 adapter = import_module("fastpeft.ops.mm_adapter")  # the module: fastpeft.ops has the function under that name
@@ -65,21 +63,7 @@ def _bwd_fake(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routing, scale, 
     return dx, gamma.new_empty(gamma.shape if need_gamma else 0), *rest
 
 
-_forward = _library.define(
-    "norm_mm_adapter_fwd(Tensor x, Tensor gamma, float eps, Tensor w_down, Tensor b_down, Tensor w_up, Tensor b_up,"
-    " Tensor routing, float scale, int groups, float dropout_p, Tensor? seed) -> (Tensor out, Tensor a, Tensor rstd)",
-    fake=_fwd_fake,
-    composite=_fwd,
-    triton=triton_launcher("mm_adapter", "norm_mm_adapter_fwd", _fwd),
-)
-_backward = _library.define(
-    "norm_mm_adapter_bwd(Tensor dout, Tensor? x, Tensor gamma, Tensor? rstd, Tensor a, Tensor w_down, Tensor b_down, Tensor w_up,"
-    " Tensor b_up, Tensor routing, float scale, int groups, float dropout_p, Tensor? seed, bool need_x, bool need_gamma,"
-    " bool need_down, bool need_up, bool need_routing) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_bwd_fake,
-    composite=_bwd,
-    triton=triton_launcher("mm_adapter", "norm_mm_adapter_bwd", _bwd),
-)
+_forward, _backward = adapter.define_adapter("norm_mm_adapter", (_fwd, _fwd_fake), (_bwd, _bwd_fake), normed=True)
 
 
 @register_flop_formula(torch.ops.fastpeft.norm_mm_adapter_fwd)
