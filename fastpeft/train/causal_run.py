@@ -36,10 +36,31 @@ class TextOptions:
         return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
 
 
+def read_instructions(folder: str, file: str | None, split: str | None, **how) -> SampleList:
+    """``file``, where there is one, is an annotation file, or a JSON list of qids of the training split, as a run with ``hold_out``
+    leaves; else the folder's ``split``. ValueError names qids that are not there."""
+    qids = _qids(file)
+    if qids is None:
+        return load_instructions(file or folder, split=None if file else split, **how)
+    samples = load_instructions(folder, split="train", **how)
+    known = {sample.qid: sample for sample in samples}
+    if missing := [qid for qid in qids if qid not in known]:
+        raise ValueError(f"{file} names {len(missing)} samples that {folder} does not have, such as {missing[0]!r}")
+    return dataclasses.replace(samples, samples=[known[qid] for qid in qids])
+
+
+def _qids(file: str | None) -> list[str] | None:
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+    except (OSError, ValueError):
+        return None  # told by the reader of annotation files
+    return list(map(str, content)) if isinstance(content, list) and content and not isinstance(content[0], dict) else None
+
+
 def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:
     """(training samples, samples to score or None); ``data``: :class:`fastpeft.train.run.DataOptions`."""
     how = {"skip_bad": data.skip_bad, **text.reading()}
-    samples = load_instructions(data.split_file or data.data, **how)
+    samples = read_instructions(data.data, data.split_file, "train", **how)
     if data.hold_out and data.eval_split_file:
         raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
     if data.hold_out:
@@ -50,7 +71,7 @@ def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tu
     if not evaluate:
         return samples, None
     if data.eval_split_file:
-        return samples, load_instructions(data.eval_split_file, split=None, **how)
+        return samples, read_instructions(data.data, data.eval_split_file, None, **how)
     try:
         return samples, load_instructions(data.data, split="test", **how)
     except ValueError as error:  # no such split: training needs none

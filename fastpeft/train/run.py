@@ -18,7 +18,6 @@ from fastpeft.data import (
     VQADataset,
     hold_out,
     load_causal_tokenizer,
-    load_instructions,
     load_samples,
     load_tokenizer,
     save_tokenizer,
@@ -30,7 +29,7 @@ from fastpeft.files import atomic_folder, write_json
 from fastpeft.methods import LoRA
 from fastpeft.models import NAMES, family_named, family_of, parts_of, pretrained_folder
 from fastpeft.plan import Plan, adapt, build, parse
-from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for, load_instruction_split, options_of
+from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for, load_instruction_split, options_of, read_instructions
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
 
@@ -243,7 +242,7 @@ def eval_run(
     split = {"split": "test", "skip_bad": data.skip_bad}
     if family_of(network).template:
         text = options_of(describe(adapter))
-        samples = load_instructions(data.split_file or data.data, **split, **text.reading())
+        samples = read_instructions(data.data, data.split_file, **split, **text.reading())
         dataset = causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
         generation |= {"num_beams": num_beams or 1}
         answers, scored = respond_and_score(network, dataset, progress=progress, batch_size=batch_size, **generation)

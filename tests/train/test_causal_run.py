@@ -90,6 +90,18 @@ def test_images_and_text_in_one_run(pictures, tmp_path):
     assert scored["n"] == 13
 
 
+def test_what_was_held_out_can_be_scored_again(alpaca, tmp_path):
+    (alpaca / "test.json").unlink()
+    data = DataOptions(str(alpaca), hold_out=0.2)
+    summary = train_run("llama-tiny", "LoRA", data, config(tmp_path))
+    held = tmp_path / "run" / "held_out.json"
+    scored = eval_run(tmp_path / "run" / "adapter", DataOptions(str(alpaca), split_file=str(held)), progress=False)
+    assert scored["n"] == summary["eval"]["n"] == len(json.loads(held.read_text())) == 10
+    held.write_text('["0", "77"]')
+    with pytest.raises(ValueError, match="does not have, such as '77'"):
+        eval_run(tmp_path / "run" / "adapter", DataOptions(str(alpaca), split_file=str(held)), progress=False)
+
+
 def test_a_model_without_eyes_refuses_images(pictures, tmp_path):
     with pytest.raises(ValueError, match="the data have images, and CausalLM sees none"):
         train_run("llama-tiny", "LoRA", DataOptions(str(pictures)), config(tmp_path), evaluate=False)
