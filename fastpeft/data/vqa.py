@@ -119,7 +119,8 @@ class EpochSampler(Sampler[list[int]]):
             samples = getattr(data, "samples", data)
             by_image: dict[object, list[int]] = {}
             for i, sample in enumerate(samples):
-                by_image.setdefault(sample.image if questions_per_image > 1 else i, []).append(i)
+                shared = questions_per_image > 1 and sample.image is not None  # text alone is nobody's neighbour
+                by_image.setdefault(sample.image if shared else i, []).append(i)
             groups = list(by_image.values())
         self.n = sum(map(len, groups))
         if self.n == 0 or (drop_last and self.n < batch_size):

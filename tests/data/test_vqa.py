@@ -1,5 +1,6 @@
 """Batches: what is in them, that images are decoded once, that every order can be had again."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -266,3 +267,15 @@ def test_real_vqa_rad(real_rad):
         assert sorted(i for b in batches for i in b) == list(range(3064))
         images[q] = sum(len({samples[i].image for i in b}) for b in batches) / len(batches)
     assert images[1] > 18 and images[5] < 5.5 and images[10] < 3.5
+
+
+def test_samples_without_an_image_are_not_grouped():
+    @dataclasses.dataclass
+    class Text:
+        image: None = None
+        image_name: str = ""
+        question: str = ""
+        answer: str = ""
+
+    orders = [list(EpochSampler([Text()] * 8, 4, seed=seed, questions_per_image=4)) for seed in range(20)]
+    assert len({str(sorted(batch)) for order in orders for batch in order}) > 10  # one group of eight would be cut into two fixed halves
