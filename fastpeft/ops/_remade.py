@@ -66,11 +66,12 @@ def remade(
 
 
 def _composed(remake: Callable[..., Tensor], recipes: list[Recipe | None]) -> Callable[..., Tensor]:
-    """``remake`` of inputs some of which have to be made first."""
+    """``remake`` of inputs some of which have to be made first. It holds no tensor: those are autograd's to keep and to let go."""
+    steps = [None if recipe is None else (recipe.look, len(recipe.inputs)) for recipe in recipes]
 
     def compose(*tensors):
         rest = iter(tensors)
-        return remake(*(next(rest) if r is None else r.look(*(next(rest) for _ in r.inputs)) for r in recipes))
+        return remake(*(next(rest) if step is None else step[0](*islice(rest, step[1])) for step in steps))
 
     return compose
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -123,6 +125,19 @@ def test_recipes_compose_and_views_lose_them():
     assert [k.data_ptr() for k in kept] == [t["x"].data_ptr(), t["l"].data_ptr()]
     assert torch.equal(again(how, kept), y)
     assert recipe_of(y.view(-1)) is None and keep(y.view(-1))[0] is None
+
+
+def test_backward_lets_go_of_what_it_used():
+    """Recipes hold no tensors: after backward, with the loss still there, nothing of the graph is left."""
+    t = tensors(trained=("x", "W1", "A", "B", "l"))
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        h = t["x"] * 2.0
+        alive = weakref.ref(h)
+        y = ops.layer_norm(h, t["w"], t["b"])
+        loss = ops.lora_linear(ops.rescale(ops.gelu(linear(y, t["W1"])), t["l"]), t["W2"], None, t["A"], t["B"]).sum()
+    del h, y
+    loss.backward()
+    assert alive() is None
 
 
 def test_nothing_is_noted_where_there_is_no_backward():
