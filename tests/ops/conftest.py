@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +130,14 @@ class Checks:
 @pytest.fixture
 def check() -> Checks:
     return Checks()
+
+
+@pytest.fixture(scope="session")
+def norms():
+    """What both norms are tested for: _norms.py. Tests are no package, so it is loaded by its path."""
+    path = Path(__file__).with_name("_norms.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -27,8 +27,17 @@ def reference(x, weight, bias):
     return layer_norm_reference(x, weight, bias, EPS)
 
 
-def make(n, dtype, rows=(3, 5)):
-    return [torch.randn(*rows, n).to(dtype), (torch.randn(n) + 1).to(dtype), torch.randn(n).to(dtype)]
+def fused(x, residual, weight, bias):
+    return add_layer_norm(x, residual, weight, bias, EPS)
+
+
+@pytest.fixture
+def norm(norms):
+    return norms.Norm(ours, fused, reference, theirs, params=2)
+
+
+def make(n, dtype):
+    return [torch.randn(3, 5, n).to(dtype), (torch.randn(n) + 1).to(dtype), torch.randn(n).to(dtype)]
 
 
 def test_backend():
@@ -38,59 +47,29 @@ def test_backend():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", WIDTHS)
-def test_every_gradient_subset(check, n, dtype):
-    inputs = make(n, dtype)
-    for needs in check.subsets(3):
-        check.no_worse(
-            ours, reference, theirs, inputs, needs, floor=1.0 if n == 1 else 1e-30
-        )  # at width 1, dx is what eps leaves of a difference
+def test_every_gradient_subset(check, norm, n, dtype):
+    norm.every_gradient_subset(check, n, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows(check, dtype):
+def test_many_rows(check, norm, dtype):
     """Several parts per sum, and several blocks per part."""
-    check.no_worse(ours, reference, theirs, make(768, dtype, rows=(901,)))
+    norm.compare(check, norm.make(768, dtype, rows=(901,)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_and_broadcast(check, dtype):
-    x, weight, bias = make(257, dtype)
-    views = {
-        "slice of a wider projection": torch.randn(3, 5, 600).to(dtype)[..., 100:357],
-        "transposed tokens": x.transpose(0, 1),
-        "transposed channels": torch.randn(3, 257, 5).to(dtype).transpose(1, 2),
-        "broadcast rows": x[:1, :1].expand(3, 5, 257),
-        "one row": x[0, 0],
-    }
-    for view in views.values():
-        check.no_worse(ours, reference, theirs, [view, weight, bias])
-    check.no_worse(ours, reference, theirs, [x, weight[:1].expand(257), bias])
-    # a cotangent of any strides: sum() gives one of stride 0
-    leaf = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(ours(leaf, weight, bias).float().sum(), leaf)
-    (want,) = torch.autograd.grad(reference(leaf, weight, bias).float().sum(), leaf)
-    torch.testing.assert_close(grad.float(), want.float(), atol=2e-2 if dtype.itemsize == 2 else 1e-5, rtol=1e-2)
+def test_strided_and_broadcast(check, norm, dtype):
+    norm.strided_and_broadcast(check, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_rows(check, dtype):
-    n, big = 768, 2e4 if dtype == torch.float16 else 1e4
-    _, weight, bias = make(n, dtype)
-    noise = torch.randn(4, n)
-    rows = [noise * big / 4, noise + 100, torch.full((4, n), 3.0), noise * 1e-4, torch.zeros(4, n)]
-    for x in rows:
-        check.no_worse(ours, reference, theirs, [x.to(dtype), weight, bias])
-    zero = weight.clone()
-    zero[::3] = 0  # x_hat must not be rebuilt from y
-    check.no_worse(ours, reference, theirs, [noise.to(dtype), zero, bias])
+def test_hard_rows(check, norm, dtype):
+    norm.hard_rows(check, dtype)
 
 
 @pytest.mark.parametrize("shape", [(0, 768), (2, 0, 7)])
-def test_empty_batch(check, shape):
-    x, weight, bias = torch.empty(shape), torch.ones(shape[-1]), torch.ones(shape[-1])
-    (y,), (dx, dweight, dbias) = check.run(ours, [x, weight, bias])
-    assert y.shape == dx.shape == shape
-    assert torch.equal(dweight, torch.zeros_like(weight)) and torch.equal(dbias, torch.zeros_like(bias))
+def test_empty_batch(check, norm, shape):
+    norm.empty_batch(check, shape)
 
 
 def test_without_parameters_and_with_wide_ones(check):
@@ -101,48 +80,16 @@ def test_without_parameters_and_with_wide_ones(check):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residual(check, dtype):
-    x, weight, bias = make(257, dtype)
-    residual = torch.randn_like(x)
-
-    def fused(x, residual, weight, bias):
-        return add_layer_norm(x, residual, weight, bias, EPS)
-
-    def plain(norm):
-        return lambda x, residual, weight, bias: (norm(x + residual, weight, bias), x + residual)
-
-    for needs in check.subsets(4):
-        check.no_worse(fused, plain(reference), plain(theirs), [x, residual, weight, bias], needs)
-    one = check.run(lambda *a: fused(*a)[0], [x, residual, weight, bias])
-    check.no_worse(
-        lambda *a: fused(*a)[0], lambda *a: plain(reference)(*a)[0], lambda *a: plain(theirs)(*a)[0], [x, residual, weight, bias]
-    )
-    assert torch.equal(one[1][0], one[1][1])  # the same gradient for both terms
-    _, grads = check.run(lambda *a: fused(*a)[1], [x, residual, weight, bias], (True, True, False, False))  # y unused
-    assert torch.equal(grads[0], grads[1])
+def test_residual(check, norm, dtype):
+    norm.residual(check, dtype)
 
 
-def test_saved_bytes(check):
-    x, weight, bias = make(768, torch.bfloat16)
-    stats, leaf = 2 * 15 * 4, lambda *on: [t.clone().requires_grad_(need) for t, need in zip((x, weight, bias), on)]
-    for needs, want in {
-        (True, True, True): x.nbytes + stats,
-        (True, False, False): x.nbytes + stats,
-        (False, True, False): x.nbytes + stats,
-        (False, False, True): 0,
-        (False, False, False): 0,
-    }.items():
-        inputs = leaf(*needs)
-        assert check.saved_bytes(ours, inputs, free=inputs[1:]) == want, needs
-    inputs = [*leaf(True, True, True), x.clone().requires_grad_()]
-    fused = check.saved_bytes(lambda x, w, b, r: add_layer_norm(x, r, w, b, EPS)[0], inputs, free=inputs[1:3])
-    assert fused == x.nbytes + stats  # the sum, not its terms
+def test_saved_bytes(check, norm):
+    norm.saved_bytes(check, statistics=2, nothing=((False, False, False), (False, False, True)))
 
 
-def test_reference_gradients():
-    inputs = [t.requires_grad_() for t in make(7, torch.float64)]
-    assert torch.autograd.gradcheck(reference, inputs)
-    assert torch.autograd.gradcheck(ours, inputs)
+def test_reference_gradients(norm):
+    norm.reference_gradients()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -159,27 +106,14 @@ def test_registered_operators(dtype):
         torch.library.opcheck(ops.layer_norm_bwd, (x, h, None, mean, rstd, residual, *needs))
 
 
-def test_compiles_and_repeats(check):
-    inputs = make(257, torch.float32)
-    check.compiles(ours, inputs)
-    check.compiles(ours, inputs, (False, True, False))
-    check.compiles(lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS), [inputs[0], torch.randn_like(inputs[0]), *inputs[1:]])
-    check.deterministic(ours, make(768, torch.float32, rows=(400,)))
+def test_compiles_and_repeats(check, norm):
+    norm.compiles_and_repeats(check)
 
 
-def test_same_sums_on_any_number_of_threads():
+def test_same_sums_on_any_number_of_threads(norm):
     if not _library.backend_of()["layer_norm_bwd"]["CPU"].startswith("native"):
         pytest.skip("ATen cuts its sums by thread")
-    x, weight, bias = make(768, torch.float32, rows=(500,))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            leaf = weight.clone().requires_grad_()
-            results.append(torch.autograd.grad(ours(x, leaf, bias).square().sum(), leaf)[0])
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    norm.same_sums_on_any_number_of_threads()
 
 
 @settings(max_examples=25, deadline=None)

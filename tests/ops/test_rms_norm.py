@@ -12,6 +12,7 @@ from fastpeft.ops.rms_norm import rms_norm_reference
 
 EPS = 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [1, 7, 252, 257, 768, 901]
 
 
 def ours(x, weight):
@@ -26,8 +27,17 @@ def reference(x, weight):
     return rms_norm_reference(x, weight, EPS)
 
 
-def make(n, dtype, rows=(3, 5)):
-    return [torch.randn(*rows, n).to(dtype), (torch.randn(n) + 1).to(dtype)]
+def fused(x, residual, weight):
+    return add_rms_norm(x, residual, weight, EPS)
+
+
+@pytest.fixture
+def norm(norms):
+    return norms.Norm(ours, fused, reference, theirs, params=1)
+
+
+def make(n, dtype):
+    return [torch.randn(3, 5, n).to(dtype), (torch.randn(n) + 1).to(dtype)]
 
 
 def test_backend():
@@ -36,51 +46,30 @@ def test_backend():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 7, 252, 257, 768, 901])
-def test_every_gradient_subset(check, n, dtype):
-    inputs = make(n, dtype)
-    for needs in check.subsets(2):
-        check.no_worse(
-            ours, reference, theirs, inputs, needs, floor=1.0 if n == 1 else 1e-30
-        )  # at width 1, dx is what eps leaves of a difference
+@pytest.mark.parametrize("n", WIDTHS)
+def test_every_gradient_subset(check, norm, n, dtype):
+    norm.every_gradient_subset(check, n, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows(check, dtype):
-    check.no_worse(ours, reference, theirs, make(768, dtype, rows=(901,)))
+def test_many_rows(check, norm, dtype):
+    """Several parts per sum, and several blocks per part."""
+    norm.compare(check, norm.make(768, dtype, rows=(901,)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_and_broadcast(check, dtype):
-    x, weight = make(257, dtype)
-    views = [
-        torch.randn(3, 5, 600).to(dtype)[..., 100:357],
-        x.transpose(0, 1),
-        torch.randn(3, 257, 5).to(dtype).transpose(1, 2),
-        x[:1, :1].expand(3, 5, 257),
-        x[0, 0],
-    ]
-    for view in views:
-        check.no_worse(ours, reference, theirs, [view, weight])
-    check.no_worse(ours, reference, theirs, [x, weight[:1].expand(257)])
+def test_strided_and_broadcast(check, norm, dtype):
+    norm.strided_and_broadcast(check, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_rows(check, dtype):
-    n, big = 768, 2e4 if dtype == torch.float16 else 1e4
-    _, weight = make(n, dtype)
-    noise = torch.randn(4, n)
-    for x in (noise * big / 4, noise + 100, torch.full((4, n), 3.0), noise * 1e-4, torch.zeros(4, n)):
-        check.no_worse(ours, reference, theirs, [x.to(dtype), weight])
-    zero = weight.clone()
-    zero[::3] = 0
-    check.no_worse(ours, reference, theirs, [noise.to(dtype), zero])
+def test_hard_rows(check, norm, dtype):
+    norm.hard_rows(check, dtype)
 
 
 @pytest.mark.parametrize("shape", [(0, 768), (2, 0, 7)])
-def test_empty_batch(check, shape):
-    (y,), (dx, dweight) = check.run(ours, [torch.empty(shape), torch.ones(shape[-1])])
-    assert y.shape == dx.shape == shape and torch.equal(dweight, torch.zeros(shape[-1]))
+def test_empty_batch(check, norm, shape):
+    norm.empty_batch(check, shape)
 
 
 def test_without_weight_and_with_a_wide_one(check):
@@ -91,38 +80,16 @@ def test_without_weight_and_with_a_wide_one(check):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residual(check, dtype):
-    x, weight = make(257, dtype)
-    inputs = [x, torch.randn_like(x), weight]
-
-    def fused(x, residual, weight):
-        return add_rms_norm(x, residual, weight, EPS)
-
-    def plain(norm):
-        return lambda x, residual, weight: (norm(x + residual, weight), x + residual)
-
-    for needs in check.subsets(3):
-        check.no_worse(fused, plain(reference), plain(theirs), inputs, needs)
-    first = [lambda *a, f=f: f(*a)[0] for f in (fused, plain(reference), plain(theirs))]
-    check.no_worse(*first, inputs)
-    _, grads = check.run(lambda *a: fused(*a)[1], inputs, (True, True, False))  # y unused
-    assert torch.equal(grads[0], grads[1])
+def test_residual(check, norm, dtype):
+    norm.residual(check, dtype)
 
 
-def test_saved_bytes(check):
-    x, weight = make(768, torch.bfloat16)
-    stats = 15 * 4
-    for needs in check.subsets(2):
-        inputs = [t.clone().requires_grad_(need) for t, need in zip((x, weight), needs)]
-        assert check.saved_bytes(ours, inputs, free=inputs[1:]) == (x.nbytes + stats if any(needs) else 0), needs
-    inputs = [t.clone().requires_grad_() for t in (x, x, weight)]
-    assert check.saved_bytes(lambda *a: add_rms_norm(*a, EPS)[0], inputs, free=inputs[2:]) == x.nbytes + stats
+def test_saved_bytes(check, norm):
+    norm.saved_bytes(check, statistics=1, nothing=((False, False),))
 
 
-def test_reference_gradients():
-    inputs = [t.requires_grad_() for t in make(7, torch.float64)]
-    assert torch.autograd.gradcheck(reference, inputs)
-    assert torch.autograd.gradcheck(ours, inputs)
+def test_reference_gradients(norm):
+    norm.reference_gradients()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,11 +106,14 @@ def test_registered_operators(dtype):
         torch.library.opcheck(ops.rms_norm_bwd, (x, h, None, rstd, residual, *needs))
 
 
-def test_compiles_and_repeats(check):
-    inputs = make(257, torch.float32)
-    check.compiles(ours, inputs)
-    check.compiles(lambda x, r, w: add_rms_norm(x, r, w, EPS), [inputs[0], torch.randn_like(inputs[0]), inputs[1]])
-    check.deterministic(ours, make(768, torch.float32, rows=(400,)))
+def test_compiles_and_repeats(check, norm):
+    norm.compiles_and_repeats(check)
+
+
+def test_same_sums_on_any_number_of_threads(norm):
+    if not _library.backend_of()["rms_norm_bwd"]["CPU"].startswith("native"):
+        pytest.skip("ATen cuts its sums by thread")
+    norm.same_sums_on_any_number_of_threads()
 
 
 @settings(max_examples=25, deadline=None)
