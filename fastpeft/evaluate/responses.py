@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
 from fastpeft.evaluate.answers import to_device
+from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.metrics import score_responses
+from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.files import write_json
 
 
@@ -55,9 +57,17 @@ def respond(
 
 
 def respond_and_score(model: nn.Module, dataset: CausalDataset, *, progress: bool = True, **how) -> tuple[list[str], dict]:
-    """(responses, scores)."""
-    responses = respond(model, dataset, progress=progress, **how)
-    return responses, score_responses(responses, dataset.samples)
+    """(responses, scores): exact match; of ScienceQA the columns of its table, with their average as "global"; of captions and reports
+    their measures against all references of an image."""
+    responses, samples = respond(model, dataset, progress=progress, **how), dataset.samples
+    scores, kinds = score_responses(responses, samples), {sample.kind for sample in samples}
+    if kinds == {"scienceqa"}:
+        columns = score_scienceqa(responses, samples)
+        scores |= {"global": columns["Avg"], "scienceqa": columns}
+    elif kinds <= {"coco", "reports"}:
+        first, references = references_of(samples)
+        scores["captions"] = score_captions([responses[i] for i in first], references)
+    return responses, scores
 
 
 def write_responses(path, samples, responses: list[str]) -> None:

@@ -1,0 +1,66 @@
+"""Responses come in order whatever their batches, and are scored as their data are."""
+
+from pathlib import Path
+
+import pytest
+
+import fastpeft as fp
+from fastpeft.data import CausalDataset, Instruction, train_causal_tokenizer
+from fastpeft.evaluate import respond, respond_and_score, responses
+
+
+@pytest.fixture
+def samples():
+    texts = ["one", "one two", "three two one zero", "four"]
+    return [Instruction(((text, f"answer {i}"),), None, "alpaca", str(i), i, Path("data.json")) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def model_and_tokenizer(samples):
+    tokenizer = train_causal_tokenizer([sample.question for sample in samples], min_frequency=1)
+    return fp.build("llama-tiny", vocab_size=len(tokenizer), num_hidden_layers=2), tokenizer
+
+
+def prompts(samples, tokenizer):
+    return CausalDataset(samples, tokenizer, "plain", prompts_only=True)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
+def test_a_response_does_not_depend_on_its_batch(model_and_tokenizer, samples, how):
+    model, tokenizer = model_and_tokenizer
+    how |= {"max_new_tokens": 6, "progress": False}
+    alone = [respond(model, prompts([sample], tokenizer), **how)[0] for sample in samples]
+    for batch_size in (1, 3, 4):
+        assert respond(model, prompts(samples, tokenizer), batch_size=batch_size, **how) == alone
+    assert not model.training
+
+
+def test_training_data_are_refused(model_and_tokenizer, samples):
+    model, tokenizer = model_and_tokenizer
+    with pytest.raises(ValueError, match="prompts_only=True"):
+        respond(model, CausalDataset(samples, tokenizer, "plain"))
+
+
+def scored(monkeypatch, model_and_tokenizer, samples, said):
+    monkeypatch.setattr(responses, "respond", lambda *a, **k: said)
+    model, tokenizer = model_and_tokenizer
+    return respond_and_score(model, prompts(samples, tokenizer))[1]
+
+
+def test_exact_match_open_and_closed(monkeypatch, model_and_tokenizer):
+    rows = [("q", "No", "CLOSED"), ("q", "yes", "CLOSED"), ("q", "the left lung", "OPEN"), ("q", "free", None)]
+    facts = [{"answer_type": kind} if kind else {} for *_, kind in rows]
+    samples = [Instruction(((q, a),), None, "vqa", str(i), i, Path("d"), facts=facts[i]) for i, (q, a, _) in enumerate(rows)]
+    got = scored(monkeypatch, model_and_tokenizer, samples, ["no.", "no", "Left lung", "free"])
+    assert (got["closed"], got["open"], got["global"], got["always_no_closed"]) == (0.5, 0.0, 0.5, 0.5)
+    assert (got["n_closed"], got["n_open"], got["n"]) == (2, 1, 4)
+
+
+def test_scienceqa_and_captions_have_their_own(monkeypatch, model_and_tokenizer):
+    facts = {"choices": ["a", "b"], "answer": 1, "subject": "social science", "grade": "grade7", "has_text": True, "has_image": False}
+    problem = Instruction((("q", "The answer is B."),), None, "scienceqa", "1", 0, Path("d"), facts=facts)
+    got = scored(monkeypatch, model_and_tokenizer, [problem], ["The answer is B. BECAUSE: it is."])
+    assert got["global"] == 1.0 and got["scienceqa"]["SOC"] == got["scienceqa"]["TXT"] == 1.0
+    caption = [Instruction((("Describe.", text),), None, "coco", "1", 0, Path("d")) for text in ("a red ball", "two dogs run")]
+    got = scored(monkeypatch, model_and_tokenizer, caption, ["a red ball", "two dogs run"])
+    assert got["captions"]["BLEU-1"] == 1.0
