@@ -30,12 +30,10 @@ from fastpeft.models.attend import (
     rescaled,
 )
 from fastpeft.models.layers import LayerNorm, Recomputes
-from fastpeft.models.layout import Layout, Tail, image_layout, rows_of, self_layout, tail_of
+from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, rows_of, self_layout, tail_of
 from fastpeft.ops._remade import bare
 from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
-
-IGNORED = -100  # a label that is none
 
 
 class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
@@ -349,7 +347,7 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
             past_key_values=past_key_values,
             is_decoder=is_decoder,
             use_cache=False if labels is not None else use_cache,
-            **({"wanted": _next_labels(labels, shift_labels) != IGNORED} if lean and isinstance(self.bert, TextModel) else {}),
+            **({"wanted": next_labels(labels, shift_labels) != IGNORED} if lean and isinstance(self.bert, TextModel) else {}),
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
@@ -359,7 +357,7 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         if return_logits:
             return logits[:, :-1].contiguous()
         if labels is not None:
-            loss = self._loss(hidden, _next_labels(labels, shift_labels).to(hidden.device), reduction)
+            loss = self._loss(hidden, next_labels(labels, shift_labels).to(hidden.device), reduction)
         return CausalLMOutputWithCrossAttentions(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
@@ -378,11 +376,6 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
             logits = self.cls(hidden).flatten(0, 1)
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten(), **how)
         return loss.view(shape).sum(1) if reduction == "none" else loss
-
-
-def _next_labels(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
-    """[B, L]: what each position is to predict."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
 
 
 class VisionAttention(Recomputes, modeling_blip.BlipAttention):

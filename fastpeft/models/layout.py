@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.ops._remade import recipe_of, remade
@@ -73,7 +74,7 @@ def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
 @dataclass(frozen=True)
 class Tail:
     """A last layer that is asked for some of its outputs only: ``tokens`` [T'] are those of the T states it gets, ``seen`` [S] those whose
-    keys and values they see (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T' where self_layout has them."""
+    keys and values they see (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T' where the batch has them."""
 
     tokens: Tensor
     seen: Tensor | None
@@ -82,14 +83,16 @@ class Tail:
     outputs: Layout
 
 
-def tail_of(layout: Layout, wanted: Tensor, causal: bool, device: torch.device) -> Tail | None:
-    """The tail for ``wanted`` [rows, columns] bool of a self_layout; None where nothing is saved, or nothing wanted.
+def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, attended: Layout | None = None) -> Tail | None:
+    """The tail for ``wanted`` [rows, columns] bool, where ``tokens`` says where they lie in the batch and ``attended`` where in attention
+    (None: in the same cells). None where nothing is saved, or nothing wanted.
 
     Under causality the table of queries runs from the first to the last wanted column, that of keys ends with it, so that causality stays
     aligned at both tables' last columns.
     """
-    place = torch.arange(layout.rows * layout.columns) if layout.place is None else layout.place.cpu()
-    hit = wanted.cpu().flatten()[place]
+    layout = tokens if attended is None else attended
+    at, place = _cells(tokens), _cells(layout)
+    hit = wanted.cpu().flatten()[at]
     if bool(hit.all()) or not bool(hit.any()):
         return None
     rows, columns = place // layout.columns, place % layout.columns
@@ -100,8 +103,13 @@ def tail_of(layout: Layout, wanted: Tensor, causal: bool, device: torch.device) 
         seen=None if bool(seen.all()) else seen.nonzero().squeeze(1).to(device),
         queries=_table(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
         keys=_table(layout.rows, last + 1, rows[seen], columns[seen], device),
-        outputs=Layout(layout.rows, layout.columns, place[hit].to(device)),
+        outputs=Layout(tokens.rows, tokens.columns, at[hit].to(device)),
     )
+
+
+def _cells(layout: Layout) -> Tensor:
+    """[T], on the CPU."""
+    return torch.arange(layout.rows * layout.columns) if layout.place is None else layout.place.cpu()
 
 
 def _table(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
@@ -119,3 +127,11 @@ def rows_of(x: Tensor, index: Tensor | None) -> Tensor:
 
 def _select(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
+
+
+IGNORED = -100  # a label that is none
+
+
+def next_labels(labels: Tensor, shift_labels: Tensor | None = None) -> Tensor:
+    """[B, L]: what each position is to predict, IGNORED where nothing; ``shift_labels`` are already that."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels

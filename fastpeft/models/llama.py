@@ -12,6 +12,8 @@ What differs from transformers' own:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,8 +28,10 @@ from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.adapted import terms_of
 from fastpeft.models.attend import as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
-from fastpeft.models.layout import Layout, rows_layout, self_layout
+from fastpeft.models.layers import Recomputes
+from fastpeft.models.layout import IGNORED, Layout, Tail, next_labels, rows_layout, rows_of, self_layout, tail_of
 from fastpeft.ops._common import accumulator
+from fastpeft.ops._savings import on
 
 SIZES = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -78,12 +82,13 @@ def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor,
     return ops.add_rms_norm(branch, residual, norm.weight, norm.variance_epsilon)
 
 
-class MLP(modeling_llama.LlamaMLP):
+class MLP(Recomputes, modeling_llama.LlamaMLP):
     """down(silu(gate(x)) * up(x)), the activation in one pass with IA3's factor on it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
-        gate, up = project((self.gate_proj, self.up_proj), x)
+        linears = (self.gate_proj, self.up_proj)
+        gate, up = self.projected(partial(project, linears), x, linears)
         if self.config.hidden_act != "silu":
             return self.down_proj(self.act_fn(gate) * up)
         down = terms_of(self.down_proj)
@@ -92,7 +97,7 @@ class MLP(modeling_llama.LlamaMLP):
         return down._replace(before=None)(ops.swiglu(gate, up, down.before))
 
 
-class Attention(modeling_llama.LlamaAttention):
+class Attention(Recomputes, modeling_llama.LlamaAttention):
     """Causal self-attention with grouped heads. Returns (output, None): probabilities are not formed."""
 
     def forward(
@@ -104,23 +109,29 @@ class Attention(modeling_llama.LlamaAttention):
         prefix: tuple[Tensor, Tensor] | None = None,
         layout: Layout | None = None,
         visual: Tensor | None = None,
+        tail: Tail | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, M, C], or [T, C] with a ``layout``; position_embeddings (cos, sin), each [B or 1, M, d] or [T, d];
-        attention_mask [B, N] bool over keys, or transformers' own [B, 1, M, N]; visual: images' features for Excitor."""
-        q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
-        q, k = rescaled(self.q_proj, q), rescaled(self.k_proj, k)  # IA3's l_k multiplies the key before its rotation: q cannot take it
-        l_v = output_factor(self.v_proj)
-        if prefix is not None:  # whose values l_v does not touch: it cannot wait for the output
-            v, l_v = rescaled(self.v_proj, v), None
-        cos, sin = (t.unsqueeze(-2) for t in position_embeddings)
-        q, k = (ops.rotary(t.unflatten(-1, (-1, self.head_dim)), cos, sin).flatten(-2) for t in (q, k))
-        q, k, v = (self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+        """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``tail``'s rows only, where one is given);
+        position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]; attention_mask [B, N] bool over keys, or transformers' own
+        [B, 1, M, N]; visual: images' features for Excitor."""
+        tables = tuple(t.unsqueeze(-2) for t in position_embeddings)
+        l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
+        if tail is None:
+            linears = (self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = self.projected(partial(self._tables, linears, tables, layout, prefix is None), hidden_states, linears)
+            keys = layout
+        else:
+            layout, keys = tail.queries, tail.keys
+            asked, hidden_states = (rows_of(hidden_states, index) for index in (tail.tokens, tail.seen))
+            asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (tail.tokens, tail.seen))
+            (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
+            k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
         if getattr(self, "excitor", None) is not None:  # its gate is one number per query head: groups no longer share their keys
             if (groups := self.num_key_value_groups) > 1:
                 k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
                 prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
-            k = self.excitor(k, hidden_states if layout is None else layout.spread(hidden_states), visual)
+            k = self.excitor(k, hidden_states if keys is None else keys.spread(hidden_states), visual)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         options = {"prefix": prefix, "rescale": None, "dropout_p": self.attention_dropout if self.training else 0.0}
@@ -133,8 +144,17 @@ class Attention(modeling_llama.LlamaAttention):
             context = ops.rescale(context, self._per_query_head(l_v))
         return self.o_proj(context if layout is None else layout.gather(context)), None
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor) -> tuple[Tensor, ...]:
+        """Projections of x as attention reads them, [B, heads, M, d]: rotated (values apart), and with IA3's factors, except that
+        ``values_raw`` leaves l_v to the output. l_k multiplies the key before its rotation: q cannot take it."""
+        out = []
+        for linear, t in zip(linears, project_together(linears, x)):
+            value = linear is self.v_proj
+            t = t if value and values_raw else rescaled(linear, t)
+            t = t if value else ops.rotary(t.unflatten(-1, (-1, self.head_dim)), *rotary).flatten(-2)
+            t = t if layout is None else layout.spread(t)
+            out.append(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
+        return tuple(out)
 
     def _per_query_head(self, l: Tensor) -> Tensor:
         """[H_kv d] -> [H d]."""
@@ -153,6 +173,8 @@ class DecoderLayer(modeling_llama.LlamaDecoderLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
+        if (tail := kwargs.get("tail")) is not None:
+            hidden_states = rows_of(hidden_states, tail.tokens)
         x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
         return hidden_states + self.mlp(x)
 
@@ -175,9 +197,11 @@ class Model(modeling_llama.LlamaModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        wanted: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer. Hidden states of
+        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend; wanted [B, L] bool: the caller reads the last hidden state
+        there only, elsewhere it may be zero. What kwargs hold reaches every layer. Hidden states of
         padding are zero. Where neither a mask nor a cache is given, position_ids that start again within a row mark packed samples."""
         if output_attentions:
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
@@ -209,8 +233,12 @@ class Model(modeling_llama.LlamaModel):
         pad = (lambda x: x) if tokens is None else tokens.spread
         states = [hidden]
         prefixes = [None] * len(self.layers) if encoder is None else encoder()
-        how = {name: value for name, value in {"layout": layout, **kwargs}.items() if value is not None}
+        how, tail = {name: value for name, value in {"layout": layout, **kwargs}.items() if value is not None}, None
+        if wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
+            tail = tail_of(tokens, wanted, True, hidden.device, layout)
         for layer, prefix in zip(self.layers, prefixes):
+            if tail is not None and layer is self.layers[-1]:
+                pad, how = tail.outputs.spread, how | {"tail": tail}
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -268,6 +296,8 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         tokens, or their sum over ``num_items_in_batch``. visual: images' features for Excitor."""
         shift_labels, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         labelled = labels is not None or shift_labels is not None
+        if labelled and self.training and isinstance(self.model, Model):
+            kwargs["wanted"] = next_labels(labels, shift_labels) != IGNORED
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -14,7 +14,8 @@ from transformers.utils import can_return_tuple
 
 from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
-from fastpeft.models.llama import llama_config, llama_part, loss_of
+from fastpeft.models.layout import IGNORED, next_labels
+from fastpeft.models.llama import Model, llama_config, llama_part, loss_of
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -112,12 +113,14 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
-        outputs = self.model.language_model(
+        decoder = self.model.language_model
+        outputs = decoder(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
+            **({"wanted": next_labels(labels) != IGNORED} if labels is not None and self.training and isinstance(decoder, Model) else {}),
             **kwargs,
         )
         hidden, logits = outputs.last_hidden_state, None

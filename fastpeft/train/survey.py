@@ -113,7 +113,7 @@ def survey(model: nn.Module, run: Callable[[], Tensor]) -> Survey:
     def enter(name, module, args):
         at.append(name)
         layers[name].flops -= counter.get_total_flops()
-        layers[name].input += args[0].nbytes + RANDOM_STATE
+        layers[name].input += RANDOM_STATE + (args[0].nbytes if args else 0)
         for t in args[1:]:
             if isinstance(t, Tensor):
                 shared.add(t)  # what every layer reads, such as an image's states, no layer's recomputation frees

@@ -113,3 +113,44 @@ def test_the_last_layer_computes_what_is_labelled(miss, monkeypatch):
     model(**inputs)
     wanted = int(((inputs["labels"][:, 1:] != -100) & inputs["decoder_attention_mask"][:, :-1]).sum())
     assert rows == {0: int(inputs["decoder_attention_mask"].sum()), 1: wanted} and calls == [wanted]
+
+
+def llama(plan):
+    shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    model = fp.build("llama-tiny", pretrained=False, dtype=torch.float64, num_key_value_heads=2, **shape)
+    torch.manual_seed(1)
+    fp.adapt(model, plan)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.requires_grad
+    return model.train()
+
+
+@pytest.mark.parametrize("batch", ["padded", "left", "packed", "full"])
+@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "PTv2", "LayerNorm", "IA3+PTv2"])
+def test_llamas_last_layer_at_labelled_positions_only(miss, plan, batch):
+    """Answers behind their questions, with a hole: keys of every question, queries of answers."""
+    model = llama(plan)
+    torch.manual_seed(3)
+    ids = torch.randint(3, 50, (3, 8))
+    labels = ids.clone()
+    labels[:, :3], labels[0, 5] = -100, -100
+    given = {"input_ids": ids, "labels": labels}
+    if batch in ("padded", "left"):
+        mask = torch.ones_like(ids)
+        mask[1, 5:], mask[2, 6:] = 0, 0
+        labels[mask == 0] = -100
+        if batch == "left":
+            mask, labels = mask.flip(1), labels.flip(1)
+        given |= {"attention_mask": mask, "labels": labels}
+    if batch == "packed":
+        position_ids = torch.cat([torch.arange(10), torch.arange(6), torch.arange(8)])[None]
+        given = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": position_ids}
+    loss, gradients = miss.step(model, given)
+    rows = []
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: rows.append(out.shape[0]))
+    with fp.without("labelled"):
+        want, wanted = miss.step(model, given)
+    miss.step(model, given)
+    assert loss == pytest.approx(want, rel=1e-12)
+    miss.assert_same(gradients, wanted)
+    assert rows[1] < rows[0] and rows[1] <= int((given["labels"][:, 1:] != -100).sum())

@@ -62,6 +62,35 @@ def test_whatever_is_computed_again_gradients_stay_and_the_survey_is_right(miss,
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "IA3+PTv2"])
+def test_llama_under_a_budget(miss, plan):
+    """Gates, keys and queries after their rotation; adapters' dropout drawn again."""
+    shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    model = fp.build("llama-tiny", pretrained=False, dtype=torch.float64, num_key_value_heads=2, **shape)
+    fp.adapt(model, plan, **({"lora_dropout": 0.2} if "LoRA" in plan else {}))
+    miss.scatter_trained(model)
+    model.train()
+    torch.manual_seed(3)
+    ids = torch.randint(3, 50, (3, 8))
+    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][1, 5:], inputs["labels"][:, :3], inputs["labels"][1, 5:] = 0, -100, -100
+    want, wanted, cost = step(miss, model, inputs)
+    found, fixed = survey(model, lambda: model(**inputs).loss), fixed_bytes(model)
+    assert cost.saved_bytes <= found.saved <= 1.06 * cost.saved_bytes  # the lowest layer's norm output counts where nothing remakes it
+    for modules, layers in (
+        ([name for layer in found.layers.values() for name in layer.pieces], []),
+        ([], list(found.layers)),
+        (["model.layers.0.mlp"], ["model.layers.1"]),
+    ):
+        apply(model, modules, layers)
+        loss, gradients, now = step(miss, model, inputs)
+        assert loss == pytest.approx(want, rel=1e-12) and now.saved_bytes < 0.9 * cost.saved_bytes
+        miss.assert_same(gradients, wanted, 1e-11)
+    most = choose(found, fixed, 10**12).peak
+    chosen = choose(found, fixed, fixed + (most - fixed) * 9 // 10)
+    assert chosen.modules or chosen.layers
+
+
 def test_cheapest_first(miss):
     """What is computed again costs no more FLOPs per byte than anything that is not."""
     model, inputs = trained(miss, "T/T/T"), miss.batch()
