@@ -2,8 +2,10 @@
 
 from fastpeft.data import VQADataset
 from fastpeft.evaluate.answers import answer_questions
+from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.metrics import normalise_answer, score, score_responses, write_predictions
 from fastpeft.evaluate.responses import respond, respond_and_score, write_responses
+from fastpeft.evaluate.scienceqa import parse_answer, score_scienceqa
 
 
 def answer_and_score(model, dataset, tokenizer, *, progress: bool = True) -> tuple[list[str], dict]:
@@ -23,10 +25,14 @@ __all__ = [
     "answer_and_score",
     "answer_questions",
     "normalise_answer",
+    "parse_answer",
+    "references_of",
     "respond",
     "respond_and_score",
     "score",
+    "score_captions",
     "score_responses",
+    "score_scienceqa",
     "write_answers",
     "write_predictions",
     "write_responses",
