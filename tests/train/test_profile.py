@@ -97,7 +97,7 @@ def test_a_frozen_image_encoder_by_hand(miss):
     assert lean.flops_by_part["vit"] == B * (linear(P, PIXELS, C) + LAYERS * vision_layer())
     assert "vit" not in lean.saved_by_part and full.saved_by_part["vit"] > 0
     assert lean.flops_by_part["backward"] < full.flops_by_part["backward"] - 2 * B * LAYERS * vision_layer()
-    assert lean.saved_bytes < full.saved_bytes / 2
+    assert lean.saved_bytes < 0.6 * full.saved_bytes
     for cost in costs.values():
         assert sum(cost.flops_by_part.values()) == cost.flops
         assert sum(cost.saved_by_part.values()) == cost.saved_bytes
