@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,23 @@ import torch
 
 NAMESPACE = "fastpeft"
 BACKENDS = ("native", "triton", "composite")
-FORCED = os.environ.get("FASTPEFT_BACKEND", "")
+
+
+def chosen(variable: str, choices: tuple[str, ...]) -> str:
+    """What an environment variable chooses, "" where it is unset. ValueError for anything else; the command line, which meets this
+    while it is still importing, gets one line and exit code 2 instead."""
+    value = os.environ.get(variable, "")
+    if value in ("", *choices):
+        return value
+    message = f"{variable}={value!r} is not a backend; use one of {', '.join(choices)}, or unset it"
+    if Path(sys.argv[0]).stem == "fastpeft" or sys.orig_argv[1:3] == ["-m", "fastpeft"]:
+        print(f"fastpeft: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(message)
+
+
+FORCED = chosen("FASTPEFT_BACKEND", BACKENDS)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if FORCED and FORCED not in BACKENDS:
-    raise ValueError(f"FASTPEFT_BACKEND={FORCED!r} is not a backend; use one of {', '.join(BACKENDS)}, or unset it")
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
 _served: dict[str, dict[str, str]] = {}  # op -> device -> why that backend

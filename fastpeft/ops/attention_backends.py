@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
-CHOICE = os.environ.get("FASTPEFT_ATTENTION", "")
-if CHOICE not in ("", "sdpa", "flash-attn", "xformers"):
-    raise ValueError(f"FASTPEFT_ATTENTION={CHOICE!r} is not a backend; use sdpa, flash-attn or xformers, or unset it")
+from fastpeft import _library
+
+CHOICE = _library.chosen("FASTPEFT_ATTENTION", ("sdpa", "flash-attn", "xformers"))
 
 
 def _installed(package: str, name: str) -> bool:
