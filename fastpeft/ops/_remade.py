@@ -89,7 +89,10 @@ def keep(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor |
 
 def again(how: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     """The tensor that :func:`keep` was asked about."""
-    return tensors[0] if how is None else how(*tensors)
+    if how is None:
+        return tensors[0]
+    with torch.no_grad():  # also where backward itself runs with a graph
+        return how(*tensors)
 
 
 def keep_all(*tensors: Tensor | None) -> tuple[list[tuple[Callable[..., Tensor] | None, int]], tuple[Tensor | None, ...]]:

@@ -161,19 +161,25 @@ def _bwd_fake(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
     return grads
 
 
+def _on_triton(name, composite):
+    """The kernels fuse the branch into the product; where no projection has one, the product is ATen's."""
+    launch = triton_launcher("lora_linear", name, composite)
+    return lambda *args: (composite if all(A is None for A in args[3]) else launch)(*args)
+
+
 _forward = _library.define(
     "lora_linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, float[] scalings,"
     " float dropout_p, Tensor? seed) -> Tensor[]",
     fake=_fwd_fake,
     composite=_fwd,
-    triton=triton_launcher("lora_linear", "lora_linears_fwd", _fwd),
+    triton=_on_triton("lora_linears_fwd", _fwd),
 )
 _backward = _library.define(
     "lora_linears_bwd(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor? s,"
     " float[] scalings, float dropout_p, Tensor? seed, bool need_dx, int[] needs) -> Tensor[]",
     fake=_bwd_fake,
     composite=_bwd,
-    triton=triton_launcher("lora_linear", "lora_linears_bwd", _bwd),
+    triton=_on_triton("lora_linears_bwd", _bwd),
 )
 
 
