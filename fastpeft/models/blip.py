@@ -25,6 +25,7 @@ from fastpeft.models.attend import (
     as_key_mask,
     dense_mask_attention,
     key_value_rescale,
+    output_factor,
     project_one,
     project_together,
     rescaled,
@@ -56,9 +57,13 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
         [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``tail``."""
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
+        # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
+        l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
-            q = self._heads(layout.spread(project_one(self.query, hidden_states)))
-            return layout.gather(self._absorbed(q, encoder_hidden_states).transpose(1, 2).flatten(2)), None
+            q = self._times(self._heads(layout.spread(project_one(self.query, hidden_states))), l_k)
+            key, value = (terms_of(linear).projection for linear in (self.key, self.value))
+            context = absorbed_attention(q, encoder_hidden_states, key, value, self.attention_head_size**-0.5, self._dropout_p)
+            return self._output(context, layout, l_v), None
         if cross:
             q = project_one(self.query, hidden_states)
             k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
@@ -80,13 +85,13 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 k, v = cache.update(k, v, self.layer_idx)
-        options = {"prefix": prefix, "rescale": self._rescale(), "dropout_p": self._dropout_p}
+        rescale = None if prefix is None else key_value_rescale(self.key, self.value, self.num_attention_heads)
+        q, options = self._times(q, l_k), {"prefix": prefix, "rescale": rescale, "dropout_p": self._dropout_p}
         if mask is not None and mask.dim() == 4:
             context = dense_mask_attention(q, k, v, mask, **options)
         else:
             context = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
-        context = context.transpose(1, 2).flatten(2)
-        return (context if layout is None else layout.gather(context)), None
+        return self._output(context, layout, l_v), None
 
     @property
     def _dropout_p(self) -> float:
@@ -95,8 +100,14 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
 
-    def _rescale(self) -> tuple[Tensor, Tensor] | None:
-        return key_value_rescale(self.key, self.value, self.num_attention_heads)
+    def _times(self, q: Tensor, l_k: Tensor | None) -> Tensor:
+        return q if l_k is None else ops.rescale(q, l_k.view(self.num_attention_heads, 1, -1))
+
+    def _output(self, context: Tensor, layout: Layout | None, l_v: Tensor | None) -> Tensor:
+        """[B, H, M, d] -> the shape of the hidden states."""
+        context = context.transpose(1, 2).flatten(2)
+        context = context if layout is None else layout.gather(context)
+        return context if l_v is None else ops.rescale(context, l_v)
 
     def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
         """k, v [B, H, N, d] of an image or a question before IA3's factors; an EncoderDecoderCache holds them from the first token on.
@@ -118,14 +129,6 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
             return False
         shape = (layout.columns, states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
-
-    def _absorbed(self, q: Tensor, states: Tensor) -> Tensor:
-        rescale = self._rescale()
-        if rescale is not None:
-            q = ops.rescale(q, rescale[0][:, None].to(q.dtype))
-        key, value = (terms_of(linear).projection for linear in (self.key, self.value))
-        out = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p)
-        return out if rescale is None else ops.rescale(out, rescale[1][:, None].to(out.dtype))
 
 
 class TextAttention(modeling_blip_text.BlipTextAttention):
