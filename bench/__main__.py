@@ -1,12 +1,14 @@
-"""python -m bench [names ...] [--device cpu|cuda] [--quick] [--seconds S] [--verify]: every bench/ops/bench_<op>.py, or those named.
+"""python -m bench [ops] [names ...] [--device cpu|cuda] [--quick] [--seconds S] [--verify]: every bench/ops/bench_<op>.py, or those named.
 
 Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify runs the ops' tests first: no speed figure on a red test.
+`python -m bench steps ...` measures whole training steps (bench/steps.py), `python -m bench convergence ...` whole trainings.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -38,7 +40,14 @@ def verified(names: list[str]) -> bool:
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *map(str, tests)], cwd=ROOT).returncode == 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["steps"], ["convergence"]):
+        return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+    return ops(argv[1:] if argv[:1] == ["ops"] else argv)
+
+
+def ops(argv: list[str]) -> int:
     benches = found()
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(benches)}; all by default")
@@ -47,7 +56,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer shapes, a fifth of the time")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
     parser.add_argument("--verify", action="store_true", help="run the ops' tests first")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := set(args.names) - set(benches):
         parser.error(f"no bench called {', '.join(sorted(unknown))}; there are {', '.join(benches)}")
     names = args.names or list(benches)

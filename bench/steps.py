@@ -1,157 +1,181 @@
-"""Whole MISS training steps against transformers + PEFT (eager), interleaved in one run on the same batch with the same weights.
+"""Whole MISS training steps, any plan: fastpeft against transformers + PEFT and others, interleaved in one run on the same batch.
 
-    python bench/steps.py [--model miss] [--plans F/LoRA/LoRA T/LoRA/LoRA] [--data FOLDER] [--batch-size 4] [--json FILE]
+    python -m bench steps [--model miss] [--plans F/LoRA/LoRA T/LoRA/LoRA] [--data FOLDER] [--batch-size 20] [--out FILE.json]
 
-Losses are compared before anything is timed, on questions of one length (transformers leaks padded questions into the decoder), dropout
-off. FLOPs and saved bytes are exact; seconds are medians of interleaved steps, forward, backward and update. "cached" is fastpeft with
-the frozen image encoder's features kept, as in training from the second visit of an image on.
+Losses and lengths of gradients are compared before anything is timed; dropout is off. FLOPs and saved bytes are exact; seconds are medians
+of forward, backward and update. Rivals (--rivals, the first is the baseline of all ratios):
+
+    peft       transformers' own modules wrapped by PEFT, eager: what BLIP has. Its lost cross-attention mask is put right, at no cost, so
+               that padded questions give everyone the same loss
+    sdpa       the same with scaled_dot_product_attention, which transformers' BLIP does not offer: put in by hand
+    compile    the same as peft, through torch.compile (within --patience seconds)
+    full       full tuning (T in every part), transformers, eager
+    fastpeft   fastpeft: each image once; where the image encoder is frozen, on features kept from an image's earlier visit
+    uncached   fastpeft without kept features (the plans with a frozen encoder)
+    ungrouped  fastpeft, the image (or its features) once per question (--questions-per-image above 1)
+    off        fastpeft with both switched off
+    frozen     the frozen model on fastpeft: forward and the gradient of activations alone
+
+A rival whose step would take more than --memory runs the batch in micro-batches, which the table says; loss and gradients are the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
-import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
+from torch import nn
 
 import fastpeft as fp
+from bench import frame
+from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
-from fastpeft.models import parts_of
-from fastpeft.train.profile import measure
+from fastpeft.plain import without_dropout
+from fastpeft.train.run import plan_for
+
+INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "pixel_values", "image_index")
+# key: name, form, cached, grouped, compiled, computes what the plan does
+RIVALS = {
+    "peft": ("transformers + PEFT", "peft", False, False, False, True),
+    "sdpa": ("transformers + PEFT, SDPA put in by hand", "peft_sdpa", False, False, False, True),
+    "compile": ("transformers + PEFT, torch.compile", "peft", False, False, True, True),
+    "full": ("full tuning, transformers", "full", False, False, False, False),
+    "fastpeft": ("fastpeft", "ours", True, True, False, True),
+    "uncached": ("fastpeft, no features kept", "ours", False, True, False, True),
+    "ungrouped": ("fastpeft, images not grouped", "ours", True, False, False, True),
+    "off": ("fastpeft, all switched off", "ours", False, False, False, True),
+    "frozen": ("frozen, forward + dx", "frozen", True, True, False, False),
+}
 
 
-def batch_of(model, args) -> dict:
+def batch_of(model: nn.Module, args) -> dict[str, torch.Tensor]:
     """A batch of real questions where there is a data folder, else of random tokens and pixels, without padding."""
     vision, text = model.config.vision_config, model.config.text_config
     if args.data:
         samples = load_samples(args.data)
-        tokenizer = train_tokenizer([t for s in samples for t in (s.question, s.answer)], vocab_size=4096)
+        tokenizer = train_tokenizer([t for s in samples for t in (s.question, s.answer)], vocab_size=min(4096, text.vocab_size))
         dataset = VQADataset(samples, Preprocess(vision.image_size, (0.5,) * 3, (0.5,) * 3))
         sampler = EpochSampler(dataset, args.batch_size, questions_per_image=args.questions_per_image)
         batch = VQACollator(tokenizer)(dataset.__getitems__(next(iter(sampler))))
-        names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "pixel_values", "image_index")
-        return {name: batch[name] for name in names}
+        return {name: batch[name] for name in INPUTS}
     images = -(-args.batch_size // args.questions_per_image)
-    tokens = torch.randint(10, text.vocab_size - 10, (args.batch_size, args.question_tokens + args.answer_tokens))
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.batch_size, args.question_tokens + args.answer_tokens)
+    tokens = torch.randint(10, text.vocab_size - 10, shape, generator=generator)
     return {
         "input_ids": tokens[:, : args.question_tokens],
         "attention_mask": torch.ones(args.batch_size, args.question_tokens, dtype=torch.int64),
         "labels": tokens[:, args.question_tokens :],
-        "pixel_values": torch.randn(images, 3, vision.image_size, vision.image_size),
+        "pixel_values": torch.randn(images, 3, vision.image_size, vision.image_size, generator=generator),
         "image_index": torch.arange(args.batch_size) // args.questions_per_image,
     }
 
 
-def with_peft(model, plan: str, rank: int):
-    """The same weights as plain transformers modules, each part wrapped by PEFT; T and F by requires_grad."""
-    from peft import IA3Config, LoraConfig, get_peft_model
-
-    twin = copy.deepcopy(model)
-    fp.restore(twin)
-    twin.requires_grad_(False)
-    for part, treatment in zip(parts_of(twin), plan.split("/")):
-        root = part.of(twin)
-        if treatment == "T":
-            root.requires_grad_(True)
-        elif treatment == "LoRA":
-            setattr(twin, part.path, get_peft_model(root, LoraConfig(r=rank, lora_alpha=32, target_modules=list(part.lora))))
-        elif treatment == "IA3":
-            config = IA3Config(target_modules=list(part.ia3), feedforward_modules=list(part.ia3_feedforward))
-            setattr(twin, part.path, get_peft_model(root, config))
-        elif treatment != "F":
-            raise SystemExit(f"bench/steps.py compares F, T, LoRA and IA3; not {treatment}")
-    return twin
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
+def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple[list[frame.Rival], dict[str, str]]:
+    """The rivals that make sense for a plan and a batch, and why the others do not."""
+    cachable, groupable = plan.startswith("F/"), len(batch["pixel_values"]) < len(batch["image_index"])
+    useless = {}
+    if not cachable:
+        useless["uncached"] = "the image encoder is trained: no features are kept anyway"
+    if not groupable:
+        useless["ungrouped"] = "every question has an image of its own"
+    if cachable != groupable:
+        useless["uncached" if cachable else "ungrouped"] = f"there is one saving to switch off: see {RIVALS['off'][0]!r}"
+    elif not cachable:
+        useless["off"] = "there is nothing to switch off"
+    rivals, left_out = [], {}
+    for key in args.rivals:
+        name, form, cached, grouped, compiled, same = RIVALS[key]
+        if key in useless:
+            left_out[name] = useless[key]
+            continue
+        options = {"form": form, "cached": cached and cachable, "grouped": grouped, "compiled": compiled, "device": args.device}
+        patience = args.patience if compiled else 1800.0
+        rivals.append(frame.Rival(name, MissStep, options | {"file": file, "memory": args.memory * 1e9}, same, patience))
+    return rivals, left_out
 
 
-def step(model, optimizer, inputs) -> float:
-    loss = model(**inputs).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str, str]]:
+    """Rows of one plan."""
+    torch.manual_seed(0)
+    model = fp.adapt(base, plan_for(base, plan, r=args.rank))
+    without_dropout(model)
+    dtype = next(base.vision_model.parameters()).dtype
+    held = {"model": model, "batch": batch_of(model, args)}
+    held["batch"]["pixel_values"] = held["batch"]["pixel_values"].to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "step.pt"
+        rivals, left_out = chosen(plan, held["batch"], args, file)
+        if any(rival.options["cached"] for rival in rivals):
+            with torch.no_grad():
+                held["features"] = torch.cat([model.encode_images(image[None]) for image in held["batch"]["pixel_values"]])
+        torch.save(held, file)
+        held.clear()
+        tolerance = 1e-4 if dtype != torch.bfloat16 else 3e-2
+        run = {"samples": args.batch_size, "rounds": args.rounds, "device": args.device, "memory": args.memory * 1e9}
+        rows, failed = frame.run(rivals, tolerance=tolerance, **run)
+    return rows, left_out | failed
 
 
-def compare(base, plan: str, args) -> list[dict]:
-    """Rows of one plan: PEFT first, then ours."""
-    ours = copy.deepcopy(base)
-    fp.adapt(ours, plan, **({"r": args.rank} if "LoRA" in plan else {}))
-    rivals = {"transformers + PEFT": with_peft(base, plan, args.rank), "fastpeft": ours}
-    inputs = dict.fromkeys(rivals, batch_of(base, args))
-    if plan.startswith("F/"):
-        with torch.no_grad():
-            embeds = base.encode_images(inputs["fastpeft"]["pixel_values"])
-        rivals["fastpeft, cached"] = ours
-        inputs["fastpeft, cached"] = {k: v for k, v in inputs["fastpeft"].items() if k != "pixel_values"} | {"image_embeds": embeds}
-    rows, optimizers = {}, {}
-    for name, model in rivals.items():
-        without_dropout(model).eval()
-        with measure(model) as cost:
-            loss = model(**inputs[name]).loss
-            loss.backward()
-        rows[name] = {"plan": plan, "what": name, "loss": loss.item(), "saved_bytes": cost.saved_bytes, "seconds": []}
-        rows[name]["flops_per_sample"] = cost.flops / args.batch_size
-        model.zero_grad(set_to_none=True)
-        del loss
-        optimizers[name] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    reference = rows["transformers + PEFT"]
-    padded = not bool(inputs["fastpeft"]["attention_mask"].all())
-    for row in rows.values():
-        if not padded and abs(row["loss"] - reference["loss"]) > 1e-4 * abs(reference["loss"]):
-            raise SystemExit(f"{plan}: loss {row['loss']} against {reference['loss']}: not the same computation, nothing is timed")
-    for round_ in range(args.rounds + 1):
-        for name, model in rivals.items():
-            began = time.perf_counter()
-            step(model, optimizers[name], inputs[name])
-            if round_:  # the first is a warm-up
-                rows[name]["seconds"].append(time.perf_counter() - began)
-    for row in rows.values():
-        row["seconds"] = statistics.median(row["seconds"])
-        row["samples_per_second"] = args.batch_size / row["seconds"]
-        row["speedup"] = reference["seconds"] / row["seconds"]
-        row["flops_ratio"] = reference["flops_per_sample"] / row["flops_per_sample"]
-    return list(rows.values())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="miss")
+def main(argv: list[str] | None = None) -> int:
+    doc = __doc__.split("\n\n    python")[0]
+    about = __doc__.partition("Rivals (")[2]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench steps", description=doc, epilog=f"Rivals ({about}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="miss", help="miss or miss-tiny")
+    parser.add_argument("--image-size", type=int, help="in place of the model's own")
     parser.add_argument("--plans", nargs="+", default=["F/LoRA/LoRA", "T/LoRA/LoRA", "LoRA/LoRA/LoRA"])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[key for key in RIVALS if key != "compile"], metavar="RIVAL")
     parser.add_argument("--data", help="a VQA folder; default: random tokens and pixels of the sizes below")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--questions-per-image", type=int, default=1)
     parser.add_argument("--question-tokens", type=int, default=20)
     parser.add_argument("--answer-tokens", type=int, default=6)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    base = fp.build(args.model, pretrained=False)
-    rows = []
-    print("| plan | what | GF/sample | saved MB | s/step | samples/s | speed-up |\n|---|---|---|---|---|---|---|")
-    for plan in args.plans:
-        for row in compare(base, plan, args):
-            rows.append(row)
-            figures = f"{row['flops_per_sample'] / 1e9:.1f} | {row['saved_bytes'] / 1e6:.0f} | {row['seconds']:.2f}"
-            print(f"| {plan} | {row['what']} | {figures} | {row['samples_per_second']:.2f} | {row['speedup']:.2f}x |", flush=True)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each rival")
+    parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
+    parser.add_argument("--memory", type=float, help="GB a step may take before it runs in micro-batches (default: half of what is free)")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds that torch.compile may take")
+    parser.add_argument("--out", type=Path, help="JSON file to write; a Markdown file of the same name beside it")
+    parser.add_argument("--json", action="store_true", help="print the JSON object as the last line")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.memory = args.memory or psutil.virtual_memory().available / 2e9
+    overrides = {} if args.image_size is None else {"image_size": args.image_size}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in ("out", "json")}
+    report, tables = {"options": told, "machine": frame.about_machine(), "rows": [], "left_out": {}}, []
+    try:
+        for plan in args.plans:
+            began = time.perf_counter()
+            base = fp.build(args.model, pretrained=False, dtype=dtype, **overrides)
+            rows, left_out = compare(base, plan, args)
+            report["rows"] += [{"plan": plan} | row.to_dict() for row in rows]
+            report["left_out"][plan] = left_out
+            notes = [f"- left out: {name}: {why}" for name, why in left_out.items()]
+            title = f"**{args.model}, {plan}**, {args.batch_size} questions, {args.questions_per_image} per image, {args.dtype}"
+            tables.append("\n".join([title, "", frame.markdown(rows), "", *notes]))
+            print(f"{tables[-1]}\n({time.perf_counter() - began:.0f} s)\n", flush=True)
+    except ValueError as error:
+        print(f"bench steps: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
     if args.json:
-        about = {"model": args.model, "batch_size": args.batch_size, "questions_per_image": args.questions_per_image}
-        about |= {"question_tokens": args.question_tokens, "answer_tokens": args.answer_tokens, "rank": args.rank, "data": bool(args.data)}
-        about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
-        args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        print(json.dumps(report))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""The rivals of a MISS step: the same adapted model and the same batch, executed in different ways (see bench/frame.py).
+
+A file holds the model, its batch and, where the image encoder is frozen, its features. Each rival maps it into its own process, where
+frozen weights stay shared pages of one file.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+import fastpeft as fp
+from fastpeft.models import parts_of
+from fastpeft.plain import mask_cross_attention, with_peft
+from fastpeft.plan import detach
+from fastpeft.train.profile import measure
+
+ROOM = 1.3  # a step's peak over what it keeps for backward: temporaries of its widest operator
+
+
+class VisionSDPA(BlipAttention):
+    """transformers' BLIP has eager attention only; this is what its SDPA would be."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.projection(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)), None
+
+
+class TextSDPA(BlipTextSelfAttention):
+    """Likewise, without a cache."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
+        states, mask = hidden_states, attention_mask
+        if encoder_hidden_states is not None:
+            states, mask = encoder_hidden_states, encoder_attention_mask
+        shape = (self.num_attention_heads, self.attention_head_size)
+        q, k, v = (
+            linear(x).unflatten(-1, shape).transpose(1, 2)
+            for linear, x in ((self.query, hidden_states), (self.key, states), (self.value, states))
+        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2), None
+
+
+SDPA = {BlipAttention: VisionSDPA, BlipTextSelfAttention: TextSDPA}
+
+
+def ours(model: nn.Module) -> nn.Module:
+    return model
+
+
+def peft(model: nn.Module) -> nn.Module:
+    return with_peft(model)[0]
+
+
+def peft_sdpa(model: nn.Module) -> nn.Module:
+    twin = peft(model)
+    for module in twin.modules():
+        module.__class__ = SDPA.get(type(module), type(module))
+    return twin
+
+
+def full(model: nn.Module) -> nn.Module:
+    """T in every part, on transformers' own modules."""
+    detach(model)
+    fp.restore(model)
+    return mask_cross_attention(model.train().requires_grad_(True))
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Nothing is trained, but every part that the plan trains hands the gradient down to its embeddings: the floor of any method."""
+    treatments = model.fastpeft_plan.treatments
+    trained = [part for part in parts_of(model) if treatments[part.name] != (fp.Frozen(),)]
+    detach(model)
+    for part in trained:
+        root = part.of(model)
+        embeddings = next(module for name, module in root.named_modules() if name.rpartition(".")[2] == "embeddings")
+        embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_(True))
+    return model.train()
+
+
+FORMS = {form.__name__: form for form in (ours, peft, peft_sdpa, full, frozen)}
+
+
+class MissStep:
+    """One rival's runner. form: of FORMS; cached: features in place of pixels; grouped: each image once, with an index, instead of once
+    per question; memory: bytes a step may take, micro-batches otherwise (the same loss and gradients, summed over them)."""
+
+    def __init__(self, file: Path, form: str, *, cached: bool, grouped: bool, memory: float, compiled: bool = False, device: str = "cpu"):
+        held = torch.load(file, mmap=True, weights_only=False)
+        self.model, self.grouped, self.memory, self.compiled = FORMS[form](held["model"]).to(device), grouped, memory, compiled
+        batch, self.images = dict(held["batch"]), "image_embeds" if cached else "pixel_values"
+        if cached:
+            batch["image_embeds"] = held["features"]
+            del batch["pixel_values"]
+        self.batch = {name: t.to(device) for name, t in batch.items()}
+        self.samples = len(batch["image_index"])
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6) if self.trained else None
+
+    def piece(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Samples of the batch, with the images they ask about."""
+        cut = {name: t[start:stop] for name, t in self.batch.items() if name != self.images}
+        index = cut.pop("image_index")
+        if not self.grouped:
+            return cut | {self.images: self.batch[self.images][index]}
+        used, index = index.unique(return_inverse=True)
+        return cut | {self.images: self.batch[self.images][used], "image_index": index}
+
+    def backward(self, model: nn.Module, inputs: dict[str, Tensor]) -> float:
+        loss = model(**inputs).loss * (len(inputs["input_ids"]) / self.samples)
+        loss.backward()
+        return loss.item()
+
+    def measure(self) -> dict[str, Any]:
+        few = int((self.batch["image_index"] == self.batch["image_index"][0]).sum()) if self.grouped else 1
+        with measure(self.model) as cost:
+            self.backward(self.model, self.piece(0, few))
+        self.model.zero_grad(set_to_none=True)
+        room = self.memory - 3 * sum(p.nbytes for p in self.trained)  # gradients and AdamW's two moments
+        most = min(self.samples, max(few, int(room / (ROOM * max(1, cost.saved_bytes) / few))))
+        count = math.ceil(self.samples / most)
+        edges = [round(i * self.samples / count) for i in range(count + 1)]
+        self.pieces = [self.piece(start, stop) for start, stop in pairwise(edges)]
+        told = {"loss": 0.0, "flops": 0, "saved_bytes": 0, "weight_bytes": sum(p.nbytes for p in self.model.parameters())}
+        for piece in self.pieces:
+            with measure(self.model) as cost:
+                told["loss"] += self.backward(self.model, piece)
+            told["flops"] += cost.flops
+            told["saved_bytes"] += cost.saved_bytes
+        told["grad_norm"] = math.hypot(*(float(p.grad.double().norm()) for p in self.trained if p.grad is not None))
+        self.model.zero_grad(set_to_none=True)
+        if self.compiled:
+            self.model = torch.compile(self.model)
+            self.step()
+        return told | {"note": f"in {count} micro-batches: 1/{count} is kept at a time" if count > 1 else ""}
+
+    def step(self) -> None:
+        for piece in self.pieces:
+            self.backward(self.model, piece)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
