@@ -203,15 +203,21 @@ def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> 
     return total / n, torch.where(n > 0, 1 / n, torch.zeros_like(n))
 
 
+def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All in the dtype that hidden and weight promote to; the bias may also have its accumulator's."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if bias is not None and bias.dtype not in (dtype, accumulator(dtype)):
+        bias = bias.to(dtype)
+    return hidden.to(dtype), weight.to(dtype), bias
+
+
 def _check(hidden, weight, bias, labels, label_smoothing, reduction) -> None:
     op = "linear_cross_entropy"
     check_floating(op, hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; pass [..., C] and [V, C]")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{op}: weight is {weight.dtype} and hidden is {hidden.dtype}; cast one to the other's dtype")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in (hidden.dtype, accumulator(hidden.dtype))):
-        raise ValueError(f"{op}: bias {tuple(bias.shape)} {bias.dtype}; pass [{weight.shape[0]}] in {hidden.dtype} or float32")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; pass [{weight.shape[0]}], one per row of weight")
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels are {labels.dtype}; call labels.long()")
     if labels.shape != hidden.shape[:-1]:
@@ -235,10 +241,13 @@ def linear_cross_entropy(
     """``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` without the logits.
 
     hidden [..., C], weight [V, C], bias [V] or None, labels [...] int64. Returns a scalar, or losses of labels' shape for "none",
-    in float32 (float64 for float64): bfloat16 has 3 digits. Nothing labelled: nan for "mean" and zero gradients, as in PyTorch.
+    in float32 (float64 for float64): bfloat16 has 3 digits. Where hidden and weight differ in dtype, the narrower one is cast for the
+    call (a bfloat16 head under float32 states: a copy of it, 4 V C bytes); gradients have their own dtypes.
+    Nothing labelled: nan for "mean" and zero gradients, as in PyTorch.
     Raises ValueError or TypeError where arguments do not fit. IndexError for a label outside [0, V).
     """
     _check(hidden, weight, bias, labels, label_smoothing, reduction)
+    hidden, weight, bias = _alike(hidden, weight, bias)
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if wants_grad(hidden, weight, bias):
         loss = _LinearCrossEntropy.apply(flat, weight, bias, y, ignore_index, label_smoothing, reduction)

@@ -178,12 +178,32 @@ def test_properties(rows, V, smoothing, shift):
     assert grad.sum().abs() < 1e-12
 
 
+LOW, HIGH = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("dtypes", [(LOW, HIGH, HIGH), (HIGH, LOW, LOW), (LOW, HIGH, LOW), (torch.float16, LOW, LOW)], ids=str)
+def test_hidden_and_head_of_different_dtypes(check, dtypes):
+    """What PyTorch gives after the casts one would write by hand; gradients in the dtypes source."""
+    *tensors, labels = make(torch.float64)
+    inputs = [t.to(dtype) for t, dtype in zip(tensors, dtypes)]
+
+    def cast(fn):
+        return lambda *tensors: fn(*(t.float() for t in tensors[:3]), tensors[3])
+
+    got, grads = check.run(op, [*inputs, labels])
+    want, wanted = check.run(cast(theirs), [*inputs, labels])
+    torch.testing.assert_close(got[0], want[0])
+    for value, exact, source in zip(grads, wanted, inputs):
+        assert value.dtype == source.dtype
+        torch.testing.assert_close(value, exact, atol=1e-6, rtol=1e-2 if source.dtype.itemsize == 2 else 1e-5)
+
+
 def test_errors_say_what_to_do():
     hidden, weight, bias, labels = make(torch.float32)
     with pytest.raises(ValueError, match=r"pass \[\.\.\., C\] and \[V, C\]"):
         op(hidden, weight.t(), bias, labels)
-    with pytest.raises(TypeError, match="cast one to the other"):
-        op(hidden.bfloat16(), weight, bias, labels)
+    with pytest.raises(ValueError, match="one per row of weight"):
+        op(hidden, weight, bias[:3], labels)
     with pytest.raises(TypeError, match=r"labels.long\(\)"):
         op(hidden, weight, bias, labels.int())
     with pytest.raises(ValueError, match="leading shape"):
