@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.models.layers import Recomputes
+from fastpeft.train.config import bytes_of
 from fastpeft.train.survey import Survey, survey
 
 TRANSIENT = 1.5  # of the forward's: measured 0.7 to 1.4 in backward, over MISS's plans
@@ -128,11 +129,12 @@ def apply(model: nn.Module, modules: Iterable[str] = (), layers: Iterable[str] =
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-class Budget:
-    """Keeps a run under ``limit`` bytes: surveys its first batch, and again every batch that might not fit what was chosen."""
+class MemoryBudget:
+    """Keeps a run under ``limit`` (bytes, or text such as "6GB"): surveys its first batch, and again every batch that might not fit what
+    was chosen. ``fit(inputs)`` before each forward is all a training loop has to add."""
 
-    def __init__(self, model: nn.Module, limit: int):
-        self.model, self.limit, self.fixed = model, limit, fixed_bytes(model)
+    def __init__(self, model: nn.Module, limit: int | str):
+        self.model, self.limit, self.fixed = model, bytes_of(limit) if isinstance(limit, str) else limit, fixed_bytes(model)
         self.chosen, self.sizes, self.room = Recomputation(), {}, 0  # room: the estimate beyond fixed, of batches of these sizes
 
     def fit(self, inputs: dict[str, Tensor]) -> None:

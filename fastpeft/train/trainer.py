@@ -29,11 +29,11 @@ from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.ops._savings import without
 from fastpeft.plan import count
-from fastpeft.train.config import TrainConfig, bytes_of
+from fastpeft.train.config import TrainConfig
 from fastpeft.train.features import FeatureCache, why_not
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
-from fastpeft.train.recompute import Budget
+from fastpeft.train.recompute import MemoryBudget
 from fastpeft.train.state import load_state, read_progress, save_state
 
 WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
@@ -70,7 +70,7 @@ class Trainer:
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
-        self.budget = Budget(model, bytes_of(config.memory_budget)) if config.memory_budget else None
+        self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = FeatureCache(model, dataset) if config.feature_cache and not why_not(model) else None
 
     def fit(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import fastpeft as fp
 from fastpeft.models.layers import Recomputes
 from fastpeft.train.config import bytes_of
 from fastpeft.train.profile import measure
-from fastpeft.train.recompute import Budget, apply, choose, fixed_bytes
+from fastpeft.train.recompute import MemoryBudget, apply, choose, fixed_bytes
 from fastpeft.train.survey import RANDOM_STATE, survey
 
 PLANS = ("T/T/T", "F/LoRA/LoRA", "LoRA/LoRA/LoRA", "IA3/IA3/IA3", "F/Prefix/PTv2", "T/Attention/FFN", "LoRA+LayerNorm/LoRA+IA3/IA3+Prefix")
@@ -145,7 +145,7 @@ def test_a_larger_batch_is_surveyed_anew(miss, monkeypatch):
     model, small, large = trained(miss, "LoRA/LoRA/LoRA"), miss.batch(2), miss.batch(6)
     found = {n: survey(model, lambda n=n: model(**miss.batch(n)).loss) for n in (2, 6)}
     limit = choose(found[2], fixed_bytes(model), 10**12).peak
-    budget, calls = Budget(model, limit), []
+    budget, calls = MemoryBudget(model, limit), []
     monkeypatch.setattr("fastpeft.train.recompute.survey", lambda *args: calls.append(1) or survey(*args))
     budget.fit(small), budget.fit(small)
     assert len(calls) == 1 and not budget.chosen.modules + budget.chosen.layers
