@@ -199,9 +199,9 @@ def merge(model: nn.Module) -> nn.Module:
     """Fold LoRA and IA3 into the base weights, in place: the same outputs, no adapter left. ValueError for Prefix and PTv2, whose
     keys and values no weight can hold."""
     plan = _plan_of(model)
-    stuck = [part for part, methods in plan.treatments.items() if any(hasattr(m, "num_virtual_tokens") for m in methods)]
+    stuck = [f"{m} of {part}" for part, methods in plan.treatments.items() for m in methods if not m.mergeable]
     if stuck:
-        raise ValueError(f"a prefix cannot be merged into weights ({', '.join(stuck)}); keep the adapter beside the base")
+        raise ValueError(f"no weight can take in {', '.join(stuck)}; keep the adapter beside the base")
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = [name for name, m in model.named_modules() if isinstance(m, Adapted) and owners[id(m.weight)] > 1]
     if shared:

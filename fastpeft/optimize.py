@@ -89,7 +89,7 @@ def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
 
 def restore(model: nn.Module) -> list[tuple[str, str]]:
     """Give every exchanged module its own class back. Returns (name, reason) of those that stay, because an attached method
-    (Prefix, PTv2) can only run in them."""
+    (Prefix, PTv2, Excitor) can only run in them."""
     original = {ours: theirs for theirs, ours in swaps().items()}
     needed = {
         child: f"needed by the prefix in {name or 'the model'}"
@@ -98,6 +98,7 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
         for child in module.modules()
         if type(child) in CARRIERS.values()
     }
+    needed |= {module: "needed by its Excitor" for module in model.modules() if getattr(module, "excitor", None) is not None}
     stayed = []
     for name, module in model.named_modules():
         if type(module) not in original:

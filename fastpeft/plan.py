@@ -15,6 +15,7 @@ from torch import nn
 
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
+from fastpeft.methods.base import ADAPTER_MODULES
 from fastpeft.models import NAMES, load_model, new_model, parts_of, pretrained_folder
 from fastpeft.optimize import make_room_for_prefix, optimize
 
@@ -160,7 +161,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         for part in parts:
             root = part.of(model)
             for method in plan.treatments[part.name]:
-                if part.prefix_host is not None and hasattr(method, "num_virtual_tokens"):
+                if part.prefix_host is not None and not method.mergeable:
                     make_room_for_prefix(root.get_submodule(part.prefix_host))
                 method.attach(root, part)
         for name, parameter in model.named_parameters():
@@ -190,8 +191,9 @@ def detach(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, Adapted):
             module.remove()
-        if getattr(module, "prefix_encoder", None) is not None:
-            del module.prefix_encoder
+        for name in ADAPTER_MODULES:
+            if getattr(module, name, None) is not None:
+                delattr(module, name)
     model.requires_grad_(False)
     model.fastpeft_plan, model.evaluation_only = None, []
     model.train(model.training)

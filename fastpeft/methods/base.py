@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-# The last name of every parameter that a method adds; whatever else a model holds is its base.
-ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", "prefix_encoder")
+# Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
+ADAPTER_MODULES = ("prefix_encoder", "excitor")
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", *ADAPTER_MODULES)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Method:
 
     name: ClassVar[str]
     peft_type: ClassVar[str | None] = None  # PEFT's name of the method, where PEFT has it
+    mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
 
     def attach(self, root: nn.Module, part: Part) -> None:
         """Attach or mark this method's parameters in ``root``, all of whose base parameters are frozen on entry."""

@@ -27,6 +27,7 @@ from transformers.utils import can_return_tuple
 from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.adapted import terms_of
+from fastpeft.methods.excitor import Visual
 from fastpeft.models.attend import as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, next_labels, rows_layout, rows_of, self_layout, tail_of
@@ -100,6 +101,12 @@ class MLP(Recomputes, modeling_llama.LlamaMLP):
 class Attention(Recomputes, modeling_llama.LlamaAttention):
     """Causal self-attention with grouped heads. Returns (output, None): probabilities are not formed."""
 
+    visual_dim: int | None = None  # width of the images' features that Excitor sees here
+
+    @property
+    def excitor_heads(self) -> int:
+        return self.config.num_attention_heads
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -108,7 +115,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         past_key_values=None,
         prefix: tuple[Tensor, Tensor] | None = None,
         layout: Layout | None = None,
-        visual: Tensor | None = None,
+        visual: Visual | None = None,
         tail: Tail | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
@@ -131,7 +138,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
             if (groups := self.num_key_value_groups) > 1:
                 k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
                 prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
-            k = self.excitor(k, hidden_states if keys is None else keys.spread(hidden_states), visual)
+            k = self.excitor(k, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         options = {"prefix": prefix, "rescale": None, "dropout_p": self.attention_dropout if self.training else 0.0}
@@ -290,10 +297,18 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         visual: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        visual_seen: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
-        tokens, or their sum over ``num_items_in_batch``. visual: images' features for Excitor."""
+        tokens, or their sum over ``num_items_in_batch``. For Excitor,
+        visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
+        ``visual_seen`` [B] bool saying which have one."""
+        if visual is not None:
+            own = torch.arange(len(visual))
+            index = own if visual_index is None else visual_index.cpu()
+            kwargs["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
         shift_labels, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         labelled = labels is not None or shift_labels is not None
         if labelled and self.training and isinstance(self.model, Model):
@@ -305,7 +320,6 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if labelled and use_cache is None else use_cache,
-            visual=visual,
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None

@@ -28,18 +28,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._tiled import triton_launcher
+from fastpeft.ops.lora_linear import linear
 
 
 def excitor_keys_reference(k, hidden, w_down, w_up, prompt, gate, visual=None) -> Tensor:
     """The paper's equations 6-9, K_x formed; adding its scores to S is the same as adding it to K."""
     B, H, M, d = k.shape
+    linear = torch.nn.functional.linear
     keys = values = prompt.expand(B, -1, -1)
     if visual is not None:
         image, wk_down, wk_up, wv_down, wv_up = visual
@@ -205,14 +206,31 @@ def excitor_keys(
     """
     _check(k, hidden, w_down, w_up, prompt, gate, visual)
     u = linear(hidden, w_down.to(hidden.dtype))
+    if visual is None:
+        return merge_keys(k, u, w_up, prompt, gate)
+    image, wk_down, wk_up, wv_down, wv_up = visual
+    zk, zv = (linear(image.to(w.dtype), w) for w in (wk_down, wv_down))
+    return merge_keys(k, u, w_up, prompt, gate, (zk, wk_up, zv, wv_up))
+
+
+def merge_keys(
+    k: Tensor,
+    u: Tensor,
+    w_up: Tensor,
+    prompt: Tensor,
+    gate: Tensor,
+    visual: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`excitor_keys` for what is already r wide: ``u`` [B, M, r] = T W_down^T, and of images (zk [B, V, r], wk_up, zv [B, V, r],
+    wv_up), so that rows can be gathered and spread where they are narrow. ``scale`` of S_excitor: C^-1/2."""
     # N is tiny; float16 alone is widened for it: C^-1/2 times a gradient leaves its range
     wide = torch.float32 if w_up.dtype == torch.float16 else w_up.dtype
-    up = w_up.to(wide) * (prompt.shape[1] ** -0.5)
+    up = w_up.to(wide) * (prompt.shape[1] ** -0.5 if scale is None else scale)
     n = (up.t() @ prompt.t().to(wide))[None]  # [1, r, K]
     z = wv_up = None
     if visual is not None:
-        image, wk_down, wk_up, wv_down, wv_up = visual
-        zk, z = (linear(image.to(w.dtype), w) for w in (wk_down, wv_down))
+        zk, wk_up, z, wv_up = visual
         n = torch.cat([n.expand(k.shape[0], -1, -1), (up.t() @ wk_up.to(wide)) @ zk.mT.to(wide)], -1)
     if wants_grad(k, u, n, z, prompt, wv_up, gate):
         merged = _Merge.apply(k, u, n, z, prompt, wv_up, gate)

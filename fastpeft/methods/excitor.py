@@ -1,0 +1,128 @@
+"""LLaMA-Excitor: learnt prompts, read by every token, add to the keys of a layer's attention.
+
+Source: Zou et al., "LLaMA-Excitor: General Instruction Tuning via Indirect Feature Interaction" (CVPR 2024), equations 1-9; the algebra
+that needs no second score matrix is in :mod:`fastpeft.ops.excitor_keys`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft import ops
+from fastpeft.methods.adapted import new_parameter
+from fastpeft.methods.base import Method, Part
+from fastpeft.ops.excitor_keys import merge_keys
+from fastpeft.ops.lora_linear import linear
+
+
+class Visual(NamedTuple):
+    """Images that Excitor sees: ``features`` [U, V, D] of distinct images, ``index`` [B] int64 on the CPU: the image of each sample, -1
+    for none."""
+
+    features: Tensor
+    index: Tensor
+
+
+class ExcitorBlock(nn.Module):
+    """The parameters of one layer: w_down [r, C], w_up [C, r], prompt [K, C], gate [H] or [1]; with images of width D also
+    wk_down, wv_down [r, D] and wk_up, wv_up [C, r]."""
+
+    def __init__(self, like: nn.Linear, heads: int, method: Excitor, visual_dim: int | None):
+        super().__init__()
+        C, r = like.in_features, method.r
+        shapes = {"w_down": (r, C), "w_up": (C, r), "prompt": (method.num_prompts, C), "gate": (heads if method.gate == "head" else 1,)}
+        if visual_dim is not None:
+            shapes |= {"wk_down": (r, visual_dim), "wk_up": (C, r), "wv_down": (r, visual_dim), "wv_up": (C, r)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, new_parameter(like, *shape))
+        self.heads, self.rotary = heads, method.rotary
+        self.scale = (C if method.excitor_scale == "full" else C // heads) ** -0.5
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("_down"):
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                elif name.endswith("_up"):
+                    nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(self.prompt, std=method.prompt_std)
+            nn.init.normal_(self.gate, std=method.gate_std)
+
+    def forward(self, k: Tensor, hidden: Tensor, layout=None, visual: Visual | None = None, tables: tuple[Tensor, Tensor] | None = None):
+        """K' [B, H, M, d] from k, rotated, and hidden [B, M, C], the attention's input, or [T, C] where ``layout`` says how tokens lie in
+        the table of k. tables: (cos, sin) of the tokens, as :func:`fastpeft.ops.rotary` takes them."""
+        u = linear(hidden, self.w_down.to(hidden.dtype))
+        u = u if layout is None else layout.spread(u)
+        gate = self.gate.expand(self.heads)
+        base = torch.zeros_like(k) if self.rotary else k
+        merged = self._merged(base, u, gate, visual)
+        if not self.rotary:
+            return merged
+        cos, sin = (t.squeeze(-2) for t in tables)
+        cos, sin = ((t if layout is None else layout.spread(t)).unsqueeze(1) for t in (cos, sin))
+        return k + ops.rotary(merged, cos, sin)
+
+    def _merged(self, k: Tensor, u: Tensor, gate: Tensor, visual: Visual | None) -> Tensor:
+        if visual is None or not hasattr(self, "wk_up") or bool((visual.index < 0).all()):
+            return merge_keys(k, u, self.w_up, self.prompt, gate, scale=self.scale)
+        zk, zv = (linear(visual.features.to(w.dtype), w) for w in (self.wk_down, self.wv_down))  # once per distinct image
+        seeing = (visual.index >= 0).nonzero().squeeze(1)
+        images = visual.index[seeing].to(k.device)
+        seen = (zk.index_select(0, images), self.wk_up, zv.index_select(0, images), self.wv_up)
+        if len(seeing) == len(k):
+            return merge_keys(k, u, self.w_up, self.prompt, gate, seen, self.scale)
+        rest = (visual.index < 0).nonzero().squeeze(1).to(k.device)
+        seeing = seeing.to(k.device)
+        merged = [
+            merge_keys(k.index_select(0, rows), u.index_select(0, rows), self.w_up, self.prompt, gate, pair, self.scale)
+            for rows, pair in ((seeing, seen), (rest, None))
+        ]
+        return torch.cat(merged).index_select(0, torch.cat([seeing, rest]).argsort())
+
+
+@dataclass(frozen=True)
+class Excitor(Method):
+    """Extra attention keys, reconstructed for every token from learnt prompts (and an image).
+
+    layers: the topmost so many (at most all but the lowest two, as the paper leaves them). num_prompts: K. r: rank of W_q, W_k, W_v.
+    Where the paper is silent: gate: "head", a number for each head, or "layer", one for all (equation 3 has g_l); gate_std: of its
+    N(0, 1e-2), read as a standard deviation of 0.01; excitor_scale: S_excitor is divided by the root of the "full" width or of a "head"'s
+    (equation 6 has C); rotary: whether the extra key is rotated like the key it is added to; prompt_std: LLaMA-Adapter's 1.
+    """
+
+    name: ClassVar[str] = "Excitor"
+    mergeable: ClassVar[bool] = False
+    layers: int = 30
+    num_prompts: int = 30
+    r: int = 16
+    gate: str = "head"
+    gate_std: float = 0.01
+    prompt_std: float = 1.0
+    excitor_scale: str = "full"
+    rotary: bool = False
+
+    def __post_init__(self):
+        for name in ("layers", "num_prompts", "r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Excitor: {name} must be a positive integer, not {value!r}")
+        for name, known in (("gate", ("head", "layer")), ("excitor_scale", ("full", "head"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Excitor: {name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("gate_std", "prompt_std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ValueError(f"Excitor: {name} must be a number of 0 or more, not {value!r}")
+
+    def attach(self, root: nn.Module, part: Part) -> None:
+        found = [(n, m) for n, m in root.named_modules() if part.holds(n) and hasattr(m, "excitor_heads")]
+        if not found:
+            raise ValueError(f"Excitor is not defined for part {part.name!r}: it needs the attention of a LLaMA")
+        for _, attention in found[-min(self.layers, max(1, len(found) - 2)) :]:
+            attention.excitor = ExcitorBlock(attention.q_proj, attention.excitor_heads, self, attention.visual_dim)
+
+    def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in root.named_parameters() if "excitor" in name.split(".")}
