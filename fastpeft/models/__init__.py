@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BlipConfig, BlipForQuestionAnswering, LlamaConfig, LlamaForCausalLM, LlavaConfig, PretrainedConfig
 
 from fastpeft.methods import Part
-from fastpeft.models import llama, llava, miss
+from fastpeft.models import excitor, llama, llava, miss
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -60,6 +60,14 @@ FAMILIES = (
         {name: partial(llava.llava_med_config, name) for name in llava.SIZES},
         template="llava",
         image_tokens=lambda config: config.image_seq_length,
+    ),
+    Family(
+        excitor.ExcitorForConditionalGeneration,
+        excitor.ExcitorForConditionalGeneration,
+        excitor.ExcitorConfig,
+        excitor.PARTS,
+        {name: partial(excitor.excitor_config, name) for name in excitor.SIZES},
+        template="alpaca",
     ),
 )
 NAMES = tuple(name for family in FAMILIES for name in family.configs)

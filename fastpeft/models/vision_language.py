@@ -15,13 +15,15 @@ class VisionLanguageConfig(PretrainedConfig):
 
     sub_configs: ClassVar = {"vision_config": CLIPVisionConfig, "text_config": LlamaConfig}
 
-    def __init__(self, vision_config: Any = None, text_config: Any = None, **kwargs):
-        def made(config, cls):
-            return config if isinstance(config, cls) else cls(**config or {})
+    vision_config: Any = None
+    text_config: Any = None
 
-        self.vision_config, self.text_config = made(vision_config, CLIPVisionConfig), made(text_config, LlamaConfig)
-        kwargs = {"tie_word_embeddings": self.text_config.tie_word_embeddings} | kwargs
-        super().__init__(**kwargs)
+    def __post_init__(self, **kwargs):
+        for name, cls in self.sub_configs.items():
+            given = getattr(self, name)
+            setattr(self, name, given if isinstance(given, cls) else cls(**given or {}))
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
 
 
 class VisionLanguageModel(PreTrainedModel):
