@@ -15,7 +15,8 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 
 | gradient needed for | saved                                | computed in backward                                       |
 |---------------------|--------------------------------------|------------------------------------------------------------|
-| q, k, v or l_k      | q, k, v, o, lse (q and o unscaled)   | ATen's flash backward: dq, dk and dv, whichever are needed |
+| q, k, v or l_k      | q, k, v, o, lse (q and o unscaled)   | ATen's flash backward, which forms dq, dk and dv together; |
+|                     |                                      | dq alone by three products of its five (attention_dq.py)   |
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
 
@@ -36,6 +37,7 @@ from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._remade import again_all, keep_all
 from fastpeft.ops.attention_backends import allowed_keys, around_sdpa
+from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
 from fastpeft.ops.attention_dropout import attention_with_dropout
 from fastpeft.ops.rescale import rescale as rescaled
 
@@ -146,7 +148,7 @@ class _Attention(Function):
     def backward(ctx, do):
         o, lse, padding, pk, pv, lk, lv, *kept = ctx.saved_tensors
         q, k, v = again_all(ctx.remake, kept)
-        need_q, _, _, _, _, need_lk, need_lv = ctx.needs_input_grad[3:]
+        need_q, need_k, need_v, _, _, need_lk, need_lv = ctx.needs_input_grad[3:]
         dq = dk = dv = dpk = dpv = dlk = dlv = None
         if lv is not None:
             dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
@@ -160,7 +162,10 @@ class _Attention(Function):
         elif ctx.real:
             is_causal, mask = _plan(q, k, ctx.causal, padding)
             scaled = q if lk is None else q * _per_query_head(lk, q)
-            dq, dk, dv = _flash_bwd(do, scaled, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
+            if pk is None and not (need_k or need_v) and dq_alone_pays(q, k, mask):
+                dq = dq_alone(do, scaled, k, v, o, lse, is_causal, ctx.scale)
+            else:
+                dq, dk, dv = _flash_bwd(do, scaled, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
             if lk is not None:
                 dlk = _sum_per_kv_head(q, dq, lk) if need_lk else None
                 dq = dq * _per_query_head(lk, dq) if need_q else None
