@@ -9,8 +9,9 @@ from transformers.models.clip import modeling_clip
 
 from fastpeft import ops
 from fastpeft.methods import Part
-from fastpeft.models.attend import dense_mask_attention, key_value_rescale, project, project_together, rescaled
+from fastpeft.models.attend import dense_mask_attention, key_value_rescale, project_one, project_together, rescaled
 from fastpeft.models.layers import LayerNorm
+from fastpeft.ops._remade import remade
 
 # OpenAI's ViT-B/16, L/14 and L/14@336
 VISION_SIZES = {
@@ -66,14 +67,19 @@ class MLP(modeling_clip.CLIPMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
-        (hidden,) = project((self.fc1,), hidden_states)
+        hidden = project_one(self.fc1, hidden_states)
         if self.config.hidden_act == "quick_gelu":  # h sigmoid(1.702 h)
-            hidden = F.silu(hidden * 1.702) * (1 / 1.702)
+            scaled = hidden * 1.702
+            hidden = remade(_over_1702(scaled), _over_1702, scaled)
         elif self.config.hidden_act == "gelu":
             hidden = ops.gelu(hidden)
         else:
             hidden = self.activation_fn(hidden)
-        return self.fc2(hidden)
+        return project_one(self.fc2, hidden)
+
+
+def _over_1702(scaled: Tensor) -> Tensor:
+    return F.silu(scaled) * (1 / 1.702)
 
 
 class EncoderLayer(modeling_clip.CLIPEncoderLayer):

@@ -7,6 +7,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionModel
 
 import fastpeft as fp
 from fastpeft.models.clip import vision_config
+from fastpeft.train.profile import measure
 
 
 def gradients(model, pixels):
@@ -43,3 +44,18 @@ def test_text_encoder_stays_causal_and_masked():
         want = model(ids, **options).last_hidden_state
         fp.optimize(model)
         torch.testing.assert_close(model(ids, **options).last_hidden_state[mask.bool()], want[mask.bool()])
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_a_trained_layer_saves_its_floor(act):
+    """x, q, k, v, o, h (6 C per token) and the activation's input; two statistics per norm and attention's one per head."""
+
+    def saved(layers):
+        model = CLIPVisionModel(vision_config("tiny", hidden_act=act, num_hidden_layers=layers))
+        fp.optimize(model)
+        with measure(model) as cost:
+            model(torch.randn(2, 3, 32, 32)).last_hidden_state.sum().backward()
+        return cost.saved_bytes
+
+    width, hidden, heads = 64, 128, 2
+    assert saved(3) - saved(2) == 4 * 2 * 17 * (6 * width + hidden + 4 + heads)
