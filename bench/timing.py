@@ -1,10 +1,14 @@
 """Measuring, the same way for every op: rivals interleaved in one run, quantiles, GB/s or TFLOP/s, peak memory on CUDA.
 
-Interleaving matters more than repetition: on a shared machine a rival measured a minute later meets another machine.
+Interleaving matters more than repetition: on a shared machine a rival measured a minute later meets another machine. Nothing is timed
+before its results were seen to be finite. Before each call a buffer larger than most caches is written, so that inputs come from memory.
+The roofline, a copy and a square product, is measured in the same run. On one CPU thread the clock is the thread's own: other
+processes do not count.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import platform
 import time
@@ -29,6 +33,7 @@ class Row:
     tflop_per_s: float | None = None
     ratio: float | None = None  # baseline's median over ours: above 1, ours is faster
     peak_mb: float | None = None  # CUDA only
+    roofline: float | None = None  # fraction of what copy bandwidth or a large product's rate allows, whichever is nearer
     note: str = ""
 
 
@@ -59,9 +64,37 @@ def _once(fn: Callable, device: str) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
-    begin = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
     fn()
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
+
+
+@functools.cache
+def _eviction(device: str) -> torch.Tensor:
+    return torch.empty((256 if device == "cuda" else 32) << 20, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def roofline(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(GB/s of a copy of 32 MB, read and write counted; TFLOP/s of a product of side 2048, on CUDA 8192): the better of a few."""
+    source = torch.ones((32 << 20) // dtype.itemsize, dtype=dtype, device=device)
+    side = 8192 if device == "cuda" else 2048
+    a, target = torch.ones(side, side, dtype=dtype, device=device), torch.empty_like(source)
+    copy, product = (lambda: target.copy_(source)), (lambda: a @ a)
+    best = [min(_once(fn, device) for _ in range(7)) / 1e3 for fn in (copy, product)]
+    return 2 * source.nbytes / best[0] / 1e9, 2 * side**3 / best[1] / 1e12
+
+
+def _check_finite(what: str, result) -> None:
+    for value in result if isinstance(result, (tuple, list)) else (result,):
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise ValueError(f"{what} gives nan or infinity: not timed")
+
+
+def compiled(fn: Callable, settings: Settings) -> dict[str, Callable]:
+    """``fn`` through torch.compile as one more rival; none in a quick run, where compiling would take most of the time."""
+    return {} if settings.quick else {"torch.compile": torch.compile(fn, fullgraph=True)}
 
 
 def compare(
@@ -80,7 +113,7 @@ def compare(
     peaks = {}
     for name, fn in rivals.items():
         for _ in range(2):  # warm up: compilation, caches, allocator
-            fn()
+            _check_finite(f"{op} {shape} {dtype}: {name}", fn())
         if settings.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -95,6 +128,7 @@ def compare(
         stop = time.perf_counter() + settings.seconds * (0.2 if settings.quick else 1.0)
         while time.perf_counter() < stop or len(times[next(iter(times))]) < 5:
             for name, fn in rivals.items():
+                _eviction(settings.device).zero_()
                 times[name].append(_once(fn, settings.device))
     finally:
         gc.enable()
@@ -106,6 +140,9 @@ def compare(
         rows[-1].gb_per_s = bytes_moved / seconds / 1e9 if bytes_moved else None
         rows[-1].tflop_per_s = flops / seconds / 1e12 if flops else None
         rows[-1].peak_mb = peaks.get(name)
+        bandwidth, rate = roofline(settings.device, dtype)
+        reached = [(rows[-1].gb_per_s or 0) / bandwidth, (rows[-1].tflop_per_s or 0) / rate]
+        rows[-1].roofline = max(reached) or None
     for row in rows:
         row.ratio = rows[-1].ms[1] / row.ms[1]
     return rows
@@ -128,10 +165,10 @@ def markdown(rows: list[Row]) -> str:
     def number(value, digits=2):
         return "" if value is None else f"{value:.{digits}f}"
 
-    head = "| op | shape | dtype | provider | ms 20% | ms 50% | ms 80% | GB/s | TFLOP/s | ratio | peak MB |\n|" + "---|" * 11
+    head = "| op | shape | dtype | provider | ms 20% | ms 50% | ms 80% | GB/s | TFLOP/s | roofline | ratio | peak MB |\n|" + "---|" * 12
     lines = [
         f"| {r.op} | {r.shape} | {r.dtype} | {r.provider} | {' | '.join(number(m, 3) for m in r.ms)} | {number(r.gb_per_s, 1)} |"
-        f" {number(r.tflop_per_s, 3)} | {number(r.ratio)} | {number(r.peak_mb, 1)} |"
+        f" {number(r.tflop_per_s, 3)} | {number(r.roofline)} | {number(r.ratio)} | {number(r.peak_mb, 1)} |"
         for r in rows
     ]
     return "\n".join([head, *lines])

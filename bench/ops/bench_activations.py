@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, compare, step_of
+from bench.timing import Row, Settings, compare, compiled, step_of
 from fastpeft.ops import gelu, swiglu
 
 SHAPES = [(1024, 3072), (512, 11008)]
@@ -18,6 +18,7 @@ def run(settings: Settings) -> list[Row]:
             gate, up, scale = (t.detach().requires_grad_() for t in (gate, up, scale))
             rivals = {
                 "fastpeft": step_of(swiglu, (gate, up), dy),
+                **{name: step_of(fn, (gate, up), dy) for name, fn in compiled(lambda g, u: F.silu(g) * u, settings).items()},
                 "torch": step_of(lambda g, u: F.silu(g) * u, (gate, up), dy),
             }
             rows += compare("swiglu fwd+bwd", f"{m}x{n}", dtype, rivals, settings, bytes_moved=8 * gate.nbytes)

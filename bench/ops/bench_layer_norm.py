@@ -3,11 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, backward_of, compare
+from bench.timing import Row, Settings, backward_of, compare, compiled
 from fastpeft.ops import add_layer_norm, layer_norm
 
 SHAPES = [(2048, 768), (4096, 1024), (2048, 2048), (1024, 4096)]
 GRADIENTS = {"all": (True, True, True), "dx": (True, False, False), "params": (False, True, True)}
+
+
+def plain(x, weight, bias):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
 
 def run(settings: Settings) -> list[Row]:
@@ -29,9 +33,7 @@ def run(settings: Settings) -> list[Row]:
             rows += compare("add_layer_norm fwd", shape, dtype, rivals, settings, bytes_moved=4 * size)
             for name, needs in GRADIENTS.items():
                 inputs = [t.detach().requires_grad_(need) for t, need in zip((x, weight, bias), needs)]
-                rivals = {
-                    "fastpeft": backward_of(lambda *a: layer_norm(*a, 1e-5), inputs, dy),
-                    "torch": backward_of(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-5), inputs, dy),
-                }
+                fns = {"fastpeft": lambda *a: layer_norm(*a, 1e-5), **compiled(plain, settings), "torch": plain}
+                rivals = {rival: backward_of(fn, inputs, dy) for rival, fn in fns.items()}
                 rows += compare(f"layer_norm bwd {name}", shape, dtype, rivals, settings, bytes_moved=(2 + needs[0]) * size)
     return rows

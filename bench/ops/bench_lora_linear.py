@@ -7,7 +7,7 @@ The baseline is the frozen linear, dx included: a ratio of 0.91 means 1.10 times
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, compare, step_of
+from bench.timing import Row, Settings, compare, compiled, step_of
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linears
 
 SHAPES = [(2048, 2048, 2048), (2048, 768, 768), (2048, 768, 2304), (4096, 4096, 4096)]
@@ -29,6 +29,7 @@ def run(settings: Settings) -> list[Row]:
             rivals = {
                 "fastpeft": step_of(lambda *t: lora_linear(*t, SCALING), (x, W, b, A, B), dy),
                 "peft": step_of(peft, (x, W, b, A, B), dy),
+                **{name: step_of(fn, (x, W, b, A, B), dy) for name, fn in compiled(peft, settings).items()},
                 "frozen linear": step_of(F.linear, (x, W, b), dy),
             }
             flops = 4 * m * n * k + 6 * m * R * (n + k)

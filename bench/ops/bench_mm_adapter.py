@@ -6,7 +6,7 @@ The baseline is that module: grouped convolutions of width 1 on transposed tenso
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, compare, step_of
+from bench.timing import Row, Settings, compare, compiled, step_of
 from fastpeft.ops.mm_adapter import mm_adapter
 from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
 from fastpeft.ops.rms_norm import rms_norm
@@ -38,6 +38,7 @@ def run(settings: Settings) -> list[Row]:
             shapes = ((B, M, C), (C,), (H, C), (H,), (2, C, H // 2), (2, C), (B, 2))
             inputs = [torch.randn(s, device=settings.device).to(dtype).requires_grad_(i != 1) for i, s in enumerate(shapes)]
             dout = torch.randn(B, M, C, device=settings.device).to(dtype)
-            rivals = {name: step_of(fn, inputs, dout) for name, fn in (("fastpeft", fused), ("two ops", apart), ("the paper's", paper))}
+            fns = {"fastpeft": fused, "two ops": apart, **compiled(paper, settings), "the paper's": paper}
+            rivals = {name: step_of(fn, inputs, dout) for name, fn in fns.items()}
             rows += compare("norm_mm_adapter fwd+bwd", f"{B}x{M}x{C} h{H}", dtype, rivals, settings, bytes_moved=5 * dout.nbytes)
     return rows

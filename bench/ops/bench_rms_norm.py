@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, backward_of, compare
+from bench.timing import Row, Settings, backward_of, compare, compiled
 from fastpeft.ops import rms_norm
 
 SHAPES = [(2048, 768), (2048, 2048), (1024, 4096)]
@@ -23,6 +23,7 @@ def run(settings: Settings) -> list[Row]:
             rivals = {
                 "fastpeft": lambda x, w: rms_norm(x, w, 1e-6),
                 "transformers": llama,
+                **compiled(llama, settings),
                 "torch": lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6),
             }
             forward = {name: lambda fn=fn: fn(x, weight) for name, fn in rivals.items()}  # noqa: B023

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.timing import Row, Settings, compare, step_of
+from bench.timing import Row, Settings, compare, compiled, step_of
 from fastpeft.ops import rotary
 
 SHAPES = [(1, 32, 512, 128), (4, 12, 512, 64)]
@@ -20,6 +20,7 @@ def run(settings: Settings) -> list[Row]:
             x, dy = (t.transpose(1, 2) for t in torch.randn(2, b, m, h, d, device=settings.device).to(dtype).unbind(0))
             angle = torch.rand(m, d // 2, device=settings.device).repeat(1, 2)
             inputs = (x.detach().requires_grad_(), angle.cos().to(dtype), angle.sin().to(dtype))
-            rivals = {"fastpeft": step_of(rotary, inputs, dy), "transformers": step_of(transformers, inputs, dy)}
+            fns = {"fastpeft": rotary, **compiled(transformers, settings), "transformers": transformers}
+            rivals = {name: step_of(fn, inputs, dy) for name, fn in fns.items()}
             rows += compare("rotary fwd+bwd", f"{b}x{h}x{m}x{d}", dtype, rivals, settings, bytes_moved=4 * x.nbytes)
     return rows
