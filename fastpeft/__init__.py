@@ -31,6 +31,6 @@ def __getattr__(name: str):
 
 __all__ = [
     "FFN", "IA3", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MemoryBudget", "PTv2", "Plan", "Prefix", "Report",
-    "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter", "merge", "ops", "optimize", "restore", "save_adapter",
-    "without",
+    "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter", "merge", "ops", "optimize", "restore",
+    "save_adapter", "without",
 ]  # fmt: skip
