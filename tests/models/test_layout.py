@@ -126,7 +126,7 @@ def llama(plan):
 
 
 @pytest.mark.parametrize("batch", ["padded", "left", "packed", "full"])
-@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "PTv2", "LayerNorm", "IA3+PTv2"])
+@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "PTv2", "LayerNorm", "IA3+PTv2", "Excitor", "Excitor+LoRA"])
 def test_llamas_last_layer_at_labelled_positions_only(miss, plan, batch):
     """Answers behind their questions, with a hole: keys of every question, queries of answers."""
     model = llama(plan)
