@@ -30,7 +30,6 @@ struct NormBwd {
   const A *weight, *mean, *rstd;
   T* dx;                // null: not wanted
   A *dweight, *dbias;   // null: not wanted; else sums of this part, zeroed
-  A* scratch;           // 2 n, beside dweight
 };
 
 // B bytes of A: a register of the instruction set that a loop is compiled for (with wider ones, accumulators would live in memory).
@@ -230,16 +229,18 @@ FASTPEFT_INLINE void norm_bwd_block(const NormBwd<T>& a, int64_t begin, int64_t 
 template <int B, bool CENTER, class T>
 FASTPEFT_INLINE void norm_bwd_rows(const NormBwd<T>& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  std::vector<A> buffer(std::is_same_v<T, direct_t<T>> ? 0 : 10 * a.n);  // dy and h of four rows, dh, dx
-  A* wide = buffer.data();
+  constexpr int64_t kBlock = 64;
+  const bool several = a.dweight && end - begin > kBlock;
+  const int64_t wide_size = std::is_same_v<T, direct_t<T>> ? 0 : 10 * a.n;  // dy and h of four rows, dh, dx
+  std::vector<A> buffer(wide_size + (several ? 2 * a.n : 0));
+  A *wide = buffer.data(), *g = several ? wide + wide_size : a.dweight, *b = several ? g + a.n : a.dbias;
   if (!a.dweight) return norm_bwd_block<B, CENTER, false, true>(a, begin, end, wide, wide, wide);
-  A *g = a.scratch, *b = a.scratch + a.n;
-  for (int64_t r = begin; r < end; r += 64) {
-    std::fill(g, g + 2 * a.n, A(0));
-    if (a.dx) norm_bwd_block<B, CENTER, true, true>(a, r, std::min(r + 64, end), g, b, wide);
-    else norm_bwd_block<B, CENTER, true, false>(a, r, std::min(r + 64, end), g, b, wide);
-    for (int64_t j = 0; j < a.n; ++j) a.dweight[j] += g[j];
-    for (int64_t j = 0; CENTER && j < a.n; ++j) a.dbias[j] += b[j];
+  for (int64_t r = begin; r < end; r += kBlock) {
+    if (several) std::fill(g, g + 2 * a.n, A(0));
+    if (a.dx) norm_bwd_block<B, CENTER, true, true>(a, r, std::min(r + kBlock, end), g, b, wide);
+    else norm_bwd_block<B, CENTER, true, false>(a, r, std::min(r + kBlock, end), g, b, wide);
+    for (int64_t j = 0; several && j < a.n; ++j) a.dweight[j] += g[j];
+    for (int64_t j = 0; several && CENTER && j < a.n; ++j) a.dbias[j] += b[j];
   }
 }
 

@@ -36,15 +36,14 @@ std::tuple<Tensor, Tensor> backward(
     using A = acc_t<T>;
     const auto w = widen<A>(weight, in.n, 1);
     const int64_t parts = row_parts(in.count, in.n);
-    std::vector<A> sums(need_dweight ? parts * 3 * in.n : 0, A(0));  // per part: dweight, and a block's (which zeroes 2 n)
+    std::vector<A> sums(need_dweight ? parts * in.n : 0, A(0));  // per part: dweight
     parallel_parts(in.count, parts, [&](int64_t p, int64_t begin, int64_t end) {
-      A* sum = need_dweight ? sums.data() + p * 3 * in.n : nullptr;
+      A* sum = need_dweight ? sums.data() + p * in.n : nullptr;
       const NormBwd<T> a{read<T>(up.own), read<T>(in.own), dh ? read<T>(carry.own) : nullptr, up.stride, in.stride, carry.stride,
-                         in.n, w.data(), nullptr, read<A>(rstd), need_dx ? write<T>(dx) : nullptr, sum, nullptr,
-                         need_dweight ? sum + in.n : nullptr};
+                         in.n, w.data(), nullptr, read<A>(rstd), need_dx ? write<T>(dx) : nullptr, sum, nullptr};
       bwd_rows(a, begin, end);
     });
-    if (need_dweight) narrow_sum(sums.data(), parts, 3 * in.n, dweight);
+    if (need_dweight) narrow_sum(sums.data(), parts, in.n, dweight);
   });
   return {dx, dweight};
 }
