@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from fastpeft import ops
-from fastpeft.methods import FFN, IA3, Attention, Excitor, Frozen, Full, LayerNorm, LoRA, Prefix, PTv2
+from fastpeft.methods import FFN, IA3, Attention, Excitor, Frozen, Full, LayerNorm, LoRA, MMAdapter, Prefix, PTv2, RepAdapter
 from fastpeft.ops._savings import without
 from fastpeft.optimize import Report, optimize, restore
 from fastpeft.plan import Plan, adapt, build, count
@@ -30,7 +30,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "FFN", "IA3", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MemoryBudget", "PTv2", "Plan", "Prefix", "Report",
-    "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter", "merge", "ops", "optimize", "restore",
-    "save_adapter", "without",
+    "FFN", "IA3", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2", "Plan",
+    "Prefix", "RepAdapter", "Report", "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter",
+    "merge", "ops", "optimize", "restore", "save_adapter", "without",
 ]  # fmt: skip

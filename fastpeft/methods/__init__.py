@@ -1,13 +1,17 @@
-"""Methods: what can be done to a part. Names as in the papers: F, T, LoRA, IA3, Prefix, PTv2, LayerNorm, Attention, FFN, Excitor."""
+"""Methods: what can be done to a part. Names as in the papers: F, T, LoRA, IA3, Prefix, PTv2, LayerNorm, Attention, FFN, Excitor,
+MMAdapter, RepAdapter."""
 
 from fastpeft.methods.base import Method, Part, is_adapter
 from fastpeft.methods.excitor import Excitor
 from fastpeft.methods.ia3 import IA3
 from fastpeft.methods.intrinsic import FFN, Attention, Frozen, Full, LayerNorm
 from fastpeft.methods.lora import LoRA
+from fastpeft.methods.mm_adapter import MMAdapter, RepAdapter
 from fastpeft.methods.prefix import Prefix, PTv2
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Frozen, Full, LoRA, IA3, Prefix, PTv2, LayerNorm, Attention, FFN, Excitor)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (Frozen, Full, LoRA, IA3, Prefix, PTv2, LayerNorm, Attention, FFN, Excitor, MMAdapter, RepAdapter)
+}
 
 
 def from_peft(config: dict) -> Method:
@@ -19,6 +23,7 @@ def from_peft(config: dict) -> Method:
 
 
 __all__ = [
-    "FFN", "IA3", "METHODS", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "Method", "PTv2", "Part", "Prefix",
+    "FFN", "IA3", "METHODS", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "Method", "PTv2", "Part", "Prefix",
+    "RepAdapter",
     "from_peft", "is_adapter",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BlipConfig, BlipForQuestionAnswering, LlamaConfig, LlamaForCausalLM, LlavaConfig, PretrainedConfig
 
 from fastpeft.methods import Part
-from fastpeft.models import excitor, llama, llava, miss
+from fastpeft.models import excitor, lavin, llama, llava, miss
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -68,6 +68,15 @@ FAMILIES = (
         excitor.PARTS,
         {name: partial(excitor.excitor_config, name) for name in excitor.SIZES},
         template="alpaca",
+    ),
+    Family(
+        lavin.LavinForConditionalGeneration,
+        lavin.LavinForConditionalGeneration,
+        lavin.LavinConfig,
+        lavin.PARTS,
+        {name: partial(lavin.lavin_config, name) for name in lavin.SIZES},
+        template="lavin",
+        image_tokens=lambda config: config.visual_tokens,
     ),
 )
 NAMES = tuple(name for family in FAMILIES for name in family.configs)

@@ -98,7 +98,13 @@ class EncoderLayer(modeling_clip.CLIPEncoderLayer):
 
     def before_attention(self, hidden_states: Tensor) -> Tensor:
         """What attention sees."""
-        return self.layer_norm1(hidden_states)
+        x, adapter = self.layer_norm1(hidden_states), getattr(self, "mm_adapter", None)
+        return x if adapter is None else adapter.by_token(x)
+
+    @property
+    def adapter_input(self) -> nn.Module:
+        """The projection before which an adapter stands."""
+        return self.self_attn.q_proj
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else

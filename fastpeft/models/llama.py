@@ -28,6 +28,7 @@ from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.adapted import terms_of
 from fastpeft.methods.excitor import Visual
+from fastpeft.methods.mm_adapter import Routing
 from fastpeft.models.attend import as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, next_labels, rows_layout, rows_of, self_layout, tail_of
@@ -171,10 +172,13 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
 class DecoderLayer(modeling_llama.LlamaDecoderLayer):
     """Pre-norm layer; each residual sum is formed once."""
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs) -> Tensor:
-        """Arguments as :class:`Attention`'s; returns the shape of hidden_states."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, routing=None, **kwargs
+    ) -> Tensor:
+        """Arguments as :class:`Attention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
+        norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
+            norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -184,6 +188,11 @@ class DecoderLayer(modeling_llama.LlamaDecoderLayer):
             hidden_states = rows_of(hidden_states, tail.tokens)
         x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
         return hidden_states + self.mlp(x)
+
+    @property
+    def adapter_input(self) -> nn.Module:
+        """The projection before which an adapter stands."""
+        return self.self_attn.q_proj
 
 
 class Model(modeling_llama.LlamaModel):
@@ -205,11 +214,14 @@ class Model(modeling_llama.LlamaModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         wanted: Tensor | None = None,
+        modality: Tensor | None = None,
+        modality_embeds: tuple[Tensor, ...] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend; wanted [B, L] bool: the caller reads the last hidden state
-        there only, elsewhere it may be zero. What kwargs hold reaches every layer. Hidden states of
-        padding are zero. Where neither a mask nor a cache is given, position_ids that start again within a row mark packed samples."""
+        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer. Hidden states of
+        padding are zero. Where neither a mask nor a cache is given, position_ids that start again within a row mark packed samples.
+        wanted [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero. modality [B] int64: of each
+        sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
         if output_attentions:
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
         if (input_ids is None) == (inputs_embeds is None):
@@ -241,7 +253,17 @@ class Model(modeling_llama.LlamaModel):
         states = [hidden]
         prefixes = [None] * len(self.layers) if encoder is None else encoder()
         how, tail = {name: value for name, value in {"layout": layout, **kwargs}.items() if value is not None}, None
-        if wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
+        routes = 0  # tokens at the end that are nobody's: the modalities'
+        if modality is not None and tokens is None:
+            weights = self._cached_routes(torch.stack(modality_embeds).to(hidden.dtype), past_key_values, prefixes)
+            how["routing"] = Routing(modality.to(hidden.device), weights)
+        elif modality is not None:
+            routes = len(modality_embeds)
+            how["layout"], how["routing"] = self._with_modalities(layout, modality, routes, hidden.device)
+            hidden = torch.cat([hidden, torch.stack(modality_embeds).to(hidden.dtype)])
+            tables = tuple(torch.cat([t, t.new_ones(routes, t.shape[1])]) for t in tables)  # one key each: no rotation tells
+            pad, spread = (lambda x: spread(x[:-routes])), pad
+        elif wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
             tail = tail_of(tokens, wanted, True, hidden.device, layout)
         for layer, prefix in zip(self.layers, prefixes):
             if tail is not None and layer is self.layers[-1]:
@@ -260,6 +282,28 @@ class Model(modeling_llama.LlamaModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=tuple(states) if output_hidden_states else None
         )
+
+    def _with_modalities(self, layout: Layout, modality: Tensor, count: int, device) -> tuple[Layout, Routing]:
+        """The layout with the modalities' tokens as samples of one token each, at the end. Nothing attends to them, and they to nothing
+        else, as in the official masks; so one of each serves the whole batch."""
+        place = torch.arange(layout.rows * layout.columns, device=device) if layout.place is None else layout.place
+        own = layout.columns * torch.arange(layout.rows, layout.rows + count, device=device)
+        index = modality.to(device)[place // layout.columns]
+        routing = Routing(torch.cat([index, torch.arange(count, device=device)]), modalities=count)
+        return Layout(layout.rows + count, layout.columns, torch.cat([place, own])), routing
+
+    def _cached_routes(self, hidden: Tensor, cache, prefixes) -> dict[int, Tensor]:
+        """In generation the modalities' tokens [2, C] run once, and every layer's weights stay with the cache."""
+        if getattr(cache, "routes", None) is not None:
+            return cache.routes
+        routing = Routing(torch.arange(len(hidden), device=hidden.device), modalities=len(hidden))
+        table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
+        how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing}
+        for layer, prefix in zip(self.layers, prefixes):
+            hidden = layer(hidden, prefix=prefix, **how)
+        if cache is not None:
+            cache.routes = routing.weights
+        return routing.weights
 
     def _layouts(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Layout, Layout]:
         """(where tokens lie in the batch as given, where they lie in attention); both wait for the device if what they read is there."""
@@ -299,12 +343,16 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         visual: Tensor | None = None,
         visual_index: Tensor | None = None,
         visual_seen: Tensor | None = None,
+        modality: Tensor | None = None,
+        modality_embeds: tuple[Tensor, ...] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
         tokens, or their sum over ``num_items_in_batch``. For Excitor,
         visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
-        ``visual_seen`` [B] bool saying which have one."""
+        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds: as :class:`Model` takes them."""
+        if modality is not None:
+            kwargs |= {"modality": modality, "modality_embeds": modality_embeds}
         if visual is not None:
             own = torch.arange(len(visual))
             index = own if visual_index is None else visual_index.cpu()

@@ -1,0 +1,128 @@
+"""LaVIN: CLIP's [cls] tokens as six tokens of a LLaMA, adapters in both, routed by the sample's modality.
+
+Source: Luo et al., "Cheap and Quick" (NeurIPS 2023), section 3, and its code: the [cls] tokens after every fourth layer of CLIP-L/14, a
+neck 1024 -> 128 -> C with SiLU, two modality tokens (text, image and text), and the input [t_m, bos, "Image: ", six visual tokens, text] or
+[t_m, bos, "Image: N/A", text]. No token attends to t_m, and t_m to no other: it serves the adapters' routers alone. So it is not put in
+the text here; it runs once per batch and modality, and in generation once per answer. The official generation counts positions without
+t_m once it decodes; with rotary embeddings only distances tell, and ours are those of training.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastpeft.methods import Part
+from fastpeft.models.clip import vision_config, vision_part
+from fastpeft.models.llama import llama_config, llama_part
+from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+
+SIZES = {"lavin-7b": ("L/14", "llama-7b", 128), "lavin-13b": ("L/14", "llama-13b", 128), "lavin-tiny": ("tiny", "llama-tiny", 32)}
+EVERY = {"lavin-7b": 4, "lavin-13b": 4, "lavin-tiny": 1}  # layers of CLIP between two [cls] tokens
+PARTS = (vision_part(), Part("neck", "neck", lora=("down", "up")), llama_part("llm", "llm"))
+
+
+class LavinConfig(VisionLanguageConfig):
+    """cls_every: a [cls] token is taken after every so many layers of the image encoder. neck_dim: width of the neck's middle."""
+
+    model_type = "fastpeft-lavin"
+    cls_every: int = 4
+    neck_dim: int = 128
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.vision_config.num_hidden_layers // self.cls_every
+
+
+def lavin_config(name: str, **overrides) -> LavinConfig:
+    """``overrides``: ``vision_config`` and ``text_config``, mappings of what differs, ``cls_every``, ``neck_dim``."""
+    vision, text, neck = SIZES[name]
+    given = {"cls_every": EVERY[name], "neck_dim": neck} | overrides
+    seen, read = vision_config(vision, **given.pop("vision_config", {})), llama_config(text, **given.pop("text_config", {}))
+    if unknown := sorted(set(given) - {"cls_every", "neck_dim"}):
+        raise ValueError(f"a {name} has no {', '.join(unknown)}; overrides are vision_config, text_config, cls_every and neck_dim")
+    return LavinConfig(vision_config=seen, text_config=read, architectures=["LavinForConditionalGeneration"], **given)
+
+
+class Neck(nn.Module):
+    """[cls] tokens [U, N, C_vision] -> [U, N, C], and the modalities' tokens [2, C]: text, image and text."""
+
+    def __init__(self, config: LavinConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.down = nn.Linear(config.vision_config.hidden_size, config.neck_dim)
+        self.up = nn.Linear(config.neck_dim, width)
+        self.modality = nn.Embedding(2, width)
+        for linear in (self.down, self.up):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.up(F.silu(self.down(tokens)))
+
+
+class LavinForConditionalGeneration(VisionLanguageModel):
+    """``vision``, ``neck``, ``llm``. ``image_mask`` [B, L] marks the places of an image's tokens in the text."""
+
+    config_class = LavinConfig
+
+    def __init__(self, config: LavinConfig):
+        super().__init__(config)
+        self.neck = Neck(config)
+        self.post_init()
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """[U, 3, S, S] -> [cls] tokens [U, N, C_vision], one after every ``cls_every`` layers."""
+        hidden, seen = self.vision.pre_layrnorm(self.vision.embeddings(pixel_values)), []
+        layers = self.vision.encoder.layers[: self.config.cls_every * self.config.visual_tokens]
+        for number, layer in enumerate(layers, 1):
+            hidden = layer(hidden, None)
+            if number % self.config.cls_every == 0:
+                seen.append(hidden[:, 0])
+        return torch.stack(seen, 1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Text as LlamaForCausalLM takes it, padded or packed, without the modality token; images as :class:`VisionLanguageModel` says.
+        Samples without an image are of the modality "text"."""
+        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids, attention_mask)
+        return self.llm(attention_mask=attention_mask, position_ids=position_ids, labels=labels, **given, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, **options):
+        """transformers' own; the ids of prompt and response."""
+        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask)
+        answer = self.llm.generate(**given, **options)  # as transformers does with embeddings, without the prompt
+        return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
+
+    def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
+        images = self.images_of(pixel_values, image_embeds)
+        packed = attention_mask is None and position_ids is not None and len(input_ids) == 1
+        samples = _packed_samples(position_ids) if packed else len(input_ids)
+        index = self.index_of(images, image_index, samples)
+        text = self.get_input_embeddings()(input_ids)
+        if images is not None and bool((index >= 0).any()):
+            seen, places = (
+                self.neck(images)[index[index >= 0].to(images.device)],
+                input_ids.new_zeros(()) if image_mask is None else image_mask,
+            )
+            if int(places.sum()) != seen.shape[0] * seen.shape[1]:
+                raise ValueError(f"image_mask has {int(places.sum())} places for {seen.shape[0]} images of {seen.shape[1]} tokens each")
+            text = text.masked_scatter(places[..., None].bool(), seen.to(text.dtype))
+        return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}
+
+
+def _packed_samples(position_ids: Tensor) -> int:
+    return int((position_ids[0, 1:] != position_ids[0, :-1] + 1).sum()) + 1
