@@ -94,7 +94,10 @@ def _check_finite(what: str, result) -> None:
 
 def compiled(fn: Callable, settings: Settings) -> dict[str, Callable]:
     """``fn`` through torch.compile as one more rival; none in a quick run, where compiling would take most of the time."""
-    return {} if settings.quick else {"torch.compile": torch.compile(fn, fullgraph=True)}
+    if settings.quick:
+        return {}
+    torch._functorch.config.donated_buffer = False  # backward_of runs one backward many times
+    return {"torch.compile": torch.compile(fn, fullgraph=True)}
 
 
 def compare(
