@@ -27,9 +27,9 @@ csrc on a CPU (one thread, AVX-512; time of ATen over ours, interleaved, best of
 | 2048 x 768   | 1.0, 1.18, 1.05, 1.03     | 1.3, 2.1, 1.15, 2.7       | 1.0, 1.5, 0.86, 1.5       |
 | 2048 x 2048  | 1.0, 1.35, 1.08, 1.06     | 1.3, 2.2, 1.13, 2.8       | 1.0, 1.25, 0.84, 1.3      |
 
-That is the operators alone. In fp32 the larger ones stand at what memory gives (29 GB/s read or written, 95% or more of it used): no code
-would be faster. autograd's Python adds 60 to 100 us a backward over ATen's C++ (bench/results/ops_cpu.json has both), whichever computes, so
-only fp16's dx alone goes to ATen, which converts as it reads.
+That is the operators alone. In fp32 the larger ones stand at what memory gives (29 GB/s read or written, 95% or more of it used): no
+code would be faster. autograd's Python adds 60 to 100 us a backward over ATen's C++ (bench/results/ops_cpu.json has both), whichever
+computes: so only fp16's dx alone goes to ATen, which converts as it reads.
 """
 
 from __future__ import annotations
