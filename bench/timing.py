@@ -96,8 +96,9 @@ def compiled(fn: Callable, settings: Settings) -> dict[str, Callable]:
     """``fn`` through torch.compile as one more rival; none in a quick run, where compiling would take most of the time."""
     if settings.quick:
         return {}
+    torch._dynamo.reset()  # each case is compiled for its own shapes
     torch._functorch.config.donated_buffer = False  # backward_of runs one backward many times
-    return {"torch.compile": torch.compile(fn, fullgraph=True)}
+    return {"torch.compile": torch.compile(fn, fullgraph=True, dynamic=False)}
 
 
 def compare(
