@@ -63,7 +63,9 @@ def load_image(image):
 class Preprocess:
     """From an image to what a vision tower reads; JSON-able, so that an adapter can carry it.
 
-    image_size: S, for a square resize (bilinear, antialiased). mean, std: per channel, or None for no normalisation.
+    image_size: S, for a square resize (antialiased). mean, std: per channel, or None for no normalisation.
+    interpolation: "bilinear", or "bicubic", as CLIP and LaVIN have it. crop: the shorter side to S and the middle square, as CLIP,
+    instead of both sides to S.
     extra_255: divide by 255 once more after scaling to [0, 1]: the preprocessing the official MISS and MILE checkpoints were
     trained with.
     """
@@ -72,8 +74,12 @@ class Preprocess:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     extra_255: bool = False
+    interpolation: str = "bilinear"
+    crop: bool = False
 
     def __post_init__(self):
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f'interpolation={self.interpolation!r}: use "bilinear" or "bicubic"')
         if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
             raise ValueError(f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480")
         if (self.mean is None) != (self.std is None):
@@ -102,7 +108,15 @@ class Preprocess:
         """uint8 [3, S, S] from a path or a `PIL.Image`: decoded and resized, not yet scaled. Errors as `load_image`."""
         from PIL import Image
 
-        resized = load_image(image).resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        image, S = load_image(image), self.image_size
+        how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
+        if self.crop:
+            short = min(image.size)
+            wide, high = (S * side // short for side in image.size)
+            left, top = round((wide - S) / 2), round((high - S) / 2)
+            resized = image.resize((wide, high), how).crop((left, top, left + S, top + S))
+        else:
+            resized = image.resize((S, S), how)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
     def scale(self, pixels: torch.Tensor) -> torch.Tensor:

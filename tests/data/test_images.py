@@ -42,6 +42,27 @@ def test_resize_is_bilinear_with_antialias(photo, size):
         assert (ours - aliased).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (33, 33), (20, 90)])
+def test_crop_is_clips(shape):
+    """Against transformers' CLIP preprocessing (sizes whose crop falls on whole pixels: the two round halves differently)."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    official = CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20})
+    expected = torch.as_tensor(np.asarray(official(image)["pixel_values"][0]))
+    mean, std = official.image_mean, official.image_std
+    ours = Preprocess(20, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=True)(image)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bicubic(photo):
+    ours = Preprocess(24, interpolation="bicubic")(photo)
+    expected = np.array(Image.open(photo).resize((24, 24), Image.Resampling.BICUBIC))
+    assert torch.equal(ours, torch.from_numpy(expected).permute(2, 0, 1) / 255) and not torch.equal(ours, Preprocess(24)(photo))
+    with raises("interpolation='cubic'"):
+        Preprocess(24, interpolation="cubic")
+
+
 def test_normalisation(photo):
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
     plain, ours = Preprocess(8)(photo), Preprocess(8, mean=mean, std=std)(photo)
@@ -61,8 +82,8 @@ def test_round_trip_through_json():
     pre = Preprocess(32, mean=[0.1, 0.2, 0.3], std=[1, 1, 1], extra_255=True)
     assert Preprocess.from_dict(json.loads(json.dumps(pre.to_dict()))) == pre and hash(pre)
     assert Preprocess.from_dict(Preprocess().to_dict()) == Preprocess()
-    with raises("unknown preprocessing fields crop; known are image_size, mean"):
-        Preprocess.from_dict({"crop": 1})
+    with raises("unknown preprocessing fields zoom; known are image_size, mean"):
+        Preprocess.from_dict({"zoom": 1})
 
 
 @pytest.mark.parametrize(
