@@ -17,6 +17,7 @@ _LATER = {
     "save_adapter": "fastpeft.checkpoints",
     "load_adapter": "fastpeft.checkpoints",
     "merge": "fastpeft.checkpoints",
+    "estimate": "fastpeft.train.estimate",
     "Trainer": "fastpeft.train",
     "TrainConfig": "fastpeft.train",
     "MemoryBudget": "fastpeft.train.recompute",

@@ -178,6 +178,39 @@ def evaluate(
 
 
 @app.command()
+def estimate(
+    model: Model = "miss",
+    plan: PlanOption = "F/LoRA/LoRA",
+    rank: Rank = None,
+    batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
+    answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
+    questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="forwards per step")] = 1,
+    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="transformers' own execution, attention eager")] = False,
+    gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
+    as_json: Json = False,
+) -> None:
+    """FLOPs and memory of a training step, without running it."""
+    from fastpeft.plan import build
+    from fastpeft.train.estimate import estimate as run
+    from fastpeft.train.run import plan_for
+
+    how = {"batch_size": batch_size, "dtype": dtype, "seq_len": seq_len, "answer_len": answer_len, "gpu_memory": gpu_memory}
+    how |= {"questions_per_image": questions_per_image, "gradient_accumulation": gradient_accumulation}
+    found = run(model, plan_for(build(model, device="meta"), plan, r=rank), **how, feature_cache=not no_feature_cache, optimized=not plain)
+    rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
+    rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
+    lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.1f} GFLOP per sample"]
+    lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
+    if found.fits is not None:
+        lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
+    emit(found.to_dict(), as_json, lines + [f"  {line}" for line in found.advice] + [f"note: {note}" for note in found.notes])
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="official MISS/BLIP checkpoint (.pth), or a transformers folder")],
     out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],

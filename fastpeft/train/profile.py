@@ -58,13 +58,13 @@ CPU_ATTENTION = {
 def measure(model: nn.Module):
     """Count what runs inside, forward and backward of one step; yields a :class:`StepCost` that is filled in on exit."""
     cost, at = StepCost(), [OUTSIDE]
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept = WeakValueDictionary()  # address -> _Storage; weak, so that measuring frees memory when autograd does
     saved, flops = defaultdict(int), defaultdict(int)
 
     def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, _Storage | None]:
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
+        address = storage._cdata  # of the storage, not its memory: fake tensors have none
         if address in own:
             return tensor, None
         token = kept.get(address)
