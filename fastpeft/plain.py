@@ -25,14 +25,14 @@ from fastpeft.plan import detach
 
 
 class _Literal:
-    """LoRA and IA3 as in their papers; dropout off. What is in float32 under a half-precision base computes in float32, as in PEFT."""
+    """LoRA and IA3 as in their papers. What is in float32 under a half-precision base computes in float32, as in PEFT."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ia3_l is not None and self.ia3_feedforward:
             x = (x * self.ia3_l).to(x.dtype)
         y = self._base(x)
         if self.lora_A is not None:
-            y = (y + self.scaling * self._branch(x.to(self.lora_A.dtype))).to(y.dtype)
+            y = (y + self.scaling * self._branch(F.dropout(x.to(self.lora_A.dtype), self.active_dropout))).to(y.dtype)
         return y if self.ia3_l is None or self.ia3_feedforward else (y * self.ia3_l).to(y.dtype)
 
 

@@ -6,9 +6,11 @@ and saved bytes are those of the step that the trainer measures, and the peak is
 
 from __future__ import annotations
 
+import gc
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastpeft.methods import Frozen
+from fastpeft.methods.base import swap_class
 from fastpeft.models import family_of
 from fastpeft.models.miss import MissForQuestionAnswering
 from fastpeft.optimize import optimize, restore
+from fastpeft.plain import LITERAL
 from fastpeft.plan import Plan, adapt, build
 from fastpeft.train.profile import measure
 
@@ -71,7 +75,7 @@ class _Tracker(FakeTensorMode):
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
-        self.building, self.live, self.peak, self.sizes = True, 0, 0, {}
+        self.building, self.depth, self.live, self.peak, self.sizes = True, 0, 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,10 +85,15 @@ class _Tracker(FakeTensorMode):
                 return func(*args, **kwargs)
         if not self.building:
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        for leaf in tree_iter(out):
-            if isinstance(leaf, FakeTensor):
-                self._follow(leaf.untyped_storage())
+        self.depth += 1
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.depth -= 1
+        if self.depth == 0:  # what an operator makes inside itself is its fake form's, not its kernel's
+            for leaf in tree_iter(out):
+                if isinstance(leaf, FakeTensor):
+                    self._follow(leaf.untyped_storage())
         return out
 
     def _faked(self, tensor: Tensor) -> Tensor:
@@ -197,7 +206,7 @@ def _advice(run, batch: int, how: dict, room: int) -> list[str]:
             continue
         peak = run(size, **change).peak_bytes
         advice.append(f"{what}: {peak / 1e9:.2f} GB, {'fits' if peak <= room else 'does not fit'}")
-        if peak <= room and size != batch:
+        if peak <= room:
             break
     return advice
 
@@ -210,6 +219,9 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
         _fill(network)
         if not optimized:
             restore(network)
+            for module in network.modules():
+                if type(module) in LITERAL:
+                    swap_class(module, LITERAL[type(module)])
         network.train()
         weights = sum(p.untyped_storage().nbytes() for p in {id(t): t for t in (*network.parameters(), *network.buffers())}.values())
         trained = [p for p in network.parameters() if p.requires_grad]
@@ -217,10 +229,11 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
             raise ValueError("nothing to train: the plan freezes every part")
         inputs = _inputs(network, batch, seq_len, answer_len, questions_per_image, feature_cache, DTYPES[dtype])
         tracker.building = False
-        before = tracker.live
-        tracker.peak = before
-        with measure(network) as cost:
-            network(**inputs).loss.backward()
+        with _no_collection():
+            before = tracker.live
+            tracker.peak = before
+            with measure(network) as cost:
+                network(**inputs).loss.backward()
     halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
     optimizer = sum(8 * p.numel() for p in trained) + sum(4 * p.numel() for p in halves)
@@ -236,6 +249,19 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
     )  # fmt: skip
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What building left in cycles goes away before, and nothing half way through: an estimate depends on no chance."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _meta_model(model: str | nn.Module, dtype: torch.dtype, optimized: bool) -> tuple[nn.Module, str]:
     """The backbone without data, and what to call it."""
     if not isinstance(model, nn.Module):
@@ -245,13 +271,13 @@ def _meta_model(model: str | nn.Module, dtype: torch.dtype, optimized: bool) -> 
             network, name = family_of(model).model(model.config).to(dtype), type(model).__name__
         optimize(network)
     if not optimized:
-        network.set_attn_implementation("eager")
+        network.config._attn_implementation = network.config.text_config._attn_implementation = "eager"
     return network, name
 
 
 def _fill(network: nn.Module) -> None:
     """Parameters and buffers from meta to the CPU, tied ones tied; called under fake tensors."""
-    made: dict[int, Any] = {}
+    made: dict[int, tuple[Any, Any]] = {}  # both, so that no id is another's later
     for module in network.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -259,8 +285,9 @@ def _fill(network: nn.Module) -> None:
                     continue
                 if id(tensor) not in made:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                table[name] = made[id(tensor)]
+                    filled = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    made[id(tensor)] = tensor, filled
+                table[name] = made[id(tensor)][1]
 
 
 def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
