@@ -20,7 +20,7 @@ WHOLE |= dict.fromkeys(("seed", "num_workers", "save_every"), 0)
 NUMBERS = ("epochs", "learning_rate", "base_learning_rate", "min_learning_rate", "warmup", "weight_decay", "max_grad_norm")
 FRACTIONS = ("beta1", "beta2")
 FLAGS = ("resume", "tensorboard", "trace", "progress")
-TEXTS = ("out", "device", "memory_budget", "without")
+TEXTS = ("out", "device", "memory_budget", "without", "feature_cache_dir", "feature_cache_memory", "feature_dtype")
 OPTIONAL = ("steps", "base_learning_rate", *TEXTS)  # may be None
 
 
@@ -35,7 +35,9 @@ class TrainConfig:
     from 0. weight_decay: on matrices only, not on biases, norms and IA3 vectors. max_grad_norm: 0 switches clipping off.
     dtype: "bf16" keeps the base in bfloat16; adapters, optimiser state and master copies of trained base weights stay float32.
     questions_per_image: group a batch's questions by image (see EpochSampler). save_every: checkpoint every so many steps (0: at the end).
-    feature_cache: keep a frozen image encoder's features instead of computing them at every visit (where they are constants).
+    feature_cache: keep a frozen image encoder's features instead of computing them at every visit (where they are constants), in memory
+    up to feature_cache_memory ("2GB"; None: a third of what is free) and, where feature_cache_dir names a folder, in files there, which
+    later runs and other processes find by content. feature_dtype: "fp32" or "bf16", kept so; None: as computed.
     memory_budget: "6GB" (or MB, GiB, ...): compute again in backward what it takes to keep a step's weights, gradients, optimiser state and
     activations below this many bytes. without: savings to switch off, such as "remake,labelled" (see :func:`fastpeft.without`).
     out: where a run leaves its files; None: nowhere. resume: go on from ``out``'s checkpoint; without one, start afresh.
@@ -58,6 +60,9 @@ class TrainConfig:
     seed: int = 0
     questions_per_image: int = 1
     feature_cache: bool = True
+    feature_cache_dir: str | None = None
+    feature_cache_memory: str | None = None
+    feature_dtype: str | None = None
     memory_budget: str | None = None
     without: str | None = None
     num_workers: int = 0
@@ -81,8 +86,11 @@ class TrainConfig:
             raise ValueError("epochs and learning_rate must be above 0")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
-        if self.memory_budget is not None:
-            bytes_of(self.memory_budget)
+        for size in (self.memory_budget, self.feature_cache_memory):
+            if size is not None:
+                bytes_of(size)
+        if self.feature_dtype not in (None, *DTYPES):
+            raise ValueError(f"feature_dtype must be one of {', '.join(DTYPES)}, not {self.feature_dtype!r}")
         with without(*self.savings_off):
             pass  # it knows the names
         if self.out is None and (self.resume or self.tensorboard or self.trace):

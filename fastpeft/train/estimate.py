@@ -7,7 +7,6 @@ and saved bytes are those of the step that the trainer measures, and the peak is
 from __future__ import annotations
 
 import gc
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +26,11 @@ from fastpeft.models.miss import MissForQuestionAnswering
 from fastpeft.optimize import optimize, restore
 from fastpeft.plain import LITERAL
 from fastpeft.plan import Plan, adapt, build
+from fastpeft.train.config import bytes_of
 from fastpeft.train.profile import measure
 
 RESERVE = 1.0e9  # bytes of a GPU that no tensor gets: the CUDA context, libraries' workspaces, the allocator's fragments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 @dataclass
@@ -60,14 +59,6 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not asked for is left out."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def parse_bytes(text: str | float) -> int:
-    """24GB, 6.5 GiB, 800MB or a number of bytes; ValueError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text).lower())
-    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
-        raise ValueError(f"{text!r} is no amount of memory; write it as 24GB or 6.5GiB")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 class _Tracker(FakeTensorMode):
@@ -124,7 +115,7 @@ def estimate(
     feature_cache: bool = True,
     gradient_accumulation: int = 1,
     optimized: bool = True,
-    gpu_memory: str | float | None = None,
+    gpu_memory: str | None = None,
     **options,
 ) -> Estimate:
     """FLOPs, saved bytes and peak memory of one training step; allocates nothing.
@@ -152,7 +143,7 @@ def estimate(
     result = run(batch_size)
     if gpu_memory is None:
         return result
-    room = parse_bytes(gpu_memory) - int(RESERVE)
+    room = bytes_of(str(gpu_memory)) - int(RESERVE)
     result.fits = result.peak_bytes <= room
     result.largest_batch_size = _largest(lambda n: run(n).peak_bytes, batch_size, result.peak_bytes, room)
     if not result.fits:

@@ -29,7 +29,7 @@ from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.ops._savings import without
 from fastpeft.plan import count
-from fastpeft.train.config import TrainConfig
+from fastpeft.train.config import TrainConfig, bytes_of
 from fastpeft.train.features import FeatureCache, why_not
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
@@ -71,7 +71,15 @@ class Trainer:
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
-        self.features = FeatureCache(model, dataset) if config.feature_cache and not why_not(model) else None
+        self.features = self._feature_cache()
+
+    def _feature_cache(self) -> FeatureCache | None:
+        config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
+        if not (config.feature_cache and seen) or why_not(self.model):
+            return None
+        limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
+        kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
+        return FeatureCache(self.model, self.dataset, limit, config.feature_cache_dir, kept)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
@@ -83,6 +91,9 @@ class Trainer:
             self._open_out()
         reset_peak(self.device)
         self.model.train()
+        left = (self.total_steps - self.done["step"]) * self.config.gradient_accumulation
+        if self.features is not None and left >= len(self.sampler):  # every image is visited: all at once, in full batches
+            self.features.prepare([s.image for s in self.dataset.samples if s.image is not None], self.config.progress)
         with contextlib.ExitStack() as stack:
             stack.enter_context(without(*self.config.savings_off))
             self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
@@ -109,6 +120,8 @@ class Trainer:
                     self.save()
                     raise KeyboardInterrupt(f"stopped after step {self.done['step']}; --resume goes on from there") from None
                 raise
+        if self.features is not None:
+            self.features.flush()
         if self.out:
             self.save()
         summary = self.summary(self.evaluate())

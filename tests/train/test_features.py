@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -69,3 +71,106 @@ def test_only_constants_are_kept(samples, plan, reason):
     run = trainer(samples, plan)
     assert (run.features is None) == bool(reason)
     assert reason in why_not(run.model)
+
+
+def cache(samples, folder, **how):
+    run = trainer(samples)
+    return FeatureCache(run.model, run.dataset, folder=folder, **how), list(dict.fromkeys(sample.image for sample in samples))
+
+
+def test_files_are_found_again_whole(samples, tmp_path, one_thread):
+    first, paths = cache(samples, tmp_path)
+    want = first(paths)
+    first.flush()
+    again, _ = cache(samples, tmp_path)
+    assert torch.equal(again(paths), want) and (again.computed, again.loaded) == (0, 6)
+    moved = tmp_path / "elsewhere.png"
+    moved.write_bytes(paths[0].read_bytes())
+    assert torch.equal(again([moved]), want[:1]) and again.computed == 0
+
+
+def changed_weight(run, dataset):
+    next(run.vision_model.parameters()).data.view(-1)[0] += 1e-3
+
+
+def changed_transform(run, dataset):
+    dataset.preprocess = Preprocess(64, mean=(0.4, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("change", [changed_weight, changed_transform])
+def test_a_change_misses(samples, tmp_path, one_thread, change):
+    first, paths = cache(samples, tmp_path)
+    first(paths)
+    first.flush()
+    again, _ = cache(samples, tmp_path)
+    change(again.model, again.dataset)
+    again(paths)
+    assert (again.computed, again.loaded) == (6, 0)
+
+
+@pytest.mark.parametrize("damage", ["header", "cut", "byte"])
+def test_a_torn_file_is_known_and_made_again(samples, tmp_path, one_thread, damage):
+    first, paths = cache(samples, tmp_path)
+    want = first(paths)
+    first.flush()
+    (file,) = tmp_path.rglob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    if damage == "cut":
+        raw = raw[: len(raw) // 2]
+    else:
+        raw[20 if damage == "header" else -5] ^= 0xFF
+    file.write_bytes(raw)
+    again, _ = cache(samples, tmp_path)
+    with pytest.warns(UserWarning, match="is damaged .* computed again"):
+        assert torch.equal(again(paths), want)
+    again.flush()
+    last, _ = cache(samples, tmp_path)
+    assert torch.equal(last(paths), want) and last.computed == 0
+
+
+def test_two_processes_share(samples, tmp_path, one_thread):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=lambda: (lambda c, p: (c(p), c.flush()))(*cache(samples, tmp_path))) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    mine, paths = cache(samples, tmp_path)
+    want = FeatureCache(mine.model, mine.dataset)(paths)
+    torch.testing.assert_close(mine(paths), want)
+    assert mine.computed == 0
+
+
+def test_beyond_the_memory_bound_files_serve(samples, tmp_path, one_thread):
+    spilt, paths = cache(samples, tmp_path, limit_bytes=0)
+    spilt(paths)
+    spilt.flush()
+    spilt(paths)
+    assert not spilt.kept and (spilt.computed, spilt.loaded) == (6, 6)
+
+
+def test_half_the_bytes(samples, tmp_path, one_thread):
+    full, paths = cache(samples, None)
+    half, _ = cache(samples, tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(half(paths), full(paths).bfloat16().float()) and half.bytes == full.bytes // 2
+
+
+def test_a_folder_that_cannot_be_written(samples, tmp_path, one_thread):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    kept, paths = cache(samples, blocked)
+    kept(paths)
+    with pytest.warns(UserWarning, match="cannot be written .* memory only"):
+        kept.flush()
+    kept(paths)
+    assert kept.computed == 6
+
+
+def test_a_run_fills_a_folder_and_the_next_reads_it(samples, tmp_path, one_thread):
+    config = {"feature_cache_dir": str(tmp_path / "features"), "feature_cache_memory": "1GB"}
+    losses = [trainer(samples, **config).fit()["loss_last"] for _ in range(2)]
+    assert losses[0] == losses[1] and list((tmp_path / "features").rglob("*.safetensors"))
+    run = trainer(samples, **config)
+    note = next(note for note in run.fit()["notes"] if "image features" in note)
+    assert "computed again at every visit" in note or "encoded 0 times" in note
