@@ -77,7 +77,7 @@ def test_every_gradient_subset(check):
 def test_odd_sizes(check, H, M, d, r, K):
     check.no_worse(ours, reference, reference, make(2, H, M, d, r, K))
     # each gate's gradient is one sum of up to B M d terms of either sign: what it comes to is no measure of its error
-    check.no_worse(ours, reference, reference, make(2, H, M, d, r, K, image=(37, 9)), floor=30.0)
+    check.no_worse(ours, reference, reference, make(2, H, M, d, r, K, image=(37, 9)), floor=200.0)  # the root of how many they are
 
 
 def test_strided_and_broadcast(check):
