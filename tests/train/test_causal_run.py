@@ -1,6 +1,7 @@
 """Runs on causal language models, from files to answers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,27 @@ def test_command_line(alpaca, tmp_path, capsys):
     app(["eval", "--adapter", str(out / "adapter"), "--data", str(alpaca), "--max-new-tokens", "3", *said.split()], standalone_mode=False)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 4
     assert (out / "report.html").stat().st_size > 0
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("recipe, model, data", [("excitor", "llama-tiny", "alpaca"), ("lavin", "lavin-tiny", "pictures")])
+def test_recipes_run_on_tiny_models(request, tmp_path, capsys, recipe, model, data):
+    folder = request.getfixturevalue(data)
+    (folder / "test.json").unlink(missing_ok=True)
+    how = f"--model {model} --steps 2 --batch-size 4 --max-length 400 --hold-out 0.2 --quiet --json"
+    arguments = ["train", "--config", str(RECIPES / f"{recipe}.yaml"), "--data", str(folder), "--out", str(tmp_path / "run"), *how.split()]
+    app(arguments, standalone_mode=False)
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["steps"] == 2 and summary["dtype"] == "bf16" and summary["eval"]["n"] > 0
+    assert summary["plan"] == {"excitor": "Excitor", "lavin": "MMAdapter/T/MMAdapter"}[recipe]
+
+
+def test_excitor_trains_on_kept_features(pictures, tmp_path):
+    summary = train_run("excitor-tiny", "F/Excitor", DataOptions(str(pictures)), config(tmp_path, steps=6), evaluate=False)
+    assert any("image features kept (4 images" in note for note in summary["notes"])
+    assert summary["parts"].get("vision", {"flops_per_sample": 0})["flops_per_sample"] == 0
 
 
 def test_merged_folder_answers_alike(alpaca, tmp_path):
