@@ -27,6 +27,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import BlipConfig
 
 from fastpeft.models.official import TIED, from_official, listing, lost, official_to_transformers, transformers_to_official
+from fastpeft.models.official_llama import llama_from_official
 
 __all__ = ["ConversionReport", "convert", "official_to_transformers", "transformers_to_official"]
 
@@ -49,7 +50,8 @@ def convert(
     text_heads: int | None = None,
     vision_heads: int | None = None,
 ) -> ConversionReport:
-    """An official checkpoint file -> a transformers folder, or such a folder -> an official file (its tensors under ``model``).
+    """An official checkpoint file -> a transformers folder, or such a folder -> an official file (its tensors under ``model``);
+    a folder of LLaMA's original files (params.json, consolidated.NN.pth) -> a transformers folder.
 
     ``out`` appears whole or not at all. An existing one is refused unless ``overwrite``; other files in it then stay.
     A new folder also gets ``fastpeft_preprocess.json``, the official MISS preprocessing. ValueError says what is wrong.
@@ -57,12 +59,15 @@ def convert(
     source, out = Path(source).expanduser(), Path(out).expanduser().resolve()
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
-    _check_out(out, source.is_dir(), overwrite)
+    llama = (source / "params.json").is_file()
+    _check_out(out, source.is_dir() and not llama, overwrite)
     try:
         if not source.is_dir():
             return _write_folder(out, *_read_file(source), image_size, text_heads, vision_heads)
         if (image_size, text_heads, vision_heads) != (None, None, None):
             raise ValueError("a folder's config fixes image size and heads: leave them out")
+        if llama:
+            return _write_llama(out, source)
         return _write_official(out, *_read_folder(source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -82,6 +87,30 @@ def _write_folder(out, state, notes, image_size, text_heads, vision_heads) -> Co
         (stage / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
     more.append("fastpeft_preprocess.json holds MISS's preprocessing (divided by 255 twice, not normalised): edit it for BLIP's own")
     return ConversionReport("official -> transformers", len(state), [*notes, *more])
+
+
+def _write_llama(out: Path, source: Path) -> ConversionReport:
+    files = sorted(source.glob("consolidated.*.pth"))
+    for number in range(max(1, len(files))):
+        if not (source / (name := f"consolidated.{number:02d}.pth")).is_file():
+            raise ValueError(f"{name} is missing beside params.json")
+    try:
+        params = json.loads((source / "params.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"params.json is not JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError("params.json must hold an object")
+    state, config = llama_from_official([_read_file(file)[0] for file in files], params)
+    state = _owned(state)
+    config.dtype, config.architectures = state["lm_head.weight"].dtype, ["LlamaForCausalLM"]
+    tokenizer = next((f for f in (source / "tokenizer.model", source.parent / "tokenizer.model") if f.is_file()), None)
+    with _staged(out) as stage:
+        stage.mkdir()
+        config.save_pretrained(stage)
+        save_file(state, stage / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, stage / tokenizer.name)
+    return ConversionReport("LLaMA -> transformers", len(state), [] if tokenizer else ["no tokenizer.model here or in the parent folder"])
 
 
 def _write_official(out, state, config) -> ConversionReport:

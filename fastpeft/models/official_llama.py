@@ -1,0 +1,91 @@
+"""LLaMA's original layout (params.json, consolidated.NN.pth) -> transformers' LlamaForCausalLM: names, shapes, rotary order, config.
+
+Source: model.py of https://github.com/meta-llama/llama. Its shards split the vocabulary's embedding by channel, q, k, v, w1, w3 and the
+output by rows, wo and w2 by columns; norms are in every shard. Its rotary embedding turns neighbouring channels (2i, 2i + 1),
+transformers' turns (i, i + d/2): rows of q and k change places within each head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+_LAYER = {  # official name: (transformers' name, dimension along which shards split it)
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),
+    "ffn_norm": ("post_attention_layernorm", None),
+}
+_OUTSIDE = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0)}
+
+
+def llama_from_official(shards: list[dict[str, Tensor]], params: dict) -> tuple[dict[str, Tensor], LlamaConfig]:
+    """The state dicts of all shards, in order, and params.json -> LlamaForCausalLM's state and config.
+
+    Feed-forward width and vocabulary come from the weights. ValueError names missing, unexpected and misshapen tensors.
+    """
+    dim, layers, heads = (_positive(params, name) for name in ("dim", "n_layers", "n_heads"))
+    groups = heads if params.get("n_kv_heads") is None else _positive(params, "n_kv_heads")
+    if params.get("use_scaled_rope"):
+        raise ValueError("params.json asks for Llama 3.1's scaled rotary embedding, which is not converted: use transformers' own files")
+    if dim % (2 * heads) or heads % groups:
+        raise ValueError(f"params.json: n_heads = {heads} must divide dim = {dim} evenly, n_kv_heads = {groups} n_heads")
+    names = {f"{name}.weight": (f"{new}.weight", split) for name, (new, split) in _OUTSIDE.items()}
+    for i in range(layers):
+        names |= {f"layers.{i}.{n}.weight": (f"model.layers.{i}.{new}.weight", split) for n, (new, split) in _LAYER.items()}
+    for number, shard in enumerate(shards):
+        got = {name for name in shard if not name.endswith("rope.freqs")}
+        for what, some in (("missing", names.keys() - got), ("unexpected", got - names.keys())):
+            if some:
+                raise ValueError(f"shard {number}: {what} {', '.join(sorted(some)[:5])}{' ...' if len(some) > 5 else ''}")
+    state = {new: _joined(name, [s[name] for s in shards], split) for name, (new, split) in names.items()}
+    config = LlamaConfig(
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        intermediate_size=state["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        vocab_size=state["model.embed_tokens.weight"].shape[0],
+        rms_norm_eps=params.get("norm_eps", 1e-5),
+        rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10_000.0))},
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    official = {new: name for name, (new, _) in names.items()}
+    if wrong := [f"{official[n]} {tuple(t.shape)}, not {wanted[n]}" for n, t in state.items() if tuple(t.shape) != wanted[n]]:
+        raise ValueError(f"misshapen over {len(shards)} shard(s) (is one missing?): {'; '.join(wrong[:5])}")
+    for name, tensor in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            state[name] = _halves(tensor, heads if "q_proj" in name else groups)
+    return state, config
+
+
+def _positive(params: dict, name: str) -> int:
+    if not isinstance(value := params.get(name), int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"params.json: {name} must be a positive integer, not {value!r}")
+    return value
+
+
+def _joined(name: str, tensors: list[Tensor], split: int | None) -> Tensor:
+    if any(t.dim() != (1 if split is None else 2) for t in tensors):
+        raise ValueError(f"{name}: shapes {[tuple(t.shape) for t in tensors]} cannot be joined")
+    if split is None or len(tensors) == 1:
+        return tensors[0]
+    try:
+        return torch.cat(tensors, split)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: shards do not join: {error}") from None
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """[H d, C], pairs (2i, 2i + 1) -> pairs (i, i + d/2)."""
+    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
