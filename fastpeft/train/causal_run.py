@@ -13,10 +13,12 @@ from torch import nn
 from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, hold_out, load_causal_tokenizer, load_instructions
 from fastpeft.data import train_causal_tokenizer as learn_tokenizer
 from fastpeft.models import NAMES, family_of, pretrained_folder
+from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.plan import build
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -111,11 +113,13 @@ def _texts(sample: Instruction) -> list[str]:
 
 
 def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | None:
-    """CLIP's own normalisation at the encoder's size, or the folder's preprocessor_config.json."""
+    """CLIP's own resize, crop and normalisation at the encoder's size, its numbers the folder's preprocessor_config.json's where there is
+    one. LaVIN, as published, squeezes the whole image in and takes ImageNet's numbers."""
     vision = getattr(network.config, "vision_config", None)
     if vision is None:
         return None
-    mean, std = CLIP_MEAN, CLIP_STD
+    whole = isinstance(network, LavinForConditionalGeneration)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if whole else (CLIP_MEAN, CLIP_STD)
     path = None if folder is None else folder / "preprocessor_config.json"
     if path is not None and path.is_file():
         try:
@@ -123,7 +127,7 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
             mean, std = content.get("image_mean", mean), content.get("image_std", std)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
-    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std))
+    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not whole)
 
 
 def causal_dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
