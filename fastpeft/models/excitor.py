@@ -65,7 +65,7 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
         """Text as LlamaForCausalLM takes it, padded or packed; images as :class:`VisionLanguageModel` says."""
         images = self.images_of(pixel_values, image_embeds)
         if images is not None:
-            index = self.index_of(images, image_index, _samples(input_ids, position_ids, attention_mask, image_index))
+            index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
             kwargs |= {"visual": images, "visual_index": index}
         return self.llm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, **kwargs)
 
@@ -77,10 +77,3 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
             index = self.index_of(images, image_index, len(input_ids)).to(images.device)
             options |= {"visual": images[index.clamp(min=0)], "visual_seen": index >= 0}
         return self.llm.generate(input_ids, **options)
-
-
-def _samples(input_ids, position_ids, attention_mask, image_index) -> int:
-    """Samples in a batch: its rows, unless they are packed into one."""
-    if attention_mask is None and position_ids is not None and image_index is not None and input_ids.shape[0] == 1:
-        return len(image_index)
-    return input_ids.shape[0]

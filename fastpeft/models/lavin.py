@@ -109,9 +109,7 @@ class LavinForConditionalGeneration(VisionLanguageModel):
 
     def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
         images = self.images_of(pixel_values, image_embeds)
-        packed = attention_mask is None and position_ids is not None and len(input_ids) == 1
-        samples = _packed_samples(position_ids) if packed else len(input_ids)
-        index = self.index_of(images, image_index, samples)
+        index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
         text = self.get_input_embeddings()(input_ids)
         if images is not None and bool((index >= 0).any()):
             seen, places = (
@@ -122,7 +120,3 @@ class LavinForConditionalGeneration(VisionLanguageModel):
                 raise ValueError(f"image_mask has {int(places.sum())} places for {seen.shape[0]} images of {seen.shape[1]} tokens each")
             text = text.masked_scatter(places[..., None].bool(), seen.to(text.dtype))
         return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}
-
-
-def _packed_samples(position_ids: Tensor) -> int:
-    return int((position_ids[0, 1:] != position_ids[0, :-1] + 1).sum()) + 1

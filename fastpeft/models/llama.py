@@ -372,14 +372,20 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         if not (labelled and self.training):
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+            logits = self.lm_head(kept_positions(hidden, logits_to_keep))
         if labelled:
             aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
             loss = loss_of(self.lm_head, *aligned, items)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+
+def kept_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Of hidden [B, L, C] the last ``logits_to_keep`` positions (0: all), or those a tensor names, as transformers' generate asks."""
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+    return hidden[:, logits_to_keep]
 
 
 def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.layout import IGNORED, next_labels
-from fastpeft.models.llama import Model, llama_config, llama_part, loss_of
+from fastpeft.models.llama import Model, kept_positions, llama_config, llama_part, loss_of
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -125,8 +125,7 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
         )
         hidden, logits = outputs.last_hidden_state, None
         if labels is None or not self.training:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+            logits = self.lm_head(kept_positions(hidden, logits_to_keep))
         loss = None if labels is None else loss_of(self.lm_head, hidden[:, :-1], labels[:, 1:])
         return LlavaCausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states

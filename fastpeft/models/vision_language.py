@@ -69,6 +69,13 @@ class VisionLanguageModel(PreTrainedModel):
         return self.encode_images(pixel_values) if pixel_values is not None else image_embeds
 
     @staticmethod
+    def samples_in(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> int:
+        """Samples of a batch: its rows, or where they are packed into one, the places where positions start again."""
+        if attention_mask is not None or position_ids is None or len(input_ids) > 1:
+            return len(input_ids)
+        return int((position_ids[0, 1:] != position_ids[0, :-1] + 1).sum()) + 1
+
+    @staticmethod
     def index_of(images: Tensor | None, image_index: Tensor | None, samples: int) -> Tensor:
         """[samples] int64: each sample's image, -1 for none; without ``image_index`` sample b sees image b."""
         count = 0 if images is None else len(images)
