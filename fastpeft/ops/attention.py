@@ -6,7 +6,7 @@
              dl_k = sum Q dQ',  dQ = dQ' l_k           dl_v = sum dO' O,  dO = dO' l_v
     prefix   keys [P_k; K], values [P_v; V]: the parts' outputs meet by their lse,
              O = O_r + w (O_p - O_r),  w = sigmoid(lse_p - lse_r)
-             The prefix has no batch dimension: the batch folds into its queries' length. Backward runs once per part, each
+             The prefix has no batch dimension and is never expanded (prefix_attention.py). Backward runs once per part, each
              with the merged O and lse; dP is summed over the batch inside.
 
 Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
@@ -20,10 +20,11 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
 
-In 16 bit a prefix is joined to the keys for each call instead (and P alone keeps k and v too): see _joined.
+On the CPU a prefix in 16 bit is joined to the keys for each call instead (and P alone keeps k and v too): see _joined.
 
-This is the CPU's path. On CUDA the same folding surrounds SDPA, flash-attn or xformers (attention_backends.py); with dropout on the
-CPU, attention_dropout.py. With a prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
+This is the CPU's path, and CUDA's with a prefix where its flash kernel takes q, k and v: 16 bit, no padding, no dropout. Otherwise on CUDA
+the same folding surrounds SDPA, flash-attn or xformers (attention_backends.py); with dropout on the CPU, attention_dropout.py. With a
+prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
 """
 
 from __future__ import annotations
@@ -31,18 +32,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._flash import cuda_flash_serves, flash, flash_bwd
 from fastpeft.ops._remade import again_all, keep_all
-from fastpeft.ops.attention_backends import allowed_keys, around_sdpa
+from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
 from fastpeft.ops.attention_dropout import attention_with_dropout
+from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
 from fastpeft.ops.rescale import rescale as rescaled
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=None, prefix=None, rescale=None) -> Tensor:
@@ -73,15 +72,6 @@ def _plan(q: Tensor, k: Tensor, causal: bool, padding: Tensor | None) -> tuple[b
     return is_causal, mask
 
 
-def _fold(t: Tensor) -> Tensor:
-    """[B, H, M, ...] -> [1, H, B M, ...]: a view where t is stored [B, M, H, ...], as projections and ATen leave it."""
-    return t.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
-
-
-def _unfold(t: Tensor, B: int) -> Tensor:
-    return t[0].transpose(0, 1).unflatten(0, (B, -1)).transpose(1, 2)
-
-
 def _per_query_head(l: Tensor, q: Tensor) -> Tensor:
     return l.to(q.dtype).repeat_interleave(q.shape[1] // l.shape[0], 0)[:, None]  # [H, 1, d]
 
@@ -92,20 +82,21 @@ def _sum_per_kv_head(a: Tensor, b: Tensor, l: Tensor) -> Tensor:
     return total.unflatten(0, (l.shape[0], -1)).sum(1).to(l.dtype)
 
 
-def _merge(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, pk: Tensor, pv: Tensor, scale: float, causal, padding):
-    """Attention to [P; K] from attention to K."""
-    op, lp = (_unfold(t, q.shape[0]) for t in _flash(_fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), scale=scale))
-    if padding is not None or (causal and q.shape[2] > k.shape[2]):
-        alive = allowed_keys(q, k, causal, padding).any(-1)  # ATen leaves lse = 0 where every key is masked
-        lse = lse.masked_fill(~alive, -torch.inf)
-    weight = torch.sigmoid(lp - lse)[..., None]
-    acc = accumulator(o.dtype)
-    return torch.lerp(o.to(acc), op.to(acc), weight.to(acc)).to(o.dtype), torch.logaddexp(lse, lp)
+def _serves(q, k, v, causal, padding, prefix, dropout_p: float) -> bool:
+    """Whether this file's autograd function takes the call: every one on the CPU, those with a prefix where CUDA's flash serves."""
+    if dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
+        return False
+    if q.device.type == "cpu":
+        return True
+    is_causal = causal and q.shape[2] > 1
+    square = not is_causal or q.shape[2] == k.shape[2]
+    return prefix is not None and padding is None and square and CHOICE in ("", "sdpa") and cuda_flash_serves(q, k, v, is_causal)
 
 
-def _joined(dtype: torch.dtype) -> bool:
-    """Whether a prefix is put before the keys for the call. In 16 bit, rounding each part's output before they meet doubles the error."""
-    return dtype in (torch.bfloat16, torch.float16)
+def _joined(q: Tensor) -> bool:
+    """Whether a prefix is put before the keys for the call. In 16 bit, rounding each part's output before they meet doubles the error:
+    CUDA's kernel rounds the tokens' part alone, and saves the copy."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _join(q, k, v, pk, pv, causal, padding):
@@ -119,13 +110,18 @@ def _join(q, k, v, pk, pv, causal, padding):
 
 
 def _forward(causal, scale, padding, q, k, v, pk, pv, lk):
-    if pk is not None and _joined(q.dtype):
+    if pk is not None and _joined(q):
         k, v, mask = _join(q, k, v, pk, pv, causal, padding)
-        return _flash(q, k, v, attn_mask=mask, scale=scale)
+        return flash(q, k, v, mask=mask, scale=scale)
     is_causal, mask = _plan(q, k, causal, padding)
     scaled = q if lk is None else q * _per_query_head(lk, q)
-    o, lse = _flash(scaled, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-    return (o, lse) if pk is None else _merge(o, lse, q, k, pk, pv, scale, causal, padding)
+    o, lse = flash(scaled, k, v, is_causal, mask, scale)
+    if pk is None:
+        return o, lse
+    if padding is not None or (causal and q.shape[2] > k.shape[2]):
+        alive = allowed_keys(q, k, causal, padding).any(-1)  # ATen leaves lse = 0 where every key is masked
+        lse = lse.masked_fill(~alive, -torch.inf)
+    return join_prefix(q, o, lse, pk, pv, scale)
 
 
 class _Attention(Function):
@@ -133,7 +129,7 @@ class _Attention(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv, lk, lv):
         o, lse = _forward(causal, scale, padding, q, k, v, pk, pv, lk)
         need_q, need_k, need_v, need_pk, need_pv, need_lk, need_lv = ctx.needs_input_grad[3:]
-        ctx.joined = pk is not None and _joined(q.dtype)
+        ctx.joined = pk is not None and _joined(q)
         ctx.real = need_q or need_k or need_v or need_lk or (ctx.joined and (need_pk or need_pv))
         ctx.prefix = pk is not None and not ctx.joined and (need_pk or need_pv or need_q)
         ctx.causal, ctx.scale = causal, scale
@@ -156,7 +152,7 @@ class _Attention(Function):
         if ctx.real and ctx.joined:
             n = pk.shape[1]
             k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
-            dq, dk, dv = _flash_bwd(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
             dpk, dpv = (t[:, :, :n].sum(0, dtype=torch.float32).to(p.dtype) for t, p in ((dk, pk), (dv, pv)))
             dk, dv = dk[:, :, n:], dv[:, :, n:]
         elif ctx.real:
@@ -165,31 +161,16 @@ class _Attention(Function):
             if pk is None and not (need_k or need_v) and dq_alone_pays(q, k, mask):
                 dq = dq_alone(do, scaled, k, v, o, lse, is_causal, ctx.scale)
             else:
-                dq, dk, dv = _flash_bwd(do, scaled, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
+                dq, dk, dv = flash_bwd(do, scaled, k, v, o, lse, is_causal, mask, ctx.scale)
             if lk is not None:
                 dlk = _sum_per_kv_head(q, dq, lk) if need_lk else None
                 dq = dq * _per_query_head(lk, dq) if need_q else None
         if ctx.prefix:
-            parts = (_fold(do), _fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), _fold(o), _fold(lse))
-            dqp, dpk, dpv = _flash_bwd(*parts, 0.0, False, scale=ctx.scale)
-            dq = dq + _unfold(dqp, q.shape[0]) if need_q else None
-            dpk, dpv = dpk[0].to(pk.dtype), dpv[0].to(pv.dtype)
+            need_prefix = any(ctx.needs_input_grad[6:8])
+            share, *of_prefix = join_prefix_bwd(do, q, o, lse, pk, pv, dq if need_q else None, ctx.scale, need_prefix)
+            dq = share if need_q else None
+            dpk, dpv = of_prefix if need_prefix else (None, None)
         return None, None, None, dq, dk, dv, dpk, dpv, dlk, dlv
-
-
-def _count(query, key, products: int) -> int:
-    return products * 2 * query[0] * query[1] * query[2] * key[2] * query[3]
-
-
-if flop_registry.get(_flash) is None:  # torch counts SDPA's CUDA kernels only; like it, causality is not discounted
-
-    @register_flop_formula(_flash)
-    def _flash_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
-        return _count(query, key, 2)
-
-    @register_flop_formula(_flash_bwd)
-    def _flash_bwd_flops(grad_out, query, key, *args, out_shape=None, **kwargs) -> int:
-        return _count(query, key, 5)
 
 
 def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
@@ -245,7 +226,7 @@ def attention(
         rescale = None
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
-    if q.device.type != "cpu" or dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
+    if not _serves(q, k, v, causal, key_padding_mask, prefix, dropout_p):
         q = q if lk is None else rescaled(q, _per_query_head(lk, q))
         if q.device.type == "cpu" and dropout_p > 0.0 and 0 not in (q.numel(), k.numel()):
             allowed = allowed_keys(q, k, causal, key_padding_mask)
