@@ -37,7 +37,6 @@ def _prefix_attention_fwd_kernel(
     q = tl.load(q_ptr + (b * stride_qb + h * stride_qh + m * stride_qm)[:, None] + offs_d, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     top = tl.load(lse_ptr + l_offs, mask=mask_m, other=0.0)
     acc = tl.load(o_ptr + o_offs, mask=mask, other=0.0).to(tl.float32)
-    acc = tl.where((top > float("-inf"))[:, None], acc, 0.0)  # a row without any token: whatever o holds there
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     for start in range(0, KEYS, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -89,8 +88,8 @@ def _prefix_attention_bwd_kernel(
             p_offs = kv * stride_ph + offs_n[:, None] * stride_pn + offs_d
             pk = tl.load(pk_ptr + p_offs, mask=mask_n[:, None] & mask_d, other=0.0).to(dtype)  # [BLOCK_N, BLOCK_D]
             pv = tl.load(pv_ptr + p_offs, mask=mask_n[:, None] & mask_d, other=0.0).to(dtype)
-            score = tl.dot(q, tl.trans(pk), input_precision=precision) * scale  # [BLOCK_M, BLOCK_N]
-            prob = tl.where(mask_n, tl.exp(score - lse[:, None]), 0.0)
+            score = tl.where(mask_n, tl.dot(q, tl.trans(pk), input_precision=precision) * scale, float("-inf"))  # [BLOCK_M, BLOCK_N]
+            prob = tl.exp(score - lse[:, None])
             ds = (prob * (tl.dot(do, tl.trans(pv), input_precision=precision) - delta[:, None])).to(dtype)
             if NEED_DP:
                 dpk = tl.dot(tl.trans(ds), q, dpk, input_precision=precision)  # [BLOCK_N, BLOCK_D]

@@ -7,8 +7,9 @@
 The tokens' own backward runs on O' and lse' and gives dQ, dK and dV exactly. ``attention`` calls both and keeps what its table says;
 these two operators have no gradient of their own.
 Sources: Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
-Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token; P_k, P_v [H_kv, n, d], H a multiple of H_kv, in q's dtype
-or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash attention, the batch folded into its queries' length.
+Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token (o is finite there too); P_k, P_v [H_kv, n, d], H a
+multiple of H_kv, in q's dtype or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash attention, the batch folded
+into its queries' length.
 """
 
 from __future__ import annotations
