@@ -26,6 +26,7 @@ from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
 from fastpeft.methods.adapted import Adapted, AdaptedLinear
 from fastpeft.methods.ia3 import merge_ia3
 from fastpeft.methods.lora import merge_lora
+from fastpeft.methods.mm_adapter import merge_adapter
 from fastpeft.models import parts_of
 from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
 
@@ -195,9 +196,13 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Fold LoRA and IA3 into the base weights, in place: the same outputs, no adapter left. ValueError for Prefix and PTv2, whose
-    keys and values no weight can hold."""
+def merge(model: nn.Module, modality: str | None = None) -> nn.Module:
+    """Fold LoRA, IA3 and adapters into the base weights, in place: the same outputs, no adapter left.
+
+    MMAdapter has a mixture for each modality: ``modality`` ("text" or "image") says for which samples the merged model is, and it refuses
+    others. In CLIP every token has a mixture of its own, which no weight can hold: merged for images, these adapters alone stay, frozen,
+    and the plan says so. ValueError for Prefix, PTv2 and Excitor, whose keys and values no weight can hold.
+    """
     plan = _plan_of(model)
     stuck = [f"{m} of {part}" for part, methods in plan.treatments.items() for m in methods if not m.mergeable]
     if stuck:
@@ -206,11 +211,38 @@ def merge(model: nn.Module) -> nn.Module:
     shared = [name for name, m in model.named_modules() if isinstance(m, Adapted) and owners[id(m.weight)] > 1]
     if shared:
         raise ValueError(f"{', '.join(shared)} shares its weight with another module, which merging would change too; untie it first")
+    layers = [module for module in model.modules() if getattr(module, "mm_adapter", None) is not None]
+    mixtures = _mixtures(model, modality, any(layer.mm_adapter.routed for layer in layers))
     for module in model.modules():
         if isinstance(module, Adapted):
             if module.lora_A is not None:
                 merge_lora(module)
             if isinstance(module, AdaptedLinear) and module.ia3_l is not None:
                 merge_ia3(module)
-    detach(model)
+    for layer in layers:
+        if not layer.mm_adapter.routed or layer in mixtures:
+            merge_adapter(layer, mixtures.get(layer))
+    if modality != "image" or not any(getattr(layer, "mm_adapter", None) is not None for layer in layers):
+        detach(model)
+        return model
+    for module in list(model.modules()):
+        if isinstance(module, Adapted):
+            module.remove()
+    parts = parts_of(model)
+    left = {p.name: any("mm_adapter" in n.split(".") for n, _ in p.of(model).named_parameters() if p.holds(n)) for p in parts}
+    model.fastpeft_plan = Plan({part: methods if left[part] else (Frozen(),) for part, methods in plan.treatments.items()})
+    model.requires_grad_(False)
     return model
+
+
+def _mixtures(model: nn.Module, modality: str | None, routed: bool) -> dict[nn.Module, torch.Tensor]:
+    """The mixture [2] of each layer whose router reads the modality's token alone."""
+    if not routed:
+        if modality is not None:
+            raise ValueError("modality= is for MMAdapter, which this model does not have: leave it out")
+        return {}
+    if not hasattr(model, "specialise"):
+        raise ValueError(
+            f"a {type(model).__name__} has no modality tokens, so MMAdapter's mixture is unknown: keep the adapter"
+        )
+    return model.specialise(modality)

@@ -181,6 +181,40 @@ def evaluate(
 
 
 @app.command()
+def chat(
+    adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
+    image: Annotated[str | None, typer.Option(help="what the dialogue is about; /image FILE changes it")] = None,
+    model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 128,
+    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a causal model's adapter, one turn a line; /image FILE, /reset and /quit."""
+    from fastpeft.checkpoints import describe
+    from fastpeft.evaluate.chat import Chat
+    from fastpeft.models import family_of
+    from fastpeft.train.causal_run import causal_dataset, options_of
+    from fastpeft.train.run import load_run
+
+    network, tokenizer, preprocess = load_run(adapter, device, model)
+    if not family_of(network).template:
+        raise ValueError("chat is for causal language models, and this adapter's base is none: use eval")
+    text, how = options_of(describe(adapter)), {"max_new_tokens": max_new_tokens}
+    sampling = {name: value for name, value in (("top_p", top_p), ("temperature", temperature)) if value is not None}
+    how |= sampling | ({"do_sample": True} if sampling else {})
+    torch.manual_seed(seed)
+    talk = Chat(network, lambda samples: causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True), image, **how)
+    said = []
+    for response in talk.follow(sys.stdin):
+        said.append({"question": talk.turns[-1][0], "response": response})
+        print(response, flush=True)
+    emit({"turns": said, "image": None if talk.image is None else str(talk.image)}, as_json, [])
+
+
+@app.command()
 def estimate(
     model: Model = "miss",
     plan: PlanOption = "F/LoRA/LoRA",
@@ -236,12 +270,13 @@ def merge(
     adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
     out: Annotated[str, typer.Option(help="transformers folder to write")],
     model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
+    modality: Annotated[str | None, typer.Option(help="of MMAdapter: for samples of 'text' or 'image'")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fold LoRA and IA3 into the base and write a plain transformers folder."""
+    """Fold LoRA, IA3 and adapters into the base and write a plain transformers folder."""
     from fastpeft.train.run import merge_run
 
-    written = merge_run(adapter, out, model)
+    written = merge_run(adapter, out, model, modality)
     emit({"out": str(written)}, as_json, [f"merged model in {written}"])
 
 

@@ -105,6 +105,7 @@ class Method:
     name: ClassVar[str]
     peft_type: ClassVar[str | None] = None  # PEFT's name of the method, where PEFT has it
     mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
+    carried: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
 
     def attach(self, root: nn.Module, part: Part) -> None:
         """Attach or mark this method's parameters in ``root``, all of whose base parameters are frozen on entry."""

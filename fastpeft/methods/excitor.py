@@ -95,6 +95,7 @@ class Excitor(Method):
 
     name: ClassVar[str] = "Excitor"
     mergeable: ClassVar[bool] = False
+    carried: ClassVar[bool] = True
     layers: int = 30
     num_prompts: int = 30
     r: int = 16

@@ -105,7 +105,7 @@ class RepAdapter(Method):
     """
 
     name: ClassVar[str] = "RepAdapter"
-    mergeable: ClassVar[bool] = False
+    carried: ClassVar[bool] = True
     experts: ClassVar[int] = 1
     h: int = 8
     groups: int = 2
@@ -124,11 +124,11 @@ class RepAdapter(Method):
                 raise ValueError(f"{self.name}: {name}={value!r} cannot be; temperature is above 0, dropout from 0 to below 1")
 
     def attach(self, root: nn.Module, part: Part) -> None:
-        found = [m for n, m in root.named_modules() if part.holds(n) and hasattr(m, "adapter_input")]
+        found = [m for n, m in root.named_modules() if part.holds(n) and hasattr(m, "adapter_readers")]
         if not found:
             raise ValueError(f"{self.name} is not defined for part {part.name!r}: it needs the layers of a LLaMA or of CLIP")
         for layer in found:
-            layer.mm_adapter = AdapterBlock(layer.adapter_input, self)
+            layer.mm_adapter = AdapterBlock(layer.adapter_readers[0], self)
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in root.named_parameters() if "mm_adapter" in name.split(".")}
@@ -143,3 +143,26 @@ class MMAdapter(RepAdapter):
 
     name: ClassVar[str] = "MMAdapter"
     experts: ClassVar[int] = 2
+
+
+def merge_adapter(layer: nn.Module, weights: Tensor | None = None) -> None:
+    """Fold the layer's adapter into the projections that read it, with the mixture ``weights`` [2] of its experts (one expert needs none);
+    the adapter is removed.
+
+    W (x + s U (D x + a) + s b) = (W + s W U D) x + s W (U a + b), in float32 (float64 for float64), rounded once.
+    """
+    block, acc = layer.mm_adapter, torch.promote_types(layer.adapter_readers[0].weight.dtype, torch.float32)
+    if weights is None:
+        weights = block.w_down.new_ones(1)
+    down, a, ups, biases = (t.detach().to(acc) for t in (block.w_down, block.b_down, block.w_up, block.b_up))
+    weights = weights.to(acc)
+    bias = block.scale * torch.einsum("e,ec->c", weights, biases)
+    mixed = block.scale * torch.einsum("e,ech->ch", weights, ups)
+    up = torch.block_diag(*mixed.chunk(block.groups))  # [C, h]
+    for reader in layer.adapter_readers:
+        weight = reader.weight.detach().to(acc)
+        if reader.bias is None:
+            layer.give_biases()
+        reader.bias.copy_(reader.bias.detach().to(acc) + weight @ (up @ a + bias))
+        reader.weight.copy_(weight + (weight @ up) @ down)
+    del layer.mm_adapter

@@ -51,6 +51,7 @@ class PTv2(Method):
     name: ClassVar[str] = "PTv2"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     mergeable: ClassVar[bool] = False
+    carried: ClassVar[bool] = True
     projection: ClassVar[bool] = False
     num_virtual_tokens: int | None = None
 

@@ -102,9 +102,9 @@ class EncoderLayer(modeling_clip.CLIPEncoderLayer):
         return x if adapter is None else adapter.by_token(x)
 
     @property
-    def adapter_input(self) -> nn.Module:
-        """The projection before which an adapter stands."""
-        return self.self_attn.q_proj
+    def adapter_readers(self) -> tuple[nn.Module, ...]:
+        """The projections that read what an adapter puts out."""
+        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else

@@ -20,16 +20,19 @@ from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 
 SIZES = {"lavin-7b": ("L/14", "llama-7b", 128), "lavin-13b": ("L/14", "llama-13b", 128), "lavin-tiny": ("tiny", "llama-tiny", 32)}
+MODALITIES = ("text", "image")  # rows of the neck's modality tokens
 EVERY = {"lavin-7b": 4, "lavin-13b": 4, "lavin-tiny": 1}  # layers of CLIP between two [cls] tokens
 PARTS = (vision_part(), Part("neck", "neck", lora=("down", "up")), llama_part("llm", "llm"))
 
 
 class LavinConfig(VisionLanguageConfig):
-    """cls_every: a [cls] token is taken after every so many layers of the image encoder. neck_dim: width of the neck's middle."""
+    """cls_every: a [cls] token is taken after every so many layers of the image encoder. neck_dim: width of the neck's middle. modality:
+    of the samples for which adapters were merged into the weights, "text" or "image"; None: of all."""
 
     model_type = "fastpeft-lavin"
     cls_every: int = 4
     neck_dim: int = 128
+    modality: str | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -107,9 +110,20 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         answer = self.llm.generate(**given, **options)  # as transformers does with embeddings, without the prompt
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
+    def specialise(self, modality: str | None) -> dict[nn.Module, Tensor]:
+        """Be a model of samples of one modality; returns the mixture [2] of each LLaMA layer that the modality's token routes."""
+        if modality not in MODALITIES:
+            raise ValueError(f"MMAdapter has a mixture for each modality: say which, modality='text' or 'image', not {modality!r}")
+        tokens = self.neck.modality.weight.to(self.llm.dtype)
+        weights = self.llm.model.routes(tokens)
+        self.config.modality = modality
+        return {self.llm.model.layers[layer]: w[MODALITIES.index(modality)] for layer, w in weights.items()}
+
     def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
         images = self.images_of(pixel_values, image_embeds)
         index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
+        if (kept := self.config.modality) is not None and bool(((index >= 0) != (kept == "image")).any()):
+            raise ValueError(f"this model's adapters were merged for samples {'with' if kept == 'image' else 'without'} an image alone")
         text = self.get_input_embeddings()(input_ids)
         if images is not None and bool((index >= 0).any()):
             seen, places = (
@@ -119,4 +133,6 @@ class LavinForConditionalGeneration(VisionLanguageModel):
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:
                 raise ValueError(f"image_mask has {int(places.sum())} places for {seen.shape[0]} images of {seen.shape[1]} tokens each")
             text = text.masked_scatter(places[..., None].bool(), seen.to(text.dtype))
+        if kept is not None:  # nothing is left to route
+            return {"inputs_embeds": text}
         return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}

@@ -190,9 +190,15 @@ class DecoderLayer(modeling_llama.LlamaDecoderLayer):
         return hidden_states + self.mlp(x)
 
     @property
-    def adapter_input(self) -> nn.Module:
-        """The projection before which an adapter stands."""
-        return self.self_attn.q_proj
+    def adapter_readers(self) -> tuple[nn.Module, ...]:
+        """The projections that read what an adapter puts out."""
+        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
+
+    def give_biases(self) -> None:
+        """Zeros to the attention's linear layers, and word of them to the configuration: a merged adapter has a bias."""
+        for linear in (*self.adapter_readers, self.self_attn.o_proj):
+            linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
+        self.self_attn.config.attention_bias = True
 
 
 class Model(modeling_llama.LlamaModel):
@@ -293,16 +299,21 @@ class Model(modeling_llama.LlamaModel):
         return Layout(layout.rows + count, layout.columns, torch.cat([place, own])), routing
 
     def _cached_routes(self, hidden: Tensor, cache, prefixes) -> dict[int, Tensor]:
-        """In generation the modalities' tokens [2, C] run once, and every layer's weights stay with the cache."""
+        """In generation the modalities' tokens run once, and every layer's weights stay with the cache."""
         if getattr(cache, "routes", None) is not None:
             return cache.routes
+        weights = self.routes(hidden, prefixes)
+        if cache is not None:
+            cache.routes = weights
+        return weights
+
+    def routes(self, hidden: Tensor, prefixes=None) -> dict[int, Tensor]:
+        """The mixture [modalities, 2] that each layer's MM-Adapter gives to the modalities' tokens, hidden [modalities, C]."""
         routing = Routing(torch.arange(len(hidden), device=hidden.device), modalities=len(hidden))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
         how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing}
-        for layer, prefix in zip(self.layers, prefixes):
+        for layer, prefix in zip(self.layers, prefixes or [None] * len(self.layers)):
             hidden = layer(hidden, prefix=prefix, **how)
-        if cache is not None:
-            cache.routes = routing.weights
         return routing.weights
 
     def _layouts(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Layout, Layout]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.checkpoints import describe, load_adapter, merge
+from fastpeft.checkpoints import describe, load_adapter, merge, save_adapter
 from fastpeft.data import (
     Preprocess,
     SampleList,
@@ -28,7 +29,7 @@ from fastpeft.evaluate.answers import choose_device
 from fastpeft.files import atomic_folder, write_json
 from fastpeft.methods import LoRA
 from fastpeft.models import NAMES, family_named, family_of, parts_of, pretrained_folder
-from fastpeft.plan import Plan, adapt, build, parse
+from fastpeft.plan import Plan, adapt, build, detach, parse
 from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for, load_instruction_split, options_of, read_instructions
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
@@ -258,14 +259,22 @@ def eval_run(
     return scored | {"notes": data_notes(samples)}
 
 
-def merge_run(adapter: str | Path, out: str | Path, model: str | None = None) -> Path:
-    """Fold an adapter into its base and write a plain transformers folder with tokenizer and preprocessing; ValueError if out exists."""
+def merge_run(adapter: str | Path, out: str | Path, model: str | None = None, modality: str | None = None) -> Path:
+    """Fold an adapter into its base and write a plain transformers folder with tokenizer and preprocessing; ValueError if out exists.
+    What no weight can hold (see :func:`fastpeft.merge`) stays in ``out/adapter``."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
     network, tokenizer, preprocess = load_run(adapter, "cpu", model)
-    merge(network)
+    merge(network, modality)
     with atomic_folder(out) as draft:
+        if network.fastpeft_plan is not None:
+            about = describe(adapter)
+            network.fastpeft_source = {"model": str(out.resolve()), "dtype": about["base"].get("dtype", "float32")}
+            more = {key: about[key] for key in about.keys() - {"format", "plan", "treatments", "base", "base_fingerprint"}}
+            tokens = lambda folder: shutil.copytree(Path(adapter) / about["tokenizer"], folder / about["tokenizer"])  # noqa: E731
+            save_adapter(network, draft / "adapter", description=more, write_more=tokens)
+            detach(network)
         network.config.architectures = [family_of(network).known.__name__]
         network.save_pretrained(draft)
         save_tokenizer(tokenizer, draft)

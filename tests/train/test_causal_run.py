@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fastpeft.cli import app
+from fastpeft.plan import build
 from fastpeft.train.causal_run import TextOptions
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.run import DataOptions, eval_run, load_run, train_run
@@ -173,3 +174,23 @@ def test_merged_folder_answers_alike(alpaca, tmp_path):
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_lavin_merges_for_a_modality(pictures, tmp_path):
+    """What CLIP routes by token stays in an adapter beside the merged base."""
+    from fastpeft.train.run import merge_run
+
+    train_run("lavin-tiny", "MMAdapter/T/MMAdapter", DataOptions(str(pictures)), config(tmp_path, learning_rate=1e-2), evaluate=False)
+    run, ids = tmp_path / "run" / "adapter", torch.tensor([[1, 40, 41, 42, 43, 50]])
+    places = (torch.arange(6) > 0) & (torch.arange(6) < 5)
+    given = {"text": {}, "image": {"pixel_values": torch.randn(1, 3, 32, 32), "image_mask": places[None]}}
+    adapted = load_run(run)[0].eval()
+    with pytest.raises(ValueError, match="say which, modality='text' or 'image'"):
+        merge_run(run, tmp_path / "none")
+    for modality, seen in given.items():
+        folder = merge_run(run, tmp_path / modality, modality=modality)
+        assert (folder / "adapter").exists() == (modality == "image")
+        merged = load_run(folder / "adapter")[0] if modality == "image" else build(folder)
+        with torch.no_grad():
+            want, got = adapted(ids, **seen).logits, merged.eval()(ids, **seen).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,55 @@
+"""A dialogue with a causal language model, over one image or none, in the prompt template it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from torch import nn
+
+from fastpeft.data import CausalDataset, Instruction
+from fastpeft.data.images import load_image
+from fastpeft.evaluate.responses import respond
+
+
+class Chat:
+    """The turns so far and the image they are about. read: makes the model's data set of prompts from a list of samples;
+    ``how`` goes to transformers' ``generate``."""
+
+    def __init__(self, model: nn.Module, read: Callable[[list[Instruction]], CausalDataset], image: str | None = None, **how):
+        self.model, self.read, self.how = model, read, how
+        self.turns: list[tuple[str, str]] = []
+        self.image: Path | None = None
+        if image is not None:
+            self.show(image)
+
+    def show(self, image: str) -> None:
+        """Begin anew over an image. ValueError or OSError where it cannot be read, ValueError where the model sees none."""
+        if getattr(self.model.config, "vision_config", None) is None:
+            raise ValueError(f"{type(self.model).__name__} sees no images: leave --image and /image out, or choose a model that does")
+        path = Path(image).expanduser().resolve()
+        load_image(path)
+        self.image, self.turns = path, []
+
+    def ask(self, question: str) -> str:
+        """The response to ``question`` after the turns so far. ValueError where they no longer fit."""
+        turns = (*self.turns, (question, ""))
+        dataset = self.read([Instruction(turns, self.image, "chat", "chat", 0, Path("chat"))])
+        if dataset.lengths[0] >= dataset.max_length:
+            raise ValueError(f"the dialogue has reached {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
+        (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.how)
+        self.turns.append((question, response))
+        return response
+
+    def follow(self, lines: Iterable[str]) -> Iterator[str]:
+        """A response for each line that is not empty, until /quit; /reset forgets the turns, /image FILE begins anew over an image."""
+        for line in map(str.strip, lines):
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return
+            if command == "/reset":
+                self.turns = []
+            elif command == "/image":
+                self.show(rest.strip())
+            elif line:
+                yield self.ask(line)
