@@ -103,7 +103,8 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
     """BlipForQuestionAnswering whose loss, masks and training behaviour are the official MISS's.
 
     Beyond transformers' arguments, ``forward`` takes ``image_index`` [B]: sample b asks about ``pixel_values[image_index[b]]``, so that
-    an image shared by several questions is encoded once; and ``image_embeds`` [U, N, C] in place of pixels, where they are known.
+    an image shared by several questions is encoded once; and, where they are known, ``image_embeds`` [U, N, C] in place of pixels, or
+    ``question_states`` [B, M, C] in place of all that is asked: neither the image encoder nor the question encoder then runs.
     """
 
     def __init__(self, config: BlipConfig):
@@ -140,7 +141,7 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
@@ -149,9 +150,11 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
         interpolate_pos_encoding: bool = False,
         image_index: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        question_states: Tensor | None = None,
         **kwargs,
     ) -> BlipTextVisionModelOutput:
-        """input_ids [B, M] with [ENC] first; labels [B, L] = the answer's tokens with [DEC] first and padding -100.
+        """input_ids [B, M] with [ENC] first; labels [B, L] = the answer's tokens with [DEC] first and padding -100; question_states
+        [B, M, C]: what encode_questions() made of the questions, whose attention_mask [B, M] is still wanted.
 
         ``loss``: cross entropy of each answer's next tokens with label smoothing, summed over tokens, averaged over samples.
         """
@@ -161,14 +164,29 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
             decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
         if decoder_attention_mask is None and labels is not None:
             decoder_attention_mask = labels != -100
-        if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("give pixel_values, or image_embeds that encode_images() made of them")
-        if image_embeds is None:
-            image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if question_states is None:
+            if input_ids is None or (pixel_values is None) == (image_embeds is None):
+                raise ValueError(
+                    "give input_ids with pixel_values, or with image_embeds that encode_images() made of them, or question_states alone"
+                )
+            if image_embeds is None:
+                image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+            question_states = self.encode_questions(input_ids, attention_mask, image_embeds, image_index)
+        else:
+            asked = {"input_ids": input_ids, "pixel_values": pixel_values, "image_embeds": image_embeds, "image_index": image_index}
+            if given := [name for name, tensor in asked.items() if tensor is not None]:
+                raise ValueError(f"question_states stand in for {', '.join(given)}: give one or the other")
+            shape = tuple(question_states.shape)
+            if len(shape) != 3 or len(decoder_input_ids) != shape[0]:
+                raise ValueError(f"question_states are {list(shape)}: give [{len(decoder_input_ids)}, M, C], one question for each answer")
+            if attention_mask is not None and attention_mask.shape != shape[:2]:
+                raise ValueError(
+                    f"attention_mask is {list(attention_mask.shape)}, and question_states are {list(shape)}: give [B, M] of them"
+                )
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            encoder_hidden_states=self.encode_questions(input_ids, attention_mask, image_embeds, image_index),
+            encoder_hidden_states=question_states,
             encoder_attention_mask=attention_mask,
             labels=labels,
             reduction="sum",

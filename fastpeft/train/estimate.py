@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from fastpeft.methods import Frozen
 from fastpeft.methods.base import swap_class
 from fastpeft.models import family_of
 from fastpeft.models.miss import MissForQuestionAnswering
@@ -27,6 +26,7 @@ from fastpeft.optimize import optimize, restore
 from fastpeft.plain import LITERAL
 from fastpeft.plan import Plan, adapt, build
 from fastpeft.train.config import bytes_of
+from fastpeft.train.prefixes import ImageFeatures, QuestionStates, frozen_prefix
 from fastpeft.train.profile import measure
 
 RESERVE = 1.0e9  # bytes of a GPU that no tensor gets: the CUDA context, libraries' workspaces, the allocator's fragments
@@ -122,7 +122,7 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: a frozen image encoder's features are kept, so it is not in the step. optimized=False:
+    (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False:
     transformers' own modules with attention that forms its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch that
     does, and what would help. ValueError names what cannot be.
     """
@@ -182,7 +182,7 @@ def _largest(peak: Callable[[int], int], batch: int, known: int, room: int) -> i
 def _advice(run, batch: int, how: dict, room: int) -> list[str]:
     """Options that cost least first, each with its own peak."""
     tried = [
-        ("keep the frozen image encoder's features (feature_cache)", batch, {"feature_cache": True}),
+        ("keep what the frozen image encoder, or it and the question encoder, computes (feature_cache)", batch, {"feature_cache": True}),
         ("5 questions per image (questions_per_image)", batch, {"questions_per_image": min(5, batch)}),
         ("bf16 weights and activations (dtype)", batch, {"dtype": "bf16"}),
     ]
@@ -283,30 +283,30 @@ def _fill(network: nn.Module) -> None:
 
 def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
     """A batch without padding: ids and indices with data, pixels and features without."""
-    frozen = {part for part, methods in network.fastpeft_plan.treatments.items() if methods == (Frozen(),)}
-    config, images = network.config, -(-batch // per_image)
+    kept = frozen_prefix(network) if feature_cache else None
+    config, images, is_miss = network.config, -(-batch // per_image), isinstance(network, MissForQuestionAnswering)
+    length, answer = (seq_len or 20, answer_len or 6) if is_miss else (seq_len or 512, answer_len)
     vision = getattr(config, "vision_config", None)
     inputs: dict[str, Tensor] = {}
-    if vision is not None:
+    if kept is QuestionStates:
+        inputs["question_states"] = torch.empty(batch, length, config.text_config.hidden_size, dtype=dtype)
+    elif vision is not None:
         pixels = torch.empty(images, 3, vision.image_size, vision.image_size, dtype=dtype)
-        if feature_cache and frozen & {"vit", "vision"} and hasattr(network, "encode_images"):
+        if kept is ImageFeatures and hasattr(network, "encode_images"):
             with torch.no_grad():
                 inputs["image_embeds"] = torch.empty_like(network.encode_images(pixels))
         else:
             inputs["pixel_values"] = pixels
-    if isinstance(network, MissForQuestionAnswering):
-        length, answer = seq_len or 20, answer_len or 6
-        real = {"input_ids": (batch, length), "attention_mask": (batch, length), "labels": (batch, answer)}
-    else:
-        length = seq_len or 512
-        real = {"input_ids": (batch, length), "labels": (batch, length)}
+    real = {"input_ids": (batch, length), "labels": (batch, length)}
+    if is_miss:
+        real |= {"attention_mask": (batch, length), "labels": (batch, answer)}
     with torch._C._DisableTorchDispatch():  # real: what they hold decides what is computed
         inputs |= {name: torch.ones(shape, dtype=torch.long) for name, shape in real.items()}
         if vision is not None:
             inputs["image_index"] = torch.arange(batch) // per_image
-        if "attention_mask" not in real:
-            inputs["labels"][:, : length - (answer_len or max(1, length // 4))] = -100
+        if not is_miss:
+            inputs["labels"][:, : length - (answer or max(1, length // 4))] = -100
             tokens = family_of(network).image_tokens(config)
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
-    return inputs
+    return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}

@@ -30,8 +30,9 @@ from fastpeft.methods import is_adapter
 from fastpeft.ops._savings import without
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig, bytes_of
-from fastpeft.train.features import FeatureCache, why_not
+from fastpeft.train.features import FeatureCache
 from fastpeft.train.optimizer import Optimizer
+from fastpeft.train.prefixes import frozen_prefix
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
 from fastpeft.train.recompute import MemoryBudget
 from fastpeft.train.state import load_state, read_progress, save_state
@@ -75,7 +76,7 @@ class Trainer:
 
     def _feature_cache(self) -> FeatureCache | None:
         config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
-        if not (config.feature_cache and seen) or why_not(self.model):
+        if not (config.feature_cache and seen) or frozen_prefix(self.model, self.dataset) is None:
             return None
         limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
         kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
@@ -92,8 +93,8 @@ class Trainer:
         reset_peak(self.device)
         self.model.train()
         left = (self.total_steps - self.done["step"]) * self.config.gradient_accumulation
-        if self.features is not None and left >= len(self.sampler):  # every image is visited: all at once, in full batches
-            self.features.prepare([s.image for s in self.dataset.samples if s.image is not None], self.config.progress)
+        if self.features is not None and left >= len(self.sampler):  # every sample is visited: all at once, in full batches
+            self.features.prepare(self.config.progress)
         with contextlib.ExitStack() as stack:
             stack.enter_context(without(*self.config.savings_off))
             self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
@@ -165,8 +166,8 @@ class Trainer:
         self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
             inputs = to_device(batch, self.inputs, self.device, self.dtype)
-            if self.features is not None and batch["images"]:
-                inputs["image_embeds"] = self.features(batch["images"])
+            if self.features is not None:
+                inputs = self.features.put_in(inputs, batch)
             if self.budget is not None:
                 self.budget.fit(inputs)
             with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:

@@ -18,6 +18,8 @@ CASES = [
     *(("miss-tiny", plan, {}) for plan in ("F/LoRA/LoRA", "LoRA/LoRA/LoRA", "T/T/T", "IA3/IA3/IA3", "T/Prefix/PTv2", "F/LayerNorm/FFN")),
     ("miss-tiny", "T/LoRA/LoRA", {"questions_per_image": 4}),
     ("miss-tiny", "F/LoRA/LoRA", {"feature_cache": False}),
+    ("miss-tiny", "F/F/LoRA", {}),
+    ("miss-tiny", "F/F/T", {"seq_len": 33, "answer_len": 9}),
     *(("llama-tiny", plan, {"seq_len": 48}) for plan in ("LoRA", "T", "Excitor", "IA3", "PTv2")),
     ("lavin-tiny", "MMAdapter/T/MMAdapter", {"seq_len": 40}),
     ("excitor-tiny", "F/Excitor", {"seq_len": 40}),

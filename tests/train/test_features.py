@@ -11,7 +11,8 @@ import fastpeft as fp
 from fastpeft.data import Preprocess, VQADataset, load_samples, train_tokenizer
 from fastpeft.data.phantom import make_phantoms
 from fastpeft.train import TrainConfig, Trainer
-from fastpeft.train.features import FeatureCache, why_not
+from fastpeft.train.features import FeatureCache
+from fastpeft.train.prefixes import ImageFeatures
 
 PREPROCESS = Preprocess(64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -70,7 +71,7 @@ def test_limit_bounds_memory_and_changes_nothing(samples, one_thread):
 def test_only_constants_are_kept(samples, plan, reason):
     run = trainer(samples, plan)
     assert (run.features is None) == bool(reason)
-    assert reason in why_not(run.model)
+    assert reason in ImageFeatures.why_not(run.model)
 
 
 def cache(samples, folder, **how):
