@@ -1,6 +1,6 @@
 """The rivals of a MISS step: the same adapted model and the same batch, executed in different ways (see bench/frame.py).
 
-A file holds the model, its batch and, where the image encoder is frozen, its features. Each rival maps it into its own process, where
+A file holds the model, its batch and, where the image encoder is frozen, what it computed. Each rival maps it into its own process, where
 frozen weights stay shared pages of one file.
 """
 
@@ -96,12 +96,13 @@ class MissStep:
     def __init__(self, file: Path, form: str, *, cached: bool, grouped: bool, memory: float, compiled: bool = False, device: str = "cpu"):
         held = torch.load(file, mmap=True, weights_only=False)
         self.model, self.grouped, self.memory, self.compiled = FORMS[form](held["model"]).to(device), grouped, memory, compiled
-        batch, self.images = dict(held["batch"]), "image_embeds" if cached else "pixel_values"
+        batch = dict(held["batch"])
         if cached:
-            batch["image_embeds"] = held["features"]
             del batch["pixel_values"]
+            batch |= held["kept"]
+        self.images = next((name for name in ("pixel_values", "image_embeds") if name in batch), None)  # None: question states instead
         self.batch = {name: t.to(device) for name, t in batch.items()}
-        self.samples = len(batch["image_index"])
+        self.samples = len(batch["labels"])
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6) if self.trained else None
 
@@ -109,13 +110,16 @@ class MissStep:
         """Samples of the batch, with the images they ask about."""
         cut = {name: t[start:stop] for name, t in self.batch.items() if name != self.images}
         index = cut.pop("image_index")
+        if self.images is None:
+            del cut["input_ids"]
+            return cut
         if not self.grouped:
             return cut | {self.images: self.batch[self.images][index]}
         used, index = index.unique(return_inverse=True)
         return cut | {self.images: self.batch[self.images][used], "image_index": index}
 
     def backward(self, model: nn.Module, inputs: dict[str, Tensor]) -> float:
-        loss = model(**inputs).loss * (len(inputs["input_ids"]) / self.samples)
+        loss = model(**inputs).loss * (len(inputs["labels"]) / self.samples)
         loss.backward()
         return loss.item()
 

@@ -10,7 +10,7 @@ of forward, backward and update. Rivals (--rivals, the first is the baseline of 
     sdpa       the same with scaled_dot_product_attention, which transformers' BLIP does not offer: put in by hand
     compile    the same as peft, through torch.compile (within --patience seconds)
     full       full tuning (T in every part), transformers, eager
-    fastpeft   fastpeft: each image once; where the image encoder is frozen, on features kept from an image's earlier visit
+    fastpeft   fastpeft: each image once; where the image encoder is frozen, on features (or question states) kept from an earlier visit
     uncached   fastpeft without kept features (the plans with a frozen encoder)
     ungrouped  fastpeft, the image (or its features) once per question (--questions-per-image above 1)
     off        fastpeft with both switched off
@@ -37,6 +37,7 @@ from bench import frame
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
 from fastpeft.plain import without_dropout
+from fastpeft.train.prefixes import QuestionStates, frozen_prefix
 from fastpeft.train.run import plan_for
 
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "pixel_values", "image_index")
@@ -101,6 +102,14 @@ def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple
     return rivals, left_out
 
 
+def kept_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What stands in for the work of a frozen prefix: the images' features, or the questions' states."""
+    features = torch.cat([model.encode_images(image[None]) for image in batch["pixel_values"]])
+    if frozen_prefix(model) is not QuestionStates:
+        return {"image_embeds": features}
+    return {"question_states": model.encode_questions(batch["input_ids"], batch["attention_mask"], features, batch["image_index"])}
+
+
 def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str, str]]:
     """Rows of one plan."""
     torch.manual_seed(0)
@@ -114,7 +123,7 @@ def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str
         rivals, left_out = chosen(plan, held["batch"], args, file)
         if any(rival.options["cached"] for rival in rivals):
             with torch.no_grad():
-                held["features"] = torch.cat([model.encode_images(image[None]) for image in held["batch"]["pixel_values"]])
+                held["kept"] = kept_of(model, held["batch"])
         torch.save(held, file)
         held.clear()
         tolerance = 1e-4 if dtype != torch.bfloat16 else 3e-2

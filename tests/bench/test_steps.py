@@ -21,13 +21,19 @@ def root(monkeypatch):
 
 @pytest.fixture
 def held(miss, tmp_path):
-    """An adapted model, four questions on two images, features."""
-    model = fp.plain.without_dropout(miss.build("F/LoRA/LoRA"))
+    return written(miss, tmp_path, "F/LoRA/LoRA")
+
+
+def written(miss, tmp_path, plan):
+    """An adapted model, four questions on two images, what its frozen prefix computes."""
+    from bench.steps import kept_of
+
+    model = fp.plain.without_dropout(miss.build(plan))
     batch = miss.batch(4, padded=True)
     batch |= {"pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([0, 0, 1, 1])}
     file = tmp_path / "step.pt"
     with torch.no_grad():
-        torch.save({"model": model, "batch": batch, "features": model.encode_images(batch["pixel_values"])}, file)
+        torch.save({"model": model, "batch": batch, "kept": kept_of(model, batch)}, file)
     return file
 
 
@@ -55,6 +61,14 @@ def test_every_form_computes_the_same(held):
         costs.append(told["flops"])
         runner.step()
     assert costs[4] <= costs[3] < costs[1] and costs[2] < costs[1]
+
+
+def test_question_states_are_kept_where_both_encoders_are_frozen(miss, tmp_path):
+    file = written(miss, tmp_path, "F/F/LoRA")
+    want, _ = measured(file, "ours")
+    told, runner = measured(file, "ours", cached=True, grouped=True, memory=1.0)
+    assert len(runner.pieces) == 2 and told["flops"] < 0.5 * want["flops"]
+    assert told["loss"] == pytest.approx(want["loss"], rel=1e-10) and told["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-8)
 
 
 def test_micro_batches_change_nothing(held):
