@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.models.blip.modeling_blip_text import BlipTextAttention
+from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextPreTrainedModel
 
 from fastpeft.methods import Part, is_adapter
 from fastpeft.methods.adapted import AdaptedConv2d, AdaptedLinear
@@ -78,7 +78,8 @@ def _prefixed(host: nn.Module, args: tuple, kwargs: dict):
     ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     pairs = [tuple(t.to(host.dtype).expand(len(ids), -1, -1, -1) for t in pair) for pair in host.prefix_encoder()]
     prefix, mask = DynamicCache(pairs), kwargs.get("attention_mask")
-    kwargs["past_key_values"] = EncoderDecoderCache(prefix, DynamicCache())
+    crosses = isinstance(host, BlipTextPreTrainedModel)
+    kwargs["past_key_values"] = EncoderDecoderCache(prefix, DynamicCache()) if crosses else prefix
     if mask is not None:
         kwargs["attention_mask"] = F.pad(mask, (pairs[0][0].shape[2], 0), value=1)
     return args, kwargs

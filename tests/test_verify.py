@@ -11,7 +11,7 @@ from torch import nn
 import fastpeft as fp
 from fastpeft import cli, plain
 from fastpeft import verify as verifying
-from fastpeft.models import attend, blip
+from fastpeft.models import attend, blip, llama
 from fastpeft.optimize import SWAPS
 from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
 
@@ -55,6 +55,21 @@ def in_backward(outputs):
         if out.requires_grad:
             out.register_hook(lambda gradient: 1.001 * gradient)
     return outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "Prefix", "LoRA+LayerNorm"])
+def test_a_llama_padded_and_packed(plan, dtype):
+    model = fp.adapt(fp.build("llama-tiny", dtype=DTYPES[dtype], num_hidden_layers=2, num_key_value_heads=2), plan)
+    result = verify(model)
+    assert result.ok, result.lines()
+    assert {"samples alone", "one padded batch", "packed into one row"} <= {check.check for check in result.checks}
+
+
+def test_a_fault_in_llamas_attention_fails(monkeypatch):
+    right = llama.ops.rotary
+    monkeypatch.setattr(llama.ops, "rotary", lambda x, cos, sin: right(x, cos, 1.01 * sin))
+    assert not verify(fp.adapt(fp.build("llama-tiny", num_hidden_layers=2), "LoRA")).ok
 
 
 def test_a_fault_in_an_operator_fails_everywhere(miss, monkeypatch):
