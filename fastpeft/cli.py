@@ -194,7 +194,7 @@ def chat(
 ) -> None:
     """Talk with a causal model's adapter, one turn a line; /image FILE, /reset and /quit."""
     from fastpeft.checkpoints import describe
-    from fastpeft.evaluate.chat import Chat
+    from fastpeft.evaluate.chat import Chat, typed
     from fastpeft.models import family_of
     from fastpeft.train.causal_run import causal_dataset, options_of
     from fastpeft.train.run import load_run
@@ -207,8 +207,9 @@ def chat(
     how |= sampling | ({"do_sample": True} if sampling else {})
     torch.manual_seed(seed)
     talk = Chat(network, lambda samples: causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True), image, **how)
-    said = []
-    for response in talk.follow(sys.stdin):
+    said, typing = [], sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
+    tell = (lambda error: typer.echo(f"fastpeft: {error}", err=True)) if typing else None
+    for response in talk.follow(typed() if typing else sys.stdin, tell):
         said.append({"question": talk.turns[-1][0], "response": response})
         print(response, flush=True)
     emit({"turns": said, "image": None if talk.image is None else str(talk.image)}, as_json, [])

@@ -41,15 +41,30 @@ class Chat:
         self.turns.append((question, response))
         return response
 
-    def follow(self, lines: Iterable[str]) -> Iterator[str]:
-        """A response for each line that is not empty, until /quit; /reset forgets the turns, /image FILE begins anew over an image."""
+    def follow(self, lines: Iterable[str], on_error: Callable[[Exception], None] | None = None) -> Iterator[str]:
+        """A response for each line that is not empty, until /quit; /reset forgets the turns, /image FILE begins anew over an image.
+        Where on_error is given it is told what is wrong with a line, and the dialogue goes on."""
         for line in map(str.strip, lines):
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 return
-            if command == "/reset":
-                self.turns = []
-            elif command == "/image":
-                self.show(rest.strip())
-            elif line:
-                yield self.ask(line)
+            try:
+                if command == "/reset":
+                    self.turns = []
+                elif command == "/image":
+                    self.show(rest.strip())
+                elif line:
+                    yield self.ask(line)
+            except (ValueError, OSError) as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+
+
+def typed() -> Iterator[str]:
+    """Lines from a terminal, until its end."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return

@@ -1,11 +1,17 @@
 """A dialogue: its history and image in the prompt, its commands, its errors."""
 
+import io
+import json
+
 import pytest
 from PIL import Image
 
+from fastpeft.cli import app
 from fastpeft.data import Instruction
 from fastpeft.evaluate.chat import Chat
 from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for
+from fastpeft.train.config import TrainConfig
+from fastpeft.train.run import DataOptions, train_run
 
 
 def talk(model, image=None, max_length=512):
@@ -39,3 +45,24 @@ def test_errors(tmp_path):
         talk("llama-tiny", str(tmp_path / "broken.png"))
     with pytest.raises(ValueError, match="/reset"):
         talk("lavin-tiny", max_length=4)[0].ask("Which colour is it?")
+
+
+def test_a_slip_ends_no_dialogue_where_errors_are_told(tmp_path):
+    chat, told = talk("llama-tiny")[0], []
+    first, second = chat.follow(["one", f"/image {tmp_path}/none.png", "two"], told.append)
+    assert chat.turns == [("one", first), ("two", second)] and "sees no images" in str(told[0])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    rows = [{"instruction": "Name the colour.", "input": f"thing {i % 4}", "output": "red"} for i in range(12)]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))
+    how = TrainConfig(out=str(tmp_path / "run"), batch_size=4, steps=1, progress=False)
+    train_run("llama-tiny", "LoRA", DataOptions(str(tmp_path), split_file=str(tmp_path / "alpaca_data.json")), how, evaluate=False)
+    command = ["chat", "--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "4", "--top-p", "0.9", "--json"]
+    said = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n\nAnd then?\n/quit\nnever\n"))
+        app(command, standalone_mode=False)
+        said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [turn["question"] for turn in said[0]["turns"]] == ["Hello?", "And then?"] and said[0]["image"] is None
+    assert said[0] == said[1]  # the seed decides
