@@ -59,7 +59,7 @@ def models(base: nn.Module) -> dict[str, nn.Module]:
     """By name; each trains what it says, "frozen" nothing."""
     found = {"frozen": copy.deepcopy(base).requires_grad_(False)}
     fp.optimize(found["frozen"])
-    for plan in ("Excitor", "LoRA", "IA3", "LayerNorm"):
+    for plan in ("Excitor", "LoRA", "IA3", "LayerNorm", "MMAdapter"):
         found[plan] = copy.deepcopy(base)
         fp.optimize(found[plan])
         fp.adapt(found[plan], plan)
@@ -87,7 +87,9 @@ def main() -> None:
     labels = torch.where(torch.arange(args.tokens) >= args.tokens * 3 // 4, ids, -100)
     inputs = {"input_ids": ids}
     embeds = {"inputs_embeds": base.model.embed_tokens(ids).detach().requires_grad_(True)}
-    runs = {name: (model.train(), embeds if name.startswith("frozen") else inputs) for name, model in models(base).items()}
+    routed = inputs | {"modality": torch.arange(args.batch) % 2, "modality_embeds": tuple(torch.randn(2, 1024))}
+    given = {"frozen": embeds, "frozen, transformers": embeds, "MMAdapter": routed}
+    runs = {name: (model.train(), given.get(name, inputs)) for name, model in models(base).items()}
     rows = {}
     for name, (model, given) in runs.items():
         with measure(model) as cost:
