@@ -242,7 +242,5 @@ def _mixtures(model: nn.Module, modality: str | None, routed: bool) -> dict[nn.M
             raise ValueError("modality= is for MMAdapter, which this model does not have: leave it out")
         return {}
     if not hasattr(model, "specialise"):
-        raise ValueError(
-            f"a {type(model).__name__} has no modality tokens, so MMAdapter's mixture is unknown: keep the adapter"
-        )
+        raise ValueError(f"a {type(model).__name__} has no modality tokens, so MMAdapter's mixture is unknown: keep the adapter")
     return model.specialise(modality)

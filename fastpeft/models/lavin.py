@@ -110,14 +110,21 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         answer = self.llm.generate(**given, **options)  # as transformers does with embeddings, without the prompt
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
+    @torch.no_grad()
+    def mixtures(self) -> dict[str, dict[int, Tensor]]:
+        """By modality and layer of the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation."""
+        was = self.training
+        weights = self.eval().llm.model.routes(self.neck.modality.weight.to(self.llm.dtype))
+        self.train(was)
+        return {name: {layer: w[row] for layer, w in weights.items()} for row, name in enumerate(MODALITIES)}
+
     def specialise(self, modality: str | None) -> dict[nn.Module, Tensor]:
         """Be a model of samples of one modality; returns the mixture [2] of each LLaMA layer that the modality's token routes."""
         if modality not in MODALITIES:
             raise ValueError(f"MMAdapter has a mixture for each modality: say which, modality='text' or 'image', not {modality!r}")
-        tokens = self.neck.modality.weight.to(self.llm.dtype)
-        weights = self.llm.model.routes(tokens)
+        found = {self.llm.model.layers[layer]: weights for layer, weights in self.mixtures()[modality].items()}
         self.config.modality = modality
-        return {self.llm.model.layers[layer]: w[MODALITIES.index(modality)] for layer, w in weights.items()}
+        return found
 
     def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
         images = self.images_of(pixel_values, image_embeds)

@@ -312,7 +312,10 @@ class Model(modeling_llama.LlamaModel):
         routing = Routing(torch.arange(len(hidden), device=hidden.device), modalities=len(hidden))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
         how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing}
-        for layer, prefix in zip(self.layers, prefixes or [None] * len(self.layers)):
+        if prefixes is None:
+            encoder = getattr(self, "prefix_encoder", None)
+            prefixes = [None] * len(self.layers) if encoder is None else encoder()
+        for layer, prefix in zip(self.layers, prefixes):
             hidden = layer(hidden, prefix=prefix, **how)
         return routing.weights
 

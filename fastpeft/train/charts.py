@@ -26,13 +26,23 @@ def charts(rows: list[dict]) -> list[dict]:
     return [chart for chart in drawn if chart]
 
 
+def routing(summary: dict) -> dict | None:
+    """The weight of each layer's first expert, by modality (LaVIN's figure 4; the second's is the rest); None where nothing is routed."""
+    series = []
+    for modality, layers in mapping(summary.get("routing")).items():
+        pairs = enumerate(layers if isinstance(layers, list) else [], 1)
+        rows = [{"step": layer, "first": pair[0]} for layer, pair in pairs if isinstance(pair, list) and pair]
+        series.append((str(modality), _curve(rows, "first", 1)))
+    return _chart("Routing", "weight of the first expert", series, by="layer", width=920, height=280)
+
+
 def _curve(rows: list[dict], key: str, scale: float) -> tuple[list[float], list[float]]:
     """Steps and values of a field, finite ones only."""
     pairs = [(float(row["step"]), v * scale) for row in rows if (v := number(row.get(key))) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, width=450, height=230) -> dict | None:
+def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, by="step", width=450, height=230) -> dict | None:
     """Paths, ticks and words of a line chart; None without data. ``zero``: the axis starts at 0 in any case."""
     series = [(name, np.array(x), np.array(y)) for name, (x, y) in series if len(x)]
     if not series:
@@ -63,13 +73,13 @@ def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, widt
         if faint:
             window = max(5, len(y) // 25) | 1
             paths.append((name, f"c{i}", _path(*_thin(across(x), down(_running_mean(y, window))))))
-    ends = "; ".join(f"{name} {short(y[0])} at step {x[0]:,.0f}, {short(y[-1])} at step {x[-1]:,.0f}" for name, x, y in series)
+    ends = "; ".join(f"{name} {short(y[0])} at {by} {x[0]:,.0f}, {short(y[-1])} at {by} {x[-1]:,.0f}" for name, x, y in series)
     count = max(len(x) for _, x, _ in series)
     fixed = decimals < 5 and abs(high) < 1e6
     return {
         "id": title.split()[0].lower(), "title": title, "unit": unit, "width": width, "height": height, "paths": paths,
         "left": left, "right": right, "bottom": bottom, "names": [name for name, *_ in series] if len(series) > 1 else [],
-        "window": window, "bucket": round(count / BUCKETS) if count > 2 * BUCKETS else 1,
+        "window": window, "by": by, "bucket": round(count / BUCKETS) if count > 2 * BUCKETS else 1,
         "x_ticks": [(round(across(t), 1), f"{t:,.0f}") for t in x_ticks if first <= t <= last],
         "y_ticks": [(round(down(t), 1), f"{t:,.{decimals}f}" if fixed else f"{t:.3g}") for t in y_ticks if t <= high],
         "words": f"{ends}; lowest {short(y_all.min())}, highest {short(y_all.max())}",

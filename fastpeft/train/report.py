@@ -25,7 +25,7 @@ import jinja2
 
 from fastpeft.data.images import load_image
 from fastpeft.files import write_text
-from fastpeft.train.charts import charts, mapping, number, short
+from fastpeft.train.charts import charts, mapping, number, routing, short
 
 EXAMPLES = 12
 THUMBNAIL = 200  # pixels, the longer side
@@ -64,6 +64,7 @@ def _page(out: Path) -> str:
     return _template().render(
         summary={key: mapping(value) if key in ("eval", "parameters", "versions") else value for key, value in summary.items()},
         charts=charts(rows),
+        routing=routing(summary),
         parts=_parts(summary),
         examples=_examples(predictions),
         right=sum(p.get("correct") is True for p in predictions),

@@ -256,9 +256,16 @@ class Trainer:
             "seconds": done["seconds"],
             "parameters": count(self.model),
             "parts": parts,
+            **self._routing(),
             "notes": self.notes + [kept.note() for kept in (self.features, self.budget) if kept is not None],
             "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
+
+    def _routing(self) -> dict[str, Any]:
+        """Of a model with MM-Adapters: what each layer mixes, by modality."""
+        found = self.model.mixtures() if hasattr(self.model, "mixtures") else {}
+        lists = {name: [weights.tolist() for weights in layers.values()] for name, layers in found.items() if layers}
+        return {"routing": lists} if lists else {}
 
     def save(self) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""

@@ -51,6 +51,15 @@ def test_merged_for_a_modality(plan, modality, tmp_path):
         assert fp.count(model)["adapters"] == 0
 
 
+def test_merging_while_training_takes_the_mixture_without_dropout():
+    model = build("F/F/MMAdapter", **SHAPE)
+    for layer in model.llm.model.layers:
+        layer.mm_adapter.dropout = 0.5
+    given = batch(False)
+    want = model(**given).loss
+    torch.testing.assert_close(fp.merge(model.train(), modality="text").eval()(**given).loss, want, rtol=1e-12, atol=0)
+
+
 def test_merged_generation_and_rounding():
     model = build("F/F/MMAdapter", dtype=torch.float32)
     ids = batch(False)["input_ids"]

@@ -181,6 +181,10 @@ def test_lavin_merges_for_a_modality(pictures, tmp_path):
     from fastpeft.train.run import merge_run
 
     train_run("lavin-tiny", "MMAdapter/T/MMAdapter", DataOptions(str(pictures)), config(tmp_path, learning_rate=1e-2), evaluate=False)
+    routing = json.loads((tmp_path / "run" / "summary.json").read_text())["routing"]
+    assert all(sum(pair) == pytest.approx(1) for layers in routing.values() for pair in layers)
+    assert routing.keys() == {"text", "image"} and len(routing["text"]) == 4 and routing["text"] != routing["image"]
+    assert "weight of the first expert" in (tmp_path / "run" / "report.html").read_text()
     run, ids = tmp_path / "run" / "adapter", torch.tensor([[1, 40, 41, 42, 43, 50]])
     places = (torch.arange(6) > 0) & (torch.arange(6) < 5)
     given = {"text": {}, "image": {"pixel_values": torch.randn(1, 3, 32, 32), "image_mask": places[None]}}

@@ -13,6 +13,7 @@ from PIL import Image
 from fastpeft.train.charts import _curve, _running_mean, _thin, _ticks
 from fastpeft.train.report import EXAMPLES, _si, main, write_report
 
+ROUTING = {"text": [[0.25, 0.75], [0.5, 0.5], [0.125, 0.875]], "image": [[0.75, 0.25], [0.5, 0.5], [0.625, 0.375]]}
 HOSTILE = "</p><script>alert(1)</script> & \"quoted\" 'too' {{ 7 * 7 }}"
 SUMMARY = {
     "steps": 40, "samples": 160, "samples_per_second": 44.3, "steady_samples_per_second": 48.05, "tokens_per_second": 512.0,
@@ -250,3 +251,10 @@ def test_thinning_keeps_extremes_and_the_mean_is_a_mean():
 def test_powers_of_1000():
     words = {0: "0 B", 999: "999 B", 1000: "1 kB", 1.234e9: "1.23 GB", 9.876e17: "988 PB", None: "", "1": "", True: ""}
     assert {value: _si(value, "B") for value in words} == words
+
+
+def test_routing_by_layer_and_modality(page):
+    text = page(SUMMARY | {"routing": ROUTING})
+    assert "text 0.25 at layer 1, 0.125 at layer 3; image 0.75 at layer 1, 0.625 at layer 3" in text and "By layer." in text
+    for nothing in ({}, {"text": None}, {"text": [["x"]]}, [1]):
+        assert "Routing" not in page(SUMMARY | {"routing": nothing})
