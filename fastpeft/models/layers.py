@@ -25,6 +25,16 @@ class Recomputes:
         return recomputed(call, x, tuple(p for linear in linears for p in linear.parameters()), random)
 
 
+class FrozenEvaluates:
+    """A model whose parts marked F (``evaluation_only``, their paths) stay as in evaluation: what they compute are constants."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for path in getattr(self, "evaluation_only", None) or ():
+            self.get_submodule(path).eval()
+        return self
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that saves what its backward will need and nothing else; float32 statistics in every dtype."""
 

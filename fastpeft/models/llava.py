@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
+from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.models.layout import IGNORED, next_labels
 from fastpeft.models.llama import Model, kept_positions, llama_config, llama_part, loss_of
 
@@ -65,7 +66,7 @@ class Connector(nn.Module):
         return self.linear(image_features)
 
 
-class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
+class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGeneration):
     """Beyond transformers' arguments, ``forward`` takes ``image_embeds`` [U, N, C_vision], patches that :meth:`encode_images` made, and
     ``image_index`` [B]: the image of each sample, -1 for a sample without one. Patches take the places of ``image_mask`` [B, L], or of
     the image token's id."""
@@ -74,13 +75,6 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         self.model.multi_modal_projector = Connector(config)
         self.post_init()
-
-    def train(self, mode: bool = True):
-        """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
-        super().train(mode)
-        for path in getattr(self, "evaluation_only", None) or ():
-            self.get_submodule(path).eval()
-        return self
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[U, 3, S, S] -> patches [U, N, C_vision] of the last layer but one; the last is not run."""

@@ -14,6 +14,7 @@ from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 
 from fastpeft.methods import Part
 from fastpeft.models.blip import TextLMHeadModel, TextModel
+from fastpeft.models.layers import FrozenEvaluates
 
 DROP_PATH = 0.1
 
@@ -99,7 +100,7 @@ def miss_config(*, tiny: bool = False, **overrides) -> BlipConfig:
     return BlipConfig(text_config=text_config | given, vision_config=vision_config, projection_dim=hidden_size)
 
 
-class MissForQuestionAnswering(BlipForQuestionAnswering):
+class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
     """BlipForQuestionAnswering whose loss, masks and training behaviour are the official MISS's.
 
     Beyond transformers' arguments, ``forward`` takes ``image_index`` [B]: sample b asks about ``pixel_values[image_index[b]]``, so that
@@ -115,13 +116,6 @@ class MissForQuestionAnswering(BlipForQuestionAnswering):
         for i, layer in enumerate(vision):  # grows linearly with depth, from 0 to the configured rate
             for branch in (layer.self_attn, layer.mlp):
                 branch.register_forward_hook(DropPath(last * i / max(1, len(vision) - 1)))
-
-    def train(self, mode: bool = True):
-        """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
-        super().train(mode)
-        for path in getattr(self, "evaluation_only", ()):
-            self.get_submodule(path).eval()
-        return self
 
     def encode_images(self, pixel_values: Tensor, **kwargs) -> Tensor:
         """[U, 3, S, S] -> [U, 1 + patches, C]."""

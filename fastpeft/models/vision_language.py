@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 
+from fastpeft.models.layers import FrozenEvaluates
+
 
 class VisionLanguageConfig(PretrainedConfig):
     """``vision_config`` (CLIPVisionConfig) and ``text_config`` (LlamaConfig), and what a subclass adds."""
@@ -26,7 +28,7 @@ class VisionLanguageConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class VisionLanguageModel(PreTrainedModel):
+class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
     """``vision``: CLIP's image encoder; ``llm``: LlamaForCausalLM. A subclass says how images enter the text.
 
     A batch holds distinct images (``pixel_values`` [U, 3, S, S], or ``image_embeds`` that :meth:`encode_images` made of them) and
@@ -41,13 +43,6 @@ class VisionLanguageModel(PreTrainedModel):
         super().__init__(config)
         self.vision = CLIPVisionModel(config.vision_config)
         self.llm = LlamaForCausalLM(config.text_config)
-
-    def train(self, mode: bool = True):
-        """A part marked F stays as in evaluation, unless its treatment asked for dropout."""
-        super().train(mode)
-        for path in getattr(self, "evaluation_only", None) or ():
-            self.get_submodule(path).eval()
-        return self
 
     def get_input_embeddings(self):
         return self.llm.get_input_embeddings()
