@@ -250,7 +250,9 @@ def estimate(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="official MISS/BLIP checkpoint (.pth), or a transformers folder")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="official MISS/BLIP checkpoint (.pth), a transformers folder, or LLaMA's original folder (params.json)")
+    ],
     out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
     image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
     text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
@@ -258,7 +260,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Json = False,
 ) -> None:
-    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back."""
+    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's original files to one."""
     from fastpeft.models.convert import convert as run
 
     report = run(Path(checkpoint), Path(out), image_size, overwrite, text_heads=text_heads, vision_heads=vision_heads)
