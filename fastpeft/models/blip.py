@@ -60,10 +60,8 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
         # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
         l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
-            q = self._times(self._heads(layout.spread(project_one(self.query, hidden_states))), l_k)
-            key, value = (terms_of(linear).projection for linear in (self.key, self.value))
-            context = absorbed_attention(q, encoder_hidden_states, key, value, self.attention_head_size**-0.5, self._dropout_p)
-            return self._output(context, layout, l_v), None
+            context = self._absorbed(project_one(self.query, hidden_states), encoder_hidden_states, layout, l_k)
+            return context if l_v is None else ops.rescale(context, l_v), None
         if cross:
             q = project_one(self.query, hidden_states)
             k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
@@ -122,12 +120,20 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
             cache.is_updated[self.layer_idx] = True
         return k, v
 
+    def _absorbed(self, q: Tensor, states: Tensor, layout: Layout, l_k: Tensor | None) -> Tensor:
+        """Queries [T, C] over states [U, N, C] -> their context [T, C] before IA3's l_v."""
+        q = layout.by_row(q).unflatten(-1, (self.num_attention_heads, self.attention_head_size))
+        q = q if l_k is None else ops.rescale(q, l_k.view(q.shape[1:]))
+        key, value = (terms_of(linear).projection for linear in (self.key, self.value))
+        context = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p, layout.counts)
+        return layout.from_rows(context.flatten(1))
+
     def _absorbs(self, states: Tensor, mask: Tensor | None, layout: Layout) -> bool:
         """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
         terms = [terms_of(linear) for linear in (self.key, self.value)]
         if not on("absorb") or mask is not None or any(term is None or term.dropout_p or term.before is not None for term in terms):
             return False
-        shape = (layout.columns, states.shape[1], states.shape[2], self.num_attention_heads)
+        shape = (layout.tokens / max(1, layout.rows), states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
 
 

@@ -18,11 +18,20 @@ from fastpeft.ops._remade import recipe_of, remade
 
 @dataclass(frozen=True)
 class Layout:
-    """Token t lies in cell ``place[t]`` of a table [rows, columns]; ``place`` None: in cell t, with none left over."""
+    """Token t lies in cell ``place[t]`` of a table [rows, columns]; ``place`` None: in cell t, with none left over.
+
+    Without the table: ``counts`` are the tokens of each row (None: columns each), ``order`` [T] names the tokens row by row (None: they
+    lie so)."""
 
     rows: int
     columns: int
     place: Tensor | None
+    counts: tuple[int, ...] | None = None
+    order: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns if self.place is None else len(self.place)
 
     def spread(self, x: Tensor) -> Tensor:
         """[T, C] -> [rows, columns, C], zero where no token lies."""
@@ -35,28 +44,44 @@ class Layout:
         flat = table.reshape(self.rows * self.columns, -1)
         return flat if self.place is None else flat.index_select(0, self.place)
 
+    def by_row(self, x: Tensor) -> Tensor:
+        """[T, C] -> the same tokens, row by row."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """[T, C] row by row -> as the tokens lie."""
+        return x if self.order is None else torch.empty_like(x).index_copy(0, self.order, x)
+
+
+def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
+    """Each token in its row and column, int64 [T] on the CPU: the device is not waited for."""
+    cells, T = row * columns + column, rows * columns
+    if len(cells) == T and bool((cells == torch.arange(T)).all()):
+        return Layout(rows, columns, None)
+    sorted_already = bool((row[1:] >= row[:-1]).all())
+    counts = tuple(torch.bincount(row, minlength=rows).tolist())
+    return Layout(rows, columns, cells.to(device), counts, None if sorted_already else row.argsort(stable=True).to(device))
+
 
 def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> Layout:
     """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for."""
-    if mask is None or bool(mask.all()):
+    if mask is None:
         return Layout(*shape, None)
-    return Layout(*shape, mask.flatten().nonzero().squeeze(1).to(device))
+    return _laid(*shape, *mask.cpu().nonzero().unbind(1), device)
 
 
 def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch.device) -> Layout:
     """The same tokens, by the image they ask about: image_index [B] gives each sample's image, of ``images``."""
-    index = image_index.cpu()
-    place = torch.arange(tokens.rows * tokens.columns) if tokens.place is None else tokens.place.cpu()
-    owner = index[place // tokens.columns]  # [T], the image of each token
-    order = owner.argsort(stable=True)
+    owner = image_index.cpu()[_cells(tokens) // tokens.columns]  # [T], the image of each token
     counts = torch.bincount(owner, minlength=images)
-    starts = counts.cumsum(0) - counts
-    slot = torch.empty_like(owner)
-    slot[order] = torch.arange(len(owner)) - starts[owner[order]]
-    columns = int(counts.max())
-    cells = owner * columns + slot
-    filled = columns * images == len(cells) and bool((cells == torch.arange(len(cells))).all())
-    return Layout(images, columns, None if filled else cells.to(device))
+    return _laid(images, int(counts.max()), owner, _slots(owner, counts), device)
+
+
+def _slots(row: Tensor, counts: Tensor) -> Tensor:
+    """[T]: how many tokens of the same row come before each."""
+    order, slot = row.argsort(stable=True), torch.empty_like(row)
+    slot[order] = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return slot
 
 
 def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
@@ -65,10 +90,7 @@ def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
     lengths = lengths.cpu()
     columns = int(lengths.max()) if len(lengths) else 0
     rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    place = rows * columns + torch.arange(len(rows)) - starts
-    full = len(place) == len(lengths) * columns
-    return Layout(len(lengths), columns, None if full else place.to(device))
+    return _laid(len(lengths), columns, rows, _slots(rows, lengths), device)
 
 
 @dataclass(frozen=True)
@@ -101,8 +123,8 @@ def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, 
     return Tail(
         tokens=hit.nonzero().squeeze(1).to(device),
         seen=None if bool(seen.all()) else seen.nonzero().squeeze(1).to(device),
-        queries=_table(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
-        keys=_table(layout.rows, last + 1, rows[seen], columns[seen], device),
+        queries=_laid(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
+        keys=_laid(layout.rows, last + 1, rows[seen], columns[seen], device),
         outputs=Layout(tokens.rows, tokens.columns, at[hit].to(device)),
     )
 
@@ -110,11 +132,6 @@ def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, 
 def _cells(layout: Layout) -> Tensor:
     """[T], on the CPU."""
     return torch.arange(layout.rows * layout.columns) if layout.place is None else layout.place.cpu()
-
-
-def _table(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
-    """Tokens in reading order, each in its row and column."""
-    return Layout(rows, columns, None if len(row) == rows * columns else (row * columns + column).to(device))
 
 
 def rows_of(x: Tensor, index: Tensor | None) -> Tensor:

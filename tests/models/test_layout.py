@@ -7,7 +7,7 @@ import torch
 
 import fastpeft as fp
 from fastpeft.models import blip
-from fastpeft.models.layout import Layout, rows_of, self_layout, tail_of
+from fastpeft.models.layout import Layout, image_layout, rows_of, self_layout, tail_of
 from fastpeft.ops import layer_norm
 from fastpeft.ops._remade import recipe_of
 
@@ -34,6 +34,19 @@ def test_a_tail_lays_out_what_is_wanted(padded, causal):
     assert torch.equal(keys, (torch.arange(1, 19.0).view(3, 6) * mask)[:, : last + 1])
     assert torch.equal(tail.outputs.spread(numbers[tail.tokens])[..., 0], torch.arange(1, 19.0).view(3, 6) * wanted)
     assert torch.equal(tail.queries.gather(tail.queries.spread(numbers[tail.tokens])), numbers[tail.tokens])
+
+
+def test_tokens_row_by_row():
+    """Samples that ask about images 1, 0, 1, some of them padded: tokens of image 0 first, whatever their samples' order."""
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
+    images = image_layout(self_layout((3, 3), mask, CPU), torch.tensor([1, 0, 1]), 3, CPU)
+    numbers = torch.arange(6.0)[:, None]
+    assert images.counts == (3, 3, 0) and images.columns == 3 and images.tokens == 6
+    assert images.by_row(numbers).flatten().tolist() == [2, 3, 4, 0, 1, 5]
+    assert images.spread(numbers)[..., 0].tolist() == [[2, 3, 4], [0, 1, 5], [0, 0, 0]]
+    assert torch.equal(images.from_rows(images.by_row(numbers)), numbers)
+    whole = self_layout((2, 3), None, CPU)
+    assert whole.counts is None and whole.tokens == 6 and whole.by_row(numbers) is numbers and whole.from_rows(numbers) is numbers
 
 
 def test_no_tail_where_nothing_is_saved():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_attention_reference, absorbed_pays
 from fastpeft.ops.lora_linear import Projection
@@ -16,7 +18,7 @@ NAMES = ("q", "states", "w_k", "b_k", "a_k", "l_k", "w_v", "b_v", "a_v", "l_v")
 
 def inputs(U=2, H=3, M=5, d=4, N=7, C=12, r=2, dtype=torch.float64) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    shapes = [(U, H, M, d), (U, N, C), *[(H * d, C), (H * d,), (r, C), (H * d, r)] * 2]
+    shapes = [(U * M, H, d), (U, N, C), *[(H * d, C), (H * d,), (r, C), (H * d, r)] * 2]
     return {name: torch.randn(shape, dtype=torch.float64).to(dtype) for name, shape in zip(NAMES, shapes)}
 
 
@@ -38,6 +40,40 @@ def test_equals_the_ordinary_form_with_every_gradient(size, lora):
         out.backward(upstream)
     for name in NAMES if lora else ("q", "states", "w_k", "b_k", "w_v", "b_v"):
         torch.testing.assert_close(mine[name].grad, theirs[name].grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("pads", [False, True], ids=["as many as there are", "padded"])
+@pytest.mark.parametrize("counts", [(1, 5, 4), (0, 9, 1), (10, 0, 0), (3, 3, 4)])
+def test_images_with_different_numbers_of_queries(counts, pads, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastpeft.ops.absorbed_attention"), "_pads", lambda device: pads)
+    given = inputs(U=3, M=4) | {"q": torch.randn(10, 3, 4, dtype=torch.float64)}
+    mine, theirs = ({k: v.clone().requires_grad_() for k, v in given.items()} for _ in range(2))
+    outs = [run(form, t, counts=counts) for form, t in ((absorbed_attention, mine), (absorbed_attention_reference, theirs))]
+    torch.testing.assert_close(*outs, rtol=1e-11, atol=1e-12)
+    upstream = torch.randn_like(outs[0])
+    for out in outs:
+        out.backward(upstream)
+    for name in NAMES:
+        torch.testing.assert_close(mine[name].grad, theirs[name].grad, rtol=1e-9, atol=1e-11, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(run(absorbed_attention, given, counts=counts), outs[1], rtol=1e-11, atol=1e-12)
+
+
+def test_no_padding_is_computed():
+    """FLOPs of ten queries of three images, wherever they lie."""
+    seen = []
+    for counts in ((1, 8, 1), (4, 3, 3)):
+        t = inputs(U=3, M=4) | {"q": torch.randn(10, 3, 4, dtype=torch.float64)}
+        with FlopCounterMode(display=False) as counter:
+            run(absorbed_attention, {k: v.requires_grad_() for k, v in t.items()}, counts=counts).sum().backward()
+        seen.append(counter.get_total_flops())
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("counts", [(5, 4), (5, 5, 0), (11, -1)])
+def test_counts_that_do_not_add_up(counts):
+    with pytest.raises(ValueError, match="counts"):
+        run(absorbed_attention, inputs(), counts=counts)
 
 
 @pytest.mark.parametrize("needed", [*list(itertools.combinations(("q", "states", "w_k", "a_v"), 2)), ("q",), ("states",), ("a_v",)])

@@ -40,7 +40,7 @@ CASES = {
     "attention": (lambda q, k, v, p: ops.attention(q, k, v, prefix=p), lambda: (*qkv(), (draw(H, 3, 8), draw(H, 3, 8))), True),
     "absorbed_attention": (
         ops.absorbed_attention,
-        lambda: (heads(), draw(2, 9, C).to(LOW), projection(), projection(lora=False), 0.3),
+        lambda: (heads().transpose(1, 2).flatten(0, 1), draw(2, 9, C).to(LOW), projection(), projection(lora=False), 0.3),
         True,
     ),
     "excitor_keys": (ops.excitor_keys, lambda: (heads(), draw(2, 5, C).to(LOW), draw(3, C), draw(C, 3), draw(4, C), draw(H)), True),
