@@ -27,7 +27,10 @@ from transformers import LlamaForCausalLM
 import fastpeft as fp
 from fastpeft.checkpoints import describe
 from fastpeft.models import _writing as writing
+from fastpeft.models.clip import vision_config
 from fastpeft.models.convert import convert
+from fastpeft.models.llama import llama_config
+from fastpeft.models.official_lavin import lavin_from_official
 from fastpeft.train.convert_run import convert_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,3 +292,22 @@ def test_no_more_than_a_shard_is_held(tmp_path):
 
     assert writing.write_tensors(tmp_path, tensors(), shard_bytes=9000) == 12
     assert most <= 4 and len(list(tmp_path.glob("model-*-of-00006.safetensors"))) == 6
+
+
+@pytest.mark.parametrize("size, count, temperature", [("7b", 3_781_296, 10.0), ("13b", 5_390_080, 5.0)])
+def test_published_sizes(size, count, temperature):
+    """Shapes of the published files, without their memory: the papers' counts, and the router's temperature of their scripts."""
+    text, vision = llama_config(f"llama-{size}"), vision_config("L/14")
+    blocks = {"layers": (text.num_hidden_layers, text.hidden_size), "backbone.visual.transformer.resblocks": (24, 1024)}
+    shapes = {"adapter_proj.conv_A.weight": (128, 1024), "adapter_proj.conv_A.bias": (128,)}
+    shapes |= {"adapter_proj.conv_B.weight": (text.hidden_size, 128), "adapter_proj.conv_B.bias": (text.hidden_size,)}
+    shapes |= {"adapter_modality_embedding.weight": (2, text.hidden_size)}
+    for name, (layers, width) in blocks.items():
+        one = {"conv_A.weight": (8, width, 1), "conv_A.bias": (8,), "expert_weights.weight": (2, width), "expert_weights.bias": (2,)}
+        one |= {"conv_B.weight": (width, 4, 1), "conv_D.weight": (width, 4, 1), "conv_B.bias": (width,), "conv_D.bias": (width,)}
+        shapes |= {f"{name}.{i}.adapter_attn.{leaf}": shape for i in range(layers) for leaf, shape in one.items()}
+    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    lavin = lavin_from_official(state, {}, vision, text)
+    held = [*lavin.base.values(), *(t for part in lavin.adapters.values() for t in part.values())]
+    assert sum(t.numel() for t in held) == count and lavin.methods["llm"].temperature == temperature and lavin.config.visual_tokens == 6
+    assert lavin.methods["vision"] == fp.MMAdapter(temperature=temperature)
