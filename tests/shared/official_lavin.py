@@ -135,3 +135,12 @@ def embedded(llama, clip, adapters, before, after, image):
 
 def clip():
     return clip_state(width=WIDTH, layers=DEPTH)
+
+
+def write_all(folder):
+    """7B/ (one shard), 13B/ (two, the same weights), ViT.pt and lavin.pth."""
+    write_llama(folder / "7B", llama_state())
+    write_llama(folder / "13B", llama_state(), shards=2)
+    torch.save(clip(), folder / "ViT.pt")
+    write_adapter(folder / "lavin.pth", adapter_state())
+    return folder
