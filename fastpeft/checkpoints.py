@@ -11,7 +11,7 @@ import json
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -180,17 +180,17 @@ def _plan_of(model: nn.Module) -> Plan:
     return plan
 
 
-def fingerprint(model: nn.Module) -> str | None:
+def fingerprint(model: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> str | None:
     """A short identity of the base weights that the plan leaves alone, the same in float32 and bfloat16; None if there are none, or on
-    meta."""
+    meta, unless ``weights`` has the tensors by their names."""
     crc, seen, plan = 0, False, _plan_of(model)
     trained = {
         id(p) for part in parts_of(model) for method in plan.treatments[part.name] for p in method.trains(part.of(model), part).values()
     }
     for name, p in sorted(model.named_parameters()):
-        if id(p) in trained or is_adapter(name) or p.is_meta:
+        if id(p) in trained or is_adapter(name) or (p.is_meta and weights is None):
             continue
-        sample = p.detach().flatten()[:: max(1, p.numel() // 64)].to(torch.bfloat16).contiguous().cpu()
+        sample = (weights[name] if p.is_meta else p.detach()).flatten()[:: max(1, p.numel() // 64)].to(torch.bfloat16).contiguous().cpu()
         crc, seen = zlib.crc32(name.encode() + sample.view(torch.uint8).numpy().tobytes(), crc), True
     return f"{crc:08x}" if seen else None
 

@@ -251,19 +251,31 @@ def estimate(
 @app.command()
 def convert(
     checkpoint: Annotated[
-        str, typer.Argument(help="official MISS/BLIP checkpoint (.pth), a transformers folder, or LLaMA's original folder (params.json)")
+        str,
+        typer.Argument(
+            help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
+            "(ViT-L-14.pt), or LaVIN's adapters (.pth)"
+        ),
     ],
     out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
+    llama: Annotated[str | None, typer.Option(help="beside CLIP or LaVIN's adapters: LLaMA's folder, original or transformers'")] = None,
+    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters: OpenAI's CLIP (ViT-L-14.pt)")] = None,
+    backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
+    vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
+    adapter_scale: Annotated[float | None, typer.Option(help="of LaVIN's adapters (default: as the file says)")] = None,
     image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
     text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
     vision_heads: Annotated[int | None, typer.Option(help="likewise, of the image encoder")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Json = False,
 ) -> None:
-    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's original files to one."""
-    from fastpeft.models.convert import convert as run
+    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
+    from fastpeft.train.convert_run import convert_run
 
-    report = run(Path(checkpoint), Path(out), image_size, overwrite, text_heads=text_heads, vision_heads=vision_heads)
+    how = {"text_heads": text_heads, "vision_heads": vision_heads, "llama": llama, "clip": clip, "backbone": backbone}
+    how |= {"vicuna_delta": vicuna_delta, "temperature": temperature, "adapter_scale": adapter_scale}
+    report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **how)
     about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
     emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])
 

@@ -39,6 +39,7 @@ class CausalDataset(SampleDataset):
         prompts_only: for generation: ids end where the last response would begin, a long prompt loses its beginning after bos,
             and there are no labels.
         skip_bad: leave out samples whose response is cut off whole, and count them in `.skipped`, instead of ValueError.
+        reading: how the samples were read, for the description alone.
 
     ValueError naming a sample that `max_length` leaves no response.
     """
@@ -57,12 +58,13 @@ class CausalDataset(SampleDataset):
         skip_bad: bool = False,
         seed: int = 0,
         cache_bytes: int = 256 << 20,
+        reading: dict | None = None,
     ):
         if max_length < 2 or image_tokens < 0:
             raise ValueError(f"max_length={max_length}, image_tokens={image_tokens}: use 2 or more, and 0 or more")
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
         self.template, self.max_length, self.image_tokens = template, max_length, image_tokens
-        self.prompts_only, self.packed, self.skipped = prompts_only, packed, {}
+        self.prompts_only, self.packed, self.skipped, self.reading = prompts_only, packed, {}, reading
         of_images = ("image_mask", "pixel_values", "image_index") if any(sample.image for sample in samples) else ()
         self.inputs = ("input_ids", "attention_mask", "position_ids", "labels", *of_images)
         self._encoded: list[list[tuple[array, array]]] = []  # of each sample, each of its alternatives: ids, kinds of token
@@ -151,9 +153,16 @@ class CausalDataset(SampleDataset):
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1]
 
     def describe(self) -> dict:
-        preprocess = {} if self.preprocess is None else {"preprocess": self.preprocess.to_dict()}
-        prompt = {"template": self.template, "max_length": self.max_length, "image_tokens": self.image_tokens}
-        return {**preprocess, "tokenizer": "tokenizer", "prompt": prompt}
+        return describe_prompts(self.template, self.max_length, self.image_tokens, self.preprocess, self.reading)
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+
+def describe_prompts(
+    template: str, max_length: int, image_tokens: int, preprocess: Preprocess | None = None, reading: dict | None = None
+) -> dict:
+    """What an adapter's description says of the samples it was trained on."""
+    images = {} if preprocess is None else {"preprocess": preprocess.to_dict()}
+    prompt = {"template": template, "max_length": max_length, "image_tokens": image_tokens} | (reading or {})
+    return {**images, "tokenizer": "tokenizer", "prompt": prompt}

@@ -117,9 +117,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     plane = _one(rng, ("Coronal", "Sagittal") if modality == "X-Ray" else ("Axial", "Axial", "Coronal", "Sagittal"))
     size = _one(rng, tuple(SIZES))
     number = int(rng.choice(4, p=(0.27, 0.37, 0.18, 0.18)))  # one is frequent: only a single lesion is asked where it is
-    places = (
-        ("Center",) if number == 1 and rng.random() < 0.2 else tuple(str(place) for place in rng.permutation(CORNERS)[:number])
-    )
+    places = ("Center",) if number == 1 and rng.random() < 0.2 else tuple(str(place) for place in rng.permutation(CORNERS)[:number])
     low, high = ((0.36, 0.38), (0.42, 0.46)) if size == "Large" else ((0.28, 0.30), (0.42, 0.46))  # so that large ones never touch
     jitter = rng.uniform(-0.04, 0.04, 2)
     away = [np.multiply(PLACES[place], rng.uniform(low, high)) + (jitter if place == "Center" else 0) for place in places]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def transformers_to_official(state: dict, config: BlipConfig) -> dict[str, Tenso
     """BlipForQuestionAnswering's state dict under the official names, with official files' tied names and position_ids."""
     state = _tie({k: v for k, v in state.items() if not k.endswith("position_ids")})
     wanted = _shapes(config)
-    _check(state, wanted)
+    check(state, wanted)
     out = {_official_name(name): state[name] for name in wanted}
     for part in ("text_encoder", "text_decoder.bert"):
         out[f"{part}.embeddings.position_ids"] = torch.arange(config.text_config.max_position_embeddings)[None]
@@ -91,7 +92,7 @@ def from_official(state, image_size, text_heads, vision_heads) -> tuple[dict[str
     state, notes = _bare(state)
     config = _infer_config(state, text_heads, vision_heads)
     wanted, vision = _shapes(config), config.vision_config
-    _check(_tie(state), {_official_name(name): shape for name, shape in wanted.items()})
+    check(_tie(state), {_official_name(name): shape for name, shape in wanted.items()})
     out = {name: state[_official_name(name)] for name in wanted}
     if image_size not in (None, vision.image_size):
         if image_size < 1 or image_size % vision.patch_size:
@@ -127,18 +128,7 @@ def _bare(state: dict) -> tuple[dict[str, Tensor], list[str]]:
 def _infer_config(state: dict[str, Tensor], text_heads: int | None, vision_heads: int | None) -> BlipConfig:
     """Sizes by majority among tensors that share them, so that one broken tensor is reported alone."""
 
-    def size(default: int, *places: tuple[str, int]) -> int:
-        found = Counter(state[name].shape[dim] for name, dim in places if name in state and state[name].dim() > dim)
-        return found.most_common(1)[0][0] if found else default
-
-    def layers(pattern: str) -> int:
-        return max((int(m[1]) + 1 for name in state if (m := re.match(pattern, name))), default=12)
-
-    def heads(width: int, given: int | None, argument: str) -> int:
-        if width % (given or 64) or (given is not None and given < 1):
-            raise ValueError(f"width {width} is not {f'a multiple of {given}' if given else 'made of heads of 64'}: give {argument}")
-        return given or width // 64
-
+    size, layers = partial(common_size, state), partial(count_layers, state)
     texts = ("text_encoder", "text_decoder.bert")
     norms = [(f"{text}.embeddings.LayerNorm.weight", 0) for text in texts]
     words = [f"{text}.embeddings.word_embeddings.weight" for text in texts]
@@ -157,16 +147,34 @@ def _infer_config(state: dict[str, Tensor], text_heads: int | None, vision_heads
         patch_size=patch,
         vocab_size=size(30_524, *((word, 0) for word in words), ("text_decoder.cls.predictions.bias", 0)),
         hidden_size=width,
-        heads=heads(width, text_heads, "text_heads"),
+        heads=heads_of(width, text_heads, "text_heads"),
         vision_layers=layers(r"visual_encoder\.blocks\.(\d+)\."),
         text_layers=layers(r"text_(?:encoder|decoder\.bert)\.encoder\.layer\.(\d+)\."),
         intermediate_size=size(4 * width, *((f"{text}.encoder.layer.0.intermediate.dense.weight", 0) for text in texts)),
         max_position_embeddings=size(512, *((f"{text}.embeddings.position_embeddings.weight", 0) for text in texts)),
     )
     vision = config.vision_config
-    vision.num_attention_heads = heads(vision_width, vision_heads, "vision_heads")
+    vision.num_attention_heads = heads_of(vision_width, vision_heads, "vision_heads")
     vision.intermediate_size = size(4 * width, *((f"visual_encoder.blocks.0.mlp.fc1.{p}", 0) for p in ("weight", "bias")))
     return config
+
+
+def common_size(state: dict[str, Tensor], default: int, *places: tuple[str, int]) -> int:
+    """The size that most of the ``places``, (name, dimension), have."""
+    found = Counter(state[name].shape[dim] for name, dim in places if name in state and state[name].dim() > dim)
+    return found.most_common(1)[0][0] if found else default
+
+
+def count_layers(state: dict[str, Tensor], pattern: str, default: int = 12) -> int:
+    """Layers whose numbers ``pattern``'s group matches at the beginning of names."""
+    return max((int(m[1]) + 1 for name in state if (m := re.match(pattern, name))), default=default)
+
+
+def heads_of(width: int, given: int | None, argument: str) -> int:
+    """``given``, or as many as are 64 wide."""
+    if width % (given or 64) or (given is not None and given < 1):
+        raise ValueError(f"width {width} is not {f'a multiple of {given}' if given else 'made of heads of 64'}: give {argument}")
+    return given or width // 64
 
 
 def _tie(state: dict) -> dict:
@@ -178,7 +186,8 @@ def _tie(state: dict) -> dict:
     return state
 
 
-def _check(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+def check(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    """ValueError names every missing, unexpected, misshapen and untied tensor."""
     faults = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],

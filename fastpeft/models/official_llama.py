@@ -7,6 +7,8 @@ transformers' turns (i, i + d/2): rows of q and k change places within each head
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,9 +27,14 @@ _LAYER = {  # official name: (transformers' name, dimension along which shards s
 _OUTSIDE = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0)}
 
 
-def llama_from_official(shards: list[dict[str, Tensor]], params: dict) -> tuple[dict[str, Tensor], LlamaConfig]:
-    """The state dicts of all shards, in order, and params.json -> LlamaForCausalLM's state and config.
+def llama_from_official(
+    shards: list[dict[str, Tensor]], params: dict, delta: Mapping[str, Tensor] | None = None
+) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
+    """The state dicts of all shards, in order, and params.json -> LlamaForCausalLM's config and state, each tensor joined when its turn
+    comes: a model of 26 GB need not be in memory.
 
+    delta: by transformers' names, what LaVIN's code adds to these weights for Vicuna: to q and k in the original order of their rows,
+    though the delta has transformers' (apply_delta.py); its adapters were trained on the sum.
     Feed-forward width and vocabulary come from the weights. ValueError names missing, unexpected and misshapen tensors.
     """
     dim, layers, heads = (_positive(params, name) for name in ("dim", "n_layers", "n_heads"))
@@ -44,29 +51,40 @@ def llama_from_official(shards: list[dict[str, Tensor]], params: dict) -> tuple[
         for what, some in (("missing", names.keys() - got), ("unexpected", got - names.keys())):
             if some:
                 raise ValueError(f"shard {number}: {what} {', '.join(sorted(some)[:5])}{' ...' if len(some) > 5 else ''}")
-    state = {new: _joined(name, [s[name] for s in shards], split) for name, (new, split) in names.items()}
+    shapes = {new: _joined_shape(name, [s[name] for s in shards], split) for name, (new, split) in names.items()}
     config = LlamaConfig(
         hidden_size=dim,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        intermediate_size=state["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        vocab_size=state["model.embed_tokens.weight"].shape[0],
+        intermediate_size=shapes["model.layers.0.mlp.gate_proj.weight"][0],
+        vocab_size=shapes["model.embed_tokens.weight"][0],
         rms_norm_eps=params.get("norm_eps", 1e-5),
         rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10_000.0))},
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=shards[0]["output.weight"].dtype,
     )
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
-    official = {new: name for name, (new, _) in names.items()}
-    if wrong := [f"{official[n]} {tuple(t.shape)}, not {wanted[n]}" for n, t in state.items() if tuple(t.shape) != wanted[n]]:
+    if wrong := [f"{name} {shapes[new]}, not {wanted[new]}" for name, (new, _) in names.items() if shapes[new] != wanted[new]]:
         raise ValueError(f"misshapen over {len(shards)} shard(s) (is one missing?): {'; '.join(wrong[:5])}")
-    for name, tensor in state.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            state[name] = _halves(tensor, heads if "q_proj" in name else groups)
-    return state, config
+    if unlike := [name for name, shape in wanted.items() if delta and name in delta and tuple(delta[name].shape) != shape]:
+        raise ValueError(f"the delta's {unlike[0]} is {tuple(delta[unlike[0]].shape)}, not {wanted[unlike[0]]}: made for another LLaMA")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, (new, split) in names.items():
+            parts = [shard[name] for shard in shards]
+            tensor = parts[0] if split is None or len(parts) == 1 else torch.cat(parts, split)
+            if delta and new in delta:
+                tensor = tensor + delta[new].to(tensor.dtype)
+            if new.endswith(("q_proj.weight", "k_proj.weight")):
+                tensor = _halves(tensor, heads if "q_proj" in new else groups)
+            yield new, tensor
+
+    return config, tensors()
 
 
 def _positive(params: dict, name: str) -> int:
@@ -75,15 +93,17 @@ def _positive(params: dict, name: str) -> int:
     return value
 
 
-def _joined(name: str, tensors: list[Tensor], split: int | None) -> Tensor:
-    if any(t.dim() != (1 if split is None else 2) for t in tensors):
-        raise ValueError(f"{name}: shapes {[tuple(t.shape) for t in tensors]} cannot be joined")
+def _joined_shape(name: str, tensors: list[Tensor], split: int | None) -> tuple[int, ...]:
+    shapes = [tuple(t.shape) for t in tensors]
+    if any(len(shape) != (1 if split is None else 2) for shape in shapes):
+        raise ValueError(f"{name}: shapes {shapes} cannot be joined")
     if split is None or len(tensors) == 1:
-        return tensors[0]
-    try:
-        return torch.cat(tensors, split)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: shards do not join: {error}") from None
+        return shapes[0]
+    if len({shape[1 - split] for shape in shapes}) > 1:
+        raise ValueError(f"{name}: shards do not join: {shapes} differ along another dimension than {split}")
+    whole = list(shapes[0])
+    whole[split] = sum(shape[split] for shape in shapes)
+    return tuple(whole)
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:

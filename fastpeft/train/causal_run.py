@@ -142,6 +142,7 @@ def causal_dataset(network: nn.Module, samples, tokenizer, preprocess, text: Tex
         image_tokens=family.image_tokens(network.config),
         prompts_only=prompts_only,
         packed=text.packed and not prompts_only,
+        reading=text.reading(),
         **more,
     )
 

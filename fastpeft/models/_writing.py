@@ -1,0 +1,117 @@
+"""Weights and folders written whole or not at all, a large model's one shard at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+SHARD_BYTES = 2 << 30  # what is in memory at once
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did. n_tensors: tensors written, a tied one counted once; notes: what was left out or altered."""
+
+    direction: str
+    n_tensors: int
+    notes: list[str] = field(default_factory=list)
+
+
+def check_out(out: Path, a_file: bool, overwrite: bool) -> None:
+    if out.is_dir() and a_file:
+        raise ValueError(f"{out} is a folder: name the file to write, such as {out / 'official.pth'}")
+    if out.is_file() and not a_file:
+        raise ValueError(f"{out} is a file: name the folder to write")
+    if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise ValueError(f"{out} exists{' and is not empty' if out.is_dir() else ''}: choose another place, or overwrite")
+
+
+def owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor contiguous and alone in its storage: safetensors refuses shared memory, and torch.save keeps a view's whole."""
+    out, seen = {}, set()
+    for name, tensor in state.items():
+        storage, tensor = tensor.untyped_storage(), tensor.detach()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+        out[name] = tensor
+    return out
+
+
+def write_model(stage: Path, config: PretrainedConfig, tensors, tokenizer: list[Path] = ()) -> int:
+    """A new transformers folder; how many tensors."""
+    stage.mkdir()
+    config.save_pretrained(stage)
+    for file in tokenizer:
+        shutil.copyfile(file, stage / file.name)
+    return write_tensors(stage, tensors)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int | None = None) -> int:
+    """``model.safetensors``, or shards of about ``shard_bytes`` (SHARD_BYTES) with transformers' index; returns how many tensors.
+    ``tensors`` may make each as it is asked for: no more than a shard is held."""
+    shards, size, most = [{}], 0, SHARD_BYTES if shard_bytes is None else shard_bytes
+    where: dict[str, int] = {}
+
+    def put() -> None:  # and let go
+        save_file(owned(shards[-1]), folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards[-1] = {}
+
+    total = 0
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > most:
+            put()
+            shards.append({})
+            size = 0
+        shards[-1][name], where[name] = tensor, len(shards)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    put()
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(names) > 1 else ["model.safetensors"]
+    for number, name in enumerate(names, 1):
+        os.replace(folder / f"part-{number}", folder / name)
+    if len(names) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[number - 1] for name, number in where.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return len(where)
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A sibling path to write to, which takes ``out``'s name when the block ends well and vanishes when it does not. Of a folder that
+    stood there, what has no new version stays, weights apart: old ones beside new ones would be loaded."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    before = stage.with_name(stage.name + ".before")
+    try:
+        yield stage
+        if not out.is_dir():
+            os.replace(stage, out)
+            return
+        os.replace(out, before)
+        try:
+            os.replace(stage, out)
+        except BaseException:
+            os.replace(before, out)
+            raise
+        for other in before.iterdir():
+            if not (out / other.name).exists() and not any(other.match(pattern) for pattern in _WEIGHTS):
+                os.replace(other, out / other.name)
+        shutil.rmtree(before)
+    finally:
+        if stage.is_dir():
+            shutil.rmtree(stage, ignore_errors=True)
+        else:
+            stage.unlink(missing_ok=True)
