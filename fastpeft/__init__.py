@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from contextlib import suppress
 
 from fastpeft import ops
 from fastpeft.methods import FFN, IA3, Attention, Excitor, Frozen, Full, LayerNorm, LoRA, MMAdapter, Prefix, PTv2, RepAdapter
@@ -17,6 +19,7 @@ _LATER = {
     "save_adapter": "fastpeft.checkpoints",
     "load_adapter": "fastpeft.checkpoints",
     "merge": "fastpeft.checkpoints",
+    "ExcitorConfig": "fastpeft.peft",
     "estimate": "fastpeft.train.estimate",
     "Trainer": "fastpeft.train",
     "TrainConfig": "fastpeft.train",
@@ -29,6 +32,10 @@ def __getattr__(name: str):
         return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
 
+
+if sys.modules.get("peft") is not None:  # already in use: it learns of Excitor, unless it is too old
+    with suppress(ImportError):
+        importlib.import_module("fastpeft.peft")
 
 __all__ = [
     "FFN", "IA3", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2", "Plan",

@@ -1,7 +1,8 @@
 """Adapters on disk, in PEFT's formats: one folder per part, ``adapter_config.json`` and ``adapter_model.safetensors`` in each.
 
 Plain ``peft`` loads a part's folder into the corresponding transformers module where PEFT has the method (LoRA, IA3, Prefix and PTv2,
-LayerNorm); F leaves no folder; T, Attention and FFN, which PEFT does not have, leave ``model.safetensors`` under the base's own names.
+LayerNorm; Excitor once fastpeft.peft is imported); F leaves no folder; T, Attention and FFN, which PEFT does not have, leave
+``model.safetensors`` under the base's own names.
 ``fastpeft.json`` beside them says the plan and the base. Unlike PEFT, loading raises when a key is missing, unexpected or misshapen.
 """
 
@@ -32,6 +33,7 @@ from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
 
 FORMAT = 1
 DESCRIPTION = "fastpeft.json"
+PEFT_CONFIG = "adapter_config.json"
 
 
 def save_adapter(
@@ -75,12 +77,13 @@ def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> N
         save_file(copies, folder / "model.safetensors")
         return
     config = method.peft_config(root, part) | {"inference_mode": True, "base_model_name_or_path": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     save_file(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not).
+    """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not). Of a
+    model of one part, such as LLaMA, the folder may also be what PEFT wrote itself.
 
     Everything is checked before anything is copied: ValueError names a missing file, and every missing, unexpected or misshapen key.
     """
@@ -100,7 +103,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         found = []
         for part in parts_of(model):
             for method, name in zip(model.fastpeft_plan.treatments[part.name], _folders(plan, part)):
-                root, where = part.of(model), folder / name
+                root, where = part.of(model), folder if _is_peft_folder(folder, parts_of(model)) else folder / name
                 if method.tensors(root, part):
                     found.append((method, root, part, _read_tensors(where, method), str(where)))
         for method, root, part, tensors, where in found:
@@ -141,7 +144,7 @@ def read_plan(model: nn.Module, folder: Path) -> Plan:
             raise ValueError(f"{folder / DESCRIPTION}: {error}") from None
     treatments = {}
     for part in parts:
-        config = folder / part.name / "adapter_config.json"
+        config = (folder if _is_peft_folder(folder, parts) else folder / part.name) / PEFT_CONFIG
         if config.is_file():
             try:
                 treatments[part.name] = (from_peft(json.loads(config.read_text(encoding="utf-8"))),)
@@ -153,12 +156,19 @@ def read_plan(model: nn.Module, folder: Path) -> Plan:
             treatments[part.name] = (Frozen(),)
     if all(methods == (Frozen(),) for methods in treatments.values()):
         names = ", ".join(f"{part.name}/" for part in parts)
-        raise ValueError(f"{folder} holds no adapter: no {DESCRIPTION}, and no adapter_config.json in {names}")
+        raise ValueError(f"{folder} holds no adapter: no {DESCRIPTION}, and no {PEFT_CONFIG} in {names}")
     return Plan(treatments)
+
+
+def _is_peft_folder(folder: Path, parts: tuple[Part, ...]) -> bool:
+    """Whether it is the one part's own folder."""
+    return len(parts) == 1 and (folder / PEFT_CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
 
 
 def _read_tensors(folder: Path, method: Method) -> dict[str, torch.Tensor]:
     path = folder / ("model.safetensors" if method.peft_type is None else "adapter_model.safetensors")
+    if method.old_file is not None and not path.is_file() and (folder / method.old_file).is_file():
+        path = folder / method.old_file
     if not path.is_file():
         raise ValueError(f"the adapter is incomplete: {path} is missing")
     try:

@@ -146,6 +146,9 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
     """
     if getattr(model, "fastpeft_plan", None) is not None:
         raise ValueError(f"the model is adapted already ({model.fastpeft_plan}); merge it, or build a new one")
+    for name, module in model.named_modules():
+        if any(getattr(module, kind, None) is not None for kind in ADAPTER_MODULES):
+            raise ValueError(f"{name} has an adapter already that is not fastpeft's own, PEFT's perhaps: unload it first")
     parts = parts_of(model)
     by_part = {part.name: options.pop(part.name) for part in parts if part.name in options}
     if plan is not None and by_part:

@@ -16,7 +16,7 @@ METHODS: dict[str, type[Method]] = {
 
 def from_peft(config: dict) -> Method:
     """The method that a PEFT ``adapter_config.json`` describes; ValueError for one that fastpeft does not have."""
-    kinds = {m.peft_type: m for m in (LoRA, IA3, PTv2, LayerNorm)}
+    kinds = {m.peft_type: m for m in (LoRA, IA3, PTv2, LayerNorm, Excitor)}
     if config.get("peft_type") not in kinds:
         raise ValueError(f"PEFT method {config.get('peft_type')!r} is not supported; supported: {', '.join(kinds)}")
     return kinds[config["peft_type"]].from_peft(config)

@@ -104,6 +104,7 @@ class Method:
 
     name: ClassVar[str]
     peft_type: ClassVar[str | None] = None  # PEFT's name of the method, where PEFT has it
+    old_file: ClassVar[str | None] = None  # what its tensors were saved in before it had PEFT's format
     mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
     carried: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
 

@@ -6,9 +6,10 @@ that needs no second score matrix is in :mod:`fastpeft.ops.excitor_keys`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class Visual(NamedTuple):
 class ExcitorBlock(nn.Module):
     """The parameters of one layer: w_down [r, C], w_up [C, r], prompt [K, C], gate [H] or [1]; with images of width D also
     wk_down, wv_down [r, D] and wk_up, wv_up [C, r]."""
+
+    active = True  # attention then gives every query head keys of its own: PEFT's layers are not, while switched off
 
     def __init__(self, like: nn.Linear, heads: int, method: Excitor, visual_dim: int | None):
         super().__init__()
@@ -94,6 +97,8 @@ class Excitor(Method):
     """
 
     name: ClassVar[str] = "Excitor"
+    peft_type: ClassVar[str] = "EXCITOR"  # PEFT has it once fastpeft.peft is imported
+    old_file: ClassVar[str] = "model.safetensors"
     mergeable: ClassVar[bool] = False
     carried: ClassVar[bool] = True
     layers: int = 30
@@ -119,11 +124,54 @@ class Excitor(Method):
                 raise ValueError(f"Excitor: {name} must be a number of 0 or more, not {value!r}")
 
     def attach(self, root: nn.Module, part: Part) -> None:
-        found = [(n, m) for n, m in root.named_modules() if part.holds(n) and hasattr(m, "excitor_heads")]
+        found = self.attentions(root, part)
         if not found:
             raise ValueError(f"Excitor is not defined for part {part.name!r}: it needs the attention of a LLaMA")
-        for _, attention in found[-min(self.layers, max(1, len(found) - 2)) :]:
+        for _, attention in found:
             attention.excitor = ExcitorBlock(attention.q_proj, attention.excitor_heads, self, attention.visual_dim)
 
+    def attentions(self, root: nn.Module, part: Part) -> list[tuple[str, nn.Module]]:
+        """The attention layers that it excites, by their names in ``root``."""
+        return self.topmost([(n, m) for n, m in root.named_modules() if part.holds(n) and hasattr(m, "excitor_heads")])
+
+    def topmost(self, found: list) -> list:
+        """Of all layers, bottom to top, those with an Excitor."""
+        return found[-min(self.layers, max(1, len(found) - 2)) :]
+
     def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in root.named_parameters() if "excitor" in name.split(".")}
+        """``base_model.model.<attention>.excitor.excitor_blocks.w_down``: the keys of :mod:`fastpeft.peft`."""
+        return {peft_key(name): p.detach() for name, p in root.named_parameters() if "excitor" in name.split(".")}
+
+    def check(self, root: nn.Module, part: Part, tensors: dict[str, Tensor], where: str) -> None:
+        super().check(root, part, _as_peft(tensors), where)
+
+    def load(self, root: nn.Module, part: Part, tensors: dict[str, Tensor]) -> None:
+        super().load(root, part, _as_peft(tensors))
+
+    def equivalent(self, other: Method, part: Part) -> bool:
+        """How gate and prompts were drawn does not matter to what is loaded over them."""
+        drawn = {"gate_std": 0.0, "prompt_std": 0.0}
+        return type(self) is type(other) and dataclasses.replace(self, **drawn) == dataclasses.replace(other, **drawn)
+
+    def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
+        targets = [name for name, _ in self.attentions(root, part)]
+        return {"peft_type": self.peft_type, "task_type": part.peft_task, "target_modules": targets} | self.options()
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Excitor:
+        """The method that an ``adapter_config.json`` of :mod:`fastpeft.peft` describes. Its ``target_modules`` are known again by the
+        keys beside it, which must be those of the topmost ``layers``."""
+        for option in ("modules_to_save", "exclude_modules"):
+            if config.get(option):
+                raise ValueError(f"Excitor adapter: {option}={config[option]!r} is not supported; load it with PEFT")
+        return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+
+
+def peft_key(name: str) -> str:
+    """A parameter's name -> PEFT's key, in which the adapter's name comes after ``excitor_blocks``."""
+    return "base_model.model." + name.replace("excitor.", "excitor.excitor_blocks.")
+
+
+def _as_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under PEFT's keys; fastpeft saved them under the parameters' names before."""
+    return {name if name.startswith("base_model.") else peft_key(name): t for name, t in tensors.items()}

@@ -135,11 +135,12 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
             asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (tail.tokens, tail.seen))
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
             k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
-        if getattr(self, "excitor", None) is not None:  # its gate is one number per query head: groups no longer share their keys
+        excitor = getattr(self, "excitor", None)
+        if excitor is not None and excitor.active:  # its gate is one number per query head: groups no longer share their keys
             if (groups := self.num_key_value_groups) > 1:
                 k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
                 prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
-            k = self.excitor(k, hidden_states, keys, visual, tables)
+            k = excitor(k, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         options = {"prefix": prefix, "rescale": None, "dropout_p": self.attention_dropout if self.training else 0.0}
