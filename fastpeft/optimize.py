@@ -63,6 +63,8 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         if ours is None:
             continue
         reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
+        if hasattr(ours, "unfit"):
+            reason = ours.unfit(module)
         if filter_fn is not None and not filter_fn(module, name):
             reason = "left out by filter_fn"
         if reason:
@@ -72,10 +74,20 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         report.swapped.insert(0, (name, ours.__name__))
         if ours in NOTES and NOTES[ours] not in report.notes:
             report.notes.append(NOTES[ours])
+    _rebind_forwards(model)
     if not report.swapped and not report.skipped:
         names = ", ".join(sorted(cls.__name__ for cls in known))
         report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {names}"))
     return report
+
+
+def _rebind_forwards(model: nn.Module) -> None:
+    """Who keeps another module's bound ``forward``, as PEFT's adaption prompt does of the model, gets that of its class now."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        owner = getattr(forward, "__self__", None)
+        if isinstance(owner, nn.Module) and owner is not module and forward.__name__ == "forward":
+            module.forward = owner.forward
 
 
 def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
@@ -98,7 +110,8 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
         for child in module.modules()
         if type(child) in CARRIERS.values()
     }
-    needed |= {module: "needed by its Excitor" for module in model.modules() if getattr(module, "excitor", None) is not None}
+    for kind, told in (("excitor", "needed by its Excitor"), ("adaption", "needed by its adaption prompt")):
+        needed |= {module: told for module in model.modules() if getattr(module, kind, None) is not None}
     stayed = []
     for name, module in model.named_modules():
         if type(module) not in original:
@@ -107,6 +120,7 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
             stayed.append((name, needed[module]))
         else:
             swap_class(module, original[type(module)])
+    _rebind_forwards(model)
     return stayed
 
 

@@ -65,7 +65,7 @@ class ExcitorConfig(peft.PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.EXCITOR
-        assert self.method  # checks the options
+        _ = self.method  # checks the options
 
     @property
     def method(self) -> Excitor:

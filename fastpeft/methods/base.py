@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 # Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
-ADAPTER_MODULES = ("prefix_encoder", "excitor", "mm_adapter")
+ADAPTER_MODULES = ("prefix_encoder", "excitor", "adaption", "mm_adapter")
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", *ADAPTER_MODULES)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.adapted import Terms, terms_of
+from fastpeft.models.layout import rows_of
 from fastpeft.ops._remade import recipe_of
 from fastpeft.ops.lora_linear import lora_linears
 
@@ -29,6 +30,17 @@ def _joins(terms: list[Terms | None], x: Tensor) -> bool:
     if low_rank:
         return len({term.dropout_p for term in low_rank}) == 1
     return any(term.projection.weight.requires_grad for term in terms) and torch.is_grad_enabled() and recipe_of(x) is not None
+
+
+def around_wrapper(attention: nn.Module, x: Tensor, *, position_embeddings, layout=None, tail=None, **kwargs) -> tuple[Tensor, None]:
+    """Someone's wrapper around an attention layer of ours, such as PEFT's adaption prompt: it takes keywords, tables [B, M, C] and rotary
+    tables of their dtype. What ``layout`` gathers is spread for it, and what a ``tail`` leaves out is computed."""
+    tables = position_embeddings
+    if layout is not None:
+        x, tables = layout.spread(x), tuple(layout.spread(t) for t in tables)
+    y = attention(hidden_states=x, position_embeddings=tuple(t.to(x.dtype) for t in tables), **kwargs)[0]
+    y = y if layout is None else layout.gather(y)
+    return y if tail is None else rows_of(y, tail.tokens), None
 
 
 def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor:

@@ -27,9 +27,10 @@ from transformers.utils import can_return_tuple
 from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.adapted import terms_of
+from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
-from fastpeft.models.attend import as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
+from fastpeft.models.attend import around_wrapper, as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, next_labels, rows_layout, rows_of, self_layout, tail_of
 from fastpeft.ops._common import accumulator
@@ -103,6 +104,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
     """Causal self-attention with grouped heads. Returns (output, None): probabilities are not formed."""
 
     visual_dim: int | None = None  # width of the images' features that Excitor sees here
+    reads_layout = True
 
     @property
     def excitor_heads(self) -> int:
@@ -118,11 +120,14 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         layout: Layout | None = None,
         visual: Visual | None = None,
         tail: Tail | None = None,
+        prompted: Prompted | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``tail``'s rows only, where one is given);
         position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]; attention_mask [B, N] bool over keys, or transformers' own
-        [B, 1, M, N]; visual: images' features for Excitor."""
+        [B, 1, M, N]; visual: images' features for Excitor; prompted: an adaption prompt, where it is not this module's own."""
+        adaption = getattr(self, "adaption", None)
+        prompted = prompted if adaption is None else adaption.prompted
         tables = tuple(t.unsqueeze(-2) for t in position_embeddings)
         l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
         if tail is None:
@@ -148,10 +153,25 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
             context = dense_mask_attention(q, k, v, attention_mask, **options)
         else:
             context = ops.attention(q, k, v, causal=True, key_padding_mask=attention_mask, **options)
+        if prompted is not None:
+            context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, prefix is None, past_key_values), prompted.gate)
         context = context.transpose(1, 2).flatten(2)
         if l_v is not None:
             context = ops.rescale(context, self._per_query_head(l_v))
-        return self.o_proj(context if layout is None else layout.gather(context)), None
+        output = self.o_proj(context if layout is None else layout.gather(context))
+        if prompted is not None and self.o_proj.bias is not None:
+            output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
+        return output, None
+
+    def _of_prompt(self, prompt: Tensor, values_raw: bool, cache) -> tuple[Tensor, Tensor]:
+        """Keys, not rotated, and values of an adaption prompt [n, C], each [1, H_kv, n, d]; in generation they stay with the cache."""
+        kept = {} if cache is None or torch.is_grad_enabled() else cache.__dict__.setdefault("prompts", {})
+        if kept.get(self.layer_idx, (None,))[0] is prompt:
+            return kept[self.layer_idx][1:]
+        k, v = project_together((self.k_proj, self.v_proj), prompt.to(self.k_proj.weight.dtype).view(1, -1, prompt.shape[-1]))
+        k, v = rescaled(self.k_proj, k), v if values_raw else rescaled(self.v_proj, v)
+        kept[self.layer_idx] = (prompt, *(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (k, v)))
+        return kept[self.layer_idx][1:]
 
     def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor) -> tuple[Tensor, ...]:
         """Projections of x as attention reads them, [B, heads, M, d]: rotated (values apart), and with IA3's factors, except that
@@ -178,7 +198,8 @@ class DecoderLayer(modeling_llama.LlamaDecoderLayer):
     ) -> Tensor:
         """Arguments as :class:`Attention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
         norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
-        attended, _ = self.self_attn(
+        attention = self.self_attn if hasattr(self.self_attn, "reads_layout") else partial(around_wrapper, self.self_attn)
+        attended, _ = attention(
             norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""PEFT's own LoRA and (IA)^3 layers on fastpeft's operators: a PEFT model's parameters under PEFT's names, another ``forward``.
+"""PEFT's own LoRA, (IA)^3 and adaption prompt layers on fastpeft's operators: a PEFT model's parameters under PEFT's names, another ``forward``.
 
 Only what PEFT does most of the time is fused: one active adapter, neither merged nor disabled, a plain linear base, no variant (such as
 DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, goes PEFT's own way.
@@ -6,10 +6,12 @@ DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, goes PE
 
 from __future__ import annotations
 
-from peft.tuners import ia3, lora
+from peft.tuners import adaption_prompt, ia3, lora
 from torch import Tensor, nn
 
 from fastpeft.methods.adapted import Terms, terms_of
+from fastpeft.methods.adaption_prompt import Prompted
+from fastpeft.models.llama import Attention
 from fastpeft.ops.lora_linear import Projection
 
 
@@ -55,5 +57,26 @@ class IA3Linear(_Fused, ia3.Linear):
         return Terms(projection, before=factor) if self.is_feedforward else Terms(projection, after=factor)
 
 
+class AdaptedAttention(adaption_prompt.AdaptedAttention):
+    """PEFT's adaption prompt around a LLaMA's attention, which computes both: PEFT projects the queries twice."""
+
+    reads_layout = True
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return "" if type(module.model) is Attention else f"{type(module.model).__name__} inside it stays as it is"
+
+    def forward(self, hidden_states: Tensor, **kwargs):
+        """As :class:`fastpeft.models.llama.Attention`."""
+        if type(self.model) is not Attention:  # given its own class back
+            return super().forward(hidden_states=hidden_states, **kwargs)
+        return self.model(hidden_states, prompted=Prompted(self.adaption_prompt, self.adaption_gate), **kwargs)
+
+
 # PEFT's class -> ours; the exact type only
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: LoraLinear, ia3.Linear: IA3Linear}
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    lora.Linear: LoraLinear,
+    ia3.Linear: IA3Linear,
+    adaption_prompt.AdaptedAttention: AdaptedAttention,
+}

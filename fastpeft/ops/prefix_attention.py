@@ -24,17 +24,18 @@ from fastpeft.ops._flash import flash, flash_bwd
 from fastpeft.ops._tiled import triton_launcher
 
 
-def _fold(t: Tensor) -> Tensor:
+def fold(t: Tensor) -> Tensor:
     """[B, H, M, ...] -> [1, H, B M, ...]: a view where t is stored [B, M, H, ...], as projections and ATen leave it."""
     return t.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
-def _unfold(t: Tensor, B: int) -> Tensor:
+def unfold(t: Tensor, B: int) -> Tensor:
+    """[1, H, B M, ...] -> [B, H, M, ...]."""
     return t[0].transpose(0, 1).unflatten(0, (B, -1)).transpose(1, 2)
 
 
 def _fwd(q, o, lse, pk, pv, scale):
-    op, lp = (_unfold(t, q.shape[0]) for t in flash(_fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), scale=scale))
+    op, lp = (unfold(t, q.shape[0]) for t in flash(fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), scale=scale))
     acc, weight = accumulator(o.dtype), torch.sigmoid(lp - lse)[..., None]
     return torch.lerp(o.to(acc), op.to(acc), weight.to(acc)).to(o.dtype), torch.logaddexp(lse, lp)
 
@@ -45,9 +46,9 @@ def _fwd_fake(q, o, lse, pk, pv, scale):
 
 def _bwd(do, q, o, lse, pk, pv, dq, scale, need_dp):
     """(dQ', dP_k, dP_v) from the joint o and lse; empty where not needed. dq None: not needed."""
-    parts = (_fold(do), _fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), _fold(o), _fold(lse))
+    parts = (fold(do), fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), fold(o), fold(lse))
     share, dpk, dpv = flash_bwd(*parts, scale=scale)
-    out = q.new_empty(0) if dq is None else torch.add(dq, _unfold(share, q.shape[0]), out=torch.empty_like(dq))
+    out = q.new_empty(0) if dq is None else torch.add(dq, unfold(share, q.shape[0]), out=torch.empty_like(dq))
     if not need_dp:
         return out, pk.new_empty(0), pv.new_empty(0)
     return out, dpk[0].to(pk.dtype).contiguous(), dpv[0].to(pv.dtype).contiguous()

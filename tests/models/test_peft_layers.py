@@ -114,6 +114,7 @@ def llama(method):
             task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
         "PTv2": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        "adaption prompt": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1),
     }[method]()
     model = peft.get_peft_model(model, config).double()
     for p in model.parameters():
@@ -122,7 +123,7 @@ def llama(method):
     return model
 
 
-@pytest.mark.parametrize("method", ["LoRA", "IA3", "PTv2"])
+@pytest.mark.parametrize("method", ["LoRA", "IA3", "PTv2", "adaption prompt"])
 def test_a_peft_llama_trains_the_same_and_keeps_less(method):
     """transformers' norms and loss are in float32: no more than that can be asked for. It already runs on SDPA here."""
     model, ids = llama(method).train(), torch.randint(3, 50, (3, 9))

@@ -20,7 +20,7 @@ CASES = [
     ("miss-tiny", "F/LoRA/LoRA", {"feature_cache": False}),
     ("miss-tiny", "F/F/LoRA", {}),
     ("miss-tiny", "F/F/T", {"seq_len": 33, "answer_len": 9}),
-    *(("llama-tiny", plan, {"seq_len": 48}) for plan in ("LoRA", "T", "Excitor", "IA3", "PTv2")),
+    *(("llama-tiny", plan, {"seq_len": 48}) for plan in ("LoRA", "T", "Excitor", "AdaptionPrompt", "IA3", "PTv2")),
     ("lavin-tiny", "MMAdapter/T/MMAdapter", {"seq_len": 40}),
     ("excitor-tiny", "F/Excitor", {"seq_len": 40}),
     ("llava-med-tiny", "F/T/LoRA/T", {"seq_len": 40}),
