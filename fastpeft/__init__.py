@@ -7,7 +7,21 @@ import sys
 from contextlib import suppress
 
 from fastpeft import ops
-from fastpeft.methods import FFN, IA3, AdaptionPrompt, Attention, Excitor, Frozen, Full, LayerNorm, LoRA, MMAdapter, Prefix, PTv2, RepAdapter
+from fastpeft.methods import (
+    FFN,
+    IA3,
+    AdaptionPrompt,
+    Attention,
+    Excitor,
+    Frozen,
+    Full,
+    LayerNorm,
+    LoRA,
+    MMAdapter,
+    Prefix,
+    PTv2,
+    RepAdapter,
+)
 from fastpeft.ops._savings import without
 from fastpeft.optimize import Report, optimize, restore
 from fastpeft.plan import Plan, adapt, build, count
@@ -38,7 +52,7 @@ if sys.modules.get("peft") is not None:  # already in use: it learns of Excitor,
         importlib.import_module("fastpeft.peft")
 
 __all__ = [
-    "FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2", "Plan",
-    "Prefix", "RepAdapter", "Report", "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter",
+    "FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2",
+    "Plan", "Prefix", "RepAdapter", "Report", "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter",
     "merge", "ops", "optimize", "restore", "save_adapter", "without",
 ]  # fmt: skip

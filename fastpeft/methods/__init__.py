@@ -24,7 +24,7 @@ def from_peft(config: dict) -> Method:
 
 
 __all__ = [
-    "FFN", "IA3", "METHODS", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "Method", "PTv2", "Part", "Prefix",
-    "RepAdapter",
+    "FFN", "IA3", "METHODS", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "Method",
+    "PTv2", "Part", "Prefix", "RepAdapter",
     "from_peft", "is_adapter",
 ]  # fmt: skip

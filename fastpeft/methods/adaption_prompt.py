@@ -1,4 +1,4 @@
-"""LLaMA-Adapter's adaption prompts, as PEFT's ADAPTION_PROMPT computes them: learnt tokens that every query attends to apart, behind a gate.
+"""LLaMA-Adapter's adaption prompts, as PEFT's ADAPTION_PROMPT computes them: learnt tokens, attended to apart, behind a gate.
 
     y = W_o (attention(Q, K, V) + g attention(Q, P W_k^T, P W_v^T))          g starts at zero: training starts from the base model
 
@@ -110,7 +110,7 @@ class AdaptionPrompt(Method):
     def from_peft(cls, config: dict[str, Any]) -> AdaptionPrompt:
         """The method that a PEFT ``adapter_config.json`` describes; ValueError for other modules than a LLaMA's attention."""
         if config.get("target_modules") not in (None, "self_attn"):
-            raise ValueError(f"adaption prompt: target_modules={config['target_modules']!r} is not supported; only a LLaMA's 'self_attn' is")
+            raise ValueError(f"adaption prompt: target_modules={config['target_modules']!r} is not supported, only a LLaMA's 'self_attn'")
         if config["adapter_layers"] is None:
             raise ValueError("adaption prompt: adapter_layers is missing; it says how many layers have prompts")
         return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls)})

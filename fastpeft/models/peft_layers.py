@@ -1,4 +1,4 @@
-"""PEFT's own LoRA, (IA)^3 and adaption prompt layers on fastpeft's operators: a PEFT model's parameters under PEFT's names, another ``forward``.
+"""PEFT's own LoRA, (IA)^3 and adaption prompts on fastpeft's operators: a PEFT model's parameters under PEFT's names, another ``forward``.
 
 Only what PEFT does most of the time is fused: one active adapter, neither merged nor disabled, a plain linear base, no variant (such as
 DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, goes PEFT's own way.
