@@ -1,6 +1,7 @@
 """The same model without fastpeft's operators: what `fastpeft verify` and `bench/steps` compare with.
 
-:func:`plain` runs transformers' own modules, and every method as its paper writes it, in a line of PyTorch each; :func:`with_peft` runs
+:func:`plain` runs transformers' own modules, and every method as its paper writes it, in a line of PyTorch each or, of the language models,
+as in :mod:`fastpeft.literal`; :func:`with_peft` runs
 transformers' own modules wrapped by PEFT. Both are copies with the same weights. transformers' one error here is put right in both
 (BLIP's cross-attention loses the mask of its states, 4.57 to 5.23), so that padded batches compare too.
 """
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextPreTrainedModel
 
-from fastpeft.methods import Part, is_adapter
+from fastpeft import literal
+from fastpeft.methods import Excitor, Part, is_adapter
 from fastpeft.methods.adapted import AdaptedConv2d, AdaptedLinear
-from fastpeft.methods.base import swap_class
+from fastpeft.methods.base import ADAPTER_MODULES, swap_class
 from fastpeft.models import parts_of
+from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.models.miss import DropPath
 from fastpeft.optimize import restore
 from fastpeft.plan import detach
@@ -58,15 +61,22 @@ LITERAL = {AdaptedLinear: _LiteralLinear, AdaptedConv2d: _LiteralConv2d}
 def plain(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that runs no operator of fastpeft; parameter names stay. ValueError where something of ours is left."""
     twin = copy.deepcopy(model)
-    hosts = {name: m.prefix_encoder for name, m in twin.named_modules() if getattr(m, "prefix_encoder", None) is not None}
-    for name in hosts:
-        del twin.get_submodule(name).prefix_encoder  # it would keep the modules above it from their own classes
+    found = {kind: {n: getattr(m, kind) for n, m in twin.named_modules() if getattr(m, kind, None) is not None} for kind in ADAPTER_MODULES}
+    for kind, hosts in found.items():
+        for name in hosts:
+            delattr(twin.get_submodule(name), kind)  # it would keep the modules above it from their own classes
     if stayed := restore(twin):
         raise ValueError(f"no plain form is known of {stayed[0][0]} ({stayed[0][1]}): this model cannot be compared")
-    for name, encoder in hosts.items():
-        host = twin.get_submodule(name)
-        host.prefix_encoder = encoder
-        host.register_forward_pre_hook(_prefixed, with_kwargs=True)
+    for kind, hosts in found.items():
+        for name, adapter in hosts.items():
+            host = twin.get_submodule(name)
+            setattr(host, kind, adapter)
+            if kind == "prefix_encoder":
+                host.register_forward_pre_hook(_prefixed, with_kwargs=True)
+            elif type(host) in literal.LITERAL:
+                swap_class(host, literal.LITERAL[type(host)])
+    if isinstance(twin, LavinForConditionalGeneration) and twin.config.modality is None:
+        twin.llm.register_forward_pre_hook(literal.with_modality_token, with_kwargs=True)
     for module in twin.modules():
         if type(module) in LITERAL:
             swap_class(module, LITERAL[type(module)])
@@ -78,6 +88,7 @@ def _prefixed(host: nn.Module, args: tuple, kwargs: dict):
     ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     pairs = [tuple(t.to(host.dtype).expand(len(ids), -1, -1, -1) for t in pair) for pair in host.prefix_encoder()]
     prefix, mask = DynamicCache(pairs), kwargs.get("attention_mask")
+    prefix.prefix_tokens = pairs[0][0].shape[2]
     crosses = isinstance(host, BlipTextPreTrainedModel)
     kwargs["past_key_values"] = EncoderDecoderCache(prefix, DynamicCache()) if crosses else prefix
     if mask is not None:
@@ -111,6 +122,10 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         kinds = [m for m in methods if m.peft_type is not None]
         if len(kinds) > 1 or (kinds and len(methods) > 1):
             raise ValueError(f"PEFT does not combine {'+'.join(map(str, methods))} on one module")
+        if unknown := [m for m in methods if m.carried and m.peft_type is None]:
+            raise ValueError(f"PEFT has no {unknown[0]}")
+        if any(isinstance(m, Excitor) for m in methods):
+            raise ValueError("PEFT runs Excitor through fastpeft itself: see fastpeft.peft")
         if any(hasattr(m, "num_virtual_tokens") for m in methods):
             raise ValueError(f"PEFT's prefix in {part.name!r} lies in the cache that transformers' cross-attention writes to as well")
         if kinds:
@@ -153,7 +168,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("lora_dropout", "attention_dropout"):
+        for name in ("lora_dropout", "attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
         for hook in module._forward_hooks.values():

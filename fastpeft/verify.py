@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import BlipForQuestionAnswering, LlamaForCausalLM
 
-from fastpeft.methods import is_adapter
-from fastpeft.models import blip
 from fastpeft.plain import plain, scatter_adapters, with_peft, without_dropout
+from fastpeft.verify_cases import Batch, Case, base_dtype, case_of
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 FACTOR = 4  # of plain PyTorch's own error
 WORST = "worst gradient"
-Batch = dict[str, Tensor]
 Step = tuple[float, dict[str, Tensor]]  # loss, gradients by name
 
 
@@ -74,26 +69,6 @@ class Result:
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0))).rstrip() for row in rows]
         return lines + [f"not compared: {name} ({why})" for name, why in self.skipped]
-
-
-@dataclass
-class Form:
-    """A way to run all samples in one fused step: ``inputs(model)`` makes its batch, inside ``context``."""
-
-    name: str
-    inputs: Callable[[nn.Module], Batch]
-    context: Callable[[], object] | None = None
-
-
-@dataclass
-class Case:
-    """What a family of models gives: samples to run alone, each with its weight in the loss of a batch, and forms to run them together."""
-
-    alone: list[Batch]
-    weights: list[float]
-    forms: list[Form]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    floor: float = 0.0  # a relative error that the plain model has in every dtype
 
 
 def verify(model: nn.Module, *, seed: int = 0, peft: bool = True) -> Result:
@@ -147,11 +122,6 @@ def tolerance(plain_error: float, dtype: torch.dtype) -> float:
     return max(FACTOR * plain_error, 4 * torch.finfo(dtype).eps, 1024 * torch.finfo(sums_in).eps)
 
 
-def base_dtype(model: nn.Module) -> torch.dtype:
-    """What activations come in: adapters stay in float32 under a half-precision base."""
-    return next(p.dtype for name, p in model.named_parameters() if not is_adapter(name))
-
-
 def step_of(model: nn.Module, inputs: Batch) -> Step:
     """Loss and gradients of what is trained (zeros where a parameter got none)."""
     model.zero_grad(set_to_none=True)
@@ -184,84 +154,3 @@ def deviation(step: Step, truth: Step) -> tuple[dict[str, float], str]:
     worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name], default="")
     whole = math.hypot(*off.values()) / (math.hypot(*lengths.values()) or 1.0)
     return {"loss": abs(loss - want) / (abs(want) or 1.0), "gradients": whole, WORST: errors.get(worst, 0.0)}, worst
-
-
-def case_of(model: nn.Module, seed: int = 0) -> Case:
-    """Samples and forms for a model's family; ValueError for a family without."""
-    for family, make in FAMILIES.items():
-        if isinstance(model, family):
-            return make(model, torch.Generator().manual_seed(seed), next(model.parameters()).device)
-    raise ValueError(f"{type(model).__name__} cannot be verified; known: {', '.join(f.__name__ for f in FAMILIES)}")
-
-
-def blip_case(model: BlipForQuestionAnswering, generator: torch.Generator, device: torch.device) -> Case:
-    """Four questions of several lengths on three images."""
-    text, size = model.config.text_config, model.config.vision_config.image_size
-    questions, answers, index = (9, 6, 9, 4), (4, 3, 5, 4), torch.tensor([0, 1, 2, 0])
-
-    def tokens(length: int, first: int) -> Tensor:
-        ids = torch.randint(5, text.vocab_size - 2, (length,), generator=generator)
-        ids[0] = first
-        return ids.to(device)
-
-    images = torch.randn(3, 3, size, size, generator=generator, dtype=torch.float64).to(next(model.vision_model.parameters()).dtype)
-    images, index = images.to(device), index.to(device)
-    asked = [tokens(n, text.vocab_size - 1) for n in questions]
-    answered = [tokens(n, text.bos_token_id) for n in answers]
-    alone = [
-        {"input_ids": q[None], "attention_mask": torch.ones_like(q)[None], "labels": a[None], "pixel_values": images[i : i + 1]}
-        for q, a, i in zip(asked, answered, index.tolist())
-    ]
-    together = {
-        "input_ids": pad_sequence(asked, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(q) for q in asked], batch_first=True),
-        "labels": pad_sequence(answered, batch_first=True, padding_value=-100),
-    }
-    grouped = together | {"pixel_values": images, "image_index": index}
-    forms = [
-        Form("one padded batch", lambda model: together | {"pixel_values": images[index]}),
-        Form("questions grouped by image", lambda model: grouped),
-        Form("attention to states, absorbed", lambda model: grouped, lambda: absorbing(True)),
-        Form("attention to keys and values", lambda model: grouped, lambda: absorbing(False)),
-    ]
-    skipped = []
-    if any(p.requires_grad for p in model.vision_model.parameters()):
-        skipped.append(("image features kept", "the image encoder is trained"))
-    else:
-
-        @torch.no_grad()
-        def kept(model):
-            return together | {"image_embeds": model.encode_images(images), "image_index": index}
-
-        forms.append(Form("image features kept", kept))
-    return Case(alone, [1.0] * len(alone), forms, skipped)
-
-
-def llama_case(model: LlamaForCausalLM, generator: torch.Generator, device: torch.device) -> Case:
-    """Four texts of several lengths, the end of each labelled: padded, and packed into one row."""
-    ids = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).to(device) for n in (12, 7, 9, 5)]
-    labels = [t.index_fill(0, torch.arange(len(t) - 3, device=device), -100) for t in ids]
-    alone = [{"input_ids": t[None], "labels": label[None]} for t, label in zip(ids, labels)]
-    padded = {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(t) for t in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
-    positions = [torch.arange(len(t), device=device) for t in ids]
-    packed = {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None], "position_ids": torch.cat(positions)[None]}
-    forms = [Form("one padded batch", lambda model: padded), Form("packed into one row", lambda model: packed)]
-    # transformers' LlamaRMSNorm, rotary tables and loss are float32 in a float64 model too
-    return Case(alone, [3.0] * len(ids), forms, floor=64 * torch.finfo(torch.float32).eps)
-
-
-@contextmanager
-def absorbing(pays: bool) -> Iterator[None]:
-    """Cross-attention to an image's states themselves, or to their keys and values, whichever would be chosen."""
-    chosen, blip.absorbed_pays = blip.absorbed_pays, lambda *args, **kwargs: pays
-    try:
-        yield
-    finally:
-        blip.absorbed_pays = chosen
-
-
-FAMILIES: dict[type[nn.Module], Callable[..., Case]] = {BlipForQuestionAnswering: blip_case, LlamaForCausalLM: llama_case}

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 import fastpeft as fp
 from fastpeft import cli, plain
 from fastpeft import verify as verifying
+from fastpeft.methods import adaption_prompt, excitor
 from fastpeft.models import attend, blip, llama
+from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.optimize import SWAPS
 from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
 
@@ -58,12 +61,67 @@ def in_backward(outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "Prefix", "LoRA+LayerNorm"])
+@pytest.mark.parametrize(
+    "plan", ["T", "LoRA", "IA3", "Prefix", "LoRA+LayerNorm", "Excitor", "AdaptionPrompt", "RepAdapter", "PTv2+Excitor+IA3"]
+)
 def test_a_llama_padded_and_packed(plan, dtype):
-    model = fp.adapt(fp.build("llama-tiny", dtype=DTYPES[dtype], num_hidden_layers=2, num_key_value_heads=2), plan)
+    model = fp.adapt(fp.build("llama-tiny", dtype=DTYPES[dtype], num_hidden_layers=3, num_key_value_heads=2), plan)
     result = verify(model)
     assert result.ok, result.lines()
     assert {"samples alone", "one padded batch", "packed into one row"} <= {check.check for check in result.checks}
+
+
+SEEING = [
+    ("excitor-tiny", "F/Excitor"),
+    ("excitor-tiny", "LoRA/AdaptionPrompt"),
+    ("lavin-tiny", "MMAdapter/T/MMAdapter"),
+    ("lavin-tiny", "F/F/LoRA"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, plan", SEEING)
+def test_images_in_a_language_model(name, plan, dtype):
+    result = verify(fp.adapt(fp.build(name, dtype=DTYPES[dtype]), plan))
+    assert result.ok, result.lines()
+    names = {check.check for check in result.checks}
+    assert {"samples alone", "one padded batch", "packed into one row"} <= names
+    assert ("image features kept" in names) == plan.startswith("F/")
+    if "LoRA" in plan and find_spec("peft"):
+        assert PEFT in names  # LLaMA-Adapter too
+
+
+@pytest.mark.parametrize("gate", ["head", "layer"])
+def test_an_excitors_options(gate):
+    method = fp.Excitor(gate=gate, excitor_scale="head", rotary=True)
+    result = verify(fp.adapt(fp.build("llama-tiny", num_key_value_heads=2), llm=method))
+    assert result.ok, result.lines()
+
+
+ALL_FORMS = ["samples alone", "one padded batch", "packed into one row"]
+
+
+def test_faults_of_excitors_and_adapters(monkeypatch):
+    def checked(name, plan):
+        return failed(verify(fp.adapt(fp.build(name), plan), peft=False))
+
+    with monkeypatch.context() as patch:  # S_excitor on another scale
+        right = excitor.merge_keys
+        patch.setattr(excitor, "merge_keys", lambda k, u, *rest, **more: right(k, 1.01 * u, *rest, **more))
+        assert checked("llama-tiny", "Excitor") == ALL_FORMS
+    with monkeypatch.context() as patch:  # samples see each other's images: not where a sample is alone
+        right = VisionLanguageModel.index_of
+        patch.setattr(VisionLanguageModel, "index_of", staticmethod(lambda *given: right(*given).roll(1)))
+        assert checked("excitor-tiny", "F/Excitor") == [*ALL_FORMS[1:], "image features kept"]
+    with monkeypatch.context() as patch:  # a prompt's keys on another scale
+        right = adaption_prompt.attend_prompt
+        patch.setattr(llama, "attend_prompt", lambda context, q, keys, *rest: right(context, q, 1.01 * keys, *rest))
+        assert checked("llama-tiny", "AdaptionPrompt") == ALL_FORMS
+    with monkeypatch.context() as patch:  # the other expert
+        right = fp.ops.norm_mm_adapter
+        patch.setattr(fp.ops, "norm_mm_adapter", lambda *given: right(*given[:7], given[7].flip(-1), *given[8:]))
+        assert checked("lavin-tiny", "F/T/MMAdapter") == [*ALL_FORMS, "image features kept"]
+    assert not checked("lavin-tiny", "F/T/MMAdapter") and not checked("llama-tiny", "Excitor")
 
 
 def test_a_fault_in_llamas_attention_fails(monkeypatch):
@@ -144,6 +202,29 @@ def test_plain_runs_nothing_of_ours(miss, plan, monkeypatch):
     miss.assert_same(gradients, wanted)
 
 
+@pytest.mark.parametrize("name, plan", [*SEEING, ("llama-tiny", "Excitor+AdaptionPrompt")])
+def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
+    model = plain.scatter_adapters(plain.without_dropout(fp.adapt(fp.build(name, dtype=torch.float64), plan)))
+    case = verifying.case_of(model)
+    want, wanted = verifying.run_alone(model, case)
+    twin = plain.plain(model)
+    for name in fp.ops.__all__:
+        monkeypatch.setattr(fp.ops, name, None)
+    for module, ours in ((excitor, "merge_keys"), (llama, "attend_prompt"), (llama, "project_together")):
+        monkeypatch.setattr(module, ours, None)
+    loss, gradients = verifying.run_alone(twin, case)
+    assert loss == pytest.approx(want, rel=1e-6) and gradients.keys() == wanted.keys()
+    assert not any(type(m) in SWAPS.values() for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
+
+
+def test_the_literal_form_reads_no_cache():
+    twin = plain.plain(fp.adapt(fp.build("llama-tiny"), "Excitor")).eval()
+    how = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(ValueError, match="whole sequences: generate with use_cache=False"):
+        twin.generate(torch.tensor([[5, 6]]), **how)
+    assert twin.generate(torch.tensor([[5, 6]]), use_cache=False, **how).shape == (1, 5)
+
+
 @pytest.mark.parametrize("plan", ["LoRA/LoRA/LoRA", "T/IA3/LayerNorm", "F/Attention/FFN"])
 def test_with_peft_has_the_same_weights(miss, plan):
     pytest.importorskip("peft")
@@ -159,6 +240,10 @@ def test_what_peft_cannot_express(miss):
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match=r"PEFT does not combine LoRA\+LayerNorm"):
         plain.with_peft(miss.build("LoRA+LayerNorm/F/F"))
+    with pytest.raises(ValueError, match=r"PEFT has no MMAdapter"):
+        plain.with_peft(fp.adapt(fp.build("lavin-tiny"), "F/T/MMAdapter"))
+    with pytest.raises(ValueError, match=r"PEFT runs Excitor through fastpeft itself"):
+        plain.with_peft(fp.adapt(fp.build("excitor-tiny"), "F/Excitor"))
 
 
 def test_without_dropout():
