@@ -1,9 +1,9 @@
 """The same model without fastpeft's operators: what `fastpeft verify` and `bench/steps` compare with.
 
-:func:`plain` runs transformers' own modules, and every method as its paper writes it, in a line of PyTorch each or, of the language models,
-as in :mod:`fastpeft.literal`; :func:`with_peft` runs
-transformers' own modules wrapped by PEFT. Both are copies with the same weights. transformers' one error here is put right in both
-(BLIP's cross-attention loses the mask of its states, 4.57 to 5.23), so that padded batches compare too.
+:func:`plain` runs transformers' own modules, and every method as its paper writes it: in a line of PyTorch here, or by
+:mod:`fastpeft.literal`. :func:`with_peft` runs transformers' own modules wrapped by PEFT. Both are copies with the same weights.
+transformers' one error here is put right in both (BLIP's cross-attention loses the mask of its states, 4.57 to 5.23), so that padded
+batches compare too.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         if any(hasattr(m, "num_virtual_tokens") for m in methods):
             raise ValueError(f"PEFT's prefix in {part.name!r} lies in the cache that transformers' cross-attention writes to as well")
         if kinds:
-            names |= _wrap(twin, model, part, kinds[0])
+            twin, wrapped = _wrap(twin, model, part, kinds[0])
+            names |= wrapped
         for method in methods:
             if not kinds:
                 for name, parameter in method.trains(part.of(twin), part).items():
@@ -138,16 +139,15 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     return mask_cross_attention(twin.train(model.training)), names
 
 
-def _wrap(twin: nn.Module, model: nn.Module, part: Part, method) -> dict[str, str]:
-    """Replace one part of ``twin`` by a PEFT model with the weights of ``model``'s; returns names as :func:`with_peft`."""
+def _wrap(twin: nn.Module, model: nn.Module, part: Part, method) -> tuple[nn.Module, dict[str, str]]:
+    """Replace one part of ``twin``, or all of it, by a PEFT model with the weights of ``model``'s; returns what :func:`with_peft` does."""
     import peft
 
     root, ours = part.of(twin), part.of(model)
     config = peft.PeftConfig.from_peft_type(**method.peft_config(ours, part) | {"task_type": None})
     wrapped = peft.get_peft_model(root, config)
-    if not part.path:
-        raise ValueError("PEFT would wrap the whole model: not compared")
-    twin.get_submodule(part.path.rpartition(".")[0]).__setattr__(part.path.rpartition(".")[2], wrapped)
+    if part.path:
+        twin.get_submodule(part.path.rpartition(".")[0]).__setattr__(part.path.rpartition(".")[2], wrapped)
     wrapped.to(next(ours.parameters()).device)
     kept = method.tensors(ours, part)
     by_address = {p.data_ptr(): name for name, p in model.named_parameters()}
@@ -157,10 +157,10 @@ def _wrap(twin: nn.Module, model: nn.Module, part: Part, method) -> dict[str, st
             if parameter.requires_grad:
                 key = name.replace(".default", "")
                 parameter.data = kept[key].clone().view(parameter.shape)
-                names[f"{part.path}.{name}"] = by_address[kept[key].data_ptr()]
+                names[f"{part.path}.{name}" if part.path else name] = by_address[kept[key].data_ptr()]
     if missing := len(kept) - len(names):
         raise ValueError(f"PEFT attaches {missing} tensors fewer than fastpeft in {part.name!r}")
-    return names
+    return twin if part.path else wrapped, names
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

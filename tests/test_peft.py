@@ -319,3 +319,17 @@ def test_the_new_member_is_like_the_others():
     before = len(kinds)
     ours.extend(kinds, "EXCITOR")
     assert len(kinds) == before
+
+
+def test_folders_name_their_base(batch, tmp_path):
+    """peft's Auto class, and transformers' own loading of PEFT's adapters."""
+    base().save_pretrained(tmp_path / "base")
+    model = wrapped(LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)).eval()
+    want = model(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+    assert torch.equal(auto.eval()(**batch).logits, want)
+    if tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 20):  # transformers asks for it
+        own = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+        own.load_adapter(str(tmp_path / "adapter"))
+        assert torch.equal(own.eval()(**batch).logits, want)

@@ -62,13 +62,15 @@ def in_backward(outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "plan", ["T", "LoRA", "IA3", "Prefix", "LoRA+LayerNorm", "Excitor", "AdaptionPrompt", "RepAdapter", "PTv2+Excitor+IA3"]
+    "plan", ["T", "LoRA", "IA3", "LayerNorm", "Prefix", "LoRA+LayerNorm", "Excitor", "AdaptionPrompt", "RepAdapter", "PTv2+Excitor+IA3"]
 )
 def test_a_llama_padded_and_packed(plan, dtype):
     model = fp.adapt(fp.build("llama-tiny", dtype=DTYPES[dtype], num_hidden_layers=3, num_key_value_heads=2), plan)
     result = verify(model)
     assert result.ok, result.lines()
-    assert {"samples alone", "one padded batch", "packed into one row"} <= {check.check for check in result.checks}
+    names = {check.check for check in result.checks}
+    assert {"samples alone", "one padded batch", "packed into one row"} <= names
+    assert (PEFT in names) == (plan in ("T", "LoRA", "IA3", "LayerNorm", "AdaptionPrompt") and bool(find_spec("peft")))
 
 
 SEEING = [
