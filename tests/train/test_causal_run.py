@@ -60,7 +60,7 @@ def test_a_language_model_learns_and_answers(alpaca, tmp_path):
     assert again["global"] == 1.0 and again["n"] == 4
 
 
-@pytest.mark.parametrize("plan", ["LoRA", "IA3", "PTv2", "LayerNorm", "LoRA+IA3"])
+@pytest.mark.parametrize("plan", ["LoRA", "IA3", "PTv2", "LayerNorm", "LoRA+IA3", "AdaptionPrompt"])
 def test_packing_changes_no_loss(alpaca, tmp_path, plan):
     losses = []
     for packed in (True, False):
