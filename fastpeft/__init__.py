@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from contextlib import suppress
 
 from fastpeft import ops
@@ -47,9 +46,8 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
 
 
-if sys.modules.get("peft") is not None:  # already in use: it learns of Excitor, unless it is too old
-    with suppress(ImportError):
-        importlib.import_module("fastpeft.peft")
+with suppress(Exception):  # where there is a peft it learns of Excitor; what is wrong with it, `import fastpeft.peft` says
+    importlib.import_module("fastpeft.peft")
 
 __all__ = [
     "FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2",
