@@ -19,12 +19,14 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
 )
 
-Model = Annotated[str, typer.Option(help="miss, miss-tiny, or a local transformers folder")]
+MODEL_HELP = "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
-Data = Annotated[str, typer.Option(help="folder of a Slake, VQA-RAD or MILE data set")]
+DATA_HELP = "folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists"
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Split = Annotated[str | None, typer.Option(help="annotation file, or a file of qids; default: by the data set's own file names")]
 
 
@@ -54,10 +56,10 @@ def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank =
 
 @app.command()
 def train(
-    data: Annotated[str | None, typer.Option(help="folder of a Slake, VQA-RAD or MILE data set")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     out: Annotated[str | None, typer.Option(help="folder for the run's files")] = None,
-    model: Annotated[str | None, typer.Option(help="miss, miss-tiny, or a local transformers folder")] = None,
-    plan: Annotated[str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} (default miss-tiny)")] = None,
+    plan: Annotated[str | None, typer.Option(help="one treatment per part, or a YAML file (default F/LoRA/LoRA)")] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
     rank: Rank = None,
     lora_alpha: Annotated[float | None, typer.Option(help="numerator of LoRA's scaling (default 32)")] = None,
@@ -88,6 +90,8 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="tokens of a causal model's longest sample (default 512)")] = None,
     no_packing: Annotated[bool, typer.Option("--no-packing", help="pad a causal model's batches")] = False,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, such as QCM-ALE")] = None,
+    use_caption: Annotated[bool, typer.Option("--use-caption", help="ScienceQA's captions for a model that sees no images")] = False,
+    instruction: Annotated[str | None, typer.Option(help="what is asked where the data hold captions or reports only")] = None,
     vocab: Annotated[
         str | None, typer.Option(help="vocab.txt or tokenizer folder; default: the model's, else learnt from the data")
     ] = None,
@@ -161,6 +165,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="of a response (default 128)")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample a response from the likeliest tokens of this probability")] = None,
     temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     languages: Annotated[str, typer.Option(help="comma-separated q_lang values to keep")] = "en",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
     device: Device = None,
@@ -175,6 +180,7 @@ def evaluate(
     generation = {name: value for name, value in generation.items() if value is not None}
     if "top_p" in generation or "temperature" in generation:
         generation["do_sample"] = True
+    torch.manual_seed(seed)
     how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size, "num_beams": num_beams}
     scored = eval_run(adapter, chosen, **how, **generation)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])

@@ -103,10 +103,19 @@ def _format(file: Path, entries: list) -> str:
 
 def _of_split(entries: list, split: str | None, explicit: bool) -> list[int]:
     """Indices of a split's entries: all, unless some are marked as test ones. An explicit file of nothing else is taken whole."""
-    test = [isinstance(e, dict) and str(e.get("phrase_type", "")).strip().lower().startswith("test_") for e in entries]
+    test = _marks(entries)
     if split is None or not any(test) or (explicit and all(test)):
         return list(range(len(entries)))
     return [i for i, marked in enumerate(test) if marked is (split == "test")]
+
+
+def _marks(entries: list) -> list[bool]:
+    return [isinstance(e, dict) and str(e.get("phrase_type", "")).strip().lower().startswith("test_") for e in entries]
+
+
+def marks_test(entries: list) -> bool:
+    """Whether some of a file's entries say of themselves that they are for testing."""
+    return any(_marks(entries))
 
 
 def _qid(entry: dict, index: int) -> str:

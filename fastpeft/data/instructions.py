@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, read_value
+from fastpeft.data._files import ImageFinder, Refused, find_split_file, read_split_file, read_value
 from fastpeft.data._instruction_formats import KINDS, EntryReader, entries_of, kind_of, suggested_folder
-from fastpeft.data.formats import load_samples
+from fastpeft.data.formats import load_samples, marks_test
 from fastpeft.data.samples import Instruction, SampleList
 from fastpeft.data.scienceqa import load_scienceqa
 
@@ -22,6 +22,8 @@ def load_instructions(
     kind: str | None = None,
     split: str | None = "train",
     *,
+    split_file=None,
+    languages=("en",),
     instruction: str | None = None,
     image_folder: str = "",
     split_turns: bool = False,
@@ -37,6 +39,10 @@ def load_instructions(
         kind: "alpaca", "llava", "coco", "reports", "scienceqa" or "vqa"; None tells it by the file's fields.
         split: "train", "val" or "test", by the words of the file's name or by the splits it holds itself; a file that says
             nothing is for training. None takes everything a folder's files hold.
+        split_file: annotation file to use instead of the one chosen by name; absolute, or relative to the working directory or
+            to `data`, whose images it names. Of a file that holds several splits, the entries of `split` where there are any. Or a
+            JSON list or a text file of qids, picked out of the training split if it has them all, else out of everything.
+        languages: of question answering data, values of q_lang to keep (no q_lang counts as "en"); None keeps all.
         instruction: what is asked where the data hold responses only (captions, reports).
         image_folder: put before each image's name: "train2017" for LLaVA's bare names of COCO images.
         split_turns: each turn of a conversation a sample of its own, as LaVIN trains.
@@ -57,23 +63,33 @@ def load_instructions(
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     folder = path if path.is_dir() else path.parent.parent if path.parent.name == "annotations" else path.parent
+    if split_file is not None:
+        path = find_split_file(folder, split_file)
+        if ids := _qids(path):
+            how = {"instruction": instruction, "image_folder": image_folder, "split_turns": split_turns, "skip_bad": skip_bad}
+            how |= {"prompt_format": prompt_format, "use_caption": use_caption, "check_images": check_images, "languages": languages}
+            return _picked(path, ids, data, kind, how)
     problems = path if path.is_file() else path / "problems.json"
     if kind == "scienceqa" or (kind is None and problems.name == "problems.json" and problems.is_file()):
         options = {"prompt_format": prompt_format, "use_caption": use_caption}
-        return load_scienceqa(folder, split, skip_bad=skip_bad, check_images=check_images, **options)
+        return load_scienceqa(problems.parent, split, skip_bad=skip_bad, check_images=check_images, **options)
     pages = _choose(path, folder, kind, split)
     finder = ImageFinder(folder, skip_bad if check_images is None else check_images)
     samples, skipped, filtered, kinds = [], Counter(), Counter(), []
     for file, (found, value) in pages.items():
         kinds.append(found)
         if found == "vqa":
-            part = load_samples(folder, file, split, skip_bad=skip_bad, check_images=check_images)
+            part = load_samples(folder, file, split, languages=languages, skip_bad=skip_bad, check_images=check_images)
             samples += map(_asked, part)
             skipped.update(part.skipped)
             filtered.update(part.filtered)
             continue
         reader = EntryReader(finder, instruction, image_folder.strip("/"), split_turns)
-        for index, entry in entries_of(value, split, "" if image_folder else suggested_folder(file)):
+        bare = "" if image_folder else suggested_folder(file)
+        entries = list(entries_of(value, split, bare))
+        if not entries and split_file is not None:  # a file that was named, and has no such split, is taken whole
+            entries = list(entries_of(value, None, bare))
+        for index, entry in entries:
             try:
                 fields = list(reader(found, entry))
             except Refused as bad:
@@ -84,10 +100,41 @@ def load_instructions(
                 qid = str(index if entry.get("id") is None else entry["id"])
                 samples += [Instruction(kind=found, qid=qid, entry=index, source=file, **f) for f in fields]
     if not samples:
-        left_out = "; ".join(f"{n} skipped for {reason}" for reason, n in skipped.items())
+        left_out = "; ".join(f"{n} in language {name!r}, of languages={languages!r}" for name, n in filtered.items())
+        left_out += "; ".join(f"{n} skipped for {reason}" for reason, n in skipped.items())
         what = f"no {split} samples" if split else "no samples"
         raise ValueError(f"{', '.join(map(str, pages))}: {what} left" + (f" ({left_out})" if left_out else ""))
     return SampleList(samples, dict(skipped), dict(filtered), "+".join(dict.fromkeys(kinds)), tuple(pages))
+
+
+def _qids(file: Path) -> list[str]:
+    """Those a split file lists; none where it holds annotations."""
+    listed = file.suffix.lower() not in (".json", ".jsonl") or isinstance(read_value(file), list)
+    return read_split_file(file)[1] if listed else []
+
+
+def _picked(file: Path, ids: list[str], data, kind: str | None, how: dict) -> SampleList:
+    """The samples of these qids. ValueError where some are unknown, unless bad entries are skipped, or stand in several files."""
+    wanted = set(ids)
+    try:
+        samples = load_instructions(data, kind, "train", **how)  # what a run with a held-out part lists
+        whole = wanted <= {sample.qid for sample in samples}
+    except ValueError:
+        whole = False
+    if not whole:
+        samples = load_instructions(data, kind, None, **how)
+    found = [sample for sample in samples if sample.qid in wanted]
+    sources: dict[str, set[Path]] = {}
+    for sample in found:
+        sources.setdefault(sample.qid, set()).add(sample.source)
+    if twice := [qid for qid, files in sources.items() if len(files) > 1]:
+        where = ", ".join(sorted(path.name for path in sources[twice[0]]))
+        raise ValueError(f"{file}: qid {twice[0]} is ambiguous (in {where}); give the entries themselves as split_file")
+    unknown = [qid for qid in ids if qid not in sources]
+    if unknown and not how["skip_bad"] or not found:
+        raise ValueError(f"{file} names {len(unknown)} samples that {data} does not have, such as {unknown[0]!r}")
+    skipped = samples.skipped | ({"unknown qid": len(unknown)} if unknown else {})
+    return SampleList(found, skipped, samples.filtered, samples.format, samples.files, samples.note)
 
 
 def _asked(sample) -> Instruction:
@@ -117,14 +164,21 @@ def _choose(path: Path, folder: Path, kind: str | None, split: str | None) -> di
     suffixes = (".json", ".jsonl")
     files = [f for place in places for f in sorted(place.iterdir()) if f.suffix.lower() in suffixes and f.name[0] != "."]
     files = [f for f in files if f.name.startswith("captions")] or files  # COCO's others are large, and not captions
+    others = []
     if split is not None:
-        files = [f for f in files if _split_of(f) == split] or [f for f in files if _split_of(f) is None]
+        mine = [f for f in files if _split_of(f) == split] or [f for f in files if _split_of(f) is None]
+        files, others = mine, [f for f in files if f not in mine]
     values = {file: read_value(file) for file in files}
     pages = {file: (kind_of(value), value) for file, value in values.items()}
     pages = {file: page for file, page in pages.items() if page[0] is not None and kind in (None, page[0])}
+    known = dict(pages)
     if split not in ("train", None):  # a file without a split in its name or in itself is for training
-        pages = {file: page for file, page in pages.items() if _split_of(file) or isinstance(page[1], dict)}
+        marked = {file for file, (found, value) in pages.items() if split == "test" and found == "vqa" and marks_test(value)}
+        pages = {file: page for file, page in pages.items() if _split_of(file) or isinstance(page[1], dict) or file in marked}
     if not pages:
+        if known or others:
+            seen = f"{', '.join(file.name for file in known or others)} is for another split, or says nothing of splits"
+            raise ValueError(f"{folder}: no {split} annotations: {seen}; name the file to use as split_file")
         seen = "; ".join(f"{file.name}: {_fields(value)}" for file, value in values.items()) or "no JSON files"
         what = f"{split} annotations" if split else "annotations"
         raise ValueError(f"{folder}: no {what} in the format {kind or ', '.join(KINDS)} ({seen})")

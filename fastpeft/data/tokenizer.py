@@ -77,7 +77,13 @@ def _from_json(folder: Path):
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or model.get("type", "WordPiece") != "WordPiece":
         raise ValueError(f"{file}: holds no WordPiece vocabulary; a BERT tokenizer is needed")
     _check_specials(model["vocab"], file)
-    return _add_roles(BertTokenizer.from_pretrained(str(folder), local_files_only=True))
+    for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / beside).is_file():
+            _read_object(folder / beside)  # names the file where it is damaged
+    try:
+        return _add_roles(BertTokenizer.from_pretrained(str(folder), local_files_only=True))
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise ValueError(f"{folder}: holds no tokenizer that loads ({' '.join(str(error).split())[:200]})") from None
 
 
 def save_tokenizer(tokenizer, folder) -> None:

@@ -26,7 +26,8 @@ class VQADataset(SampleDataset):
 
     Decoded images are kept as uint8 in `cache`, up to `cache_bytes` (in each worker its own). With `load_images` False no
     image is touched and "pixel_values" is left out, for trainers that hold the images' features; `pixels(path)` then gives a
-    single one. `tokenizer` is what a trainer makes batches with.
+    single one. `tokenizer` is what a trainer makes batches with. `max_answer`: positions of the decoder. ValueError names a sample
+    whose answer has more tokens, with `skip_bad` it is left out and counted in `.skipped`.
 
     What a trainer asks of any data set: `inputs`, the names in a batch that the model takes; `collator()`; `weight(batch)`,
     the number of terms that the model's loss is a mean of; `tokens(batch)`; `describe()` and `save(folder)`, what an adapter needs
@@ -35,8 +36,33 @@ class VQADataset(SampleDataset):
 
     inputs = ("input_ids", "attention_mask", "pixel_values", "image_index", "decoder_input_ids", "decoder_attention_mask", "labels")
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int = 0, cache_bytes: int = 256 << 20, tokenizer=None):
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preprocess: Preprocess,
+        seed: int = 0,
+        cache_bytes: int = 256 << 20,
+        tokenizer=None,
+        max_answer: int | None = None,
+        skip_bad: bool = False,
+    ):
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
+        self.skipped: dict[str, int] = {}
+        too_long = [] if max_answer is None else [i for i, s in enumerate(samples) if self._answer_tokens(s.answer, max_answer) > max_answer]
+        if too_long and not skip_bad:
+            bad = samples[too_long[0]]
+            n = self._answer_tokens(bad.answer, max_answer)
+            raise ValueError(f"{bad.source}: entry {bad.entry}: an answer of {n} tokens, and the decoder has {max_answer} positions")
+        if too_long:
+            self.samples = [sample for i, sample in enumerate(samples) if i not in set(too_long)]
+            self.skipped = {"answer too long": len(too_long)}
+            if not self.samples:
+                raise ValueError(f"no answer fits the decoder's {max_answer} positions")
+
+    def _answer_tokens(self, answer: str, limit: int) -> int:
+        """An answer's tokens; not counted where there are surely fewer than `limit`, as none is longer than its characters, [DEC] and
+        [SEP]. Normalisation makes up to four characters of one."""
+        return 0 if 4 * len(answer) + 2 <= limit else len(self.tokenizer(answer)["input_ids"])
 
     def collator(self) -> VQACollator:
         return VQACollator(self.tokenizer)

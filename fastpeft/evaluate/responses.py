@@ -21,7 +21,9 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
     """What of a data set's batches ``model`` takes. ValueError where there are images and it sees none."""
     taken = inspect.signature(model.forward).parameters
     if "pixel_values" not in taken and any(sample.image is not None for sample in dataset.samples):
-        raise ValueError(f"the data have images, and {type(model).__name__} sees none: choose a model that does, or data without")
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        instead = "; ScienceQA's captions can stand in for them (use_caption)" if getattr(dataset.samples[0], "kind", None) == "scienceqa" else ""
+        raise ValueError(f"the data have images, and a {kind} sees none: choose a model that does, or data without{instead}")
     return tuple(name for name in dataset.inputs if name in taken)
 
 

@@ -177,6 +177,8 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
                 raise ValueError(
                     f"attention_mask is {list(attention_mask.shape)}, and question_states are {list(shape)}: give [B, M] of them"
                 )
+        if decoder_input_ids.shape[1] > (room := self.config.text_config.max_position_embeddings):
+            raise ValueError(f"an answer of {decoder_input_ids.shape[1]} tokens, and the decoder has {room} positions")
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,

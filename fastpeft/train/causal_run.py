@@ -33,38 +33,27 @@ class TextOptions:
     prompt_format: str = "QCM-ALE"
     use_caption: bool = False
 
+    def __post_init__(self):
+        for name in ("packed", "use_caption"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("template", "instruction"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be text, not {getattr(self, name)!r}")
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ValueError(f"max_length must be a whole number of 2 or more, not {self.max_length!r}")
+        if isinstance(self.prompt_format, list):
+            self.prompt_format = tuple(self.prompt_format)
+
     def reading(self) -> dict[str, Any]:
         """What of it concerns reading files."""
         return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
 
 
-def read_instructions(folder: str, file: str | None, split: str | None, **how) -> SampleList:
-    """``file``, where there is one, is an annotation file, or a JSON list of qids of the training split, as a run with ``hold_out``
-    leaves; else the folder's ``split``. ValueError names qids that are not there."""
-    qids = _qids(file)
-    if qids is None:
-        return load_instructions(file or folder, split=None if file else split, **how)
-    samples = load_instructions(folder, split="train", **how)
-    known = {sample.qid: sample for sample in samples}
-    if missing := [qid for qid in qids if qid not in known]:
-        raise ValueError(f"{file} names {len(missing)} samples that {folder} does not have, such as {missing[0]!r}")
-    return dataclasses.replace(samples, samples=[known[qid] for qid in qids])
-
-
-def _qids(file: str | None) -> list[str] | None:
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
-    except (OSError, ValueError):
-        return None  # told by the reader of annotation files
-    return list(map(str, content)) if isinstance(content, list) and content and not isinstance(content[0], dict) else None
-
-
 def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:
     """(training samples, samples to score or None); ``data``: :class:`fastpeft.train.run.DataOptions`."""
-    how = {"skip_bad": data.skip_bad, **text.reading()}
-    samples = read_instructions(data.data, data.split_file, "train", **how)
-    if data.hold_out and data.eval_split_file:
-        raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
+    how = {"skip_bad": data.skip_bad, "languages": data.languages, **text.reading()}
+    samples = load_instructions(data.data, split="train", split_file=data.split_file, **how)
     if data.hold_out:
         by_image = all(sample.image is not None for sample in samples)
         kept, held = hold_out(samples, data.hold_out, by="image" if by_image else "sample")
@@ -73,12 +62,27 @@ def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tu
     if not evaluate:
         return samples, None
     if data.eval_split_file:
-        return samples, read_instructions(data.data, data.eval_split_file, None, **how)
+        return samples, load_instructions(data.data, split="test", split_file=data.eval_split_file, **how)
     try:
-        return samples, load_instructions(data.data, split="test", **how)
+        held = load_instructions(data.data, split="test", **how)
     except ValueError as error:  # no such split: training needs none
-        samples.note = "; ".join(filter(None, (samples.note, f"no test samples were scored ({error})")))
-        return samples, None
+        return unscored(samples, str(error)), None
+    return (unscored(samples, OVERLAP), None) if overlap(samples, held) else (samples, held)
+
+
+OVERLAP = "no test split apart from the training samples"
+
+
+def overlap(samples: SampleList, held: SampleList) -> bool:
+    """Whether some entry of a file is in both."""
+    trained_on = {(sample.source, sample.entry) for sample in samples}
+    return any((sample.source, sample.entry) in trained_on for sample in held)
+
+
+def unscored(samples: SampleList, reason: str) -> SampleList:
+    """The training samples, with a note of why there is nothing to score."""
+    samples.note = "; ".join(filter(None, (samples.note, f"no test questions were asked ({reason})")))
+    return samples
 
 
 def causal_model_for(
@@ -131,8 +135,12 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
 
 
 def causal_dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
-    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer."""
+    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer. A model that sees no images reads their captions,
+    where ``use_caption`` says so."""
     family = family_of(network)
+    if text.use_caption and preprocess is None:
+        blind = [dataclasses.replace(sample, image=None) for sample in samples]
+        samples = dataclasses.replace(samples, samples=blind) if isinstance(samples, SampleList) else blind
     return CausalDataset(
         samples,
         tokenizer,

@@ -19,7 +19,8 @@ WHOLE = dict.fromkeys(("steps", "batch_size", "gradient_accumulation", "question
 WHOLE |= dict.fromkeys(("seed", "num_workers", "save_every"), 0)
 NUMBERS = ("epochs", "learning_rate", "base_learning_rate", "min_learning_rate", "warmup", "weight_decay", "max_grad_norm")
 FRACTIONS = ("beta1", "beta2")
-FLAGS = ("resume", "tensorboard", "trace", "progress")
+FLAGS = ("resume", "tensorboard", "trace", "progress", "feature_cache")
+SWITCHES = ("quiet", "no_packing", "no_eval", "from_scratch", "no_feature_cache", "skip_bad")  # of the command line
 TEXTS = ("out", "device", "memory_budget", "without", "feature_cache_dir", "feature_cache_memory", "feature_dtype")
 OPTIONAL = ("steps", "base_learning_rate", *TEXTS)  # may be None
 
@@ -117,6 +118,8 @@ def bytes_of(size: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", size.strip().lower())
     if found is None or found[2] not in UNITS or not float(found[1]) > 0:
         raise ValueError(f"{size!r} is no size in bytes; write it as 6GB, 800MB or 5.5GiB")
+    if found[2] == "" and float(found[1]) < 1e6:  # nobody means 24 bytes
+        raise ValueError(f"{size!r} has no unit; write it as {found[1]}GB or {found[1]}MB")
     return int(float(found[1]) * UNITS[found[2]])
 
 
@@ -159,7 +162,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options, such as 'learning_rate: 2.0e-5'")
+    for name in SWITCHES:
+        for written in (name, name.replace("_", "-")):
+            if not isinstance(content.get(written, False), bool):
+                raise ValueError(f"{path}: {written} must be true or false, not {content[written]!r}")
     content = canonical(content)
+    for name in ("model", "vocab"):
+        if not isinstance(content.get(name, ""), str):
+            raise ValueError(f"{path}: {name} must be text, not {content[name]!r}")
     for name in (*NUMBERS, *FRACTIONS, "hold_out", "lora_alpha", "lora_dropout"):
         if isinstance(content.get(name), str):
             try:  # YAML reads 2e-5 as text: it wants 2.0e-5

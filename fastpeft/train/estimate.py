@@ -281,6 +281,16 @@ def _fill(network: nn.Module) -> None:
                 table[name] = made[id(tensor)][1]
 
 
+def _check_lengths(network: nn.Module, is_miss: bool, length: int, answer: int | None) -> None:
+    room = network.config.text_config.max_position_embeddings if is_miss else None
+    for name, tokens in (("seq_len", length), ("answer_len", answer)):
+        if room is not None and tokens > room:
+            raise ValueError(f"{name}={tokens} is more than the model's {room} positions")
+    least = (answer or 1) + (0 if is_miss else family_of(network).image_tokens(network.config))
+    if not is_miss and length < least:
+        raise ValueError(f"seq_len={length} leaves no room: image and answer alone take {least} tokens")
+
+
 def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
     """A batch without padding: ids and indices with data, pixels and features without."""
     kept = frozen_prefix(network) if feature_cache else None
@@ -297,6 +307,7 @@ def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype
                 inputs["image_embeds"] = torch.empty_like(network.encode_images(pixels))
         else:
             inputs["pixel_values"] = pixels
+    _check_lengths(network, is_miss, length, answer)
     real = {"input_ids": (batch, length), "labels": (batch, length)}
     if is_miss:
         real |= {"attention_mask": (batch, length), "labels": (batch, answer)}

@@ -19,6 +19,7 @@ from fastpeft.data import (
     VQADataset,
     hold_out,
     load_causal_tokenizer,
+    load_instructions,
     load_samples,
     load_tokenizer,
     save_tokenizer,
@@ -30,7 +31,16 @@ from fastpeft.files import atomic_folder, write_json
 from fastpeft.methods import LoRA
 from fastpeft.models import NAMES, family_named, family_of, parts_of, pretrained_folder
 from fastpeft.plan import Plan, adapt, build, detach, parse
-from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for, load_instruction_split, options_of, read_instructions
+from fastpeft.train.causal_run import (
+    OVERLAP,
+    TextOptions,
+    causal_dataset,
+    causal_model_for,
+    load_instruction_split,
+    options_of,
+    overlap,
+    unscored,
+)
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
 
@@ -47,6 +57,24 @@ class DataOptions:
     hold_out: float = 0.0
     languages: tuple[str, ...] = ("en",)
     skip_bad: bool = False
+
+    def __post_init__(self):
+        for name in ("data", "split_file", "eval_split_file"):
+            value = getattr(self, name)
+            if isinstance(value, Path):
+                setattr(self, name, str(value))
+            elif not isinstance(value, str) and not (value is None and name != "data"):
+                raise ValueError(f"{name} must be a path, not {value!r}")
+        if isinstance(self.hold_out, bool) or not isinstance(self.hold_out, int | float) or not 0 <= self.hold_out < 1:
+            raise ValueError(f"hold_out={self.hold_out!r}: use a number between 0 and 1, such as 0.1")
+        if self.hold_out and self.eval_split_file:
+            raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
+        if isinstance(self.languages, str):
+            self.languages = tuple(self.languages.split(","))
+        if not isinstance(self.languages, list | tuple | None) or not all(isinstance(name, str) for name in self.languages or ()):
+            raise ValueError(f"languages must be a list of q_lang values, not {self.languages!r}")
+        if not isinstance(self.skip_bad, bool):
+            raise ValueError(f"skip_bad must be true or false, not {self.skip_bad!r}")
 
 
 def train_run(
@@ -71,7 +99,7 @@ def train_run(
     dataset = dataset_of(samples, seed=config.seed)
     eval_dataset = dataset_of(held, prompts_only=True) if evaluate and held is not None else None
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
-    trainer.notes += data_notes(samples)
+    trainer.notes += data_notes(samples) + [f"{n} samples left out: {reason}" for reason, n in dataset.skipped.items()]
     summary = trainer.fit()
     if data.hold_out and config.out:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
@@ -83,7 +111,8 @@ def _open_vqa(model, data: DataOptions, text: TextOptions, evaluate: bool, how: 
     network, tokenizer, preprocess = model_for(model, samples, **how)
 
     def dataset_of(samples, *, prompts_only: bool = False, seed: int = 0):
-        return VQADataset(samples, preprocess, seed, tokenizer=tokenizer)
+        room = None if prompts_only else network.config.text_config.max_position_embeddings
+        return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=data.skip_bad)
 
     return network, samples, held, dataset_of
 
@@ -115,8 +144,6 @@ def plan_for(network: nn.Module, plan: str | dict, **lora) -> Plan:
 def load_split(data: DataOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:
     """(training samples, samples to score or None): a held-out part, else a test split where the folder has one."""
     options = {"languages": data.languages, "skip_bad": data.skip_bad}
-    if data.hold_out and data.eval_split_file:
-        raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
     samples = load_samples(data.data, data.split_file, split="train", **options)
     if data.hold_out:
         kept, held = hold_out(samples, data.hold_out)
@@ -129,16 +156,8 @@ def load_split(data: DataOptions, evaluate: bool = True) -> tuple[SampleList, Sa
     try:
         held = load_samples(data.data, split="test", **options)
     except ValueError as error:  # no such split, or nothing usable in it: training needs none
-        return _unscored(samples, str(error)), None
-    trained_on = {(sample.source, sample.entry) for sample in samples}
-    if any((sample.source, sample.entry) in trained_on for sample in held):
-        return _unscored(samples, "no test split apart from the training samples"), None
-    return samples, held
-
-
-def _unscored(samples: SampleList, reason: str) -> SampleList:
-    samples.note = "; ".join(filter(None, (samples.note, f"no test questions were asked ({reason})")))
-    return samples
+        return unscored(samples, str(error)), None
+    return (unscored(samples, OVERLAP), None) if overlap(samples, held) else (samples, held)
 
 
 def data_notes(samples: SampleList) -> list[str]:
@@ -240,17 +259,17 @@ def eval_run(
     predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options
     of transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True)."""
     network, tokenizer, preprocess = load_run(adapter, device, model)
-    split = {"split": "test", "skip_bad": data.skip_bad}
+    split = {"split": "test", "split_file": data.split_file, "languages": data.languages, "skip_bad": data.skip_bad}
     if family_of(network).template:
         text = options_of(describe(adapter))
-        samples = read_instructions(data.data, data.split_file, **split, **text.reading())
+        samples = load_instructions(data.data, **split, **text.reading())
         dataset = causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
         generation |= {"num_beams": num_beams or 1}
         answers, scored = respond_and_score(network, dataset, progress=progress, batch_size=batch_size, **generation)
     else:
         if generation:
             raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
-        samples = load_samples(data.data, data.split_file, languages=data.languages, **split)
+        samples = load_samples(data.data, **split)
         dataset = VQADataset(samples, preprocess)
         answers = answer_questions(network, dataset, tokenizer, batch_size=batch_size, num_beams=num_beams or 3, progress=progress)
         scored = score(answers, samples)

@@ -35,6 +35,31 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return progress
 
 
+def check_done(folder: Path, done: dict[str, Any], fresh: dict[str, Any]) -> None:
+    """ValueError where what a run has done is not of the kinds that a fresh run starts with."""
+    for name, first in fresh.items():
+        value = done.get(name, first)
+        if first is None:  # what the first batch cost
+            good = value is None or (isinstance(value, dict) and {"flops", "saved_bytes", "samples"} <= value.keys())
+        elif isinstance(first, list):
+            good = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+        else:
+            good = isinstance(value, int | float if isinstance(first, float) else int) and not isinstance(value, bool) and value >= 0
+        if not good:
+            raise _damaged(folder, ValueError(f"progress.json says {name} is {value!r}"))
+
+
+def differences(name: str, was: Any, now: Any) -> list[str]:
+    """What changed, in words, as deep as both have the same fields: "plan vit LoRA r was 4, now 8"."""
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now) == 1:
+        was, now = was[0], now[0]
+    if isinstance(was, dict) and isinstance(now, dict):
+        if was.keys() == now.keys():
+            return [text for key in was for text in differences(f"{name} {key}", was[key], now[key])]
+        was, now = "+".join(was), "+".join(now)
+    return [] if was == now else [f"{name} was {was!r}, now {now!r}"]
+
+
 def load_state(folder: Path, model: nn.Module, optimizer) -> None:
     """Put parameters, optimiser and random state back. ValueError names what is missing, damaged or does not fit."""
     try:

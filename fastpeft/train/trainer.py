@@ -35,7 +35,7 @@ from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.prefixes import frozen_prefix
 from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
 from fastpeft.train.recompute import MemoryBudget
-from fastpeft.train.state import load_state, read_progress, save_state
+from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
 
 WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
 
@@ -291,9 +291,10 @@ class Trainer:
         if self.config.resume and checkpoint.is_dir():
             progress = read_progress(checkpoint)
             mine = json.loads(json.dumps(self._identity()))
-            changed = [f"{k} was {was!r}, now {mine.get(k)!r}" for k, was in progress["identity"].items() if mine.get(k) != was]
+            changed = [text for k, was in progress["identity"].items() for text in differences(k, was, mine.get(k))]
             if changed:
                 raise ValueError(f"cannot resume {self.out}: " + "; ".join(changed))
+            check_done(checkpoint, progress["done"], self.done)
             self.done |= progress["done"]
             if self.done["step"] > self.total_steps:
                 raise ValueError(f"cannot resume {self.out}: it stands at step {self.done['step']}, past steps={self.total_steps}")

@@ -111,6 +111,63 @@ def test_vqa_as_instructions(slake):
     assert [s.qid for s in load_instructions(slake, split="test")] == ["104"]
 
 
+def test_languages_of_questions(slake):
+    assert {s.answer for s in load_instructions(slake, languages=("zh",))}.isdisjoint(s.answer for s in load_instructions(slake))
+    assert len(load_instructions(slake, languages=None)) == len(load_instructions(slake)) + 1
+
+
+def test_a_file_that_marks_its_test_entries_has_a_test_split(tmp_path, make):
+    """VQA-RAD's public file: one list, the split in each entry's phrase_type."""
+    for n in range(4):
+        make.image(tmp_path / "images" / f"synpic{n}.jpg")
+    kinds = ("freeform", "test_freeform", "para", "test_para")
+    entries = [make.rad_entry(n, phrase_type=kind) for n, kind in enumerate(kinds)]
+    make.json(tmp_path / "VQA_RAD Dataset Public.json", entries)
+    assert [s.qid for s in load_instructions(tmp_path)] == ["0", "2"]
+    assert [s.qid for s in load_instructions(tmp_path, split="test")] == ["1", "3"]
+    named = load_instructions(tmp_path, split_file="VQA_RAD Dataset Public.json")
+    assert [s.qid for s in named] == ["0", "2"]  # naming it does not train on its test entries
+    with raises("no val annotations: VQA_RAD Dataset Public.json is for another split"):
+        load_instructions(tmp_path, split="val")
+
+
+def test_a_split_file_names_images_of_the_folder(tmp_path, make):
+    data, elsewhere = tmp_path / "data", tmp_path / "splits"
+    make.image(data / "images" / "a.png")
+    report = {"id": "r", "image": "a.png", "report": "Clear."}
+    make.json(data / "reports_train.json", [report, {**report, "id": "s"}])
+    make.json(elsewhere / "some.json", {"train": [report], "test": [{**report, "report": "Dense."}]})
+    assert [s.answer for s in load_instructions(data, split="test", split_file=elsewhere / "some.json")] == ["Dense."]
+    assert len(load_instructions(data, split="val", split_file=elsewhere / "some.json")) == 2  # it has none: taken whole
+    assert len(load_instructions(data, split="test", split_file="reports_train.json")) == 2
+    with raises("no such split file"):
+        load_instructions(data, split_file="other.json")
+
+
+def test_qids_pick_entries(tmp_path, make):
+    rows = [{"id": name, "instruction": "Say it.", "output": name} for name in "abca"]
+    make.json(tmp_path / "alpaca_train.json", rows)
+    make.json(tmp_path / "alpaca_test.json", [{"id": "z", "instruction": "Say it.", "output": "z"}, {**rows[1], "output": "B"}])
+    picked = make.json(tmp_path / "qids" / "held_out.json", ["a", "b"])
+    assert [s.answer for s in load_instructions(tmp_path, split="test", split_file=picked)] == ["a", "b", "a"]  # of the training split
+    (tmp_path / "qids.txt").write_text("# of the test file\nz\n")
+    assert [s.answer for s in load_instructions(tmp_path, split="test", split_file="qids.txt")] == ["z"]
+    both = make.json(tmp_path / "qids" / "both.json", ["b", "z"])
+    with raises(r"qid b is ambiguous \(in alpaca_test.json, alpaca_train.json\)"):
+        load_instructions(tmp_path, split_file=both)
+    unknown = make.json(tmp_path / "qids" / "unknown.json", ["a", "q"])
+    with raises("names 1 samples that .* does not have, such as 'q'"):
+        load_instructions(tmp_path, split_file=unknown)
+    kept = load_instructions(tmp_path, split_file=unknown, skip_bad=True)
+    assert len(kept) == 2 and kept.skipped == {"unknown qid": 1}
+
+
+def test_files_of_other_splits_are_named(tmp_path, make):
+    make.json(tmp_path / "alpaca_train.json", ALPACA)
+    with raises("no test annotations: alpaca_train.json is for another split.*name the file to use as split_file"):
+        load_instructions(tmp_path, split="test")
+
+
 def test_pools_are_alternatives(tmp_path, make):
     make.image(tmp_path / "images" / "x.jpg")
     entry = {"img_name": "vqa-rad/x.jpg", "qid": 1, "answer": "Yes", "question_pool": ["a?", "b?"]}

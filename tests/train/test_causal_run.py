@@ -105,7 +105,7 @@ def test_what_was_held_out_can_be_scored_again(alpaca, tmp_path):
 
 
 def test_a_model_without_eyes_refuses_images(pictures, tmp_path):
-    with pytest.raises(ValueError, match="the data have images, and CausalLM sees none"):
+    with pytest.raises(ValueError, match="the data have images, and a llama sees none"):
         train_run("llama-tiny", "LoRA", DataOptions(str(pictures)), config(tmp_path), evaluate=False)
 
 
@@ -198,3 +198,60 @@ def test_lavin_merges_for_a_modality(pictures, tmp_path):
         with torch.no_grad():
             want, got = adapted(ids, **seen).logits, merged.eval()(ids, **seen).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """ScienceQA: problems with a captioned image and without."""
+    folder = tmp_path / "scienceqa"
+    told = {"choices": ["cat", "dog"], "answer": 0, "hint": "", "lecture": "", "solution": "", "topic": "t"}
+    told |= {"grade": "grade2", "subject": "natural science"}
+    entries = {}
+    for i in range(6):
+        split = "train" if i < 4 else "test"
+        entries[str(i)] = told | {"question": f"Which {i}?", "image": "image.png" if i % 2 else None, "split": split}
+        if i % 2:
+            (folder / "images" / split / str(i)).mkdir(parents=True)
+            Image.new("RGB", (40, 40), "red").save(folder / "images" / split / str(i) / "image.png")
+    for name, value in (("problems", entries), ("pid_splits", {"train": list("0123"), "test": list("45")})):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "captions.json").write_text(json.dumps({"captions": {i: f"picture {i}" for i in "135"}}))
+    return folder
+
+
+def test_an_adapter_asks_as_it_was_trained(problems, tmp_path, monkeypatch):
+    """The prompt's format, and captions in place of images for a model that sees none, are the adapter's, not the defaults."""
+    text = TextOptions(prompt_format="CQM-A", use_caption=True)
+    summary = train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path), text=text)
+    assert summary["eval"]["scienceqa"]["n"]["IMG"] == 1
+    seen = []
+    monkeypatch.setattr("fastpeft.train.run.respond_and_score", lambda network, dataset, **how: (seen.append(dataset), ([], {}))[1])
+    eval_run(tmp_path / "run" / "adapter", DataOptions(str(problems)), progress=False)
+    asked = seen[0].samples[1]
+    assert asked.question.startswith("Context: picture 5\nQuestion:") and asked.image is None and asked.answer == "The answer is A."
+
+
+def test_images_without_eyes_are_told_of_captions(problems, tmp_path):
+    with pytest.raises(ValueError, match="a llama sees none: .*use_caption"):
+        train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path), evaluate=False)
+
+
+def test_a_file_is_not_tested_on_what_it_trains(alpaca, tmp_path):
+    data = DataOptions(str(alpaca), split_file="test.json")
+    summary = train_run("llama-tiny", "LoRA", data, config(tmp_path))
+    assert summary["eval"] is None and any("apart from the training samples" in note for note in summary["notes"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"max_length": 1}, "max_length must be a whole number of 2 or more, not 1"),
+        ({"max_length": "long"}, "max_length must be"),
+        ({"packed": "no"}, "packed must be true or false"),
+        ({"use_caption": 1}, "use_caption must be true or false"),
+        ({"template": 3}, "template must be text"),
+    ],
+)
+def test_text_options_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TextOptions(**wrong)

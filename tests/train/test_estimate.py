@@ -102,6 +102,11 @@ BAD = [
     ({"batch_size": 0}, "batch_size must be a whole number of 1 or more"),
     ({"dtype": "int3"}, "dtype must be one of fp32, bf16, fp16"),
     ({"gpu_memory": "24 apples"}, "is no size in bytes"),
+    ({"gpu_memory": "24"}, "'24' has no unit; write it as 24GB"),
+    ({"seq_len": 129}, "seq_len=129 is more than the model's 128 positions"),
+    ({"answer_len": 129}, "answer_len=129 is more than the model's 128 positions"),
+    ({"model": "llava-med-tiny", "plan": "F/T/LoRA/T", "seq_len": 4}, "seq_len=4 leaves no room"),
+    ({"model": "llama-tiny", "plan": "LoRA", "seq_len": 4, "answer_len": 5}, "seq_len=4 leaves no room"),
     ({"plan": "F/F/F"}, "nothing to train"),
 ]
 
@@ -109,4 +114,4 @@ BAD = [
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_input(bad, message):
     with pytest.raises(ValueError, match=message):
-        fp.estimate("miss-tiny", **{"plan": "F/LoRA/LoRA"} | bad)
+        fp.estimate(**{"model": "miss-tiny", "plan": "F/LoRA/LoRA"} | bad)

@@ -67,6 +67,34 @@ def test_impossible_fractions_are_refused(phantoms, hold_out):
         load_split(DataOptions(str(phantoms), hold_out=hold_out))
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"data": 3}, "data must be a path, not 3"),
+        ({"split_file": 3}, "split_file must be a path, not 3"),
+        ({"languages": 5}, "languages must be a list of q_lang values, not 5"),
+        ({"languages": ["en", 5]}, "languages must be a list"),
+        ({"skip_bad": "yes"}, "skip_bad must be true or false"),
+        ({"hold_out": "half"}, "hold_out='half'"),
+    ],
+)
+def test_data_options_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DataOptions(**{"data": "folder"} | wrong)
+
+
+def test_an_answer_longer_than_the_decoder_is_named_or_skipped(phantoms, tmp_path):
+    data = shutil.copytree(phantoms, tmp_path / "data")
+    rows = json.loads((data / "train.json").read_text())
+    rows[7]["answer"] = "left lung " * 100
+    (data / "train.json").write_text(json.dumps(rows))
+    config = TrainConfig(steps=1, batch_size=4, progress=False)
+    with pytest.raises(ValueError, match=r"train.json: entry 7: an answer of \d+ tokens, and the decoder has 128 positions"):
+        train_run("miss-tiny", "F/F/LoRA", DataOptions(str(data)), config, evaluate=False)
+    summary = train_run("miss-tiny", "F/F/LoRA", DataOptions(str(data), skip_bad=True), config, evaluate=False)
+    assert "1 samples left out: answer too long" in summary["notes"]
+
+
 @pytest.mark.parametrize("test, reason", [(None, "apart from the training samples"), ("[{]", "not valid JSON")])
 def test_a_test_split_that_cannot_be_asked_is_noted(phantoms, tmp_path, test, reason):
     """Training goes on, and the summary says why nothing was scored."""

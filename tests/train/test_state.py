@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastpeft.files import atomic_folder, recover_folder
+from fastpeft.train.state import differences
 from fastpeft.train.trainer import keep_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,7 +140,7 @@ def test_a_run_is_not_overwritten(runs, phantoms, finished):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"plan": "F/LoRA/F"}, "plan was .*now"),
+        ({"plan": "F/LoRA/F"}, "plan dec was 'LoRA', now 'F'"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"samples": 20}, "n was 50, now 20"),
         ({"batch_size": 5}, "batch_size was 4, now 5"),
@@ -181,6 +182,27 @@ def test_a_torn_checkpoint_is_one_clear_error(runs, phantoms, finished, tmp_path
         trainer.fit()
     assert "\n" not in str(error.value)
     runs.assert_same_weights(runs.weights(trainer), before)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("step", "x"), ("step", -1), ("step", 1.5), ("batches", True), ("first_losses", None), ("cost", 3), ("seconds", "1")]
+)
+def test_progress_of_the_wrong_kind_is_one_clear_error(runs, phantoms, finished, tmp_path, name, value):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    path = out / "checkpoint" / "progress.json"
+    progress = json.loads(path.read_text())
+    progress["done"][name] = value
+    path.write_text(json.dumps(progress))
+    with pytest.raises(ValueError, match=f"checkpoint in .* is damaged .*says {name} is"):
+        start(runs, phantoms, out, steps=4, resume=True).fit()
+
+
+def test_differences_go_as_deep_as_the_fields_agree():
+    was = {"vit": [{"F": {}}], "jtm": [{"LoRA": {"r": 4, "lora_alpha": 32}}], "dec": [{"LoRA": {"r": 4}}]}
+    now = {"vit": [{"T": {}}], "jtm": [{"LoRA": {"r": 8, "lora_alpha": 32}}], "dec": [{"LoRA": {"r": 4}}]}
+    assert differences("plan", was, now) == ["plan vit was 'F', now 'T'", "plan jtm LoRA r was 4, now 8"]
+    assert differences("plan", was, was) == [] and differences("seed", 0, None) == ["seed was 0, now None"]
 
 
 def test_optimiser_state_of_other_groups_is_refused(runs, phantoms, tmp_path):
