@@ -2,12 +2,15 @@
 
     store = FeatureStore("features", {"weights": "1f3c...", "preprocess": {...}})
     store.put({"a": torch.randn(5, 8)}); store.flush()
-    store.get("a")                                    # a view of the mapped file; None where nothing whole is kept
+    store.get("a")                                    # read from its place in the file; None where nothing whole is kept
 
 A file lies in ``folder/<digest of the identity>/<digest of its header>.safetensors``: another identity is another folder, so it never
 meets these tensors. The header names every tensor with its place and its CRC-32, and the file's name is the header's checksum; so a file
 that was cut, torn or written to is known: the header when the folder is read, a tensor when it is first asked for. Such a file is removed
 with a warning that names it, and its tensors count as absent.
+
+Files are read, not mapped: touching a mapping of a file that someone has cut since ends the process (SIGBUS), where reading comes up short.
+A 480-pixel image's features (2.8 MB) take 1 to 2 ms to read from the page cache and 0.7 to check, in a step of 100 ms per image.
 
 Writers never wait for each other: each writes files of its own under a hidden name and renames them when they are whole. Two that compute
 the same tensor at the same time keep it twice.
@@ -24,15 +27,27 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 SHARD_BYTES = 64 << 20  # of a file: large enough that a data set takes few, small enough to lose when a process is killed
 ABANDONED = 3600  # seconds after which an unfinished file is nobody's
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a file, and its bytes' CRC-32."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    crc: int
 
 
 def digest_of(value: Any) -> str:
@@ -45,17 +60,34 @@ def crc(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def read_header(path: Path) -> tuple[str, dict[str, Any]]:
-    """(digest, content) of a safetensors file's header. ValueError where it is damaged or the file is shorter than it says."""
+def read_header(path: Path) -> tuple[str, dict[str, Place]]:
+    """(digest of a file's header, its tensors by key). ValueError where it is damaged or the file is shorter than it says."""
     with open(path, "rb") as file:
         length = int.from_bytes(start := file.read(8), "little")
         if not 0 < length <= os.fstat(file.fileno()).st_size - 8:
             raise ValueError("it ends within its header")
         raw, size = file.read(length), os.fstat(file.fileno()).st_size
     content = json.loads(raw)
-    if max((t["data_offsets"][1] for name, t in content.items() if name != "__metadata__"), default=0) != size - 8 - length:
+    sums, first, places = json.loads(content.pop("__metadata__")["crc32"]), 8 + length, {}
+    for key, told in content.items():
+        begin, end = told["data_offsets"]
+        places[key] = Place(DTYPES[told["dtype"]], tuple(told["shape"]), first + begin, first + end, sums[key])
+    if max((place.end for place in places.values()), default=first) != size:
         raise ValueError("its length is not what its header says")
-    return hashlib.blake2b(start + raw, digest_size=16).hexdigest(), content
+    return hashlib.blake2b(start + raw, digest_size=16).hexdigest(), places
+
+
+def read_tensor(path: Path, place: Place, check: bool) -> Tensor:
+    """The tensor at its place, in memory of its own. ValueError where it is not all there, or (``check``) is not what was written."""
+    tensor = torch.empty(place.shape, dtype=place.dtype)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(place.begin)
+        buffer, got = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
+        while got < len(buffer) and (more := file.readinto(buffer[got:])):
+            got += more
+    if got != place.end - place.begin or (check and crc(tensor) != place.crc):
+        raise ValueError("a tensor is not what was written")
+    return tensor
 
 
 class FeatureStore:
@@ -66,9 +98,8 @@ class FeatureStore:
         self.identity = digest_of(identity)
         self.about = json.dumps(identity, sort_keys=True)
         self.folder = Path(folder) / self.identity
-        self._files: dict[str, dict[str, int]] = {}  # file name -> {key: CRC-32}
+        self._files: dict[str, dict[str, Place]] = {}  # by file name
         self._where: dict[str, str] = {}  # key -> file name
-        self._open: dict[str, Any] = {}
         self._verified: set[str] = set()
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
@@ -89,10 +120,10 @@ class FeatureStore:
         for name in names:
             if name not in self._files:
                 try:
-                    checksum, header = read_header(self.folder / name)
+                    checksum, places = read_header(self.folder / name)
                     if name != f"{checksum}.safetensors":
                         raise ValueError("its header is not what was written")
-                    self._files[name] = json.loads(header["__metadata__"]["crc32"])
+                    self._files[name] = places
                 except FileNotFoundError:  # another process removed it
                     continue
                 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,14 +136,10 @@ class FeatureStore:
         while key not in self._waiting and key in self._where:  # several files may hold it
             name = self._where[key]
             try:
-                if name not in self._open:
-                    self._open[name] = safe_open(self.folder / name, "pt")
-                tensor = self._open[name].get_tensor(key)
-                if key not in self._verified and crc(tensor) != self._files[name][key]:
-                    raise ValueError("a tensor is not what was written")
+                tensor = read_tensor(self.folder / name, self._files[name][key], check=key not in self._verified)
                 self._verified.add(key)
                 return tensor
-            except (OSError, SafetensorError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 self._damaged(name, error)
         return self._waiting.get(key)
 
@@ -135,14 +162,15 @@ class FeatureStore:
         draft = self.folder / f".{uuid.uuid4().hex}.draft"
         try:
             save_file(waiting, draft, metadata={"crc32": json.dumps(sums), "identity": self.about})
-            name = f"{read_header(draft)[0]}.safetensors"
+            checksum, places = read_header(draft)
+            name = f"{checksum}.safetensors"
             os.replace(draft, self.folder / name)
         except SafetensorError as error:  # how safetensors says that the disk is full or the folder read-only
             raise OSError(str(error)) from None
         finally:
             draft.unlink(missing_ok=True)
-        self._files[name] = sums
-        self._where |= dict.fromkeys(sums, name)
+        self._files[name] = places
+        self._where |= dict.fromkeys(places, name)
 
     def _remove_abandoned(self) -> None:
         for draft in self.folder.glob(".*.draft"):
@@ -155,11 +183,10 @@ class FeatureStore:
     def _damaged(self, name: str, error: Exception) -> None:
         path = self.folder / name
         lost = self._files.pop(name, {})
-        self._open.pop(name, None)
         for key in lost:
             self._verified.discard(key)
             if self._where.get(key) == name:
-                other = next((file for file, sums in self._files.items() if key in sums), None)
+                other = next((file for file, places in self._files.items() if key in places), None)
                 self._where.pop(key) if other is None else self._where.update({key: other})
         warnings.warn(f"{path} is damaged ({error}): it is removed, and what it held is computed again", stacklevel=3)
         try:

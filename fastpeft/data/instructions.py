@@ -131,7 +131,7 @@ def _picked(file: Path, ids: list[str], data, kind: str | None, how: dict) -> Sa
         where = ", ".join(sorted(path.name for path in sources[twice[0]]))
         raise ValueError(f"{file}: qid {twice[0]} is ambiguous (in {where}); give the entries themselves as split_file")
     unknown = [qid for qid in ids if qid not in sources]
-    if unknown and not how["skip_bad"] or not found:
+    if (unknown and not how["skip_bad"]) or not found:
         raise ValueError(f"{file} names {len(unknown)} samples that {data} does not have, such as {unknown[0]!r}")
     skipped = samples.skipped | ({"unknown qid": len(unknown)} if unknown else {})
     return SampleList(found, skipped, samples.filtered, samples.format, samples.files, samples.note)

@@ -48,7 +48,8 @@ class VQADataset(SampleDataset):
     ):
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
         self.skipped: dict[str, int] = {}
-        too_long = [] if max_answer is None else [i for i, s in enumerate(samples) if self._answer_tokens(s.answer, max_answer) > max_answer]
+        answers = [] if max_answer is None else [sample.answer for sample in samples]
+        too_long = [i for i, answer in enumerate(answers) if self._answer_tokens(answer, max_answer) > max_answer]
         if too_long and not skip_bad:
             bad = samples[too_long[0]]
             n = self._answer_tokens(bad.answer, max_answer)

@@ -22,7 +22,8 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
     taken = inspect.signature(model.forward).parameters
     if "pixel_values" not in taken and any(sample.image is not None for sample in dataset.samples):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        instead = "; ScienceQA's captions can stand in for them (use_caption)" if getattr(dataset.samples[0], "kind", None) == "scienceqa" else ""
+        captioned = getattr(dataset.samples[0], "kind", None) == "scienceqa"
+        instead = "; ScienceQA's captions can stand in for them (use_caption)" if captioned else ""
         raise ValueError(f"the data have images, and a {kind} sees none: choose a model that does, or data without{instead}")
     return tuple(name for name in dataset.inputs if name in taken)
 

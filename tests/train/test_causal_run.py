@@ -232,7 +232,7 @@ def test_an_adapter_asks_as_it_was_trained(problems, tmp_path, monkeypatch):
 
 
 def test_images_without_eyes_are_told_of_captions(problems, tmp_path):
-    with pytest.raises(ValueError, match="a llama sees none: .*use_caption"):
+    with pytest.raises(ValueError, match=r"a llama sees none: .*use_caption"):
         train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path), evaluate=False)
 
 

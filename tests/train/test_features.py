@@ -129,6 +129,20 @@ def test_a_torn_file_is_known_and_made_again(samples, tmp_path, one_thread, dama
     assert torch.equal(last(paths), want) and last.computed == 0
 
 
+def test_a_file_cut_while_in_use_ends_no_process(samples, tmp_path, one_thread):
+    """Someone shortens the file in place after it was read and checked: a mapping of it would end the process here."""
+    store, paths = cache(samples, tmp_path, limit_bytes=0)
+    store(paths)
+    store.flush()
+    want = store(paths)
+    (file,) = tmp_path.rglob("*.safetensors")
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="is damaged .* computed again"):
+        assert torch.equal(store(paths), want)
+    assert store.computed > 6
+
+
 def test_two_processes_share(samples, tmp_path, one_thread):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=lambda: (lambda c, p: (c(p), c.flush()))(*cache(samples, tmp_path))) for _ in range(2)]
