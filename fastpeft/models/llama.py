@@ -255,16 +255,17 @@ class Model(modeling_llama.LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask, positions = as_key_mask(attention_mask), position_ids
+        if positions is None and past_key_values is None and mask is not None and mask.dim() == 2:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding is not counted: prefixes and Excitor tell where a token stands
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         encoder = getattr(self, "prefix_encoder", None)
-        positions = position_ids
         if positions is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        mask = as_key_mask(attention_mask)
         if past_key_values is not None and past_key_values.is_compileable and (mask is None or mask.dim() == 2):
             mask = self._static_mask(hidden, attention_mask, past_key_values, positions)
         tokens = layout = None
