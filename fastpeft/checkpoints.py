@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from fastpeft.files import atomic_folder
+from fastpeft.files import atomic_folder, save_tensors
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
 from fastpeft.methods.adapted import Adapted, AdaptedLinear
 from fastpeft.methods.ia3 import merge_ia3
@@ -74,11 +74,11 @@ def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> N
     folder.mkdir()
     copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     if method.peft_type is None:
-        save_file(copies, folder / "model.safetensors")
+        save_tensors(copies, folder / "model.safetensors")
         return
     config = method.peft_config(root, part) | {"inference_mode": True, "base_model_name_or_path": None}
     (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    save_file(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:

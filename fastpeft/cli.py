@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from safetensors import SafetensorError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
@@ -163,7 +164,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     num_beams: Annotated[int | None, typer.Option(min=1, help="default: 3 for visual question answering, 1 for responses")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="of a response (default 128)")] = None,
-    top_p: Annotated[float | None, typer.Option(help="sample a response from the likeliest tokens of this probability")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="sample from the likeliest tokens of this probability")] = None,
     temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     languages: Annotated[str, typer.Option(help="comma-separated q_lang values to keep")] = "en",
@@ -192,7 +193,7 @@ def chat(
     image: Annotated[str | None, typer.Option(help="what the dialogue is about; /image FILE changes it")] = None,
     model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 128,
-    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="sample from the likeliest tokens of this probability")] = None,
     temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     device: Device = None,
@@ -371,7 +372,7 @@ def _run() -> int:
         code = app(standalone_mode=False)
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
-    except (ValueError, TypeError, FloatingPointError) as error:
+    except (ValueError, TypeError, FloatingPointError, SafetensorError) as error:  # the last: a full disk, under transformers' writers
         return _complain(error)
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, making the folder where absent; half a surrogate pair, which no UTF-8 holds, becomes "?"."""
@@ -27,6 +30,14 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """``value`` as indented JSON, by :func:`write_text`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_tensors(tensors: dict[str, Any], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Contiguous CPU tensors as a safetensors file. OSError, as of any file, where the disk is full or the folder read-only."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 @contextmanager

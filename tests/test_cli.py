@@ -216,6 +216,8 @@ def test_convert_there_and_back(ok, small, tmp_path):
         (["params", "--plan", "F/T/T", "--rank", "-4"], "r must be a positive integer, not -4"),
         (["params", "--rank", "four"], "Invalid value for '--rank'"),
         (["params", "--ranks", "4"], "No such option"),
+        (["estimate", "--gpu-memory", "24"], "'24' has no unit; write it as 24GB"),
+        (["estimate", "--seq-len", "100000"], "seq_len=100000 is more than the model's 512 positions"),
         (["parms"], "No such command 'parms'"),
         (["eval", "--data", "x"], "Missing option '--adapter'"),
         (["train", "--out", "x"], "--data is missing: give a data folder"),
@@ -289,6 +291,8 @@ def test_adapters_that_are_none_are_refused(bad, ok, train, phantoms, small, tmp
     assert "it is not an adapter folder that fastpeft wrote" in bad("eval", "--adapter", small, *asked)
     assert "no adapter folder at" in bad("eval", "--adapter", tmp_path / "nowhere", *asked)
     assert "'--num-beams'" in bad("eval", "--adapter", adapter, *asked, "--num-beams", 0)
+    assert "is a folder: give a file for the predictions" in bad("eval", "--adapter", adapter, *asked, "--out", tmp_path)
+    assert "'--top-p'" in bad("eval", "--adapter", adapter, *asked, "--top-p", 2)
     assert "'toaster' cannot be used" in bad("eval", "--adapter", adapter, *asked, "--device", "toaster")
     assert "config.json" in bad("eval", "--adapter", adapter, *asked, "--quiet", "--out", small / "config.json" / "answers.json")
     (adapter / "jtm" / "adapter_model.safetensors").write_bytes(b"torn")

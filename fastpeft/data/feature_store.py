@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+
+from fastpeft.files import save_tensors
 
 SHARD_BYTES = 64 << 20  # of a file: large enough that a data set takes few, small enough to lose when a process is killed
 ABANDONED = 3600  # seconds after which an unfinished file is nobody's
@@ -161,12 +161,10 @@ class FeatureStore:
         sums = {key: crc(tensor) for key, tensor in waiting.items()}
         draft = self.folder / f".{uuid.uuid4().hex}.draft"
         try:
-            save_file(waiting, draft, metadata={"crc32": json.dumps(sums), "identity": self.about})
+            save_tensors(waiting, draft, metadata={"crc32": json.dumps(sums), "identity": self.about})
             checksum, places = read_header(draft)
             name = f"{checksum}.safetensors"
             os.replace(draft, self.folder / name)
-        except SafetensorError as error:  # how safetensors says that the disk is full or the folder read-only
-            raise OSError(str(error)) from None
         finally:
             draft.unlink(missing_ok=True)
         self._files[name] = places

@@ -85,7 +85,7 @@ class AdapterBlock(nn.Module):
         if not self.routed:
             weights = hidden.new_tensor([1.0, 0.0]).expand(len(tokens), 2)
         elif routing is None:
-            raise ValueError("MMAdapter routes by a modality token: give modality= and modality_embeds=, as fastpeft's LaVIN does")
+            raise ValueError("MMAdapter routes by a modality token: give modality= and modality_embeds=, as LaVIN does, or use RepAdapter")
         else:
             if layer not in routing.weights:
                 routing.weights[layer] = self.weights_of(norm(hidden[-routing.modalities :]))

@@ -258,6 +258,8 @@ def eval_run(
     """Answer a data set's test split with an adapter and score the answers; the scores, with ``notes``. ``out``: a file for the
     predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options
     of transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True)."""
+    if out and Path(out).is_dir():
+        raise ValueError(f"{out} is a folder: give a file for the predictions")
     network, tokenizer, preprocess = load_run(adapter, device, model)
     split = {"split": "test", "split_file": data.split_file, "languages": data.languages, "skip_bad": data.skip_bad}
     if family_of(network).template:

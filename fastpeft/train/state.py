@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from fastpeft.files import atomic_folder
+from fastpeft.files import atomic_folder, save_tensors
 from fastpeft.methods.base import check_keys
 
 
@@ -18,9 +18,13 @@ def save_state(folder: Path, model: nn.Module, optimizer, progress: dict[str, An
     """Write the folder atomically: a run killed while saving keeps its last checkpoint."""
     with atomic_folder(folder) as draft:
         trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, draft / "trained.safetensors")
+        save_tensors(trained, draft / "trained.safetensors")
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}, draft / "optimizer.pt")
+        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
+        try:
+            torch.save(state, draft / "optimizer.pt")
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(f"{folder} cannot be written: {' '.join(str(error).split())[:200]}") from None
         (draft / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
 
 

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastpeft.files import atomic_folder, recover_folder
 from fastpeft.train.state import differences
@@ -203,6 +204,25 @@ def test_differences_go_as_deep_as_the_fields_agree():
     now = {"vit": [{"T": {}}], "jtm": [{"LoRA": {"r": 8, "lora_alpha": 32}}], "dec": [{"LoRA": {"r": 4}}]}
     assert differences("plan", was, now) == ["plan vit was 'F', now 'T'", "plan jtm LoRA r was 4, now 8"]
     assert differences("plan", was, was) == [] and differences("seed", 0, None) == ["seed was 0, now None"]
+
+
+def full_disk(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_zip(*args, **kwargs):
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("where, writer", [("fastpeft.files.save_file", full_disk), ("torch.save", full_zip)])
+def test_a_full_disk_keeps_the_last_checkpoint(runs, phantoms, finished, tmp_path, monkeypatch, where, writer):
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (out / "checkpoint").iterdir()}
+    monkeypatch.setattr(where, writer)
+    with pytest.raises(OSError, match=r"cannot be written: .*(No space left|unexpected pos)"):
+        start(runs, phantoms, out, steps=4, resume=True).fit()
+    assert before == {path: path.read_bytes() for path in (out / "checkpoint").iterdir()}
+    assert not list(out.glob(".*"))
 
 
 def test_optimiser_state_of_other_groups_is_refused(runs, phantoms, tmp_path):
