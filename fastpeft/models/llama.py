@@ -257,7 +257,8 @@ class Model(modeling_llama.LlamaModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask, positions = as_key_mask(attention_mask), position_ids
         if positions is None and past_key_values is None and mask is not None and mask.dim() == 2:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding is not counted: prefixes and Excitor tell where a token stands
+            before = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # padding on the left is not counted: prefixes and Excitor would tell
+            positions = (torch.arange(hidden.shape[1], device=hidden.device) - before).clamp(min=0)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
