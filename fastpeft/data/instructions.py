@@ -75,10 +75,12 @@ def load_instructions(
         return load_scienceqa(problems.parent, split, skip_bad=skip_bad, check_images=check_images, **options)
     pages = _choose(path, folder, kind, split)
     finder = ImageFinder(folder, skip_bad if check_images is None else check_images)
-    samples, skipped, filtered, kinds = [], Counter(), Counter(), []
+    samples, skipped, filtered, kinds, note = [], Counter(), Counter(), [], ""
     for file, (found, value) in pages.items():
         kinds.append(found)
         if found == "vqa":
+            if split == "test" and path.is_dir() and _split_of(file) != "test" and not marks_test(value):
+                note = f"no test file: {file.name} is used, the only one; a model trained on it is tested on what it has seen"
             part = load_samples(folder, file, split, languages=languages, skip_bad=skip_bad, check_images=check_images)
             samples += map(_asked, part)
             skipped.update(part.skipped)
@@ -104,7 +106,7 @@ def load_instructions(
         left_out += "; ".join(f"{n} skipped for {reason}" for reason, n in skipped.items())
         what = f"no {split} samples" if split else "no samples"
         raise ValueError(f"{', '.join(map(str, pages))}: {what} left" + (f" ({left_out})" if left_out else ""))
-    return SampleList(samples, dict(skipped), dict(filtered), "+".join(dict.fromkeys(kinds)), tuple(pages))
+    return SampleList(samples, dict(skipped), dict(filtered), "+".join(dict.fromkeys(kinds)), tuple(pages), note)
 
 
 def _qids(file: Path) -> list[str]:
@@ -176,6 +178,9 @@ def _choose(path: Path, folder: Path, kind: str | None, split: str | None) -> di
         marked = {file for file, (found, value) in pages.items() if split == "test" and found == "vqa" and marks_test(value)}
         pages = {file: page for file, page in pages.items() if _split_of(file) or isinstance(page[1], dict) or file in marked}
     if not pages:
+        alone = known or {file: (kind_of(value := read_value(file)), value) for file in others}
+        if split == "test" and [found for found, _ in alone.values()] == ["vqa"] and kind in (None, "vqa"):
+            return alone  # the only file, as in `load_samples`
         if known or others:
             seen = f"{', '.join(file.name for file in known or others)} is for another split, or says nothing of splits"
             raise ValueError(f"{folder}: no {split} annotations: {seen}; name the file to use as split_file")

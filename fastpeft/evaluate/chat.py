@@ -26,7 +26,7 @@ class Chat:
     def show(self, image: str) -> None:
         """Begin anew over an image. ValueError or OSError where it cannot be read, ValueError where the model sees none."""
         if getattr(self.model.config, "vision_config", None) is None:
-            raise ValueError(f"{type(self.model).__name__} sees no images: leave --image and /image out, or choose a model that does")
+            raise ValueError(f"a {self.model.config.model_type} sees no images: leave --image and /image out, or choose a model that does")
         path = Path(image).expanduser().resolve()
         load_image(path)
         self.image, self.turns = path, []

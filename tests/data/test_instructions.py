@@ -131,6 +131,15 @@ def test_a_file_that_marks_its_test_entries_has_a_test_split(tmp_path, make):
         load_instructions(tmp_path, split="val")
 
 
+@pytest.mark.parametrize("name", ["trainset.json", "RAD_instruction_data.json"])
+def test_the_only_file_of_questions_is_the_test_split_too(tmp_path, make, name):
+    make.image(tmp_path / "images" / "synpic1.jpg")
+    make.json(tmp_path / name, [make.rad_entry(1)])
+    held = load_instructions(tmp_path, split="test")
+    assert [s.qid for s in held] == ["1"] and held.note.startswith(f"no test file: {name} is used, the only one")
+    assert load_instructions(tmp_path).note == ""
+
+
 def test_a_split_file_names_images_of_the_folder(tmp_path, make):
     data, elsewhere = tmp_path / "data", tmp_path / "splits"
     make.image(data / "images" / "a.png")
