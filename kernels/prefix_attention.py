@@ -36,7 +36,7 @@ def _prefix_attention_fwd_kernel(
     o_offs = (b * stride_ob + h * stride_oh + m * stride_om)[:, None] + offs_d
     q = tl.load(q_ptr + (b * stride_qb + h * stride_qh + m * stride_qm)[:, None] + offs_d, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     top = tl.load(lse_ptr + l_offs, mask=mask_m, other=0.0)
-    acc = tl.load(o_ptr + o_offs, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.load(o_ptr + o_offs, mask=mask & (top > float("-inf"))[:, None], other=0.0).to(tl.float32)  # no token: o may be nan
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     for start in range(0, KEYS, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)

@@ -7,9 +7,9 @@
 The tokens' own backward runs on O' and lse' and gives dQ, dK and dV exactly. ``attention`` calls both and keeps what its table says;
 these two operators have no gradient of their own.
 Sources: Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
-Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token (o is finite there too); P_k, P_v [H_kv, n, d], H a
-multiple of H_kv, in q's dtype or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash attention, the batch folded
-into its queries' length.
+Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token (its o counts for nothing then, nan included);
+P_k, P_v [H_kv, n, d], H a multiple of H_kv, in q's dtype or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash
+attention, the batch folded into its queries' length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def unfold(t: Tensor, B: int) -> Tensor:
 
 def _fwd(q, o, lse, pk, pv, scale):
     op, lp = (unfold(t, q.shape[0]) for t in flash(fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), scale=scale))
-    acc, weight = accumulator(o.dtype), torch.sigmoid(lp - lse)[..., None]
+    acc, weight, none = accumulator(o.dtype), torch.sigmoid(lp - lse)[..., None], torch.isneginf(lse)
+    if o.is_cuda or none.any():  # on the CPU asking waits for nothing
+        o = o.masked_fill(none[..., None], 0.0)
     return torch.lerp(o.to(acc), op.to(acc), weight.to(acc)).to(o.dtype), torch.logaddexp(lse, lp)
 
 
