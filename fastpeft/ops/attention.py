@@ -177,6 +177,11 @@ class _Attention(Function):
         return None, None, None, dq, dk, dv, dpk, dpv, dlk, dlv
 
 
+def _dense(t: Tensor) -> Tensor:
+    """ATen's flash reads the last dimension as if it were dense."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
     check_floating("attention", q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
@@ -222,9 +227,9 @@ def attention(
     """
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # ATen's flash reads the last dimension as if dense
-    if prefix is not None and prefix[0].shape[1] == 0:
-        prefix = None
+    q, k, v = (_dense(t) for t in (q, k, v))
+    if prefix is not None:
+        prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
     if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
         k, v = (t * l.to(t.dtype)[:, None] for t, l in zip((k, v), rescale))
         rescale = None
