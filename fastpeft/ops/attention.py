@@ -97,9 +97,9 @@ def _serves(q, k, v, causal, padding, prefix, dropout_p: float) -> bool:
 def _joined(q: Tensor) -> bool:
     """Whether a prefix is put before the keys for the call. In 16 bit, rounding each part's output before they meet doubles the error:
     CUDA's kernel rounds the tokens' part alone, and saves the copy. Measured too, forward and backward on one CPU thread, the time of
-    parts that meet over that of joined keys: bfloat16 1.33 (B20 H12 M20 n10 d64) and 1.00-1.16 (B4 H32 M512 n10 d128). In float32 1.05
-    and 1.03-1.06, for which k and v are not copied, in forward and again in backward (68 MB in the second case), and the prefix's
-    gradient alone needs neither."""
+    parts that meet over that of joined keys: bfloat16 1.33 (B20 H12 M20 n10 d64) and 1.00-1.16 (B4 H32 M512 n10 d128). In float32 0.88-1.05
+    and 0.98-1.10, and k and v are not copied, in forward and again in backward (68 MB in the second case); the prefix's gradient alone
+    needs neither."""
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
