@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import ops
+from fastpeft.ops._common import sent
 from fastpeft.ops.absorbed_attention import absorbed_attention_reference
 from fastpeft.ops.activations import gelu_reference, swiglu_reference
 from fastpeft.ops.attention import attention_reference
@@ -43,6 +44,7 @@ class Op:
     tile: bool = False  # has a Triton kernel
     terms: float = 1e-6
     lone: float = 1.0
+    random: bool = False  # another mask on another device
 
     def inputs(self, m: int, n: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         return [t.to(dtype) if t.is_floating_point() else t for t in self.make(m, n)]
@@ -89,7 +91,7 @@ def _padded(m: int, samples: int) -> Tensor:
 def _attention(fn, causal=False, padded=False, extra=""):
     def call(q, k, v, *more):
         mask = _padded(q.shape[2], q.shape[0]) if padded else None
-        mask = mask if mask is None else mask.to(q.device)
+        mask = mask if mask is None else sent(mask, q.device)
         return fn(q, k, v, causal=causal, key_padding_mask=mask, **({extra: tuple(more)} if extra else {}))
 
     return call
@@ -197,13 +199,14 @@ TABLE = {
     "rescale": Op(ops.rescale, rescale_reference, lambda m, n: [draw(m, n), draw(n)]),
     "rotary": Op(ops.rotary, rotary_reference, _turn, constants=2),
     "dropout": Op(
-        seeded(lambda x: ops.dropout(x, 0.3)), seeded(lambda x: x * ops.dropout(torch.ones_like(x), 0.3)), lambda m, n: [draw(m, n)]
+        seeded(lambda x: ops.dropout(x, 0.3)), seeded(lambda x: x * ops.dropout(torch.ones_like(x), 0.3)), lambda m, n: [draw(m, n)],
+        random=True,
     ),
     "attention": _attention_op(),
     "attention causal padded": _attention_op(causal=True, padded=True),
     "attention prefix": _attention_op(padded=True, extra="prefix", shape=lambda n: (1, 3, n)),
     "attention rescale": _attention_op(causal=True, extra="rescale", shape=lambda n: (1, n)),
-    "attention dropout": Op(seeded(lambda *a: ops.attention(*a, dropout_p=0.3)), seeded(_dropped), _heads),
+    "attention dropout": Op(seeded(lambda *a: ops.attention(*a, dropout_p=0.3)), seeded(_dropped), _heads, random=True),
     "absorbed_attention": Op(_absorb(ops.absorbed_attention), _absorb(absorbed_attention_reference), _absorbed_inputs),
     "excitor_keys": Op(_excitor(ops.excitor_keys), _excitor(excitor_keys_reference), _excitor_inputs(False), tile=True),
     "excitor_keys image": Op(_excitor(ops.excitor_keys), _excitor(excitor_keys_reference), _excitor_inputs(True), tile=True),
