@@ -27,11 +27,11 @@ def naive(q, states, *params):
 
 
 def sdpa(q, states, *params):
-    (U, H, _, d), out = q.shape, []
+    (_, H, d), U, out = q.shape, states.shape[0], []
     for p in _projections(*params):
         y = F.linear(states, p.weight, p.bias) + F.linear(F.linear(states, p.lora_A), p.lora_B) * p.scaling
         out.append(y.view(U, -1, H, d).transpose(1, 2))
-    return F.scaled_dot_product_attention(q, *out)
+    return F.scaled_dot_product_attention(q.view(U, -1, H, d).transpose(1, 2), *out).transpose(1, 2).flatten(0, 1)
 
 
 def run(settings: Settings) -> list[Row]:
@@ -39,9 +39,9 @@ def run(settings: Settings) -> list[Row]:
     for dtype in settings.dtypes:
         for U, H, M, N, d in [(1, *SHAPES[0][1:])] if settings.quick else SHAPES:
             C = H * d
-            sizes = [(U, H, M, d), (U, N, C), *[(C, C), (C,), (R, C), (C, R)] * 2]
+            sizes = [(U * M, H, d), (U, N, C), *[(C, C), (C,), (R, C), (C, R)] * 2]
             tensors = [(torch.randn(s, device=settings.device) * (s[-1] ** -0.5 if i > 1 else 1)).to(dtype) for i, s in enumerate(sizes)]
-            do = torch.randn(U, H, M, d, device=settings.device).to(dtype)
+            do = torch.randn(U * M, H, d, device=settings.device).to(dtype)
             for name, trained in {"frozen states": (0, 4, 5, 8, 9), "trained states": (0, 1, 4, 5, 8, 9)}.items():
                 inputs = [t.detach().requires_grad_(i in trained) for i, t in enumerate(tensors)]
                 fns = {"fastpeft": ours, "naive": naive, **compiled(naive, settings), "sdpa": sdpa}

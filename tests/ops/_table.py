@@ -120,7 +120,7 @@ def _absorb(fn):
 
 def _absorbed_inputs(m, n):
     projection = [draw(6, n, fan=n), draw(6), draw(2, n, fan=n), draw(6, 2)]
-    return [draw(2, 2, m, 3), draw(2, 4, n), *projection, *(t.flip(0) + 0.1 for t in projection)]
+    return [draw(2 * m, 2, 3), draw(2, 4, n), *projection, *(t.flip(0) + 0.1 for t in projection)]
 
 
 def _excitor(fn):
