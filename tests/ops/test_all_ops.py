@@ -27,7 +27,7 @@ def compare(check, row, inputs, needs=None, floor=1e-30):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [1, 7, 257] if INTERPRETED else [1, 7, 252, 257, 768, 901])
+@pytest.mark.parametrize("n", [1, 65] if INTERPRETED else [1, 7, 252, 257, 768, 901])
 def test_widths(check, row, n, dtype):
     inputs = row.inputs(3, n, dtype)
     compare(check, row, inputs, floor=row.lone if n == 1 else 1e-30)
@@ -88,7 +88,7 @@ def test_any_shape_and_any_gradients(check, row, m, n, chosen, seed):
 
 
 def test_deterministic(check, row):
-    inputs = row.inputs(40, 33, torch.float32)
+    inputs = row.inputs(8 if INTERPRETED else 40, 33, torch.float32)
     check.deterministic(row.call, inputs, row.needs(inputs))
 
 
