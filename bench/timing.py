@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
+import importlib.metadata
+import importlib.util
 import platform
 import time
 from collections.abc import Callable
@@ -52,7 +55,23 @@ def environment() -> dict:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "liger": liger_missing() or importlib.metadata.version("liger_kernel"),
+        "peft": importlib.metadata.version("peft") if importlib.util.find_spec("peft") else "not installed",
     }
+
+
+def liger_missing() -> str:
+    """Why Liger's kernels are no rivals here, "" where they are."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not installed"
+    return "" if torch.cuda.is_available() else "needs CUDA"
+
+
+def liger(name: str, settings: Settings, **how) -> dict[str, Callable]:
+    """``liger_kernel.transformers.functional.<name>`` as one more rival, on CUDA where it is installed."""
+    if settings.device != "cuda" or liger_missing():
+        return {}
+    return {"liger": functools.partial(getattr(importlib.import_module("liger_kernel.transformers.functional"), name), **how)}
 
 
 def _once(fn: Callable, device: str) -> float:
@@ -113,11 +132,18 @@ def compare(
     note: str = "",
 ) -> list[Row]:
     """A row per rival. The last one is the baseline of the ratios; ``bytes_moved`` and ``flops`` are what the work needs, not what a
-    rival does, so that GB/s and TFLOP/s compare as the times do."""
-    peaks = {}
-    for name, fn in rivals.items():
-        for _ in range(2):  # warm up: compilation, caches, allocator
-            _check_finite(f"{op} {shape} {dtype}: {name}", fn())
+    rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named."""
+    peaks, rivals, ours, baseline = {}, dict(rivals), next(iter(rivals)), list(rivals)[-1]
+    for name, fn in list(rivals.items()):
+        try:
+            for _ in range(1 if settings.quick else 2):  # warm up: compilation, caches, allocator
+                _check_finite(f"{op} {shape} {dtype}: {name}", fn())
+        except Exception as error:  # a compiler that is not there, a kernel that does not take the shape
+            if name in (ours, baseline):
+                raise
+            note = f"{note}; {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}".removeprefix("; ")
+            del rivals[name]
+            continue
         if settings.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -130,7 +156,7 @@ def compare(
     gc.disable()
     try:
         stop = time.perf_counter() + settings.seconds * (0.2 if settings.quick else 1.0)
-        while time.perf_counter() < stop or len(times[next(iter(times))]) < 5:
+        while time.perf_counter() < stop or len(times[ours]) < (3 if settings.quick else 5):
             for name, fn in rivals.items():
                 _eviction(settings.device).zero_()
                 times[name].append(_once(fn, settings.device))
@@ -152,17 +178,64 @@ def compare(
     return rows
 
 
-def backward_of(fn: Callable, inputs, cotangent: torch.Tensor) -> Callable:
+def _leaves(inputs) -> list[torch.Tensor]:
+    return [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def backward_of(fn: Callable, inputs, cotangent=None) -> Callable:
     """A callable that runs ``fn``'s backward alone, for the inputs that require gradients, as often as it is called."""
-    out = fn(*inputs)
-    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    out, leaves = fn(*inputs), _leaves(inputs)
     return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
 
 
-def step_of(fn: Callable, inputs, cotangent: torch.Tensor | None = None) -> Callable:
+def step_of(fn: Callable, inputs, cotangent=None) -> Callable:
     """Forward and backward."""
-    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    leaves = _leaves(inputs)
     return lambda: torch.autograd.grad(fn(*inputs), leaves, cotangent)
+
+
+def measure(
+    op: str,
+    shape: str,
+    dtype: torch.dtype,
+    fns: dict[str, Callable | tuple[Callable, list]],
+    inputs,
+    settings: Settings,
+    *,
+    cotangent=None,
+    bytes_moved: tuple[float, float] | float | None = None,
+    flops: tuple[float, float] | float | None = None,
+    phases: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd"),
+) -> list[Row]:
+    """Forward as in training, backward alone, and both, of every rival; as :func:`compare` otherwise.
+
+    ``fns``: a function of ``inputs``, or (function, its own inputs). ``bytes_moved``, ``flops``: of forward and of backward; one number
+    for both where rivals share the work out differently.
+    """
+    calls = {name: fn if isinstance(fn, tuple) else (fn, inputs) for name, fn in fns.items()}
+
+    def of(pair, phase):
+        if not isinstance(pair, tuple):
+            return pair if phase == "fwd+bwd" else None
+        return sum(pair) if phase == "fwd+bwd" else pair[phase == "bwd"]
+
+    forms = {
+        "fwd": lambda fn, given: lambda: fn(*given),
+        "bwd": lambda fn, given: _later(backward_of, fn, given, cotangent),
+        "fwd+bwd": lambda fn, given: step_of(fn, given, cotangent),
+    }
+    rows = []
+    for phase in phases:
+        rivals = {name: forms[phase](*call) for name, call in calls.items()}
+        counts = {"bytes_moved": of(bytes_moved, phase), "flops": of(flops, phase)}
+        rows += compare(f"{op} {phase}", shape, dtype, rivals, settings, **counts)
+    return rows
+
+
+def _later(make: Callable, *args) -> Callable:
+    """What ``make`` returns, made at the first call: a rival that fails does so where :func:`compare` expects it."""
+    made = functools.cache(lambda: make(*args))
+    return lambda: made()()
 
 
 def markdown(rows: list[Row]) -> str:
@@ -175,4 +248,5 @@ def markdown(rows: list[Row]) -> str:
         f" {number(r.tflop_per_s, 3)} | {number(r.roofline)} | {number(r.ratio)} | {number(r.peak_mb, 1)} |"
         for r in rows
     ]
-    return "\n".join([head, *lines])
+    notes = [f"\n{r.op}, {r.shape}, {r.dtype}: {r.note}" for r in rows if r.note and r.provider == "fastpeft"]
+    return "\n".join([head, *lines, *notes])

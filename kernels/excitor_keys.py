@@ -146,7 +146,7 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
 
 def excitor_merge_bwd(g, L, rows, need_dl, need_y):
     C = g.shape[-1]
-    g, L, K = g.reshape(-1, C).contiguous(), L.contiguous(), rows.shape[0]
+    g, L, rows, K = g.reshape(-1, C).contiguous(), L.contiguous(), rows.contiguous(), rows.shape[0]
     M = g.shape[0]
     columns, steps = triton.cdiv(C, BWD_COLS), max(1, triton.cdiv(triton.cdiv(M, BWD_ROWS), BWD_SPANS))
     spans = triton.cdiv(M, BWD_ROWS * steps)

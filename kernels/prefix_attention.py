@@ -36,7 +36,7 @@ def _prefix_attention_fwd_kernel(
     o_offs = (b * stride_ob + h * stride_oh + m * stride_om)[:, None] + offs_d
     q = tl.load(q_ptr + (b * stride_qb + h * stride_qh + m * stride_qm)[:, None] + offs_d, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     top = tl.load(lse_ptr + l_offs, mask=mask_m, other=0.0)
-    acc = tl.load(o_ptr + o_offs, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.load(o_ptr + o_offs, mask=mask & (top > float("-inf"))[:, None], other=0.0).to(tl.float32)  # no token: o may be nan
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     for start in range(0, KEYS, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -179,16 +179,17 @@ def prefix_attention_bwd(do, q, o, lse, pk, pv, dq, scale, need_dp):
 
 def aot_cases():
     for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
-        for D in (64, 128, 256):
+        for D, keys in ((64, 32), (128, 32), (256, 32), *[(64, 10)] * (itemsize == 2)):  # ten keys: a narrower block
             blocks, options = _options(itemsize, D)
-            blocks |= {"BLOCK_N": BLOCK[itemsize][1], "IEEE": True}
+            blocks |= {"BLOCK_N": min(BLOCK[itemsize][1], max(16, triton.next_power_of_2(keys))), "IEEE": True}
+            size = f"d{D}" + (f"/n{keys}" if keys < 32 else "")
             sizes = dict.fromkeys(("ROWS", "M", "GROUPS", "KEYS", "D", "stride_ph", "stride_pn"), "i32") | {"scale": "fp32"}
             strides = {f"stride_{name}{axis}": "i32" for name in "qol" for axis in "bhm"}
             pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "o", "pk", "pv", "out")} | {"lse_ptr": "*fp32"}
             signature = pointers | {"joint_ptr": "*fp32"} | sizes | strides
-            yield f"prefix_attention/fwd/d{D}/{dtype}", _prefix_attention_fwd_kernel, signature, blocks, options
+            yield f"prefix_attention/fwd/{size}/{dtype}", _prefix_attention_fwd_kernel, signature, blocks, options
             pointers |= {"do_ptr": f"*{dtype}", "dq_ptr": f"*{dtype}", "dpk_ptr": "*fp32", "dpv_ptr": "*fp32"}
             signature = pointers | sizes | {"STEPS": "i32"} | strides | {f"stride_g{axis}": "i32" for axis in "bhm"}
             for name, needs in (("bwd", (True, True)), ("dq", (True, False)), ("dp", (False, True))):
                 flags = {"NEED_DQ": needs[0], "NEED_DP": needs[1]}
-                yield f"prefix_attention/{name}/d{D}/{dtype}", _prefix_attention_bwd_kernel, signature, blocks | flags, options
+                yield f"prefix_attention/{name}/{size}/{dtype}", _prefix_attention_bwd_kernel, signature, blocks | flags, options

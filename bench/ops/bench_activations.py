@@ -1,12 +1,20 @@
-"""SwiGLU, and GELU with an (IA)^3 scale, against the same in plain PyTorch: forward and backward."""
+"""SwiGLU, and GELU with an (IA)^3 scale, against the same in plain PyTorch and through torch.compile."""
 
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, compare, compiled, step_of
+from bench.timing import Row, Settings, compiled, measure
 from fastpeft.ops import gelu, swiglu
 
 SHAPES = [(1024, 3072), (512, 11008)]
+
+
+def plain_swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def plain_gelu(x, scale):
+    return F.gelu(x) * scale
 
 
 def run(settings: Settings) -> list[Row]:
@@ -14,17 +22,12 @@ def run(settings: Settings) -> list[Row]:
     for dtype in settings.dtypes:
         for m, n in SHAPES[:1] if settings.quick else SHAPES:
             gate, up, dy = torch.randn(3, m, n, device=settings.device).to(dtype).unbind(0)
-            scale = torch.randn(n, device=settings.device).to(dtype)
+            scale, how = torch.randn(n, device=settings.device).to(dtype), {"cotangent": dy}
             gate, up, scale = (t.detach().requires_grad_() for t in (gate, up, scale))
-            rivals = {
-                "fastpeft": step_of(swiglu, (gate, up), dy),
-                **{name: step_of(fn, (gate, up), dy) for name, fn in compiled(lambda g, u: F.silu(g) * u, settings).items()},
-                "torch": step_of(lambda g, u: F.silu(g) * u, (gate, up), dy),
-            }
-            rows += compare("swiglu fwd+bwd", f"{m}x{n}", dtype, rivals, settings, bytes_moved=8 * gate.nbytes)
-            rivals = {
-                "fastpeft": step_of(gelu, (gate, scale), dy),
-                "torch": step_of(lambda g, s: F.gelu(g) * s, (gate, scale), dy),
-            }
-            rows += compare("gelu with scale fwd+bwd", f"{m}x{n}", dtype, rivals, settings, bytes_moved=5 * gate.nbytes)
+            fns = {"fastpeft": swiglu, **compiled(plain_swiglu, settings), "torch": plain_swiglu}
+            moved = (3 * gate.nbytes, 5 * gate.nbytes)
+            rows += measure("swiglu", f"{m}x{n}", dtype, fns, (gate, up), settings, bytes_moved=moved, **how)
+            fns = {"fastpeft": gelu, **compiled(plain_gelu, settings), "torch": plain_gelu}
+            moved = (2 * gate.nbytes, 3 * gate.nbytes)
+            rows += measure("gelu with scale", f"{m}x{n}", dtype, fns, (gate, scale), settings, bytes_moved=moved, **how)
     return rows

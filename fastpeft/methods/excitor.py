@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part
+from fastpeft.ops._common import sent
 from fastpeft.ops.excitor_keys import merge_keys
 from fastpeft.ops.lora_linear import linear
 
@@ -73,12 +74,12 @@ class ExcitorBlock(nn.Module):
             return merge_keys(k, u, self.w_up, self.prompt, gate, scale=self.scale)
         zk, zv = (linear(visual.features.to(w.dtype), w) for w in (self.wk_down, self.wv_down))  # once per distinct image
         seeing = (visual.index >= 0).nonzero().squeeze(1)
-        images = visual.index[seeing].to(k.device)
+        images = sent(visual.index[seeing], k.device)
         seen = (zk.index_select(0, images), self.wk_up, zv.index_select(0, images), self.wv_up)
         if len(seeing) == len(k):
             return merge_keys(k, u, self.w_up, self.prompt, gate, seen, self.scale)
-        rest = (visual.index < 0).nonzero().squeeze(1).to(k.device)
-        seeing = seeing.to(k.device)
+        rest = sent((visual.index < 0).nonzero().squeeze(1), k.device)
+        seeing = sent(seeing, k.device)
         merged = [
             merge_keys(k.index_select(0, rows), u.index_select(0, rows), self.w_up, self.prompt, gate, pair, self.scale)
             for rows, pair in ((seeing, seen), (rest, None))

@@ -32,6 +32,7 @@ from fastpeft.models.attend import (
 )
 from fastpeft.models.layers import LayerNorm, Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, rows_of, self_layout, tail_of
+from fastpeft.ops._common import sent
 from fastpeft.ops._remade import bare
 from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
@@ -269,7 +270,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
         masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
         layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index)
         if encoder_index is not None and layouts["encoder_layout"] is layouts["layout"]:
-            encoder_hidden_states = encoder_hidden_states[encoder_index.to(hidden.device)]
+            encoder_hidden_states = encoder_hidden_states[sent(encoder_index, hidden.device)]
         masks = [None if mask is None else mask.to(hidden.device, non_blocking=True) for mask in masks]
         pad = layouts["layout"].spread if layouts["layout"] is not None else lambda x: x
         hidden = hidden if layouts["layout"] is None else layouts["layout"].gather(hidden)
@@ -366,24 +367,26 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         if return_logits:
             return logits[:, :-1].contiguous()
         if labels is not None:
-            loss = self._loss(hidden, next_labels(labels, shift_labels).to(hidden.device), reduction)
+            loss = self._loss(hidden, next_labels(labels, shift_labels), reduction)
         return CausalLMOutputWithCrossAttentions(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """hidden [B, L, C], labels [B, L] of the same positions. Without an adapter on the head, the head sees labelled positions only."""
+        """hidden [B, L, C], labels [B, L] of the same positions, on the host if the device is not to be waited for. Without an adapter on
+        the head, the head sees labelled positions only."""
         head, shape = self.cls.predictions, labels.shape
         how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if type(head.decoder) is nn.Linear:
             hidden, labels = hidden.flatten(0, 1), labels.flatten()
             rows = (labels != IGNORED).nonzero().squeeze(1)
-            loss = ops.linear_cross_entropy(head.transform(hidden[rows]), head.decoder.weight, head.decoder.bias, labels[rows], **how)
+            labelled, there = labels[rows], sent(rows, hidden.device)
+            loss = ops.linear_cross_entropy(head.transform(hidden[there]), head.decoder.weight, head.decoder.bias, labelled, **how)
             if reduction == "none":
-                loss = loss.new_zeros(len(labels)).index_copy(0, rows, loss)
+                loss = loss.new_zeros(len(labels)).index_copy(0, there, loss)
         else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
-            logits = self.cls(hidden).flatten(0, 1)
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten(), **how)
+            logits, labels = self.cls(hidden).flatten(0, 1), labels.flatten().to(hidden.device)
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **how)
         return loss.view(shape).sum(1) if reduction == "none" else loss
 
 

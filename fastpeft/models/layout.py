@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft.ops._common import sent
 from fastpeft.ops._remade import recipe_of, remade
 
 
@@ -21,13 +22,21 @@ class Layout:
     """Token t lies in cell ``place[t]`` of a table [rows, columns]; ``place`` None: in cell t, with none left over.
 
     Without the table: ``counts`` are the tokens of each row (None: columns each), ``order`` [T] names the tokens row by row (None: they
-    lie so)."""
+    lie so). ``host``: place on the CPU, where it is known there, so that laying out again does not wait for the device."""
 
     rows: int
     columns: int
     place: Tensor | None
     counts: tuple[int, ...] | None = None
     order: Tensor | None = None
+    host: Tensor | None = None
+
+    @property
+    def cells(self) -> Tensor:
+        """[T], on the CPU: what ``place`` says."""
+        if self.place is None:
+            return torch.arange(self.rows * self.columns)
+        return self.place.cpu() if self.host is None else self.host
 
     @property
     def tokens(self) -> int:
@@ -60,7 +69,8 @@ def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.de
         return Layout(rows, columns, None)
     sorted_already = bool((row[1:] >= row[:-1]).all())
     counts = tuple(torch.bincount(row, minlength=rows).tolist())
-    return Layout(rows, columns, cells.to(device), counts, None if sorted_already else row.argsort(stable=True).to(device))
+    order = None if sorted_already else sent(row.argsort(stable=True), device)
+    return Layout(rows, columns, sent(cells, device), counts, order, cells)
 
 
 def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> Layout:
@@ -72,7 +82,7 @@ def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.devic
 
 def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch.device) -> Layout:
     """The same tokens, by the image they ask about: image_index [B] gives each sample's image, of ``images``."""
-    owner = image_index.cpu()[_cells(tokens) // tokens.columns]  # [T], the image of each token
+    owner = image_index.cpu()[tokens.cells // tokens.columns]  # [T], the image of each token
     counts = torch.bincount(owner, minlength=images)
     return _laid(images, int(counts.max()), owner, _slots(owner, counts), device)
 
@@ -113,7 +123,7 @@ def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, 
     aligned at both tables' last columns.
     """
     layout = tokens if attended is None else attended
-    at, place = _cells(tokens), _cells(layout)
+    at, place = tokens.cells, layout.cells
     hit = wanted.cpu().flatten()[at]
     if bool(hit.all()) or not bool(hit.any()):
         return None
@@ -121,17 +131,12 @@ def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, 
     first, last = (int(columns[hit].min()), int(columns[hit].max())) if causal else (0, layout.columns - 1)
     seen = columns <= last
     return Tail(
-        tokens=hit.nonzero().squeeze(1).to(device),
-        seen=None if bool(seen.all()) else seen.nonzero().squeeze(1).to(device),
+        tokens=sent(hit.nonzero().squeeze(1), device),
+        seen=None if bool(seen.all()) else sent(seen.nonzero().squeeze(1), device),
         queries=_laid(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
         keys=_laid(layout.rows, last + 1, rows[seen], columns[seen], device),
-        outputs=Layout(tokens.rows, tokens.columns, at[hit].to(device)),
+        outputs=Layout(tokens.rows, tokens.columns, sent(at[hit], device), host=at[hit]),
     )
-
-
-def _cells(layout: Layout) -> Tensor:
-    """[T], on the CPU."""
-    return torch.arange(layout.rows * layout.columns) if layout.place is None else layout.place.cpu()
 
 
 def rows_of(x: Tensor, index: Tensor | None) -> Tensor:

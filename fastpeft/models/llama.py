@@ -33,7 +33,7 @@ from fastpeft.methods.mm_adapter import Routing
 from fastpeft.models.attend import around_wrapper, as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, next_labels, rows_layout, rows_of, self_layout, tail_of
-from fastpeft.ops._common import accumulator
+from fastpeft.ops._common import accumulator, sent
 from fastpeft.ops._savings import on
 
 SIZES = {
@@ -286,7 +286,7 @@ class Model(modeling_llama.LlamaModel):
         routes = 0  # tokens at the end that are nobody's: the modalities'
         if modality is not None and tokens is None:
             weights = self._cached_routes(torch.stack(modality_embeds).to(hidden.dtype), past_key_values, prefixes)
-            how["routing"] = Routing(modality.to(hidden.device), weights)
+            how["routing"] = Routing(sent(modality, hidden.device), weights)
         elif modality is not None:
             routes = len(modality_embeds)
             how["layout"], how["routing"] = self._with_modalities(layout, modality, routes, hidden.device)
@@ -318,7 +318,7 @@ class Model(modeling_llama.LlamaModel):
         else, as in the official masks; so one of each serves the whole batch."""
         place = torch.arange(layout.rows * layout.columns, device=device) if layout.place is None else layout.place
         own = layout.columns * torch.arange(layout.rows, layout.rows + count, device=device)
-        index = modality.to(device)[place // layout.columns]
+        index = sent(modality, device)[place // layout.columns]
         routing = Routing(torch.cat([index, torch.arange(count, device=device)]), modalities=count)
         return Layout(layout.rows + count, layout.columns, torch.cat([place, own])), routing
 
@@ -429,10 +429,11 @@ def kept_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
     """Cross entropy of hidden [B, L, C] under ``head`` with labels [B, L], -100 for none: the mean over labelled tokens, or their sum
     over ``items``. Logits exist at labelled positions only."""
-    labels, reduction = labels.to(hidden.device), "mean" if items is None else "sum"
+    reduction = "mean" if items is None else "sum"
     if type(head) is nn.Linear:
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
     else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
+        labels = labels.to(hidden.device)
         rows = labels.flatten() != -100
         logits = head(hidden.flatten(0, 1)[rows])
         loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), labels.flatten()[rows], reduction=reduction)

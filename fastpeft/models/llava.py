@@ -17,6 +17,7 @@ from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.models.layout import IGNORED, next_labels
 from fastpeft.models.llama import Model, kept_positions, llama_config, llama_part, loss_of
+from fastpeft.ops._common import sent
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -143,7 +144,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         images = self.encode_images(pixel_values) if image_embeds is None else image_embeds
         seen = self.model.multi_modal_projector(images)
         if image_index is not None:
-            seen = seen[image_index[image_index >= 0].to(seen.device)]
+            seen = seen[sent(image_index[image_index >= 0], seen.device)]
         holes = input_ids == self.config.image_token_index if image_mask is None else image_mask
         images, patches, found = *seen.shape[:2], int(holes.sum())
         if found != images * patches:

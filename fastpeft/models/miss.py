@@ -15,6 +15,7 @@ from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 from fastpeft.methods import Part
 from fastpeft.models.blip import TextLMHeadModel, TextModel
 from fastpeft.models.layers import FrozenEvaluates
+from fastpeft.ops._common import sent
 
 DROP_PATH = 0.1
 
@@ -128,7 +129,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         if image_index is not None and isinstance(self.text_encoder, TextModel):
             shared = {"encoder_index": image_index}
         else:
-            shared, image_embeds = {}, image_embeds if image_index is None else image_embeds[image_index.to(image_embeds.device)]
+            shared, image_embeds = {}, image_embeds if image_index is None else image_embeds[sent(image_index, image_embeds.device)]
         return self.text_encoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, **shared
         ).last_hidden_state

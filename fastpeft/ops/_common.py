@@ -18,6 +18,13 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on ``device``. What lies on the host goes to a GPU through pinned memory, in the stream's order: nobody waits for it."""
+    if t.device.type == "cpu" and device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
+
+
 def check_floating(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:

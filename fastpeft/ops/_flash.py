@@ -1,46 +1,91 @@
-"""ATen's flash attention with its log-sum-exp, and the backward that takes any output and log-sum-exp: the same two calls on CPU and CUDA.
+"""ATen's attention kernels with their log-sum-exp, and the backward that takes any output and log-sum-exp: the same two calls everywhere.
 
-    o = softmax(scale Q K^T) V      lse = logsumexp of the scaled scores
-    backward:  P = exp(scale Q K^T - lse)      dS = P (dO V^T - rowsum(dO O))
+    o = softmax(scale Q K^T + mask) V      lse = logsumexp of the scaled scores
+    backward:  P = exp(scale Q K^T + mask - lse)      dS = P (dO V^T - rowsum(dO O))
 
 Given the output and lse of attention to more keys than K, backward is exact for its own K and V and gives their share of dQ.
-Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d]; lse [B, H, M], float32 (float64 for float64). ``causal`` is aligned at the first query and
-the first key; ``mask``, additive, is the CPU's alone.
+
+| kernel    | where                                        | takes                                        |
+|-----------|----------------------------------------------|----------------------------------------------|
+| cpu       | CPU                                          | everything                                   |
+| flash     | CUDA                                         | 16 bit, grouped heads, no mask               |
+| efficient | CUDA, where flash does not take it           | float32 too; a mask; grouped heads expanded  |
+
+Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d]; mask additive, broadcastable to [B, H, M, N]; lse [B, H, M], float32 (float64 for
+float64). ``causal`` is aligned at the first query and the first key. What a query without any key gets is the kernel's own.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.functional import pad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _cuda = torch.ops.aten._scaled_dot_product_flash_attention
 _cuda_bwd = torch.ops.aten._scaled_dot_product_flash_attention_backward
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+_efficient_bwd = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+MASK_ROW = 16  # elements: the efficient kernels read a mask's rows from addresses aligned to 16 bytes
+LSE_ROW = 32  # elements: and a log-sum-exp's in whole blocks of queries; infinity makes P = 0 for those that are not there
 
 
-def cuda_flash_serves(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Whether CUDA's kernel takes these tensors as they are: 16 bit, d a multiple of 8, a GPU that has it, not switched off."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] % 8:
-        return False
-    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1]))
+def kernel_of(q: Tensor, k: Tensor, v: Tensor, causal: bool, masked: bool) -> str:
+    """Which kernel takes these tensors as they are; "" for none. On CUDA PyTorch is asked, so that its switches count."""
+    if q.device.type != "cuda":
+        return "cpu" if q.device.type == "cpu" else ""
+    plain = not masked and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0
+    if plain and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])):
+        return "flash"
+    if q.dtype != torch.float64:
+        k, v = (t[:, :1].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        if can_use_efficient_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
+            return "efficient"
+    return ""
+
+
+def _for_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
+    """k and v for every query head; the mask [B, H, M, N], broadcast by strides, its rows starting where the kernel can read them."""
+    groups, N = q.shape[1] // k.shape[1], k.shape[2]
+    if groups > 1:
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    if mask is not None:
+        mask = pad(mask, (0, -N % MASK_ROW))[..., :N].expand(*q.shape[:3], N)
+    return k, v, mask
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None, scale: float | None = None):
     """(o, lse)"""
-    if q.device.type == "cpu":
+    kernel = kernel_of(q, k, v, causal, mask is not None)
+    if kernel == "cpu":
         return _cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    return _cuda(q, k, v, 0.0, causal, scale=scale)[:2]
+    if kernel != "efficient":
+        return _cuda(q, k, v, 0.0, causal, scale=scale)[:2]
+    k, v, mask = _for_efficient(q, k, v, mask)
+    o, lse, *_ = _efficient(q, k, v, mask, True, 0.0, causal, scale=scale)
+    return o, lse[:, :, : q.shape[2]]
 
 
 def flash_bwd(do, q, k, v, o, lse, causal: bool = False, mask: Tensor | None = None, scale: float | None = None):
     """(dq, dk, dv)"""
-    if q.device.type == "cpu":
+    kernel = kernel_of(q, k, v, causal, mask is not None)
+    if kernel == "cpu":
         return _cpu_bwd(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # read where there is dropout
-    return _cuda_bwd(do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale)
+    if kernel != "efficient":
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # read where there is dropout
+        return _cuda_bwd(do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale)
+    heads, seed = k.shape[1], torch.empty((), dtype=torch.int64, device=q.device)
+    k, v, mask = _for_efficient(q, k, v, mask)
+    do, o = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (do, o))  # as the kernel leaves o: no copy then
+    lse = pad(lse, (0, -lse.shape[2] % LSE_ROW), value=torch.inf)
+    needs = [True, True, True, False]
+    dq, dk, dv, _ = _efficient_bwd(do, q, k, v, mask, o, lse, seed, seed, 0.0, needs, causal, scale=scale)
+    if heads != k.shape[1]:
+        dk, dv = (t.unflatten(1, (heads, -1)).sum(2) for t in (dk, dv))
+    return dq, dk, dv
 
 
 def _count(query, key, products: int) -> int:

@@ -20,11 +20,12 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
 
-On the CPU a prefix in 16 bit is joined to the keys for each call instead (and P alone keeps k and v too): see _joined.
+On the CPU a prefix in 16 bit is put before the keys for each call instead (and P alone keeps k and v too): see _joined.
 
-This is the CPU's path, and CUDA's with a prefix where its flash kernel takes q, k and v: 16 bit, no padding, no dropout. Otherwise on CUDA
-the same folding surrounds SDPA, flash-attn or xformers (attention_backends.py); with dropout on the CPU, attention_dropout.py. With a
-prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled.
+This is the CPU's path, and CUDA's with a prefix: the tokens through ATen's flash kernel in 16 bit, through its efficient one in float32 or
+where there is padding (_flash.py). Without a prefix, with dropout or in float64 the same folding surrounds SDPA, flash-attn or xformers on
+CUDA (attention_backends.py); with dropout on the CPU, attention_dropout.py. With a prefix, l_k and l_v scale the projected keys and
+values: the prefix is not rescaled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
-from fastpeft.ops._flash import cuda_flash_serves, flash, flash_bwd
+from fastpeft.ops._flash import flash, flash_bwd, kernel_of
 from fastpeft.ops._remade import again_all, keep_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
@@ -83,19 +84,22 @@ def _sum_per_kv_head(a: Tensor, b: Tensor, l: Tensor) -> Tensor:
 
 
 def _serves(q, k, v, causal, padding, prefix, dropout_p: float) -> bool:
-    """Whether this file's autograd function takes the call: every one on the CPU, those with a prefix where CUDA's flash serves."""
+    """Whether this file's autograd function takes the call: every one on the CPU, elsewhere those with a prefix that a kernel takes."""
     if dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
         return False
-    if q.device.type == "cpu":
-        return True
-    is_causal = causal and q.shape[2] > 1
-    square = not is_causal or q.shape[2] == k.shape[2]
-    return prefix is not None and padding is None and square and CHOICE in ("", "sdpa") and cuda_flash_serves(q, k, v, is_causal)
+    if q.device.type != "cpu" and (prefix is None or CHOICE not in ("", "sdpa")):
+        return False
+    is_causal = causal and q.shape[2] == k.shape[2]
+    masked = padding is not None or (causal and not is_causal and q.shape[2] > 1)
+    return kernel_of(q, k, v, is_causal, masked) != ""
 
 
 def _joined(q: Tensor) -> bool:
     """Whether a prefix is put before the keys for the call. In 16 bit, rounding each part's output before they meet doubles the error:
-    CUDA's kernel rounds the tokens' part alone, and saves the copy."""
+    CUDA's kernel rounds the tokens' part alone, and saves the copy. Measured too, forward and backward on one CPU thread, the time of
+    parts that meet over that of joined keys: bfloat16 1.33 (B20 H12 M20 n10 d64) and 1.00-1.16 (B4 H32 M512 n10 d128). In float32 0.88-1.05
+    and 0.98-1.10, and k and v are not copied, in forward and again in backward (68 MB in the second case); the prefix's gradient alone
+    needs neither."""
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -119,7 +123,7 @@ def _forward(causal, scale, padding, q, k, v, pk, pv, lk):
     if pk is None:
         return o, lse
     if padding is not None or (causal and q.shape[2] > k.shape[2]):
-        alive = allowed_keys(q, k, causal, padding).any(-1)  # ATen leaves lse = 0 where every key is masked
+        alive = allowed_keys(q, k, causal, padding).any(-1)  # where every key is masked lse is 0 on the CPU, whatever it is on CUDA
         lse = lse.masked_fill(~alive, -torch.inf)
     return join_prefix(q, o, lse, pk, pv, scale)
 
@@ -173,6 +177,11 @@ class _Attention(Function):
         return None, None, None, dq, dk, dv, dpk, dpv, dlk, dlv
 
 
+def _dense(t: Tensor) -> Tensor:
+    """ATen's flash reads the last dimension as if it were dense."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
     check_floating("attention", q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
@@ -218,9 +227,9 @@ def attention(
     """
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # ATen's flash reads the last dimension as if dense
-    if prefix is not None and prefix[0].shape[1] == 0:
-        prefix = None
+    q, k, v = (_dense(t) for t in (q, k, v))
+    if prefix is not None:
+        prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
     if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
         k, v = (t * l.to(t.dtype)[:, None] for t, l in zip((k, v), rescale))
         rescale = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from fastpeft import _library
 from fastpeft.ops._common import wants_grad
 
 
@@ -29,11 +30,23 @@ def new_seed() -> Tensor:
     return torch.randint(0, 2**62, (1,))
 
 
-def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """0 or 1 / (1 - p) per element, of x's shape and dtype; the same for the same seed, shape and device."""
+def _draw(x: Tensor, p: float, seed: Tensor) -> Tensor:
     generator = torch.Generator(x.device).manual_seed(int(seed))
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
     return mask.mul_(1 / (1 - p))
+
+
+# an operator, because torch.compile cannot look into a generator
+_keep_mask = _library.define(
+    "keep_mask(Tensor x, float p, Tensor seed) -> Tensor",
+    fake=lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    composite=_draw,
+)
+
+
+def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """0 or 1 / (1 - p) per element, of x's shape and dtype; the same for the same seed, shape and device."""
+    return _keep_mask(x.detach(), p, seed)
 
 
 class _Dropout(Function):

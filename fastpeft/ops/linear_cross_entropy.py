@@ -15,9 +15,11 @@ Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (
 | weight, bias; reduction none       | inputs and labels: rows of G scale apart, so backward remakes z | 2 + 1 + 1 |
 | none                               | nothing                                 | 1                   |
 
-A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM).
+A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; with a trained head
+as many bytes as dW takes anyway). The mean's 1/n is put into G, except in float16, where small entries would vanish.
 Which rows are labelled is found inside the op: opaque to torch.compile, so fullgraph=True holds and no output's shape depends on
-data. On CUDA that is one wait for one integer per loss; on CPU it costs nothing. dh is dense because autograd wants it dense.
+data. Their number sizes the GEMMs, so the host must know it: labels on the host (a collator's) tell it and nothing waits for the GPU;
+for labels on the GPU there is one wait for one integer per loss. dh is dense because autograd wants it dense.
 """
 
 from __future__ import annotations
@@ -30,11 +32,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
+from fastpeft.ops._chunked_loss import chunked, rows_of_aten
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops.rescale import _forward as scaled
-
-CHUNK_BYTES = 16 << 20  # of float32 logits
-MIN_ROWS = 64
 
 
 def linear_cross_entropy_reference(
@@ -53,87 +53,14 @@ def linear_cross_entropy_reference(
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
-def chunk_rows(vocabulary: int, rows: int, spare_bytes: int = 0) -> int:
-    """Rows of logits at a time: CHUNK_BYTES of them, or as much as dW takes anyway where there is one (each chunk walks all of dW)."""
-    return min(max(max(CHUNK_BYTES, spare_bytes) // (4 * vocabulary), MIN_ROWS), max(rows, 1))
-
-
-def mm_wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b + bias`` in the accumulator's dtype: never rounded where the backend can (CUDA), else once, exactly as F.linear does."""
-    acc = accumulator(a.dtype)
-    if a.is_cuda and a.dtype != acc:
-        out = torch.mm(a, b, out_dtype=acc)
-        return out if bias is None else out.add_(bias)
-    return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)).to(acc)
-
-
-def _rows(z, labels, smoothing, row_scale, form):
-    """Losses of a chunk of logits ``z`` [m, V], which becomes G in place (scaled by row) if ``form``."""
-    top = z.amax(1, keepdim=True)
-    at = z.gather(1, labels[:, None])
-    mean = z.mean(1, keepdim=True) if smoothing else None
-    total = z.sub_(top).exp_().sum(1, keepdim=True)
-    loss = total.log() + top - (1 - smoothing) * at
-    if smoothing:
-        loss -= smoothing * mean
-    if form:
-        z.div_(total)
-        if smoothing:
-            z.sub_(smoothing / z.shape[1])
-        z.scatter_(1, labels[:, None], z.gather(1, labels[:, None]) - (1 - smoothing))
-        if row_scale is not None:
-            z.mul_(row_scale[:, None])
-    return loss[:, 0]
-
-
-def _chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
-    """The op over any ``rows_op`` (ATen's :func:`_rows`, or the Triton kernel that does the same in one pass)."""
-    acc = accumulator(hidden.dtype)
-    loss = hidden.new_zeros(labels.shape[0], dtype=acc)
-    dhidden = hidden.new_zeros(hidden.shape if need_dhidden else 0)
-    dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
-    _check_labels(labels, ignore_index, weight.shape[0])
-    labelled = (labels != ignore_index).nonzero()[:, 0]
-    chunks = labelled.split(chunk_rows(weight.shape[0], labelled.shape[0], weight.numel() * 4 * need_dweight))
-    # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
-    several = need_dweight and len(chunks) > 1
-    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=acc if several else weight.dtype)
-    for index in chunks:
-        h, y = hidden.index_select(0, index), labels.index_select(0, index)
-        z = mm_wide(h, weight.t(), bias)
-        scale = None if row_scale is None else row_scale.index_select(0, index).to(acc)
-        loss.index_copy_(0, index, rows_op(z, y, smoothing, scale, need_dhidden or need_dweight or need_dbias))
-        if need_dbias:
-            dbias += z.sum(0)
-        if not (need_dhidden or need_dweight):
-            continue
-        g = z.to(hidden.dtype)
-        if need_dhidden:
-            dhidden.index_copy_(0, index, g @ weight)
-        if need_dweight and g.dtype == dweight.dtype:
-            dweight.addmm_(g.t(), h)
-        elif need_dweight:
-            dweight += mm_wide(g.t(), h)
-    return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype if bias is None else bias.dtype)
-
-
-def _check_labels(labels, ignore_index, vocabulary):
-    """On CUDA the assertion is the device's own, as in PyTorch: nothing waits for it."""
-    bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if labels.is_cuda:
-        torch._assert_async(~bad.any())
-    elif bad.any():
-        raise IndexError(f"linear_cross_entropy: label {int(labels[bad][0])} is outside [0, {vocabulary})")
-
-
 def _composite(*args):
-    return _chunked(_rows, *args)
+    return chunked(rows_of_aten, *args)
 
 
 def _triton(*args):
     from fastpeft.kernels.linear_cross_entropy import cross_entropy_rows
 
-    return _chunked(cross_entropy_rows, *args)
+    return chunked(cross_entropy_rows, *args)
 
 
 def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
@@ -170,13 +97,15 @@ class _LinearCrossEntropy(Function):
         ctx.config = ignore_index, smoothing
         ctx.remake = reduction == "none" and (need_dweight or need_dbias)
         needs = (False,) * 3 if ctx.remake else (need_dhidden, need_dweight, need_dbias)
-        loss, *grads = _op(hidden, weight, bias, labels, None, ignore_index, smoothing, *needs)
-        loss, factor = _reduce(loss, labels, ignore_index, reduction)
+        factor = _share(labels, ignore_index, accumulator(hidden.dtype)) if reduction == "mean" else None
+        late = factor is not None and hidden.dtype == torch.float16
+        row_scale = None if factor is None or late else factor.expand(labels.shape[0])
+        loss, *grads = _op(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, *needs)
         if ctx.remake:
             ctx.save_for_backward(hidden, weight, bias, labels)
         else:
-            ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)), factor)
-        return loss
+            ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)), factor if late else None)
+        return _reduce(loss, labels, ignore_index, reduction)
 
     @staticmethod
     @first_order
@@ -188,19 +117,32 @@ class _LinearCrossEntropy(Function):
         *grads, factor = ctx.saved_tensors
         grad = grad if factor is None else grad * factor
         grad = grad[:, None] if grad.dim() else grad.view(1)  # reduction none: rows scale apart
-        # rescale: one pass with a float32 factor; a 0-dim one would be rounded to bfloat16 first
-        return *(None if d is None else scaled(d, grad) for d in grads), None, None, None, None
+        return *(None if d is None else _scaled(d, grad) for d in grads), None, None, None, None
 
 
-def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss, and what backward multiplies by: 1/n, or 0 if nothing is labelled (and the loss nan, as in PyTorch)."""
+def _scaled(d: Tensor, grad: Tensor) -> Tensor:
+    """d grad. The last backward of a graph may have d itself, which nobody reads after it: with a trained head on the CPU a new tensor of
+    dW's size costs as much as a third of the product that made it."""
+    eager = type(d) is Tensor and not torch.compiler.is_compiling()
+    if eager and grad.numel() == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+        if d.device.type == "cpu" and float(grad) == 1.0:  # loss.backward(): on the CPU asking waits for nothing
+            return d
+        if d.dtype == grad.dtype:
+            return d.mul_(grad)
+    return scaled(d, grad)  # one pass with a float32 factor; a 0-dim one would be rounded to bfloat16 first
+
+
+def _share(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """1/n on labels' device, 0 where nothing is labelled."""
+    n = (labels != ignore_index).sum().to(dtype)
+    return torch.where(n > 0, 1 / n, torch.zeros_like(n))
+
+
+def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Of losses [M]; the mean of none is nan, as in PyTorch. (A count on the host divides on a GPU without being sent there.)"""
     if reduction == "none":
-        return loss, None
-    total = loss.sum()
-    if reduction == "sum":
-        return total, None
-    n = (labels != ignore_index).sum().to(loss.dtype)
-    return total / n, torch.where(n > 0, 1 / n, torch.zeros_like(n))
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (labels != ignore_index).sum().to(loss.dtype)
 
 
 def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -240,18 +182,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` without the logits.
 
-    hidden [..., C], weight [V, C], bias [V] or None, labels [...] int64. Returns a scalar, or losses of labels' shape for "none",
-    in float32 (float64 for float64): bfloat16 has 3 digits. Where hidden and weight differ in dtype, the narrower one is cast for the
-    call (a bfloat16 head under float32 states: a copy of it, 4 V C bytes); gradients have their own dtypes.
+    hidden [..., C], weight [V, C], bias [V] or None, labels [...] int64, on hidden's device, or on the host, so that no GPU is waited
+    for. Returns a scalar, or losses of labels' shape for "none", in float32 (float64 for float64): bfloat16 has 3 digits. Where hidden
+    and weight differ in dtype, the narrower one is cast for the call (a bfloat16 head under float32 states: a copy of it, 4 V C bytes);
+    gradients have their own dtypes.
     Nothing labelled: nan for "mean" and zero gradients, as in PyTorch.
     Raises ValueError or TypeError where arguments do not fit. IndexError for a label outside [0, V).
     """
     _check(hidden, weight, bias, labels, label_smoothing, reduction)
     hidden, weight, bias = _alike(hidden, weight, bias)
     flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    y = y if y.device.type == "cpu" else y.to(flat.device)
     if wants_grad(hidden, weight, bias):
         loss = _LinearCrossEntropy.apply(flat, weight, bias, y, ignore_index, label_smoothing, reduction)
     else:
         loss = _op(flat, weight, bias, y, None, ignore_index, label_smoothing, False, False, False)[0]
-        loss, _ = _reduce(loss, y, ignore_index, reduction)
+        loss = _reduce(loss, y, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss

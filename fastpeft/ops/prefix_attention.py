@@ -7,9 +7,9 @@
 The tokens' own backward runs on O' and lse' and gives dQ, dK and dV exactly. ``attention`` calls both and keeps what its table says;
 these two operators have no gradient of their own.
 Sources: Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
-Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token (o is finite there too); P_k, P_v [H_kv, n, d], H a
-multiple of H_kv, in q's dtype or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash attention, the batch folded
-into its queries' length.
+Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token (its o counts for nothing then, nan included);
+P_k, P_v [H_kv, n, d], H a multiple of H_kv, in q's dtype or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash
+attention, the batch folded into its queries' length.
 """
 
 from __future__ import annotations
@@ -34,21 +34,31 @@ def unfold(t: Tensor, B: int) -> Tensor:
     return t[0].transpose(0, 1).unflatten(0, (B, -1)).transpose(1, 2)
 
 
+def _by_token(t: Tensor) -> Tensor:
+    """Empty, of t's shape, laid out [B, M, H, d] as ATen leaves attention's outputs and gradients."""
+    return t.new_empty(t.transpose(1, 2).shape).transpose(1, 2)
+
+
 def _fwd(q, o, lse, pk, pv, scale):
     op, lp = (unfold(t, q.shape[0]) for t in flash(fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), scale=scale))
-    acc, weight = accumulator(o.dtype), torch.sigmoid(lp - lse)[..., None]
-    return torch.lerp(o.to(acc), op.to(acc), weight.to(acc)).to(o.dtype), torch.logaddexp(lse, lp)
+    acc, weight, none = accumulator(o.dtype), torch.sigmoid(lp - lse)[..., None], torch.isneginf(lse)
+    if o.device.type != "cpu" or none.any():  # on the CPU asking waits for nothing
+        o = o.masked_fill(none[..., None], 0.0)
+    # into the prefix's own output: at a batch of short questions a new tensor costs as much as what fills it
+    op, o_wide = op.to(acc), o.to(acc)
+    torch.addcmul(o_wide, op.sub_(o_wide), weight.to(acc), out=op)
+    return op.to(o.dtype), torch.logaddexp(lse, lp)
 
 
 def _fwd_fake(q, o, lse, pk, pv, scale):
-    return torch.empty_like(o), torch.empty_like(lse)
+    return _by_token(o), torch.empty_like(lse)
 
 
 def _bwd(do, q, o, lse, pk, pv, dq, scale, need_dp):
     """(dQ', dP_k, dP_v) from the joint o and lse; empty where not needed. dq None: not needed."""
     parts = (fold(do), fold(q), pk[None].to(q.dtype), pv[None].to(q.dtype), fold(o), fold(lse))
     share, dpk, dpv = flash_bwd(*parts, scale=scale)
-    out = q.new_empty(0) if dq is None else torch.add(dq, unfold(share, q.shape[0]), out=torch.empty_like(dq))
+    out = q.new_empty(0) if dq is None else unfold(share, q.shape[0]).add_(dq)
     if not need_dp:
         return out, pk.new_empty(0), pv.new_empty(0)
     return out, dpk[0].to(pk.dtype).contiguous(), dpv[0].to(pv.dtype).contiguous()
@@ -56,7 +66,7 @@ def _bwd(do, q, o, lse, pk, pv, dq, scale, need_dp):
 
 def _bwd_fake(do, q, o, lse, pk, pv, dq, scale, need_dp):
     shape = pk.shape if need_dp else (0,)
-    return q.new_empty(0) if dq is None else torch.empty_like(dq), pk.new_empty(shape), pv.new_empty(shape)
+    return q.new_empty(0) if dq is None else _by_token(dq), pk.new_empty(shape), pv.new_empty(shape)
 
 
 join_prefix = _library.define(

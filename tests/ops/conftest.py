@@ -132,12 +132,32 @@ def check() -> Checks:
     return Checks()
 
 
-@pytest.fixture(scope="session")
-def norms():
-    """What both norms are tested for: _norms.py. Tests are no package, so it is loaded by its path."""
-    path = Path(__file__).with_name("_norms.py")
+def _beside(name: str):
+    """A module of this folder. Tests are no package, so it is loaded by its path."""
+    path = Path(__file__).with_name(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def norms():
+    """What both norms are tested for: _norms.py."""
+    return _beside("_norms.py")
+
+
+TABLE = _beside("_table.py").TABLE
+
+
+@pytest.fixture(scope="session")
+def table():
+    return TABLE
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes ``row`` runs over every op of _table.py; in Triton's mode over those with a kernel."""
+    if "row" in metafunc.fixturenames:
+        names = [name for name, op in TABLE.items() if op.tile or _library.FORCED != "triton"]
+        metafunc.parametrize("row", [TABLE[name] for name in names], ids=names)

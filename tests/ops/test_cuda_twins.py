@@ -62,3 +62,39 @@ def test_linear_cross_entropy(check, dtype, reduction):
     for smoothing in (0.0, 0.1):
         options = {"reduction": reduction, "label_smoothing": smoothing}
         same(check, lambda *a, o=options: ops.linear_cross_entropy(*a, **o), [hidden, weight, bias, labels], (True, True, True, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_op(check, row, dtype):
+    """On CUDA as far from float64 as the definition is in the same dtype on the CPU, times four; strides included."""
+    if row.random:
+        pytest.skip("draws another mask on another device")
+    for m, n in ((3, 33), (40, 64), (5, 256)):
+        inputs = row.inputs(m, n, dtype)
+        views = [t.mT.contiguous().mT if t.dim() > 1 else t for t in inputs]
+        wide, needs = [t.double() if t.is_floating_point() else t for t in inputs], row.needs(inputs)
+        runs = [(row.call, [t.cuda() for t in views]), (row.reference, inputs), (row.reference, wide)]
+        for value, other, exact in zip(*(outputs + grads for outputs, grads in (check.run(*pair, needs) for pair in runs))):
+            assert (value is None) == (exact is None)
+            if value is not None:
+                error, own = check.error(value.cpu(), exact, 1e-3), check.error(other, exact, 1e-3)
+                assert error <= 4 * own + TOLERANCE[dtype]
+
+
+def test_no_op_waits_for_the_gpu(check, row):
+    """A training step, after one that compiled and allocated, with the host's waits forbidden; labels lie on the host."""
+    inputs = [t.cuda() if t.is_floating_point() else t for t in row.inputs(8, 64, torch.bfloat16)]
+    needs = row.needs(inputs)
+    leaves = [t.requires_grad_(need) for t, need in zip(inputs, needs)]
+
+    def step():
+        outputs = row.call(*leaves)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        return torch.autograd.grad(outputs, [t for t in leaves if t.requires_grad], [torch.ones_like(o) for o in outputs])
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,106 @@
+"""What both backends of linear_cross_entropy share: labelled rows found, logits formed a chunk at a time, gradients formed beside them.
+
+Equations, shapes and what is saved: linear_cross_entropy.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops._common import accumulator, sent
+
+CHUNK_BYTES = 16 << 20  # of float32 logits
+MIN_ROWS = 64
+CACHED = 1 << 18  # logits that stay in a core's cache from pass to pass
+
+
+def chunk_rows(vocabulary: int, rows: int, spare_bytes: int = 0) -> int:
+    """Rows of logits at a time: CHUNK_BYTES of them, or as much as dW takes anyway where there is one (each chunk walks all of dW)."""
+    return min(max(max(CHUNK_BYTES, spare_bytes) // (4 * vocabulary), MIN_ROWS), max(rows, 1))
+
+
+def mm_wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` in the accumulator's dtype: never rounded where the backend can (CUDA), else once, exactly as F.linear does."""
+    acc = accumulator(a.dtype)
+    if a.is_cuda and a.dtype != acc:
+        out = torch.mm(a, b, out_dtype=acc)
+        return out if bias is None else out.add_(bias)
+    return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)).to(acc)
+
+
+def rows_of_aten(z, labels, smoothing, row_scale, form):
+    """Losses of a chunk of logits ``z`` [m, V], which becomes G in place (scaled by row) if ``form``."""
+    step = max(1, CACHED // z.shape[1]) if z.device.type == "cpu" else z.shape[0]
+    losses = []
+    for start in range(0, z.shape[0], max(step, 1)):
+        rows = slice(start, start + step)
+        block, y = z[rows], labels[rows, None]
+        log_p = block.log_softmax(1)
+        loss = log_p.gather(1, y).mul_(smoothing - 1)
+        if smoothing:
+            loss -= smoothing * log_p.mean(1, keepdim=True)
+        losses.append(loss)
+        if form:
+            g = torch.exp(log_p, out=block)
+            if smoothing:
+                g.sub_(smoothing / z.shape[1])
+            g.scatter_add_(1, y, torch.full_like(loss, smoothing - 1))
+            if row_scale is not None:
+                g.mul_(row_scale[rows, None])
+    return torch.cat(losses)[:, 0] if losses else z.new_empty(0)
+
+
+def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
+    """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
+    acc, device = accumulator(hidden.dtype), hidden.device
+    _check_labels(labels, ignore_index, weight.shape[0])
+    labelled = (labels != ignore_index).nonzero()[:, 0]
+    n = labelled.shape[0]
+    whole = n == labels.shape[0]  # then rows are slices of what is there
+    new = hidden.new_empty if whole else hidden.new_zeros
+    loss, dhidden = new(labels.shape[0], dtype=acc), new(hidden.shape if need_dhidden else 0)
+    dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
+    y = sent(labels.index_select(0, labelled), device)
+    index = sent(labelled, device)
+    scale = None if row_scale is None else sent(row_scale.index_select(0, sent(labelled, row_scale.device)), device).to(acc)
+    size = chunk_rows(weight.shape[0], n, weight.numel() * 4 * need_dweight)
+    # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
+    several = need_dweight and n > size
+    dweight = weight.new_zeros(weight.shape if several or (need_dweight and n == 0) else 0, dtype=acc if several else weight.dtype)
+
+    def put(target, rows, value):
+        if whole:
+            target[rows] = value
+        else:
+            target.index_copy_(0, index[rows], value)
+
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        h = hidden[rows] if whole else hidden.index_select(0, index[rows])
+        z = mm_wide(h, weight.t(), bias)
+        row_loss = rows_op(z, y[rows], smoothing, None if scale is None else scale[rows], need_dhidden or need_dweight or need_dbias)
+        put(loss, rows, row_loss)
+        if need_dbias:
+            dbias += z.sum(0)
+        if not (need_dhidden or need_dweight):
+            continue
+        g = z.to(hidden.dtype)
+        if need_dhidden:
+            put(dhidden, rows, g @ weight)
+        if several and g.dtype == acc:
+            dweight.addmm_(g.t(), h)
+        elif several:
+            dweight += mm_wide(g.t(), h)
+        elif need_dweight:
+            dweight = g.t() @ h
+    return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype if bias is None else bias.dtype)
+
+
+def _check_labels(labels, ignore_index, vocabulary):
+    """On a GPU the assertion is the device's own, as in PyTorch: nothing waits for it."""
+    bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if labels.device.type != "cpu":
+        torch._assert_async(~bad.any())
+    elif bad.any():
+        raise IndexError(f"linear_cross_entropy: label {int(labels[bad][0])} is outside [0, {vocabulary})")
