@@ -28,6 +28,7 @@ from fastpeft.methods.adapted import Adapted, AdaptedLinear
 from fastpeft.methods.ia3 import merge_ia3
 from fastpeft.methods.lora import merge_lora
 from fastpeft.methods.mm_adapter import merge_adapter
+from fastpeft.methods.quantized import dequantize, is_quantized
 from fastpeft.models import parts_of
 from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
 
@@ -191,14 +192,17 @@ def _plan_of(model: nn.Module) -> Plan:
 
 
 def fingerprint(model: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> str | None:
-    """A short identity of the base weights that the plan leaves alone, the same in float32 and bfloat16; None if there are none, or on
-    meta, unless ``weights`` has the tensors by their names."""
+    """A short identity of the base weights that the plan leaves alone, the same in float32 and bfloat16, and of quantised ones their
+    format; None if there are none, or on meta, unless ``weights`` has the tensors by their names."""
     crc, seen, plan = 0, False, _plan_of(model)
     trained = {
         id(p) for part in parts_of(model) for method in plan.treatments[part.name] for p in method.trains(part.of(model), part).values()
     }
     for name, p in sorted(model.named_parameters()):
         if id(p) in trained or is_adapter(name) or (p.is_meta and weights is None):
+            continue
+        if is_quantized(p):  # the format alone: codes may differ from device to device
+            crc, seen = zlib.crc32(f"{name} {type(p).__name__}".encode(), crc), True
             continue
         sample = (weights[name] if p.is_meta else p.detach()).flatten()[:: max(1, p.numel() // 64)].to(torch.bfloat16).contiguous().cpu()
         crc, seen = zlib.crc32(name.encode() + sample.view(torch.uint8).numpy().tobytes(), crc), True
@@ -211,7 +215,8 @@ def merge(model: nn.Module, modality: str | None = None) -> nn.Module:
 
     MMAdapter has a mixture for each modality: ``modality`` ("text" or "image") says for which samples the merged model is, and it refuses
     others. In CLIP every token has a mixture of its own, which no weight can hold: merged for images, these adapters alone stay, frozen,
-    and the plan says so. ValueError for Prefix, PTv2 and Excitor, whose keys and values no weight can hold.
+    and the plan says so. A quantised base is written out first, in the dtype of its other weights: quantising again would round the
+    adapters away. ValueError for Prefix, PTv2 and Excitor, whose keys and values no weight can hold.
     """
     plan = _plan_of(model)
     stuck = [f"{m} of {part}" for part, methods in plan.treatments.items() for m in methods if not m.mergeable]
@@ -221,6 +226,7 @@ def merge(model: nn.Module, modality: str | None = None) -> nn.Module:
     shared = [name for name, m in model.named_modules() if isinstance(m, Adapted) and owners[id(m.weight)] > 1]
     if shared:
         raise ValueError(f"{', '.join(shared)} shares its weight with another module, which merging would change too; untie it first")
+    dequantize(model)
     layers = [module for module in model.modules() if getattr(module, "mm_adapter", None) is not None]
     mixtures = _mixtures(model, modality, any(layer.mm_adapter.routed for layer in layers))
     for module in model.modules():

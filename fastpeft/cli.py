@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ MODEL_HELP = "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or th
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
+Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
 DATA_HELP = "folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists"
@@ -75,6 +77,7 @@ def train(
     weight_decay: Annotated[float | None, typer.Option()] = None,
     warmup: Annotated[float | None, typer.Option(help="steps, or a fraction of them if below 1")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
+    quantize: Quantize = None,
     seed: Annotated[int | None, typer.Option()] = None,
     questions_per_image: Annotated[int | None, typer.Option(help="group a batch's questions by image")] = None,
     no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="encode a frozen image encoder's images every time")] = False,
@@ -127,6 +130,7 @@ def train(
         "lora_alpha": given.pop("lora_alpha", None),
         "lora_dropout": given.pop("lora_dropout", None),
         "vocab": given.pop("vocab", None),
+        "quantize": given.pop("quantize", None),
         "pretrained": not given.pop("from_scratch", False),
         "evaluate": not given.pop("no_eval", False),
         "text": TextOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(TextOptions) if f.name in given}),
@@ -229,6 +233,7 @@ def estimate(
     rank: Rank = None,
     batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    quantize: Quantize = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
     answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
@@ -244,6 +249,7 @@ def estimate(
     from fastpeft.train.run import plan_for
 
     how = {"batch_size": batch_size, "dtype": dtype, "seq_len": seq_len, "answer_len": answer_len, "gpu_memory": gpu_memory}
+    how["quantize"] = quantize
     how |= {"questions_per_image": questions_per_image, "gradient_accumulation": gradient_accumulation}
     found = run(model, plan_for(build(model, device="meta"), plan, r=rank), **how, feature_cache=not no_feature_cache, optimized=not plain)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
@@ -357,6 +363,7 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: usage errors and bad input end with exit code 2 and one line on stderr."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it does without
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastpeft.methods.base import swap_class
+from fastpeft.methods.quantized import is_quantized
+from fastpeft.methods.written import WrittenLinear
 from fastpeft.models import blip, clip, layers, llama
 
 SWAPS = blip.SWAPS | clip.SWAPS | llama.SWAPS | layers.SWAPS
 # these hand masks, layouts and prefixes down in a form that only ours read
 CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
+EIGHT_BIT = "bitsandbytes' 8-bit layers multiply by their weights written out; their own forward also rounds its input to 8 bit"
 LEAN_LOSS = "a training step with labels returns no logits: they are formed at labelled positions only, for the loss"
 NOTES = {
     blip.TextAttention: blip.MASK_FIX,
@@ -29,12 +32,17 @@ NOTES = {
 
 
 def swaps() -> dict[type[nn.Module], type[nn.Module]]:
-    """A known class -> ours; with PEFT's own layers where PEFT is in use."""
-    if "peft" not in sys.modules:
-        return SWAPS
-    from fastpeft.models import peft_layers
+    """A known class -> ours; with PEFT's and bitsandbytes' own layers where these are in use."""
+    known = SWAPS
+    if "peft" in sys.modules:
+        from fastpeft.models import peft_layers
 
-    return SWAPS | peft_layers.SWAPS
+        known = known | peft_layers.SWAPS
+    if "bitsandbytes" in sys.modules:
+        from fastpeft.methods import bnb_layers
+
+        known = known | bnb_layers.SWAPS
+    return known
 
 
 @dataclass
@@ -60,6 +68,8 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     report, known = Report(), swaps()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
         ours = known.get(type(module))
+        if type(module) is nn.Linear and is_quantized(module.weight):
+            ours = WrittenLinear
         if ours is None:
             continue
         reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
@@ -72,8 +82,9 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
             continue
         swap_class(module, ours)
         report.swapped.insert(0, (name, ours.__name__))
-        if ours in NOTES and NOTES[ours] not in report.notes:
-            report.notes.append(NOTES[ours])
+        note = NOTES.get(ours, EIGHT_BIT if ours.__name__ == "Linear8bit" else None)  # it exists where bitsandbytes does
+        if note is not None and note not in report.notes:
+            report.notes.append(note)
     _rebind_forwards(model)
     if not report.swapped and not report.skipped:
         names = ", ".join(sorted(cls.__name__ for cls in known))
@@ -102,7 +113,7 @@ def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
 def restore(model: nn.Module) -> list[tuple[str, str]]:
     """Give every exchanged module its own class back. Returns (name, reason) of those that stay, because an attached method
     (Prefix, PTv2, Excitor) can only run in them."""
-    original = {ours: theirs for theirs, ours in swaps().items()}
+    original = {ours: theirs for theirs, ours in swaps().items()} | {WrittenLinear: nn.Linear}
     needed = {
         child: f"needed by the prefix in {name or 'the model'}"
         for name, module in model.named_modules()

@@ -1,9 +1,9 @@
 """The same model without fastpeft's operators: what `fastpeft verify` and `bench/steps` compare with.
 
 :func:`plain` runs transformers' own modules, and every method as its paper writes it: in a line of PyTorch here, or by
-:mod:`fastpeft.literal`. :func:`with_peft` runs transformers' own modules wrapped by PEFT. Both are copies with the same weights.
-transformers' one error here is put right in both (BLIP's cross-attention loses the mask of its states, 4.57 to 5.23), so that padded
-batches compare too.
+:mod:`fastpeft.literal`. :func:`with_peft` runs transformers' own modules wrapped by PEFT. Both are copies with the same weights,
+quantised ones written out. transformers' one error here is put right in both (BLIP's cross-attention loses the mask of its states, 4.57
+to 5.23), so that padded batches compare too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastpeft import literal
 from fastpeft.methods import Excitor, Part, is_adapter
 from fastpeft.methods.adapted import AdaptedConv2d, AdaptedLinear
 from fastpeft.methods.base import ADAPTER_MODULES, swap_class
+from fastpeft.methods.quantized import dequantize
 from fastpeft.models import parts_of
 from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.models.miss import DropPath
@@ -60,7 +61,7 @@ LITERAL = {AdaptedLinear: _LiteralLinear, AdaptedConv2d: _LiteralConv2d}
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that runs no operator of fastpeft; parameter names stay. ValueError where something of ours is left."""
-    twin = copy.deepcopy(model)
+    twin = dequantize(copy.deepcopy(model))
     found = {kind: {n: getattr(m, kind) for n, m in twin.named_modules() if getattr(m, kind, None) is not None} for kind in ADAPTER_MODULES}
     for kind, hosts in found.items():
         for name in hosts:
@@ -115,7 +116,7 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
     Returns (copy, {its trainable parameter: ours}). ValueError where PEFT cannot express the plan, ImportError without PEFT.
     """
-    twin, names = copy.deepcopy(model), {}
+    twin, names = dequantize(copy.deepcopy(model)), {}
     detach(twin)
     restore(twin)
     for part, methods in zip(parts_of(model), model.fastpeft_plan.treatments.values()):

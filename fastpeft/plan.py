@@ -16,7 +16,9 @@ from torch import nn
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import ADAPTER_MODULES
-from fastpeft.models import NAMES, load_model, new_model, parts_of, pretrained_folder
+from fastpeft.methods.quantized import size_of
+from fastpeft.models import NAMES, family_named, load_model, new_model, parts_of, pretrained_folder
+from fastpeft.models.quantize import check_quantize, quantize_base
 from fastpeft.optimize import make_room_for_prefix, optimize
 
 Treatment = Method | str | Mapping[str, Any] | None
@@ -115,6 +117,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     pretrained: bool = True,
+    quantize: str | None = None,
     **overrides,
 ) -> nn.Module:
     """A backbone, ready to run on fastpeft's operators, in evaluation mode.
@@ -122,8 +125,14 @@ def build(
     model: "miss", "miss-tiny", or a local transformers folder (BLIP VQA). A name whose weights ship with the package loads them
     unless ``pretrained=False`` or ``overrides`` (fields of the configuration, such as ``image_size=224``) change its shape; otherwise
     weights are random and depend on ``seed`` alone. device "meta" allocates nothing: enough to count, plan and estimate.
+    quantize: "4bit" or "8bit" keeps the frozen linear layers of a language model and its image encoder in bitsandbytes' format; adapters
+    train on top, T, Attention and FFN cannot. ValueError names what cannot be, and a library that is missing.
     """
     device, named = torch.device(device), str(model) in NAMES
+    if quantize is not None:
+        check_quantize(quantize, dtype, device.type == "meta")
+        if not family_named(model).template:
+            raise ValueError(f"quantize={quantize!r} is for models with a language model of LLaMA's kind, and {model} is none")
     folder = pretrained_folder(model)
     if named and (folder is None or overrides or not pretrained):
         built = new_model(str(model), device=device, seed=seed, **overrides)
@@ -133,8 +142,15 @@ def build(
     else:
         built = load_model(folder, device=device, dtype=dtype)
         source = {"model": str(model) if named else str(folder.resolve())}
-    built.fastpeft_source = source | {"dtype": str(dtype).removeprefix("torch.")}
-    built.to(device=device, dtype=dtype)
+    built.fastpeft_source = source | {"dtype": str(dtype).removeprefix("torch.")} | ({"quantize": quantize} if quantize else {})
+    if getattr(built, "is_quantized", False):  # the folder's own doing, by its config.json
+        if quantize is not None:
+            raise ValueError(f"{model} is quantised already: leave quantize={quantize!r} out")
+    else:
+        built.to(dtype=dtype)
+    if quantize is not None and device.type != "meta":
+        quantize_base(built, parts_of(built), quantize, device)
+    built.to(device)
     optimize(built)
     return built.eval()
 
@@ -219,7 +235,7 @@ def count(model: nn.Module) -> dict[str, Any]:
 
 def _count(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, float]:
     adapters = sum(p.numel() for name, p in parameters if is_adapter(name))
-    total = sum(p.numel() for _, p in parameters)
+    total = sum(size_of(p) for _, p in parameters)
     trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
     base = total - adapters
     return {

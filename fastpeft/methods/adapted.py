@@ -6,6 +6,7 @@ their names and the adapter's parameters stand beside them: ``query.weight``, ``
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.base import swap_class
+from fastpeft.methods.quantized import is_quantized, weight_of
 from fastpeft.ops.lora_linear import Projection, linear
 
 
@@ -35,7 +37,7 @@ class Adapted:
             del self._parameters[name]
         for name in ("scaling", "lora_dropout", "ia3_feedforward"):
             delattr(self, name)
-        swap_class(self, next(cls for cls, ours in HOSTS.items() if ours is type(self)))
+        swap_class(self, next(cls for cls, ours in hosts().items() if ours is type(self)))
 
     @property
     def active_dropout(self) -> float:
@@ -72,15 +74,20 @@ class AdaptedLinear(Adapted, nn.Linear):
     def terms(self) -> Terms:
         before, after = (self.ia3_l, None) if self.ia3_feedforward else (None, self.ia3_l)
         scaling = 1.0 if self.lora_A is None else self.scaling
-        projection = Projection(self.weight, self.bias, self.lora_A, self.lora_B, scaling)
+        projection = Projection(weight_of(self), self.bias, self.lora_A, self.lora_B, scaling)
         return Terms(projection, 0.0 if self.lora_A is None else self.active_dropout, before, after)
 
 
 def terms_of(module: nn.Module) -> Terms | None:
     """What ``module`` computes, where that is known; None for a module that must be called as it is."""
     if type(module) is nn.Linear:
-        return Terms(Projection(module.weight, module.bias))
+        return terms_with(module)
     return module.terms() if hasattr(module, "terms") else None
+
+
+def terms_with(linear: nn.Linear) -> Terms:
+    """The terms of a layer without adapters."""
+    return Terms(Projection(weight_of(linear), linear.bias))
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):
@@ -121,13 +128,27 @@ class AdaptedConv2d(Adapted, nn.Conv2d):
 HOSTS = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
 
 
+def hosts() -> dict[type[nn.Module], type[nn.Module]]:
+    """A plain layer's class -> that which carries adapters; with bitsandbytes' where it is in use."""
+    from fastpeft.methods import written  # they build on this module's
+
+    if "bitsandbytes" not in sys.modules:
+        return HOSTS | written.HOSTS
+    from fastpeft.methods import bnb_layers
+
+    return HOSTS | written.HOSTS | bnb_layers.HOSTS
+
+
 def adapted(module: nn.Module) -> nn.Module:
     """``module`` itself, made able to carry adapters; TypeError where its type cannot."""
     if isinstance(module, Adapted):
         return module
-    cls = HOSTS.get(type(module))
+    cls = hosts().get(type(module))
     if cls is None:
-        raise TypeError(f"cannot attach to a {type(module).__name__}; only nn.Linear and nn.Conv2d carry LoRA or IA3")
+        kinds = "only nn.Linear and nn.Conv2d, and bitsandbytes' linear layers, carry LoRA or IA3"
+        raise TypeError(f"cannot attach to a {type(module).__name__}; {kinds}")
+    if issubclass(type(module), nn.Linear) and type(module) is not nn.Linear and not is_quantized(module.weight):
+        raise TypeError(f"cannot attach to a {type(module).__name__} whose weight is not quantised: move the model to its device first")
     swap_class(module, cls)
     module.adapter_fields()
     return module

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastpeft.methods.base import Method, Part, find, is_adapter, matches
+from fastpeft.methods.quantized import refuse_training
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class _Intrinsic(Method):
         found = self.trains(root, part)
         if not found:
             raise ValueError(f"{self.name} is not defined for part {part.name!r}: it has no such parameters")
+        refuse_training(f"{self.name} of part {part.name!r}", found)
         for parameter in found.values():
             parameter.requires_grad_(True)
 

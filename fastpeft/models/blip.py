@@ -33,6 +33,7 @@ from fastpeft.models.attend import (
 from fastpeft.models.layers import LayerNorm, Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, rows_of, self_layout, tail_of
 from fastpeft.ops._common import sent
+from fastpeft.ops._held import Held
 from fastpeft.ops._remade import bare
 from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
@@ -133,6 +134,8 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
         """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
         terms = [terms_of(linear) for linear in (self.key, self.value)]
         if not on("absorb") or mask is not None or any(term is None or term.dropout_p or term.before is not None for term in terms):
+            return False
+        if any(isinstance(term.projection.weight, Held) for term in terms):
             return False
         shape = (layout.tokens / max(1, layout.rows), states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)

@@ -30,6 +30,7 @@ from fastpeft.methods.adapted import terms_of
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
+from fastpeft.methods.quantized import is_quantized
 from fastpeft.models.attend import around_wrapper, as_key_mask, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import IGNORED, Layout, Tail, next_labels, rows_layout, rows_of, self_layout, tail_of
@@ -430,9 +431,9 @@ def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor, items: Tensor | int
     """Cross entropy of hidden [B, L, C] under ``head`` with labels [B, L], -100 for none: the mean over labelled tokens, or their sum
     over ``items``. Logits exist at labelled positions only."""
     reduction = "mean" if items is None else "sum"
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear and not is_quantized(head.weight):
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
-    else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
+    else:  # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
         labels = labels.to(hidden.device)
         rows = labels.flatten() != -100
         logits = head(hidden.flatten(0, 1)[rows])

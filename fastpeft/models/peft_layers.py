@@ -1,16 +1,19 @@
 """PEFT's own LoRA, (IA)^3 and adaption prompts on fastpeft's operators: a PEFT model's parameters under PEFT's names, another ``forward``.
 
-Only what PEFT does most of the time is fused: one active adapter, neither merged nor disabled, a plain linear base, no variant (such as
-DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, goes PEFT's own way.
+Only what PEFT does most of the time is fused: one active adapter, neither merged nor disabled, a linear base (plain or quantised), no
+variant (such as DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, goes PEFT's own way.
 """
 
 from __future__ import annotations
 
 from peft.tuners import adaption_prompt, ia3, lora
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
-from fastpeft.methods.adapted import Terms, terms_of
+from fastpeft.methods.adapted import AdaptedLinear, Terms, terms_of
 from fastpeft.methods.adaption_prompt import Prompted
+from fastpeft.methods.quantized import is_quantized, weight_of
+from fastpeft.methods.written import Written
 from fastpeft.models.llama import Attention
 from fastpeft.ops.lora_linear import Projection
 
@@ -25,12 +28,12 @@ class _Fused:
         """The adapter in use, where PEFT would do nothing but use it."""
         active = [name for name in self.active_adapters if name in tensors]
         usual = not (self.disable_adapters or self.merged) and len(active) == 1 and not self._backward_hooks
-        return active[0] if usual and type(self.base_layer) is nn.Linear else None
+        base = self.base_layer
+        plain = type(base) is nn.Linear or (isinstance(base, Written) and not isinstance(base, AdaptedLinear) and is_quantized(base.weight))
+        return active[0] if usual and plain else None
 
 
-class LoraLinear(_Fused, lora.Linear):
-    """PEFT's LoRA on a linear layer."""
-
+class _LoRA(_Fused):
     def terms(self) -> Terms | None:
         """What the layer computes now; None where that is more than LoRA as published."""
         name = self._one_adapter(self.lora_A)
@@ -42,19 +45,25 @@ class LoraLinear(_Fused, lora.Linear):
         scaling, base = self.scaling[name], self.base_layer
         if not known or not isinstance(scaling, int | float):
             return None
-        return Terms(Projection(base.weight, base.bias, down.weight, up.weight, float(scaling)), p)
+        return Terms(Projection(weight_of(base), base.bias, down.weight, up.weight, float(scaling)), p)
 
 
-class IA3Linear(_Fused, ia3.Linear):
-    """PEFT's (IA)^3 on a linear layer."""
-
+class _IA3(_Fused):
     def terms(self) -> Terms | None:
         """What the layer computes now; None where that is more than one adapter's factor."""
         name = self._one_adapter(self.ia3_l)
         if name is None:
             return None
-        factor, projection = self.ia3_l[name].flatten(), Projection(self.base_layer.weight, self.base_layer.bias)
+        factor, projection = self.ia3_l[name].flatten(), Projection(weight_of(self.base_layer), self.base_layer.bias)
         return Terms(projection, before=factor) if self.is_feedforward else Terms(projection, after=factor)
+
+
+class LoraLinear(_LoRA, lora.Linear):
+    """PEFT's LoRA on a linear layer."""
+
+
+class IA3Linear(_IA3, ia3.Linear):
+    """PEFT's (IA)^3 on a linear layer."""
 
 
 class AdaptedAttention(adaption_prompt.AdaptedAttention):
@@ -80,3 +89,8 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     ia3.Linear: IA3Linear,
     adaption_prompt.AdaptedAttention: AdaptedAttention,
 }
+for method, fused in ((lora, _LoRA), (ia3, _IA3)):  # PEFT has these where bitsandbytes is installed
+    for name in ("Linear4bit", "Linear8bitLt"):
+        if (theirs := getattr(method, name, None)) is not None:
+            SWAPS[theirs] = type(f"{fused.__name__[1:]}{name}", (fused, theirs), {"__doc__": "PEFT's adapter on a quantised layer."})
+SWAPS[TorchaoLoraLinear] = type("LoraTorchao", (_LoRA, TorchaoLoraLinear), {"__doc__": "PEFT's LoRA on a weight of torchao's."})

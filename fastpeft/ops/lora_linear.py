@@ -20,6 +20,8 @@ images meet x, their gradients come back in float32.
 | b                   | nothing                                                | db                          |
 | any, with dropout   | also a seed of 8 bytes: masks are drawn again, not kept |                            |
 
+W may be :class:`~fastpeft.ops._held.Held`, a quantised weight: forward and backward each form it, nobody keeps it.
+
 Projections sharing x (q, k, v; gate, up) go through :func:`lora_linears` together: one GEMM for all S, one dx, x saved once.
 """
 
@@ -36,6 +38,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import check_floating, wants_grad
+from fastpeft.ops._held import Held, formed, unformed
 from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops._tiled import triton_launcher
 
@@ -45,7 +48,7 @@ DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
 class Projection(NamedTuple):
     """One linear layer; ``lora_A`` and ``lora_B`` are both None where it has no branch."""
 
-    weight: Tensor
+    weight: Tensor | Held
     bias: Tensor | None = None
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
@@ -207,13 +210,14 @@ class _LoRALinears(Function):
     def forward(ctx, scalings, p, seed, x, *params):
         ctx.set_materialize_grads(False)
         weights, biases, As, Bs = (list(params[i::4]) for i in range(4))
-        *ys, s = _forward(x, weights, biases, As, Bs, scalings, p, seed)
+        *ys, s = _forward(x, [formed(W, x.dtype) for W in weights], biases, As, Bs, scalings, p, seed)
         _, _, _, ctx.need_dx, *flags = ctx.needs_input_grad
         ctx.needs = [sum(bit for bit, flag in zip((DW, DB, DLA, DLB), flags[i : i + 4]) if flag) for i in range(0, len(flags), 4)]
         ctx.scalings, ctx.p = scalings, p
         need_x, need_s = (any(need & bits for need in ctx.needs) for bits in (DW | DLA, DLB))
         ctx.remake, kept = keep(x if need_x else None)
-        ctx.save_for_backward(s if need_s else None, seed, *weights, *As, *Bs, *kept)
+        ctx.held = [W if isinstance(W, Held) else None for W in weights]
+        ctx.save_for_backward(s if need_s else None, seed, *(None if isinstance(W, Held) else W for W in weights), *As, *Bs, *kept)
         return tuple(ys)
 
     @staticmethod
@@ -225,6 +229,9 @@ class _LoRALinears(Function):
         out = [None] * (4 + 4 * n)
         if any(dy is not None for dy in dys):
             x = again(ctx.remake, params[3 * n :])
+            like = next(dy for dy in dys if dy is not None)
+            as_needed = formed if ctx.need_dx else lambda W, _: unformed(W, like)  # only dx is a product with W
+            weights = [W if held is None else as_needed(held, like.dtype) for W, held in zip(weights, ctx.held)]
             grads = iter(_backward(list(dys), x, weights, As, Bs, s, ctx.scalings, ctx.p, seed, ctx.need_dx, ctx.needs))
             if ctx.need_dx:
                 out[3] = next(grads)
@@ -237,12 +244,13 @@ class _LoRALinears(Function):
 
 def _check(x: Tensor, projection: Projection) -> None:
     weight, bias, A, B, _ = projection
-    check_floating("lora_linear", x=x, weight=weight, bias=bias, lora_A=A, lora_B=B)
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    held = isinstance(weight, Held)
+    check_floating("lora_linear", x=x, weight=None if held else weight, bias=bias, lora_A=A, lora_B=B)
+    if len(weight.shape) != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; pass x [..., in] and weight [out, in]"
         )
-    if weight.dtype != x.dtype:
+    if not held and weight.dtype != x.dtype:
         raise TypeError(f"lora_linear: weight is {weight.dtype} and x is {x.dtype}; cast one to the other's")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"lora_linear: bias {tuple(bias.shape)} {bias.dtype}; pass shape [{weight.shape[0]}] in {x.dtype}")
@@ -276,12 +284,12 @@ def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p
     if wants_grad(x, *params):
         return _LoRALinears.apply(scalings, dropout_p, seed, x, *params)
     weights, biases, As, Bs = (params[i::4] for i in range(4))
-    return tuple(_forward(x, weights, biases, As, Bs, scalings, dropout_p, seed)[:-1])
+    return tuple(_forward(x, [formed(W, x.dtype) for W in weights], biases, As, Bs, scalings, dropout_p, seed)[:-1])
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Held,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -297,7 +305,9 @@ def lora_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _remade.py)."""
+    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _remade.py); W may be held."""
+    if isinstance(weight, Held):
+        return lora_linear(x, weight, bias, None, None)
     if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None:
         return lora_linear(x, weight, bias, None, None)
     return torch.nn.functional.linear(x, weight, bias)

@@ -86,10 +86,10 @@ def unscored(samples: SampleList, reason: str) -> SampleList:
 
 
 def causal_model_for(
-    model: str, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0
+    model: str, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0, base: dict | None = None
 ) -> tuple[nn.Module, Any, Preprocess | None]:
     """A backbone, its tokenizer, and its images' preprocessing (None where it sees none). The tokenizer is ``vocab``'s, else the model
-    folder's, else learnt from the data."""
+    folder's, else learnt from the data. ``base``: more that :func:`fastpeft.build` takes (quantize, dtype)."""
     folder = pretrained_folder(model) if pretrained or model not in NAMES else None
     if vocab is not None:
         tokenizer = load_causal_tokenizer(vocab)
@@ -103,9 +103,9 @@ def causal_model_for(
         text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         text["pad_token_id"] = tokenizer.pad_token_id
         seen = "text_config" in build(model, device="meta").config.to_dict()
-        network = build(model, pretrained=False, seed=seed, **({"text_config": text} if seen else text))
+        network = build(model, pretrained=False, seed=seed, **base or {}, **({"text_config": text} if seen else text))
     else:
-        network = build(model)
+        network = build(model, **base or {})
     size = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {model} embeds {size}: use the one it was trained with")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastpeft.methods.base import swap_class
-from fastpeft.models import family_of
+from fastpeft.models import family_of, parts_of
 from fastpeft.models.miss import MissForQuestionAnswering
+from fastpeft.models.quantize import quantizable, quantized_bytes
 from fastpeft.optimize import optimize, restore
 from fastpeft.plain import LITERAL
 from fastpeft.plan import Plan, adapt, build
@@ -116,6 +118,7 @@ def estimate(
     gradient_accumulation: int = 1,
     optimized: bool = True,
     gpu_memory: str | None = None,
+    quantize: str | None = None,
     **options,
 ) -> Estimate:
     """FLOPs, saved bytes and peak memory of one training step; allocates nothing.
@@ -124,7 +127,8 @@ def estimate(
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
     (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False:
     transformers' own modules with attention that forms its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch that
-    does, and what would help. ValueError names what cannot be.
+    does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are then those of that format, and
+    the peak has room for the weights of the block that is largest when written out. ValueError names what cannot be.
     """
     dtype = {v: k for k, v in DTYPES.items()}.get(dtype, dtype)
     if dtype not in DTYPES:
@@ -136,6 +140,7 @@ def estimate(
             raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
     how = {"seq_len": seq_len, "answer_len": answer_len, "dtype": dtype, "questions_per_image": questions_per_image}
     how |= {"feature_cache": feature_cache, "gradient_accumulation": gradient_accumulation, "optimized": optimized}
+    how["quantize"] = quantize or getattr(model, "fastpeft_source", {}).get("quantize")
 
     def run(batch: int, **other) -> Estimate:
         return _estimate(model, plan, batch, **{**how, **other}, options=options, on_cpu=gpu_memory is None)
@@ -203,9 +208,10 @@ def _advice(run, batch: int, how: dict, room: int) -> list[str]:
 
 
 def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_image, feature_cache, gradient_accumulation, optimized,
-              options, on_cpu) -> Estimate:  # fmt: skip
-    tracker, (network, name) = _Tracker(), _meta_model(model, DTYPES[dtype], optimized)
+              quantize, options, on_cpu) -> Estimate:  # fmt: skip
+    tracker, (network, name) = _Tracker(), _meta_model(model, DTYPES[dtype], optimized, quantize)
     adapt(network, plan, **options)
+    less, written = _quantized(network, quantize, DTYPES[dtype]) if quantize else (0, 0)
     with tracker:
         _fill(network)
         if not optimized:
@@ -214,7 +220,7 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
                 if type(module) in LITERAL:
                     swap_class(module, LITERAL[type(module)])
         network.train()
-        weights = sum(p.untyped_storage().nbytes() for p in {id(t): t for t in (*network.parameters(), *network.buffers())}.values())
+        weights = sum(p.untyped_storage().nbytes() for p in {id(t): t for t in (*network.parameters(), *network.buffers())}.values()) - less
         trained = [p for p in network.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("nothing to train: the plan freezes every part")
@@ -231,7 +237,7 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
     gradients = sum(p.numel() * max(4, p.element_size()) for p in trained)
     held = gradients if gradient_accumulation > 1 else 0
     step = weights + optimizer + gradients
-    peak = max(weights + optimizer + held + tracker.peak - before, step)
+    peak = max(weights + optimizer + held + tracker.peak - before + written, step)
     process = psutil.Process().memory_info().rss if on_cpu else 0
     notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
     return Estimate(
@@ -253,10 +259,22 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _meta_model(model: str | nn.Module, dtype: torch.dtype, optimized: bool) -> tuple[nn.Module, str]:
+def _quantized(network: nn.Module, quantize: str, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes that a quantised base takes less, bytes of the block of layers that takes most when written out)."""
+    less, blocks = 0, defaultdict(int)
+    for name, layer in quantizable(network, parts_of(network)):
+        if layer.weight.requires_grad:
+            raise ValueError(f"{name}.weight is to be trained, and a quantised base stays as it is: train adapters, or do not quantise")
+        dense = layer.weight.numel() * dtype.itemsize
+        less += dense - quantized_bytes(layer.weight.shape, quantize)
+        blocks[name.rpartition(".")[0]] += dense
+    return less, max(blocks.values())
+
+
+def _meta_model(model: str | nn.Module, dtype: torch.dtype, optimized: bool, quantize: str | None = None) -> tuple[nn.Module, str]:
     """The backbone without data, and what to call it."""
     if not isinstance(model, nn.Module):
-        network, name = build(model, device="meta", dtype=dtype), str(model)
+        network, name = build(model, device="meta", dtype=dtype, quantize=quantize), str(model)
     else:
         with torch.device("meta"):
             network, name = family_of(model).model(model.config).to(dtype), type(model).__name__

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import fastpeft
 from fastpeft.data.feature_store import FeatureStore
 from fastpeft.methods import Frozen
+from fastpeft.methods.quantized import pieces_of
 from fastpeft.train.prefixes import ImageFeatures, QuestionStates, frozen_prefix
 
 CHUNK = 16  # images encoded at a time
@@ -30,7 +31,8 @@ def identity_of(prefix: ImageFeatures, dtype: torch.dtype) -> dict[str, Any]:
     for root in roots:
         for name, tensor in sorted(root.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            for piece in pieces_of(tensor):
+                digest.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     modules = " ".join([type(model).__name__, *map(repr, roots), str(model.config.to_dict())])
     return {
         "weights": digest.hexdigest(),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastpeft.methods.quantized import bytes_held, is_held, is_quantized
 from fastpeft.models.layers import Recomputes
 from fastpeft.train.config import bytes_of
 from fastpeft.train.survey import Survey, survey
@@ -60,7 +61,8 @@ class Recomputation:
 
 def fixed_bytes(model: nn.Module) -> int:
     """Weights and buffers, and for what is trained gradients and AdamW's two moments (with float32 masters under half precision)."""
-    total = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values())
+    own = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not is_quantized(t)}
+    total = sum(t.untyped_storage().nbytes() for t in own.values()) + sum(bytes_held(m) for m in model.modules() if is_held(m))
     for p in model.parameters():
         if p.requires_grad:
             total += p.numel() * (12 if p.dtype not in (torch.bfloat16, torch.float16) else 2 + 4 + 12)

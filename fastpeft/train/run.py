@@ -87,12 +87,18 @@ def train_run(
     vocab: str | None = None,
     pretrained: bool = True,
     evaluate: bool = True,
+    quantize: str | None = None,
     **lora,
 ) -> dict[str, Any]:
-    """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``lora``: as
-    :func:`plan_for`."""
+    """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``quantize``: as
+    :func:`fastpeft.build` takes it, from weights in the run's dtype. ``lora``: as :func:`plan_for`."""
     how = {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
-    open_data = _open_causal if family_named(model).template else _open_vqa
+    causal = bool(family_named(model).template)
+    if quantize is not None:
+        how["base"] = {"quantize": quantize, "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]}
+        if not causal:
+            build(model, device="meta", quantize=quantize)  # says why not
+    open_data = _open_causal if causal else _open_vqa
     network, samples, held, dataset_of = open_data(model, data, text or TextOptions(), evaluate, how)
     torch.manual_seed(config.seed)  # new adapters are drawn at random
     adapt(network, plan_for(network, plan, **lora))
@@ -232,13 +238,14 @@ def load_run(adapter: str | Path, device: str | None = None, model: str | None =
     try:
         base = dict(about["base"])
         name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
+        kept = {"dtype": dtype, "quantize": base.pop("quantize", None)}
         preprocess = Preprocess.from_dict(about["preprocess"]) if about.get("preprocess") else None
         about["treatments"] = dict(about["treatments"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: {error!r}") from None
     device = choose_device(device)
     tokenizer = (load_causal_tokenizer if causal else load_tokenizer)(adapter / about["tokenizer"])
-    network = build(model, dtype=dtype) if model else build(name, dtype=dtype, **overrides, **base)
+    network = build(model, **kept) if model else build(name, **kept, **overrides, **base)
     load_adapter(network, adapter)
     return network.to(device), tokenizer, preprocess
 

@@ -27,6 +27,7 @@ from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
+from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._savings import without
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig, bytes_of
@@ -58,9 +59,9 @@ class Trainer:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
         self.model.to(self.device)
         for name, parameter in model.named_parameters():
-            if not is_adapter(name) and parameter.dtype != self.dtype:
+            if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != self.dtype:
                 parameter.data = parameter.data.to(self.dtype)
-        if hasattr(model, "fastpeft_source"):
+        if hasattr(model, "fastpeft_source") and "quantize" not in model.fastpeft_source:  # it was quantised from weights in its dtype
             model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
         self.inputs = model_inputs(model, dataset)
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)

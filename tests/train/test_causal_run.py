@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from fastpeft.cli import app
+from fastpeft.methods.quantized import is_held, is_quantized
 from fastpeft.plan import build
 from fastpeft.train.causal_run import TextOptions
 from fastpeft.train.config import TrainConfig
@@ -255,3 +257,33 @@ def test_a_file_is_not_tested_on_what_it_trains(alpaca, tmp_path):
 def test_text_options_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         TextOptions(**wrong)
+
+
+@pytest.mark.parametrize("how, dtype", [("4bit", "bf16"), ("8bit", "fp32")])
+def test_a_quantised_base_from_training_to_files(pictures, tmp_path, how, dtype):
+    """The adapter's folder says how its base was quantised: evaluation answers with the same base, to the bit; merging writes it out."""
+    pytest.importorskip("bitsandbytes")
+    out = str(tmp_path / "run")
+    data = ["--data", str(pictures), "--split-file", str(pictures / "train.json"), "--device", "cpu", "--quiet"]
+    args = ["train", "--model", "lavin-tiny", "--plan", "MMAdapter/T/MMAdapter", "--quantize", how, "--dtype", dtype, "--steps", "3"]
+    app([*args, *data, "--batch-size", "4", "--no-eval", "--out", out], standalone_mode=False)
+    base = json.loads((tmp_path / "run" / "adapter" / "fastpeft.json").read_text())["base"]
+    assert base["quantize"] == how and base["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[dtype]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and all(json.loads(line)["loss"] > 0 for line in lines)
+    saved = [str(f) for f in (tmp_path / "run").rglob("*.safetensors")]
+    names = {name for f in saved for name in safe_open(f, "pt").keys()}  # noqa: SIM118
+    assert saved and not any("absmax" in n or "quant_state" in n or "SCB" in n or "_proj.weight" in n for n in names)
+    model, *_ = load_run(tmp_path / "run" / "adapter", "cpu")
+    again = build("lavin-tiny", quantize=how, dtype=model.dtype, **base["overrides"])
+    for name, weight in again.named_parameters():
+        if is_quantized(weight):
+            assert torch.equal(weight, model.get_parameter(name)), name
+    assert any(map(is_held, model.modules())) and next(model.parameters()).dtype == model.dtype
+    app(["eval", "--adapter", out + "/adapter", *data, "--max-new-tokens", "2"], standalone_mode=False)
+    app(["merge", "--adapter", out + "/adapter", "--out", str(tmp_path / "merged"), "--modality", "text"], standalone_mode=False)
+    assert not any(map(is_held, build(tmp_path / "merged").modules()))
+    app([*args, *data, "--batch-size", "4", "--no-eval", "--out", out, "--resume"], standalone_mode=False)
+    other = [{"4bit": "8bit", "8bit": "4bit"}.get(arg, arg) for arg in args]
+    with pytest.raises(ValueError, match=r"cannot resume .*base was"):
+        app([*other, *data, "--batch-size", "4", "--no-eval", "--out", out, "--resume"], standalone_mode=False)

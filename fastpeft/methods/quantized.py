@@ -1,0 +1,154 @@
+"""Frozen linear layers whose weight is quantised: bitsandbytes' 4-bit and 8-bit layers, and torchao's weight-only tensors.
+
+The base stays in the library's own modules, so files, devices and transformers' loading are the library's business. What a layer computes
+here is x W^T + b with W = dequantise(its codes), formed when it is multiplied by (see ops/_held.py), whatever is trained on top.
+bitsandbytes' own 8-bit layer also rounds activations to int8; ours does not, so a quantised model equals the one with W written out.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.methods.base import swap_class
+from fastpeft.ops._held import Held
+
+# what bitsandbytes' layers have beside a plain layer's attributes
+LEFTOVERS = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu", "state", "index")
+
+
+class FourBit(Held):
+    """bitsandbytes' blockwise NF4 or FP4: two weights a byte, an absolute maximum for every block (itself in 8 bit, if nested)."""
+
+    def __init__(self, layer: nn.Linear):
+        self.weight, self.shape = layer.weight, layer.weight.quant_state.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes import functional
+
+        weight = self.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):  # bitsandbytes' own inference on AVX512 lays codes out anew
+            weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        return functional.dequantize_4bit(weight.detach(), weight.quant_state).to(dtype)
+
+
+class EightBit(Held):
+    """bitsandbytes' int8 with an absolute maximum for every output."""
+
+    def __init__(self, layer: nn.Linear):
+        self.codes, self.shape = layer.weight.detach(), layer.weight.shape
+        self.scale = getattr(layer.weight, "SCB", None)
+        if self.scale is None:  # its first forward moves it there
+            self.scale = layer.state.SCB
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(self.codes, self.scale.to(self.codes.device)).to(dtype)
+
+
+class Subclass(Held):
+    """A weight of one of torchao's classes, which say themselves what they are in full."""
+
+    def __init__(self, layer: nn.Linear):
+        self.weight, self.shape = layer.weight.detach(), layer.weight.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.dequantize().to(dtype)
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a weight's elements are not what it holds in memory."""
+    if (ao := sys.modules.get("torchao.utils")) is not None and isinstance(tensor, ao.TorchAOBaseTensor):
+        return True
+    if (bnb := sys.modules.get("bitsandbytes.nn")) is None:
+        return False
+    if isinstance(tensor, bnb.Params4bit):
+        return tensor.quant_state is not None
+    return isinstance(tensor, bnb.Int8Params) and tensor.dtype == torch.int8
+
+
+def weight_of(layer: nn.Linear) -> Tensor | Held:
+    """The weight of a linear layer, as ops take it."""
+    weight = layer.weight
+    if type(weight) is nn.Parameter or not is_quantized(weight):
+        return weight
+    bnb = sys.modules.get("bitsandbytes.nn")
+    if bnb is not None and isinstance(weight, bnb.Params4bit | bnb.Int8Params):
+        return (FourBit if isinstance(weight, bnb.Params4bit) else EightBit)(layer)
+    if reason := why_not(layer):
+        raise TypeError(f"{reason}, so nothing trains on top of it")
+    return Subclass(layer)
+
+
+def why_not(layer: nn.Linear) -> str:
+    """'' or why a layer that was made to be quantised cannot be written out."""
+    if not is_quantized(layer.weight):
+        return "its weight is not quantised yet: move the model to its device first"
+    kind = type(layer.weight)
+    if kind.dequantize is Tensor.dequantize and not hasattr(layer.weight, "quant_state") and not hasattr(layer.weight, "SCB"):
+        return f"torchao's {kind.__name__} cannot be written out (use a format with dequantize(), such as Int8WeightOnlyConfig's)"
+    return ""
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is quantised."""
+    return isinstance(module, nn.Linear) and is_quantized(module.weight)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Elements of a parameter, whatever it holds in memory."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else state.shape.numel()
+
+
+def pieces_of(tensor: Tensor) -> list[Tensor]:
+    """What a tensor of torchao's classes is made of, and any other itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [piece for name in tensor.__tensor_flatten__()[0] for piece in pieces_of(getattr(tensor, name))]
+
+
+def bytes_held(layer: nn.Linear) -> int:
+    """Bytes of a linear layer's weight in memory, its scales and tables with it."""
+    weight = layer.weight
+    pieces = pieces_of(weight)
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        pieces += [state.absmax, state.code, *([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])]
+    elif isinstance(held := weight_of(layer), EightBit):
+        pieces.append(held.scale)
+    return sum(t.numel() * t.element_size() for t in pieces)
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Write every quantised linear layer out, in place: a plain ``nn.Linear`` with what was attached to it, the same outputs. ``dtype``:
+    of the weights; None: as the model's other weights."""
+    if dtype is None:
+        plain = [p for p in model.parameters() if p.is_floating_point() and not is_quantized(p)]
+        dtype = plain[0].dtype if plain else torch.float32
+    for module in model.modules():
+        if not is_held(module):
+            continue
+        held = weight_of(module)
+        if type(module).__module__.startswith("bitsandbytes") or hasattr(type(module), "plain_class"):
+            swap_class(module, getattr(type(module), "plain_class", nn.Linear))
+        module.weight = nn.Parameter(held.dense(dtype), requires_grad=False)
+        for name in LEFTOVERS:
+            module.__dict__.pop(name, None)
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            model.__dict__.pop(name, None)
+    return model
+
+
+def refuse_training(what: str, parameters: dict[str, nn.Parameter]) -> None:
+    """ValueError where weights that are to be trained are quantised."""
+    if held := [name for name, p in parameters.items() if is_quantized(p)]:
+        raise ValueError(
+            f"{what} would train {len(held)} quantised weights, such as {held[0]}: a quantised base can only stay as it is. Train adapters"
+            f" on it, or leave these modules out when quantising (transformers' llm_int8_skip_modules), or do not quantise"
+        )
