@@ -1,8 +1,7 @@
 """python -m bench [ops] [names ...] [--device cpu|cuda] [--quick] [--seconds S] [--verify]: every bench/ops/bench_<op>.py, or those named.
 
 Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify runs the ops' tests first: no speed figure on a red test.
-`python -m bench steps ...` measures whole training steps (bench/steps.py), `python -m bench convergence ...` whole trainings;
-`python -m bench gpu` runs all that needs a GPU.
+    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["gpu"]):
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def verified(names: list[str]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["steps"], ["convergence"], ["gpu"]):
+    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["gpu"]):
         return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
     return ops(argv[1:] if argv[:1] == ["ops"] else argv)
 
