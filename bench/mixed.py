@@ -4,8 +4,8 @@
 
 ``lavin-tiny`` first learns scanner a's phantoms and written descriptions of them (all weights, once). Then MMAdapter/T/MMAdapter adapts it
 to scanner b's, where questions are also put in other words, in two arms: "fastpeft" packs its batches, runs fused and decodes with a
-cache; "straightforward" is the same model as its paper writes it (fastpeft/plain_lavin.py): transformers' own modules, adapters formed
-eagerly, padding, no cache. Same weights, data, batches, seeds and optimiser; dropout off, so that the arms differ by rounding alone.
+cache; "straightforward" is the same model as its paper writes it (fastpeft/literal.py): transformers' own modules, adapters formed eagerly,
+padding, no cache. Same weights, data, batches, seeds and optimiser; dropout off, so that the arms differ by rounding alone.
 Losses of the first steps are compared first: nothing is trained on if they differ. Exit code 1 where accuracies differ beyond noise.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import fastpeft as fp
@@ -31,8 +32,9 @@ from bench.frame import about_machine
 from fastpeft.data import load_instructions
 from fastpeft.data.phantom_images import SCANNERS, Canvas
 from fastpeft.data.phantom_questions import Scene, draw_scene, phrase, questions_of
+from fastpeft.evaluate.answers import to_device
 from fastpeft.evaluate.metrics import score_responses
-from fastpeft.evaluate.responses import respond
+from fastpeft.evaluate.responses import model_inputs, respond
 from fastpeft.plain import plain, without_dropout
 from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for
 
@@ -41,7 +43,7 @@ KINDS = ("modality", "plane", "region", "marker", "is marker")
 TINTS = {"Red": (1.0, 0.5, 0.5), "Green": (0.5, 1.0, 0.5), "Blue": (0.5, 0.5, 1.0), "Yellow": (1.0, 1.0, 0.4)}  # gains
 MODALITIES = ("text", "image", "all")
 FIRST, CLOSE = 5, 1e-4  # steps whose losses are compared, and how far apart they may be, relative
-SIZE, LENGTH = 32, 96  # pixels of an image, tokens of the longest sample
+SIZE, LENGTH, LONGEST = 32, 96, 8  # pixels of an image, tokens of the longest sample, of an answer
 
 
 def described(scene: Scene, rng: np.random.Generator) -> str:
@@ -110,6 +112,26 @@ def blind(train, test) -> float:
     return statistics.fmean(bool(found) and found[0][0] == sample.answer for found, sample in zip(common, asked))
 
 
+@torch.no_grad()
+def answered(model, dataset, fused: bool) -> list[str]:
+    """Greedy responses: with the cache, in batches, or each token from the whole text again, a sample at a time."""
+    if fused:
+        return respond(model, dataset, progress=False, max_new_tokens=LONGEST)
+    names, found = model_inputs(model, dataset), []
+    model.eval()
+    for item in dataset:
+        given = to_device(dataset.collator()([item]), names, torch.device("cpu"), torch.float32)
+        given.pop("attention_mask")
+        start = given["input_ids"].shape[1]
+        while given["input_ids"].shape[1] < start + LONGEST:
+            token = model(**given).logits[:, -1:].argmax(-1)
+            if int(token) == dataset.tokenizer.eos_token_id:
+                break
+            given |= {"input_ids": torch.cat([given["input_ids"], token], 1), "image_mask": F.pad(given["image_mask"], (0, 1))}
+        found.append(dataset.tokenizer.decode(given["input_ids"][0, start:], skip_special_tokens=True).strip())
+    return found
+
+
 def trained(model, tokenizer, preprocess, folder: Path, args, *, packed: bool, seed: int, **how) -> dict:
     """One training: accuracy by modality, losses, seconds."""
     text = TextOptions(packed=packed, max_length=LENGTH)
@@ -119,7 +141,7 @@ def trained(model, tokenizer, preprocess, folder: Path, args, *, packed: bool, s
     trainer = fp.Trainer(model, dataset, config)
     summary = trainer.fit()
     found = {"seed": seed} | {name: summary[name] for name in ("steps", "seconds", "loss_last", "flops_per_sample")}
-    return found | by_modality(respond(model, held, progress=False, max_new_tokens=8), held.samples)
+    return found | by_modality(answered(model, held, packed), held.samples)
 
 
 def base_of(folder: Path, args):
@@ -200,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         base, *words, learnt = base_of(a, args)
         held = causal_dataset(base, read(b, "test"), *words, TextOptions(max_length=LENGTH), prompts_only=True)
         unseeing = blind(read(b, "train"), read(b, "test"))
-        before = by_modality(respond(base, held, progress=False, max_new_tokens=8), held.samples)
+        before = by_modality(answered(base, held, True), held.samples)
         print(f"base: on its own scanner {learnt['all']:.1%}, on the other {before['all']:.1%}; {learnt['seconds']:.0f} s", flush=True)
         how = {"epochs": args.epochs, "learning_rate": args.lr, "base_learning_rate": args.lr}
         losses = first_steps(pair(base, args.seeds[0]), *words, b, args, how)

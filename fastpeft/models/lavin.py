@@ -112,7 +112,10 @@ class LavinForConditionalGeneration(VisionLanguageModel):
 
     @torch.no_grad()
     def mixtures(self) -> dict[str, dict[int, Tensor]]:
-        """By modality and layer of the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation."""
+        """By modality and layer of the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation; {} where the LLaMA runs as
+        transformers' own, which has no such pass."""
+        if not hasattr(self.llm.model, "routes"):
+            return {}
         was = self.training
         weights = self.eval().llm.model.routes(self.neck.modality.weight.to(self.llm.dtype))
         self.train(was)
