@@ -1,7 +1,9 @@
 """python -m bench [ops] [names ...] [--device cpu|cuda] [--quick] [--seconds S] [--verify]: every bench/ops/bench_<op>.py, or those named.
 
 Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify runs the ops' tests first: no speed figure on a red test.
-    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["gpu"]):
+`python -m bench steps ...` measures whole training steps (bench/steps.py), `python -m bench convergence ...` whole trainings;
+`python -m bench gpu` runs all that needs a GPU.
+`python -m bench mixed ...` compares what LaVIN reaches on fastpeft and written straightforwardly (bench/mixed.py).
 """
 
 from __future__ import annotations
