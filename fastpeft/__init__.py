@@ -6,6 +6,7 @@ import importlib
 from contextlib import suppress
 
 from fastpeft import ops
+from fastpeft._when_imported import when_imported
 from fastpeft.methods import (
     FFN,
     IA3,
@@ -46,8 +47,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
 
 
-with suppress(Exception):  # where there is a peft it learns of Excitor; what is wrong with it, `import fastpeft.peft` says
-    importlib.import_module("fastpeft.peft")
+def _extend_peft() -> None:
+    with suppress(ImportError):  # too old a peft: `import fastpeft.peft` says so
+        importlib.import_module("fastpeft.peft")
+
+
+when_imported("peft", _extend_peft)
 
 __all__ = [
     "FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2",

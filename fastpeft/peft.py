@@ -7,8 +7,8 @@
 
 What is attached, and what computes, is :mod:`fastpeft.methods.excitor`. The base's parameters keep their names: an :class:`ExcitorLayer`
 with the blocks of all adapters stands inside each attention (``self_attn.excitor``), and the text model's modules get fastpeft's classes,
-as these alone can run with it (``fastpeft.optimize(model)`` exchanges the rest). ``import fastpeft`` imports this module too where a peft
-that it can extend is installed (0.3 s beside transformers' own import).
+as these alone can run with it (``fastpeft.optimize(model)`` exchanges the rest). ``import fastpeft`` has this module follow the import of
+peft, before or after it; by itself it loads no peft.
 """
 
 from __future__ import annotations
