@@ -14,15 +14,16 @@ demo: $(VENV)/.built
 
 test: lint test-native test-composite test-triton aot
 
+# two processes of one thread each: what the tests compute is too small for two threads
 test-native: $(VENV)/.built
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 test-composite: $(VENV)/.built
-	FASTPEFT_BACKEND=composite $(PY) -m pytest -q tests/ops
+	OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite $(PY) -m pytest -q -n 2 tests/ops
 
 # Triton fixes its interpreter at first import: one process per mode
 test-triton: $(VENV)/.built
-	TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest -q tests/ops
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest -q -n 2 tests/ops
 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest -q -m slow
