@@ -13,7 +13,7 @@ import fastpeft as fp
 from fastpeft import cli, plain
 from fastpeft import verify as verifying
 from fastpeft.methods import adaption_prompt, excitor
-from fastpeft.models import attend, blip, llama
+from fastpeft.models import attend, blip, blip_layers, llama
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.optimize import SWAPS
 from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
@@ -155,7 +155,7 @@ def test_faults_of_single_forms(miss, monkeypatch):
         patch.setattr(blip, "image_layout", lambda tokens, index, *rest, real=blip.image_layout: real(tokens, index.roll(1), *rest))
         assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
     with monkeypatch.context() as patch:
-        patch.setattr(blip, "absorbed_attention", faulty(blip.absorbed_attention, lambda out: 1.01 * out))
+        patch.setattr(blip_layers, "absorbed_attention", faulty(blip_layers.absorbed_attention, lambda out: 1.01 * out))
         assert FORMS[3] in failed(verify(model, peft=False)) and FORMS[4] not in failed(verify(model, peft=False))
     assert verify(model, peft=False).ok
 
