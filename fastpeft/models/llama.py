@@ -126,17 +126,14 @@ class Model(modeling_llama.LlamaModel):
         states = [hidden]
         prefixes = [None] * len(self.layers) if encoder is None else encoder()
         how, tail = {name: value for name, value in {"layout": layout, **kwargs}.items() if value is not None}, None
-        routes = 0  # tokens at the end that are nobody's: the modalities'
-        if modality is not None and tokens is None:
-            weights = self._cached_routes(torch.stack(modality_embeds).to(hidden.dtype), past_key_values, prefixes)
-            how["routing"] = Routing(sent(modality, hidden.device), weights)
-        elif modality is not None:
-            routes = len(modality_embeds)
-            how["layout"], how["routing"] = self._with_modalities(layout, modality, routes, hidden.device)
-            hidden = torch.cat([hidden, torch.stack(modality_embeds).to(hidden.dtype)])
-            tables = tuple(torch.cat([t, t.new_ones(routes, t.shape[1])]) for t in tables)  # one key each: no rotation tells
-            pad, spread = (lambda x: spread(x[:-routes])), pad
-        elif wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
+        if modality is not None:
+            modalities = torch.stack(modality_embeds).to(hidden.dtype)
+            weights = self._routes_of(modalities, past_key_values, prefixes)
+            if not weights and torch.is_grad_enabled():
+                hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
+            index = sent(modality, hidden.device)
+            how["routing"] = Routing(index if layout is None else index[layout.row_of_each(hidden.device)], weights)
+        if wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
             tail = tail_of(tokens, wanted, True, hidden.device, layout)
         for layer, prefix in zip(self.layers, prefixes):
             if tail is not None and layer is self.layers[-1]:
@@ -156,28 +153,23 @@ class Model(modeling_llama.LlamaModel):
             last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=tuple(states) if output_hidden_states else None
         )
 
-    def _with_modalities(self, layout: Layout, modality: Tensor, count: int, device) -> tuple[Layout, Routing]:
-        """The layout with the modalities' tokens as samples of one token each, at the end. Nothing attends to them, and they to nothing
-        else, as in the official masks; so one of each serves the whole batch."""
-        place = torch.arange(layout.rows * layout.columns, device=device) if layout.place is None else layout.place
-        own = layout.columns * torch.arange(layout.rows, layout.rows + count, device=device)
-        index = sent(modality, device)[place // layout.columns]
-        routing = Routing(torch.cat([index, torch.arange(count, device=device)]), modalities=count)
-        return Layout(layout.rows + count, layout.columns, torch.cat([place, own])), routing
-
-    def _cached_routes(self, hidden: Tensor, cache, prefixes) -> dict[int, Tensor]:
-        """In generation the modalities' tokens run once, and every layer's weights stay with the cache."""
+    def _routes_of(self, modalities: Tensor, cache, prefixes) -> dict[int, Tensor]:
+        """What :meth:`routes` gives; in generation it stays with the cache."""
         if getattr(cache, "routes", None) is not None:
             return cache.routes
-        weights = self.routes(hidden, prefixes)
+        weights = self.routes(modalities, prefixes)
         if cache is not None:
             cache.routes = weights
         return weights
 
     def routes(self, hidden: Tensor, prefixes=None) -> dict[int, Tensor]:
-        """The mixture [modalities, 2] that each layer's MM-Adapter gives to the modalities' tokens, hidden [modalities, C]."""
-        routing = Routing(torch.arange(len(hidden), device=hidden.device), modalities=len(hidden))
+        """The mixture [modalities, 2] that each layer's MM-Adapter gives to the modalities' tokens, hidden [modalities, C].
+
+        Nothing attends to these tokens and they to nothing but themselves, as in the official masks, so one of each serves the whole
+        batch, in a pass of its own."""
+        routing = Routing(torch.arange(len(hidden), device=hidden.device))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
+        # one key each: no rotation tells
         how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing}
         if prefixes is None:
             encoder = getattr(self, "prefix_encoder", None)
