@@ -23,7 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
 from fastpeft.methods.base import swap_class
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
-from fastpeft.models.llama import Attention, Model
+from fastpeft.models.llama import Model
+from fastpeft.models.llama_layers import Attention
 from fastpeft.optimize import make_room_for_prefix
 
 HOW = "pip install --upgrade 'peft>=0.18'"

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipForQuestionAnswering, LlamaForCausalLM
 
 from fastpeft.methods import is_adapter
-from fastpeft.models import blip
+from fastpeft.models import blip_layers
 from fastpeft.models.excitor import ExcitorForConditionalGeneration
 from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.models.vision_language import VisionLanguageModel
@@ -156,11 +156,11 @@ def vision_language_case(model: VisionLanguageModel, generator: torch.Generator,
 @contextmanager
 def absorbing(pays: bool) -> Iterator[None]:
     """Cross-attention to an image's states themselves, or to their keys and values, whichever would be chosen."""
-    chosen, blip.absorbed_pays = blip.absorbed_pays, lambda *args, **kwargs: pays
+    chosen, blip_layers.absorbed_pays = blip_layers.absorbed_pays, lambda *args, **kwargs: pays
     try:
         yield
     finally:
-        blip.absorbed_pays = chosen
+        blip_layers.absorbed_pays = chosen
 
 
 FAMILIES: dict[type[nn.Module], Callable[..., Case]] = {

@@ -13,7 +13,7 @@ import fastpeft as fp
 from fastpeft import cli, plain
 from fastpeft import verify as verifying
 from fastpeft.methods import adaption_prompt, excitor
-from fastpeft.models import attend, blip, llama
+from fastpeft.models import attend, blip, blip_layers, llama, llama_layers
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.optimize import SWAPS
 from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
@@ -117,7 +117,7 @@ def test_faults_of_excitors_and_adapters(monkeypatch):
         assert checked("excitor-tiny", "F/Excitor") == [*ALL_FORMS[1:], "image features kept"]
     with monkeypatch.context() as patch:  # a prompt's keys on another scale
         right = adaption_prompt.attend_prompt
-        patch.setattr(llama, "attend_prompt", lambda context, q, keys, *rest: right(context, q, 1.01 * keys, *rest))
+        patch.setattr(llama_layers, "attend_prompt", lambda context, q, keys, *rest: right(context, q, 1.01 * keys, *rest))
         assert checked("llama-tiny", "AdaptionPrompt") == ALL_FORMS
     with monkeypatch.context() as patch:  # the other expert
         right = fp.ops.norm_mm_adapter
@@ -155,7 +155,7 @@ def test_faults_of_single_forms(miss, monkeypatch):
         patch.setattr(blip, "image_layout", lambda tokens, index, *rest, real=blip.image_layout: real(tokens, index.roll(1), *rest))
         assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
     with monkeypatch.context() as patch:
-        patch.setattr(blip, "absorbed_attention", faulty(blip.absorbed_attention, lambda out: 1.01 * out))
+        patch.setattr(blip_layers, "absorbed_attention", faulty(blip_layers.absorbed_attention, lambda out: 1.01 * out))
         assert FORMS[3] in failed(verify(model, peft=False)) and FORMS[4] not in failed(verify(model, peft=False))
     assert verify(model, peft=False).ok
 
@@ -212,7 +212,7 @@ def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
     twin = plain.plain(model)
     for name in fp.ops.__all__:
         monkeypatch.setattr(fp.ops, name, None)
-    for module, ours in ((excitor, "merge_keys"), (llama, "attend_prompt"), (llama, "project_together")):
+    for module, ours in ((excitor, "merge_keys"), (llama_layers, "attend_prompt"), (llama_layers, "project_together")):
         monkeypatch.setattr(module, ours, None)
     loss, gradients = verifying.run_alone(twin, case)
     assert loss == pytest.approx(want, rel=1e-6) and gradients.keys() == wanted.keys()

@@ -24,13 +24,12 @@ from fastpeft.ops.lora_linear import linear
 class Routing:
     """Which modality's mixture each token takes: ``index`` [T] or [B], int64, into the rows of a layer's weights [modalities, 2].
 
-    A layer's weights depend on the modality tokens alone, as these attend to nothing else. Where they run with the batch, as its last
-    ``len(modalities)`` tokens, each layer computes its weights on the way and leaves them in ``weights``; else they are there already.
+    A layer's weights depend on the modality tokens alone, as these attend to nothing else. In the pass of these tokens themselves each
+    layer computes its weights and leaves them in ``weights``; the batch finds them there.
     """
 
     index: Tensor
     weights: dict[int, Tensor] = field(default_factory=dict)
-    modalities: int = 2
 
 
 class AdapterBlock(nn.Module):
@@ -88,7 +87,7 @@ class AdapterBlock(nn.Module):
             raise ValueError("MMAdapter routes by a modality token: give modality= and modality_embeds=, as LaVIN does, or use RepAdapter")
         else:
             if layer not in routing.weights:
-                routing.weights[layer] = self.weights_of(norm(hidden[-routing.modalities :]))
+                routing.weights[layer] = self.weights_of(norm(hidden))
             weights = routing.weights[layer].index_select(0, routing.index)
             weights = weights if hidden.dim() == 3 else weights[None]
         out = ops.norm_mm_adapter(

@@ -53,6 +53,11 @@ class Layout:
         flat = table.reshape(self.rows * self.columns, -1)
         return flat if self.place is None else flat.index_select(0, self.place)
 
+    def row_of_each(self, device: torch.device) -> Tensor:
+        """[T] int64: the row of each token."""
+        cells = torch.arange(self.rows * self.columns, device=device) if self.place is None else self.place
+        return cells // self.columns
+
     def by_row(self, x: Tensor) -> Tensor:
         """[T, C] -> the same tokens, row by row."""
         return x if self.order is None else x.index_select(0, self.order)

@@ -14,7 +14,7 @@ from fastpeft.methods.adapted import AdaptedLinear, Terms, terms_of
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.quantized import is_quantized, weight_of
 from fastpeft.methods.written import Written
-from fastpeft.models.llama import Attention
+from fastpeft.models.llama_layers import Attention
 from fastpeft.ops.lora_linear import Projection
 
 
@@ -77,7 +77,7 @@ class AdaptedAttention(adaption_prompt.AdaptedAttention):
         return "" if type(module.model) is Attention else f"{type(module.model).__name__} inside it stays as it is"
 
     def forward(self, hidden_states: Tensor, **kwargs):
-        """As :class:`fastpeft.models.llama.Attention`."""
+        """As :class:`fastpeft.models.llama_layers.Attention`."""
         if type(self.model) is not Attention:  # given its own class back
             return super().forward(hidden_states=hidden_states, **kwargs)
         return self.model(hidden_states, prompted=Prompted(self.adaption_prompt, self.adaption_gate), **kwargs)

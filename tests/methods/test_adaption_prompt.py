@@ -8,7 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastpeft as fp
-from fastpeft.models import llama
+from fastpeft.models import llama, llama_layers
 from fastpeft.train.profile import measure
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}
@@ -207,8 +207,8 @@ def test_generation(batch, tmp_path, of, how):
 
 def test_in_generation_the_prompt_is_projected_once(monkeypatch):
     model, seen = scattered(fp.adapt(base(), llm=METHOD)).eval(), []
-    right = llama.project_together
-    monkeypatch.setattr(llama, "project_together", lambda linears, x: seen.append(x.shape[1]) or right(linears, x))
+    right = llama_layers.project_together
+    monkeypatch.setattr(llama_layers, "project_together", lambda linears, x: seen.append(x.shape[1]) or right(linears, x))
     cache = DynamicCache()
     with torch.no_grad():
         for _ in range(3):
