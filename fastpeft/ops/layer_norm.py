@@ -19,17 +19,18 @@ Accumulation: float32 (float64 for float64), statistics by two passes over the r
 
 x_hat is never rebuilt from y by dividing by weight: a zero weight would lose it.
 
-csrc on a CPU (one thread, AVX-512; time of ATen over ours, interleaved, best of many; rows of 128x768 lie in the second-level cache):
+csrc on a CPU (AMD EPYC, one thread, AVX-512; time of ATen over ours, interleaved, least of 25, the middle of three runs; rows of 128x768 lie
+in the second-level cache, those of 2048x2048 in none):
 
 | rows x width | fp32 fwd, all, dx, params | bf16 fwd, all, dx, params | fp16 fwd, all, dx, params |
 |--------------|---------------------------|---------------------------|---------------------------|
-| 128 x 768    | 1.3, 1.75, 1.55, 1.8      | 1.5, 2.15, 1.15, 2.7      | 1.2, 1.7, 1.0, 1.9        |
-| 2048 x 768   | 1.0, 1.18, 1.05, 1.03     | 1.3, 2.1, 1.15, 2.7       | 1.0, 1.5, 0.86, 1.5       |
-| 2048 x 2048  | 1.0, 1.35, 1.08, 1.06     | 1.3, 2.2, 1.13, 2.8       | 1.0, 1.25, 0.84, 1.3      |
+| 128 x 768    | 1.2, 1.3, 1.13, 0.9       | 1.3, 2.0, 1.2, 2.2        | 1.1, 1.5, 1.03, 1.0       |
+| 2048 x 768   | 1.2, 1.1, 1.3, 0.9        | 1.5, 2.3, 1.3, 2.7        | 1.1, 1.3, 0.97, 1.1       |
+| 2048 x 2048  | 1.1, 1.05, 1.3, 1.06      | 1.4, 1.7, 1.3, 1.9        | 0.85, 0.85, 0.54, 0.6     |
 
-That is the operators alone. In fp32 the larger ones stand at what memory gives (29 GB/s read or written, 95% or more of it used): no
-code would be faster. autograd's Python adds 60 to 100 us a backward over ATen's C++ (bench/results/ops_cpu.json has both), whichever
-computes: so only fp16's dx alone goes to ATen, which converts as it reads.
+That is the operators alone. In fp32 the larger ones wait for memory. autograd's Python adds 60 to 100 us a backward over ATen's C++
+(bench/results/ops_cpu.json has both), whichever computes. fp16's dx alone goes to ATen, which converts as it reads; on an Intel machine with
+the code before this one, fp16's other cases were faster than ATen at every size, so they stay.
 """
 
 from __future__ import annotations
