@@ -19,8 +19,8 @@ Accumulation: float32 (float64 for float64), statistics by two passes over the r
 
 x_hat is never rebuilt from y by dividing by weight: a zero weight would lose it.
 
-csrc on a CPU (AMD EPYC, one thread, AVX-512; time of ATen over ours, interleaved, least of 25, the middle of three runs; rows of 128x768 lie
-in the second-level cache, those of 2048x2048 in none):
+csrc on a CPU (AMD EPYC, one thread, AVX-512; time of ATen over ours, interleaved, least of 25, the middle of three runs; rows of 128x768
+lie in the second-level cache, those of 2048x2048 in none):
 
 | rows x width | fp32 fwd, all, dx, params | bf16 fwd, all, dx, params | fp16 fwd, all, dx, params |
 |--------------|---------------------------|---------------------------|---------------------------|
@@ -29,8 +29,8 @@ in the second-level cache, those of 2048x2048 in none):
 | 2048 x 2048  | 1.1, 1.05, 1.3, 1.06      | 1.4, 1.7, 1.3, 1.9        | 0.85, 0.85, 0.54, 0.6     |
 
 That is the operators alone. In fp32 the larger ones wait for memory. autograd's Python adds 60 to 100 us a backward over ATen's C++
-(bench/results/ops_cpu.json has both), whichever computes. fp16's dx alone goes to ATen, which converts as it reads; on an Intel machine with
-the code before this one, fp16's other cases were faster than ATen at every size, so they stay.
+(bench/results/ops_cpu.json has both), whichever computes. fp16's dx alone goes to ATen, which converts as it reads; on an Intel machine,
+with the code before this one, fp16's other cases were faster than ATen at every size, so they stay.
 """
 
 from __future__ import annotations
