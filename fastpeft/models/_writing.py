@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
+
+from fastpeft.files import save_tensors
 
 SHARD_BYTES = 2 << 30  # what is in memory at once
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -66,7 +67,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     where: dict[str, int] = {}
 
     def put() -> None:  # and let go
-        save_file(owned(shards[-1]), folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(owned(shards[-1]), folder / f"part-{len(shards)}", metadata={"format": "pt"})
         shards[-1] = {}
 
     total = 0

@@ -39,6 +39,11 @@ class Layout:
         return self.place.cpu() if self.host is None else self.host
 
     @property
+    def row(self) -> Tensor:
+        """[T], on the CPU: the row of each token."""
+        return self.cells // self.columns
+
+    @property
     def tokens(self) -> int:
         return self.rows * self.columns if self.place is None else len(self.place)
 
@@ -52,11 +57,6 @@ class Layout:
         """[rows, columns, C] -> [T, C]."""
         flat = table.reshape(self.rows * self.columns, -1)
         return flat if self.place is None else flat.index_select(0, self.place)
-
-    def row_of_each(self, device: torch.device) -> Tensor:
-        """[T] int64: the row of each token."""
-        cells = torch.arange(self.rows * self.columns, device=device) if self.place is None else self.place
-        return cells // self.columns
 
     def by_row(self, x: Tensor) -> Tensor:
         """[T, C] -> the same tokens, row by row."""
@@ -87,7 +87,7 @@ def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.devic
 
 def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch.device) -> Layout:
     """The same tokens, by the image they ask about: image_index [B] gives each sample's image, of ``images``."""
-    owner = image_index.cpu()[tokens.cells // tokens.columns]  # [T], the image of each token
+    owner = image_index.cpu()[tokens.row]  # [T], the image of each token
     counts = torch.bincount(owner, minlength=images)
     return _laid(images, int(counts.max()), owner, _slots(owner, counts), device)
 

@@ -132,7 +132,7 @@ class Model(modeling_llama.LlamaModel):
             if not weights and torch.is_grad_enabled():
                 hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
             index = sent(modality, hidden.device)
-            how["routing"] = Routing(index if layout is None else index[layout.row_of_each(hidden.device)], weights)
+            how["routing"] = Routing(index if layout is None else index[sent(layout.row, hidden.device)], weights)
         if wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
             tail = tail_of(tokens, wanted, True, hidden.device, layout)
         for layer, prefix in zip(self.layers, prefixes):

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import wants_grad
+from fastpeft.ops._common import sent, wants_grad
 from fastpeft.ops._remade import again, keep, recipe_of, remade
 from fastpeft.ops.dropout import keep_mask, new_seed
 from fastpeft.ops.lora_linear import Projection
@@ -143,7 +143,7 @@ class _Images:
         if not self.equal and _pads(device):
             image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(self.counts))
             starts = torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)
-            self.cells = (image * self.most + torch.arange(len(image)) - starts[image]).to(device, non_blocking=True)
+            self.cells = sent(image * self.most + torch.arange(len(image)) - starts[image], device)
 
     def _table(self, x: Tensor) -> Tensor:
         """[R, a] -> [U, rows of the image with most, a]."""

@@ -152,7 +152,7 @@ def test_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, fault)
 
     replace = os.replace
     if fault == "save_file":
-        monkeypatch.setattr(writing, "save_file", full_disk)
+        monkeypatch.setattr(writing, "save_tensors", full_disk)
     else:  # the new folder cannot take the name: the old one gets it back
         monkeypatch.setattr(
             writing.os, "replace", lambda a, b: replace(a, b) if str(a).endswith("hf") or ".before" in str(a) else full_disk()
