@@ -6,13 +6,13 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: venv demo test test-native test-composite test-triton test-slow aot lint bench gpu wheel clean
+.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow aot lint bench gpu wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
 	PYTHONSAFEPATH=1 $(PY) -m fastpeft.demo
 
-test: lint test-native test-composite test-triton aot
+test: lint test-native test-composite test-triton test-cuda aot
 
 # two processes of one thread each: what the tests compute is too small for two threads
 test-native: $(VENV)/.built
@@ -24,6 +24,14 @@ test-composite: $(VENV)/.built
 # Triton fixes its interpreter at first import: one process per mode
 test-triton: $(VENV)/.built
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest -q -n 2 tests/ops
+
+# csrc's CUDA sources, compiled for the CPU
+EMULATED = build/cuda/emulated.so
+$(EMULATED): $(VENV)/.built $(wildcard csrc/* tests/cuda/*)
+	$(PY) tests/cuda/build.py $@
+
+test-cuda: $(EMULATED)
+	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=$(EMULATED) $(PY) -m pytest -q -n 2 $(addprefix tests/ops/test_,$(addsuffix .py,activations all_ops cuda_sources layer_norm rescale rms_norm rotary))
 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest -q -m slow

@@ -1,4 +1,5 @@
-"""Compile every Triton kernel for GPUs that are not here, and hold its resources to recorded limits.
+"""Compile every Triton kernel for GPUs that are not here, and hold its resources to recorded limits; and look at csrc's CUDA kernels, as
+they were built: none may keep anything on a stack.
 
     python bench/aot.py [--arch 80 90 100] [--only lora] [--check bench/aot_limits.json | --write bench/aot_limits.json]
 
@@ -86,6 +87,13 @@ def work(job: tuple[str, str, int]) -> tuple[str, dict, float]:
     return f"{name}/sm_{arch}", found, time.perf_counter() - begin
 
 
+def csrc_kernels(library: Path) -> tuple[int, list[str]]:
+    """How many CUDA kernels csrc's library holds, over all its architectures, and those of them that spill."""
+    said = subprocess.run([BIN / "cuobjdump", "-res-usage", library], capture_output=True, text=True).stdout
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", said)
+    return len(usage), [f"csrc: {name} keeps {stack} bytes on a stack" for name, _, stack in usage if int(stack)]
+
+
 def violations(found: dict[str, dict], limits: dict) -> list[str]:
     bad = []
     for key, got in found.items():
@@ -128,7 +136,11 @@ def main() -> int:
             bad += violations({key: got for key, got in found.items() if "error" not in got}, limits)
         else:
             print(f"limits are those of triton {limits['triton']}; with {triton.__version__} only compilation is checked")
-    print("\n".join(bad) or f"{len(found)} compilations, all within limits")
+    built = 0
+    for library in sorted((ROOT / "fastpeft").glob("_C*.so")) if args.check else ():
+        built, spilling = csrc_kernels(library)
+        bad += spilling
+    print("\n".join(bad) or f"{len(found)} compilations and {built} built CUDA kernels, all within limits")
     return bool(bad)
 
 

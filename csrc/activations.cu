@@ -1,5 +1,5 @@
 // SwiGLU and GELU with an optional (IA)^3 scale on CUDA (schemas and equations in fastpeft/ops/activations.py).
-// A thread owns a column and walks rows: neighbouring threads read neighbouring addresses, and the sum for dscale stays in a register.
+// A thread owns a Pack of columns and walks rows: the sums for dscale stay in its registers.
 #include "cuda.cuh"
 
 namespace fastpeft::cuda_activations {
@@ -37,39 +37,77 @@ __device__ A act(A g, A* slope) {
   else return gelu(g, KIND == kGELUTanh, slope);
 }
 
-template <Kind KIND, class T>
-__global__ void forward_kernel(
-    const T* __restrict__ gate, int64_t gate_stride, const T* __restrict__ up, int64_t up_stride, int64_t rows, int64_t n, Param<T> scale,
-    T* __restrict__ y) {
+template <class T>
+struct Args {
+  const T *dy, *gate, *up;  // up: null for GELU
+  int64_t dy_stride, gate_stride, up_stride, rows, n;
+  Param<T> scale;
+  T *y, *dgate, *dup;  // null: not wanted
+  acc_t<T>* part;      // [gridDim.x, n] sums of dscale; null: not wanted
+};
+
+// The V columns of a thread.
+template <int V>
+__device__ int64_t columns() { return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V; }
+
+template <Kind KIND, int V, class T>
+__global__ void forward_kernel(Args<T> a) {
   using A = acc_t<T>;
-  const int64_t j = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (j >= n) return;
-  const A factor = scale[j];
-  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    A a = act<KIND, A>(static_cast<A>(gate[r * gate_stride + j]), nullptr);
-    if (up) a *= static_cast<A>(up[r * up_stride + j]);
-    y[r * n + j] = static_cast<T>(a * factor);
+  using P = Pack<T, V>;
+  const int64_t j = columns<V>();
+  if (j >= a.n) return;
+  A scale[V];
+  a.scale.template load<V>(j, scale);
+  for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    P gate = P::load(a.gate + r * a.gate_stride + j), up;
+    if (a.up) up = P::load(a.up + r * a.up_stride + j);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const A y = act<KIND, A>(static_cast<A>(gate.v[e]), nullptr) * scale[e];
+      gate.v[e] = static_cast<T>(a.up ? y * static_cast<A>(up.v[e]) : y);
+    }
+    gate.store(a.y + r * a.n + j);
   }
 }
 
-template <Kind KIND, class T>
-__global__ void backward_kernel(
-    const T* __restrict__ dy, int64_t dy_stride, const T* __restrict__ gate, int64_t gate_stride, const T* __restrict__ up,
-    int64_t up_stride, int64_t rows, int64_t n, Param<T> scale, T* __restrict__ dgate, T* __restrict__ dup, acc_t<T>* __restrict__ part) {
+template <Kind KIND, int V, class T>
+__global__ void backward_kernel(Args<T> a) {
   using A = acc_t<T>;
-  const int64_t j = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (j >= n) return;
-  const A factor = scale[j];
-  A sum = 0;
-  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    A slope;
-    const A d = static_cast<A>(dy[r * dy_stride + j]), a = act<KIND, A>(static_cast<A>(gate[r * gate_stride + j]), &slope);
-    const A u = up ? static_cast<A>(up[r * up_stride + j]) : A(1);
-    sum += d * a * u;
-    if (dgate) dgate[r * n + j] = static_cast<T>(d * factor * u * slope);
-    if (dup) dup[r * n + j] = static_cast<T>(d * factor * a);
+  using P = Pack<T, V>;
+  const int64_t j = columns<V>();
+  if (j >= a.n) return;
+  A scale[V], sum[V] = {};
+  a.scale.template load<V>(j, scale);
+  for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    P dy = P::load(a.dy + r * a.dy_stride + j), gate = P::load(a.gate + r * a.gate_stride + j), up;
+    if (a.up) up = P::load(a.up + r * a.up_stride + j);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      A slope;
+      const A d = static_cast<A>(dy.v[e]), y = act<KIND, A>(static_cast<A>(gate.v[e]), &slope), u = a.up ? static_cast<A>(up.v[e]) : A(1);
+      sum[e] += d * y * u;
+      dy.v[e] = static_cast<T>(d * scale[e] * u * slope);
+      up.v[e] = static_cast<T>(d * scale[e] * y);
+    }
+    if (a.dgate) dy.store(a.dgate + r * a.n + j);
+    if (a.dup) up.store(a.dup + r * a.n + j);
   }
-  if (part) part[int64_t(blockIdx.x) * n + j] = sum;
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    if (a.part) a.part[int64_t(blockIdx.x) * a.n + j + e] = sum[e];
+}
+
+// kernel(std::integral_constant<int, V>) is the kernel for V columns a thread; `blocks` of rows.
+template <class T, class F>
+void run(const Args<T>& a, int64_t blocks, const Launch& launch, F&& kernel) {
+  constexpr int V = 16 / sizeof(T);
+  const bool whole = a.n % V == 0 && a.scale.packs() && packs<T, V>(a.dy, a.dy_stride) && packs<T, V>(a.gate, a.gate_stride) &&
+                     packs<T, V>(a.up, a.up_stride);
+  const int64_t threads = whole ? a.n / V : a.n;
+  const unsigned block = unsigned(std::min<int64_t>(256, (threads + 31) / 32 * 32));
+  const dim3 grid(unsigned(blocks), unsigned((threads + block - 1) / block));
+  if (whole) launch(kernel(std::integral_constant<int, V>{}), grid, block, a);
+  else launch(kernel(std::integral_constant<int, 1>{}), grid, block, a);
 }
 
 template <Kind KIND>
@@ -78,13 +116,12 @@ Tensor run_forward(const Tensor& gate, const Maybe& up, const Maybe& scale) {
   Tensor y = output_like(gate), own;
   if (gate.numel() == 0) return y;
   const Launch launch(gate);
-  const dim3 grid(unsigned(std::min<int64_t>(g.count, 65535)), unsigned((g.n + 255) / 256));
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
-    forward_kernel<KIND, T><<<grid, 256, 0, launch.stream>>>(
-        read<T>(g.own), g.stride, up ? read<T>(u.own) : nullptr, u.stride, g.count, g.n, param<T>(scale, own, gate, 1), write<T>(y));
+    const Args<T> a{nullptr, read<T>(g.own), up ? read<T>(u.own) : nullptr, 0, g.stride, u.stride, g.count, g.n,
+                    param<T>(scale, own, gate, 1), write<T>(y), nullptr, nullptr, nullptr};
+    run(a, g.count, launch, [](auto v) { return forward_kernel<KIND, decltype(v)::value, T>; });
   });
-  check(cudaGetLastError());
   return y;
 }
 
@@ -99,18 +136,16 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     return {dgate, dup, dscale};
   }
   const Launch launch(gate);
-  const int parts = int(std::min<int64_t>(g.count, need_dscale ? kParts : 65535));
-  const dim3 grid(parts, unsigned((g.n + 255) / 256));
+  const int parts = int(std::min<int64_t>(g.count, kParts));
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
-    Tensor part = torch::stable::new_empty(gate, {need_dscale ? parts * g.n : 0}, acc_type(gate));
-    backward_kernel<KIND, T><<<grid, 256, 0, launch.stream>>>(
-        read<T>(d.own), d.stride, read<T>(g.own), g.stride, up ? read<T>(u.own) : nullptr, u.stride, g.count, g.n,
-        param<T>(scale, own, gate, 1), need_dgate ? write<T>(dgate) : nullptr, need_dup ? write<T>(dup) : nullptr,
-        need_dscale ? write<A>(part) : nullptr);
-    check(cudaGetLastError());
-    sum_parts(read<A>(part), parts, g.n, dscale, launch.stream);
+    const Tensor part = torch::stable::new_empty(gate, {need_dscale ? parts * g.n : 0}, acc_type(gate));
+    const Args<T> a{read<T>(d.own), read<T>(g.own), up ? read<T>(u.own) : nullptr, d.stride, g.stride, u.stride, g.count, g.n,
+                    param<T>(scale, own, gate, 1), nullptr, need_dgate ? write<T>(dgate) : nullptr,
+                    need_dup ? write<T>(dup) : nullptr, need_dscale ? write<A>(part) : nullptr};
+    run(a, need_dscale ? parts : g.count, launch, [](auto v) { return backward_kernel<KIND, decltype(v)::value, T>; });
+    sum_parts(read<A>(part), parts, g.n, dscale, launch);
   });
   return {dgate, dup, dscale};
 }
@@ -128,7 +163,7 @@ std::tuple<Tensor, Tensor> gelu_backward(
 
 }  // namespace fastpeft::cuda_activations
 
-STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, FASTPEFT_CUDA_KEY, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&fastpeft::cuda_activations::swiglu_forward));
   m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::run_backward<fastpeft::cuda_activations::kSwiGLU>));
   m.impl("gelu_fwd", TORCH_BOX(&fastpeft::cuda_activations::gelu_forward));

@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -85,27 +87,35 @@ inline Rows rows_of(const Tensor& x) {
 }
 
 // Where row r of a tensor begins, for a tensor that broadcasts against x: its leading dimensions walk with x's, size 1 stands still.
+// `over(i)`: whether rows are counted along dimension i; along the others the walk stays at their beginning.
 class Walk {
  public:
-  Walk(const Tensor& x, const Tensor& t) : dims_(x.dim() - 1) {
+  Walk(const Tensor& x, const Tensor& t) : Walk(x, t, [](int64_t) { return true; }) {}
+  template <class F>
+  Walk(const Tensor& x, const Tensor& t, F over) : dims_(x.dim() - 1) {
     STD_TORCH_CHECK(dims_ <= kMax && t.dim() <= x.dim(), "fastpeft: at most ", kMax + 1, " dimensions");
     const int64_t pad = x.dim() - t.dim();
     for (int64_t i = 0; i < dims_; ++i) {
-      size_[i] = x.size(i);
+      size_[i] = over(i) ? x.size(i) : 1;
       stride_[i] = i < pad || t.size(i - pad) == 1 ? 0 : t.stride(i - pad);
     }
   }
+  template <class I>
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int64_t operator()(int64_t row) const {
+  int64_t operator()(I row) const {  // I: uint32_t where rows fit, which a GPU divides several times faster
     int64_t offset = 0;
-    for (int64_t i = dims_ - 1; i >= 0; --i) {
-      const int64_t q = row / size_[i];
-      offset += (row - q * size_[i]) * stride_[i];
+    for (int64_t i = dims_ - 1; i > 0; --i) {
+      const I q = row / I(size_[i]);
+      offset += int64_t(row - q * I(size_[i])) * stride_[i];
       row = q;
     }
-    return offset;
+    return dims_ ? offset + int64_t(row) * stride_[0] : 0;
+  }
+  int64_t rows() const { return std::accumulate(size_, size_ + dims_, int64_t(1), std::multiplies<int64_t>()); }
+  bool strides_are_multiples_of(int64_t n) const {
+    return std::all_of(stride_, stride_ + dims_, [n](int64_t stride) { return stride % n == 0; });
   }
 
  private:

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(
 
 }  // namespace fastpeft::layer_norm
 
-STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, FASTPEFT_CUDA_KEY, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&fastpeft::layer_norm::forward_cuda));
   m.impl("layer_norm_bwd", TORCH_BOX(&fastpeft::layer_norm::backward_cuda));
 }

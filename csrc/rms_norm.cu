@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> backward_cuda(
 
 }  // namespace fastpeft::rms_norm
 
-STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, FASTPEFT_CUDA_KEY, m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&fastpeft::rms_norm::forward_cuda));
   m.impl("rms_norm_bwd", TORCH_BOX(&fastpeft::rms_norm::backward_cuda));
 }

@@ -1,33 +1,53 @@
-// CUDA twin of rotary.cpp: a thread per pair of channels.
+// CUDA twin of rotary.cpp: a thread per Pack of channels and its partner, or per Pack that passes through.
 #include "cuda.cuh"
 
 namespace fastpeft::rotary {
 
-template <class P, class A>
-__device__ A table(const void* p, int64_t at) { return static_cast<A>(static_cast<const P*>(p)[at]); }
-
 template <class T>
-__global__ void rotary_kernel(
-    const T* __restrict__ x, Walk x_at, const void* cos, const void* sin, bool wide, Walk table_at, T* __restrict__ y, Walk y_at,
-    int64_t rows, int64_t n, int64_t rot, acc_t<T> sign) {
+struct Args {
+  const T* x;
+  Param<T> cos, sin;
+  T* y;
+  Walk x_at, table_at, y_at;
+  int64_t rows, n, rot;
+  acc_t<T> sign;  // -1 forward, +1 transposed
+};
+
+template <int V, class I, class T>
+__global__ void rotary_kernel(Args<T> a) {
   using A = acc_t<T>;
-  const int64_t half = rot / 2, width = half + (n - rot);  // pairs, then the channels that pass through
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= rows * width) return;
-  const int64_t r = i / width, j = i - r * width;
-  const T* from = x + x_at(r);
-  T* to = y + y_at(r);
-  if (j >= half) {
-    to[j + half] = from[j + half];
-    return;
+  using P = Pack<T, V>;
+  const int64_t half = a.rot / 2;
+  const I per_row = I((half + a.n - a.rot) / V), i = I(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= I(a.rows) * per_row) return;
+  const I r = i / per_row;
+  const int64_t j = int64_t(i - r * per_row) * V;
+  const T* from = a.x + a.x_at(r) + j;
+  T* to = a.y + a.y_at(r) + j;
+  if (j >= half) return P::load(from + half).store(to + half);
+  const int64_t at = a.table_at(r) + j;
+  P x1 = P::load(from), x2 = P::load(from + half);
+  A c1[V], c2[V], s1[V], s2[V];
+  a.cos.template load<V>(at, c1);
+  a.cos.template load<V>(at + half, c2);
+  a.sin.template load<V>(at, s1);
+  a.sin.template load<V>(at + half, s2);
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    // forward: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; transposed: the sines change place and sign
+    const A one = static_cast<A>(x1.v[e]), two = static_cast<A>(x2.v[e]);
+    x1.v[e] = static_cast<T>(one * c1[e] + a.sign * two * (a.sign < 0 ? s1[e] : s2[e]));
+    x2.v[e] = static_cast<T>(two * c2[e] - a.sign * one * (a.sign < 0 ? s2[e] : s1[e]));
   }
-  const int64_t at = table_at(r) + j;
-  const A x1 = static_cast<A>(from[j]), x2 = static_cast<A>(from[j + half]);
-  const A c1 = wide ? table<A, A>(cos, at) : table<T, A>(cos, at), c2 = wide ? table<A, A>(cos, at + half) : table<T, A>(cos, at + half);
-  const A s1 = wide ? table<A, A>(sin, at) : table<T, A>(sin, at), s2 = wide ? table<A, A>(sin, at + half) : table<T, A>(sin, at + half);
-  // forward: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; transposed: the sines change place and sign
-  to[j] = static_cast<T>(x1 * c1 + sign * x2 * (sign < 0 ? s1 : s2));
-  to[j + half] = static_cast<T>(x2 * c2 - sign * x1 * (sign < 0 ? s2 : s1));
+  x1.store(to);
+  x2.store(to + half);
+}
+
+template <int V, class T>
+void run(const Args<T>& a, const Launch& launch) {
+  const int64_t threads = a.rows * (a.n - a.rot / 2) / V;
+  auto kernel = threads < int64_t(1) << 31 ? rotary_kernel<V, uint32_t, T> : rotary_kernel<V, uint64_t, T>;
+  launch(kernel, unsigned((threads + 255) / 256), 256, a);
 }
 
 Tensor apply_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transpose) {
@@ -37,19 +57,22 @@ Tensor apply_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool tr
   const Tensor in = unit ? x : torch::stable::contiguous(x);
   Tensor y = unit ? torch::stable::empty_like(x) : output_like(x);
   if (x.numel() == 0) return y;
-  const Tensor c = torch::stable::contiguous(cos), s = torch::stable::contiguous(sin);
+  Tensor c, s;
   const Launch launch(x);
-  const int64_t rows = x.numel() / n, work = rows * (n - rot / 2);
   dispatch(x.scalar_type(), "rotary", [&](auto t) {
     using T = typename decltype(t)::type;
-    rotary_kernel<T><<<unsigned((work + 255) / 256), 256, 0, launch.stream>>>(
-        read<T>(in), Walk(x, in), c.const_data_ptr(), s.const_data_ptr(), c.scalar_type() != x.scalar_type(), Walk(x, c), write<T>(y),
-        Walk(x, y), rows, n, rot, acc_t<T>(transpose ? 1 : -1));
+    constexpr int V = 16 / sizeof(T);
+    const Param<T> cosine = param<T>(cos, c, x, 0), sine = param<T>(sin, s, x, 0);
+    const Args<T> a{read<T>(in), cosine, sine, write<T>(y), Walk(x, in), Walk(x, c), Walk(x, y), x.numel() / n, n, rot,
+                    acc_t<T>(transpose ? 1 : -1)};
+    const bool whole = rot % (2 * V) == 0 && n % V == 0 && packs<T, V>(a.x, 0) && packs<T, V>(a.y, 0) && cosine.packs() && sine.packs() &&
+                       a.x_at.strides_are_multiples_of(V) && a.y_at.strides_are_multiples_of(V);
+    if (whole) run<V>(a, launch);
+    else run<1>(a, launch);
   });
-  check(cudaGetLastError());
   return y;
 }
 
 }  // namespace fastpeft::rotary
 
-STABLE_TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) { m.impl("rotary", TORCH_BOX(&fastpeft::rotary::apply_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, FASTPEFT_CUDA_KEY, m) { m.impl("rotary", TORCH_BOX(&fastpeft::rotary::apply_cuda)); }

@@ -3,6 +3,7 @@
 Backends: ``native`` (csrc, row-wise ops), ``triton`` (kernels/, tile-wise ops), ``composite`` (ATen, always there).
 ``FASTPEFT_BACKEND`` forces one; where an op lacks the forced backend it stays on composite, and :func:`backend_of` says so.
 ``FASTPEFT_BACKEND=triton`` with ``TRITON_INTERPRET=1`` runs the Triton kernels on CPU tensors, through Triton's interpreter.
+``FASTPEFT_LIBRARY`` is another build of csrc to load; that of tests/cuda/build.py runs the CUDA sources on CPU tensors.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _load_native() -> str:
     """Load csrc's library once; returns '' or the reason it is not there."""
     if FORCED not in ("", "native"):
         return f"FASTPEFT_BACKEND={FORCED}"
-    path = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
+    path = os.environ.get("FASTPEFT_LIBRARY") or next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
     if path is None:
         return "csrc was not built (FASTPEFT_NO_EXT=1, or no compiler at install)"
     try:

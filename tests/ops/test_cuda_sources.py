@@ -1,0 +1,101 @@
+"""csrc's CUDA kernels at the shapes they are made for, run on the CPU by tests/cuda/cuda_runtime.h: `make test-cuda`."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastpeft import _library, ops
+from fastpeft.ops.activations import gelu_reference, swiglu_reference
+from fastpeft.ops.layer_norm import layer_norm_reference
+from fastpeft.ops.rescale import rescale_reference
+from fastpeft.ops.rms_norm import rms_norm_reference
+from fastpeft.ops.rotary import rotary_reference
+
+pytestmark = pytest.mark.skipif("FASTPEFT_LIBRARY" not in os.environ, reason="make test-cuda compiles the CUDA sources for the CPU")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# whole warps and idle lanes, one Pack a thread, two, and more than a block holds; odd ones go an element at a time
+WIDTHS = [8, 256, 768, 1024, 1288, 2048, 3072, 4096, 5120, 6152, 8192, 4099]
+
+
+def test_the_cuda_sources_serve():
+    assert _library.native_missing == ""
+    served = _library.backend_of()
+    assert all(served[op]["CPU"] == "native" for op in ("layer_norm_bwd", "rms_norm_fwd", "rescale_bwd", "rotary", "gelu_fwd"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", WIDTHS)
+def test_norms(check, n, dtype):
+    """Seventeen rows: no multiple of those a block takes. All gradients, dx alone, parameters alone; rows of a wider tensor; a residual."""
+    wide = torch.randn(17, 2 * n).to(dtype)
+    (weight, bias), residual = torch.randn(2, n).to(dtype).unbind(0), torch.randn(17, n).to(dtype)
+
+    def layer(x, *params):
+        return F.layer_norm(x, (n,), *params, 1e-5)
+
+    def layer_sum(x, r, *params):
+        return layer(x + r, *params), x + r
+
+    def rms_sum(x, r, w):
+        return rms_norm_reference(x + r, w, 1e-6), x + r
+
+    for x in (wide[:, :n].contiguous(), wide[:, n:]):
+        for needs in ((True, True, True), (True, False, False), (False, True, False), (False, True, True)):
+            check.no_worse(ops.layer_norm, lambda *a: layer_norm_reference(*a, 1e-5), layer, [x, weight, bias], needs)
+            theirs = lambda *a: rms_norm_reference(*a, 1e-6)  # noqa: E731
+            check.no_worse(ops.rms_norm, theirs, theirs, [x, weight], needs[:2])
+    check.no_worse(ops.add_layer_norm, layer_sum, layer_sum, [x, residual, weight, bias])
+    check.no_worse(ops.add_rms_norm, rms_sum, rms_sum, [x, residual, weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters(check, dtype):
+    x, weight, bias = torch.randn(9, 768).to(dtype), torch.randn(768), torch.randn(768)
+    reference = lambda *a: layer_norm_reference(*a, 1e-5)  # noqa: E731
+    check.no_worse(ops.layer_norm, reference, reference, [x, weight, bias])
+    check.no_worse(ops.rescale, rescale_reference, rescale_reference, [x, weight])
+    check.no_worse(ops.swiglu, swiglu_reference, swiglu_reference, [x, x.flip(0), weight])
+
+
+def test_more_rows_than_partial_sums(check):
+    x, weight, bias = torch.randn(4000, 24), torch.randn(24), torch.randn(24)
+    reference = lambda *a: layer_norm_reference(*a, 1e-5)  # noqa: E731
+    check.no_worse(ops.layer_norm, reference, reference, [x, weight, bias])
+    check.no_worse(ops.layer_norm, reference, reference, [x, weight, bias], (True, False, False))
+    check.no_worse(ops.rescale, rescale_reference, rescale_reference, [x, weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rescale(check, dtype):
+    tokens = torch.randn(2, 37, 3 * 64).to(dtype)
+    heads = tokens.view(2, 37, 3, 64).transpose(1, 2)  # [B, H, M, d], stored [B, M, H, d]
+    wide = torch.randn(5, 11008).to(dtype)
+    cases = [(heads, (3, 1, 64)), (heads, (64,)), (heads, (3, 1, 1)), (heads, (2, 3, 37, 64)), (heads, ()), (heads, (2, 1, 37, 1))]
+    cases += [(tokens, (192,)), (tokens, (37, 192)), (wide, (11008,)), (wide, (5, 1)), (wide[:, 1:], (1,)), (wide[:, 1:9], (8,))]
+    for x, shape in cases:
+        for needs in ((True, True), (True, False), (False, True)):
+            check.no_worse(ops.rescale, rescale_reference, rescale_reference, [x, torch.randn(shape).to(dtype)], needs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [96, 2048, 11008])
+def test_activations(check, n, dtype):
+    both = torch.randn(7, 2 * n).to(dtype)
+    gate, up, scale = both[:, :n], both[:, n:], torch.randn(n).to(dtype)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        check.no_worse(ops.swiglu, swiglu_reference, swiglu_reference, [gate, up, scale], needs)
+    check.no_worse(ops.gelu, gelu_reference, gelu_reference, [gate, scale])
+    check.no_worse(ops.gelu, gelu_reference, gelu_reference, [both[:, 1 : n + 1], scale])  # no row begins where a Pack can
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rot", [128, 64, 20])
+def test_rotary(check, rot, dtype):
+    wide = torch.randn(2, 9, 3, 144).to(dtype).transpose(1, 2)
+    heads = wide[..., :128]
+    angle = torch.rand(9, rot // 2).repeat(1, 2)
+    for tables in ([angle.cos().to(dtype), angle.sin().to(dtype)], [angle.cos(), angle.sin()]):
+        for x in (heads, heads.contiguous(), wide[..., 1 : rot + 9]):
+            check.no_worse(ops.rotary, rotary_reference, rotary_reference, [x, *tables], (True, False, False))
