@@ -127,7 +127,7 @@ def _joined(q: Tensor, alone: bool) -> bool:
 
 def _before(p: Tensor, t: Tensor) -> Tensor:
     """[p; t]: [B, H_kv, n + N, d] of p [H_kv, n, d] and t [B, H_kv, N, d], laid out [B, n + N, H_kv, d], as projections and ATen leave
-    theirs: the kernels take 0.91-0.96 of the time that they take on one head after the other (fp32, H12 d64, M 20 to 128; 1.06 at H32
+    theirs: the kernels take 0.91-0.95 of the time that they take on one head after the other (fp32, H12 d64, M 20 to 128; 1.08 at H32
     d128 M512, whose rows, whole pages apart, share few sets of the cache: heads one after the other there)."""
     pages = t.shape[1] * t.shape[3] * t.element_size() % 4096 == 0
     both = p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t

@@ -114,11 +114,6 @@ _backward = _library.define(
 )
 
 
-def _cheaper_in_aten(h: Tensor, dh: Tensor | None, need_params: bool) -> bool:
-    """The measured rule (see the table above)."""
-    return h.device.type == "cpu" and h.dtype == torch.float16 and dh is None and not need_params
-
-
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
@@ -146,8 +141,7 @@ class _LayerNorm(Function):
             flat = dy.reshape(-1, dy.shape[-1])
             return None, None, None, flat.sum(0, dtype=accumulator(dy.dtype)).to(ctx.param_dtype), None
         h, weight, mean, rstd = ctx.saved_tensors
-        run = _bwd if _cheaper_in_aten(h, dh, need_weight or need_bias) else _backward
-        dx, dweight, dbias = run(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
+        dx, dweight, dbias = _backward(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
         dweight, dbias = dweight if need_weight else None, dbias if need_bias else None
         return dx if need_x else None, dx if need_residual else None, dweight, dbias, None
 
