@@ -21,6 +21,14 @@ struct Vec {
 template <class E, int B>  // the elements of E that B bytes of its accumulator stand for
 using packed_t = typename Vec<std::conditional_t<std::is_same_v<E, acc_t<E>>, E, uint16_t>, int(B * sizeof(E) / sizeof(acc_t<E>))>::type;
 
+template <class To, class From>
+FASTPEFT_INLINE To as(const From& from) {  // the same bits
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 template <int B, class E>
 FASTPEFT_INLINE typename Vec<acc_t<E>, B>::type load(const E* p) {
   typename Vec<acc_t<E>, B>::type out;
@@ -29,12 +37,17 @@ FASTPEFT_INLINE typename Vec<acc_t<E>, B>::type load(const E* p) {
   if constexpr (std::is_same_v<E, acc_t<E>>) {
     out = from;
   } else if constexpr (std::is_same_v<E, bf16>) {
-    const auto word = __builtin_convertvector(from, typename Vec<uint32_t, B>::type) << 16;
-    std::memcpy(&out, &word, B);
+    out = as<decltype(out)>(__builtin_convertvector(from, typename Vec<uint32_t, B>::type) << 16);
   } else if constexpr (B >= 32) {
     asm("vcvtph2ps %1, %0" : "=v"(out) : "v"(from));
-  } else {
-    for (int i = 0; i < Vec<float, B>::width; ++i) out[i] = get(p[i]);
+  } else if constexpr (B == sizeof(float)) {
+    out[0] = get(*p);
+  } else {  // as get, by vectors
+    using U = typename Vec<uint32_t, B>::type;
+    const U word = __builtin_convertvector(from, U), magnitude = (word & 0x7fffu) << 13, sign = (word & 0x8000u) << 16;
+    const U normal = magnitude + (112u << 23) + (U(magnitude >= (31u << 23)) & (112u << 23));
+    const U subnormal = as<U>(as<decltype(out)>(magnitude + (113u << 23)) - from_bits(113u << 23));
+    out = as<decltype(out)>(sign | (magnitude < (1u << 23) ? subnormal : normal));
   }
   return out;
 }
@@ -47,15 +60,20 @@ FASTPEFT_INLINE void store(E* p, const V& v) {
   if constexpr (std::is_same_v<E, acc_t<E>>) {
     to = v;
   } else if constexpr (std::is_same_v<E, bf16>) {
-    typename Vec<uint32_t, B>::type u;
-    std::memcpy(&u, &v, B);
+    const auto u = as<typename Vec<uint32_t, B>::type>(v);
     const auto rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     to = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded, packed_t<E, B>);
   } else if constexpr (B >= 32) {
     asm("vcvtps2ph $0, %1, %0" : "=v"(to) : "v"(v));
-  } else {
-    for (int i = 0; i < Vec<float, B>::width; ++i) put(p + i, v[i]);
-    return;
+  } else if constexpr (B == sizeof(float)) {
+    return put(p, v[0]);
+  } else {  // as put, by vectors
+    using U = typename Vec<uint32_t, B>::type;
+    const U u = as<U>(v), magnitude = u & 0x7fffffffu;
+    const U normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+    const U subnormal = as<U>(as<V>(magnitude) + 0.5f) - bits(0.5f);
+    const U finite = magnitude >= 0x477ff000u ? U{} + 0x7c00u : magnitude < (113u << 23) ? subnormal : normal;
+    to = __builtin_convertvector(((u >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? U{} + 0x7e00u : finite), packed_t<E, B>);
   }
   if constexpr (STREAM && sizeof to == 64) asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<packed_t<E, B>*>(p)) : "v"(to));
   else std::memcpy(p, &to, sizeof to);
