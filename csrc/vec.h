@@ -110,13 +110,13 @@ inline int64_t last_cache() {
 #endif
   return 0;
 }
-// Whether an output goes past the caches: where it and two inputs of its size do not fit into the last of them, a store that reads its line
-// first is traffic for nothing, and evicts what is still to be read. LayerNorm's backward with what reads dx next, a sum, an addition or a
-// product, took 0.80-0.97 of the time from 38 MB on, 0.9-1.1 of it below 20 (AMD, 32 MiB, fp32).
+// Whether an output goes past the caches: where it and two inputs of its size fill three quarters of the last of them, a store that reads
+// its line first is traffic for nothing, and evicts what is still to be read. LayerNorm's backward with what reads dx next, a sum, an
+// addition or a product, took 0.80-0.98 of the time from 28 MB on, 0.9-1.1 of it below 20 (AMD, 32 MiB, fp32).
 inline bool past_caches(const Tensor& out) {
   static const int64_t last = last_cache();
   const int64_t size = out.numel() * out.element_size(), row = out.size(out.dim() - 1) * out.element_size();
-  return last > 0 && 3 * size > last && row % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+  return last > 0 && 4 * size > last && row % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
 }
 FASTPEFT_INLINE void stream_end() {
 #if defined(__x86_64__)

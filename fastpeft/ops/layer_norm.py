@@ -33,7 +33,9 @@ as they come, in a heap that holds them; rows of 128x768 lie in the second-level
 
 That is the operators alone. What bounds the larger fp32 ones is memory: "all" runs at 0.9, 0.7 and 0.8 of the rate of a plain
 c = a + b over dy, h and dx in the same run (4096x768, 2048x2048, 1024x4096; ATen at 0.57, 0.44 and 0.45), "params" at 0.7 of that of a sum
-of both. autograd's Python adds 60 to 100 us a backward over ATen's C++ (bench/results/ops_cpu.json has both), whichever computes.
+of both. 2048x768, which the last-level cache holds, runs at 0.6 of it. Between these widths: "all" 1.44 at 2048x1280 and 1.55 at
+2048x1536, where "params" still loses, 0.85 and 0.91. autograd's Python adds 60 to 100 us a backward over ATen's C++
+(bench/results/ops_cpu.json has both), whichever computes.
 """
 
 from __future__ import annotations
