@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     using A = acc_t<T>;
     const auto wide = widen<A>(scale, g.n, 1);
     const int64_t parts = row_parts(g.count, g.n);
-    std::vector<A> sums(need_dscale ? parts * 2 * g.n : 0, A(0));
+    Aligned<A> sums(need_dscale ? parts * 2 * g.n : 0, A(0));
     parallel_parts(g.count, parts, [&](int64_t p, int64_t begin, int64_t end) {
       A* sum = need_dscale ? sums.data() + p * 2 * g.n : nullptr;
       const Args<T> a{read<T>(d.own), read<T>(g.own), up ? read<T>(u.own) : nullptr, d.stride, g.stride, u.stride, g.n, wide.data(),

@@ -42,12 +42,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const auto w = widen<A>(weight, in.n, 1);
     const int64_t parts = row_parts(in.count, in.n);
     const bool params = need_dweight || need_dbias;
-    std::vector<A> sums(params ? parts * 2 * in.n : 0, A(0));  // per part: dweight, dbias
+    Aligned<A> sums(params ? parts * 2 * in.n : 0, A(0));  // per part: dweight, dbias
     parallel_parts(in.count, parts, [&](int64_t p, int64_t begin, int64_t end) {
       A* sum = params ? sums.data() + p * 2 * in.n : nullptr;
       const NormBwd<T> a{read<T>(up.own), read<T>(in.own), dh ? read<T>(carry.own) : nullptr, up.stride, in.stride, carry.stride,
-                         in.n, w.data(), read<A>(mean), read<A>(rstd), need_dx ? write<T>(dx) : nullptr, sum,
-                         params ? sum + in.n : nullptr};
+                         in.n, w.data(), read<A>(mean), read<A>(rstd), need_dx ? write<T>(dx) : nullptr,
+                         need_dx && past_caches(dx), sum, params ? sum + in.n : nullptr};
       bwd_rows(a, begin, end);
     });
     if (need_dweight) narrow_sum(sums.data(), parts, 2 * in.n, dweight);

@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Maybe& x, const Tens
     const auto wide = widen<A>(dense, numel, 1);
     const bool fold = numel <= 64 * up.n;  // a longer scale has few rows per element: nothing to gain, and a copy to lose
     const int64_t parts = std::min(row_parts(up.count, up.n), std::max<int64_t>(1, dy.numel() / std::max<int64_t>(1, 4 * numel)));
-    std::vector<A> sums(need_dscale ? parts * 2 * numel : 0, A(0));
+    Aligned<A> sums(need_dscale ? parts * 2 * numel : 0, A(0));
     parallel_parts(up.count, parts, [&](int64_t p, int64_t begin, int64_t end) {
       A* sum = need_dscale ? sums.data() + p * 2 * numel : nullptr;
       const Args<T> a{read<T>(up.own), need_dscale ? read<T>(in.own) : nullptr, up.stride, in.stride, up.n, wide.data(),

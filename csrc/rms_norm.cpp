@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe& residua
   dispatch(x.scalar_type(), "rms_norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
-    const auto w = widen<A>(weight, in.n, 1), zero = std::vector<A>(in.n, A(0));
+    const auto w = widen<A>(weight, in.n, 1), zero = Aligned<A>(in.n, A(0));
     const NormFwd<T> a{read<T>(in.own), residual ? read<T>(other.own) : nullptr, in.stride, other.stride, in.n, w.data(),
                        zero.data(), A(eps), write<T>(y), write<T>(h), nullptr, keep ? write<A>(rstd) : nullptr};
     parallel_rows(in.count, in.n, [&](int64_t begin, int64_t end) { fwd_rows(a, begin, end); });
@@ -36,11 +36,12 @@ std::tuple<Tensor, Tensor> backward(
     using A = acc_t<T>;
     const auto w = widen<A>(weight, in.n, 1);
     const int64_t parts = row_parts(in.count, in.n);
-    std::vector<A> sums(need_dweight ? parts * in.n : 0, A(0));  // per part: dweight
+    Aligned<A> sums(need_dweight ? parts * in.n : 0, A(0));  // per part: dweight
     parallel_parts(in.count, parts, [&](int64_t p, int64_t begin, int64_t end) {
       A* sum = need_dweight ? sums.data() + p * in.n : nullptr;
       const NormBwd<T> a{read<T>(up.own), read<T>(in.own), dh ? read<T>(carry.own) : nullptr, up.stride, in.stride, carry.stride,
-                         in.n, w.data(), nullptr, read<A>(rstd), need_dx ? write<T>(dx) : nullptr, sum, nullptr};
+                         in.n, w.data(), nullptr, read<A>(rstd), need_dx ? write<T>(dx) : nullptr,
+                         need_dx && past_caches(dx), sum, nullptr};
       bwd_rows(a, begin, end);
     });
     if (need_dweight) narrow_sum(sums.data(), parts, in.n, dweight);

@@ -6,7 +6,7 @@
              dl_k = sum Q dQ',  dQ = dQ' l_k           dl_v = sum dO' O,  dO = dO' l_v
     prefix   keys [P_k; K], values [P_v; V]: the parts' outputs meet by their lse,
              O = O_r + w (O_p - O_r),  w = sigmoid(lse_p - lse_r)
-             The prefix has no batch dimension and is never expanded (prefix_attention.py). Backward runs once per part, each
+             There the prefix has no batch dimension and is never expanded (prefix_attention.py). Backward runs once per part, each
              with the merged O and lse; dP is summed over the batch inside.
 
 Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
@@ -20,7 +20,9 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
 
-On the CPU a prefix in 16 bit is put before the keys for each call instead (and P alone keeps k and v too): see _joined.
+On the CPU a prefix is put before the keys for each call, unless it alone needs a gradient (and in 16 bit even then: P alone keeps k and v
+too): see _joined. The joined keys are made again in backward; only where scores are few are they kept, by PyTorch, in place of k and v
+(and in place of nothing for P alone): see FEW.
 
 This is the CPU's path, and CUDA's with a prefix: the tokens through ATen's flash kernel in 16 bit, through its efficient one in float32 or
 where there is padding (_flash.py). Without a prefix, with dropout or in float64 the same folding surrounds SDPA, flash-attn or xformers on
@@ -43,6 +45,11 @@ from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
 from fastpeft.ops.attention_dropout import attention_with_dropout
 from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
 from fastpeft.ops.rescale import rescale as rescaled
+
+# Scores below which a prefix's call on the CPU goes to SDPA, as autograd's Python would show; a quarter of them where the prefix alone
+# is trained. Forward and backward over torch.cat and SDPA (AMD EPYC, one thread, fp32, n10 d64, interleaved, least of many, the middle of
+# three runs), this file's own first: B4 H12 M20 1.19, 1.03; B20 H12 M10 1.13, 1.02; M20 1.03, 1.00.
+FEW = 1 << 18
 
 
 def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=None, prefix=None, rescale=None) -> Tensor:
@@ -83,38 +90,61 @@ def _sum_per_kv_head(a: Tensor, b: Tensor, l: Tensor) -> Tensor:
     return total.unflatten(0, (l.shape[0], -1)).sum(1).to(l.dtype)
 
 
+def _few(q, k, v, prefix) -> bool:
+    """Whether a call with a prefix is so small that keys joined by PyTorch's own functions cost less (see FEW)."""
+    if q.device.type != "cpu":
+        return False
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * (k.shape[2] + prefix[0].shape[1])
+    alone = wants_grad(*prefix) and not wants_grad(q, k, v)
+    return scores < (FEW // 4 if alone else FEW)
+
+
 def _serves(q, k, v, causal, padding, prefix, dropout_p: float) -> bool:
-    """Whether this file's autograd function takes the call: every one on the CPU, elsewhere those with a prefix that a kernel takes."""
+    """Whether this file's autograd function takes the call: on the CPU every one but a small one with a prefix, elsewhere those with a
+    prefix that a kernel takes."""
     if dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
         return False
     if q.device.type != "cpu" and (prefix is None or CHOICE not in ("", "sdpa")):
+        return False
+    if prefix is not None and _few(q, k, v, prefix):
         return False
     is_causal = causal and q.shape[2] == k.shape[2]
     masked = padding is not None or (causal and not is_causal and q.shape[2] > 1)
     return kernel_of(q, k, v, is_causal, masked) != ""
 
 
-def _joined(q: Tensor) -> bool:
-    """Whether a prefix is put before the keys for the call. In 16 bit, rounding each part's output before they meet doubles the error:
-    CUDA's kernel rounds the tokens' part alone, and saves the copy. Measured too, forward and backward on one CPU thread, the time of
-    parts that meet over that of joined keys: bfloat16 1.33 (B20 H12 M20 n10 d64) and 1.00-1.16 (B4 H32 M512 n10 d128). In float32 0.88-1.05
-    and 0.98-1.10, and k and v are not copied, in forward and again in backward (68 MB in the second case); the prefix's gradient alone
-    needs neither."""
-    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+def _joined(q: Tensor, alone: bool) -> bool:
+    """Whether a prefix is put before the keys for the call; ``alone``: it alone needs a gradient.
+
+    Measured on the CPU, forward and backward, as FEW above, the time of joined keys and of parts that meet over torch.cat's and SDPA's:
+    fp32 1.04 and 1.23 (B20 H12 M35 n10 d64, padded), 1.00 and 1.13 (M64), 1.01 and 1.12 (B4 H32 M256 d128); the prefix alone 1.02 and
+    0.72, 1.02 and 0.63, 1.03 and 0.45, without keeping k and v. In 16 bit, rounding each part's output before they meet doubles the
+    error: there parts are for CUDA, whose kernel rounds the tokens' part alone and saves the copy."""
+    if q.device.type != "cpu":
+        return False
+    return not alone or q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _before(p: Tensor, t: Tensor) -> Tensor:
+    """[p; t]: [B, H_kv, n + N, d] of p [H_kv, n, d] and t [B, H_kv, N, d], laid out [B, n + N, H_kv, d], as projections and ATen leave
+    theirs: the kernels take 0.91-0.95 of the time that they take on one head after the other (fp32, H12 d64, M 20 to 128; 1.08 at H32
+    d128 M512, whose rows, whole pages apart, share few sets of the cache: heads one after the other there)."""
+    pages = t.shape[1] * t.shape[3] * t.element_size() % 4096 == 0
+    both = p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t
+    return torch.cat(both, 2) if pages else torch.cat([x.transpose(1, 2) for x in both], 1).transpose(1, 2)
 
 
 def _join(q, k, v, pk, pv, causal, padding):
     """[P_k; K], [P_v; V] and their additive mask; made again in backward rather than kept."""
-    k_all, v_all = (torch.cat([p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], 2) for p, t in ((pk, k), (pv, v)))
     mask = allowed_keys(q, k, causal, padding)
     if mask is not None:
         mask = torch.nn.functional.pad(mask, (pk.shape[1], 0), value=True)
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    return k_all, v_all, mask
+    return _before(pk, k), _before(pv, v), mask
 
 
-def _forward(causal, scale, padding, q, k, v, pk, pv, lk):
-    if pk is not None and _joined(q):
+def _forward(causal, scale, padding, joined, q, k, v, pk, pv, lk):
+    if joined:
         k, v, mask = _join(q, k, v, pk, pv, causal, padding)
         return flash(q, k, v, mask=mask, scale=scale)
     is_causal, mask = _plan(q, k, causal, padding)
@@ -131,9 +161,9 @@ def _forward(causal, scale, padding, q, k, v, pk, pv, lk):
 class _Attention(Function):
     @staticmethod
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv, lk, lv):
-        o, lse = _forward(causal, scale, padding, q, k, v, pk, pv, lk)
         need_q, need_k, need_v, need_pk, need_pv, need_lk, need_lv = ctx.needs_input_grad[3:]
-        ctx.joined = pk is not None and _joined(q)
+        ctx.joined = pk is not None and _joined(q, alone=not (need_q or need_k or need_v))
+        o, lse = _forward(causal, scale, padding, ctx.joined, q, k, v, pk, pv, lk)
         ctx.real = need_q or need_k or need_v or need_lk or (ctx.joined and (need_pk or need_pv))
         ctx.prefix = pk is not None and not ctx.joined and (need_pk or need_pv or need_q)
         ctx.causal, ctx.scale = causal, scale
@@ -157,7 +187,7 @@ class _Attention(Function):
             n = pk.shape[1]
             k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
             dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
-            dpk, dpv = (t[:, :, :n].sum(0, dtype=torch.float32).to(p.dtype) for t, p in ((dk, pk), (dv, pv)))
+            dpk, dpv = (t[:, :, :n].sum(0, dtype=accumulator(t.dtype)).to(p.dtype) for t, p in ((dk, pk), (dv, pv)))
             dk, dv = dk[:, :, n:], dv[:, :, n:]
         elif ctx.real:
             is_causal, mask = _plan(q, k, ctx.causal, padding)
@@ -247,5 +277,6 @@ def attention(
         return o if lv is None else rescaled(o, _per_query_head(lv, o))
     if wants_grad(q, k, v, pk, pv, lk, lv):
         return _Attention.apply(causal, scale, key_padding_mask, q, k, v, pk, pv, lk, lv)
-    o, _ = _forward(causal, scale, key_padding_mask, q, k, v, pk, pv, lk)
+    joined = pk is not None and _joined(q, alone=False)
+    o, _ = _forward(causal, scale, key_padding_mask, joined, q, k, v, pk, pv, lk)
     return o if lv is None else o * _per_query_head(lv, o)

@@ -19,18 +19,23 @@ Accumulation: float32 (float64 for float64), statistics by two passes over the r
 
 x_hat is never rebuilt from y by dividing by weight: a zero weight would lose it.
 
-csrc on a CPU (AMD EPYC, one thread, AVX-512; time of ATen over ours, interleaved, least of 25, the middle of three runs; rows of 128x768
-lie in the second-level cache, those of 2048x2048 in none):
+csrc on a CPU (AMD EPYC, one thread, AVX-512; time of ATen over ours, interleaved, least of 23, the middle of three runs; outputs allocated
+as they come, in a heap that holds them; rows of 128x768 lie in the second-level cache, those of 4096x768 in fp32 in none):
 
 | rows x width | fp32 fwd, all, dx, params | bf16 fwd, all, dx, params | fp16 fwd, all, dx, params |
 |--------------|---------------------------|---------------------------|---------------------------|
-| 128 x 768    | 1.2, 1.3, 1.13, 0.9       | 1.3, 2.0, 1.2, 2.2        | 1.1, 1.5, 1.03, 1.0       |
-| 2048 x 768   | 1.2, 1.1, 1.3, 0.9        | 1.5, 2.3, 1.3, 2.7        | 1.1, 1.3, 0.97, 1.1       |
-| 2048 x 2048  | 1.1, 1.05, 1.3, 1.06      | 1.4, 1.7, 1.3, 1.9        | 0.85, 0.85, 0.54, 0.6     |
+| 128 x 768    | 1.16, 1.3, 1.13, 1.02     | 1.04, 1.9, 1.13, 2.1      | 1.2, 2.0, 1.4, 1.8        |
+| 2048 x 768   | 1.3, 1.35, 1.5, 0.94      | 1.14, 2.1, 1.19, 2.9      | 1.5, 2.5, 1.6, 2.8        |
+| 4096 x 768   | 1.09, 1.6, 1.2, 0.97      | 1.13, 2.0, 1.18, 2.6      | 1.5, 2.3, 1.6, 2.5        |
+| 2048 x 2048  | 1.10, 1.55, 1.45, 1.16    | 1.15, 1.7, 1.17, 1.75     | 1.5, 1.9, 1.55, 1.6       |
+| 1024 x 4096  | 1.11, 1.75, 1.6, 1.2      | 1.07, 1.85, 1.24, 2.1     | 1.01, 2.1, 1.4, 1.8       |
+| 2048 x 4096  | 1.09, 1.7, 1.5, 1.24      | 1.02, 1.9, 1.20, 2.2      | 0.99, 2.0, 1.4, 1.8       |
 
-That is the operators alone. In fp32 the larger ones wait for memory. autograd's Python adds 60 to 100 us a backward over ATen's C++
-(bench/results/ops_cpu.json has both), whichever computes. fp16's dx alone goes to ATen, which converts as it reads; on an Intel machine,
-with the code before this one, fp16's other cases were faster than ATen at every size, so they stay.
+That is the operators alone. What bounds the larger fp32 ones is memory: "all" runs at 0.9, 0.7 and 0.8 of the rate of a plain
+c = a + b over dy, h and dx in the same run (4096x768, 2048x2048, 1024x4096; ATen at 0.57, 0.44 and 0.45), "params" at 0.7 of that of a sum
+of both. 2048x768, which the last-level cache holds, runs at 0.6 of it. Between these widths: "all" 1.44 at 2048x1280 and 1.55 at
+2048x1536, where "params" still loses, 0.85 and 0.91. autograd's Python adds 60 to 100 us a backward over ATen's C++
+(bench/results/ops_cpu.json has both), whichever computes.
 """
 
 from __future__ import annotations
@@ -114,11 +119,6 @@ _backward = _library.define(
 )
 
 
-def _cheaper_in_aten(h: Tensor, dh: Tensor | None, need_params: bool) -> bool:
-    """The measured rule (see the table above)."""
-    return h.device.type == "cpu" and h.dtype == torch.float16 and dh is None and not need_params
-
-
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
@@ -146,8 +146,7 @@ class _LayerNorm(Function):
             flat = dy.reshape(-1, dy.shape[-1])
             return None, None, None, flat.sum(0, dtype=accumulator(dy.dtype)).to(ctx.param_dtype), None
         h, weight, mean, rstd = ctx.saved_tensors
-        run = _bwd if _cheaper_in_aten(h, dh, need_weight or need_bias) else _backward
-        dx, dweight, dbias = run(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
+        dx, dweight, dbias = _backward(dy, h, weight, mean, rstd, dh, need_dx, need_weight, need_bias)
         dweight, dbias = dweight if need_weight else None, dbias if need_bias else None
         return dx if need_x else None, dx if need_residual else None, dweight, dbias, None
 

@@ -14,6 +14,8 @@ Accumulation: float32 (float64 for float64); one rounding, at the store (transfo
 | x or residual        | h (x itself without residual), rstd, weight (the parameter, no copy) | dx                  |
 | weight, not x        | the same                                                             | dweight; no dx      |
 | none                 | nothing; no autograd node at all                                     |                     |
+
+On a CPU csrc/norm.h's loops serve both norms: layer_norm.py has the figures.
 """
 
 from __future__ import annotations

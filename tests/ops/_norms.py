@@ -58,6 +58,37 @@ class Norm:
         zero[::3] = 0  # x_hat must not be rebuilt from y
         self.compare(check, [noise.to(dtype), zero, *bias])
 
+    def every_16_bit_number(self, dtype, n):
+        """Subnormals, infinities, nan and what rounds to them, from views at any address: h = x + residual is rounded once, to the bit."""
+        rows = -(-(2**16) // n)
+        every = torch.arange(rows * n).to(torch.int16).view(dtype)
+        for offset in (0, 1, 5):
+            x = torch.cat([every[:offset], every])[offset:].view(rows, n)
+            for residual in (torch.zeros(rows, n, dtype=dtype), every.flip(0).view(rows, n), every.roll(7777).view(rows, n)):
+                y, h = self.fused(x, residual, *[torch.ones(n, dtype=dtype)] * self.params)
+                torch.testing.assert_close(h, (x.float() + residual.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+                if dtype == torch.float16:  # squares of the largest bfloat16 are not finite
+                    assert torch.equal(y.isnan().any(-1), ~h.isfinite().all(-1))
+
+    def wide_rows(self, check, dtype):
+        """Seven of them: four at once in backward, then three."""
+        inputs = self.make(4099, dtype, rows=(7,))
+        for needs in check.subsets(1 + self.params):
+            self.compare(check, inputs, needs)
+
+    def larger_than_caches(self, rows, n, carry):
+        """dx, and with ``carry`` the sum's gradient in it, may be stored past the caches; rows do not see each other."""
+        x, residual, dy, dh = (torch.randn(rows, n) for _ in range(4))
+        params = [torch.randn(n) for _ in range(self.params)]
+
+        def dx(part):
+            leaf = x[part].clone().requires_grad_()
+            outputs = self.fused(leaf, residual[part], *params)[: 1 + carry]
+            return torch.autograd.grad(outputs, leaf, [dy[part], dh[part]][: 1 + carry])[0]
+
+        parts = [dx(slice(at, at + rows // 4)) for at in range(0, rows, rows // 4)]
+        assert torch.equal(dx(slice(None)), torch.cat(parts))
+
     def empty_batch(self, check, shape):
         params = [torch.ones(shape[-1]) for _ in range(self.params)]
         (y,), (dx, *dparams) = check.run(self.ours, [torch.empty(shape), *params])

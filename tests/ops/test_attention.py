@@ -1,5 +1,6 @@
 """attention against its definition in float64, and against what users write around F.scaled_dot_product_attention."""
 
+import importlib
 import itertools
 import sys
 import types
@@ -14,9 +15,19 @@ from fastpeft import _library
 from fastpeft.ops import attention_backends as backends
 from fastpeft.ops.attention import attention, attention_reference
 
+ours = importlib.import_module("fastpeft.ops.attention")  # fastpeft.ops has the function under that name
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("q", "k", "v", "P_k", "P_v", "l_k", "l_v")
 FEW = _library.FORCED == "triton"  # no kernel of this op is Triton's: its mode repeats the default one, thinned out
+
+
+FEW = ours.FEW
+
+
+@pytest.fixture(autouse=True)
+def none_handed_over(monkeypatch):
+    """Calls here are small: those with a prefix would go to SDPA."""
+    monkeypatch.setattr(ours, "FEW", 0)
 
 
 def make(B=2, H=4, G=2, M=5, N=7, d=8, n=3, dtype=torch.float32):
@@ -160,6 +171,30 @@ def test_saved_bytes(check):
         trained = trained or (extra if prefix else ())
         leaves = [tensors[name].requires_grad_(name in trained) for name in NAMES[:3] + extra]
         assert check.saved_bytes(calling(attention, prefix=prefix, rescale=rescale), leaves, free=leaves[3:]) == want, (extra, trained)
+
+
+@pytest.mark.parametrize("causal, padded", [*itertools.product((False, True), repeat=2)])
+def test_few_scores_with_a_prefix(check, monkeypatch, causal, padded):
+    """Handed over to SDPA around joined keys, below FEW of them; a quarter of it where only the prefix needs a gradient."""
+    B, H, M, n, d = 2, 4, 7, 3, 8
+    scores = B * H * M * (M + n)
+    assert scores < FEW // 4
+    inputs = make(B, H, H, M, M, d, n)[:5]
+    options = {"causal": causal, "mask": padding(B, M) if padded else None, "rescale": False}
+    fns = [calling(fn, **options) for fn in (attention, attention_reference, written_out)]
+    q, joined, lse, mask = B * H * M * d * 4, B * H * (M + n) * d * 4, B * H * M * 4, 0
+    if causal or padded:
+        mask = (B if padded else 1) * (M if causal else 1) * (M + n) * 4
+    alone = (False, False, False, True, True)
+    for few, handed in ((4 * scores + 4, ((True,) * 5, alone)), (scores + 1, ((True,) * 5,)), (scores, ())):
+        monkeypatch.setattr(ours, "FEW", few)
+        for needs in ((True,) * 5, alone):
+            check.no_worse(*fns, inputs, needs)
+            leaves = [t.clone().requires_grad_(need) for t, need in zip(inputs, needs)]
+            kept = check.saved_bytes(fns[0], leaves, free=leaves[3:])
+            padded_bytes = B * M * padded if needs != alone else 0
+            ours_keep = 2 * q + lse + (2 * q + padded_bytes if needs != alone else 0)
+            assert kept == (2 * q + 2 * joined + lse + mask if needs in handed else ours_keep), (few, needs)
 
 
 def test_flops(check):

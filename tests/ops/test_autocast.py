@@ -154,7 +154,7 @@ def test_second_derivatives_are_refused(name):
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)  # the first is fine
     plain = torch.autograd.grad(sum(o.square().sum() for o in _tuple(op(*args))), x)[0]
     assert torch.equal(grad.detach(), plain)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match=r"no second derivative|derivative for aten::.* is not implemented"):  # ours, or SDPA's own
         (grad.square().sum() + loss).backward()
 
 

@@ -67,6 +67,23 @@ def test_hard_rows(check, norm, dtype):
     norm.hard_rows(check, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 7, 17, 257, 901])
+def test_every_16_bit_number(norm, dtype, n):
+    norm.every_16_bit_number(dtype, n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows(check, norm, dtype):
+    norm.wide_rows(check, dtype)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("rows, n", [(6000, 1024), (1500, 4096)])
+def test_larger_than_caches(norm, rows, n, carry):
+    norm.larger_than_caches(rows, n, carry)
+
+
 @pytest.mark.parametrize("shape", [(0, 768), (2, 0, 7)])
 def test_empty_batch(check, norm, shape):
     norm.empty_batch(check, shape)

@@ -17,6 +17,12 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.5e-2, 
 SCALE = 0.3
 
 
+@pytest.fixture(autouse=True)
+def none_handed_over(monkeypatch):
+    """Calls here are small: those with a prefix would go to SDPA."""
+    monkeypatch.setattr(module, "FEW", 0)
+
+
 def make(B=2, H=4, G=2, M=7, N=9, d=32, n=5, dtype=torch.float32, params=None):
     """q, k, v, do as projections leave them, [B, M, H, d] in memory; P_k, P_v [G, n, d]."""
     q, k, v, do = (torch.randn(B, m, h, d).to(dtype).transpose(1, 2) for m, h in ((M, H), (N, G), (N, G), (M, H)))
@@ -137,7 +143,7 @@ def test_deterministic():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_through_attention(check, monkeypatch, dtype, causal, M, N):
     """CUDA's path in 16 bit, with the CPU's flash in place of CUDA's: every subset of gradients."""
-    monkeypatch.setattr(module, "_joined", lambda q: False)
+    monkeypatch.setattr(module, "_joined", lambda q, alone: False)
     q, k, v, _, pk, pv = make(M=M, N=N, dtype=dtype)
     call = lambda fn: lambda q, k, v, *p: fn(q, k, v, causal=causal, scale=SCALE, prefix=p)  # noqa: E731
     wide = [t.double() for t in (q, k, v, pk, pv)]
@@ -189,7 +195,7 @@ class Efficient:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_efficient_through_attention(check, monkeypatch, dtype, causal, M, N, padded):
     """CUDA's path in float32 and with padding (to the left, to the right, a sample of padding alone), on a stand-in for its kernel."""
-    monkeypatch.setattr(module, "_joined", lambda q: False)
+    monkeypatch.setattr(module, "_joined", lambda q, alone: False)
     monkeypatch.setattr(flash_module, "kernel_of", lambda *a: "efficient")
     monkeypatch.setattr(flash_module, "_efficient", Efficient.forward)
     monkeypatch.setattr(flash_module, "_efficient_bwd", Efficient.backward)
