@@ -70,8 +70,8 @@ struct GELUTanh {  // (1 + tanh u) / 2 is the sigmoid of 2 u
   template <class A>
   static FASTPEFT_INLINE A of(A g, A* slope) {
     const A beta = A(1.59576912160573071176), kappa = A(0.044715);  // 2 sqrt(2 / pi)
-    const A sigma = sigmoid(beta * (g + kappa * g * g * g)), side = sigma * (1 - sigma);
-    *slope = sigma + (side > 0 ? g * side * beta * (1 + 3 * kappa * g * g) : A(0));
+    const A e = exponential(-beta * (g + kappa * g * g * g)), sigma = 1 / (1 + e), side = sigma * (e * sigma);  // 1 - sigma would cancel
+    *slope = sigma + (side > A(1e-37) ? g * side * beta * (1 + 3 * kappa * g * g) : A(0));  // not where e is inf, or at its clamp
     return g * sigma;
   }
 };
