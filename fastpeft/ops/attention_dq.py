@@ -55,6 +55,7 @@ dq_alone = _library.define(
     "attention_dq(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, float scale) -> Tensor",
     fake=lambda do, q, *_: torch.empty_like(q),
     composite=_dq,
+    native=False,
 )
 
 
