@@ -19,6 +19,7 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 |                     |                                      | dq alone by three products of its five (attention_dq.py)   |
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
+| with dropout        | a seed in place of o and lse: attention_dropout.py has its own table                              |
 
 On the CPU a prefix in 16 bit is put before the keys for each call instead (and P alone keeps k and v too): see _joined.
 
@@ -231,7 +232,7 @@ def attention(
     if prefix is not None:
         prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
     if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
-        k, v = (t * l.to(t.dtype)[:, None] for t, l in zip((k, v), rescale))
+        k, v = (rescaled(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
         rescale = None
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)

@@ -153,6 +153,7 @@ def test_saved_bytes(check):
     q, kv, lse = B * H * M * d * 4, B * G * N * d * 4, B * H * M * 4
     everything = 2 * q + 2 * kv + lse
     cases = [((), everything, "qkv"), (("P_k", "P_v"), everything, "qkv"), (("l_k", "l_v"), everything, "qkv")]
+    cases += [(("P_k", "P_v", "l_k", "l_v"), everything, ("q", "k", "v", "P_k", "P_v", "l_k", "l_v"))]  # k and v before their factors
     cases += [(("P_k", "P_v"), 2 * q + lse, ()), (("l_k", "l_v"), q, ("l_v",)), ((), 0, ())]
     for extra, want, trained in cases:
         tensors = dict(zip(NAMES, make(B, H, G, M, N, d)))
