@@ -21,6 +21,7 @@ precision accumulates in float32 (ATen). Source: the absorbed form of DeepSeek-V
 |-----------------------------------|---------------------------------------------------------------------------------|
 | anything                          | q [T, H, d] and E (shared by all layers); q~ and P are formed again             |
 | a trained value weight or lora_A  | nothing more: dW takes P E formed again, dA = ((s dO B)^T P) E takes r rows of it |
+| the key's lora_A                  | also q_h B: r elements for each head of a query                                 |
 """
 
 from __future__ import annotations

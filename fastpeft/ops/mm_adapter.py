@@ -16,7 +16,7 @@ Accumulation: the GEMM's (float32, float64 for float64). Parameters may be float
 
 | gradient needed for          | saved                                              | computed in backward          |
 |------------------------------|----------------------------------------------------|-------------------------------|
-| x                            | routing                                            | e, da, dx                     |
+| x                            | routing, and a, which dw's pass over dx' reads     | e, da, dx                     |
 | w_up, b_up, routing          | a: h elements a token, after dropout               | e or dE                       |
 | w_down                       | also x, which the norm before it keeps anyway      | da^T x                        |
 | any, with dropout            | a seed of 8 bytes; the mask is drawn again         |                               |
