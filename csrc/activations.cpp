@@ -92,11 +92,23 @@ FASTPEFT_INLINE void forward_rows(const Args<T>& a, int64_t begin, int64_t end) 
   for (int64_t r = begin; r < end; ++r) {
     const T *__restrict gate = a.gate + r * a.gate_stride, *__restrict up = UP ? a.up + r * a.up_stride : nullptr;
     T* __restrict y = a.y + r * a.n;
-#pragma omp simd
-    for (int64_t j = 0; j < a.n; ++j) {
+    const auto at = [&](int64_t j) __attribute__((always_inline)) {
       acc_t<T> slope, value = Act::of(get(gate[j]), &slope);
       if (UP) value *= get(up[j]);
-      put(y + j, value * scale[j]);
+      return value * scale[j];
+    };
+    if constexpr (std::is_same_v<T, half>) {  // rounded in a loop of its own: in one, GCC finds no vectors, and it takes ten times as long
+      float block[256];
+      for (int64_t start = 0; start < a.n; start += 256) {
+        const int64_t size = std::min<int64_t>(256, a.n - start);
+#pragma omp simd
+        for (int64_t j = 0; j < size; ++j) block[j] = at(start + j);
+#pragma omp simd
+        for (int64_t j = 0; j < size; ++j) put(y + start + j, block[j]);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < a.n; ++j) put(y + j, at(j));
     }
   }
 }
