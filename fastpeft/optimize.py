@@ -26,7 +26,7 @@ NOTES = {
     blip.TextAttention: blip.MASK_FIX,
     blip.TextModel: "hidden states of padding are zero",
     blip.TextLMHeadModel: LEAN_LOSS,
-    llama.Model: "hidden states of padding are zero",
+    llama.Model: "hidden states of padding are zero; position_ids that start again within a row mark packed samples",
     llama.CausalLM: LEAN_LOSS,
 }
 
