@@ -228,6 +228,8 @@ def attention(
     """
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0.0:  # ATen masks before it scales (torch 2.13, CPU, causal): -inf times such a scale is nan or inf
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     q, k, v = (_dense(t) for t in (q, k, v))
     if prefix is not None:
         prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None

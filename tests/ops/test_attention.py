@@ -3,6 +3,7 @@
 import itertools
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +135,15 @@ def test_scale(check):
     scaled = lambda fn: lambda q, k, v: fn(q, k, v, scale=0.3)  # noqa: E731
     sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)  # noqa: E731
     check.no_worse(scaled(attention), scaled(attention_reference), sdpa, [q, k, v])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(check, scale):
+    inputs = [t.double() for t in make(2, 4, 2, 7, 7)[:3]]
+    for causal, mask in itertools.product((False, True), (None, padding(2, 7))):
+        how = {"scale": scale, "causal": causal, "key_padding_mask": mask}
+        (got, grads), (want, wanted) = (check.run(partial(fn, **how), inputs) for fn in (attention, attention_reference))
+        torch.testing.assert_close([*got, *grads], [*want, *wanted], rtol=1e-9, atol=1e-9)
 
 
 def test_zero_factors():
