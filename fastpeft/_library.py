@@ -65,25 +65,27 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
-def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable | None = None):
+def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable | None = None, native: bool | None = None):
     """Define ``fastpeft::<schema>`` and register its backends; returns the op's default overload.
 
     C++ implementations register themselves when the library loads; ``triton`` is a launcher that imports triton when called.
+    ``native``: whether csrc has this op, which can only be told when the library is there (None: where there is no ``triton``).
     CPU order: native, composite (triton under the interpreter when forced). CUDA order: triton, native, composite.
     """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     served = _served.setdefault(name, {})
+    native = triton is None if native is None else native
 
     if _has_kernel(name, "CPU"):
         served["CPU"] = "native"
-    elif triton and FORCED == "triton" and INTERPRET:
+    elif triton and FORCED == "triton" and INTERPRET and has_triton():
         library.impl(name, triton, "CPU")
         served["CPU"] = "triton (interpreted)"
     else:
         library.impl(name, composite, "CPU")
-        served["CPU"] = f"composite ({_why_not_native(name, triton)})"
+        served["CPU"] = f"composite ({_why_composite('CPU', native, triton is not None)})"
 
     if triton and has_triton() and FORCED in ("", "triton"):
         library.impl(name, triton, "CUDA", allow_override=True)
@@ -92,16 +94,22 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
         served["CUDA"] = "native"
     else:
         library.impl(name, composite, "CUDA")
-        served["CUDA"] = "composite" + (f" (FASTPEFT_BACKEND={FORCED})" if FORCED else "" if not triton else " (triton is not installed)")
+        served["CUDA"] = f"composite ({_why_composite('CUDA', native, triton is not None)})"
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _why_not_native(name: str, triton: Callable | None) -> str:
-    if FORCED:
-        return f"FASTPEFT_BACKEND={FORCED}" + ("" if FORCED == "composite" else ", which this op does not have on CPU")
-    if triton:
+def _why_composite(device: str, native: bool, triton: bool) -> str:
+    """Why an op with these backends runs on ATen there."""
+    if FORCED == "composite":
+        return "FASTPEFT_BACKEND=composite"
+    if triton and device == "CPU" and not FORCED:
         return "tile-wise: Triton serves it on CUDA, ATen's GEMM and attention on CPU"
-    return native_missing or "no native form"
+    if triton and FORCED in ("", "triton"):
+        return "triton runs on CPU tensors with TRITON_INTERPRET=1" if has_triton() else "triton is not installed"
+    if native and FORCED in ("", "native"):
+        return native_missing or f"csrc has no {device} form here"
+    kinds = [kind for kind, has in (("native", native), ("triton", triton)) if has]
+    return (f"FASTPEFT_BACKEND={FORCED}, and " if FORCED else "") + (f"it has {kinds[0]} only" if kinds else "it has no other form")
 
 
 def backend_of() -> dict[str, dict[str, str]]:

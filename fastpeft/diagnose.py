@@ -12,6 +12,7 @@ import platform
 import torch
 
 from fastpeft import _library, ops
+from fastpeft.ops import attention_backends
 
 OPTIONAL = ("triton", "flash_attn", "xformers", "peft", "tensorboard")
 
@@ -28,5 +29,9 @@ def diagnose() -> dict[str, dict]:
         "csrc": _library.native_missing or "loaded",
         "forced backend": os.environ.get("FASTPEFT_BACKEND") or "none",
     }
+    environment["forced attention"] = attention_backends.CHOICE or "none"
     environment |= {name: "installed" if importlib.util.find_spec(name) else "not installed" for name in OPTIONAL}
-    return {"environment": environment, "operators": _library.backend_of()}
+    # no operator of its own: it surrounds kernels of others
+    attention = {"CPU": "composite (ATen's flash attention)", "CUDA": attention_backends.serving()}
+    attention["CUDA"] += "; with a prefix, ATen's kernels and prefix_attention" if attention_backends.CHOICE in ("", "sdpa") else ""
+    return {"environment": environment, "operators": {"attention": attention} | _library.backend_of()}

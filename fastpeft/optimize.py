@@ -26,7 +26,7 @@ NOTES = {
     blip.TextAttention: blip.MASK_FIX,
     blip.TextModel: "hidden states of padding are zero",
     blip.TextLMHeadModel: LEAN_LOSS,
-    llama.Model: "hidden states of padding are zero",
+    llama.Model: "hidden states of padding are zero; position_ids that start again within a row mark packed samples",
     llama.CausalLM: LEAN_LOSS,
 }
 
@@ -63,7 +63,8 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     """Exchange every known module of ``model`` for its fused form, in place.
 
     filter_fn(module, name) -> bool: return False to leave a module as it is. Outputs, losses and gradients stay those of the model,
-    up to rounding, except where the report's ``notes`` say otherwise. Call it as often as you like; :func:`restore` undoes it.
+    up to rounding, except where the report's ``notes`` say otherwise. A module with hooks is called, never computed by the one around it.
+    Call it as often as you like; :func:`restore` undoes it.
     """
     report, known = Report(), swaps()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
@@ -75,6 +76,8 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
         if hasattr(ours, "unfit"):
             reason = ours.unfit(module)
+        if "forward" in module.__dict__:
+            reason = "has a forward of its own over its class's, as accelerate's offloading gives it"
         if filter_fn is not None and not filter_fn(module, name):
             reason = "left out by filter_fn"
         if reason:
@@ -87,7 +90,7 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
             report.notes.append(note)
     _rebind_forwards(model)
     if not report.swapped and not report.skipped:
-        names = ", ".join(sorted(cls.__name__ for cls in known))
+        names = ", ".join(sorted({cls.__name__ for cls in known}))
         report.skipped.append(("", f"nothing here that fastpeft has a fused form of (or all is fused already); known: {names}"))
     return report
 

@@ -2,15 +2,27 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering, BlipModel
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.models.blip import modeling_blip, modeling_blip_text
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 import fastpeft as fp
 from fastpeft.models import blip, layers
+from fastpeft.models.clip import vision_config
+from fastpeft.models.llama import SIZES
 from fastpeft.models.miss import miss_config
 from fastpeft.optimize import SWAPS
 
@@ -268,6 +280,58 @@ def test_hooks_and_references_stay(miss, config):
     assert model.vision_model.encoder.layers[0].self_attn is attention and isinstance(attention, modeling_blip.BlipAttention)
     model(**miss.batch())
     assert calls == ["hook"]
+
+
+def small_models(miss, config):
+    """(model, inputs, what to measure) of each backbone."""
+    ids = torch.randint(1, 90, (2, 7))
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES["llama-tiny"] | {"num_hidden_layers": 1})).double()
+    yield llama, {"input_ids": ids, "labels": ids}, lambda out: out.loss
+    vision = CLIPVisionModel(vision_config("tiny", num_hidden_layers=1, hidden_act="gelu")).double()
+    yield vision, {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64)}, lambda out: out.last_hidden_state.square().mean()
+    yield transformers_model(BlipForQuestionAnswering, config), miss.batch(), lambda out: out.loss
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_what_a_layer_around_would_compute_itself(miss, config, training):
+    """Each linear layer, norm and activation with a hook that changes its output, as pruning and probes have them."""
+    for model, inputs, measure in small_models(miss, config):
+        miss.without_dropout(model).train(training)
+        seen = set()
+
+        def change(name, module, args, out, seen=seen):
+            seen.add(name)
+            return out * 1.1
+
+        for name, module in model.named_modules():
+            if not list(module.children()) and not isinstance(module, nn.Embedding | nn.Dropout | nn.Conv2d | LlamaRotaryEmbedding):
+                module.register_forward_hook(partial(change, name))
+        want, ran = measure(model(**inputs)), set(seen)
+        seen.clear()
+        fp.optimize(model)
+        assert measure(model(**inputs)).item() == pytest.approx(want.item(), rel=1e-6)  # LlamaRMSNorm's own statistics are float32
+        assert seen == ran and len(ran) > 5
+
+
+def test_a_forward_of_its_own_stays():
+    """accelerate puts one over a module's class; another class would change nothing, and the report says so."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES["llama-tiny"] | {"num_hidden_layers": 1})).eval()
+    ids, layer = torch.randint(1, 90, (2, 7)), model.model.layers[0]
+    for module in (layer.mlp, layer.self_attn.v_proj, layer.post_attention_layernorm):
+        module.forward = lambda x, old=module.forward: old(x) * 1.5
+    want = model(ids).logits
+    report = fp.optimize(model)
+    assert ("model.layers.0.mlp", "has a forward of its own over its class's, as accelerate's offloading gives it") in report.skipped
+    assert type(layer.mlp) is LlamaMLP
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_dropouts_that_stay():
+    """Everything dropped, or its input overwritten: PyTorch's own."""
+    model = nn.Sequential(nn.Dropout(1.0), nn.Dropout(0.5, inplace=True), nn.Dropout(0.5))
+    report = fp.optimize(model)
+    assert report.skipped == [("0", "drops everything"), ("1", "works in place")] and report.swapped == [("2", "Dropout")]
+    assert not model(torch.randn(3)).any()
 
 
 def test_saving_and_loading_an_optimised_model(miss, config, tmp_path):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft import ops
-from fastpeft.methods.base import swap_class
+from fastpeft.methods.base import swap_class, watched
 from fastpeft.methods.quantized import is_quantized, weight_of
 from fastpeft.ops.lora_linear import Projection, linear
 
@@ -80,6 +80,8 @@ class AdaptedLinear(Adapted, nn.Linear):
 
 def terms_of(module: nn.Module) -> Terms | None:
     """What ``module`` computes, where that is known; None for a module that must be called as it is."""
+    if watched(module):
+        return None
     if type(module) is nn.Linear:
         return terms_with(module)
     return module.terms() if hasattr(module, "terms") else None

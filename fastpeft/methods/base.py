@@ -93,6 +93,13 @@ def swap_class(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether calling ``module`` is more than its class's ``forward``: it has hooks (pruning and spectral norms are some), or a forward of
+    its own (accelerate's offloading). Its parameters then do not say what it computes, and nobody may compute it from them."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
 def is_adapter(name: str) -> bool:
     """Whether the parameter of this name was added by a method (as opposed to belonging to the base)."""
     return any(piece in ADAPTER_PARAMETERS for piece in name.split("."))

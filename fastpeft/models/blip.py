@@ -20,6 +20,7 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.utils import can_return_tuple
 
 from fastpeft import ops
+from fastpeft.methods.base import watched
 from fastpeft.models.attend import as_key_mask
 from fastpeft.models.blip_layers import (
     TextAttention,
@@ -198,14 +199,14 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         the head, the head sees labelled positions only."""
         head, shape = self.cls.predictions, labels.shape
         how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
-        if type(head.decoder) is nn.Linear:
+        if type(head.decoder) is nn.Linear and not any(map(watched, (self.cls, head, head.decoder))):
             hidden, labels = hidden.flatten(0, 1), labels.flatten()
             rows = (labels != IGNORED).nonzero().squeeze(1)
             labelled, there = labels[rows], sent(rows, hidden.device)
             loss = ops.linear_cross_entropy(head.transform(hidden[there]), head.decoder.weight, head.decoder.bias, labelled, **how)
             if reduction == "none":
                 loss = loss.new_zeros(len(labels)).index_copy(0, there, loss)
-        else:  # an adapter on the head, ours or PEFT's: the weight alone is not what it computes
+        else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
             logits, labels = self.cls(hidden).flatten(0, 1), labels.flatten().to(hidden.device)
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **how)
         return loss.view(shape).sum(1) if reduction == "none" else loss

@@ -9,6 +9,7 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 
 from fastpeft import ops
 from fastpeft.methods.adapted import terms_of
+from fastpeft.methods.base import watched
 from fastpeft.models.attend import (
     dense_mask_attention,
     key_value_rescale,
@@ -148,7 +149,7 @@ class _AddNorm:
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         branch, norm = self.dropout(project_one(self.dense, hidden_states)), self.LayerNorm
-        if type(norm) not in (nn.LayerNorm, LayerNorm):  # someone's wrapper, such as PEFT's LN tuning
+        if type(norm) not in (nn.LayerNorm, LayerNorm) or watched(norm):  # someone's wrapper, such as PEFT's LN tuning
             return norm(branch + input_tensor)
         return ops.add_layer_norm(branch, input_tensor, norm.weight, norm.bias, norm.eps)[0]
 

@@ -9,6 +9,7 @@ from transformers.models.clip import modeling_clip
 
 from fastpeft import ops
 from fastpeft.methods import Part
+from fastpeft.methods.base import watched
 from fastpeft.models.attend import dense_mask_attention, key_value_rescale, project_one, project_together, rescaled
 from fastpeft.models.layers import LayerNorm
 from fastpeft.ops._remade import remade
@@ -68,7 +69,9 @@ class MLP(modeling_clip.CLIPMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
         hidden = project_one(self.fc1, hidden_states)
-        if self.config.hidden_act == "quick_gelu":  # h sigmoid(1.702 h)
+        if watched(self.activation_fn):
+            hidden = self.activation_fn(hidden)
+        elif self.config.hidden_act == "quick_gelu":  # h sigmoid(1.702 h)
             scaled = hidden * 1.702
             hidden = remade(_over_1702(scaled), _over_1702, scaled)
         elif self.config.hidden_act == "gelu":
@@ -89,7 +92,7 @@ class EncoderLayer(modeling_clip.CLIPEncoderLayer):
         """[B, M, C]."""
         attended, _ = self.self_attn(self.before_attention(hidden_states), attention_mask=attention_mask, **kwargs)
         norm = self.layer_norm2
-        if type(norm) in (nn.LayerNorm, LayerNorm):
+        if type(norm) in (nn.LayerNorm, LayerNorm) and not watched(norm):
             x, hidden_states = ops.add_layer_norm(attended, hidden_states, norm.weight, norm.bias, norm.eps)
         else:  # someone's wrapper, such as PEFT's LN tuning
             hidden_states = attended + hidden_states

@@ -50,6 +50,11 @@ class Dropout(nn.Dropout):
         """x of any shape."""
         return ops.dropout(x, self.p, self.training)
 
+    @staticmethod
+    def unfit(module: nn.Dropout) -> str:
+        """'' or why this one stays as it is."""
+        return "works in place" if module.inplace else "drops everything" if module.p == 1 else ""
+
 
 class GELU(GELUActivation):
     """GELU whose output the linear layer after it need not keep."""

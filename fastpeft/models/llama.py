@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods import Part
+from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.methods.quantized import is_quantized
@@ -265,9 +266,9 @@ def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor, items: Tensor | int
     """Cross entropy of hidden [B, L, C] under ``head`` with labels [B, L], -100 for none: the mean over labelled tokens, or their sum
     over ``items``. Logits exist at labelled positions only."""
     reduction = "mean" if items is None else "sum"
-    if type(head) is nn.Linear and not is_quantized(head.weight):
+    if type(head) is nn.Linear and not is_quantized(head.weight) and not watched(head):
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
-    else:  # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
+    else:  # an adapter on the head, ours or PEFT's, a hook, or a quantised head: the weight alone is not what it computes
         labels = labels.to(hidden.device)
         rows = labels.flatten() != -100
         logits = head(hidden.flatten(0, 1)[rows])

@@ -11,6 +11,7 @@ from transformers.models.llama import modeling_llama
 from fastpeft import ops
 from fastpeft.methods.adapted import terms_of
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
+from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
 from fastpeft.models.attend import around_wrapper, dense_mask_attention, output_factor, project, project_together, rescaled
 from fastpeft.models.layers import Recomputes
@@ -27,7 +28,7 @@ class RMSNorm(modeling_llama.LlamaRMSNorm):
 
 def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(norm(branch + residual), branch + residual), the sum formed once, inside the norm."""
-    if type(norm) not in (modeling_llama.LlamaRMSNorm, RMSNorm):  # someone's wrapper, such as PEFT's LN tuning
+    if type(norm) not in (modeling_llama.LlamaRMSNorm, RMSNorm) or watched(norm):  # someone's wrapper, such as PEFT's LN tuning
         total = branch + residual
         return norm(total), total
     return ops.add_rms_norm(branch, residual, norm.weight, norm.variance_epsilon)
@@ -40,7 +41,7 @@ class MLP(Recomputes, modeling_llama.LlamaMLP):
         """[..., C]."""
         linears = (self.gate_proj, self.up_proj)
         gate, up = self.projected(partial(project, linears), x, linears)
-        if self.config.hidden_act != "silu":
+        if self.config.hidden_act != "silu" or watched(self.act_fn):
             return self.down_proj(self.act_fn(gate) * up)
         down = terms_of(self.down_proj)
         if down is None:

@@ -10,8 +10,9 @@ from peft.tuners import adaption_prompt, ia3, lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
-from fastpeft.methods.adapted import AdaptedLinear, Terms, terms_of
+from fastpeft.methods.adapted import AdaptedLinear, Terms
 from fastpeft.methods.adaption_prompt import Prompted
+from fastpeft.methods.base import watched
 from fastpeft.methods.quantized import is_quantized, weight_of
 from fastpeft.methods.written import Written
 from fastpeft.models.llama_layers import Attention
@@ -21,7 +22,7 @@ from fastpeft.ops.lora_linear import Projection
 class _Fused:
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] -> [..., out]."""
-        terms = None if args or kwargs else terms_of(self)
+        terms = None if args or kwargs else self.terms()
         return super().forward(x, *args, **kwargs) if terms is None else terms(x)
 
     def _one_adapter(self, tensors: nn.Module) -> str | None:
@@ -30,7 +31,7 @@ class _Fused:
         usual = not (self.disable_adapters or self.merged) and len(active) == 1 and not self._backward_hooks
         base = self.base_layer
         plain = type(base) is nn.Linear or (isinstance(base, Written) and not isinstance(base, AdaptedLinear) and is_quantized(base.weight))
-        return active[0] if usual and plain else None
+        return active[0] if usual and plain and not watched(base) else None
 
 
 class _LoRA(_Fused):
@@ -42,6 +43,7 @@ class _LoRA(_Fused):
         dropout, down, up = self.lora_dropout[name], self.lora_A[name], self.lora_B[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         known = isinstance(dropout, nn.Identity | nn.Dropout) and type(down) is nn.Linear and type(up) is nn.Linear
+        known = known and not (watched(dropout) or watched(down) or watched(up))
         scaling, base = self.scaling[name], self.base_layer
         if not known or not isinstance(scaling, int | float):
             return None

@@ -21,6 +21,7 @@ precision accumulates in float32 (ATen). Source: the absorbed form of DeepSeek-V
 |-----------------------------------|---------------------------------------------------------------------------------|
 | anything                          | q [T, H, d] and E (shared by all layers); q~ and P are formed again             |
 | a trained value weight or lora_A  | nothing more: dW takes P E formed again, dA = ((s dO B)^T P) E takes r rows of it |
+| the key's lora_A                  | also q_h B: r elements for each head of a query                                 |
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def absorbed_attention(
             f"{tuple(value.weight.shape)} do not fit; pass q [T, H, d], states [U, N, C], weights [H * d, C]"
         )
     counts = _counts(q, states, counts)
-    if len(counts) != states.shape[0] or sum(counts) != T or min(counts, default=0) < 0:
+    if len(counts) != states.shape[0] or sum(counts) != T or any(n < 0 for n in counts):
         raise ValueError(
             f"absorbed_attention: {T} queries over {states.shape[0]} images, and counts {counts}; pass as many queries as counts add up to"
         )
@@ -137,7 +138,7 @@ class _Images:
     """Products between rows that lie image by image, [R, .], and a matrix of each image, [U, ., .]."""
 
     def __init__(self, counts: list[int], H: int, device: torch.device):
-        self.counts, self.most = [n * H for n in counts], max(counts, default=0) * H
+        self.counts, self.most = [n * H for n in counts], max(counts) * H if counts else 0
         self.equal = self.most * len(counts) == sum(self.counts)
         self.cells = None
         if not self.equal and _pads(device):

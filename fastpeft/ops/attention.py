@@ -19,6 +19,7 @@ P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 
 |                     |                                      | dq alone by three products of its five (attention_dq.py)   |
 | P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
 | l_v alone           | o                                    | one sum                                                    |
+| with dropout        | a seed in place of o and lse: attention_dropout.py has its own table                              |
 
 On the CPU a prefix is put before the keys for each call, unless it alone needs a gradient (and in 16 bit even then: P alone keeps k and v
 too): see _joined. The joined keys are made again in backward; only where scores are few are they kept, by PyTorch, in place of k and v
@@ -257,11 +258,13 @@ def attention(
     """
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0.0:  # ATen masks before it scales (torch 2.13, CPU, causal): -inf times such a scale is nan or inf
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     q, k, v = (_dense(t) for t in (q, k, v))
     if prefix is not None:
         prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
     if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
-        k, v = (t * l.to(t.dtype)[:, None] for t, l in zip((k, v), rescale))
+        k, v = (rescaled(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
         rescale = None
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)

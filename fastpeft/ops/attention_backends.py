@@ -3,12 +3,13 @@
 | backend    | function                                                   | layout       | causal from         | takes           |
 |------------|------------------------------------------------------------|--------------|---------------------|-----------------|
 | flash-attn | flash_attn_func(q, k, v, dropout_p, softmax_scale, causal) | [B, M, H, d] | last query and key  | 16-bit, d <= 256|
+| flash-attn | flash_attn_varlen_func, for padding without causality      | [T, H, d]    |                     | likewise        |
 | xformers   | memory_efficient_attention(q, k, v, attn_bias, p, scale)   | [B, M, H, d] | first query and key | 16-bit          |
 | SDPA       | scaled_dot_product_attention                               | [B, H, M, d] | first query and key | everything      |
 
-xformers takes grouped heads as [B, M, H_kv, H / H_kv, d]. Whatever needs a mask (padding, a prefix under causality, M != N
-under causality) goes to SDPA. ``FASTPEFT_ATTENTION=sdpa|flash-attn|xformers`` restricts the choice; neither package is
-imported before a tensor could use it.
+xformers takes grouped heads as [B, M, H_kv, H / H_kv, d], without a backward: where a gradient is asked for, SDPA serves them. So it does
+whatever needs a mask: padding under causality; in xformers also padding, a prefix under causality, M != N under causality.
+``FASTPEFT_ATTENTION=sdpa|flash-attn|xformers`` restricts the choice; neither package is imported before a tensor could use it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,47 @@ def fits(q: Tensor, k: Tensor) -> str:
     return "xformers" if _installed("xformers", "xformers") else "sdpa"
 
 
+def serving() -> str:
+    """What serves CUDA tensors here, and why: for ``fastpeft doctor``."""
+    found = [name for package, name in (("flash_attn", "flash-attn"), ("xformers", "xformers")) if _installed(package, name)]
+    if found:
+        return f"{found[0]} in 16 bit, sdpa elsewhere" + (f" (FASTPEFT_ATTENTION={CHOICE})" if CHOICE else "")
+    if CHOICE == "sdpa":
+        return "sdpa (FASTPEFT_ATTENTION=sdpa)"
+    missing = f"FASTPEFT_ATTENTION={CHOICE}, which is" if CHOICE else "flash-attn and xformers are"
+    return f"sdpa ({missing} not installed)"
+
+
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor:
     function = importlib.import_module("flash_attn").flash_attn_func
-    o = function(*(t.transpose(1, 2) for t in (q, k, v)), dropout_p=dropout_p, softmax_scale=scale, causal=causal)
+    how = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # of the backward, as PyTorch's own kernels ask
+    o = function(*(t.transpose(1, 2) for t in (q, k, v)), dropout_p=dropout_p, softmax_scale=scale, causal=causal, **how)
     return o.transpose(1, 2)
+
+
+def flash_attn_varlen(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """Keys that are padding go behind all the others, where no sample's length reaches. How many there are stays on the device: tables
+    keep their size, and nothing waits."""
+    function = importlib.import_module("flash_attn").flash_attn_varlen_func
+    (B, _, M, _), N, device = q.shape, k.shape[2], q.device
+    order = padding.flatten().logical_not().to(torch.uint8).argsort(stable=True)  # [B N]
+    starts = torch.nn.functional.pad(padding.sum(1).cumsum(0), (1, 0)).to(torch.int32)  # [B + 1]
+    behind = (torch.arange(B * N, device=device) >= starts[-1])[:, None, None]
+    # what backward leaves behind the last length is not written at all: the mask keeps it from dk and dv
+    k, v = (t.transpose(1, 2).flatten(0, 1).index_select(0, order).masked_fill(behind, 0.0) for t in (k, v))  # [B N, H_kv, d]
+    o = function(
+        q.transpose(1, 2).flatten(0, 1),
+        k,
+        v,
+        cu_seqlens_q=torch.arange(0, (B + 1) * M, M, dtype=torch.int32, device=device),
+        cu_seqlens_k=starts,
+        max_seqlen_q=M,
+        max_seqlen_k=N,
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return o.unflatten(0, (B, M)).transpose(1, 2).masked_fill(~padding.any(1)[:, None, None, None], 0.0)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor:
@@ -55,10 +93,18 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropou
     return (o.flatten(2, 3) if heads != groups else o).transpose(1, 2)
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor | None:
-    """The output [B, H, M, d], or None where SDPA should serve. ``causal`` here implies M = N."""
-    backend = {"flash-attn": flash_attn, "xformers": xformers}.get(fits(q, k))
-    return None if backend is None else backend(q, k, v, causal, scale, dropout_p)
+def beside_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor | None, n: int, scale: float, dropout_p: float):
+    """The output [B, H, M, d], or None where SDPA should serve. The first ``n`` keys are a prefix, seen by every query."""
+    backend, M, N = fits(q, k), q.shape[2], k.shape[2] - n
+    if backend == "flash-attn":
+        if padding is not None:
+            return None if causal else flash_attn_varlen(q, k, v, padding, scale, dropout_p)
+        # aligned at the last key, causality leaves the prefix to every query that sees a key at all
+        return flash_attn(q, k, v, causal, scale, dropout_p) if not (causal and n and M > N) else None
+    if backend != "xformers" or padding is not None or (causal and (n or M != N)):
+        return None
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return None if trained and q.shape[1] != k.shape[1] else xformers(q, k, v, causal, scale, dropout_p)
 
 
 def allowed_keys(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> Tensor | None:
@@ -74,18 +120,21 @@ def allowed_keys(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | 
 def around_sdpa(q, k, v, causal, padding, scale, prefix, dropout_p) -> Tensor:
     """Any device, any dropout. Rows without a key attend everywhere and are then blanked: no backend gets to make NaN."""
     B, _, M, _ = q.shape
+    causal = causal and M > 1
     is_causal = causal and k.shape[2] == M and padding is None and prefix is None
-    mask = allowed_keys(q, k, causal and not is_causal, padding)
+    seen = (q, k, causal and not is_causal, padding)
+    n = 0 if prefix is None else prefix[0].shape[1]
     if prefix is not None:
-        n = prefix[0].shape[1]
         k, v = (torch.cat([p.to(t.dtype).expand(B, -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v)))
-        mask = mask if mask is None else torch.nn.functional.pad(mask, (n, 0), value=True)
-    alive = None
-    if mask is None:
-        o = unmasked(q, k, v, is_causal, scale, dropout_p)
+        padding = padding if padding is None else torch.nn.functional.pad(padding, (n, 0), value=True)
+    if 0 not in (q.numel(), k.numel()):
+        o = beside_sdpa(q, k, v, causal, padding, n, scale, dropout_p)
         if o is not None:
             return o
-    elif prefix is None:
+    mask, alive = allowed_keys(*seen), None
+    if mask is not None and prefix is not None:
+        mask = torch.nn.functional.pad(mask, (n, 0), value=True)
+    elif mask is not None:
         alive = mask.any(-1, keepdim=True)
         mask = mask | ~alive
     gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}

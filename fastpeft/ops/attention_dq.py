@@ -8,8 +8,13 @@ Shapes as in attention.py; float32 (float64 for float64).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastpeft import _library
 
 BLOCK = 128
 
@@ -22,20 +27,39 @@ def dq_alone_pays(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     return mask is None and q.dtype in (torch.float32, torch.float64) and q.shape[1] == k.shape[1] and q.shape[3] >= 128
 
 
-def dq_alone(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float) -> Tensor:
-    """dq [B, H, M, d]. ``causal`` here implies M = N; without a mask every query has a key."""
-    M, N = q.shape[2], k.shape[2]
+def _blocks(M: int, N: int, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys that they see."""
+    for start in range(0, M, BLOCK):
+        stop = min(start + BLOCK, M)
+        yield slice(start, stop), slice(0, stop if causal else N)
+
+
+def _dq(do, q, k, v, o, lse, causal, scale):
     dq = torch.empty_like(q)
     delta = (do * o).sum(-1, keepdim=True)
-    for start in range(0, M, BLOCK):
-        rows = slice(start, min(start + BLOCK, M))
-        seen = slice(0, rows.stop if causal else N)
+    for rows, seen in _blocks(q.shape[2], k.shape[2], causal):
         P = (q[:, :, rows] * scale) @ k[:, :, seen].mT
         if causal:
-            later = torch.ones(P.shape[2:], dtype=torch.bool, device=q.device).triu_(start + 1)
+            later = torch.ones(P.shape[2:], dtype=torch.bool, device=q.device).triu_(rows.start + 1)
             P.masked_fill_(later, -torch.inf)
         P.sub_(lse[:, :, rows, None]).exp_()
         dP = do[:, :, rows] @ v[:, :, seen].mT
         dP.sub_(delta[:, :, rows]).mul_(P)
         dq[:, :, rows] = (dP @ k[:, :, seen]).mul_(scale)
     return dq
+
+
+# An operator, so that torch.compile keeps one graph for every length. dq [B, H, M, d]; `causal` here implies M = N, and without a mask
+# every query has a key.
+dq_alone = _library.define(
+    "attention_dq(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, float scale) -> Tensor",
+    fake=lambda do, q, *_: torch.empty_like(q),
+    composite=_dq,
+    native=False,
+)
+
+
+@register_flop_formula(torch.ops.fastpeft.attention_dq)
+def _flops(do, q, k, v, o, lse, causal, *args, out_shape=None, **kwargs) -> int:
+    pairs = sum((rows.stop - rows.start) * seen.stop for rows, seen in _blocks(q[2], k[2], causal))
+    return 3 * 2 * q[0] * q[1] * pairs * q[3]

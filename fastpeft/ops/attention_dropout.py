@@ -6,10 +6,11 @@
 Shapes as in attention.py; a prefix (P_k, P_v) [H_kv, n, d] stands before the keys of every sample. Accumulation: scores, softmax and
 products in float32 (float64 for float64). A query without any key gives 0 and gets gradient 0.
 
-| gradient needed for        | saved                                                                       |
-|----------------------------|-----------------------------------------------------------------------------|
-| q, k, v or the prefix      | q, k, v (or what remakes them), the boolean mask and a seed; P is formed again |
-| none                       | nothing                                                                     |
+| gradient needed for        | saved                                                                          |
+|----------------------------|--------------------------------------------------------------------------------|
+| q, k or P_k                | q, k, v (or what remakes them), the boolean mask and a seed; P is formed again |
+| v or P_v alone             | the same without v                                                             |
+| none                       | nothing                                                                        |
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class _DroppedAttention(Function):
     @staticmethod
     def forward(ctx, scale, p, seed, allowed, q, k, v, pk, pv):
         ctx.scale, ctx.p = scale, p
-        ctx.remake, kept = keep_all(q, k, v)
+        need_q, need_k, _, need_pk, _ = ctx.needs_input_grad[4:]
+        ctx.remake, kept = keep_all(q, k, v if need_q or need_k or need_pk else None)
         ctx.save_for_backward(seed, allowed, pk, pv, *kept)
         return _forward(scale, p, seed, allowed, q, k, v, pk, pv)
 
@@ -58,15 +60,15 @@ class _DroppedAttention(Function):
     def backward(ctx, do):
         seed, allowed, pk, pv, *kept = ctx.saved_tensors
         (q, k, v), H = again_all(ctx.remake, kept), do.shape[1]
-        wide, do, keys, values = q.to(accumulator(q.dtype)), do.to(accumulator(q.dtype)), _all_keys(k, pk, H), _all_keys(v, pv, H)
+        wide, do, keys = q.to(accumulator(q.dtype)), do.to(accumulator(q.dtype)), _all_keys(k, pk, H)
         P = _probabilities(wide, keys, allowed, ctx.scale)
         mask = keep_mask(P, ctx.p, seed)
         need_q, need_k, need_v, need_pk, need_pv = ctx.needs_input_grad[4:]
         dq = dk = dv = dpk = dpv = None
         if need_v or need_pv:
-            dv, dpv = _to_parts((P * mask).mT @ do, v, pv, need_v, need_pv)
+            dv, dpv = _to_parts((P * mask).mT @ do, k, pv, need_v, need_pv)  # k has v's shape and dtype
         if need_q or need_k or need_pk:
-            dP = (do @ values.mT).mul_(mask)
+            dP = (do @ _all_keys(v, pv, H).mT).mul_(mask)
             dS = dP.sub_((P * dP).sum(-1, keepdim=True)).mul_(P).mul_(ctx.scale)
             dq = (dS @ keys).to(q.dtype) if need_q else None
             if need_k or need_pk:

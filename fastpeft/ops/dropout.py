@@ -41,6 +41,7 @@ _keep_mask = _library.define(
     "keep_mask(Tensor x, float p, Tensor seed) -> Tensor",
     fake=lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device),
     composite=_draw,
+    native=False,
 )
 
 

@@ -226,12 +226,13 @@ def merge_keys(
     wv_up), so that rows can be gathered and spread where they are narrow. ``scale`` of S_excitor: C^-1/2."""
     # N is tiny; float16 alone is widened for it: C^-1/2 times a gradient leaves its range
     wide = torch.float32 if w_up.dtype == torch.float16 else w_up.dtype
-    up = w_up.to(wide) * (prompt.shape[1] ** -0.5 if scale is None else scale)
-    n = (up.t() @ prompt.t().to(wide))[None]  # [1, r, K]
+    up, scale = w_up.to(wide).t(), prompt.shape[1] ** -0.5 if scale is None else scale
+    none = up.new_zeros(())
+    n = torch.addmm(none, up, prompt.t().to(wide), beta=0, alpha=scale)[None]  # [1, r, K]; scaled inside: autograd keeps no scaled W_up
     z = wv_up = None
     if visual is not None:
         zk, wk_up, z, wv_up = visual
-        n = torch.cat([n.expand(k.shape[0], -1, -1), (up.t() @ wk_up.to(wide)) @ zk.mT.to(wide)], -1)
+        n = torch.cat([n.expand(k.shape[0], -1, -1), torch.addmm(none, up, wk_up.to(wide), beta=0, alpha=scale) @ zk.mT.to(wide)], -1)
     if wants_grad(k, u, n, z, prompt, wv_up, gate):
         merged = _Merge.apply(k, u, n, z, prompt, wv_up, gate)
     else:

@@ -16,7 +16,7 @@ Accumulation: the GEMM's (float32, float64 for float64). Parameters may be float
 
 | gradient needed for          | saved                                              | computed in backward          |
 |------------------------------|----------------------------------------------------|-------------------------------|
-| x                            | routing                                            | e, da, dx                     |
+| x                            | routing, and a, which dw's pass over dx' reads     | e, da, dx                     |
 | w_up, b_up, routing          | a: h elements a token, after dropout               | e or dE                       |
 | w_down                       | also x, which the norm before it keeps anyway      | da^T x                        |
 | any, with dropout            | a seed of 8 bytes; the mask is drawn again         |                               |
@@ -209,7 +209,7 @@ def _check(x, w_down, b_down, w_up, b_up, routing, groups, dropout_p) -> None:
             raise ValueError(
                 f"mm_adapter: {name} has shape {tuple(params[name].shape)}; x {tuple(x.shape)}, groups={groups} ask for {shape}"
             )
-    if tuple(routing.shape) not in ((B, 2), (B, M, 2)):
+    if routing.shape != (B, 2) and routing.shape != (B, M, 2):  # not `in`: torch.compile compares symbolic sizes one by one only
         raise ValueError(f"mm_adapter: routing has shape {tuple(routing.shape)}; pass [{B}, 2] per sample or [{B}, {M}, 2] per token")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"mm_adapter: dropout_p is {dropout_p}; it must lie in [0, 1)")

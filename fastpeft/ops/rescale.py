@@ -54,20 +54,30 @@ _backward = _library.define(
 )
 
 
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    """The product alone is ATen's on a CPU, where dtypes are alike; csrc has what ATen takes several passes for. Measured, one thread of an
+    AMD EPYC with AVX-512, csrc's time over ATen's at 128x768, 2048x768, 2048x4096: float32 1.9, 1.1, 1.0; bfloat16 2.2, 1.0, 1.1; float16
+    3.2, 3.4, 3.5. (Both gradients: 0.5 to 0.6 of ATen's.)"""
+    alike = x.device.type == "cpu" and x.dtype == scale.dtype
+    return _fwd(x, scale) if alike else _forward(x, scale)
+
+
 class _Rescale(Function):
     @staticmethod
     def forward(ctx, x, scale):
         ctx.remake, kept = keep(x if ctx.needs_input_grad[1] else None)
         ctx.save_for_backward(scale, *kept)
-        return _forward(x, scale)
+        return _times(x, scale)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         need_dx, need_dscale = ctx.needs_input_grad
         scale, *kept = ctx.saved_tensors
+        if not need_dscale:
+            return _times(dy, scale), None
         dx, dscale = _backward(dy, again(ctx.remake, kept), scale, need_dx, need_dscale)
-        return dx if need_dx else None, dscale if need_dscale else None
+        return dx if need_dx else None, dscale
 
 
 @under_autocast("promote")
@@ -85,6 +95,6 @@ def rescale(x: Tensor, scale: Tensor) -> Tensor:
     if scale.dim() > x.dim() or any(s not in (1, n) for s, n in zip(scale.shape, trailing)):
         raise ValueError(f"rescale: scale {tuple(scale.shape)} does not broadcast to x {tuple(x.shape)}; view it as [N] or [..., 1]")
     if not wants_grad(x, scale):
-        return _forward(x, scale)
+        return _times(x, scale)
     y = _Rescale.apply(x, scale)
-    return remade(y, _forward, x, scale) if scale.requires_grad or recipe_of(x) is not None else y
+    return remade(y, _times, x, scale) if scale.requires_grad or recipe_of(x) is not None else y

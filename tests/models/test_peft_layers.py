@@ -148,3 +148,19 @@ def test_a_peft_llama_trains_the_same_and_keeps_less(method):
     mine = model.eval().generate(**prompt, eos_token_id=None)
     fp.restore(model)
     assert torch.equal(mine, model.generate(**prompt, eos_token_id=None))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_adapter_for_each_sample(padded):
+    """PEFT hands ``adapter_names`` to its layers by hooks: attention and feed-forward must call them then."""
+    config = {"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+    model = wrapped(peft.LoraConfig(**config), lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)))
+    model.add_adapter("other", peft.LoraConfig(**config))
+    model.double().eval()
+    ids, names = torch.randint(3, 50, (3, 7)), ["default", "other", "__base__"]
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 1 - padded
+    want = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+    fp.optimize(model)
+    got = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-6, atol=1e-6)  # LlamaRMSNorm's own statistics are float32

@@ -104,6 +104,10 @@ def _attention_op(causal=False, padded=False, extra="", shape=None):
     return Op(_attention(ops.attention, causal, padded, extra), _attention(attention_reference, causal, padded, extra), make, terms=1e4)
 
 
+def _frozen_keys(fn):
+    return lambda q, k, v: fn(q, k.detach(), v.detach(), causal=True)
+
+
 def _dropped(q, k, v):
     """Dropout drawn for [B, H, M, N] as attention draws it, on the probabilities of the definition."""
     probs = (q @ k.repeat_interleave(2, 1).mT * q.shape[-1] ** -0.5).softmax(-1)
@@ -206,6 +210,10 @@ TABLE = {
     "attention causal padded": _attention_op(causal=True, padded=True),
     "attention prefix": _attention_op(padded=True, extra="prefix", shape=lambda n: (1, 3, n)),
     "attention rescale": _attention_op(causal=True, extra="rescale", shape=lambda n: (1, n)),
+    "attention frozen keys": Op(
+        _frozen_keys(ops.attention), _frozen_keys(attention_reference), lambda m, n: [draw(2, 2, m, 128 + n, fan=n) for _ in range(3)],
+        constants=2, terms=1e4,
+    ),
     "attention dropout": Op(seeded(lambda *a: ops.attention(*a, dropout_p=0.3)), seeded(_dropped), _heads, random=True),
     "absorbed_attention": Op(_absorb(ops.absorbed_attention), _absorb(absorbed_attention_reference), _absorbed_inputs),
     "excitor_keys": Op(_excitor(ops.excitor_keys), _excitor(excitor_keys_reference), _excitor_inputs(False), tile=True),

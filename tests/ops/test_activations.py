@@ -54,6 +54,17 @@ def test_plain_and_tanh_gelu(check):
         check.no_worse(*tanh, [x, scale])
 
 
+def test_tanh_gelus_slope(check):
+    """Where the sigmoid is nearly 1, next to the exponential's clamp, and far outside."""
+    x, one = torch.linspace(-12, 12, 20001)[:, None], torch.ones(1)
+    theirs = lambda x, s: F.gelu(x, approximate="tanh") * s  # noqa: E731
+    check.no_worse(lambda x, s: gelu(x, s, "tanh"), lambda x, s: gelu_reference(x, s, "tanh"), theirs, [x, one], (True, False))
+    far = torch.tensor([[60.0], [-60.0], [1e4], [-1e4], [1e38], [-1e38]], requires_grad=True)
+    (slope,) = torch.autograd.grad(gelu(far, one, "tanh").sum(), far)
+    if _library.FORCED == "":  # ATen's is nan in the last two
+        assert torch.equal(slope[:, 0], torch.tensor([1.0, 0.0] * 3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_strides_and_wide_scales(check, dtype):
     gate, up, scale = make(257, dtype, rows=(300,))

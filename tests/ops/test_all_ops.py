@@ -108,6 +108,20 @@ def test_nothing_is_kept_without_a_gradient(check, row):
         assert check.saved_bytes(row.call, inputs) == 0
 
 
+@only_once
+def test_other_derivatives_are_refused(row):
+    """Neither torch.func nor forward mode finds a tangent of zero: an error says what to do. (vmap without derivatives runs.)"""
+    x, *rest = row.inputs(3, 8, torch.float32)
+
+    def loss(x):
+        outputs = row.call(x, *rest)
+        return sum(o.sum() for o in ([outputs] if isinstance(outputs, torch.Tensor) else outputs))
+
+    for asked in (lambda: torch.func.grad(loss)(x), lambda: torch.func.jvp(loss, (x,), (x,))):
+        with pytest.raises(RuntimeError, match=r"autograd only.*fastpeft\.restore"):
+            asked()
+
+
 class Calls(TorchDispatchMode):
     """Notes the arguments of fastpeft's operators as they are called."""
 
@@ -136,6 +150,7 @@ def test_operators_of_every_row(check, row):
 def test_every_operator_is_some_rows(table, check):
     """No operator of the library escapes the test above; no public op escapes the table."""
     with Calls() as calls:
+        ops.rescale(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(3))  # dtypes alike are ATen's
         for row in table.values():
             inputs = row.inputs(3, 8, torch.float32)
             check.run(row.call, inputs, row.needs(inputs))
@@ -154,6 +169,21 @@ def test_no_op_waits_for_a_device(row):
     outputs, leaves = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs), [t for t in inputs if t.requires_grad]
     grads = torch.autograd.grad(outputs, leaves, [torch.empty_like(o) for o in outputs])
     assert [g.shape for g in grads] == [t.shape for t in leaves]
+
+
+@only_once
+def test_compiles_once_for_any_length(check, row):
+    """One graph without breaks, forward and backward, serves another number of rows: nothing is made anew, nothing specialised."""
+    if row.random:
+        pytest.skip("torch.compile cannot look into manual_seed; test_compiles_with_dropout has these")
+    torch._dynamo.reset()
+    compiled = torch.compile(row.call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (13, 17, 19):  # no other size of the table's: sizes that are equal at first count as one
+        inputs = row.inputs(m, 8, torch.float32)
+        with torch._dynamo.config.patch(error_on_recompile=m > 13):
+            got, want = (check.run(fn, inputs, row.needs(inputs)) for fn in (compiled, row.call))
+        for value, exact in zip(got[0] + got[1], want[0] + want[1]):
+            assert value is exact is None or check.error(value, exact, 1e-6) <= 1e-5
 
 
 @only_once

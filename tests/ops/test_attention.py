@@ -4,6 +4,7 @@ import importlib
 import itertools
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -147,6 +148,15 @@ def test_scale(check):
     check.no_worse(scaled(attention), scaled(attention_reference), sdpa, [q, k, v])
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(check, scale):
+    inputs = [t.double() for t in make(2, 4, 2, 7, 7)[:3]]
+    for causal, mask in itertools.product((False, True), (None, padding(2, 7))):
+        how = {"scale": scale, "causal": causal, "key_padding_mask": mask}
+        (got, grads), (want, wanted) = (check.run(partial(fn, **how), inputs) for fn in (attention, attention_reference))
+        torch.testing.assert_close([*got, *grads], [*want, *wanted], rtol=1e-9, atol=1e-9)
+
+
 def test_zero_factors():
     """(IA)^3 factors of exactly zero have their gradient: nothing is divided by them."""
     inputs = [t.double().requires_grad_() for t in pick(make(), False, True)]
@@ -164,6 +174,7 @@ def test_saved_bytes(check):
     q, kv, lse = B * H * M * d * 4, B * G * N * d * 4, B * H * M * 4
     everything = 2 * q + 2 * kv + lse
     cases = [((), everything, "qkv"), (("P_k", "P_v"), everything, "qkv"), (("l_k", "l_v"), everything, "qkv")]
+    cases += [(("P_k", "P_v", "l_k", "l_v"), everything, ("q", "k", "v", "P_k", "P_v", "l_k", "l_v"))]  # k and v before their factors
     cases += [(("P_k", "P_v"), 2 * q + lse, ()), (("l_k", "l_v"), q, ("l_v",)), ((), 0, ())]
     for extra, want, trained in cases:
         tensors = dict(zip(NAMES, make(B, H, G, M, N, d)))
@@ -246,19 +257,45 @@ def test_dropout():
 
 
 class FlashAttn(types.ModuleType):
-    """flash_attn_func as published: [B, M, H, d], grouped heads, causality from the last query and key."""
+    """flash-attn's functions as published: [B, M, H, d] or, of samples that lie end to end, [T, H, d]; grouped heads; causality from the
+    last query and key; 0 for a query without a key."""
 
-    @staticmethod
+    asked_for_determinism: list
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.asked_for_determinism = []
+
     def flash_attn_func(
-        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
+        self.asked_for_determinism.append(deterministic)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return attention_reference(q, k, v, causal=causal, scale=softmax_scale).transpose(1, 2)
 
+    def flash_attn_varlen_func(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and type(max_seqlen_q) is type(max_seqlen_k) is int
+        self.asked_for_determinism.append(deterministic)
+        for t in (k, v):  # its backward allocates dk and dv, and writes as far as the samples reach
+            if t.requires_grad:
+                t.register_hook(lambda g: g.masked_fill((torch.arange(len(g)) >= cu_seqlens_k[-1])[:, None, None], torch.nan))
+        out = torch.full_like(q, torch.nan)
+        for i in range(len(cu_seqlens_q) - 1):
+            rows, keys = (slice(*ends[i : i + 2].tolist()) for ends in (cu_seqlens_q, cu_seqlens_k))
+            assert rows.stop - rows.start <= max_seqlen_q and keys.stop - keys.start <= max_seqlen_k
+            if keys.start == keys.stop:
+                continue  # whatever it leaves there
+            parts = (t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys]))
+            out = out.index_put((torch.arange(rows.start, rows.stop),), attention_reference(*parts, scale=softmax_scale)[0].transpose(0, 1))
+        return out
+
 
 class XFormers(types.ModuleType):
-    """memory_efficient_attention as published: [B, M, H, K], or [B, M, G, H, K] with k and v expanded over H."""
+    """memory_efficient_attention as published: [B, M, H, K], or [B, M, G, H, K] with k and v expanded over H, forward only."""
 
     class LowerTriangularMask:
         pass
@@ -267,22 +304,58 @@ class XFormers(types.ModuleType):
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
         assert query.dim() == key.dim() == value.dim() and query.shape[2:] == key.shape[2:]
         assert attn_bias is None or isinstance(attn_bias, XFormers.LowerTriangularMask)
+        assert attn_bias is None or query.shape[1] == key.shape[1]
         grouped = query.dim() == 5
         q, k, v = ((t.flatten(2, 3) if grouped else t).transpose(1, 2) for t in (query, key, value))
+        assert not (grouped and any(t.requires_grad for t in (q, k, v))), "no backward for five dimensions"
         o = attention_reference(q, k, v, causal=attn_bias is not None, scale=scale).transpose(1, 2)
         return o.unflatten(2, query.shape[2:4]) if grouped else o
 
 
-@pytest.mark.parametrize("name, module, stand_in", [("flash-attn", "flash_attn", FlashAttn), ("xformers", "xformers", XFormers)])
-def test_optional_backends(check, monkeypatch, name, module, stand_in):
-    """Against stand-ins with the published signatures: layouts, grouped heads, scale and causality arrive as they should."""
-    monkeypatch.setitem(sys.modules, module, stand_in(module))
-    monkeypatch.setitem(sys.modules, "xformers.ops", stand_in("xformers.ops"))
-    monkeypatch.setattr(backends, "fits", lambda q, k: name)
-    for heads, causal in itertools.product((2, 4), (False, True)):
-        inputs = make(2, 4, heads, 6, 6)[:3]
-        got = backends.around_sdpa(*inputs, causal, None, 0.4, None, 0.0)
-        torch.testing.assert_close(got, attention_reference(*inputs, causal=causal, scale=0.4))
+@pytest.fixture
+def optional_backend(monkeypatch):
+    """Puts a stand-in where a package would be."""
+
+    def install(name, module, stand_in):
+        monkeypatch.setitem(sys.modules, module, package := stand_in(module))
+        monkeypatch.setitem(sys.modules, "xformers.ops", stand_in("xformers.ops"))
+        monkeypatch.setattr(backends, "fits", lambda q, k: name)
+        return package
+
+    return install
+
+
+BACKENDS = [("flash-attn", "flash_attn", FlashAttn), ("xformers", "xformers", XFormers)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend[0])
+def test_optional_backends(check, optional_backend, backend):
+    """Against stand-ins with the published signatures: layouts, grouped heads, lengths, scale and causality arrive as they should."""
+    optional_backend(*backend)
+    for M, heads, causal, padded, prefix in itertools.product((1, 5, 9), (2, 4), *[(False, True)] * 3):
+        mask = padding(3, 9) if padded else None
+        inputs = [t.double() for t in pick(make(3, 4, heads, M, 9), prefix, False)]
+        around = lambda q, k, v, *p: backends.around_sdpa(q, k, v, causal, mask, 8**-0.5, tuple(p) or None, 0.0)  # noqa: B023, E731
+        reference = calling(attention_reference, causal, mask, prefix, rescale=False)
+        for needs in ([True] * len(inputs), [False] * len(inputs)):
+            got, want = (check.run(fn, inputs, needs) for fn in (around, reference))
+            for value, exact in zip(got[0] + got[1], want[0] + want[1]):
+                assert value is exact is None or check.error(value, exact) < 1e-12
+
+
+def test_which_calls_flash_attn_takes(optional_backend):
+    """Everything but padding under causality; its backward is asked to be deterministic where PyTorch is."""
+    asked = optional_backend(*BACKENDS[0]).asked_for_determinism
+    q, k, v, pk, pv = make(3, 4, 2, 5, 9)[:5]
+    mask = padding(3, 9)
+    for causal, hidden, prefix in itertools.product((False, True), (None, mask), (None, (pk, pv))):
+        before = len(asked)
+        backends.around_sdpa(q, k, v, causal, hidden, 0.4, prefix, 0.0)
+        assert len(asked) - before == (0 if causal and hidden is not None else 1)
+    assert set(asked) == {True}  # tests run so
+    torch.use_deterministic_algorithms(False)
+    backends.around_sdpa(q, k, v, False, None, 0.4, None, 0.0)
+    assert asked[-1] is False
 
 
 def test_backend_fits(monkeypatch):
@@ -294,8 +367,12 @@ def test_backend_fits(monkeypatch):
     assert backends.fits(cuda, cuda) == "xformers"
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: True)
     assert backends.fits(cuda, cuda) == "flash-attn"
+    assert backends.serving() == "flash-attn in 16 bit, sdpa elsewhere"
     monkeypatch.setattr(backends, "CHOICE", "sdpa")
-    assert backends.fits(cuda, cuda) == "sdpa"
+    assert backends.fits(cuda, cuda) == "sdpa" and backends.serving() == "sdpa (FASTPEFT_ATTENTION=sdpa)"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(backends, "CHOICE", "xformers")
+    assert backends.fits(cuda, cuda) == "sdpa" and "not installed" in backends.serving()
 
 
 @pytest.mark.parametrize(

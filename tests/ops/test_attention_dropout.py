@@ -85,6 +85,17 @@ def test_keeps_queries_keys_values_and_a_seed():
         assert new <= 8 * (more + 1) + (2 * H * d * 8 if with_rescale else 0)
 
 
+@pytest.mark.parametrize("needed, kept", [((2,), "qk"), ((4,), "qk"), ((0,), "qkv"), ((3,), "qkv"), ((1, 2), "qkv")])
+def test_values_are_kept_for_the_scores_gradients_alone(check, needed, kept):
+    t = [x.detach() for x in inputs()]
+    for i in needed:
+        t[i].requires_grad_()
+    prefix = set(needed) & {3, 4}
+    sizes = dict(zip("qkv", (x.nbytes for x in t)))
+    call = lambda *t: attention(*t[:3], dropout_p=P, **options(t, prefix, False))  # noqa: E731
+    assert check.saved_bytes(call, t, free=t[3:]) == 8 + sum(sizes[name] for name in kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_accumulates_in_float32(dtype):
     t = [x.detach() for x in inputs(dtype=dtype)]

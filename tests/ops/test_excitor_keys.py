@@ -119,8 +119,8 @@ def test_saved_bytes(check):
             got = check.saved_bytes(ours, leaves, free=[*leaves[2:], *([leaves[1]] if "w_down" not in trained else [])])
             u, n, z = B * M * r, r * (K + V) * B if image else r * K, B * V * r if image else 0
             want = 0 if trained == ("k",) else u + n + z
-            small = 2 * 8 * r + 2 * r * r if image else 8 * r  # W_up / sqrt(C) and the like: parameters' size, for their own products
-            assert want * 4 <= got <= (want + small + ("w_down" in trained) * B * M * 8) * 4, (image, trained)
+            small = B * V * r if image and trained == names else 0  # I W_kd, which W_up meets
+            assert got == 4 * (want + small + ("w_down" in trained) * B * M * 8), (image, trained)
 
 
 def test_flops_ten_times_fewer(check):

@@ -39,6 +39,16 @@ def test_heads_many_rows_and_strides(check, dtype):
         check.no_worse(rescale, rescale_reference, lambda x, s: x * s.bfloat16(), [q, torch.randn(33)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whoever_multiplies_gives_the_same_bits(dtype):
+    """ATen where dtypes are alike, csrc elsewhere: forward, and backward for x alone."""
+    x, scale = torch.randn(5, 257).to(dtype).requires_grad_(), torch.randn(257).to(dtype)
+    y = rescale(x, scale)
+    assert torch.equal(y, torch.ops.fastpeft.rescale_fwd(x.detach(), scale)) and torch.equal(y, x * scale)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    assert torch.equal(dx, torch.ops.fastpeft.rescale_bwd(y.detach(), None, scale, True, False)[0])
+
+
 def test_zeros_are_exact(check):
     x, scale = torch.randn(4, 7), torch.zeros(7)
     (y,), (dx, dscale) = check.run(rescale, [x, scale])

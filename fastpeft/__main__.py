@@ -1,0 +1,5 @@
+"""``python -m fastpeft``: the command line."""
+
+from fastpeft.cli import main
+
+main()
