@@ -23,9 +23,11 @@ def choose_device(name: str | None = None) -> torch.device:
     return torch.device(name)
 
 
-def to_device(batch: dict, names, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of ``names`` that the batch has, on ``device``; floating ones in ``dtype``."""
-    moved = {name: batch[name].to(device, non_blocking=True) for name in names if batch.get(name) is not None}
+def to_device(batch: dict, names, device: torch.device, dtype: torch.dtype, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of ``names`` that the batch has, on ``device``; floating ones in ``dtype``. Those that ``model`` reads on the host (its
+    ``host_inputs``: masks, labels, indices) stay there, so that a step does not wait for the device to hand them back."""
+    stay = getattr(model, "host_inputs", ())
+    moved = {n: batch[n] if n in stay else batch[n].to(device, non_blocking=True) for n in names if batch.get(n) is not None}
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in moved.items()}
 
 

@@ -102,7 +102,7 @@ class Model(modeling_llama.LlamaModel):
         mask, positions = as_key_mask(attention_mask), position_ids
         if positions is None and past_key_values is None and mask is not None and mask.dim() == 2:
             before = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # padding on the left is not counted: prefixes and Excitor would tell
-            positions = (torch.arange(hidden.shape[1], device=hidden.device) - before).clamp(min=0)
+            positions = (torch.arange(hidden.shape[1], device=mask.device) - before).clamp(min=0)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -117,6 +117,7 @@ class Model(modeling_llama.LlamaModel):
         if past_key_values is None and (mask is None or mask.dim() == 2):
             tokens, layout = self._layouts(hidden, mask, position_ids)
             mask = None
+        positions = sent(positions, hidden.device)
         if encoder is not None:
             positions = positions + encoder.tokens
         tables = self.rotary_emb(hidden.new_empty(0, dtype=accumulator(hidden.dtype)), position_ids=positions)
@@ -202,6 +203,8 @@ class Model(modeling_llama.LlamaModel):
 
 class CausalLM(modeling_llama.LlamaForCausalLM):
     """LLaMA with its head. In training, with labels, logits exist at labelled positions only and are not returned."""
+
+    host_inputs = ("attention_mask", "position_ids", "labels")  # best left on the host: nobody then waits for the device
 
     @can_return_tuple
     def forward(

@@ -16,6 +16,7 @@ from fastpeft.methods import Part
 from fastpeft.models.blip import TextLMHeadModel, TextModel
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.ops._common import sent
+from fastpeft.ops._common import sent
 
 DROP_PATH = 0.1
 
@@ -134,6 +135,12 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, **shared
         ).last_hidden_state
 
+    @property
+    def host_inputs(self) -> tuple[str, ...]:
+        """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
+        fused = isinstance(self.text_encoder, TextModel) and isinstance(self.text_decoder, TextLMHeadModel)
+        return ("attention_mask", "decoder_attention_mask", "labels", "image_index") if fused else ()
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -181,7 +188,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         if decoder_input_ids.shape[1] > (room := self.config.text_config.max_position_embeddings):
             raise ValueError(f"an answer of {decoder_input_ids.shape[1]} tokens, and the decoder has {room} positions")
         answer = self.text_decoder(
-            input_ids=decoder_input_ids,
+            input_ids=sent(decoder_input_ids, question_states.device),
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=question_states,
             encoder_attention_mask=attention_mask,

@@ -166,7 +166,7 @@ class Trainer:
         terms = sum(map(self.dataset.weight, batches))
         self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
-            inputs = to_device(batch, self.inputs, self.device, self.dtype)
+            inputs = to_device(batch, self.inputs, self.device, self.dtype, self.model)
             if self.features is not None:
                 inputs = self.features.put_in(inputs, batch)
             if self.budget is not None:
