@@ -25,13 +25,14 @@ test-composite: $(VENV)/.built
 test-triton: $(VENV)/.built
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest -q -n 2 tests/ops
 
-# csrc's CUDA sources, compiled for the CPU
-EMULATED = build/cuda/emulated.so
-$(EMULATED): $(VENV)/.built $(wildcard csrc/* tests/cuda/*)
-	$(PY) tests/cuda/build.py $@
+# csrc's CUDA sources compiled for the CPU; then the GPU's own tests on tensors that only say they are on one
+build/cuda/emulated.so: $(VENV)/.built $(wildcard csrc/* tests/cuda/*)
+	$(PY) tests/cuda/build.py build/cuda
 
-test-cuda: $(EMULATED)
-	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=$(EMULATED) $(PY) -m pytest -q -n 2 $(addprefix tests/ops/test_,$(addsuffix .py,activations all_ops cuda_sources layer_norm rescale rms_norm rotary))
+ROW_WISE = $(addprefix tests/ops/test_,$(addsuffix .py,activations all_ops cuda_sources layer_norm rescale rms_norm rotary))
+test-cuda: build/cuda/emulated.so
+	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=build/cuda/emulated.so $(PY) -m pytest -q -n 2 $(ROW_WISE)
+	OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) tests/cuda/lookalike.py build/cuda/lookalike.so -q -m gpu tests/ops tests/train
 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest -q -m slow

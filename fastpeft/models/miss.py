@@ -16,7 +16,6 @@ from fastpeft.methods import Part
 from fastpeft.models.blip import TextLMHeadModel, TextModel
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.ops._common import sent
-from fastpeft.ops._common import sent
 
 DROP_PATH = 0.1
 

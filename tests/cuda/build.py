@@ -1,6 +1,8 @@
-"""Compile csrc's CUDA sources for the CPU, through cuda_runtime.h beside this file: python tests/cuda/build.py OUT.so
+"""What stands in for a GPU in tests, compiled: python tests/cuda/build.py FOLDER
 
-The library registers its kernels for CPU tensors. With FASTPEFT_LIBRARY=OUT.so every test of the row-wise ops runs on them.
+FOLDER/emulated.so: csrc's CUDA sources for the CPU, through cuda_runtime.h beside this file. The library registers its kernels for CPU
+tensors; with FASTPEFT_LIBRARY=FOLDER/emulated.so every test of the row-wise ops runs on them.
+FOLDER/lookalike.so: lookalike.cpp, which lookalike.py loads.
 """
 
 import os
@@ -14,20 +16,26 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 TORCH = Path(torch.__file__).parent
+STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # as in setup.py
 
 
-def main(out: Path) -> int:
-    out.parent.mkdir(parents=True, exist_ok=True)
+def main(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
     cxx = os.environ.get("CXX", "g++")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DFASTPEFT_EMULATED"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-isystem{TORCH / 'include'}"]
-    objects = {source: out.with_suffix(f".{source.stem}.o") for source in sorted(CSRC.glob("*.cu"))}
-    jobs = [[cxx, *flags, "-x", "c++", "-c", str(source), "-o", str(made)] for source, made in objects.items()]
+    flags = ["-fPIC", "-fvisibility=hidden", f"-isystem{TORCH / 'include'}"]
+    emulated = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", f"-I{HERE}", "-DFASTPEFT_EMULATED", *STABLE]
+    jobs = {source: [*emulated, "-x", "c++"] for source in sorted(CSRC.glob("*.cu"))} | {HERE / "lookalike.cpp": ["-std=c++20", "-O0"]}
+    made = {source: folder / f"{source.stem}.o" for source in jobs}
+    commands = [[cxx, *flags, *more, "-c", str(source), "-o", str(made[source])] for source, more in jobs.items()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if any(job.returncode for job in pool.map(subprocess.run, jobs)):
+        if any(job.returncode for job in pool.map(subprocess.run, commands)):
             return 1
-    link = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}"]
-    return subprocess.run([cxx, "-shared", "-o", str(out), *map(str, objects.values()), *link]).returncode
+    link = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
+    for name, sources in {"emulated": [s for s in jobs if s.parent == CSRC], "lookalike": [HERE / "lookalike.cpp"]}.items():
+        objects = [str(made[source]) for source in sources]
+        if subprocess.run([cxx, "-shared", "-o", str(folder / f"{name}.so"), *objects, *link]).returncode:
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 What our Python does on a GPU (which kernel it chooses, what it puts where, when it waits) runs here to the last line, with numbers. An
 operator between a tensor of the device and one of the host is an error, as on CUDA; every wait of the host (``item()``, ``nonzero()``,
-a copy to the host) is counted, or forbidden inside :func:`no_waiting`. ATen's flash and efficient attention have CUDA's signatures, layouts
-and limits. fastpeft's own operators run their CPU implementation: under ``FASTPEFT_BACKEND=triton TRITON_INTERPRET=1`` the Triton kernels.
+a copy to the host) is counted, or forbidden by ``torch.cuda.set_sync_debug_mode("error")``. ATen's flash and efficient attention have
+CUDA's signatures, layouts and limits. fastpeft's own operators run what serves on CUDA where ``FASTPEFT_BACKEND=composite``, else their
+CPU implementation (the Triton kernels under ``FASTPEFT_BACKEND=triton TRITON_INTERPRET=1``). What a kernel does wrong on a real device,
+or how long it takes, is not seen here.
 
 ``python tests/cuda/lookalike.py GUARD.so PYTEST-ARGUMENTS`` loads tests/cuda/lookalike.cpp's library before torch, then runs pytest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 
@@ -20,7 +21,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_any, tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fastpeft import _library
 
@@ -199,7 +200,9 @@ def _layer_norm(x, shape, weight, bias, eps):
 
 def _layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask):
     assert all(p is None or p.dtype == x.dtype for p in (weight, bias)) and mean.dtype == rstd.dtype != torch.bfloat16
-    grads = aten.native_layer_norm_backward(dy, x, shape, mean, rstd, *(None if p is None else p.to(mean.dtype) for p in (weight, bias)), mask)
+    grads = aten.native_layer_norm_backward(
+        dy, x, shape, mean, rstd, *(None if p is None else p.to(mean.dtype) for p in (weight, bias)), mask
+    )
     return tuple(None if grad is None else grad.to(x.dtype) for grad in grads)
 
 
@@ -219,16 +222,6 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
-
-
-@contextlib.contextmanager
-def no_waiting():
-    global _forbidden
-    _forbidden = True
-    try:
-        yield
-    finally:
-        _forbidden = False
 
 
 def install() -> None:
