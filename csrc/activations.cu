@@ -4,29 +4,30 @@
 
 namespace fastpeft::cuda_activations {
 
-template <class A>
-__device__ A sigmoid(A x) { return A(1) / (A(1) + exp(-x)); }
-template <class A>
-__device__ A normal_cdf(A x) { return A(0.5) * (A(1) + erf(x * A(0.70710678118654752440))); }
-
-constexpr double kBeta = 0.79788456080286535588, kKappa = 0.044715;  // sqrt(2 / pi), and the tanh form's cubic term
-
-// a = act(g) [* u] and its derivative in g
-template <class A>
-__device__ A gelu(A g, bool tanh_form, A* slope) {
-  if (!tanh_form) {
-    const A cdf = normal_cdf(g);
-    if (slope) *slope = cdf + g * A(0.39894228040143267794) * exp(A(-0.5) * g * g);
-    return g * cdf;
-  }
-  const A inner = A(kBeta) * (g + A(kKappa) * g * g * g), t = tanh(inner);
-  if (slope) *slope = A(0.5) * (1 + t) + A(0.5) * g * (1 - t * t) * A(kBeta) * (1 + 3 * A(kKappa) * g * g);
-  return A(0.5) * g * (1 + t);
-}
+// Each gives the activation of g, and its slope where that is asked for: the forms of activations.cpp, whose tails keep their digits.
 template <class A>
 __device__ A silu(A g, A* slope) {
-  const A sigma = sigmoid(g);
+  const A sigma = A(1) / (A(1) + exp(-g));
   if (slope) *slope = sigma * (1 + g * (1 - sigma));
+  return g * sigma;
+}
+template <class A>
+__device__ A gelu(A g, A* slope) {
+  const A cdf = A(0.5) * erfc(-g * A(0.70710678118654752440));
+  if (slope) {
+    const A bell = exp(A(-0.5) * g * g);
+    *slope = cdf + (bell > A(1e-37) ? g * A(0.39894228040143267794) * bell : A(0));
+  }
+  return g * cdf;
+}
+template <class A>
+__device__ A gelu_tanh(A g, A* slope) {  // (1 + tanh u) / 2 is the sigmoid of 2 u
+  const A beta = A(1.59576912160573071176), kappa = A(0.044715);  // 2 sqrt(2 / pi)
+  const A e = exp(-beta * (g + kappa * g * g * g)), sigma = A(1) / (A(1) + e);
+  if (slope) {
+    const A side = sigma * (e * sigma);  // 1 - sigma would cancel; nan where e is inf
+    *slope = sigma + (side > A(1e-37) ? g * side * beta * (1 + 3 * kappa * g * g) : A(0));
+  }
   return g * sigma;
 }
 
@@ -34,7 +35,8 @@ enum Kind { kSwiGLU, kGELU, kGELUTanh };
 template <Kind KIND, class A>
 __device__ A act(A g, A* slope) {
   if constexpr (KIND == kSwiGLU) return silu(g, slope);
-  else return gelu(g, KIND == kGELUTanh, slope);
+  else if constexpr (KIND == kGELU) return gelu(g, slope);
+  else return gelu_tanh(g, slope);
 }
 
 template <class T>
