@@ -1,0 +1,177 @@
+"""The skinny half of a LoRA layer: everything of it but the product with W, at the rate memory gives.
+
+    S = D(x) A^T                                _lora_down_kernel: a program owns rows, over all their columns
+    dS = s dy B, dB^T = s S^T dy                _lora_pass_kernel over dy: DOWN and OUTER
+    dA = dS^T D(x), dx_0 = D'(dS A)             over x: OUTER and UP
+    y_0 = b + s S B^T                           over nothing: UP alone
+
+A program of the pass owns a block of columns and a span of rows: what is summed over rows stays in registers, one partial per span; what
+is summed over columns leaves in one partial per block of columns. Both are few (at 8192 x 4096 and r = 16 an eighth of dy's bytes
+together; a program per 64 rows wrote half of dy's for dB alone, and as much for dA), and summed in a fixed order.
+
+Shapes: x [M, C]; T (S, dS) [R, M]; F (A, B^T) [R, C]. Accumulation in float32; operands of tl.dot in x's dtype. The rank is padded to
+16, the least a tensor core takes. Dropout: Philox on (seed + branch, row * columns + column), the same in both passes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 128  # one for each multiprocessor of an H100, each with 48 to 64 KB of loads under way: 3 TB/s at 700 ns ask for 16
+
+
+@triton.jit
+def dropped(x, seed_ptr, index, offs, p):
+    u = tl.rand(tl.load(seed_ptr) + index, offs)
+    return tl.where(u >= p, x.to(tl.float32) / (1.0 - p), 0.0)
+
+
+@triton.jit
+def _lora_down_kernel(
+    x_ptr, a_ptr, seed_ptr, s_ptr, M, K, R, stride_xm, stride_ar, stride_ak, stride_sr, scaling, p, index,
+    DROP: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = x_ptr.dtype.element_ty
+    offs_m, offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
+        a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None] * stride_ak, mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
+        if DROP:
+            x = dropped(x, seed_ptr, index, offs_m[:, None] * K + offs_k, p).to(dtype)
+        s = tl.dot(x, a, s, input_precision=precision)  # [BLOCK_M, BLOCK_R]
+    s = (s * scaling).to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], s, mask=mask_m[:, None] & mask_r)
+
+
+@triton.jit
+def _lora_pass_kernel(
+    x_ptr, t_ptr, f_ptr, bias_ptr, seed_ptr, outer_ptr, down_ptr, up_ptr,
+    M, C, R, STEPS, stride_xm, stride_tr, stride_fr, stride_fc, scaling, p, index,
+    OUTER: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """OUTER: scaling T^T D(x). DOWN: scaling x F^T. UP: bias + scaling D(T F). T [M, R] (its rows at stride_tr), F [R, C]."""
+    pid_c, pid_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = x_ptr.dtype.element_ty
+    offs_c, offs_r = pid_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    mask_c, mask_r = offs_c < C, offs_r < R
+    if DOWN or UP:
+        f = tl.load(f_ptr + offs_r[:, None] * stride_fr + offs_c * stride_fc, mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
+    outer = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for step in range(0, STEPS):
+        offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_c
+        if OUTER or DOWN:
+            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
+        if OUTER or UP:
+            t = tl.load(t_ptr + offs_r[:, None] * stride_tr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
+        if DOWN:
+            part = tl.dot(x, tl.trans(f), input_precision=precision) * scaling  # [BLOCK_M, BLOCK_R]
+            tl.store(down_ptr + (pid_c * R + offs_r) * M + offs_m[:, None], part, mask=mask_m[:, None] & mask_r)
+        if UP:
+            up = tl.dot(tl.trans(t), f, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_C]
+            if DROP:
+                up = dropped(up, seed_ptr, index, offs_m[:, None] * C + offs_c, p)
+            if HAS_BIAS:
+                up += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            up_ptrs = up_ptr + offs_m[:, None] * C + offs_c
+            if ACCUMULATE:
+                up += tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(up_ptrs, up.to(dtype), mask=mask)
+        if OUTER:
+            if DROP:
+                x = dropped(x, seed_ptr, index, offs_m[:, None] * C + offs_c, p).to(dtype)
+            outer = tl.dot(t, x, outer, input_precision=precision)  # [BLOCK_R, BLOCK_C]
+    if OUTER:
+        tl.store(outer_ptr + (pid_s * R + offs_r[:, None]) * C + offs_c, outer * scaling, mask=mask_r[:, None] & mask_c)
+
+
+def block_r(R: int) -> int:
+    return max(16, triton.next_power_of_2(R))
+
+
+def _ieee() -> bool:
+    return not torch.backends.cuda.matmul.allow_tf32  # the user's choice for float32 matmuls holds here too
+
+
+def _down_blocks(M: int, R: int, itemsize: int) -> dict:
+    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way."""
+    rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
+    columns = 20480 // ((rows + block_r(R)) * itemsize)
+    return {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "num_warps": 4, "num_stages": 4}
+
+
+def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
+    """s [R, M] = scaling A D(x)^T."""
+    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size())
+    if M:
+        _lora_down_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
+            x_ptr=x, a_ptr=A, seed_ptr=seed, s_ptr=s, M=M, K=K, R=R, stride_xm=x.stride(0), stride_ar=A.stride(0),
+            stride_ak=A.stride(1), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0, IEEE=_ieee(), **blocks,
+        )  # fmt: skip
+
+
+def _pass_blocks(C: int, R: int, itemsize: int, down: bool = False, crowded: bool = False) -> dict:
+    """Tiles of 16 KB, four stages; 32 KB and three for dy, whose partial sums of dS are fewer the wider its blocks are.
+
+    ``crowded``: UP with dropout, or in float32, which spilled at 256 columns.
+    """
+    wide = down and C >= 2048 and R <= 32
+    columns = 64 if R > 64 else 128 if R > 32 or crowded else 512 if wide else 256
+    return {"BLOCK_M": 32, "BLOCK_C": columns * 2 // itemsize, "BLOCK_R": block_r(R), "num_warps": 8, "num_stages": 3 if wide else 4}
+
+
+def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
+    """One pass over x [M, C], or over up alone. ``down`` [R, M] and ``up`` [M, C] are filled; dT^T x [R, C] comes back if ``outer``."""
+    x = up if x is None else x
+    M, C = x.shape
+    R = (f if t is None else t).shape[0]
+    blocks = _pass_blocks(C, R, x.element_size(), down is not None, up is not None and (p > 0.0 or x.element_size() > 2))
+    columns, row_blocks = triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
+    steps = max(1, triton.cdiv(row_blocks, max(1, PROGRAMS // columns * (1 if outer or down is not None else 4))))
+    spans = triton.cdiv(row_blocks, steps)
+    sums = x.new_empty(spans if outer else 0, R, C, dtype=torch.float32)
+    parts = down if columns == 1 or down is None else x.new_empty(columns, R, M, dtype=torch.float32)
+    if spans and columns:
+        _lora_pass_kernel[(columns, spans)](
+            x_ptr=x, t_ptr=t, f_ptr=f, bias_ptr=bias, seed_ptr=seed, outer_ptr=sums, down_ptr=parts, up_ptr=up, M=M, C=C, R=R, STEPS=steps,
+            stride_xm=x.stride(0), stride_tr=0 if t is None else t.stride(0), stride_fr=0 if f is None else f.stride(0),
+            stride_fc=1 if f is None else f.stride(1), scaling=scaling, p=p, index=index, OUTER=outer, DOWN=down is not None,
+            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, IEEE=_ieee(), **blocks,
+        )  # fmt: skip
+    if parts is not down:
+        torch.sum(parts, 0, out=down)
+    return (sums[0] if spans == 1 else sums.sum(0)) if outer else None
+
+
+def aot_cases():
+    """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "bias", "s", "t", "f", "up")} | {"seed_ptr": "*i64"}
+        types |= dict.fromkeys(("outer_ptr", "down_ptr"), "*fp32") | dict.fromkeys(("scaling", "p"), "fp32")
+        strides = (f"stride_{n}" for n in ("xm", "ar", "sr", "tr", "fr", "fc"))
+        types |= dict.fromkeys(("M", "K", "C", "R", "STEPS", "index", *strides), "i32")
+        off = dict.fromkeys(("DROP", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP"), False) | {"IEEE": True}
+        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
+        cases += [
+            (f"dy/{C}", _lora_pass_kernel, _pass_blocks(C, 16, size, down=True) | {"stride_fr": 1, "OUTER": True, "DOWN": True}, {})
+            for C in (768, 4096)
+        ] * (size == 2)
+        blocks, crowded = _pass_blocks(4096, 16, size), _pass_blocks(4096, 16, size, crowded=size == 4)
+        cases += [
+            ("x", _lora_pass_kernel, blocks | {"stride_fc": 1, "OUTER": True}, {"t_ptr": "*fp32"}),
+            ("x and dx", _lora_pass_kernel, crowded | {"stride_fc": 1, "OUTER": True, "UP": True}, {"t_ptr": "*fp32"}),
+            ("y", _lora_pass_kernel, crowded | {"stride_fr": 1, "UP": True, "HAS_BIAS": True}, {}),
+        ]
+        for name, kernel, constants, special in cases:
+            constants = off | constants
+            signature = {n: (types | special)[n] for n in kernel.arg_names if n not in constants}
+            options = {n: constants[n] for n in ("num_warps", "num_stages")}
+            yield f"lora_branch/{name}/{dtype}", kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, options
