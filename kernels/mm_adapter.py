@@ -20,10 +20,7 @@ import triton
 import triton.language as tl
 
 PROGRAMS = 128  # a launch's least, where the rows give it: one for each multiprocessor of an H100
-BLOCK_M, WARPS, STAGES = 16, 4, 4
-BLOCK_C = {2: 256, 4: 128}  # by bytes of an element; with its weights 12 KB a stage and program
-DW_ROWS, DW_COLS = 32, {2: 128, 4: 64}
-SUM = 1024
+BLOCK_M, DW_ROWS, WARPS, STAGES, SUM = 16, 32, 4, 4, 1024
 
 
 @triton.jit
@@ -256,8 +253,13 @@ def _common(w_down, w_up, groups, routing, x):
             "TOKENS": x.shape[1] if routing.dim() == 2 else 1, "IEEE": not torch.backends.cuda.matmul.allow_tf32}  # fmt: skip
 
 
-def _tiles(itemsize: int) -> dict:
-    return {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[itemsize], "WARPS": WARPS, "STAGES": STAGES, "num_warps": WARPS}
+def _tiles(H: int, itemsize: int) -> dict:
+    """At h = 8 12 KB a stage of x and weights together."""
+    return {"BLOCK_M": BLOCK_M, "BLOCK_C": max(64, 8192 // (_pad(2 * H) * itemsize)), "WARPS": WARPS, "STAGES": STAGES, "num_warps": WARPS}
+
+
+def _dw_columns(H: int, itemsize: int) -> int:
+    return max(32, min(256, 8192 // _pad(2 * H + 2)) // itemsize)
 
 
 def _rows(t):
@@ -280,7 +282,7 @@ def norm_mm_adapter_fwd(x, gamma, eps, w_down, b_down, w_up, b_up, routing, scal
         _mm_adapter_fwd_kernel[(triton.cdiv(M, BLOCK_M),)](
             x_ptr=x2, gamma_ptr=gamma, down_ptr=w_down, down_bias_ptr=b_down, up_ptr=w_up, up_bias_ptr=b_up, route_ptr=routing,
             seed_ptr=seed, out_ptr=out, a_ptr=a, rstd_ptr=rstd, M=M, C=C, stride_xm=x2.stride(0), scale=scale, p=p, eps=eps,
-            NORM=gamma is not None, DROP=p > 0.0, **_tiles(x2.element_size()), **_common(w_down, w_up, groups, routing, x),
+            NORM=gamma is not None, DROP=p > 0.0, **_tiles(a.shape[1], x2.element_size()), **_common(w_down, w_up, groups, routing, x),
         )  # fmt: skip
     return out, a, rstd
 
@@ -304,11 +306,12 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
         _mm_adapter_dx_kernel[(triton.cdiv(M, BLOCK_M),)](
             g_ptr=g2, x_ptr=x2, gamma_ptr=gamma, rstd_ptr=rstd, a_ptr=a, down_ptr=w_down, down_bias_ptr=b_down, up_ptr=w_up,
             up_bias_ptr=b_up, route_ptr=routing, seed_ptr=seed, dx_ptr=dx, da_ptr=da, dw_ptr=dw, M=M, C=C, stride_xm=x2.stride(0),
-            scale=scale, p=p, NEED_DX=need_x, NORM=norm, DROP=p > 0.0, **_tiles(itemsize), **common,
+            scale=scale, p=p, NEED_DX=need_x, NORM=norm, DROP=p > 0.0, **_tiles(H, itemsize), **common,
         )  # fmt: skip
     dgamma = g.new_empty(0)
     if need_t or need_up:
-        columns, rows = triton.cdiv(C, DW_COLS[itemsize]), triton.cdiv(M, DW_ROWS)
+        width, rows = _dw_columns(H, itemsize), triton.cdiv(M, DW_ROWS)
+        columns = triton.cdiv(C, width)
         steps = max(1, triton.cdiv(rows, max(1, PROGRAMS // columns)))
         spans, size = triton.cdiv(rows, steps), (2 * per + 2 + H) * C + H
         sums = g.new_empty(spans, size, dtype=torch.float32)
@@ -317,8 +320,8 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
         if spans:
             _mm_adapter_dw_kernel[(columns, spans)](
                 g_ptr=g2, x_ptr=x2, rstd_ptr=rstd, a_ptr=a, da_ptr=da, route_ptr=routing, sums_ptr=sums, gamma_ptr=dgamma, M=M, C=C,
-                stride_xm=x2.stride(0), STEPS=steps, scale=scale, NEED_GAMMA=need_gamma, BLOCK_M=DW_ROWS, BLOCK_C=DW_COLS[itemsize],
-                num_warps=WARPS, num_stages=STAGES, **flags, **common | {"BLOCK_K": _pad(2 * H + 2)},
+                stride_xm=x2.stride(0), STEPS=steps, scale=scale, NEED_GAMMA=need_gamma, BLOCK_M=DW_ROWS, BLOCK_C=width,
+                num_warps=WARPS, num_stages=STAGES if H <= 32 else 2, **flags, **common | {"BLOCK_K": _pad(2 * H + 2)},
             )  # fmt: skip
         _mm_adapter_sum_kernel[(triton.cdiv(size, SUM),)](
             sums_ptr=sums, gamma_ptr=gamma, up_ptr=dw_up, up_bias_ptr=db_up, down_ptr=dw_down, down_bias_ptr=db_down, C=C,
@@ -350,11 +353,12 @@ def mm_adapter_bwd(g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed,
 def aot_cases():
     for dtype, size in (("fp32", 4), ("bf16", 2)):
         names = ("x", "g", "gamma", "down", "down_bias", "up", "up_bias", "route", "out", "a", "dx")
-        types = {f"{n}_ptr": f"*{dtype}" for n in names} | {"seed_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in ("rstd", "da", "dw", "sums")}
-        types |= dict.fromkeys(("M", "C", "TOKENS", "stride_xm", "STEPS", "SPANS"), "i32") | dict.fromkeys(("scale", "p", "eps"), "fp32")
+        types = {f"{n}_ptr": f"*{dtype}" for n in names} | {f"{n}_ptr": "*fp32" for n in ("rstd", "da", "dw", "sums")}
+        types |= {"seed_ptr": "*i64"} | dict.fromkeys(("M", "C", "TOKENS", "stride_xm", "STEPS", "SPANS"), "i32")
+        types |= dict.fromkeys(("scale", "p", "eps"), "fp32")
         blocks = {"GROUPS": 2, "PER": 4, "H": 8, "IEEE": True, "BLOCK_H": 16, "NEED_UP": True, "NEED_DOWN": True, "num_stages": STAGES}
-        rows = blocks | _tiles(size) | {"BLOCK_K": 16, "DROP": False, "NEED_DX": True}
-        columns = blocks | {"BLOCK_M": DW_ROWS, "BLOCK_C": DW_COLS[size], "BLOCK_K": 32, "NEED_GAMMA": False, "num_warps": WARPS}
+        rows = blocks | _tiles(8, size) | {"BLOCK_K": 16, "DROP": False, "NEED_DX": True}
+        columns = blocks | {"BLOCK_M": DW_ROWS, "BLOCK_C": _dw_columns(8, size), "BLOCK_K": 32, "NEED_GAMMA": False, "num_warps": WARPS}
         cases = [(f"norm={norm}/{name}", kernel, constants | {"NORM": norm}, types) for norm in (False, True)
                  for name, kernel, constants in (("fwd", _mm_adapter_fwd_kernel, rows), ("dx", _mm_adapter_dx_kernel, rows),
                                                  ("dw", _mm_adapter_dw_kernel, columns))]  # fmt: skip
