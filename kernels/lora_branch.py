@@ -29,22 +29,26 @@ def dropped(x, seed_ptr, index, offs, p):
 @triton.jit
 def _lora_down_kernel(
     x_ptr, a_ptr, seed_ptr, s_ptr, M, K, R, stride_xm, stride_ar, stride_ak, stride_sr, scaling, p, index,
-    DROP: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROP: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = x_ptr.dtype.element_ty
     offs_m, offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
-    s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    # a batch of products, each over a share of the columns: as one of 16 x 16 outputs, four warps would repeat two warps' work
+    offs_w = tl.arange(0, SHARES)[:, None] * (BLOCK_K // SHARES) + tl.arange(0, BLOCK_K // SHARES)  # [SHARES, columns]
+    s = tl.zeros((SHARES, BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
+        offs_k = k + offs_w
         mask_k = offs_k < K
-        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
-        a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None] * stride_ak, mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
+        mask = mask_m[None, :, None] & mask_k[:, None, :]
+        x = tl.load(x_ptr + offs_m[None, :, None] * stride_xm + offs_k[:, None, :], mask=mask, other=0.0)  # [SHARES, BLOCK_M, columns]
+        a_ptrs = a_ptr + offs_r * stride_ar + offs_k[:, :, None] * stride_ak
+        a = tl.load(a_ptrs, mask=mask_k[:, :, None] & mask_r, other=0.0).to(dtype)
         if DROP:
-            x = dropped(x, seed_ptr, index, offs_m[:, None] * K + offs_k, p).to(dtype)
-        s = tl.dot(x, a, s, input_precision=precision)  # [BLOCK_M, BLOCK_R]
-    s = (s * scaling).to(s_ptr.dtype.element_ty)
+            x = dropped(x, seed_ptr, index, offs_m[None, :, None] * K + offs_k[:, None, :], p).to(dtype)
+        s = tl.dot(x, a, s, input_precision=precision)
+    s = (tl.sum(s, 0) * scaling).to(s_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
     tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], s, mask=mask_m[:, None] & mask_r)
 
 
@@ -105,7 +109,7 @@ def _down_blocks(M: int, R: int, itemsize: int) -> dict:
     """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way."""
     rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
     columns = 20480 // ((rows + block_r(R)) * itemsize)
-    return {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "SHARES": 64 // rows, "num_warps": 4, "num_stages": 4}
 
 
 def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
