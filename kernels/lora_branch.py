@@ -57,7 +57,7 @@ def _lora_pass_kernel(
     x_ptr, t_ptr, f_ptr, bias_ptr, seed_ptr, outer_ptr, down_ptr, up_ptr,
     M, C, R, STEPS, stride_xm, stride_tr, stride_fr, stride_fc, scaling, p, index,
     OUTER: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUTER: scaling T^T D(x). DOWN: scaling x F^T. UP: bias + scaling D(T F). T [M, R] (its rows at stride_tr), F [R, C]."""
     pid_c, pid_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -68,19 +68,21 @@ def _lora_pass_kernel(
     if DOWN or UP:
         f = tl.load(f_ptr + offs_r[:, None] * stride_fr + offs_c * stride_fc, mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
     outer = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for step in range(0, STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_c
         if OUTER or DOWN:
             x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
-        if OUTER or UP:
+        if OUTER:
             t = tl.load(t_ptr + offs_r[:, None] * stride_tr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
         if DOWN:
             part = tl.dot(x, tl.trans(f), input_precision=precision) * scaling  # [BLOCK_M, BLOCK_R]
             tl.store(down_ptr + (pid_c * R + offs_r) * M + offs_m[:, None], part, mask=mask_m[:, None] & mask_r)
         if UP:
-            up = tl.dot(tl.trans(t), f, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_C]
+            # read apart from t: one load in two layouts is not fetched ahead
+            rows = tl.load(t_ptr + offs_r * stride_tr + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0).to(dtype)
+            up = tl.dot(rows, f, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_C]
             if DROP:
                 up = dropped(up, seed_ptr, index, offs_m[:, None] * C + offs_c, p)
             if HAS_BIAS:
@@ -109,7 +111,8 @@ def _down_blocks(M: int, R: int, itemsize: int) -> dict:
     """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way."""
     rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
     columns = 20480 // ((rows + block_r(R)) * itemsize)
-    return {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "SHARES": 64 // rows, "num_warps": 4, "num_stages": 4}
+    tile = {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "SHARES": 64 // rows}
+    return tile | {"num_warps": 4, "num_stages": 4}
 
 
 def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
@@ -129,7 +132,7 @@ def _pass_blocks(C: int, R: int, itemsize: int, down: bool = False, crowded: boo
     """
     wide = down and C >= 2048 and R <= 32
     columns = 64 if R > 64 else 128 if R > 32 or crowded else 512 if wide else 256
-    return {"BLOCK_M": 32, "BLOCK_C": columns * 2 // itemsize, "BLOCK_R": block_r(R), "num_warps": 8, "num_stages": 3 if wide else 4}
+    return {"BLOCK_M": 32, "BLOCK_C": columns * 2 // itemsize, "BLOCK_R": block_r(R), "num_warps": 8, "STAGES": 3 if wide else 4}
 
 
 def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
@@ -177,5 +180,5 @@ def aot_cases():
         for name, kernel, constants, special in cases:
             constants = off | constants
             signature = {n: (types | special)[n] for n in kernel.arg_names if n not in constants}
-            options = {n: constants[n] for n in ("num_warps", "num_stages")}
+            options = {n: constants[n] for n in ("num_warps", "num_stages") if n in constants}
             yield f"lora_branch/{name}/{dtype}", kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, options

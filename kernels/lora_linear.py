@@ -19,7 +19,7 @@ DW, DB, DLA, DLB = 1, 2, 4, 8
 
 @dataclass(frozen=True)
 class Gemm:
-    """16 bit: acc and S within 180 registers, three stages of tiles in 100 KB, from sm_80 on."""
+    """16 bit: three stages of tiles in 100 KB, from sm_80 on; on sm_90 two programs share a multiprocessor: 128 registers."""
 
     BLOCK_M: int = 128
     BLOCK_N: int = 128
@@ -29,10 +29,12 @@ class Gemm:
 
 
 GEMM = Gemm()
+TMA_GEMM = Gemm(BLOCK_N=256, num_stages=4)  # 197 KB: Hopper's own shape, its tiles fetched by descriptor
 
 
 def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
-    """Who makes a product and how its branch joins it: "loop" (Triton, S beside it), "given" (Triton, S made before), "cublas".
+    """Who makes a product and how its branch joins it: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
+    Hopper's tiles; no answer of this rule yet), "cublas".
 
     Modelled for an H100 (3 TB/s; cuBLAS 650 TFLOP/s in bfloat16, Triton's GEMM 0.88 of it), not measured: bench lora_linear prints all
     of them side by side, so that a measurement can take this rule's place.
@@ -53,7 +55,7 @@ def _lora_gemm_kernel(
     M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sr,
     scaling, p, index,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    TMA: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     group = 8 * tl.cdiv(N, BLOCK_N)  # eight blocks of rows at a time: their tiles of w and x meet again in L2
@@ -68,8 +70,13 @@ def _lora_gemm_kernel(
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptr + offs_n * stride_wn + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n, other=0.0)
+        if TMA:  # x_ptr and w_ptr are descriptors, of tiles of x, and of W or W^T; what lies outside is zero
+            m, n = (pid_m * BLOCK_M).to(tl.int32), (pid_n * BLOCK_N).to(tl.int32)
+            x = x_ptr.load([m, k])  # [BLOCK_M, BLOCK_K]
+            w = w_ptr.load([k, n]) if TURNED else w_ptr.load([n, k]).T
+        else:
+            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)
+            w = tl.load(w_ptr + offs_n * stride_wn + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n, other=0.0)
         acc = tl.dot(x, w, acc)
         if not LOAD_S:
             a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None] * stride_ak, mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
@@ -82,10 +89,11 @@ def _lora_gemm_kernel(
     elif pid_n == 0:
         tl.store(s_ptrs, s.to(dtype), mask=mask_m[:, None] & mask_r)
     b = tl.load(b_ptr + offs_n * stride_bn + offs_r[:, None] * stride_br, mask=mask_r[:, None] & mask_n, other=0.0).to(dtype)
-    branch = tl.dot(s.to(dtype), b) * scaling  # [BLOCK_M, BLOCK_N]
+    s = (s * scaling).to(dtype)
     if DROP_OUT:
-        branch = dropped(branch, seed_ptr, index, offs_m[:, None] * N + offs_n, p)
-    acc += branch
+        acc += dropped(tl.dot(s, b), seed_ptr, index, offs_m[:, None] * N + offs_n, p)  # [BLOCK_M, BLOCK_N]
+    else:  # into the same accumulator: a second one was as many registers again
+        acc = tl.dot(s, b, acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n
@@ -101,18 +109,34 @@ def _rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _gemm(x, w, y, b, s, a=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
+def _described(x, w, config):
+    """x and w as descriptors of their tiles, and whether w's is of w^T; None where memory is not laid out for it."""
+    turned = w.stride(1) != 1
+    w = w.t() if turned else w
+    tile = (config.BLOCK_K, config.BLOCK_N) if turned else (config.BLOCK_N, config.BLOCK_K)
+    aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
+    if not aligned or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0)):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in every Triton that the rest runs with
+
+    return TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]), TensorDescriptor.from_tensor(w, list(tile)), turned
+
+
+def _gemm(x, w, y, b, s, a=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0, tma=False):
     """y (+)= x w^T + bias + scaling s b^T; w [N, K], b [N, R] and a [R, K] with any strides. s is made here where a is given."""
     (M, K), (N, R) = x.shape, b.shape
     if M == 0 or N == 0:
         return
-    _lora_gemm_kernel[(triton.cdiv(N, GEMM.BLOCK_N) * triton.cdiv(M, GEMM.BLOCK_M),)](
-        x_ptr=x, w_ptr=w, bias_ptr=bias, a_ptr=a, b_ptr=b, s_ptr=s, seed_ptr=seed, y_ptr=y, M=M, N=N, K=K, R=R,
+    described = _described(x, w, TMA_GEMM) if tma else None
+    config = TMA_GEMM if described else GEMM
+    x_tiles, w_tiles, turned = described or (x, w, False)
+    _lora_gemm_kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(M, config.BLOCK_M),)](
+        x_ptr=x_tiles, w_ptr=w_tiles, bias_ptr=bias, a_ptr=a, b_ptr=b, s_ptr=s, seed_ptr=seed, y_ptr=y, M=M, N=N, K=K, R=R,
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=0 if a is None else a.stride(0),
         stride_ak=1 if a is None else a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1), stride_sr=s.stride(0),
         scaling=scaling, p=p, index=index, HAS_BIAS=bias is not None, LOAD_S=a is None, DROP_IN=p > 0.0 and a is not None,
-        DROP_OUT=p > 0.0 and a is None, ACCUMULATE=accumulate, BLOCK_M=GEMM.BLOCK_M, BLOCK_N=GEMM.BLOCK_N, BLOCK_K=GEMM.BLOCK_K,
-        BLOCK_R=block_r(R), num_warps=GEMM.num_warps, num_stages=GEMM.num_stages,
+        DROP_OUT=p > 0.0 and a is None, ACCUMULATE=accumulate, TMA=described is not None, TURNED=turned, BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=block_r(R), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -139,10 +163,10 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
         if how == "cublas":
             along(None, part, B.t(), up=y, bias=b, scaling=scaling)
             y.addmm_(x2, W.t())
-        elif how == "given":
-            _gemm(x2, W, y, B, part, bias=b, scaling=scaling)
-        else:
+        elif how == "loop":
             _gemm(x2, W, y, B, part, a=A, bias=b, scaling=scaling, p=p, seed=seed, index=i)
+        else:
+            _gemm(x2, W, y, B, part, bias=b, scaling=scaling, tma=how == "tma")
         ys.append(y.view(*x.shape[:-1], W.shape[0]))
     return [*ys, s]
 
@@ -164,22 +188,22 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
             dbs[i] = along(dy, S[i], Bs[i].t(), outer=True, down=ds, scaling=scalings[i])
 
     dx = first.new_empty(M, K) if need_dx else None
-    cublas = form(max(dy.shape[1] for dy in flat.values()), K, max(ranks), first.element_size()) == "cublas"
+    how = form(max(dy.shape[1] for dy in flat.values()), K, max(ranks), first.element_size())
     begun = False  # dx holds a part of its sum
     # without dropout the branches' rows of dS and A lie together: one pass over x, or over dx, serves them all
     for group in ([branches] if p == 0.0 else [[i] for i in branches]) if branches else ():
         t, A = (stack, _stacked([As[i] for i in group])) if p == 0.0 else (dS[group[0]], As[group[0]])
-        need_da, up = any(needs[i] & DLA for i in group), dx if need_dx and cublas else None
+        need_da, up = any(needs[i] & DLA for i in group), dx if need_dx and how == "cublas" else None
         if need_da or up is not None:
-            how = {"outer": need_da, "up": up, "accumulate": begun, "p": p, "seed": seed, "index": group[0]}
-            da = along(x2 if need_da else None, t, A, **how)
+            drop = {"p": p, "seed": seed, "index": group[0]}
+            da = along(x2 if need_da else None, t, A, outer=need_da, up=up, accumulate=begun, **drop)
             das |= dict(zip(group, da.split([ranks[i] for i in group]))) if need_da else {}
         begun |= up is not None
     for i, dy in flat.items() if need_dx else ():
-        if cublas or not ranks[i]:
+        if how == "cublas" or not ranks[i]:
             dx.addmm_(dy, weights[i], beta=int(begun))
         else:
-            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i)
+            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i, tma=how == "tma")
         begun = True
 
     grads = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
@@ -199,14 +223,18 @@ def aot_cases():
     """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
     types = {f"{n}_ptr": "*bf16" for n in ("x", "w", "bias", "a", "b", "s", "y")} | {"seed_ptr": "*i64", "scaling": "fp32", "p": "fp32"}
     types |= dict.fromkeys(("M", "N", "K", "R", "index", *(f"stride_{n}" for n in ("xm", "wn", "wk", "ar", "bn", "br", "sr"))), "i32")
-    constants = dict.fromkeys(("DROP_IN", "DROP_OUT", "ACCUMULATE"), False) | {"stride_ak": 1, "BLOCK_R": 16}
-    constants |= {n: getattr(GEMM, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    shape = lambda config: {n: getattr(config, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    constants = dict.fromkeys(("DROP_IN", "DROP_OUT", "ACCUMULATE", "HAS_BIAS", "TMA", "TURNED"), False) | {"stride_ak": 1, "BLOCK_R": 16}
     fwd, dx = dict.fromkeys(("stride_wk", "stride_br"), 1), dict.fromkeys(("stride_wn", "stride_bn"), 1)
-    for name, special, s in (
-        ("loop", fwd | {"HAS_BIAS": True, "LOAD_S": False}, "*bf16"),
-        ("given", fwd | {"HAS_BIAS": True, "LOAD_S": True}, "*bf16"),
-        ("dx", dx | {"HAS_BIAS": False, "LOAD_S": True}, "*fp32"),
+    tiles = {"x_ptr": "tensordesc<bf16[128,64]>", "w_ptr": "tensordesc<bf16[256,64]>"}
+    turned = tiles | {"w_ptr": "tensordesc<bf16[64,256]>", "s_ptr": "*fp32"}
+    for name, special, others, config in (
+        ("loop", fwd | {"HAS_BIAS": True, "LOAD_S": False}, {}, GEMM),
+        ("given", fwd | {"HAS_BIAS": True, "LOAD_S": True}, {}, GEMM),
+        ("dx", dx | {"LOAD_S": True}, {"s_ptr": "*fp32"}, GEMM),
+        ("tma", fwd | {"HAS_BIAS": True, "LOAD_S": True, "TMA": True}, tiles, TMA_GEMM),
+        ("tma dx", dx | {"LOAD_S": True, "TMA": True, "TURNED": True}, turned, TMA_GEMM),
     ):
-        signature = {n: t for n, t in (types | {"s_ptr": s}).items() if n not in special}
-        options = {"num_warps": GEMM.num_warps, "num_stages": GEMM.num_stages}
-        yield f"lora_gemm/{name}/bf16", _lora_gemm_kernel, signature, constants | special, options
+        signature = {n: t for n, t in (types | others).items() if n not in special}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "since": 90 if config is TMA_GEMM else 80}
+        yield f"lora_gemm/{name}/bf16", _lora_gemm_kernel, signature, constants | shape(config) | special, options

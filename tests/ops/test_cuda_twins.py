@@ -81,7 +81,7 @@ def test_every_op(check, row, dtype):
                 assert error <= 4 * own + TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("how", ["loop", "given", "cublas"])
+@pytest.mark.parametrize("how", ["loop", "given", "tma", "cublas"])
 @pytest.mark.parametrize("m, k, n, r", [(33, 64, 72, 3), (300, 256, 520, 8), (4100, 1024, 4096, 16)])
 def test_every_form_of_lora_linear(check, monkeypatch, how, m, k, n, r):
     """Whichever way its rule would choose; two branches and a frozen projection of one input."""
