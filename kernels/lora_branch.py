@@ -4,6 +4,7 @@
     dS = s dy B, dB^T = s S^T dy                _lora_pass_kernel over dy: DOWN and OUTER
     dA = dS^T D(x), dx_0 = D'(dS A)             over x: OUTER and UP
     y_0 = b + s S B^T                           over nothing: UP alone
+    dA, dB from their parts                     _lora_sum_kernel: one launch, in the parameters' dtypes
 
 A program of the pass owns a block of columns and a span of rows: what is summed over rows stays in registers, one partial per span; what
 is summed over columns leaves in one partial per block of columns. Both are few (at 8192 x 4096 and r = 16 an eighth of dy's bytes
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+SUM = {"BLOCK_S": 16, "BLOCK": 256}
 PROGRAMS = 128  # one for each multiprocessor of an H100, each with 48 to 64 KB of loads under way: 3 TB/s at 700 ns ask for 16
 
 
@@ -99,6 +101,30 @@ def _lora_pass_kernel(
         tl.store(outer_ptr + (pid_s * R + offs_r[:, None]) * C + offs_c, outer * scaling, mask=mask_r[:, None] & mask_c)
 
 
+@triton.jit
+def _sum(parts_ptr, out_ptr, offs, SPANS, stride_s, R, C, stride_r, stride_c, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for span in range(0, SPANS, BLOCK_S):
+        offs_s = span + tl.arange(0, BLOCK_S)
+        mask = (offs_s < SPANS)[:, None] & (offs < R * C)
+        total += tl.sum(tl.load(parts_ptr + offs_s[:, None].to(tl.int64) * stride_s + offs, mask=mask, other=0.0), 0)  # [BLOCK]
+    out_ptrs = out_ptr + (offs // C) * stride_r + (offs % C) * stride_c
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=offs < R * C)
+
+
+@triton.jit
+def _lora_sum_kernel(
+    da_ptr, db_ptr, a_ptr, b_ptr, SPANS_A, SPANS_B, stride_as, stride_bs, R, K, N,
+    FIRST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dA [R, K] and dB [N, R] from their partial sums [spans, R, columns]."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) + FIRST == 0:
+        _sum(da_ptr, a_ptr, offs, SPANS_A, stride_as, R, K, K, 1, BLOCK_S, BLOCK)
+    else:
+        _sum(db_ptr, b_ptr, offs, SPANS_B, stride_bs, R, N, 1, R, BLOCK_S, BLOCK)
+
+
 def block_r(R: int) -> int:
     return max(16, triton.next_power_of_2(R))
 
@@ -136,7 +162,8 @@ def _pass_blocks(C: int, R: int, itemsize: int, down: bool = False, crowded: boo
 
 
 def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
-    """One pass over x [M, C], or over up alone. ``down`` [R, M] and ``up`` [M, C] are filled; dT^T x [R, C] comes back if ``outer``."""
+    """One pass over x [M, C], or over up alone. ``down`` [R, M] and ``up`` [M, C] are filled; if ``outer``, T^T x comes back in parts
+    [spans, R, C]."""
     x = up if x is None else x
     M, C = x.shape
     R = (f if t is None else t).shape[0]
@@ -155,7 +182,22 @@ def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, a
         )  # fmt: skip
     if parts is not down:
         torch.sum(parts, 0, out=down)
-    return (sums[0] if spans == 1 else sums.sum(0)) if outer else None
+    return sums if outer else None
+
+
+def grads(da, A, db, B):
+    """The gradients of A [R, K] and B [N, R], in their dtypes, from parts as :func:`along` leaves them; None for None."""
+    dA, dB = (None if t is None else torch.empty_like(like, memory_format=torch.contiguous_format) for t, like in ((da, A), (db, B)))
+    chosen = [t for t in (da, db) if t is not None]
+    size = max((t.shape[1] * t.shape[2] for t in chosen), default=0)
+    if size:
+        first = int(da is None)
+        (da, db), (a, b) = ((pair[first] if t is None else t for t in pair) for pair in ((da, db), (dA, dB)))  # both are compiled
+        _lora_sum_kernel[(triton.cdiv(size, SUM["BLOCK"]), len(chosen))](
+            da_ptr=da, db_ptr=db, a_ptr=a, b_ptr=b, SPANS_A=da.shape[0], SPANS_B=db.shape[0], stride_as=da.stride(0),
+            stride_bs=db.stride(0), R=A.shape[0], K=A.shape[1], N=B.shape[0], FIRST=first, num_warps=4, **SUM,
+        )  # fmt: skip
+    return dA, dB
 
 
 def aot_cases():
@@ -177,6 +219,9 @@ def aot_cases():
             ("x and dx", _lora_pass_kernel, crowded | {"stride_fc": 1, "OUTER": True, "UP": True}, {"t_ptr": "*fp32"}),
             ("y", _lora_pass_kernel, crowded | {"stride_fr": 1, "UP": True, "HAS_BIAS": True}, {}),
         ]
+        parts = {"a_ptr": "*fp32", "b_ptr": "*fp32"} | dict.fromkeys(("SPANS_A", "SPANS_B", "N"), "i32")
+        parts |= dict.fromkeys(("stride_as", "stride_bs"), "i32") | dict.fromkeys(("da_ptr", "db_ptr"), "*fp32")
+        cases += [("sum", _lora_sum_kernel, SUM | {"FIRST": 0, "num_warps": 4}, parts)] * (size == 4)
         for name, kernel, constants, special in cases:
             constants = off | constants
             signature = {n: (types | special)[n] for n in kernel.arg_names if n not in constants}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels.lora_branch import along, block_r, down, dropped
+from fastpeft.kernels.lora_branch import along, block_r, down, dropped, grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
 
@@ -197,7 +197,7 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
         if need_da or up is not None:
             drop = {"p": p, "seed": seed, "index": group[0]}
             da = along(x2 if need_da else None, t, A, outer=need_da, up=up, accumulate=begun, **drop)
-            das |= dict(zip(group, da.split([ranks[i] for i in group]))) if need_da else {}
+            das |= dict(zip(group, da.split([ranks[i] for i in group], 1))) if need_da else {}
         begun |= up is not None
     for i, dy in flat.items() if need_dx else ():
         if how == "cublas" or not ranks[i]:
@@ -206,17 +206,13 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
             _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i, tma=how == "tma")
         begun = True
 
-    grads = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
+    out = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
     for i, dy in flat.items():
-        if needs[i] & DW:
-            grads.append(dy.t() @ x2)
-        if needs[i] & DB:
-            grads.append(dy.sum(0))
-        if needs[i] & DLA:
-            grads.append(torch.empty_like(As[i], memory_format=torch.contiguous_format).copy_(das[i]))
-        if needs[i] & DLB:
-            grads.append(torch.empty_like(Bs[i], memory_format=torch.contiguous_format).copy_(dbs[i].t()))
-    return grads
+        dA, dB = grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if ranks[i] else (None, None)
+        out += [dy.t() @ x2] if needs[i] & DW else []
+        out += [dy.sum(0)] if needs[i] & DB else []
+        out += [d for d in (dA, dB) if d is not None]
+    return out
 
 
 def aot_cases():
