@@ -3,7 +3,9 @@ they were built: none may keep anything on a stack.
 
     python bench/aot.py [--arch 80 90 100] [--only lora] [--check bench/aot_limits.json | --write bench/aot_limits.json]
 
-Each kernels/<op>.py yields (name, kernel, signature, constexprs, options) from ``aot_cases()``. Registers, stack, shared memory, spills
+Each kernels/<op>.py yields (name, kernel, signature, constexprs, options) from ``aot_cases()``; options may hold "since", the first
+architecture that a case is for. Arguments that are 1 at every launch of a case belong into its constexprs: Triton's launcher makes them
+constants, and a stride that is not known to be 1 makes narrow loads. Registers, stack, shared memory, spills
 and tensor-core instructions are read from the machine code. Counts differ between versions of Triton: limits hold for the version that
 wrote them; with another one the kernels must still compile, and nothing else is checked.
 """
@@ -59,6 +61,7 @@ def compile_one(kernel, signature: dict, constexprs: dict, options: dict, arch: 
         {(names.index(name),): value for name, value in constexprs.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
+    options = {name: value for name, value in options.items() if name != "since"}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -115,7 +118,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args()
 
-    jobs = [(m, case[0], arch) for m in modules() for case in cases(m) if args.only in case[0] for arch in args.arch]
+    chosen = [(m, case[0], case[4].get("since", 0)) for m in modules() for case in cases(m) if args.only in case[0]]
+    jobs = [(module, name, arch) for module, name, since in chosen for arch in args.arch if arch >= since]
     found = {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for key, got, seconds in pool.map(work, jobs):

@@ -33,7 +33,15 @@ CONFIGS = {
     (True, 2): Merge(STEPS=8),
     (True, 4): Merge(BLOCK_C=32, STEPS=16, num_warps=8),
 }
-BWD_ROWS, BWD_COLS, BWD_SPANS = 32, 128, 8
+# partial sums, K (columns M + spans C) floats for some 128 programs, are the fewest about here; three tiles of 16 KB under way in each
+BWD_ROWS, BWD_COLS, BWD_PROGRAMS = 32, {2: 256, 4: 128}, 128
+BWD_OPTIONS = {"num_warps": 8, "num_stages": 4}
+
+
+@triton.jit
+def _keys(k_ptr, offs_m, mask_m, offs_c, end, D, stride_kh, stride_km, stride_kd):
+    k_ptrs = k_ptr + offs_m[:, None] * stride_km + (offs_c // D) * stride_kh + (offs_c % D) * stride_kd
+    return tl.load(k_ptrs, mask=mask_m[:, None] & (offs_c < end), other=0.0)  # [BLOCK_M, BLOCK_C]
 
 
 @triton.jit
@@ -49,6 +57,9 @@ def _excitor_merge_fwd_kernel(
     offs_m, offs_r, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     mask_m, mask_r, mask_k = offs_m < M, offs_r < R, offs_k < K
     row = pid_b * M + offs_m
+    k_ptr += pid_b * stride_kb
+    offs_c = pid_c * STEPS * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = _keys(k_ptr, offs_m, mask_m, offs_c, C, D, stride_kh, stride_km, stride_kd)  # on its way while the scores are made
     u = tl.load(u_ptr + row[:, None] * R + offs_r, mask=mask_m[:, None] & mask_r, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
     n_row = n_ptr + pid_b * stride_nb + offs_r[:, None] * (K + V)
     n = tl.load(n_row + offs_k, mask=mask_r[:, None] & mask_k, other=0.0).to(tl.float32)
@@ -75,7 +86,6 @@ def _excitor_merge_fwd_kernel(
         e = (e / total[:, None]).to(dtype)
     prob = (prob / total[:, None]).to(dtype)
     for step in range(0, STEPS):
-        offs_c = (pid_c * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         p = tl.load(prompt_ptr + offs_k[:, None] * C + offs_c, mask=mask_k[:, None] & mask_c, other=0.0).to(dtype)
         extra = tl.dot(prob, p, input_precision=precision)  # [BLOCK_M, BLOCK_C]
@@ -83,10 +93,13 @@ def _excitor_merge_fwd_kernel(
             w = tl.load(up_ptr + offs_c * R + offs_r[:, None], mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
             extra = tl.dot(e, w, extra, input_precision=precision)
         gate = tl.load(gate_ptr + offs_c // D, mask=mask_c, other=0.0).to(tl.float32)
-        mask = mask_m[:, None] & mask_c
-        k_ptrs = k_ptr + pid_b * stride_kb + offs_m[:, None] * stride_km + (offs_c // D) * stride_kh + (offs_c % D) * stride_kd
-        k = tl.load(k_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row[:, None] * C + offs_c, (k + gate * extra).to(dtype), mask=mask)
+        merged = (k.to(tl.float32) + gate * extra).to(dtype)
+        out_ptrs, mask = out_ptr + row[:, None] * C + offs_c, mask_m[:, None] & mask_c
+        offs_c += BLOCK_C
+        if STEPS > 1:
+            end = tl.where(step + 1 < STEPS, C, 0)
+            k = _keys(k_ptr, offs_m, mask_m, offs_c, end, D, stride_kh, stride_km, stride_kd)
+        tl.store(out_ptrs, merged, mask=mask)
 
 
 @triton.jit
@@ -148,14 +161,16 @@ def excitor_merge_bwd(g, L, rows, need_dl, need_y):
     C = g.shape[-1]
     g, L, rows, K = g.reshape(-1, C).contiguous(), L.contiguous(), rows.contiguous(), rows.shape[0]
     M = g.shape[0]
-    columns, steps = triton.cdiv(C, BWD_COLS), max(1, triton.cdiv(triton.cdiv(M, BWD_ROWS), BWD_SPANS))
+    cols = BWD_COLS[g.element_size()]
+    columns = triton.cdiv(C, cols)
+    steps = max(1, triton.cdiv(triton.cdiv(M, BWD_ROWS), max(1, BWD_PROGRAMS // columns)))
     spans = triton.cdiv(M, BWD_ROWS * steps)
     dl = g.new_empty(columns if need_dl else 0, M, K, dtype=torch.float32)
     y = g.new_empty(spans if need_y else 0, K, C, dtype=torch.float32)
     if spans:
         _excitor_merge_bwd_kernel[(columns, spans)](
             g_ptr=g, l_ptr=L, r_ptr=rows, dl_ptr=dl, y_ptr=y, M=M, C=C, K=K, STEPS=steps, NEED_DL=need_dl, NEED_Y=need_y,
-            IEEE=_ieee(), BLOCK_M=BWD_ROWS, BLOCK_C=BWD_COLS, BLOCK_K=_pad(K), num_warps=4, num_stages=2,
+            IEEE=_ieee(), BLOCK_M=BWD_ROWS, BLOCK_C=cols, BLOCK_K=_pad(K), **BWD_OPTIONS,
         )  # fmt: skip
     return dl.sum(0) if need_dl else dl.view(-1), y.sum(0) if need_y else y.view(-1)
 
@@ -165,12 +180,12 @@ def aot_cases():
         for image in (False, True):
             config, name = CONFIGS[image, size], f"excitor_merge/fwd/{'image' if image else 'text'}/{dtype}"
             pointers = {f"{n}_ptr": f"*{dtype}" for n in ("k", "u", "n", "z", "prompt", "up", "gate", "out")}
-            names = ("M", "C", "D", "K", "V", "R", "stride_kb", "stride_kh", "stride_km", "stride_kd", "stride_nb")
+            names = ("M", "C", "D", "K", "V", "R", "stride_kb", "stride_kh", "stride_km", "stride_nb")
             blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_C": config.BLOCK_C, "BLOCK_K": 32, "BLOCK_V": 32, "BLOCK_R": 16}
-            constants = blocks | {"IMAGE": image, "IEEE": True, "STEPS": config.STEPS}
+            constants = blocks | {"stride_kd": 1, "IMAGE": image, "IEEE": True, "STEPS": config.STEPS}
             options = {"num_warps": config.num_warps, "num_stages": 2}
             yield name, _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
         pointers = {"g_ptr": f"*{dtype}", "l_ptr": "*fp32", "r_ptr": f"*{dtype}", "dl_ptr": "*fp32", "y_ptr": "*fp32"}
         signature = pointers | dict.fromkeys(("M", "C", "K", "STEPS"), "i32")
-        blocks = {"BLOCK_M": BWD_ROWS, "BLOCK_C": BWD_COLS, "BLOCK_K": 32, "NEED_DL": True, "NEED_Y": True, "IEEE": True}
-        yield f"excitor_merge/bwd/{dtype}", _excitor_merge_bwd_kernel, signature, blocks, {"num_warps": 4, "num_stages": 2}
+        blocks = {"BLOCK_M": BWD_ROWS, "BLOCK_C": BWD_COLS[size], "BLOCK_K": 32, "NEED_DL": True, "NEED_Y": True, "IEEE": True}
+        yield f"excitor_merge/bwd/{dtype}", _excitor_merge_bwd_kernel, signature, blocks, BWD_OPTIONS

@@ -1,13 +1,10 @@
-"""LoRA linear layers: the extended-K GEMM of forward and dx, and dA, dB from one read of x and dy.
+"""LoRA linear layers around a frozen product: the branch joins it in its epilogue, or lies in its output before cuBLAS adds to it.
 
-    y = x W^T + b + s (D(x) A^T) B^T        _lora_gemm_kernel: S = D(x) A^T accumulates beside x W^T from the same tiles of x,
-                                            and enters in the epilogue: K grows by the rank, x is read once
-    dx = dy W + D'(dS A)                    the same kernel on (dy, W^T), with dS given (LOAD_S)
-    dS = s dy B, dB = s dy^T S, dA = dS^T D(x)        _lora_grads_kernel: a program owns rows; dy passes once for dS and dB,
-                                            x once for dA; partial sums per program, reduced after: deterministic
+    y = x W^T + b + s S B^T                 _lora_gemm_kernel: K grows by the rank; S = D(x) A^T is made in the loop, from its own tiles
+    dx = dy W + D'(dS A)                    of x, or given (LOAD_S); or y_0 = b + s S B^T, then y = y_0 + x W^T by cuBLAS: see :func:`form`
+    S, y_0; dS, dB, dA, dx_0                lora_branch.py, passes over x and dy
 
 Shapes: x [M, K]; W [N, K]; A [R, K]; B [N, R]; S, dS [R, M]. Accumulation in float32; operands of tl.dot in x's dtype.
-The rank is padded to 16, the least a tensor core takes. Dropout: Philox on (seed + branch, row * K + column), the same in both passes.
 """
 
 from dataclasses import dataclass
@@ -15,13 +12,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastpeft.kernels.lora_branch import along, block_r, down, dropped, grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """16 bit: acc and S within 180 registers, three stages of tiles in 100 KB, from sm_80 on. float32 goes without tensor cores."""
+    """16 bit: three stages of tiles in 100 KB, from sm_80 on; on sm_90 two programs share a multiprocessor: 128 registers."""
 
     BLOCK_M: int = 128
     BLOCK_N: int = 128
@@ -30,25 +28,40 @@ class Gemm:
     num_stages: int = 3
 
 
-GEMM = {2: Gemm(), 4: Gemm(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4)}  # by bytes of an element
-GRADS_ROWS, GRADS_COLS, GRADS_PROGRAMS = 64, 64, 128
+GEMM = Gemm()
+TMA_GEMM = Gemm(BLOCK_N=256, num_stages=4)  # 197 KB: Hopper's own shape, its tiles fetched by descriptor
+
+
+def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
+    """Who makes a product and how its branch joins it: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
+    Hopper's tiles; no answer of this rule yet), "cublas".
+
+    Modelled for an H100 (3 TB/s; cuBLAS 650 TFLOP/s in bfloat16, Triton's GEMM 0.88 of it), not measured: bench lora_linear prints all
+    of them side by side, so that a measurement can take this rule's place.
+    - With cuBLAS y is written once more, and read once more behind the product: about 3 bytes, 1 ps, an output. Triton's GEMM loses
+      2 (1 / 0.88 - 1) / 650 ps a contracted element and output: as much at 2,400 elements. In float32, without tensor cores, cuBLAS's
+      lead is larger, and it wins from some 100 elements on.
+    - S in the loop adds 16 columns (the padded rank) to each 128. Made before, it is one read of x and a launch: less, beyond 1,700
+      outputs at rank 16, and 425 at rank 64.
+    """
+    if itemsize != 2 or contracted > 2048 or rank > 64:
+        return "cublas"
+    return "loop" if outputs * block_r(rank) <= 2048 * 16 else "given"
 
 
 @triton.jit
 def _lora_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, seed_ptr, y_ptr,
-    M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_bn, stride_br, stride_sr,
+    M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sr,
     scaling, p, index,
-    HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, LOAD_S: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     group = 8 * tl.cdiv(N, BLOCK_N)  # eight blocks of rows at a time: their tiles of w and x meet again in L2
     first = pid // group * 8
     rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, 8)
     pid_m, pid_n = (first + pid % group % rows).to(tl.int64), (pid % group // rows).to(tl.int64)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
     offs_m, offs_n, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
     dtype = y_ptr.dtype.element_ty
@@ -57,27 +70,30 @@ def _lora_gemm_kernel(
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptr + offs_n * stride_wn + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=precision)
-        if HAS_LORA and not LOAD_S:
-            a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None], mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
+        if TMA:  # x_ptr and w_ptr are descriptors, of tiles of x, and of W or W^T; what lies outside is zero
+            m, n = (pid_m * BLOCK_M).to(tl.int32), (pid_n * BLOCK_N).to(tl.int32)
+            x = x_ptr.load([m, k])  # [BLOCK_M, BLOCK_K]
+            w = w_ptr.load([k, n]) if TURNED else w_ptr.load([n, k]).T
+        else:
+            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)
+            w = tl.load(w_ptr + offs_n * stride_wn + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n, other=0.0)
+        acc = tl.dot(x, w, acc)
+        if not LOAD_S:
+            a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None] * stride_ak, mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
             if DROP_IN:
-                u = tl.rand(tl.load(seed_ptr) + index, offs_m[:, None] * K + offs_k)
-                x = tl.where(u >= p, x.to(tl.float32) / (1.0 - p), 0.0).to(dtype)
-            s = tl.dot(x, a, s, input_precision=precision)  # [BLOCK_M, BLOCK_R]
-    if HAS_LORA:
-        s_ptrs = s_ptr + offs_r * stride_sr + offs_m[:, None]
-        if LOAD_S:
-            s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r, other=0.0).to(tl.float32)
-        elif pid_n == 0:
-            tl.store(s_ptrs, s.to(dtype), mask=mask_m[:, None] & mask_r)
-        b = tl.load(b_ptr + offs_n * stride_bn + offs_r[:, None] * stride_br, mask=mask_r[:, None] & mask_n, other=0.0).to(dtype)
-        branch = tl.dot(s.to(dtype), b, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_N]
-        if DROP_OUT:
-            u = tl.rand(tl.load(seed_ptr) + index, offs_m[:, None] * N + offs_n)
-            branch = tl.where(u >= p, branch / (1.0 - p), 0.0)
-        acc += branch
+                x = dropped(x, seed_ptr, index, offs_m[:, None] * K + offs_k, p).to(dtype)
+            s = tl.dot(x, a, s)  # [BLOCK_M, BLOCK_R]
+    s_ptrs = s_ptr + offs_r * stride_sr + offs_m[:, None]
+    if LOAD_S:
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r, other=0.0).to(tl.float32)
+    elif pid_n == 0:
+        tl.store(s_ptrs, s.to(dtype), mask=mask_m[:, None] & mask_r)
+    b = tl.load(b_ptr + offs_n * stride_bn + offs_r[:, None] * stride_br, mask=mask_r[:, None] & mask_n, other=0.0).to(dtype)
+    s = (s * scaling).to(dtype)
+    if DROP_OUT:
+        acc += dropped(tl.dot(s, b), seed_ptr, index, offs_m[:, None] * N + offs_n, p)  # [BLOCK_M, BLOCK_N]
+    else:  # into the same accumulator: a second one was as many registers again
+        acc = tl.dot(s, b, acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n
@@ -87,166 +103,134 @@ def _lora_gemm_kernel(
     tl.store(y_ptrs, acc.to(dtype), mask=mask)
 
 
-@triton.jit
-def _lora_grads_kernel(
-    dy_ptr, x_ptr, b_ptr, s_ptr, ds_ptr, seed_ptr, da_ptr, db_ptr,
-    M, N, K, R, stride_dm, stride_xm, stride_bn, stride_sr, stride_dsr, scaling, p, index, STEPS,
-    NEED_DS: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, DROP: tl.constexpr, IEEE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    dtype = dy_ptr.dtype.element_ty
-    for step in range(0, STEPS):
-        offs_m = (pid * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        ds = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        if NEED_DB:
-            s = tl.load(s_ptr + offs_r * stride_sr + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0)
-        for n in range(0, N, BLOCK_C):
-            offs_n = n + tl.arange(0, BLOCK_C)
-            mask_n = offs_n < N
-            dy = tl.load(dy_ptr + offs_m[:, None] * stride_dm + offs_n, mask=mask_m[:, None] & mask_n, other=0.0)
-            if NEED_DS:
-                b = tl.load(b_ptr + offs_n[:, None] * stride_bn + offs_r, mask=mask_n[:, None] & mask_r, other=0.0).to(dtype)
-                ds = tl.dot(dy, b, ds, input_precision=precision)  # [BLOCK_M, BLOCK_R]
-            if NEED_DB:
-                part = db_ptr + (pid * N + offs_n[:, None]) * BLOCK_R + offs_r
-                db = tl.dot(tl.trans(dy), s, input_precision=precision) * scaling  # [BLOCK_C, BLOCK_R]
-                if step > 0:
-                    db += tl.load(part, mask=mask_n[:, None], other=0.0)
-                tl.store(part, db, mask=mask_n[:, None])
-        if NEED_DS:
-            ds *= scaling
-            tl.store(ds_ptr + offs_r * stride_dsr + offs_m[:, None], ds.to(dtype), mask=mask_m[:, None] & mask_r)
-        if NEED_DA:
-            dst = tl.trans(ds.to(dtype))  # [BLOCK_R, BLOCK_M]
-            for k in range(0, K, BLOCK_C):
-                offs_k = k + tl.arange(0, BLOCK_C)
-                mask_k = offs_k < K
-                x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)
-                if DROP:
-                    u = tl.rand(tl.load(seed_ptr) + index, offs_m[:, None] * K + offs_k)
-                    x = tl.where(u >= p, x.to(tl.float32) / (1.0 - p), 0.0).to(dtype)
-                part = da_ptr + (pid * BLOCK_R + offs_r[:, None]) * K + offs_k
-                da = tl.dot(dst, x, input_precision=precision)  # [BLOCK_R, BLOCK_C]
-                if step > 0:
-                    da += tl.load(part, mask=mask_k, other=0.0)
-                tl.store(part, da, mask=mask_k)
-        tl.debug_barrier()  # the next step's threads read what this one's stored
-
-
-def _block_r(R: int) -> int:
-    return max(16, triton.next_power_of_2(R))
-
-
-def _ieee() -> bool:
-    return not torch.backends.cuda.matmul.allow_tf32  # the user's choice for float32 matmuls holds here too
-
-
 def _rows(t):
     """[..., C] as [M, C] with unit stride along C: a view wherever possible."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _gemm(x, w, y, bias=None, a=None, b=None, s=None, scaling=1.0, load_s=False, accumulate=False, p=0.0, seed=None, index=0):
-    """y (+)= x w^T + bias + scaling s b^T; w [N, K] and b [N, R] with any strides."""
-    (M, K), N = x.shape, w.shape[0]
+def _described(x, w, config):
+    """x and w as descriptors of their tiles, and whether w's is of w^T; None where memory is not laid out for it."""
+    turned = w.stride(1) != 1
+    w = w.t() if turned else w
+    tile = (config.BLOCK_K, config.BLOCK_N) if turned else (config.BLOCK_N, config.BLOCK_K)
+    aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
+    if not aligned or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0)):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in every Triton that the rest runs with
+
+    return TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]), TensorDescriptor.from_tensor(w, list(tile)), turned
+
+
+def _gemm(x, w, y, b, s, a=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0, tma=False):
+    """y (+)= x w^T + bias + scaling s b^T; w [N, K], b [N, R] and a [R, K] with any strides. s is made here where a is given."""
+    (M, K), (N, R) = x.shape, b.shape
     if M == 0 or N == 0:
         return
-    config, R = GEMM[x.element_size()], 1 if b is None else b.shape[1]
-    drop = p > 0.0 and b is not None
+    described = _described(x, w, TMA_GEMM) if tma else None
+    config = TMA_GEMM if described else GEMM
+    x_tiles, w_tiles, turned = described or (x, w, False)
     _lora_gemm_kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(M, config.BLOCK_M),)](
-        x_ptr=x, w_ptr=w, bias_ptr=bias, a_ptr=a, b_ptr=b, s_ptr=s, seed_ptr=seed, y_ptr=y, M=M, N=N, K=K, R=R,
+        x_ptr=x_tiles, w_ptr=w_tiles, bias_ptr=bias, a_ptr=a, b_ptr=b, s_ptr=s, seed_ptr=seed, y_ptr=y, M=M, N=N, K=K, R=R,
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=0 if a is None else a.stride(0),
-        stride_bn=0 if b is None else b.stride(0), stride_br=0 if b is None else b.stride(1),
-        stride_sr=0 if s is None else s.stride(0), scaling=scaling, p=p, index=index,
-        HAS_BIAS=bias is not None, HAS_LORA=b is not None, LOAD_S=load_s, DROP_IN=drop and not load_s, DROP_OUT=drop and load_s,
-        ACCUMULATE=accumulate, IEEE=_ieee(), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
-        BLOCK_R=_block_r(R), num_warps=config.num_warps, num_stages=config.num_stages,
+        stride_ak=1 if a is None else a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1), stride_sr=s.stride(0),
+        scaling=scaling, p=p, index=index, HAS_BIAS=bias is not None, LOAD_S=a is None, DROP_IN=p > 0.0 and a is not None,
+        DROP_OUT=p > 0.0 and a is None, ACCUMULATE=accumulate, TMA=described is not None, TURNED=turned, BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=block_r(R), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _stacked(As):
+    return As[0] if len(As) == 1 else torch.cat(As)
 
 
 def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
     ranks = [0 if A is None else A.shape[0] for A in As]
-    x2 = _rows(x)
+    x2, branches = _rows(x), [i for i, R in enumerate(ranks) if R]
     s = x2.new_empty(sum(ranks), x2.shape[0])
+    parts = s.split(ranks)
+    how = form(x2.shape[1], sum(weights[i].shape[0] for i in branches), max(ranks), x2.element_size())
+    if how != "loop" and p == 0.0 and branches:  # branches that see the same x share one pass over it
+        down(x2, _stacked([As[i] for i in branches]), s)
     ys = []
-    for i, (W, b, A, B, scaling, part) in enumerate(zip(weights, biases, As, Bs, scalings, s.split(ranks))):
-        y = x.new_empty(*x.shape[:-1], W.shape[0])
-        A, b = (None if t is None else t.contiguous() for t in (A, b))
-        _gemm(x2, W, y, bias=b, a=A, b=B, s=part if A is not None else None, scaling=scaling, p=p, seed=seed, index=i)
-        ys.append(y)
+    for i, (W, b, A, B, scaling, part) in enumerate(zip(weights, biases, As, Bs, scalings, parts)):
+        if not ranks[i]:
+            ys.append(torch.nn.functional.linear(x2, W, b).view(*x.shape[:-1], W.shape[0]))
+            continue
+        y, b = x2.new_empty(x2.shape[0], W.shape[0]), None if b is None else b.contiguous()
+        if how != "loop" and p > 0.0:
+            down(x2, A, part, 1.0, p, seed, i)
+        if how == "cublas":
+            along(None, part, B.t(), up=y, bias=b, scaling=scaling)
+            y.addmm_(x2, W.t())
+        elif how == "loop":
+            _gemm(x2, W, y, B, part, a=A, bias=b, scaling=scaling, p=p, seed=seed, index=i)
+        else:
+            _gemm(x2, W, y, B, part, bias=b, scaling=scaling, tma=how == "tma")
+        ys.append(y.view(*x.shape[:-1], W.shape[0]))
     return [*ys, s]
 
 
-def _branch_grads(dy, x, B, s, scaling, need_ds, need_da, need_db, p, seed, index):
-    """(dS [R, M] or None, dA [R, K] or None, dB [N, R] or None), the last two in float32."""
-    (M, N), R = dy.shape, B.shape[1]
-    K, BLOCK_R = 1 if x is None else x.shape[1], _block_r(B.shape[1])
-    steps = max(1, triton.cdiv(triton.cdiv(M, GRADS_ROWS), GRADS_PROGRAMS))
-    programs = triton.cdiv(M, GRADS_ROWS * steps)
-    ds = dy.new_empty(R, M) if need_ds else None
-    da = dy.new_empty(programs, BLOCK_R, K, dtype=torch.float32) if need_da else None
-    db = dy.new_empty(programs, N, BLOCK_R, dtype=torch.float32) if need_db else None
-    if programs:
-        _lora_grads_kernel[(programs,)](
-            dy_ptr=dy, x_ptr=x, b_ptr=B, s_ptr=s, ds_ptr=ds, seed_ptr=seed, da_ptr=da, db_ptr=db, M=M, N=N, K=K, R=R,
-            stride_dm=dy.stride(0), stride_xm=0 if x is None else x.stride(0), stride_bn=B.stride(0),
-            stride_sr=0 if s is None else s.stride(0), stride_dsr=M, scaling=scaling, p=p, index=index, STEPS=steps,
-            NEED_DS=need_ds, NEED_DA=need_da, NEED_DB=need_db, DROP=p > 0.0, IEEE=_ieee(),
-            BLOCK_M=GRADS_ROWS, BLOCK_C=GRADS_COLS, BLOCK_R=BLOCK_R, num_warps=4, num_stages=2,
-        )  # fmt: skip
-    return ds, None if da is None else da.sum(0)[:R], None if db is None else db.sum(0)[:, :R]
-
-
 def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
-    x2 = None if x is None else _rows(x)
-    start, dx, grads = 0, None, []
-    for i, (dy, W, A, B, scaling, need) in enumerate(zip(dys, weights, As, Bs, scalings, needs)):
-        R = 0 if A is None else A.shape[0]
-        part = None if s is None else s[start : start + R]
-        start += R
-        if dy is None:
-            continue
-        flat = _rows(dy)
-        ds = da = db = None
-        need_ds = bool(R) and (need_dx or bool(need & DLA))
-        if need_ds or need & DLB:
-            flags = (need_ds, bool(need & DLA), bool(need & DLB))
-            ds, da, db = _branch_grads(flat, x2 if need & DLA else None, B.contiguous(), part, scaling, *flags, p, seed, i)
-        if need_dx:
-            out, first = (dx, False) if dx is not None else (dy.new_empty(*dy.shape[:-1], W.shape[1]), True)
-            _gemm(flat, W.t(), out, b=None if A is None else A.t(), s=ds, load_s=True, accumulate=not first, p=p, seed=seed, index=i)
-            dx = out
-        if need & DW:
-            grads.append(flat.t() @ x2)
-        if need & DB:
-            grads.append(flat.sum(0))
-        if need & DLA:
-            grads.append(da.to(A.dtype))
-        if need & DLB:
-            grads.append(torch.empty_like(B, memory_format=torch.contiguous_format).copy_(db))
-    return [dx, *grads] if need_dx else grads
+    flat = {i: _rows(dy) for i, dy in enumerate(dys) if dy is not None}
+    ranks, x2 = [0 if A is None else A.shape[0] for A in As], None if x is None else _rows(x)
+    S = {} if s is None else dict(enumerate(s.split(ranks)))
+    first, branches = next(iter(flat.values())), [i for i in flat if ranks[i] and (need_dx or needs[i] & DLA)]
+    M, K = first.shape[0], weights[0].shape[1]
+    stack = first.new_empty(sum(ranks[i] for i in branches), M, dtype=torch.float32)
+    dS, das, dbs = dict(zip(branches, stack.split([ranks[i] for i in branches]))), {}, {}
+    for i, dy in flat.items():
+        need_db, ds = bool(needs[i] & DLB), dS.get(i)
+        if ds is not None and (dy.element_size() != 2 or not need_db):  # float32 in one pass with dB spilled a thousand registers
+            down(dy, Bs[i].t(), ds, scalings[i])
+            ds = None
+        if need_db:
+            dbs[i] = along(dy, S[i], Bs[i].t(), outer=True, down=ds, scaling=scalings[i])
+
+    dx = first.new_empty(M, K) if need_dx else None
+    how = form(max(dy.shape[1] for dy in flat.values()), K, max(ranks), first.element_size())
+    begun = False  # dx holds a part of its sum
+    # without dropout the branches' rows of dS and A lie together: one pass over x, or over dx, serves them all
+    for group in ([branches] if p == 0.0 else [[i] for i in branches]) if branches else ():
+        t, A = (stack, _stacked([As[i] for i in group])) if p == 0.0 else (dS[group[0]], As[group[0]])
+        need_da, up = any(needs[i] & DLA for i in group), dx if need_dx and how == "cublas" else None
+        if need_da or up is not None:
+            drop = {"p": p, "seed": seed, "index": group[0]}
+            da = along(x2 if need_da else None, t, A, outer=need_da, up=up, accumulate=begun, **drop)
+            das |= dict(zip(group, da.split([ranks[i] for i in group], 1))) if need_da else {}
+        begun |= up is not None
+    for i, dy in flat.items() if need_dx else ():
+        if how == "cublas" or not ranks[i]:
+            dx.addmm_(dy, weights[i], beta=int(begun))
+        else:
+            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i, tma=how == "tma")
+        begun = True
+
+    out = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
+    for i, dy in flat.items():
+        dA, dB = grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if ranks[i] else (None, None)
+        out += [dy.t() @ x2] if needs[i] & DW else []
+        out += [dy.sum(0)] if needs[i] & DB else []
+        out += [d for d in (dA, dB) if d is not None]
+    return out
 
 
 def aot_cases():
-    strides = ("M", "N", "K", "R", "stride_xm", "stride_wn", "stride_wk", "stride_ar", "stride_bn", "stride_br", "stride_sr", "index")
-    for dtype, size in (("fp32", 4), ("bf16", 2)):
-        config = GEMM[size]
-        pointers = {f"{n}_ptr": f"*{dtype}" for n in ("x", "w", "bias", "a", "b", "s", "y")} | {"seed_ptr": "*i64"}
-        signature = pointers | dict.fromkeys(strides, "i32") | {"scaling": "fp32", "p": "fp32"}
-        blocks = {n: getattr(config, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K")} | {"BLOCK_R": 16, "IEEE": True}
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        flags = dict.fromkeys(("HAS_BIAS", "HAS_LORA", "LOAD_S", "DROP_IN", "DROP_OUT", "ACCUMULATE"), False) | {"HAS_LORA": True}
-        yield f"lora_gemm/fwd/{dtype}", _lora_gemm_kernel, signature, blocks | flags | {"HAS_BIAS": True}, options
-        yield f"lora_gemm/dx/{dtype}", _lora_gemm_kernel, signature, blocks | flags | {"LOAD_S": True}, options
-        names = ("M", "N", "K", "R", "stride_dm", "stride_xm", "stride_bn", "stride_sr", "stride_dsr", "index", "STEPS")
-        pointers = {f"{n}_ptr": f"*{dtype}" for n in ("dy", "x", "b", "s", "ds")} | {"da_ptr": "*fp32", "db_ptr": "*fp32"}
-        signature = pointers | {"seed_ptr": "*i64", "scaling": "fp32", "p": "fp32"} | dict.fromkeys(names, "i32")
-        blocks = {"BLOCK_M": GRADS_ROWS, "BLOCK_C": GRADS_COLS, "BLOCK_R": 16, "IEEE": True, "DROP": False}
-        needs = dict.fromkeys(("NEED_DS", "NEED_DA", "NEED_DB"), True)
-        yield f"lora_grads/{dtype}", _lora_grads_kernel, signature, blocks | needs, {"num_warps": 4, "num_stages": 2}
+    """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
+    types = {f"{n}_ptr": "*bf16" for n in ("x", "w", "bias", "a", "b", "s", "y")} | {"seed_ptr": "*i64", "scaling": "fp32", "p": "fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "R", "index", *(f"stride_{n}" for n in ("xm", "wn", "wk", "ar", "bn", "br", "sr"))), "i32")
+    shape = lambda config: {n: getattr(config, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    constants = dict.fromkeys(("DROP_IN", "DROP_OUT", "ACCUMULATE", "HAS_BIAS", "TMA", "TURNED"), False) | {"stride_ak": 1, "BLOCK_R": 16}
+    fwd, dx = dict.fromkeys(("stride_wk", "stride_br"), 1), dict.fromkeys(("stride_wn", "stride_bn"), 1)
+    tiles = {"x_ptr": "tensordesc<bf16[128,64]>", "w_ptr": "tensordesc<bf16[256,64]>"}
+    turned = tiles | {"w_ptr": "tensordesc<bf16[64,256]>", "s_ptr": "*fp32"}
+    for name, special, others, config in (
+        ("loop", fwd | {"HAS_BIAS": True, "LOAD_S": False}, {}, GEMM),
+        ("given", fwd | {"HAS_BIAS": True, "LOAD_S": True}, {}, GEMM),
+        ("dx", dx | {"LOAD_S": True}, {"s_ptr": "*fp32"}, GEMM),
+        ("tma", fwd | {"HAS_BIAS": True, "LOAD_S": True, "TMA": True}, tiles, TMA_GEMM),
+        ("tma dx", dx | {"LOAD_S": True, "TMA": True, "TURNED": True}, turned, TMA_GEMM),
+    ):
+        signature = {n: t for n, t in (types | others).items() if n not in special}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "since": 90 if config is TMA_GEMM else 80}
+        yield f"lora_gemm/{name}/bf16", _lora_gemm_kernel, signature, constants | shape(config) | special, options

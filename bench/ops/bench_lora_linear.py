@@ -1,20 +1,26 @@
 """A LoRA'd linear layer (dx, dA, dB) over the frozen layer it adapts: PEFT's own module where installed, its form by hand, torch.compile.
 
 The baseline is the frozen linear, dx included: a ratio of 0.91 means 1.10 times its time. Targets on CPU, both together: 0.91 at
-2048 x 2048, 0.87 at 768 x 768.
+2048 x 2048, 0.87 at 768 x 768. On CUDA the same step again by each way the kernels know (kernels/lora_linear.py: form), whatever their
+rule chooses, and by ATen alone: what that rule should say.
 """
 
 import importlib.util
+from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.timing import Row, Settings, compiled, measure
-from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linears
+from bench.timing import Row, Settings, compare, compiled, measure
+from fastpeft._library import has_triton
+from fastpeft.ops.lora_linear import DLA, DLB, Projection, _bwd, _fwd, lora_linear, lora_linears
 
 SHAPES = [(2048, 2048, 2048), (2048, 768, 768), (2048, 768, 2304), (4096, 4096, 4096)]
 GPU_SHAPES = [(8192, 4096, 4096), (8192, 768, 768)]
+# about the places where the rule changes its answer
+FORM_SHAPES = [(m, *kn) for m in (512, 8192) for kn in ((768, 768), (768, 3072), (2048, 2048), (4096, 4096), (4096, 11008), (11008, 4096))]
 R, SCALING = 8, 2.0
 
 
@@ -57,6 +63,31 @@ def frozen_three(x, W, b):
     return tuple(F.linear(x, w, c) for w, c in zip(W, b))
 
 
+def forms(settings: Settings, dtype: torch.dtype) -> list[Row]:
+    """dx, dA and dB behind y, straight from the backends."""
+    from fastpeft.kernels import lora_linear as kernels
+
+    def step(fwd, bwd, x, W, b, A, B, dy, how=""):
+        with mock.patch.object(kernels, "form", lambda *sizes: how):
+            y, s = fwd(x, [W], [b], [A], [B], [SCALING], 0.0, None)
+            return y, *bwd([dy], x, [W], [A], [B], s, [SCALING], 0.0, None, True, [DLA | DLB])
+
+    def products(x, W, b, A, B, dy):
+        return F.linear(x, W, b), dy @ W
+
+    rows = []
+    for m, k, n in GPU_SHAPES if settings.quick else FORM_SHAPES:
+        sizes = ((m, k), (n, k), (n,), (16, k), (n, 16), (m, n))
+        tensors = [torch.randn(s, device=settings.device).to(dtype) * s[-1] ** -0.5 for s in sizes]
+        chosen = "/".join(kernels.form(c, o, 16, dtype.itemsize) for c, o in ((k, n), (n, k)))
+        hows = ("loop", "given", "tma", "cublas") if dtype.itemsize == 2 else ("cublas",)
+        rivals = {how: partial(step, kernels.lora_linears_fwd, kernels.lora_linears_bwd, *tensors, how) for how in hows}
+        rivals |= {"composite": partial(step, _fwd, _bwd, *tensors), "frozen linear": partial(products, *tensors)}
+        flops = 4 * m * n * k + 6 * m * 16 * (n + k)
+        rows += compare("lora_linear forms", f"{m}x{k}x{n} r16, rule: {chosen}", dtype, rivals, settings, flops=flops)
+    return rows
+
+
 def run(settings: Settings) -> list[Row]:
     rows = []
     shapes = GPU_SHAPES + SHAPES if settings.device == "cuda" else SHAPES[:3]
@@ -76,6 +107,7 @@ def run(settings: Settings) -> list[Row]:
             base, branch = 2 * m * n * k, 2 * m * R * (n + k)
             how = {"cotangent": dy, "flops": (base + branch, base + 2 * branch)}
             rows += measure("lora_linear", f"{m}x{k}x{n} r{R}", dtype, fns, inputs, settings, **how)
+        rows += forms(settings, dtype) if settings.device == "cuda" and has_triton() else []
         m, c = 2048, 768  # q and v adapted, k not: BERT's self-attention
         x = torch.randn(m, c, device=settings.device).to(dtype).requires_grad_()
         W, b = torch.randn(3, c, c, device=settings.device).to(dtype) * c**-0.5, torch.randn(3, c, device=settings.device).to(dtype)

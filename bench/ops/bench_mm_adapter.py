@@ -13,6 +13,7 @@ from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
 from fastpeft.ops.rms_norm import rms_norm
 
 SHAPES = [(4, 512, 2048), (2, 512, 4096)]
+GPU_SHAPES = [(4, 512, 4096), (16, 512, 4096)]
 H, EPS = 8, 1e-6
 
 
@@ -35,9 +36,10 @@ def apart(x, gamma, *params):
 def run(settings: Settings) -> list[Row]:
     rows = []
     for dtype in settings.dtypes:
-        for B, M, C in SHAPES[:1] if settings.quick else SHAPES:
-            shapes = ((B, M, C), (C,), (H, C), (H,), (2, C, H // 2), (2, C), (B, 2))
-            inputs = [torch.randn(s, device=settings.device).to(dtype).requires_grad_(i != 1) for i, s in enumerate(shapes)]
+        shapes = GPU_SHAPES + SHAPES if settings.device == "cuda" else SHAPES
+        for B, M, C in shapes[: len(shapes) // 2] if settings.quick else shapes:
+            sizes = ((B, M, C), (C,), (H, C), (H,), (2, C, H // 2), (2, C), (B, 2))
+            inputs = [torch.randn(s, device=settings.device).to(dtype).requires_grad_(i != 1) for i, s in enumerate(sizes)]
             dout = torch.randn(B, M, C, device=settings.device).to(dtype)
             fns = {"fastpeft": fused, "two ops": apart, **compiled(paper, settings), "the paper's": paper}
             how = {"cotangent": dout, "bytes_moved": (2 * dout.nbytes, 3 * dout.nbytes)}

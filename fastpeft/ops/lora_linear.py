@@ -165,9 +165,9 @@ def _bwd_fake(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
 
 
 def _on_triton(name, composite):
-    """The kernels fuse the branch into the product; where no projection has one, the product is ATen's."""
+    """The kernels are for skinny branches: without one, or with more than 128 ranks together, the products are ATen's."""
     launch = triton_launcher("lora_linear", name, composite)
-    return lambda *args: (composite if all(A is None for A in args[3]) else launch)(*args)
+    return lambda *args: (launch if 0 < sum(_ranks(args[3])) <= 128 else composite)(*args)
 
 
 _forward = _library.define(

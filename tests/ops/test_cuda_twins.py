@@ -82,6 +82,23 @@ def test_every_op(check, row, dtype):
                 assert error <= 4 * own + TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("how", ["loop", "given", "tma", "cublas"])
+@pytest.mark.parametrize("m, k, n, r", [(33, 64, 72, 3), (300, 256, 520, 8), (4100, 1024, 4096, 16)])
+def test_every_form_of_lora_linear(check, monkeypatch, how, m, k, n, r):
+    """Whichever way its rule would choose; two branches and a frozen projection of one input."""
+    from fastpeft.kernels import lora_linear as kernels
+
+    monkeypatch.setattr(kernels, "form", lambda *sizes: how)
+    sizes = ((m, k), (n, k), (n,), (r, k), (n, r))
+    x, W, b, A, B = ((torch.randn(size) * (size[-1] ** -0.5 if i else 1.0)).bfloat16() for i, size in enumerate(sizes))
+
+    def two(x, A, B, W, b):
+        one = ops.Projection(W, b, A, B, 0.5)
+        return ops.lora_linears(x, [one, ops.Projection(W), one._replace(bias=None, scaling=2.0)])
+
+    same(check, two, [x, A, B, W, b], (True, True, True, False, False))
+
+
 def test_no_op_waits_for_the_gpu(check, row):
     """A training step, after one that compiled and allocated, with the host's waits forbidden; labels lie on the host."""
     inputs = [t.cuda() if t.is_floating_point() else t for t in row.inputs(8, 64, torch.bfloat16)]

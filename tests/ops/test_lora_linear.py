@@ -211,6 +211,22 @@ def test_dropout_saves_a_seed(check):
     assert saved == 2 * 9 * (16 + 3) * 4 + 8
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels' own choices")
+@pytest.mark.parametrize("how", ["loop", "given", "tma", "cublas"])
+def test_every_form_and_several_programs(check, monkeypatch, how):
+    """However the branch joins the product, and whatever is summed over spans of rows and blocks of columns: the same numbers."""
+    from fastpeft.kernels import lora_branch, lora_linear
+
+    monkeypatch.setattr(lora_linear, "form", lambda *sizes: how)
+    monkeypatch.setattr(lora_branch, "PROGRAMS", 4)
+    frozen = (True, False, False, True, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        check.no_worse(ours, reference, theirs, make((197,), 136, 528, 4, dtype), frozen)
+        check.no_worse(group, group_theirs, group_theirs, make_group(dtype))
+    check.deterministic(ours, make((197,), 70, 33, 17))
+    test_dropout_is_pefts()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="PEFT is compared in the other modes")
 def test_same_as_peft():
     layer = pytest.importorskip("peft.tuners.lora").Linear

@@ -1,0 +1,229 @@
+"""The skinny half of a LoRA layer: everything of it but the product with W, at the rate memory gives.
+
+    S = D(x) A^T                                _lora_down_kernel: a program owns rows, over all their columns
+    dS = s dy B, dB^T = s S^T dy                _lora_pass_kernel over dy: DOWN and OUTER
+    dA = dS^T D(x), dx_0 = D'(dS A)             over x: OUTER and UP
+    y_0 = b + s S B^T                           over nothing: UP alone
+    dA, dB from their parts                     _lora_sum_kernel: one launch, in the parameters' dtypes
+
+A program of the pass owns a block of columns and a span of rows: what is summed over rows stays in registers, one partial per span; what
+is summed over columns leaves in one partial per block of columns. Both are few (at 8192 x 4096 and r = 16 an eighth of dy's bytes
+together; a program per 64 rows wrote half of dy's for dB alone, and as much for dA), and summed in a fixed order.
+
+Shapes: x [M, C]; T (S, dS) [R, M]; F (A, B^T) [R, C]. Accumulation in float32; operands of tl.dot in x's dtype. The rank is padded to
+16, the least a tensor core takes. Dropout: Philox on (seed + branch, row * columns + column), the same in both passes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+SUM = {"BLOCK_S": 16, "BLOCK": 256}
+PROGRAMS = 128  # one for each multiprocessor of an H100, each with 48 to 64 KB of loads under way: 3 TB/s at 700 ns ask for 16
+
+
+@triton.jit
+def dropped(x, seed_ptr, index, offs, p):
+    u = tl.rand(tl.load(seed_ptr) + index, offs)
+    return tl.where(u >= p, x.to(tl.float32) / (1.0 - p), 0.0)
+
+
+@triton.jit
+def _lora_down_kernel(
+    x_ptr, a_ptr, seed_ptr, s_ptr, M, K, R, stride_xm, stride_ar, stride_ak, stride_sr, scaling, p, index,
+    DROP: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = x_ptr.dtype.element_ty
+    offs_m, offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    # a batch of products, each over a share of the columns: as one of 16 x 16 outputs, four warps would repeat two warps' work
+    offs_w = tl.arange(0, SHARES)[:, None] * (BLOCK_K // SHARES) + tl.arange(0, BLOCK_K // SHARES)  # [SHARES, columns]
+    s = tl.zeros((SHARES, BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + offs_w
+        mask_k = offs_k < K
+        mask = mask_m[None, :, None] & mask_k[:, None, :]
+        x = tl.load(x_ptr + offs_m[None, :, None] * stride_xm + offs_k[:, None, :], mask=mask, other=0.0)  # [SHARES, BLOCK_M, columns]
+        a_ptrs = a_ptr + offs_r * stride_ar + offs_k[:, :, None] * stride_ak
+        a = tl.load(a_ptrs, mask=mask_k[:, :, None] & mask_r, other=0.0).to(dtype)
+        if DROP:
+            x = dropped(x, seed_ptr, index, offs_m[None, :, None] * K + offs_k[:, None, :], p).to(dtype)
+        s = tl.dot(x, a, s, input_precision=precision)
+    s = (tl.sum(s, 0) * scaling).to(s_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
+    tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], s, mask=mask_m[:, None] & mask_r)
+
+
+@triton.jit
+def _lora_pass_kernel(
+    x_ptr, t_ptr, f_ptr, bias_ptr, seed_ptr, outer_ptr, down_ptr, up_ptr,
+    M, C, R, STEPS, stride_xm, stride_tr, stride_fr, stride_fc, scaling, p, index,
+    OUTER: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUTER: scaling T^T D(x). DOWN: scaling x F^T. UP: bias + scaling D(T F). T [M, R] (its rows at stride_tr), F [R, C]."""
+    pid_c, pid_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = x_ptr.dtype.element_ty
+    offs_c, offs_r = pid_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    mask_c, mask_r = offs_c < C, offs_r < R
+    if DOWN or UP:
+        f = tl.load(f_ptr + offs_r[:, None] * stride_fr + offs_c * stride_fc, mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
+    outer = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_c
+        if OUTER or DOWN:
+            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
+        if OUTER:
+            t = tl.load(t_ptr + offs_r[:, None] * stride_tr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
+        if DOWN:
+            part = tl.dot(x, tl.trans(f), input_precision=precision) * scaling  # [BLOCK_M, BLOCK_R]
+            tl.store(down_ptr + (pid_c * R + offs_r) * M + offs_m[:, None], part, mask=mask_m[:, None] & mask_r)
+        if UP:
+            # read apart from t: one load in two layouts is not fetched ahead
+            rows = tl.load(t_ptr + offs_r * stride_tr + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0).to(dtype)
+            up = tl.dot(rows, f, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_C]
+            if DROP:
+                up = dropped(up, seed_ptr, index, offs_m[:, None] * C + offs_c, p)
+            if HAS_BIAS:
+                up += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            up_ptrs = up_ptr + offs_m[:, None] * C + offs_c
+            if ACCUMULATE:
+                up += tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(up_ptrs, up.to(dtype), mask=mask)
+        if OUTER:
+            if DROP:
+                x = dropped(x, seed_ptr, index, offs_m[:, None] * C + offs_c, p).to(dtype)
+            outer = tl.dot(t, x, outer, input_precision=precision)  # [BLOCK_R, BLOCK_C]
+    if OUTER:
+        tl.store(outer_ptr + (pid_s * R + offs_r[:, None]) * C + offs_c, outer * scaling, mask=mask_r[:, None] & mask_c)
+
+
+@triton.jit
+def _sum(parts_ptr, out_ptr, offs, SPANS, stride_s, R, C, stride_r, stride_c, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for span in range(0, SPANS, BLOCK_S):
+        offs_s = span + tl.arange(0, BLOCK_S)
+        mask = (offs_s < SPANS)[:, None] & (offs < R * C)
+        total += tl.sum(tl.load(parts_ptr + offs_s[:, None].to(tl.int64) * stride_s + offs, mask=mask, other=0.0), 0)  # [BLOCK]
+    out_ptrs = out_ptr + (offs // C) * stride_r + (offs % C) * stride_c
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=offs < R * C)
+
+
+@triton.jit
+def _lora_sum_kernel(
+    da_ptr, db_ptr, a_ptr, b_ptr, SPANS_A, SPANS_B, stride_as, stride_bs, R, K, N,
+    FIRST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dA [R, K] and dB [N, R] from their partial sums [spans, R, columns]."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) + FIRST == 0:
+        _sum(da_ptr, a_ptr, offs, SPANS_A, stride_as, R, K, K, 1, BLOCK_S, BLOCK)
+    else:
+        _sum(db_ptr, b_ptr, offs, SPANS_B, stride_bs, R, N, 1, R, BLOCK_S, BLOCK)
+
+
+def block_r(R: int) -> int:
+    return max(16, triton.next_power_of_2(R))
+
+
+def _ieee() -> bool:
+    return not torch.backends.cuda.matmul.allow_tf32  # the user's choice for float32 matmuls holds here too
+
+
+def _down_blocks(M: int, R: int, itemsize: int) -> dict:
+    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way."""
+    rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
+    columns = 20480 // ((rows + block_r(R)) * itemsize)
+    tile = {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "SHARES": 64 // rows}
+    return tile | {"num_warps": 4, "num_stages": 4}
+
+
+def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
+    """s [R, M] = scaling A D(x)^T."""
+    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size())
+    if M:
+        _lora_down_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
+            x_ptr=x, a_ptr=A, seed_ptr=seed, s_ptr=s, M=M, K=K, R=R, stride_xm=x.stride(0), stride_ar=A.stride(0),
+            stride_ak=A.stride(1), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0, IEEE=_ieee(), **blocks,
+        )  # fmt: skip
+
+
+def _pass_blocks(C: int, R: int, itemsize: int, down: bool = False, crowded: bool = False) -> dict:
+    """Tiles of 16 KB, four stages; 32 KB and three for dy, whose partial sums of dS are fewer the wider its blocks are.
+
+    ``crowded``: UP with dropout, or in float32, which spilled at 256 columns.
+    """
+    wide = down and C >= 2048 and R <= 32
+    columns = 64 if R > 64 else 128 if R > 32 or crowded else 512 if wide else 256
+    return {"BLOCK_M": 32, "BLOCK_C": columns * 2 // itemsize, "BLOCK_R": block_r(R), "num_warps": 8, "STAGES": 3 if wide else 4}
+
+
+def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
+    """One pass over x [M, C], or over up alone. ``down`` [R, M] and ``up`` [M, C] are filled; if ``outer``, T^T x comes back in parts
+    [spans, R, C]."""
+    x = up if x is None else x
+    M, C = x.shape
+    R = (f if t is None else t).shape[0]
+    blocks = _pass_blocks(C, R, x.element_size(), down is not None, up is not None and (p > 0.0 or x.element_size() > 2))
+    columns, row_blocks = triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
+    steps = max(1, triton.cdiv(row_blocks, max(1, PROGRAMS // columns * (1 if outer or down is not None else 4))))
+    spans = triton.cdiv(row_blocks, steps)
+    sums = x.new_empty(spans if outer else 0, R, C, dtype=torch.float32)
+    parts = down if columns == 1 or down is None else x.new_empty(columns, R, M, dtype=torch.float32)
+    if spans and columns:
+        _lora_pass_kernel[(columns, spans)](
+            x_ptr=x, t_ptr=t, f_ptr=f, bias_ptr=bias, seed_ptr=seed, outer_ptr=sums, down_ptr=parts, up_ptr=up, M=M, C=C, R=R, STEPS=steps,
+            stride_xm=x.stride(0), stride_tr=0 if t is None else t.stride(0), stride_fr=0 if f is None else f.stride(0),
+            stride_fc=1 if f is None else f.stride(1), scaling=scaling, p=p, index=index, OUTER=outer, DOWN=down is not None,
+            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, IEEE=_ieee(), **blocks,
+        )  # fmt: skip
+    if parts is not down:
+        torch.sum(parts, 0, out=down)
+    return sums if outer else None
+
+
+def grads(da, A, db, B):
+    """The gradients of A [R, K] and B [N, R], in their dtypes, from parts as :func:`along` leaves them; None for None."""
+    dA, dB = (None if t is None else torch.empty_like(like, memory_format=torch.contiguous_format) for t, like in ((da, A), (db, B)))
+    chosen = [t for t in (da, db) if t is not None]
+    size = max((t.shape[1] * t.shape[2] for t in chosen), default=0)
+    if size:
+        first = int(da is None)
+        (da, db), (a, b) = ((pair[first] if t is None else t for t in pair) for pair in ((da, db), (dA, dB)))  # both are compiled
+        _lora_sum_kernel[(triton.cdiv(size, SUM["BLOCK"]), len(chosen))](
+            da_ptr=da, db_ptr=db, a_ptr=a, b_ptr=b, SPANS_A=da.shape[0], SPANS_B=db.shape[0], stride_as=da.stride(0),
+            stride_bs=db.stride(0), R=A.shape[0], K=A.shape[1], N=B.shape[0], FIRST=first, num_warps=4, **SUM,
+        )  # fmt: skip
+    return dA, dB
+
+
+def aot_cases():
+    """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "bias", "s", "t", "f", "up")} | {"seed_ptr": "*i64"}
+        types |= dict.fromkeys(("outer_ptr", "down_ptr"), "*fp32") | dict.fromkeys(("scaling", "p"), "fp32")
+        strides = (f"stride_{n}" for n in ("xm", "ar", "sr", "tr", "fr", "fc"))
+        types |= dict.fromkeys(("M", "K", "C", "R", "STEPS", "index", *strides), "i32")
+        off = dict.fromkeys(("DROP", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP"), False) | {"IEEE": True}
+        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
+        cases += [
+            (f"dy/{C}", _lora_pass_kernel, _pass_blocks(C, 16, size, down=True) | {"stride_fr": 1, "OUTER": True, "DOWN": True}, {})
+            for C in (768, 4096)
+        ] * (size == 2)
+        blocks, crowded = _pass_blocks(4096, 16, size), _pass_blocks(4096, 16, size, crowded=size == 4)
+        cases += [
+            ("x", _lora_pass_kernel, blocks | {"stride_fc": 1, "OUTER": True}, {"t_ptr": "*fp32"}),
+            ("x and dx", _lora_pass_kernel, crowded | {"stride_fc": 1, "OUTER": True, "UP": True}, {"t_ptr": "*fp32"}),
+            ("y", _lora_pass_kernel, crowded | {"stride_fr": 1, "UP": True, "HAS_BIAS": True}, {}),
+        ]
+        parts = {"a_ptr": "*fp32", "b_ptr": "*fp32"} | dict.fromkeys(("SPANS_A", "SPANS_B", "N"), "i32")
+        parts |= dict.fromkeys(("stride_as", "stride_bs"), "i32") | dict.fromkeys(("da_ptr", "db_ptr"), "*fp32")
+        cases += [("sum", _lora_sum_kernel, SUM | {"FIRST": 0, "num_warps": 4}, parts)] * (size == 4)
+        for name, kernel, constants, special in cases:
+            constants = off | constants
+            signature = {n: (types | special)[n] for n in kernel.arg_names if n not in constants}
+            options = {n: constants[n] for n in ("num_warps", "num_stages") if n in constants}
+            yield f"lora_branch/{name}/{dtype}", kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, options
