@@ -30,28 +30,34 @@ struct NormBwd {
   A *dweight, *dbias;   // null: not wanted; else sums of this part, zeroed
 };
 
-// Sums of d = v - shift and of its square over a row. Four vectors in flight: one would wait 4 cycles for each addition to itself.
+// Sums of d = v - shift and of its square over a row. Four vectors in flight: one would wait 4 cycles for each addition to itself. They go
+// into the row's sums after 16 additions: in a row of equal elements every one errs to the same side.
 template <int B, class E, class A>
 FASTPEFT_INLINE void moments(const E* v, int64_t n, A shift, A& sum, A& square) {
   using V = typename Vec<A, B>::type;
   constexpr int64_t W = Vec<A, B>::width;
-  V s[4]{}, q[4]{};
+  V total{}, total_square{};
   int64_t j = 0;
-  for (; j + 4 * W <= n; j += 4 * W) {
+  while (j + 4 * W <= n) {
+    V s[4]{}, q[4]{};
+    for (const int64_t stop = std::min(n, j + 64 * W); j + 4 * W <= stop; j += 4 * W) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const V d = load<B>(v + j + i * W) - shift;
-      s[i] += d;
-      q[i] += d * d;
+      for (int i = 0; i < 4; ++i) {
+        const V d = load<B>(v + j + i * W) - shift;
+        s[i] += d;
+        q[i] += d * d;
+      }
     }
+    total += (s[0] + s[1]) + (s[2] + s[3]);
+    total_square += (q[0] + q[1]) + (q[2] + q[3]);
   }
   each<B, A>(n - j, [&](auto bytes, int64_t i) __attribute__((always_inline)) {
     const auto d = load<bytes>(v + j + i) - shift;
-    accumulate(s[0], d);
-    accumulate(q[0], d * d);
+    accumulate(total, d);
+    accumulate(total_square, d * d);
   });
-  sum = lanes((s[0] + s[1]) + (s[2] + s[3]));
-  square = lanes((q[0] + q[1]) + (q[2] + q[3]));
+  sum = lanes(total);
+  square = lanes(total_square);
 }
 
 template <int B, bool CENTER, class T>

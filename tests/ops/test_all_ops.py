@@ -126,7 +126,7 @@ def test_other_derivatives_are_refused(row):
         try:
             got = asked(partial(loss, row.call))
         except RuntimeError as error:
-            assert re.search(r"autograd only.*fastpeft\.restore", str(error))
+            assert re.search(r"autograd only.*fastpeft\.restore|use forward AD", str(error))  # ours, or PyTorch's own
         else:
             torch.testing.assert_close(got, asked(partial(loss, row.reference)))
 
