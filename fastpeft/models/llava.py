@@ -77,6 +77,12 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         self.model.multi_modal_projector = Connector(config)
         self.post_init()
 
+    @property
+    def host_inputs(self) -> tuple[str, ...]:
+        """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
+        fused = isinstance(self.model.language_model, Model)
+        return ("attention_mask", "position_ids", "labels", "image_index", "image_mask") if fused else ()
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[U, 3, S, S] -> patches [U, N, C_vision] of the last layer but one; the last is not run."""
         tower, layer = self.model.vision_tower, self.config.vision_feature_layer
@@ -149,4 +155,4 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         images, patches, found = *seen.shape[:2], int(holes.sum())
         if found != images * patches:
             raise ValueError(f"{found} image tokens for {images} images of {patches} patches each")
-        return inputs_embeds.masked_scatter(holes[..., None], seen.to(inputs_embeds.dtype))
+        return inputs_embeds.masked_scatter(sent(holes[..., None], seen.device), seen.to(inputs_embeds.dtype))

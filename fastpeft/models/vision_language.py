@@ -44,6 +44,12 @@ class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
         self.vision = CLIPVisionModel(config.vision_config)
         self.llm = LlamaForCausalLM(config.text_config)
 
+    @property
+    def host_inputs(self) -> tuple[str, ...]:
+        """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
+        inputs = getattr(self.llm, "host_inputs", ())  # of a fused LLaMA
+        return (*inputs, "image_index", "image_mask") if inputs else ()
+
     def get_input_embeddings(self):
         return self.llm.get_input_embeddings()
 

@@ -30,7 +30,18 @@ CUDA = torch.device("cuda", 0)
 waits: list[str] = []  # every wait of the host so far
 _forbidden = False
 # operators whose result's shape or value the host must know
-WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2, aten.unique_dim, aten.is_nonzero}
+WAITING = {
+    aten.repeat_interleave.Tensor,
+    aten.bincount,
+    aten._unique,
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten._unique2,
+    aten.unique_dim,
+    aten.is_nonzero,
+}
 
 
 class OnCUDA(Tensor):
@@ -93,7 +104,7 @@ def _run(func, args, kwargs):
             if ours and not to_cuda and torch.device(wanted).type == "cpu":
                 _wait(str(func))
         kwargs = kwargs | {"device": None if wanted is not None and _on_cuda(wanted) else wanted}
-    elif packet in WAITING and ours:
+    elif (packet in WAITING or (func in WAITING and kwargs.get("output_size") is None)) and ours:
         _wait(str(func))
         to_cuda = packet not in (aten._local_scalar_dense, aten.equal, aten.is_nonzero)
     elif packet is aten.copy_:

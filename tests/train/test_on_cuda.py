@@ -1,11 +1,16 @@
 """Training on a GPU is training on the CPU: the same losses, and no wait for the device inside a step. Also on tests/cuda/lookalike.py."""
 
 import contextlib
+import json
 
 import pytest
 import torch
+from PIL import Image
 
 import fastpeft as fp
+from fastpeft.evaluate.answers import to_device
+from fastpeft.train import trainer
+from fastpeft.train.run import DataOptions, train_run
 
 pytestmark = pytest.mark.gpu
 
@@ -24,18 +29,51 @@ def test_a_run(runs, phantoms, tmp_path, plan):
     got = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        trainer = runs.trainer(phantoms, plan, device=device, steps=3, out=str(out), questions_per_image=2, evaluate=True)
-        assert trainer.fit()["steps"] == 3
+        run = runs.trainer(phantoms, plan, device=device, steps=3, out=str(out), questions_per_image=2, evaluate=True)
+        assert run.fit()["steps"] == 3
         got[device] = [row["loss"] for row in runs.metrics(out)]
     assert got["cuda"] == pytest.approx(got["cpu"], rel=1e-4)
 
 
 @pytest.mark.parametrize("plan", ["F/LoRA/LoRA", "LoRA/LoRA/LoRA", "F/IA3/Prefix", "T/T/T"])
 def test_a_step_waits_for_nothing(runs, phantoms, plan):
-    trainer = runs.trainer(phantoms, plan, device="cuda", steps=3, feature_cache=False)
-    batches = next(iter(trainer._batches()))
-    inputs = fp.train.trainer.to_device(batches[0], trainer.inputs, trainer.device, trainer.dtype, trainer.model)
-    trainer.model.train()
-    trainer.model(**inputs).loss.backward()
+    run = runs.trainer(phantoms, plan, device="cuda", steps=3, feature_cache=False)
+    batch = next(iter(run._batches()))[0]
+    inputs = to_device(batch, run.inputs, run.device, run.dtype, run.model)
+    run.model.train()
+    run.model(**inputs).loss.backward()
     with no_waiting():
-        trainer.model(**inputs).loss.backward()
+        run.model(**inputs).loss.backward()
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    """LLaVA conversations: of two images, and without one."""
+    rows = [{"id": "text", "conversations": [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "hello"}]}]
+    for colour in ("red", "green"):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{colour}.png")
+        said = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": colour}]
+        rows.append({"id": colour, "image": f"{colour}.png", "conversations": said})
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+MODELS = {"llama-tiny": "LoRA", "excitor-tiny": "F/Excitor", "lavin-tiny": "MMAdapter/T/MMAdapter", "llava-med-tiny": "F/T/LoRA/T"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_causal_step_waits_for_nothing(conversations, monkeypatch, name):
+    """One batch of text and images, packed, as the trainer hands it to the model; the same loss as on the CPU."""
+    if name == "llama-tiny":
+        (conversations / "train.json").write_text(json.dumps(json.loads((conversations / "train.json").read_text())[:1]))
+    steps = []
+    monkeypatch.setattr(trainer, "to_device", lambda *args: steps.append((args[-1], to_device(*args))) or steps[-1][1])
+    losses = {}
+    for device in ("cpu", "cuda"):
+        config = fp.TrainConfig(steps=2, batch_size=3, progress=False, device=device, out=str(conversations / device), feature_cache=False)
+        losses[device] = train_run(name, MODELS[name], DataOptions(str(conversations)), config, evaluate=False)["loss_last"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)
+    model, inputs = steps[-1]
+    assert {t.device.type for t in inputs.values()} == {"cpu", "cuda"}
+    with no_waiting():
+        model(**inputs).loss.backward()
