@@ -12,7 +12,7 @@ venv: $(VENV)/.built
 demo: $(VENV)/.built
 	PYTHONSAFEPATH=1 $(PY) -m fastpeft.demo
 
-test: lint test-native test-composite test-triton test-cuda aot
+test: lint test-native test-composite test-triton $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
 
 # two processes of one thread each: what the tests compute is too small for two threads
 test-native: $(VENV)/.built
