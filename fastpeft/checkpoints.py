@@ -12,8 +12,8 @@ import json
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import nn
 from fastpeft.files import atomic_folder, save_tensors
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
 from fastpeft.methods.adapted import Adapted, AdaptedLinear
+from fastpeft.methods.base import shorten
 from fastpeft.methods.ia3 import merge_ia3
 from fastpeft.methods.lora import merge_lora
 from fastpeft.methods.mm_adapter import merge_adapter
@@ -35,6 +36,7 @@ from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
 FORMAT = 1
 DESCRIPTION = "fastpeft.json"
 PEFT_CONFIG = "adapter_config.json"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_adapter(
@@ -86,7 +88,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not). Of a
     model of one part, such as LLaMA, the folder may also be what PEFT wrote itself.
 
-    Everything is checked before anything is copied: ValueError names a missing file, and every missing, unexpected or misshapen key.
+    Everything is checked before anything is copied. ValueError names a missing file; every missing, unexpected or misshapen key; every
+    tensor that is not of floating point, or holds NaN or an infinity; every field of a PEFT configuration that would change the outputs
+    and is not known here (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -101,12 +105,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             adapt(model, plan)
         if about.get("base_fingerprint") not in (None, fingerprint(model)):
             warnings.warn(f"{folder} was trained on other base weights than this model's", stacklevel=2)
-        found = []
+        found, whole = [], _is_peft_folder(folder, parts_of(model))
         for part in parts_of(model):
             for method, name in zip(model.fastpeft_plan.treatments[part.name], _folders(plan, part)):
-                root, where = part.of(model), folder if _is_peft_folder(folder, parts_of(model)) else folder / name
+                root, where = part.of(model), folder if whole else folder / name
                 if method.tensors(root, part):
+                    _check_config(where, method, root, part)
                     found.append((method, root, part, _read_tensors(where, method), str(where)))
+        if not whole:
+            _refuse_unread(folder, {Path(where).name for *_, where in found}, plan)
         for method, root, part, tensors, where in found:
             method.check(root, part, tensors, where)
         for method, root, part, tensors, _ in found:
@@ -147,18 +154,41 @@ def read_plan(model: nn.Module, folder: Path) -> Plan:
     for part in parts:
         config = (folder if _is_peft_folder(folder, parts) else folder / part.name) / PEFT_CONFIG
         if config.is_file():
-            try:
+            with _reading(config):
                 treatments[part.name] = (from_peft(json.loads(config.read_text(encoding="utf-8"))),)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{config}: {error}") from None
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{config} is no configuration of a PEFT adapter: {type(error).__name__} {error}") from None
         else:
             treatments[part.name] = (Frozen(),)
     if all(methods == (Frozen(),) for methods in treatments.values()):
         names = ", ".join(f"{part.name}/" for part in parts)
         raise ValueError(f"{folder} holds no adapter: no {DESCRIPTION}, and no {PEFT_CONFIG} in {names}")
     return Plan(treatments)
+
+
+@contextmanager
+def _reading(config: Path) -> Iterator[None]:
+    """An error from within names the configuration that it is about."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{config}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{config} is no configuration of a PEFT adapter: {type(error).__name__} {error}") from None
+
+
+def _check_config(folder: Path, method: Method, root: nn.Module, part: Part) -> None:
+    """ValueError where PEFT's configuration in ``folder``, which PEFT may have written over ours, is of another method than the plan's."""
+    config = folder / PEFT_CONFIG
+    if method.peft_type is not None and config.is_file():
+        with _reading(config):
+            method.check_config(root, part, json.loads(config.read_text(encoding="utf-8")))
+
+
+def _refuse_unread(folder: Path, read: set[str], plan: Plan) -> None:
+    """ValueError for an adapter's subfolder that nothing reads: a part by another name, or one that the plan freezes."""
+    marks = (PEFT_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+    left = sorted(p.name for p in folder.iterdir() if p.name not in read and any((p / mark).is_file() for mark in marks))
+    if left:
+        raise ValueError(f"{folder} holds adapters in {', '.join(left)} that no part of the plan {plan} reads; rename or remove them")
 
 
 def _is_peft_folder(folder: Path, parts: tuple[Part, ...]) -> bool:
@@ -173,9 +203,14 @@ def _read_tensors(folder: Path, method: Method) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"the adapter is incomplete: {path} is missing")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if wrong := sorted(f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES):
+        raise ValueError(f"{path}: adapters are float64, float32, bfloat16 or float16, and {shorten(wrong)}; nothing was loaded")
+    if wrong := sorted(name for name, t in tensors.items() if not t.isfinite().all()):
+        raise ValueError(f"{path}: NaN or an infinity in {shorten(wrong)}; nothing was loaded: take an earlier checkpoint")
+    return tensors
 
 
 def _folders(plan: Plan, part: Part) -> list[str]:

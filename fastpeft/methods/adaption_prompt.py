@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part
+from fastpeft.methods.peft_config import COMMON, READ, Refused, check_fields
 from fastpeft.ops.prefix_attention import fold, unfold
+
+PEFT_FIELDS = {
+    **COMMON,
+    "target_modules": Refused("only a LLaMA's 'self_attn' is", accepted=(None, "self_attn")),
+    "adapter_len": READ,
+    "adapter_layers": READ,
+}
 
 
 class Prompted(NamedTuple):
@@ -59,6 +67,7 @@ class AdaptionPrompt(Method):
 
     name: ClassVar[str] = "AdaptionPrompt"
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
+    peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     mergeable: ClassVar[bool] = False
     carried: ClassVar[bool] = True
     adapter_len: int = 10
@@ -109,8 +118,7 @@ class AdaptionPrompt(Method):
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> AdaptionPrompt:
         """The method that a PEFT ``adapter_config.json`` describes; ValueError for other modules than a LLaMA's attention."""
-        if config.get("target_modules") not in (None, "self_attn"):
-            raise ValueError(f"adaption prompt: target_modules={config['target_modules']!r} is not supported, only a LLaMA's 'self_attn'")
+        check_fields(cls.name, cls.peft_fields, config)
         if config["adapter_layers"] is None:
-            raise ValueError("adaption prompt: adapter_layers is missing; it says how many layers have prompts")
+            raise ValueError("AdaptionPrompt adapter: adapter_layers is missing; it says how many layers have prompts")
         return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls)})

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastpeft.methods.peft_config import Refused
+
 # Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
 ADAPTER_MODULES = ("prefix_encoder", "excitor", "adaption", "mm_adapter")
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", *ADAPTER_MODULES)
@@ -80,6 +82,14 @@ def check_targets(method: str, targets: Any) -> tuple[str, ...] | str | None:
     return tuple(sorted(targets) if isinstance(targets, set) else targets)
 
 
+def targets_read(method: str, targets: Any) -> tuple[str, ...] | str:
+    """Module names of a PEFT configuration, where PEFT has resolved them; ValueError for none."""
+    found = check_targets(method, targets)
+    if not found:
+        raise ValueError(f"{method} adapter: target_modules={targets!r} names no modules; give PEFT's list of names or regular expression")
+    return found if isinstance(found, str) else tuple(sorted(found))
+
+
 def find(root: nn.Module, targets: Sequence[str] | str, kinds: tuple[type, ...] = (nn.Module,)) -> Iterator[tuple[str, nn.Module]]:
     """Modules of ``root`` whose names match ``targets``, of one of ``kinds``."""
     for name, module in root.named_modules():
@@ -111,6 +121,7 @@ class Method:
 
     name: ClassVar[str]
     peft_type: ClassVar[str | None] = None  # PEFT's name of the method, where PEFT has it
+    peft_fields: ClassVar[dict[str, str | Refused]] = {}  # PEFT's configuration: field -> READ, NEUTRAL or Refused
     old_file: ClassVar[str | None] = None  # what its tensors were saved in before it had PEFT's format
     mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
     carried: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
@@ -141,6 +152,19 @@ class Method:
         """The part's ``adapter_config.json``."""
         return {}
 
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Method:
+        """The method that a PEFT ``adapter_config.json`` describes; ValueError for fields that change outputs in another way."""
+        raise NotImplementedError(f"{cls.__name__} must say how it reads PEFT's configuration")
+
+    def check_config(self, root: nn.Module, part: Part, config: dict[str, Any]) -> None:
+        """ValueError where ``config``, the ``adapter_config.json`` beside the tensors, is not of this method, attached to ``root``."""
+        if config.get("peft_type") != self.peft_type:
+            raise ValueError(f"peft_type is {config.get('peft_type')!r}, and the plan has {self}")
+        mine, theirs = self.from_peft(self.peft_config(root, part)), self.from_peft(config)
+        if not mine.equivalent(theirs, part):
+            raise ValueError(f"it describes {theirs!r}, and the plan has {mine!r}")
+
     def equivalent(self, other: Method, part: Part) -> bool:
         """Whether ``other`` computes the same on this part (options that only matter while training aside)."""
         return self == other
@@ -153,20 +177,29 @@ class Method:
 
 
 def check_keys(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], where: str) -> None:
-    """Raise one ValueError that names every missing, unexpected and misshapen key of ``got``."""
+    """Raise one ValueError that names every missing, unexpected and misshapen key of ``got``, and every one too large for its dtype."""
     wrong = []
     for kind, keys in (("missing", expected.keys() - got.keys()), ("unexpected", got.keys() - expected.keys())):
         if keys:
             wrong.append(f"{len(keys)} {kind}: {shorten(sorted(keys))}")
+    both = sorted(expected.keys() & got.keys())
     shapes = [
-        f"{key} is {list(got[key].shape)}, expected {list(expected[key].shape)}"
-        for key in sorted(expected.keys() & got.keys())
-        if got[key].shape != expected[key].shape
+        f"{key} is {list(got[key].shape)}, expected {list(expected[key].shape)}" for key in both if got[key].shape != expected[key].shape
     ]
     if shapes:
         wrong.append(f"{len(shapes)} misshapen: {shorten(shapes)}")
+    large = [f"{key} in {expected[key].dtype}" for key in both if not _fits(got[key], expected[key].dtype)]
+    if large:
+        wrong.append(f"{len(large)} too large for the model's dtype: {shorten(large)}")
     if wrong:
         raise ValueError(f"{where} does not fit this model and plan; nothing was loaded. " + "; ".join(wrong))
+
+
+def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values stay finite in ``dtype``."""
+    if not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return True
+    return bool(tensor.to(dtype).isfinite().all())
 
 
 def shorten(items: Sequence[str], most: int = 8) -> str:

@@ -16,10 +16,19 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
-from fastpeft.methods.base import Method, Part
+from fastpeft.methods.base import Method, Part, shorten
+from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 from fastpeft.ops._common import sent
 from fastpeft.ops.excitor_keys import merge_keys
 from fastpeft.ops.lora_linear import linear
+
+PEFT_FIELDS = {
+    **COMMON,
+    **dict.fromkeys(("layers", "num_prompts", "r", "gate", "gate_std", "prompt_std", "excitor_scale", "rotary"), READ),
+    "target_modules": NEUTRAL,  # the tensors' names say which layers have one: they must be the topmost ``layers``
+    "exclude_modules": EXCLUDE_MODULES,
+    "modules_to_save": MODULES_TO_SAVE,
+}
 
 
 class Visual(NamedTuple):
@@ -99,6 +108,7 @@ class Excitor(Method):
 
     name: ClassVar[str] = "Excitor"
     peft_type: ClassVar[str] = "EXCITOR"  # PEFT has it once fastpeft.peft is imported
+    peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     old_file: ClassVar[str] = "model.safetensors"
     mergeable: ClassVar[bool] = False
     carried: ClassVar[bool] = True
@@ -119,6 +129,8 @@ class Excitor(Method):
         for name, known in (("gate", ("head", "layer")), ("excitor_scale", ("full", "head"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Excitor: {name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not isinstance(self.rotary, bool):
+            raise ValueError(f"Excitor: rotary must be true or false, not {self.rotary!r}")
         for name in ("gate_std", "prompt_std"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
@@ -162,9 +174,7 @@ class Excitor(Method):
     def from_peft(cls, config: dict[str, Any]) -> Excitor:
         """The method that an ``adapter_config.json`` of :mod:`fastpeft.peft` describes. Its ``target_modules`` are known again by the
         keys beside it, which must be those of the topmost ``layers``."""
-        for option in ("modules_to_save", "exclude_modules"):
-            if config.get(option):
-                raise ValueError(f"Excitor adapter: {option}={config[option]!r} is not supported; load it with PEFT")
+        check_fields(cls.name, cls.peft_fields, config)
         return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
 
@@ -174,5 +184,8 @@ def peft_key(name: str) -> str:
 
 
 def _as_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under PEFT's keys; fastpeft saved them under the parameters' names before."""
-    return {name if name.startswith("base_model.") else peft_key(name): t for name, t in tensors.items()}
+    """Tensors under PEFT's keys; fastpeft saved them under the parameters' names before. ValueError for a tensor under both."""
+    named = {name: name if name.startswith("base_model.") else peft_key(name) for name in tensors}
+    if twice := sorted(name for name, key in named.items() if name != key and key in tensors):
+        raise ValueError(f"Excitor adapter: {len(twice)} tensors are there twice, under the old name and PEFT's: {shorten(twice)}")
+    return {named[name]: t for name, t in tensors.items()}

@@ -6,6 +6,7 @@ feed-forward module. All start at one, so a fresh adapter changes nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,18 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import AdaptedLinear, adapted, new_parameter
-from fastpeft.methods.base import Method, Part, check_targets, find, matches
+from fastpeft.methods.base import Method, Part, check_targets, find, targets_read
+from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
+
+PEFT_FIELDS = {
+    **COMMON,
+    "target_modules": READ,
+    "feedforward_modules": READ,
+    "exclude_modules": EXCLUDE_MODULES,
+    "modules_to_save": MODULES_TO_SAVE,
+    "fan_in_fan_out": Refused("it is for layers such as GPT-2's Conv1D, which fastpeft does not adapt: merge it with PEFT first"),
+    "init_ia3_weights": NEUTRAL,
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "IA3"
     peft_type: ClassVar[str] = "IA3"
+    peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     target_modules: tuple[str, ...] | str | None = None
     feedforward_modules: tuple[str, ...] | str | None = None
 
@@ -44,7 +57,7 @@ class IA3(Method):
             raise ValueError(f"IA3: no linear layer of {part.name!r} matches target_modules={targets!r}")
         for name, module in found:
             module = adapted(module)
-            module.ia3_feedforward = matches(name, feedforward)
+            module.ia3_feedforward = _is_feedforward(name, feedforward)
             module.ia3_l = new_parameter(module, module.in_features if module.ia3_feedforward else module.out_features)
             nn.init.ones_(module.ia3_l)
 
@@ -74,11 +87,16 @@ class IA3(Method):
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> IA3:
-        """The method a PEFT ``adapter_config.json`` describes."""
-        if config.get("modules_to_save") or config.get("fan_in_fan_out"):
-            raise ValueError("IA3 adapter: modules_to_save and fan_in_fan_out are not supported")
-        as_tuple = lambda t: t if isinstance(t, str) else tuple(sorted(t or ()))  # noqa: E731
-        return cls(as_tuple(config["target_modules"]), as_tuple(config.get("feedforward_modules")))
+        """The method a PEFT ``adapter_config.json`` describes; ValueError for options that would change the mathematics."""
+        check_fields(cls.name, cls.peft_fields, config)
+        feedforward = check_targets(cls.name, config.get("feedforward_modules")) or ()
+        feedforward = feedforward if isinstance(feedforward, str) else tuple(sorted(feedforward))
+        return cls(targets_read(cls.name, config["target_modules"]), feedforward)
+
+
+def _is_feedforward(name: str, modules: tuple[str, ...] | str) -> bool:
+    """PEFT's rule, which differs from that of target_modules: any ending of the name, within a word too."""
+    return re.fullmatch(modules, name) is not None if isinstance(modules, str) else name.endswith(tuple(modules))
 
 
 def merge_ia3(module: AdaptedLinear) -> None:

@@ -13,7 +13,11 @@ import torch
 from torch import nn
 
 from fastpeft.methods.base import Method, Part, find, is_adapter, matches
+from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, Refused, check_fields
 from fastpeft.methods.quantized import refuse_training
+
+# Of LN_TUNING; the tensors' names say which norms it has, and they must be all of the part's.
+PEFT_FIELDS = {**COMMON, "target_modules": NEUTRAL, "exclude_modules": EXCLUDE_MODULES, "modules_to_save": MODULES_TO_SAVE}
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class LayerNorm(_Intrinsic):
 
     name: ClassVar[str] = "LayerNorm"
     peft_type: ClassVar[str] = "LN_TUNING"
+    peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
 
     def trains(self, root: nn.Module, part: Part) -> dict[str, nn.Parameter]:
         return {f"{name}.{key}": p for name, module in self.norms(root, part) for key, p in module.named_parameters(recurse=False)}
@@ -86,6 +91,8 @@ class LayerNorm(_Intrinsic):
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> LayerNorm:
+        """The method that a PEFT ``adapter_config.json`` describes; ValueError for options that would change the mathematics."""
+        check_fields(cls.name, cls.peft_fields, config)
         return cls()
 
 

@@ -14,7 +14,45 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import adapted, new_parameter
-from fastpeft.methods.base import Method, Part, check_targets, find
+from fastpeft.methods.base import Method, Part, check_targets, find, targets_read
+from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, WITH_PEFT, Refused, check_fields
+
+_RUN_BY_PEFT = Refused(f"it is another method than LoRA: {WITH_PEFT}", accepted=(None, False))  # {} switches it on
+_BY_LAYER = Refused("merge it with PEFT first: all layers have one r and one lora_alpha here")
+# These start adapters without touching the base; pissa, olora, corda, loftq and lora_ga also change its weights.
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+
+PEFT_FIELDS = {
+    **COMMON,
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"), READ),
+    "exclude_modules": EXCLUDE_MODULES,
+    "modules_to_save": MODULES_TO_SAVE,
+    "init_lora_weights": Refused("it also changed the base: convert it to plain LoRA with PEFT first", accepted=_STARTS),
+    "bias": Refused("train with bias='none', or merge it with PEFT first", accepted=("none",)),
+    "lora_bias": Refused(),
+    "fan_in_fan_out": Refused("it is for layers such as GPT-2's Conv1D, which fastpeft does not adapt: merge it with PEFT first"),
+    "layers_to_transform": Refused("list the layers' modules in target_modules instead", accepted=(None, [])),
+    "layers_pattern": NEUTRAL,  # where layers_to_transform counts
+    "rank_pattern": _BY_LAYER,
+    "alpha_pattern": _BY_LAYER,
+    "layer_replication": Refused(f"it builds a model of other layers: {WITH_PEFT}"),
+    "target_parameters": Refused(),
+    "trainable_token_indices": Refused(f"it trains rows of the embedding: {WITH_PEFT}"),
+    "ensure_weight_tying": Refused("merge it with PEFT first: tied layers share one adapter there"),
+    "alora_invocation_tokens": Refused(f"the adapter acts only after these tokens: {WITH_PEFT}"),
+    "use_dora": Refused(),
+    "use_qalora": Refused(),
+    "qalora_group_size": NEUTRAL,  # of use_qalora
+    "use_bdlora": _RUN_BY_PEFT,
+    "arrow_config": _RUN_BY_PEFT,
+    "kasa_config": _RUN_BY_PEFT,
+    "monteclora_config": _RUN_BY_PEFT,
+    "velora_config": _RUN_BY_PEFT,
+    "megatron_config": Refused(f"its layers are Megatron's: {WITH_PEFT}", accepted=(None, False)),
+    "megatron_core": NEUTRAL,  # where Megatron's code is found, with megatron_config
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), NEUTRAL),  # of an init_lora_weights
+    "merge_weights": NEUTRAL,  # PEFT 0.2: whether eval() merged
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +65,7 @@ class LoRA(Method):
 
     name: ClassVar[str] = "LoRA"
     peft_type: ClassVar[str] = "LORA"
+    peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     r: int = 4
     lora_alpha: float = 32
     lora_dropout: float = 0.0
@@ -36,10 +75,12 @@ class LoRA(Method):
     def __post_init__(self):
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"LoRA: r must be a positive integer, not {self.r!r}")
-        if not isinstance(self.lora_alpha, Real) or not math.isfinite(self.lora_alpha):
+        if not _is_number(self.lora_alpha) or not math.isfinite(self.lora_alpha):
             raise ValueError(f"LoRA: lora_alpha must be a number, not {self.lora_alpha!r}")
-        if not isinstance(self.lora_dropout, Real) or not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoRA: lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"LoRA: use_rslora must be true or false, not {self.use_rslora!r}")
         object.__setattr__(self, "target_modules", check_targets("LoRA", self.target_modules))
 
     @property
@@ -94,34 +135,18 @@ class LoRA(Method):
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> LoRA:
         """The method a PEFT ``adapter_config.json`` describes; ValueError for options that would change the mathematics."""
-        for option in (
-            "use_dora",
-            "use_qalora",
-            "lora_bias",
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "exclude_modules",
-            "layers_to_transform",
-            "target_parameters",
-            "trainable_token_indices",
-            "fan_in_fan_out",
-        ):
-            if config.get(option):
-                raise ValueError(f"LoRA adapter: {option}={config[option]!r} is not supported; merge it with PEFT first")
-        start = config.get("init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
-            raise ValueError(f"LoRA adapter: init_lora_weights={start!r} also changed the base; convert it to plain LoRA with PEFT first")
-        if config.get("bias", "none") != "none":
-            raise ValueError(f"LoRA adapter: bias={config['bias']!r} is not supported; train with bias='none'")
-        targets = config["target_modules"]
+        check_fields(cls.name, cls.peft_fields, config)
         return cls(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
             lora_dropout=config.get("lora_dropout", 0.0),
-            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-            use_rslora=config.get("use_rslora", False),
+            target_modules=targets_read(cls.name, config["target_modules"]),
+            use_rslora=config.get("use_rslora") or False,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def merge_lora(module: nn.Module) -> None:

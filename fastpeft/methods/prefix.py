@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.methods.base import Method, Part
+from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 
+PEFT_FIELDS = {
+    **COMMON,
+    **dict.fromkeys(("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"), READ),
+    "num_transformer_submodules": Refused("an encoder-decoder's prefix needs a part for each of the two", accepted=(None, 1)),
+    "modules_to_save": MODULES_TO_SAVE,
+    **dict.fromkeys(("prefix_projection", "encoder_hidden_size"), NEUTRAL),  # what PEFT saves is projected
+    "init_weights": NEUTRAL,
+}
 PROJECTION = "prefix_projection."  # prefix of our own keys beside PEFT's one, which holds the MLP's output only
 
 
@@ -50,6 +59,7 @@ class PTv2(Method):
 
     name: ClassVar[str] = "PTv2"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     mergeable: ClassVar[bool] = False
     carried: ClassVar[bool] = True
     projection: ClassVar[bool] = False
@@ -118,10 +128,21 @@ class PTv2(Method):
             "inference_mode": True,
         }
 
-    @staticmethod
-    def from_peft(config: dict[str, Any]) -> PTv2:
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> PTv2:
         """PEFT saves the projection's output only, so either kind loads as direct keys and values."""
+        check_fields(PTv2.name, cls.peft_fields, config)
+        if config["num_virtual_tokens"] is None:
+            raise ValueError("PTv2 adapter: num_virtual_tokens is missing; it says how many keys and values a layer has")
         return PTv2(num_virtual_tokens=config["num_virtual_tokens"])
+
+    def check_config(self, root: nn.Module, part: Part, config: dict[str, Any]) -> None:
+        """Also where the shape that it gives to the matrix of keys and values is not this model's."""
+        super().check_config(root, part, config)
+        mine = self.peft_config(root, part)
+        for name in ("num_layers", "num_attention_heads", "token_dim"):
+            if config.get(name) not in (None, mine[name]):
+                raise ValueError(f"{name} is {config[name]!r}, and part {part.name!r} of this model has {mine[name]}")
 
 
 @dataclass(frozen=True)
