@@ -1,4 +1,4 @@
-"""The same model without fastpeft's operators: what `fastpeft verify` and `bench/steps` compare with.
+"""The same model and plan without fastpeft's operators: what `fastpeft verify`, `fastpeft estimate --plain` and bench/ compare with.
 
 :func:`plain` runs transformers' own modules, and every method as its paper writes it: in a line of PyTorch here, or by
 :mod:`fastpeft.literal`. :func:`with_peft` runs transformers' own modules wrapped by PEFT. Both are copies with the same weights,
@@ -13,6 +13,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextPreTrainedModel
 
@@ -59,9 +60,17 @@ class _LiteralConv2d(_Literal, AdaptedConv2d):
 LITERAL = {AdaptedLinear: _LiteralLinear, AdaptedConv2d: _LiteralConv2d}
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that runs no operator of fastpeft; parameter names stay. ValueError where something of ours is left."""
+def plain(model: nn.Module, attention: str | None = None) -> nn.Module:
+    """A copy of ``model`` that runs no operator of fastpeft; parameter names stay. On the meta device it costs nothing.
+
+    attention: transformers' implementation ("eager" forms the probabilities); None: the model's own. ValueError where something of
+    ours is left.
+    """
     twin = dequantize(copy.deepcopy(model))
+    if attention is not None:
+        for module in twin.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = attention  # and of the configurations inside it
     found = {kind: {n: getattr(m, kind) for n, m in twin.named_modules() if getattr(m, kind, None) is not None} for kind in ADAPTER_MODULES}
     for kind, hosts in found.items():
         for name in hosts:
@@ -86,8 +95,8 @@ def plain(model: nn.Module) -> nn.Module:
 
 def _prefixed(host: nn.Module, args: tuple, kwargs: dict):
     """Hands a text model its prefix as keys and values of earlier tokens: positions then start after it."""
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    pairs = [tuple(t.to(host.dtype).expand(len(ids), -1, -1, -1) for t in pair) for pair in host.prefix_encoder()]
+    given = [t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None]
+    pairs = [tuple(t.to(host.dtype).expand(len(given[0]), -1, -1, -1) for t in pair) for pair in host.prefix_encoder()]
     prefix, mask = DynamicCache(pairs), kwargs.get("attention_mask")
     prefix.prefix_tokens = pairs[0][0].shape[2]
     crosses = isinstance(host, BlipTextPreTrainedModel)

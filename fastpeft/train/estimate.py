@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from fastpeft.methods.base import swap_class
 from fastpeft.models import family_of, parts_of
 from fastpeft.models.miss import MissForQuestionAnswering
 from fastpeft.models.quantize import quantizable, quantized_bytes
-from fastpeft.optimize import optimize, restore
-from fastpeft.plain import LITERAL
+from fastpeft.optimize import optimize
+from fastpeft.plain import plain
 from fastpeft.plan import Plan, adapt, build
 from fastpeft.train.config import bytes_of
 from fastpeft.train.prefixes import ImageFeatures, QuestionStates, frozen_prefix
@@ -126,7 +125,7 @@ def estimate(
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
     (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False:
-    transformers' own modules with attention that forms its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch that
+    the same model and plan without fastpeft (:func:`fastpeft.plain.plain`), attention forming its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch that
     does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are then those of that format, and
     the peak has room for the weights of the block that is largest when written out. ValueError names what cannot be.
     """
@@ -141,6 +140,8 @@ def estimate(
     how = {"seq_len": seq_len, "answer_len": answer_len, "dtype": dtype, "questions_per_image": questions_per_image}
     how |= {"feature_cache": feature_cache, "gradient_accumulation": gradient_accumulation, "optimized": optimized}
     how["quantize"] = quantize or getattr(model, "fastpeft_source", {}).get("quantize")
+    if how["quantize"] and not optimized:
+        raise ValueError(f"quantize={how['quantize']!r} has no plain counterpart, which would have the base's weights written out: leave one out")
 
     def run(batch: int, **other) -> Estimate:
         return _estimate(model, plan, batch, **{**how, **other}, options=options, on_cpu=gpu_memory is None)
@@ -209,16 +210,13 @@ def _advice(run, batch: int, how: dict, room: int) -> list[str]:
 
 def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_image, feature_cache, gradient_accumulation, optimized,
               quantize, options, on_cpu) -> Estimate:  # fmt: skip
-    tracker, (network, name) = _Tracker(), _meta_model(model, DTYPES[dtype], optimized, quantize)
+    tracker, (network, name) = _Tracker(), _meta_model(model, DTYPES[dtype], quantize)
     adapt(network, plan, **options)
     less, written = _quantized(network, quantize, DTYPES[dtype]) if quantize else (0, 0)
+    if not optimized:
+        network = plain(network, attention="eager")
     with tracker:
         _fill(network)
-        if not optimized:
-            restore(network)
-            for module in network.modules():
-                if type(module) in LITERAL:
-                    swap_class(module, LITERAL[type(module)])
         network.train()
         weights = sum(p.untyped_storage().nbytes() for p in {id(t): t for t in (*network.parameters(), *network.buffers())}.values()) - less
         trained = [p for p in network.parameters() if p.requires_grad]
@@ -271,7 +269,7 @@ def _quantized(network: nn.Module, quantize: str, dtype: torch.dtype) -> tuple[i
     return less, max(blocks.values())
 
 
-def _meta_model(model: str | nn.Module, dtype: torch.dtype, optimized: bool, quantize: str | None = None) -> tuple[nn.Module, str]:
+def _meta_model(model: str | nn.Module, dtype: torch.dtype, quantize: str | None = None) -> tuple[nn.Module, str]:
     """The backbone without data, and what to call it."""
     if not isinstance(model, nn.Module):
         network, name = build(model, device="meta", dtype=dtype, quantize=quantize), str(model)
@@ -279,8 +277,6 @@ def _meta_model(model: str | nn.Module, dtype: torch.dtype, optimized: bool, qua
         with torch.device("meta"):
             network, name = family_of(model).model(model.config).to(dtype), type(model).__name__
         optimize(network)
-    if not optimized:
-        network.config._attn_implementation = network.config.text_config._attn_implementation = "eager"
     return network, name
 
 
