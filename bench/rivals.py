@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 import fastpeft as fp
 from fastpeft.models import parts_of
-from fastpeft.plain import mask_cross_attention, with_peft
+from fastpeft.plain import plain, with_peft
 from fastpeft.plan import detach
 from fastpeft.train.profile import measure
 
@@ -70,8 +70,7 @@ def peft_sdpa(model: nn.Module) -> nn.Module:
 def full(model: nn.Module) -> nn.Module:
     """T in every part, on transformers' own modules."""
     detach(model)
-    fp.restore(model)
-    return mask_cross_attention(model.train().requires_grad_(True))
+    return plain(model.train().requires_grad_(True))
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextPreTrainedModel
 
@@ -24,6 +24,7 @@ from fastpeft.methods.base import ADAPTER_MODULES, swap_class
 from fastpeft.methods.quantized import dequantize
 from fastpeft.models import parts_of
 from fastpeft.models.lavin import LavinForConditionalGeneration
+from fastpeft.models.llava import LlavaMedForConditionalGeneration
 from fastpeft.models.miss import DropPath
 from fastpeft.optimize import restore
 from fastpeft.plan import detach
@@ -57,7 +58,25 @@ class _LiteralConv2d(_Literal, AdaptedConv2d):
         return F.conv2d(F.conv2d(x, self.lora_A, None, self.stride, self.padding, self.dilation), self.lora_B)
 
 
-LITERAL = {AdaptedLinear: _LiteralLinear, AdaptedConv2d: _LiteralConv2d}
+class _LiteralLlavaMed(LlavaMedForConditionalGeneration):
+    """LLaVA-Med as transformers' LLaVA computes it: logits of every token, then their loss."""
+
+    def forward(
+        self, input_ids=None, pixel_values=None, inputs_embeds=None, image_embeds=None, image_index=None, image_mask=None, **kwargs
+    ):
+        """As :class:`LlavaMedForConditionalGeneration`."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None or image_embeds is not None:
+                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
+        return LlavaForConditionalGeneration.forward(self, inputs_embeds=inputs_embeds, **kwargs)
+
+
+LITERAL = {
+    AdaptedLinear: _LiteralLinear,
+    AdaptedConv2d: _LiteralConv2d,
+    LlavaMedForConditionalGeneration: _LiteralLlavaMed,
+}
 
 
 def plain(model: nn.Module, attention: str | None = None) -> nn.Module:
@@ -87,10 +106,14 @@ def plain(model: nn.Module, attention: str | None = None) -> nn.Module:
                 swap_class(host, literal.LITERAL[type(host)])
     if isinstance(twin, LavinForConditionalGeneration) and twin.config.modality is None:
         twin.llm.register_forward_pre_hook(literal.with_modality_token, with_kwargs=True)
+    return mask_cross_attention(_literal(twin))
+
+
+def _literal(twin: nn.Module) -> nn.Module:
     for module in twin.modules():
         if type(module) in LITERAL:
             swap_class(module, LITERAL[type(module)])
-    return mask_cross_attention(twin)
+    return twin
 
 
 def _prefixed(host: nn.Module, args: tuple, kwargs: dict):
@@ -128,6 +151,7 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     twin, names = dequantize(copy.deepcopy(model)), {}
     detach(twin)
     restore(twin)
+    _literal(twin)
     for part, methods in zip(parts_of(model), model.fastpeft_plan.treatments.values()):
         kinds = [m for m in methods if m.peft_type is not None]
         if len(kinds) > 1 or (kinds and len(methods) > 1):

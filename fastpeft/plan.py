@@ -122,8 +122,10 @@ def build(
 ) -> nn.Module:
     """A backbone, ready to run on fastpeft's operators, in evaluation mode.
 
-    model: "miss", "miss-tiny", or a local transformers folder (BLIP VQA). A name whose weights ship with the package loads them
-    unless ``pretrained=False`` or ``overrides`` (fields of the configuration, such as ``image_size=224``) change its shape; otherwise
+    model: a name of ``fastpeft.models.NAMES`` (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ..., and their ``-tiny`` siblings), or a
+    local transformers folder: BLIP VQA, LLaMA, LLaVA-Med, or an Excitor or LaVIN that `fastpeft convert` or ``save_pretrained`` wrote. A
+    name whose weights ship with the package loads them unless ``pretrained=False`` or ``overrides`` change its shape (fields of the
+    configuration: ``image_size=224`` of miss, ``num_hidden_layers=8`` of a LLaMA, ``text_config={...}`` of a model of both); otherwise
     weights are random and depend on ``seed`` alone. device "meta" allocates nothing: enough to count, plan and estimate.
     quantize: "4bit" or "8bit" keeps the frozen linear layers of a language model and its image encoder in bitsandbytes' format; adapters
     train on top, T, Attention and FFN cannot. ValueError names what cannot be, and a library that is missing.
