@@ -23,7 +23,7 @@ def on(saving: str) -> bool:
 
 @contextmanager
 def without(*savings: str) -> Iterator[None]:
-    """Inside, these savings are off: "remake", "labelled" and/or "absorb". Forward and backward both belong inside. ValueError for others."""
+    """Inside, these savings are off: "remake", "labelled", "absorb". Forward and backward both belong inside. ValueError for others."""
     if unknown := sorted(set(savings) - SAVINGS.keys()):
         raise ValueError(f"no saving is called {', '.join(unknown)}; there are {', '.join(SAVINGS)}")
     before = set(_off)

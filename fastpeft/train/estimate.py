@@ -124,10 +124,11 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False:
-    the same model and plan without fastpeft (:func:`fastpeft.plain.plain`), attention forming its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch that
-    does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are then those of that format, and
-    the peak has room for the weights of the block that is largest when written out. ValueError names what cannot be.
+    (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False: the
+    same model and plan without fastpeft (:func:`fastpeft.plain.plain`), attention forming its probabilities. gpu_memory ("24GB"): whether
+    it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are
+    then those of that format, and the peak has room for the weights of the block that is largest when written out. ValueError names what
+    cannot be.
     """
     dtype = {v: k for k, v in DTYPES.items()}.get(dtype, dtype)
     if dtype not in DTYPES:
@@ -141,7 +142,7 @@ def estimate(
     how |= {"feature_cache": feature_cache, "gradient_accumulation": gradient_accumulation, "optimized": optimized}
     how["quantize"] = quantize or getattr(model, "fastpeft_source", {}).get("quantize")
     if how["quantize"] and not optimized:
-        raise ValueError(f"quantize={how['quantize']!r} has no plain counterpart, which would have the base's weights written out: leave one out")
+        raise ValueError(f"quantize={how['quantize']!r} has no plain counterpart, which writes a quantised base out: leave one out")
 
     def run(batch: int, **other) -> Estimate:
         return _estimate(model, plan, batch, **{**how, **other}, options=options, on_cpu=gpu_memory is None)

@@ -21,8 +21,7 @@ from fastpeft.train.profile import measure
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [
     ("miss-tiny", "LoRA/LoRA/LoRA", {"questions_per_image": 2}),
-    ("miss-tiny", "T/Prefix/PTv2", {}),
-    ("miss-tiny", "F/F/LoRA", {}),
+    ("miss-tiny", "F/Prefix/PTv2", {}),
     ("miss-tiny", "LoRA+LayerNorm/LoRA+IA3/IA3+Prefix", {}),
     *(("llama-tiny", plan, {}) for plan in ("LoRA", "T", "PTv2", "Excitor+LoRA", "AdaptionPrompt", "RepAdapter")),
     *(("llava-med-tiny", plan, {}) for plan in ("F/T/LoRA/T", "LoRA/T/Prefix/F", "F/F/Excitor/F")),
@@ -93,7 +92,7 @@ def test_plain_llava_med_computes_the_same(plan):
     """The family that `verify` does not know: loss and gradients of ours and of plain()."""
     model = fp.adapt(fp.build("llava-med-tiny", dtype=torch.float64), plan)
     model = scatter_adapters(without_dropout(model))
-    inputs = {k: t.double() if t.is_floating_point() else t for k, t in step_inputs(model, "llava-med-tiny", {"seq_len": 20}, "fp32").items()}
+    inputs = step_inputs(model, "llava-med-tiny", {"seq_len": 20}, "fp32")
     own, truth = (verifying.step_of(m, inputs) for m in (model, plain(model)))
     errors, worst = verifying.deviation(own, truth)
     assert max(errors.values()) < 1e-5, worst  # transformers' LlamaRMSNorm is float32 in a float64 model too
@@ -129,7 +128,8 @@ def command(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "name, plan", [("llama-tiny", "Excitor"), ("llava-med-tiny", "F/T/PTv2/F"), ("excitor-tiny", "F/Excitor"), ("lavin-tiny", "F/F/MMAdapter")]
+    "name, plan",
+    [("llama-tiny", "Excitor"), ("llava-med-tiny", "F/T/PTv2/F"), ("excitor-tiny", "F/Excitor"), ("lavin-tiny", "F/F/MMAdapter")],
 )
 def test_the_command(command, name, plan):
     size = ["--batch-size", "2", "--seq-len", "24"]
