@@ -1,0 +1,425 @@
+"""What an adapter's files may say: every field of PEFT's configurations is read, neutral or refused; tensors are finite; doors agree."""
+
+import copy
+import dataclasses
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastpeft as fp
+from fastpeft import cli
+from fastpeft.methods import IA3, METHODS, AdaptionPrompt, Excitor, LayerNorm, LoRA, PTv2, from_peft
+from fastpeft.methods.peft_config import NEUTRAL, READ, Refused, is_unset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BASIC = {
+    LoRA: {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]},
+    IA3: {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    PTv2: {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
+    LayerNorm: {"peft_type": "LN_TUNING", "target_modules": ["norm"]},
+    AdaptionPrompt: {"peft_type": "ADAPTION_PROMPT", "target_modules": "self_attn", "adapter_len": 2, "adapter_layers": 1},
+    Excitor: {"peft_type": "EXCITOR", "layers": 2},
+}
+# For every refused field a value that PEFT would compute something else with.
+SAMPLES = {
+    "exclude_modules": ["layers.0.self_attn.q_proj"],
+    "modules_to_save": ["lm_head"],
+    "init_lora_weights": "lora_ga",
+    "bias": "lora_only",
+    "lora_bias": True,
+    "fan_in_fan_out": True,
+    "layers_to_transform": 0,
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 8},
+    "layer_replication": [[0, 2], [1, 3]],
+    "target_parameters": ["q_proj.weight"],
+    "trainable_token_indices": {"embed_tokens": [1]},
+    "ensure_weight_tying": True,
+    "alora_invocation_tokens": [5, 6],
+    "use_dora": True,
+    "use_qalora": True,
+    "use_bdlora": {},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {},
+    "monteclora_config": {"num_samples": 4},
+    "velora_config": {"num_groups": 2},
+    "megatron_config": {"hidden_size": 8},
+    "num_transformer_submodules": 2,
+    "target_modules": "attn",
+}
+REFUSED = [(m, name) for m in BASIC for name, rule in m.peft_fields.items() if isinstance(rule, Refused)]
+
+
+def config_classes():
+    peft = pytest.importorskip("peft")
+    from fastpeft.peft import ExcitorConfig
+
+    return {
+        LoRA: peft.LoraConfig,
+        IA3: peft.IA3Config,
+        PTv2: peft.PrefixTuningConfig,
+        LayerNorm: peft.LNTuningConfig,
+        AdaptionPrompt: peft.AdaptionPromptConfig,
+        Excitor: ExcitorConfig,
+    }
+
+
+@pytest.mark.parametrize("method", BASIC, ids=lambda m: m.name)
+def test_every_field_of_pefts_configuration_is_known(method):
+    """A new PEFT may bring a field: decide in the method's table what it does to the outputs, then this passes."""
+    unknown = {f.name for f in dataclasses.fields(config_classes()[method])} - method.peft_fields.keys()
+    assert not unknown
+    assert all(rule in (READ, NEUTRAL) or isinstance(rule, Refused) for rule in method.peft_fields.values())
+
+
+def test_the_methods_of_pefts_format_all_have_a_table():
+    assert {m for m in METHODS.values() if m.peft_type is not None} - {METHODS["Prefix"]} == BASIC.keys()
+
+
+@pytest.mark.parametrize("method", BASIC, ids=lambda m: m.name)
+def test_pefts_own_defaults_are_accepted(method):
+    """What PEFT writes of a configuration in which nothing special was asked for."""
+    basic = {name: value for name, value in BASIC[method].items() if name != "peft_type"}
+    written = json.loads(json.dumps(config_classes()[method](**basic).to_dict(), default=list))
+    assert written.keys() > basic.keys() and from_peft(written) == from_peft(BASIC[method])
+
+
+@pytest.mark.parametrize("method, name", REFUSED, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_refused_by_name_with_value_and_fix(method, name):
+    with pytest.raises(ValueError) as error:
+        from_peft(BASIC[method] | {name: SAMPLES[name]})
+    assert f"{method.name} adapter: {name}={SAMPLES[name]!r} is not supported; {method.peft_fields[name].fix}" == str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+@pytest.mark.parametrize("method", BASIC, ids=lambda m: m.name)
+def test_unknown_and_unset(method, value):
+    assert is_unset(value) and from_peft(BASIC[method] | {"use_future_maths": value}) == from_peft(BASIC[method])
+
+
+@pytest.mark.parametrize("value", [True, 0, 0.0, 1.5, "on", [0], {"rank": None}])
+@pytest.mark.parametrize("method", BASIC, ids=lambda m: m.name)
+def test_unknown_and_set(method, value):
+    with pytest.raises(ValueError, match="use_future_maths=.* is not supported; fastpeft does not know this field") as error:
+        from_peft(BASIC[method] | {"use_future_maths": value})
+    assert repr(value) in str(error.value)
+
+
+def test_all_of_them_are_named_and_long_values_cut():
+    with pytest.raises(ValueError, match=r"use_dora=True .*; alora_invocation_tokens=\[1, 1, .*\.\.\. is not .*; new=7 is not") as error:
+        from_peft(BASIC[LoRA] | {"use_dora": True, "alora_invocation_tokens": [1] * 1000, "new": 7})
+    assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "loftq", "lora_ga", "new", 1])
+def test_starts_that_change_the_base(start):
+    with pytest.raises(ValueError, match="init_lora_weights=.* also changed the base"):
+        from_peft(BASIC[LoRA] | {"init_lora_weights": start})
+
+
+@pytest.mark.parametrize(
+    "method, changed, said",
+    [
+        (LoRA, {"lora_alpha": True}, "lora_alpha must be a number"),
+        (LoRA, {"lora_alpha": float("nan")}, "lora_alpha must be a number"),
+        (LoRA, {"use_rslora": "false"}, "use_rslora must be true or false"),
+        (LoRA, {"target_modules": None}, "target_modules=None names no modules"),
+        (LoRA, {"target_modules": []}, r"target_modules=\[\] names no modules"),
+        (IA3, {"target_modules": None}, "target_modules=None names no modules"),
+        (IA3, {"feedforward_modules": 3}, "3 names no modules"),
+        (PTv2, {"num_virtual_tokens": None}, "num_virtual_tokens is missing"),
+        (PTv2, {"num_virtual_tokens": 2.0}, "num_virtual_tokens must be a positive integer"),
+        (Excitor, {"rotary": "no"}, "rotary must be true or false"),
+    ],
+)
+def test_read_fields_of_a_wrong_kind(method, changed, said):
+    with pytest.raises(ValueError, match=said):
+        from_peft(BASIC[method] | changed)
+
+
+# --- against PEFT's own loading of the same folder
+
+
+def llama(**overrides):
+    torch.manual_seed(7)
+    return fp.build("llama-tiny", dtype=torch.float64, num_key_value_heads=2, initializer_range=0.2, **overrides).eval()
+
+
+def trained(wrapped, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.2)
+    return wrapped
+
+
+def configs():
+    """What may be set: fields that are read, and fields that change nothing."""
+    import peft
+
+    lora = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
+    bookkeeping = {"revision": "main", "auto_mapping": {"base_model_class": "X"}, "peft_version": "9.9", "base_model_name_or_path": "x"}
+    return {
+        "LoRA": peft.LoraConfig(**lora),
+        "LoRA, r and alpha": peft.LoraConfig(r=5, lora_alpha=2, target_modules=["layers.1.self_attn.v_proj", "lm_head"]),
+        "LoRA, rslora": peft.LoraConfig(**lora, use_rslora=True),
+        "LoRA, regular expression": peft.LoraConfig(r=2, lora_alpha=3, target_modules=r".*layers\.[02]\..*_proj"),
+        "LoRA, dropout": peft.LoraConfig(**lora, lora_dropout=0.4, task_type="CAUSAL_LM", **bookkeeping),
+        **{f"LoRA, {s}": peft.LoraConfig(**lora | {"r": 4}, init_lora_weights=s) for s in (False, "gaussian", "orthogonal", "mica")},
+        "LoRA, neutral": peft.LoraConfig(**lora, qalora_group_size=8, megatron_core="other", corda_config={}, lora_ga_config={}),
+        "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+        "IA3, endings": peft.IA3Config(target_modules=["k_proj", "down_proj", "n_proj"], feedforward_modules=["n_proj"]),
+        "IA3, expressions": peft.IA3Config(target_modules=r".*(v|down)_proj", feedforward_modules=r".*\.1\..*down_proj"),
+        "PTv2": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "PTv2, projected": peft.PrefixTuningConfig(
+            num_virtual_tokens=4, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=24
+        ),
+        "LayerNorm": peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"], task_type="CAUSAL_LM"),
+        "AdaptionPrompt": peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"),
+    }
+
+
+KINDS = [
+    *("LoRA", "LoRA, r and alpha", "LoRA, rslora", "LoRA, regular expression", "LoRA, dropout", "LoRA, False", "LoRA, gaussian"),
+    *("LoRA, orthogonal", "LoRA, mica", "LoRA, neutral", "IA3", "IA3, endings", "IA3, expressions", "PTv2", "PTv2, projected"),
+    *("LayerNorm", "AdaptionPrompt"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_llama_computes_what_peft_computes(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    try:
+        config = configs()[kind]
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this peft has not all of it: {error}")
+    base = llama()
+    ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
+    own = copy.deepcopy(base)
+    fp.restore(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained(peft.get_peft_model(copy.deepcopy(own), config)).save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(own), tmp_path).eval()
+    with torch.no_grad():
+        want, without = theirs(input_ids=ids).logits, base(input_ids=ids).logits
+        got = fp.load_adapter(base, tmp_path)(input_ids=ids).logits
+    largest = want.abs().max()
+    # transformers' RMSNorm is float32, and PEFT keeps a prefix in float32
+    assert (got - want).abs().max() < 1e-5 * largest < 1e-2 * (without - want).abs().max()
+
+
+BLIP_KINDS = {
+    "LoRA": {"r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], "use_rslora": True},
+    "LoRA, exact names": {"r": 2, "lora_alpha": 7, "target_modules": ["bert.encoder.layer.0.attention.self.key", "output.dense"]},
+    "IA3": {"target_modules": r".*(key|output\.dense)", "feedforward_modules": r".*output\.dense"},
+}
+
+
+@pytest.mark.parametrize("kind", BLIP_KINDS)
+def test_a_blip_text_model_computes_what_peft_computes(miss, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    make = peft.IA3Config if kind == "IA3" else peft.LoraConfig
+    own, model = miss.plain(miss.build()), miss.build()
+    trained(peft.get_peft_model(copy.deepcopy(own.text_decoder), make(**BLIP_KINDS[kind]))).save_pretrained(tmp_path / "dec")
+    theirs = peft.PeftModel.from_pretrained(own.text_decoder, tmp_path / "dec").eval()
+    states = torch.randn(2, 6, 32, dtype=torch.float64)
+    ids = torch.randint(5, 60, (2, 5))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "encoder_hidden_states": states, "use_cache": True}
+    with torch.no_grad():
+        want, without = theirs(**given).logits, model.text_decoder(**given).logits
+        got = fp.load_adapter(model, tmp_path).text_decoder(**given).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    assert (without - want).abs().max() > 1e-2
+
+
+WRITTEN = {
+    "alora_invocation_tokens": lambda t: t | {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"},
+    "layer_replication": lambda t: t | {"layer_replication": [[1, 3], [0, 2]]},  # as many layers, in another order
+    "init_lora_weights": lambda t: t | {"init_lora_weights": "pissa"},
+    "use_dora": lambda t: t | {"use_dora": True},
+    "rank_pattern": lambda t: t | {"rank_pattern": {"v_proj": 1}},
+    "alpha_pattern": lambda t: t | {"alpha_pattern": {"v_proj": 9}},
+    "layers_to_transform": lambda t: t | {"layers_to_transform": [1]},
+    "trainable_token_indices": lambda t: t | {"trainable_token_indices": [3]},
+    "modules_to_save": lambda t: t | {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_peft_itself_wrote_is_refused(tmp_path, name):
+    """The folder may have the same keys and shapes as plain LoRA's: the configuration alone tells."""
+    peft = pytest.importorskip("peft")
+    base, model = llama(), llama()
+    fp.restore(base)
+    config = peft.LoraConfig(**WRITTEN[name]({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    before = {n: (type(m), dict(m.named_parameters(recurse=False))) for n, m in model.named_modules()}
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: LoRA adapter: {name}=.* is not supported; "):
+        fp.load_adapter(model, tmp_path)
+    after = {n: (type(m), dict(m.named_parameters(recurse=False))) for n, m in model.named_modules()}
+    assert {n: (kind, {k: id(p) for k, p in own.items()}) for n, (kind, own) in after.items()} == {
+        n: (kind, {k: id(p) for k, p in own.items()}) for n, (kind, own) in before.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "name, value", [("num_attention_heads", 1), ("num_layers", 2), ("token_dim", 3), ("num_transformer_submodules", 2)]
+)
+def test_a_prefix_of_another_shape(tmp_path, name, value):
+    folder = fp.save_adapter(fp.adapt(llama(), "PTv2"), tmp_path / "a")
+    (folder / "fastpeft.json").unlink()
+    edit(folder / "llm" / "adapter_config.json", **{name: value})
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{name}(=| is ){value}"):
+        fp.load_adapter(llama(), folder)
+
+
+# --- fastpeft's own folders
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"lora_alpha": 16}, r"it describes LoRA\(.*lora_alpha=16.*, and the plan has LoRA\(.*lora_alpha=32"),
+        ({"use_rslora": True}, "it describes .*use_rslora=True"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\] is not supported"),
+        ({"use_future_maths": True}, "use_future_maths=True is not supported"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', and the plan has LoRA"),
+        ({"r": None}, "r must be a positive integer"),
+    ],
+)
+def test_a_configuration_beside_ours_that_says_something_else(miss, tmp_path, fields, said):
+    """PEFT may have loaded a part's folder and saved another adapter over it."""
+    folder = fp.save_adapter(miss.build("F/LoRA/LoRA"), tmp_path / "a")
+    edit(folder / "dec" / "adapter_config.json", **fields)
+    with pytest.raises(ValueError, match=rf"dec.adapter_config\.json: .*{said}"):
+        fp.load_adapter(miss.build(), folder)
+
+
+def test_a_folder_that_nothing_reads(miss, tmp_path):
+    folder = fp.save_adapter(miss.build("F/LoRA/LoRA"), tmp_path / "a")
+    (folder / "dec").rename(folder / "decoder")
+    (folder / "fastpeft.json").unlink()
+    with pytest.raises(ValueError, match=r"holds adapters in decoder that no part of the plan F/LoRA/F reads; rename or remove them"):
+        fp.load_adapter(miss.build(), folder)
+    folder = fp.save_adapter(miss.build("F/LoRA/LoRA"), tmp_path / "b")
+    about = json.loads((folder / "fastpeft.json").read_text())
+    edit(folder / "fastpeft.json", treatments=about["treatments"] | {"jtm": [{"F": {}}]})
+    with pytest.raises(ValueError, match="holds adapters in jtm that no part of the plan F/F/LoRA reads"):
+        fp.load_adapter(miss.build(), folder)
+
+
+@pytest.mark.parametrize("treatments", [{"dec": [{"LoRA": {"use_future_maths": True}}]}, {"dec": [{"Future": {}}]}, {"head": ["T"]}])
+def test_unknown_names_in_our_own_description(miss, tmp_path, treatments):
+    folder = fp.save_adapter(miss.build("F/F/LoRA"), tmp_path / "a")
+    edit(folder / "fastpeft.json", treatments=treatments)
+    with pytest.raises(ValueError, match=r"fastpeft\.json: .*(use_future_maths|Future|head)"):
+        fp.load_adapter(miss.build(), folder)
+
+
+def test_a_tensor_under_its_old_and_its_new_name(tmp_path):
+    folder = fp.save_adapter(fp.adapt(llama(), "Excitor"), tmp_path / "a")
+    path = folder / "llm" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(name for name in tensors if name.endswith("gate"))
+    old = key.removeprefix("base_model.model.").replace("excitor_blocks.", "")
+    save_file(tensors | {old: tensors[key] + 1}, path)
+    with pytest.raises(ValueError, match=rf"1 tensors are there twice, under the old name and PEFT's: {old}"):
+        fp.load_adapter(llama(), folder)
+
+
+HOLDERS = [
+    *(("miss-tiny", plan) for plan in ("F/LoRA/IA3", "T/LayerNorm/PTv2", "F/FFN/Prefix")),
+    *(("llama-tiny", plan) for plan in ("Excitor", "AdaptionPrompt", "RepAdapter")),
+    ("lavin-tiny", "MMAdapter/T/MMAdapter"),
+]
+BAD = {
+    "NaN": lambda t: t.index_fill(-1, torch.tensor([0]), torch.nan),
+    "infinite": lambda t: t.index_fill(-1, torch.tensor([t.shape[-1] - 1]), -torch.inf),
+    "int32": lambda t: t.int(),
+    "complex": lambda t: t.to(torch.complex64),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+}
+SAID = {"NaN": "NaN or an infinity in {}", "infinite": "NaN or an infinity in {}"}
+
+
+@pytest.mark.parametrize("name, plan", HOLDERS, ids=lambda value: value)
+def test_tensors_that_are_no_finite_numbers(miss, tmp_path, name, plan):
+    """Every method's files: which file and which key, and nothing is loaded."""
+    base = miss.build if name == "miss-tiny" else lambda: fp.build(name, pretrained=False)
+    model = fp.adapt(base(), plan)
+    folder = fp.save_adapter(model, tmp_path / "a")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors = load_file(path)
+        key = sorted(tensors)[-1]
+        for kind, spoil in BAD.items():
+            save_file(tensors | {key: spoil(tensors[key].float())}, path)
+            with pytest.raises(ValueError) as error:
+                fp.load_adapter(model, folder)
+            said = SAID.get(kind, "adapters are float64, float32, bfloat16 or float16, and {} is torch.").format(key)
+            assert str(error.value).startswith(f"{path}: {said}") and "nothing was loaded" in str(error.value), kind
+        save_file(tensors, path)
+    assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())
+    fp.load_adapter(model, folder)
+
+
+def test_values_too_large_for_a_half_precision_base(miss, tmp_path):
+    folder = fp.save_adapter(miss.build("F/F/T", dtype=torch.float32), tmp_path / "a")
+    path = folder / "dec" / "model.safetensors"
+    tensors = load_file(path)
+    key = "bert.encoder.layer.1.output.dense.weight"
+    save_file(tensors | {key: tensors[key].clone().fill_(1e6)}, path)
+    with pytest.raises(ValueError, match=rf"1 too large for the model's dtype: {key} in torch\.float16"):
+        fp.load_adapter(miss.build(dtype=torch.float16), folder)
+    fp.load_adapter(miss.build(dtype=torch.bfloat16), folder)
+
+
+@pytest.fixture(scope="module")
+def run_folder(runs, phantoms, tmp_path_factory):
+    """An adapter as a training run leaves it."""
+    from fastpeft.data import Preprocess
+    from fastpeft.data.tokenizer import save_tokenizer
+
+    words, more = runs.tokenizer(phantoms), {"tokenizer": "tokenizer", "preprocess": Preprocess(32, (0.5,) * 3, (0.5,) * 3).to_dict()}
+    write = lambda folder: save_tokenizer(words, folder / "tokenizer")  # noqa: E731
+    model = runs.trainer(phantoms).model
+    return fp.save_adapter(model, tmp_path_factory.mktemp("run") / "adapter", description=more, write_more=write)
+
+
+@pytest.mark.parametrize("door", ["eval", "merge"])
+def test_one_line_at_the_commands(run_folder, phantoms, tmp_path, monkeypatch, capfd, door):
+    path, config = (run_folder / "dec" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    good, text = load_file(path), config.read_text()
+    arguments = {"eval": ["--data", str(phantoms)], "merge": ["--out", str(tmp_path / "merged")]}[door]
+    monkeypatch.setattr(sys, "argv", ["fastpeft", door, "--adapter", str(run_folder), *arguments])
+
+    def told():
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        _, err = capfd.readouterr()
+        assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("fastpeft: ")
+        return err
+
+    try:
+        key = sorted(good)[0]
+        save_file(good | {key: torch.full_like(good[key], torch.nan)}, path)
+        assert f"{path}: NaN or an infinity in {key}" in told()
+        save_file(good, path)
+        edit(config, alora_invocation_tokens=[4])
+        assert "alora_invocation_tokens=[4] is not supported" in told()
+    finally:
+        save_file(good, path)
+        config.write_text(text)
