@@ -184,11 +184,12 @@ def _check_config(folder: Path, method: Method, root: nn.Module, part: Part) -> 
 
 
 def _refuse_unread(folder: Path, read: set[str], plan: Plan) -> None:
-    """ValueError for an adapter's subfolder that nothing reads: a part by another name, or one that the plan freezes."""
+    """ValueError for an adapter that nothing reads: of a part by another name, of one that the plan freezes, or a folder deeper, where
+    PEFT saves adapters by name."""
     marks = (PEFT_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-    left = sorted(p.name for p in folder.iterdir() if p.name not in read and any((p / mark).is_file() for mark in marks))
-    if left:
-        raise ValueError(f"{folder} holds adapters in {', '.join(left)} that no part of the plan {plan} reads; rename or remove them")
+    found = [path.parent.relative_to(folder) for mark in marks for path in folder.glob(f"*/**/{mark}")]
+    if left := sorted({str(path) for path in found if path.parts[0] not in read}):
+        raise ValueError(f"{folder} holds adapters in {shorten(left)} that no part of the plan {plan} reads; rename or remove them")
 
 
 def _is_peft_folder(folder: Path, parts: tuple[Part, ...]) -> bool:

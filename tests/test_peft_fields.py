@@ -104,7 +104,7 @@ def test_unknown_and_unset(method, value):
 @pytest.mark.parametrize("value", [True, 0, 0.0, 1.5, "on", [0], {"rank": None}])
 @pytest.mark.parametrize("method", BASIC, ids=lambda m: m.name)
 def test_unknown_and_set(method, value):
-    with pytest.raises(ValueError, match="use_future_maths=.* is not supported; fastpeft does not know this field") as error:
+    with pytest.raises(ValueError, match=r"use_future_maths=.* is not supported; fastpeft does not know this field") as error:
         from_peft(BASIC[method] | {"use_future_maths": value})
     assert repr(value) in str(error.value)
 
@@ -117,7 +117,7 @@ def test_all_of_them_are_named_and_long_values_cut():
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "loftq", "lora_ga", "new", 1])
 def test_starts_that_change_the_base(start):
-    with pytest.raises(ValueError, match="init_lora_weights=.* also changed the base"):
+    with pytest.raises(ValueError, match=r"init_lora_weights=.* may have changed the base"):
         from_peft(BASIC[LoRA] | {"init_lora_weights": start})
 
 
@@ -141,12 +141,34 @@ def test_read_fields_of_a_wrong_kind(method, changed, said):
         from_peft(BASIC[method] | changed)
 
 
+READS = {
+    **dict.fromkeys(("r", "num_virtual_tokens", "adapter_len", "adapter_layers", "layers", "num_prompts"), 7),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "gate_std", "prompt_std"), 0.5),
+    **dict.fromkeys(("use_rslora", "rotary"), True),
+    **dict.fromkeys(("target_modules", "feedforward_modules"), "other"),
+    **{"gate": "layer", "excitor_scale": "head", "peft_type": "VERA"},
+}
+
+
+@pytest.mark.parametrize("method", BASIC, ids=lambda m: m.name)
+def test_read_fields_are_read_and_neutral_ones_are_not(method):
+    basic = from_peft(BASIC[method])
+    of_the_model = {"num_layers", "num_attention_heads", "token_dim"}  # compared with the model's when the method is attached
+    for name in {name for name, rule in method.peft_fields.items() if rule == READ} - of_the_model:
+        try:
+            assert from_peft(BASIC[method] | {name: READS[name]}) != basic, name
+        except ValueError as error:
+            assert name == "peft_type", error
+    odd = {name: {"anything": [1]} for name, rule in method.peft_fields.items() if rule == NEUTRAL}
+    assert odd and from_peft(BASIC[method] | odd) == basic
+
+
 # --- against PEFT's own loading of the same folder
 
 
-def llama(**overrides):
+def llama(dtype=torch.float64):
     torch.manual_seed(7)
-    return fp.build("llama-tiny", dtype=torch.float64, num_key_value_heads=2, initializer_range=0.2, **overrides).eval()
+    return fp.build("llama-tiny", dtype=dtype, num_key_value_heads=2, initializer_range=0.2).eval()
 
 
 def trained(wrapped, seed=3):
@@ -154,7 +176,8 @@ def trained(wrapped, seed=3):
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.2)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise.to(parameter.dtype), alpha=0.2)
     return wrapped
 
 
@@ -166,11 +189,11 @@ def configs():
     bookkeeping = {"revision": "main", "auto_mapping": {"base_model_class": "X"}, "peft_version": "9.9", "base_model_name_or_path": "x"}
     return {
         "LoRA": peft.LoraConfig(**lora),
-        "LoRA, r and alpha": peft.LoraConfig(r=5, lora_alpha=2, target_modules=["layers.1.self_attn.v_proj", "lm_head"]),
+        "LoRA, r and alpha": peft.LoraConfig(r=5, lora_alpha=2, target_modules=["layers.1.self_attn.v_proj", "mlp.up_proj"]),
         "LoRA, rslora": peft.LoraConfig(**lora, use_rslora=True),
         "LoRA, regular expression": peft.LoraConfig(r=2, lora_alpha=3, target_modules=r".*layers\.[02]\..*_proj"),
         "LoRA, dropout": peft.LoraConfig(**lora, lora_dropout=0.4, task_type="CAUSAL_LM", **bookkeeping),
-        **{f"LoRA, {s}": peft.LoraConfig(**lora | {"r": 4}, init_lora_weights=s) for s in (False, "gaussian", "orthogonal", "mica")},
+        **{f"LoRA, {s}": peft.LoraConfig(**lora | {"r": 4}, init_lora_weights=s) for s in (False, "gaussian", "orthogonal", "eva", "mica")},
         "LoRA, neutral": peft.LoraConfig(**lora, qalora_group_size=8, megatron_core="other", corda_config={}, lora_ga_config={}),
         "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
         "IA3, endings": peft.IA3Config(target_modules=["k_proj", "down_proj", "n_proj"], feedforward_modules=["n_proj"]),
@@ -186,7 +209,7 @@ def configs():
 
 KINDS = [
     *("LoRA", "LoRA, r and alpha", "LoRA, rslora", "LoRA, regular expression", "LoRA, dropout", "LoRA, False", "LoRA, gaussian"),
-    *("LoRA, orthogonal", "LoRA, mica", "LoRA, neutral", "IA3", "IA3, endings", "IA3, expressions", "PTv2", "PTv2, projected"),
+    *("LoRA, orthogonal", "LoRA, eva", "LoRA, mica", "LoRA, neutral", "IA3", "IA3, endings", "IA3, expressions", "PTv2", "PTv2, projected"),
     *("LayerNorm", "AdaptionPrompt"),
 ]
 
@@ -198,7 +221,7 @@ def test_a_llama_computes_what_peft_computes(tmp_path, kind):
         config = configs()[kind]
     except (TypeError, ValueError) as error:
         pytest.skip(f"this peft has not all of it: {error}")
-    base = llama()
+    base = llama(torch.float32 if kind == "LoRA, mica" else torch.float64)  # it starts from float32 alone
     ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
     own = copy.deepcopy(base)
     fp.restore(own)
@@ -255,7 +278,7 @@ WRITTEN = {
 def test_what_peft_itself_wrote_is_refused(tmp_path, name):
     """The folder may have the same keys and shapes as plain LoRA's: the configuration alone tells."""
     peft = pytest.importorskip("peft")
-    base, model = llama(), llama()
+    base, model = llama(torch.float32), llama()  # pissa starts from float32
     fp.restore(base)
     config = peft.LoraConfig(**WRITTEN[name]({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}))
     with warnings.catch_warnings():
@@ -312,6 +335,11 @@ def test_a_folder_that_nothing_reads(miss, tmp_path):
     (folder / "dec").rename(folder / "decoder")
     (folder / "fastpeft.json").unlink()
     with pytest.raises(ValueError, match=r"holds adapters in decoder that no part of the plan F/LoRA/F reads; rename or remove them"):
+        fp.load_adapter(miss.build(), folder)
+    (folder / "decoder").rename(folder / "inner")
+    (folder / "dec").mkdir()
+    (folder / "inner").rename(folder / "dec" / "other")  # as PEFT saves an adapter that is not called default
+    with pytest.raises(ValueError, match=r"holds adapters in dec.other that no part of the plan F/LoRA/F reads"):
         fp.load_adapter(miss.build(), folder)
     folder = fp.save_adapter(miss.build("F/LoRA/LoRA"), tmp_path / "b")
     about = json.loads((folder / "fastpeft.json").read_text())

@@ -20,6 +20,7 @@ from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAV
 _RUN_BY_PEFT = Refused(f"it is another method than LoRA: {WITH_PEFT}", accepted=(None, False))  # {} switches it on
 _BY_LAYER = Refused("merge it with PEFT first: all layers have one r and one lora_alpha here")
 # These start adapters without touching the base; pissa, olora, corda, loftq and lora_ga also change its weights.
+_CONVERT = "convert it to plain LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 PEFT_FIELDS = {
@@ -27,8 +28,8 @@ PEFT_FIELDS = {
     **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"), READ),
     "exclude_modules": EXCLUDE_MODULES,
     "modules_to_save": MODULES_TO_SAVE,
-    "init_lora_weights": Refused("it also changed the base: convert it to plain LoRA with PEFT first", accepted=_STARTS),
-    "bias": Refused("train with bias='none', or merge it with PEFT first", accepted=("none",)),
+    "init_lora_weights": Refused("it may have changed the base: " + _CONVERT, accepted=_STARTS),
+    "bias": Refused("train with bias='none', or merge it with PEFT first", accepted=(None, "none")),
     "lora_bias": Refused(),
     "fan_in_fan_out": Refused("it is for layers such as GPT-2's Conv1D, which fastpeft does not adapt: merge it with PEFT first"),
     "layers_to_transform": Refused("list the layers' modules in target_modules instead", accepted=(None, [])),
