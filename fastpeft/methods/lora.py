@@ -19,8 +19,8 @@ from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAV
 
 _RUN_BY_PEFT = Refused(f"it is another method than LoRA: {WITH_PEFT}", accepted=(None, False))  # {} switches it on
 _BY_LAYER = Refused("merge it with PEFT first: all layers have one r and one lora_alpha here")
-# These start adapters without touching the base; pissa, olora, corda, loftq and lora_ga also change its weights.
 _CONVERT = "convert it to plain LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
+# These start adapters without touching the base; pissa, olora, corda, loftq and lora_ga also change its weights.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 PEFT_FIELDS = {
