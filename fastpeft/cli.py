@@ -239,7 +239,7 @@ def estimate(
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
     gradient_accumulation: Annotated[int, typer.Option(help="forwards per step")] = 1,
     no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="transformers' own execution, attention eager")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
     as_json: Json = False,
 ) -> None:
