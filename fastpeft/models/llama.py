@@ -32,7 +32,7 @@ from fastpeft.models.attend import as_key_mask
 from fastpeft.models.layout import IGNORED, Layout, next_labels, rows_layout, self_layout, tail_of
 from fastpeft.models.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
 from fastpeft.ops._common import accumulator, sent
-from fastpeft.ops._savings import on
+from fastpeft.savings import on
 
 SIZES = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},

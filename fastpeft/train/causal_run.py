@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,11 @@ from fastpeft.data import train_causal_tokenizer as learn_tokenizer
 from fastpeft.models import NAMES, family_of, pretrained_folder
 from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.plan import build
+from fastpeft.train.options import TextOptions
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass
-class TextOptions:
-    """How instructions become tokens. template: None is the model's own. max_length: longer samples are cut. packed: samples end to end
-    instead of padded. instruction: what is asked where the data hold responses only. prompt_format, use_caption: of ScienceQA."""
-
-    template: str | None = None
-    max_length: int = 512
-    packed: bool = True
-    instruction: str | None = None
-    prompt_format: str = "QCM-ALE"
-    use_caption: bool = False
-
-    def __post_init__(self):
-        for name in ("packed", "use_caption"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for name in ("template", "instruction"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"{name} must be text, not {getattr(self, name)!r}")
-        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
-            raise ValueError(f"max_length must be a whole number of 2 or more, not {self.max_length!r}")
-        if isinstance(self.prompt_format, list):
-            self.prompt_format = tuple(self.prompt_format)
-
-    def reading(self) -> dict[str, Any]:
-        """What of it concerns reading files."""
-        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
 
 
 def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:

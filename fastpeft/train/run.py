@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from fastpeft.models import NAMES, family_named, family_of, parts_of, pretrained
 from fastpeft.plan import Plan, adapt, build, detach, parse
 from fastpeft.train.causal_run import (
     OVERLAP,
-    TextOptions,
     causal_dataset,
     causal_model_for,
     load_instruction_split,
@@ -42,39 +40,10 @@ from fastpeft.train.causal_run import (
     unscored,
 )
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.options import DataOptions, TextOptions
 from fastpeft.train.trainer import Trainer
 
 PREPROCESS = "fastpeft_preprocess.json"
-
-
-@dataclass
-class DataOptions:
-    """Which samples: ``data`` folder, ``split_file`` for training, ``eval_split_file``, or ``hold_out`` a fraction of images to score."""
-
-    data: str
-    split_file: str | None = None
-    eval_split_file: str | None = None
-    hold_out: float = 0.0
-    languages: tuple[str, ...] = ("en",)
-    skip_bad: bool = False
-
-    def __post_init__(self):
-        for name in ("data", "split_file", "eval_split_file"):
-            value = getattr(self, name)
-            if isinstance(value, Path):
-                setattr(self, name, str(value))
-            elif not isinstance(value, str) and not (value is None and name != "data"):
-                raise ValueError(f"{name} must be a path, not {value!r}")
-        if isinstance(self.hold_out, bool) or not isinstance(self.hold_out, int | float) or not 0 <= self.hold_out < 1:
-            raise ValueError(f"hold_out={self.hold_out!r}: use a number between 0 and 1, such as 0.1")
-        if self.hold_out and self.eval_split_file:
-            raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
-        if isinstance(self.languages, str):
-            self.languages = tuple(self.languages.split(","))
-        if not isinstance(self.languages, list | tuple | None) or not all(isinstance(name, str) for name in self.languages or ()):
-            raise ValueError(f"languages must be a list of q_lang values, not {self.languages!r}")
-        if not isinstance(self.skip_bad, bool):
-            raise ValueError(f"skip_bad must be true or false, not {self.skip_bad!r}")
 
 
 def train_run(

@@ -23,7 +23,8 @@ def on(saving: str) -> bool:
 
 @contextmanager
 def without(*savings: str) -> Iterator[None]:
-    """Inside, these savings are off: names of ``fastpeft.ops.SAVINGS``. Forward and backward both belong inside. ValueError for others."""
+    """Inside, these savings are off: names of ``fastpeft.savings.SAVINGS``; ValueError for others. Forward and backward both belong
+    inside."""
     if unknown := sorted(set(savings) - SAVINGS.keys()):
         raise ValueError(f"no saving is called {', '.join(unknown)}; there are {', '.join(SAVINGS)}")
     before = set(_off)
