@@ -1,6 +1,6 @@
 """The command line. With ``--json`` the last line printed is one JSON object; bad input ends in one line on stderr and exit code 2.
 
-Options that are also a run's or a recipe's are declared once, in dataclasses (fastpeft.train.options); the others stand here. Commands
+Options that are also a run's or a recipe's are declared once, in dataclasses (fastpeft.runs.options); the others stand here. Commands
 import what they run: help and usage errors need no torch.
 """
 
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpeft.options import FieldOption, OptionError, canonical, fields, split
-from fastpeft.train.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
@@ -104,7 +104,7 @@ def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.plan import adapt, build, count
-    from fastpeft.train.run import plan_for
+    from fastpeft.runs.train import plan_for
 
     network = build(model, device="meta")
     adapt(network, plan_for(network, plan, r=rank))
@@ -129,7 +129,7 @@ def train(
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
     run, data, text, how = split(given, *RECIPE)
-    from fastpeft.train.run import train_run
+    from fastpeft.runs.train import train_run
 
     more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
@@ -174,7 +174,7 @@ def evaluate(
     chosen, generation = split({"data": data, **given}, *EVAL)
     import torch
 
-    from fastpeft.train.run import eval_run
+    from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
     how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size}
@@ -197,25 +197,14 @@ def chat(
     (generation,) = split(given, GenerationOptions)
     import torch
 
-    from fastpeft.checkpoints import describe
-    from fastpeft.evaluate.chat import Chat, typed
-    from fastpeft.models import family_of
-    from fastpeft.train.causal_run import causal_dataset, options_of
-    from fastpeft.train.run import load_run
+    from fastpeft.runs.chat import chat_run
 
-    network, tokenizer, preprocess = load_run(adapter, device, model)
-    if not family_of(network).template:
-        raise ValueError("chat is for causal language models, and this adapter's base is none: use eval")
-    text = options_of(describe(adapter))
     torch.manual_seed(seed)
-
-    def prompts(samples):
-        return causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
-
-    talk = Chat(network, prompts, image, **{"max_new_tokens": 128, **generation.chosen()})
-    said, typing = [], sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
+    talk = chat_run(adapter, image, device, model, **generation.chosen())
+    typing = sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
     tell = (lambda error: typer.echo(f"fastpeft: {error}", err=True)) if typing else None
-    for response in talk.follow(typed() if typing else sys.stdin, tell):
+    said = []
+    for response in talk.follow(None if typing else sys.stdin, tell):
         said.append({"question": talk.turns[-1][0], "response": response})
         print(response, flush=True)
     emit({"turns": said, "image": None if talk.image is None else str(talk.image)}, as_json, [])
@@ -240,8 +229,8 @@ def estimate(
 ) -> None:
     """FLOPs and memory of a training step, without running it."""
     from fastpeft.plan import build
+    from fastpeft.runs.train import plan_for
     from fastpeft.train.estimate import estimate as run
-    from fastpeft.train.run import plan_for
 
     how = {"batch_size": batch_size, "dtype": dtype, "seq_len": seq_len, "answer_len": answer_len, "gpu_memory": gpu_memory}
     how["quantize"] = quantize
@@ -279,7 +268,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
-    from fastpeft.train.convert_run import convert_run
+    from fastpeft.runs.convert import convert_run
 
     how = {"text_heads": text_heads, "vision_heads": vision_heads, "llama": llama, "clip": clip, "backbone": backbone}
     how |= {"vicuna_delta": vicuna_delta, "temperature": temperature, "adapter_scale": adapter_scale}
@@ -297,7 +286,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Fold LoRA, IA3 and adapters into the base and write a plain transformers folder."""
-    from fastpeft.train.run import merge_run
+    from fastpeft.runs.merge import merge_run
 
     written = merge_run(adapter, out, model, modality)
     emit({"out": str(written)}, as_json, [f"merged model in {written}"])
@@ -319,7 +308,7 @@ def verify(
     from fastpeft.evaluate.answers import choose_device
     from fastpeft.models import parts_of
     from fastpeft.plan import adapt, build
-    from fastpeft.train.run import plan_for
+    from fastpeft.runs.train import plan_for
     from fastpeft.verify import DTYPES
     from fastpeft.verify import verify as run
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import pytest
 
 from fastpeft.options import Count, FilePath, Fraction, Number, Option, OptionError, Size, canonical, fields, options, split
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, TextOptions, read_yaml
 from fastpeft.train import TrainConfig
-from fastpeft.train.options import RECIPE, DataOptions, GenerationOptions, TextOptions, read_yaml
 
 
 @options

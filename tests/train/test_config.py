@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fastpeft.runs.options import read_yaml
 from fastpeft.train import TrainConfig
-from fastpeft.train.options import read_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

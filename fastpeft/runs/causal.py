@@ -1,4 +1,4 @@
-"""Runs on causal language models: instructions, conversations, captions, with images or without."""
+"""Runs on causal language models: their tokenizer, preprocessing, data (with images or without) and responses."""
 
 from __future__ import annotations
 
@@ -9,59 +9,37 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, hold_out, load_causal_tokenizer, load_instructions
+from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, load_causal_tokenizer, load_instructions
 from fastpeft.data import train_causal_tokenizer as learn_tokenizer
-from fastpeft.models import NAMES, family_of, pretrained_folder
-from fastpeft.models.lavin import LavinForConditionalGeneration
+from fastpeft.evaluate import respond_and_score
+from fastpeft.models import ModelSource, family_of, resolve
 from fastpeft.plan import build
-from fastpeft.train.options import TextOptions
+from fastpeft.runs.options import DataOptions, TextOptions
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_instruction_split(data, text: TextOptions, evaluate: bool = True) -> tuple[SampleList, SampleList | None]:
-    """(training samples, samples to score or None); ``data``: :class:`fastpeft.train.run.DataOptions`."""
-    how = {"skip_bad": data.skip_bad, "languages": data.languages, **text.reading()}
-    samples = load_instructions(data.data, split="train", split_file=data.split_file, **how)
-    if data.hold_out:
-        by_image = all(sample.image is not None for sample in samples)
-        kept, held = hold_out(samples, data.hold_out, by="image" if by_image else "sample")
-        kept.skipped, kept.filtered = samples.skipped, samples.filtered
-        return kept, held
-    if not evaluate:
-        return samples, None
-    if data.eval_split_file:
-        return samples, load_instructions(data.data, split="test", split_file=data.eval_split_file, **how)
-    try:
-        held = load_instructions(data.data, split="test", **how)
-    except ValueError as error:  # no such split: training needs none
-        return unscored(samples, str(error)), None
-    return (unscored(samples, OVERLAP), None) if overlap(samples, held) else (samples, held)
+def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
+    """The samples of one split."""
+    how = {"languages": data.languages, "skip_bad": data.skip_bad, **text.reading()}
+    return load_instructions(data.data, split=split, split_file=split_file, **how)
 
 
-OVERLAP = "no test split apart from the training samples"
-
-
-def overlap(samples: SampleList, held: SampleList) -> bool:
-    """Whether some entry of a file is in both."""
-    trained_on = {(sample.source, sample.entry) for sample in samples}
-    return any((sample.source, sample.entry) in trained_on for sample in held)
-
-
-def unscored(samples: SampleList, reason: str) -> SampleList:
-    """The training samples, with a note of why there is nothing to score."""
-    samples.note = "; ".join(filter(None, (samples.note, f"no test questions were asked ({reason})")))
-    return samples
-
-
-def causal_model_for(
-    model: str, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0, base: dict | None = None
+def model_for(
+    model: str | ModelSource,
+    samples: SampleList,
+    *,
+    vocab: str | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    base: dict | None = None,
 ) -> tuple[nn.Module, Any, Preprocess | None]:
     """A backbone, its tokenizer, and its images' preprocessing (None where it sees none). The tokenizer is ``vocab``'s, else the model
     folder's, else learnt from the data. ``base``: more that :func:`fastpeft.build` takes (quantize, dtype)."""
-    folder = pretrained_folder(model) if pretrained or model not in NAMES else None
+    source = resolve(model) if pretrained else resolve(model).without_weights()
+    folder = source.folder
     if vocab is not None:
         tokenizer = load_causal_tokenizer(vocab)
     elif folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -73,13 +51,13 @@ def causal_model_for(
     if folder is None:
         text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         text["pad_token_id"] = tokenizer.pad_token_id
-        seen = "text_config" in build(model, device="meta").config.to_dict()
-        network = build(model, pretrained=False, seed=seed, **base or {}, **({"text_config": text} if seen else text))
+        nested = "text_config" in source.family.config.sub_configs
+        network = build(source, pretrained=False, seed=seed, **base or {}, **({"text_config": text} if nested else text))
     else:
-        network = build(model, **base or {})
+        network = build(source, **base or {})
     size = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {model} embeds {size}: use the one it was trained with")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {source} embeds {size}: use the one it was trained with")
     return network, tokenizer, clip_preprocess(folder, network)
 
 
@@ -93,7 +71,7 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
     vision = getattr(network.config, "vision_config", None)
     if vision is None:
         return None
-    whole = isinstance(network, LavinForConditionalGeneration)
+    whole = family_of(network).template == "lavin"
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if whole else (CLIP_MEAN, CLIP_STD)
     path = None if folder is None else folder / "preprocessor_config.json"
     if path is not None and path.is_file():
@@ -105,7 +83,7 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
     return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not whole)
 
 
-def causal_dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
+def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
     """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer. A model that sees no images reads their captions,
     where ``use_caption`` says so."""
     family = family_of(network)
@@ -124,6 +102,11 @@ def causal_dataset(network: nn.Module, samples, tokenizer, preprocess, text: Tex
         reading=text.reading(),
         **more,
     )
+
+
+def answer(network: nn.Module, asked: CausalDataset, tokenizer, *, num_beams: int | None, **how) -> tuple[list[str], dict[str, Any]]:
+    """(responses, scores), greedy unless told otherwise."""
+    return respond_and_score(network, asked, num_beams=num_beams or 1, **how)
 
 
 def options_of(about: dict[str, Any]) -> TextOptions:
