@@ -20,8 +20,9 @@ import torch
 
 from bench.frame import about_machine
 from fastpeft.data.phantom import make_phantoms
+from fastpeft.runs.options import DataOptions
+from fastpeft.runs.train import train_run
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.run import DataOptions, train_run
 
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by degrees of freedom
 QUESTIONS = 4  # of a group

@@ -36,7 +36,9 @@ from fastpeft.evaluate.answers import to_device
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.responses import model_inputs, respond
 from fastpeft.plain import plain, without_dropout
-from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for
+from fastpeft.runs.causal import dataset as causal_dataset
+from fastpeft.runs.causal import model_for as causal_model_for
+from fastpeft.runs.options import TextOptions
 
 PLAN = "MMAdapter/T/MMAdapter"
 KINDS = ("modality", "plane", "region", "marker", "is marker")

@@ -22,8 +22,11 @@ from fastpeft.checkpoints import atomic_folder
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, save_tokenizer, train_tokenizer
 from fastpeft.data.phantom import make_phantoms
 from fastpeft.plan import adapt, build
+from fastpeft.runs import vqa
+from fastpeft.runs.options import DataOptions
+from fastpeft.runs.splits import load_splits
+from fastpeft.runs.vqa import PREPROCESS, preprocess_for
 from fastpeft.train import TrainConfig, Trainer
-from fastpeft.train.run import PREPROCESS, DataOptions, load_split, preprocess_for
 
 # common words of questions and answers about radiology images, written down by hand
 WORDS = """
@@ -71,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = make_phantoms(args.out / "phantoms-a", "a", {"train": args.images, "validate": 100, "test": 100}, seed=args.seed)
-    samples, held = load_split(DataOptions(str(data)))
+    samples, held = load_splits(DataOptions(str(data)), read=vqa.read)
     texts = [text for s in samples for text in (s.question, s.answer)]
     tokenizer = train_tokenizer([*texts, *WORDS.split()], vocab_size=1280)
     ids = {"bos_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}

@@ -37,8 +37,8 @@ from bench import frame
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
 from fastpeft.plain import without_dropout
+from fastpeft.runs.train import plan_for
 from fastpeft.train.prefixes import QuestionStates, frozen_prefix
-from fastpeft.train.run import plan_for
 
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "pixel_values", "image_index")
 # key: name, form, cached, grouped, compiled, computes what the plan does

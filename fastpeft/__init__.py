@@ -3,48 +3,83 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from contextlib import suppress
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from fastpeft import ops
 from fastpeft._when_imported import when_imported
-from fastpeft.methods import (
-    FFN,
-    IA3,
-    AdaptionPrompt,
-    Attention,
-    Excitor,
-    Frozen,
-    Full,
-    LayerNorm,
-    LoRA,
-    MMAdapter,
-    Prefix,
-    PTv2,
-    RepAdapter,
-)
-from fastpeft.ops._savings import without
-from fastpeft.optimize import Report, optimize, restore
-from fastpeft.plan import Plan, adapt, build, count
+
+if TYPE_CHECKING:
+    from fastpeft import ops
+    from fastpeft.checkpoints import load_adapter, merge, save_adapter
+    from fastpeft.methods import (
+        FFN,
+        IA3,
+        AdaptionPrompt,
+        Attention,
+        Excitor,
+        Frozen,
+        Full,
+        LayerNorm,
+        LoRA,
+        MMAdapter,
+        Prefix,
+        PTv2,
+        RepAdapter,
+    )
+    from fastpeft.optimize import Report, optimize, restore
+    from fastpeft.peft import ExcitorConfig
+    from fastpeft.plan import Plan, adapt, build, count
+    from fastpeft.savings import without
+    from fastpeft.train import TrainConfig, Trainer
+    from fastpeft.train.estimate import estimate
+    from fastpeft.train.recompute import MemoryBudget
 
 __version__ = "0.1.0"
 
-# what a model alone does not need is loaded on first use
-_LATER = {
-    "save_adapter": "fastpeft.checkpoints",
-    "load_adapter": "fastpeft.checkpoints",
-    "merge": "fastpeft.checkpoints",
-    "ExcitorConfig": "fastpeft.peft",
-    "estimate": "fastpeft.train.estimate",
-    "Trainer": "fastpeft.train",
-    "TrainConfig": "fastpeft.train",
-    "MemoryBudget": "fastpeft.train.recompute",
+# Everything is loaded on first use: `import fastpeft` and the command line's help import neither torch nor transformers.
+_HOMES = {
+    "methods": (
+        *("FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter"),
+        *("PTv2", "Prefix", "RepAdapter"),
+    ),
+    "savings": ("without",),
+    "optimize": ("Report", "optimize", "restore"),
+    "plan": ("Plan", "adapt", "build", "count"),
+    "checkpoints": ("load_adapter", "merge", "save_adapter"),
+    "peft": ("ExcitorConfig",),
+    "train": ("TrainConfig", "Trainer"),
+    "train.estimate": ("estimate",),
+    "train.recompute": ("MemoryBudget",),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME, "__version__", "ops"])
 
 
 def __getattr__(name: str):
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
-    raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
+    if name == "ops":
+        return importlib.import_module("fastpeft.ops")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastpeft.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """``fastpeft.optimize`` is the function, although its module has the same name: Python sets the module there after importing it."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def _extend_peft() -> None:
@@ -53,9 +88,3 @@ def _extend_peft() -> None:
 
 
 when_imported("peft", _extend_peft)
-
-__all__ = [
-    "FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter", "MemoryBudget", "PTv2",
-    "Plan", "Prefix", "RepAdapter", "Report", "TrainConfig", "Trainer", "__version__", "adapt", "build", "count", "load_adapter",
-    "merge", "ops", "optimize", "restore", "save_adapter", "without",
-]  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +20,11 @@ BACKENDS = ("native", "triton", "composite")
 
 
 def chosen(variable: str, choices: tuple[str, ...]) -> str:
-    """What an environment variable chooses, "" where it is unset. ValueError for anything else; the command line, which meets this
-    while it is still importing, gets one line and exit code 2 instead."""
+    """What an environment variable chooses, "" where it is unset. ValueError for anything else."""
     value = os.environ.get(variable, "")
-    if value in ("", *choices):
-        return value
-    message = f"{variable}={value!r} is not a backend; use one of {', '.join(choices)}, or unset it"
-    if Path(sys.argv[0]).stem == "fastpeft" or sys.orig_argv[1:3] == ["-m", "fastpeft"]:
-        print(f"fastpeft: {message}", file=sys.stderr)
-        raise SystemExit(2)
-    raise ValueError(message)
+    if value not in ("", *choices):
+        raise ValueError(f"{variable}={value!r} is not a backend; use one of {', '.join(choices)}, or unset it")
+    return value
 
 
 FORCED = chosen("FASTPEFT_BACKEND", BACKENDS)

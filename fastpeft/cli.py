@@ -1,36 +1,95 @@
-"""The command line. With ``--json`` the last line printed is one JSON object; bad input ends in one line on stderr and exit code 2."""
+"""The command line. With ``--json`` the last line printed is one JSON object; bad input ends in one line on stderr and exit code 2.
+
+Options that are also a run's or a recipe's are declared once, in dataclasses (fastpeft.runs.options); the others stand here. Commands
+import what they run: help and usage errors need no torch.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import json
 import logging
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import transformers
 import typer
-from safetensors import SafetensorError
+
+from fastpeft.options import FieldOption, OptionError, canonical, fields, split
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
 )
 
-MODEL_HELP = "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
-Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
-DATA_HELP = "folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists"
-Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Split = Annotated[str | None, typer.Option(help="annotation file, or a file of qids; default: by the data set's own file names")]
+Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
+MovedBase = Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")]
+Seed = Annotated[int, typer.Option(help="of sampling")]
+
+# the short names that the command line shows; every other name of an option is taken too (fastpeft.options.Option)
+SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_rate": "min_lr", "num_workers": "workers"}
+
+
+def flag(field: FieldOption) -> str:
+    """How the command line spells an option."""
+    name = field.option.off if field.kind is bool and field.default is True else SHORT.get(field.name, field.name)
+    return f"--{name.replace('_', '-')}"
+
+
+def with_options(*classes: type, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Decorator of a command: its ``**given`` become the fields of ``classes`` (of these ``only`` some), where they are given."""
+    chosen = [f for cls in classes for f in fields(cls) if (not only or f.name in only) and f.name not in without]
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+        def run(**given):
+            said = {f.name: (given.pop(f.name), f) for f in chosen}
+            said = {name: not _is_off(f) if f.kind is bool else v for name, (v, f) in said.items() if v is not None and v is not False}
+            return command(**given, **said)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_unset(f), annotation=_annotation(f)) for f in chosen]
+        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in own] + more)
+        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
+        return run
+
+    return decorate
+
+
+def _is_off(field: FieldOption) -> bool:
+    return field.kind is bool and field.default is True
+
+
+def _unset(field: FieldOption) -> bool | None:
+    return False if field.kind is bool else None
+
+
+def _annotation(field: FieldOption):
+    text = f"do not {field.description}" if _is_off(field) else field.help
+    option = typer.Option(flag(field), help=text, rich_help_panel=field.option.panel or None, show_default=False)
+    return Annotated[bool if field.kind is bool else field.kind | None, option]
+
+
+def other_names(*classes: type) -> dict[str, Any]:
+    """Settings of a command under which an option's other names, and underscores for dashes, are taken."""
+    other = {}
+    for field in (field for cls in classes for field in fields(cls)):
+        shown = flag(field)[2:]
+        if not _is_off(field):
+            other |= {name.replace("_", "-"): shown for name in (field.name, *field.option.names)}
+    return {"token_normalize_func": lambda name: other.get(dashed := name.replace("_", "-"), dashed)}
 
 
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -45,7 +104,7 @@ def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.plan import adapt, build, count
-    from fastpeft.train.run import plan_for
+    from fastpeft.runs.train import plan_for
 
     network = build(model, device="meta")
     adapt(network, plan_for(network, plan, r=rank))
@@ -57,94 +116,30 @@ def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank =
     emit(counted | {"model": model, "plan": str(network.fastpeft_plan)}, as_json, lines)
 
 
-@app.command()
+@app.command(context_settings=other_names(*RECIPE))
+@with_options(*RECIPE)
 def train(
-    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    out: Annotated[str | None, typer.Option(help="folder for the run's files")] = None,
-    model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} (default miss-tiny)")] = None,
-    plan: Annotated[str | None, typer.Option(help="one treatment per part, or a YAML file (default F/LoRA/LoRA)")] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
-    rank: Rank = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="numerator of LoRA's scaling (default 32)")] = None,
-    lora_dropout: Annotated[float | None, typer.Option(help="on the input of LoRA's branch (default 0)")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
-    epochs: Annotated[float | None, typer.Option(help="passes over the data, where steps are not given (default 1)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="samples per forward (default 20)")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="forwards per step")] = None,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate of adapters (default 1e-3)")] = None,
-    base_lr: Annotated[float | None, typer.Option(help="peak learning rate of trained base weights (default: a tenth of --lr)")] = None,
-    min_lr: Annotated[float | None, typer.Option(help="where the cosine ends (default 0)")] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    warmup: Annotated[float | None, typer.Option(help="steps, or a fraction of them if below 1")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
-    quantize: Quantize = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    questions_per_image: Annotated[int | None, typer.Option(help="group a batch's questions by image")] = None,
-    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="encode a frozen image encoder's images every time")] = False,
-    feature_cache_dir: Annotated[str | None, typer.Option(help="folder for a frozen image encoder's features, for later runs too")] = None,
-    feature_cache_memory: Annotated[str | None, typer.Option(help="how much memory they may take, such as 2GB")] = None,
-    feature_dtype: Annotated[str | None, typer.Option(help="fp32 or bf16, kept so (default: as computed)")] = None,
-    memory_budget: Annotated[str | None, typer.Option(help="compute activations again to stay below so much memory, such as 6GB")] = None,
-    without: Annotated[str | None, typer.Option(help="savings to switch off: remake, labelled, absorb")] = None,
-    split_file: Split = None,
-    eval_split_file: Annotated[str | None, typer.Option(help="what to score at the end; default: the data set's test split")] = None,
-    hold_out: Annotated[float | None, typer.Option(help="score a fraction of the training images, held out, instead")] = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="score nothing at the end")] = False,
-    template: Annotated[str | None, typer.Option(help="prompt of a causal model: alpaca, llava, lavin, plain (default: its own)")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens of a causal model's longest sample (default 512)")] = None,
-    no_packing: Annotated[bool, typer.Option("--no-packing", help="pad a causal model's batches")] = False,
-    prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, such as QCM-ALE")] = None,
-    use_caption: Annotated[bool, typer.Option("--use-caption", help="ScienceQA's captions for a model that sees no images")] = False,
-    instruction: Annotated[str | None, typer.Option(help="what is asked where the data hold captions or reports only")] = None,
-    vocab: Annotated[
-        str | None, typer.Option(help="vocab.txt or tokenizer folder; default: the model's, else learnt from the data")
-    ] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="random weights, even where the package ships trained ones")] = False,
-    languages: Annotated[str | None, typer.Option(help="comma-separated q_lang values to keep (default en)")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
-    save_every: Annotated[int | None, typer.Option(help="steps between checkpoints (default 200)")] = None,
-    workers: Annotated[int | None, typer.Option(help="processes that decode images")] = None,
-    device: Device = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard")] = False,
-    trace: Annotated[bool, typer.Option("--trace", help="torch.profiler trace of three steps")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
     as_json: Json = False,
+    **given,
 ) -> None:
     """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
-    said = {name: value for name, value in locals().items() if value is not None and value is not False}
-    from fastpeft.train.causal_run import TextOptions
-    from fastpeft.train.config import TrainConfig, canonical, read_yaml
-    from fastpeft.train.run import DataOptions, train_run
-
-    for name in ("config", "as_json"):
-        said.pop(name, None)
-    given = (read_yaml(config) if config else {}) | canonical(said)
+    given = (read_yaml(config) if config else {}) | canonical(given, *RECIPE)
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
-    model, plan = given.pop("model", "miss-tiny"), given.pop("plan", "F/LoRA/LoRA")
-    chosen = DataOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(DataOptions) if f.name in given})
-    how = {
-        "r": given.pop("rank", None),
-        "lora_alpha": given.pop("lora_alpha", None),
-        "lora_dropout": given.pop("lora_dropout", None),
-        "vocab": given.pop("vocab", None),
-        "quantize": given.pop("quantize", None),
-        "pretrained": not given.pop("from_scratch", False),
-        "evaluate": not given.pop("no_eval", False),
-        "text": TextOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(TextOptions) if f.name in given}),
-    }
-    if given.pop("no_feature_cache", False):
-        given["feature_cache"] = False
+    run, data, text, how = split(given, *RECIPE)
+    from fastpeft.runs.train import train_run
+
+    more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
-        summary = train_run(model, plan, chosen, TrainConfig.from_dict(given), **how)
+        summary = train_run(run.model, run.plan, data, how, text=text, **more, **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
+    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {how.out} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -158,69 +153,58 @@ def _accuracy(scored: dict | None) -> list[str]:
     return lines
 
 
-@app.command("eval")
+EVAL = (DataOptions, GenerationOptions)
+
+
+@app.command("eval", context_settings=other_names(*EVAL))
+@with_options(*EVAL, without=("data", "eval_split_file", "hold_out"))
 def evaluate(
-    adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
-    data: Data,
-    split_file: Split = None,
-    model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
+    adapter: Adapter,
+    data: Annotated[str, typer.Option(help=fields(DataOptions)[0].description)],
+    model: MovedBase = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    num_beams: Annotated[int | None, typer.Option(min=1, help="default: 3 for visual question answering, 1 for responses")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="of a response (default 128)")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="sample from the likeliest tokens of this probability")] = None,
-    temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
-    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
-    languages: Annotated[str, typer.Option(help="comma-separated q_lang values to keep")] = "en",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad entries out and count them")] = False,
+    seed: Seed = 0,
     device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
+    **given,
 ) -> None:
     """Answer a data set's questions with an adapter and score the answers."""
-    from fastpeft.train.run import DataOptions, eval_run
+    chosen, generation = split({"data": data, **given}, *EVAL)
+    import torch
 
-    chosen = DataOptions(data, split_file, languages=tuple(languages.split(",")), skip_bad=skip_bad)
-    generation = {"max_new_tokens": max_new_tokens, "top_p": top_p, "temperature": temperature}
-    generation = {name: value for name, value in generation.items() if value is not None}
-    if "top_p" in generation or "temperature" in generation:
-        generation["do_sample"] = True
+    from fastpeft.runs.evaluate import eval_run
+
     torch.manual_seed(seed)
-    how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size, "num_beams": num_beams}
-    scored = eval_run(adapter, chosen, **how, **generation)
+    how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size}
+    scored = eval_run(adapter, chosen, **how, num_beams=generation.num_beams, **generation.chosen())
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 
 
-@app.command()
+@app.command(context_settings=other_names(GenerationOptions))
+@with_options(GenerationOptions, without=("num_beams",))
 def chat(
-    adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
+    adapter: Adapter,
     image: Annotated[str | None, typer.Option(help="what the dialogue is about; /image FILE changes it")] = None,
-    model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of a response")] = 128,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="sample from the likeliest tokens of this probability")] = None,
-    temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
-    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    model: MovedBase = None,
+    seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
+    **given,
 ) -> None:
     """Talk with a causal model's adapter, one turn a line; /image FILE, /reset and /quit."""
-    from fastpeft.checkpoints import describe
-    from fastpeft.evaluate.chat import Chat, typed
-    from fastpeft.models import family_of
-    from fastpeft.train.causal_run import causal_dataset, options_of
-    from fastpeft.train.run import load_run
+    (generation,) = split(given, GenerationOptions)
+    import torch
 
-    network, tokenizer, preprocess = load_run(adapter, device, model)
-    if not family_of(network).template:
-        raise ValueError("chat is for causal language models, and this adapter's base is none: use eval")
-    text, how = options_of(describe(adapter)), {"max_new_tokens": max_new_tokens}
-    sampling = {name: value for name, value in (("top_p", top_p), ("temperature", temperature)) if value is not None}
-    how |= sampling | ({"do_sample": True} if sampling else {})
+    from fastpeft.runs.chat import chat_run
+
     torch.manual_seed(seed)
-    talk = Chat(network, lambda samples: causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True), image, **how)
-    said, typing = [], sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
+    talk = chat_run(adapter, image, device, model, **generation.chosen())
+    typing = sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
     tell = (lambda error: typer.echo(f"fastpeft: {error}", err=True)) if typing else None
-    for response in talk.follow(typed() if typing else sys.stdin, tell):
+    said = []
+    for response in talk.follow(None if typing else sys.stdin, tell):
         said.append({"question": talk.turns[-1][0], "response": response})
         print(response, flush=True)
     emit({"turns": said, "image": None if talk.image is None else str(talk.image)}, as_json, [])
@@ -245,8 +229,8 @@ def estimate(
 ) -> None:
     """FLOPs and memory of a training step, without running it."""
     from fastpeft.plan import build
+    from fastpeft.runs.train import plan_for
     from fastpeft.train.estimate import estimate as run
-    from fastpeft.train.run import plan_for
 
     how = {"batch_size": batch_size, "dtype": dtype, "seq_len": seq_len, "answer_len": answer_len, "gpu_memory": gpu_memory}
     how["quantize"] = quantize
@@ -284,7 +268,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
-    from fastpeft.train.convert_run import convert_run
+    from fastpeft.runs.convert import convert_run
 
     how = {"text_heads": text_heads, "vision_heads": vision_heads, "llama": llama, "clip": clip, "backbone": backbone}
     how |= {"vicuna_delta": vicuna_delta, "temperature": temperature, "adapter_scale": adapter_scale}
@@ -295,14 +279,14 @@ def convert(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Option(help="adapter folder of a run")],
+    adapter: Adapter,
     out: Annotated[str, typer.Option(help="transformers folder to write")],
-    model: Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")] = None,
+    model: MovedBase = None,
     modality: Annotated[str | None, typer.Option(help="of MMAdapter: for samples of 'text' or 'image'")] = None,
     as_json: Json = False,
 ) -> None:
     """Fold LoRA, IA3 and adapters into the base and write a plain transformers folder."""
-    from fastpeft.train.run import merge_run
+    from fastpeft.runs.merge import merge_run
 
     written = merge_run(adapter, out, model, modality)
     emit({"out": str(written)}, as_json, [f"merged model in {written}"])
@@ -319,10 +303,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare fused losses and gradients with plain PyTorch and PEFT; exit code 1 where they differ."""
+    import torch
+
     from fastpeft.evaluate.answers import choose_device
     from fastpeft.models import parts_of
     from fastpeft.plan import adapt, build
-    from fastpeft.train.run import plan_for
+    from fastpeft.runs.train import plan_for
     from fastpeft.verify import DTYPES
     from fastpeft.verify import verify as run
 
@@ -364,8 +350,11 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: usage errors and bad input end with exit code 2 and one line on stderr."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it does without
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if (loaded := sys.modules.get("transformers")) is not None:
+        loaded.logging.set_verbosity_error()
+        loaded.logging.disable_progress_bar()
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -379,15 +368,24 @@ def _run() -> int:
         code = app(standalone_mode=False)
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
-    except (ValueError, TypeError, FloatingPointError, SafetensorError) as error:  # the last: a full disk, under transformers' writers
+    except OptionError as error:
+        return _complain(f"{error} (option '{_flag_of(error.option)}')")
+    except (ValueError, TypeError, FloatingPointError) as error:
         return _complain(error)
     except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        kind = type(error).__name__  # by name: these classes are torch's and safetensors', which may not be loaded
+        if kind == "SafetensorError":  # a full disk, under transformers' writers
+            return _complain(error)
+        if kind in ("MemoryError", "OutOfMemoryError") or "allocate memory" in str(error):
             return _complain(f"out of memory: a smaller batch_size with more gradient_accumulation takes less ({error})")
         if hasattr(error, "format_message"):  # typer's and click's usage errors; without arguments, the help has been shown
             return _complain(error.format_message()) if error.format_message() else 2
         raise
     return code if isinstance(code, int) else 0
+
+
+def _flag_of(option: str) -> str:
+    return next((flag(f) for cls in (*RECIPE, GenerationOptions) for f in fields(cls) if f.name == option), f"--{option}")
 
 
 def _complain(error) -> int:

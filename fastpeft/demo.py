@@ -19,9 +19,9 @@ from pathlib import Path
 from fastpeft.data import VQADataset, load_samples, load_tokenizer
 from fastpeft.data.phantom import make_phantoms
 from fastpeft.evaluate import answer_questions, score
-from fastpeft.models import pretrained_folder
+from fastpeft.models import resolve
 from fastpeft.plan import build, count
-from fastpeft.train.run import preprocess_for
+from fastpeft.runs.vqa import preprocess_for
 
 MODEL, FULL = "miss-tiny", "T/T/T"
 IMAGES = {"train": 800, "validate": 20, "test": 100}
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def frozen(data: Path) -> dict:
     """Accuracy of the shipped model as it is."""
     print("Asking the pretrained model ...")
-    model, folder = build(MODEL), pretrained_folder(MODEL)
+    model, folder = build(MODEL), resolve(MODEL).folder
     samples = load_samples(data, split="test")
     answers = answer_questions(model, VQADataset(samples, preprocess_for(folder, model)), load_tokenizer(folder))
     return {"plan": "frozen", "trainable": 0, "total": count(model)["total"], **score(answers, samples)}

@@ -17,7 +17,7 @@ from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import ADAPTER_MODULES
 from fastpeft.methods.quantized import size_of
-from fastpeft.models import NAMES, family_named, load_model, new_model, parts_of, pretrained_folder
+from fastpeft.models import ModelSource, load_model, new_model, parts_of, resolve
 from fastpeft.models.quantize import check_quantize, quantize_base
 from fastpeft.optimize import make_room_for_prefix, optimize
 
@@ -111,7 +111,7 @@ def _method(name: str, own: Mapping[str, Any] | None, options: Mapping[str, Any]
 
 
 def build(
-    model: str | Path,
+    model: str | Path | ModelSource,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -130,21 +130,18 @@ def build(
     quantize: "4bit" or "8bit" keeps the frozen linear layers of a language model and its image encoder in bitsandbytes' format; adapters
     train on top, T, Attention and FFN cannot. ValueError names what cannot be, and a library that is missing.
     """
-    device, named = torch.device(device), str(model) in NAMES
+    device, source = torch.device(device), resolve(model)
     if quantize is not None:
-        check_quantize(quantize, dtype, device.type == "meta")
-        if not family_named(model).template:
-            raise ValueError(f"quantize={quantize!r} is for models with a language model of LLaMA's kind, and {model} is none")
-    folder = pretrained_folder(model)
-    if named and (folder is None or overrides or not pretrained):
-        built = new_model(str(model), device=device, seed=seed, **overrides)
-        source = {"model": str(model), "pretrained": False, "seed": seed, "overrides": overrides}
+        check_quantize(quantize, dtype, source, device.type == "meta")
+    if source.named and (source.folder is None or overrides or not pretrained):
+        built = new_model(source, device=device, seed=seed, **overrides)
+        about = {"model": source.name, "pretrained": False, "seed": seed, "overrides": overrides}
     elif overrides:
-        raise ValueError(f"{model} is a folder; its shape is in its config.json, so {', '.join(overrides)}= cannot change it")
+        raise ValueError(f"{source} is a folder; its shape is in its config.json, so {', '.join(overrides)}= cannot change it")
     else:
-        built = load_model(folder, device=device, dtype=dtype)
-        source = {"model": str(model) if named else str(folder.resolve())}
-    built.fastpeft_source = source | {"dtype": str(dtype).removeprefix("torch.")} | ({"quantize": quantize} if quantize else {})
+        built = load_model(source, device=device, dtype=dtype)
+        about = {"model": source.name if source.named else str(source.folder.resolve())}
+    built.fastpeft_source = about | {"dtype": str(dtype).removeprefix("torch.")} | ({"quantize": quantize} if quantize else {})
     if getattr(built, "is_quantized", False):  # the folder's own doing, by its config.json
         if quantize is not None:
             raise ValueError(f"{model} is quantised already: leave quantize={quantize!r} out")

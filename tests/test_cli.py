@@ -15,7 +15,7 @@ import fastpeft as fp
 from fastpeft import cli
 from fastpeft.data import Preprocess, save_tokenizer
 from fastpeft.files import write_json
-from fastpeft.train.run import PREPROCESS
+from fastpeft.runs.vqa import PREPROCESS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +157,7 @@ def test_recipes_start(monkeypatch, ok, phantoms, tmp_path, recipe, trainable):
         keys = ("plan", "loss_first", "loss_last", "steps", "steady_samples_per_second", "peak_memory_bytes")
         return dict.fromkeys(keys, 0) | {"eval": None}
 
-    from fastpeft.train import run
+    from fastpeft.runs import train as run
 
     monkeypatch.setattr(run, "train_run", note)
     ok("train", "--config", f"{os.path.dirname(__file__)}/../recipes/{recipe}.yaml", "--data", phantoms, "--out", tmp_path)
@@ -300,7 +300,7 @@ def test_adapters_that_are_none_are_refused(bad, ok, train, phantoms, small, tmp
 
 
 def test_running_out_of_memory_is_one_clear_line(bad, train, monkeypatch):
-    from fastpeft.train import run
+    from fastpeft.runs import train as run
 
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

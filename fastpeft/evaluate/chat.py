@@ -41,10 +41,10 @@ class Chat:
         self.turns.append((question, response))
         return response
 
-    def follow(self, lines: Iterable[str], on_error: Callable[[Exception], None] | None = None) -> Iterator[str]:
-        """A response for each line that is not empty, until /quit; /reset forgets the turns, /image FILE begins anew over an image.
-        Where on_error is given it is told what is wrong with a line, and the dialogue goes on."""
-        for line in map(str.strip, lines):
+    def follow(self, lines: Iterable[str] | None, on_error: Callable[[Exception], None] | None = None) -> Iterator[str]:
+        """A response for each line that is not empty (lines None: those typed at the terminal), until /quit; /reset forgets the turns,
+        /image FILE begins anew over an image. Where on_error is given it is told what is wrong with a line, and the dialogue goes on."""
+        for line in map(str.strip, typed() if lines is None else lines):
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 return

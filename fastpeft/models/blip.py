@@ -34,7 +34,7 @@ from fastpeft.models.blip_layers import (
 )
 from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, self_layout, tail_of
 from fastpeft.ops._common import sent
-from fastpeft.ops._savings import on
+from fastpeft.savings import on
 
 
 class TextModel(modeling_blip_text.BlipTextModel):

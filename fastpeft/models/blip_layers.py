@@ -22,8 +22,8 @@ from fastpeft.models.layers import LayerNorm, Recomputes
 from fastpeft.models.layout import Layout, Tail, rows_of
 from fastpeft.ops._held import Held
 from fastpeft.ops._remade import bare
-from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
+from fastpeft.savings import on
 
 
 class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):

@@ -6,12 +6,15 @@ frozen, the same for every layer.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from fastpeft.models.clip import vision_config, vision_part
+from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 
@@ -77,3 +80,14 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
             index = self.index_of(images, image_index, len(input_ids)).to(images.device)
             options |= {"visual": images[index.clamp(min=0)], "visual_seen": index >= 0}
         return self.llm.generate(input_ids, **options)
+
+
+FAMILY = Family(
+    kind="causal",
+    known=ExcitorForConditionalGeneration,
+    model=ExcitorForConditionalGeneration,
+    config=ExcitorConfig,
+    parts=PARTS,
+    configs={name: partial(excitor_config, name) for name in SIZES},
+    template="alpaca",
+)

@@ -9,6 +9,8 @@ t_m once it decodes; with rotary embeddings only distances tell, and ours are th
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
+from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from fastpeft.ops._common import sent
@@ -147,3 +150,15 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         if kept is not None:  # nothing is left to route
             return {"inputs_embeds": text}
         return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}
+
+
+FAMILY = Family(
+    kind="causal",
+    known=LavinForConditionalGeneration,
+    model=LavinForConditionalGeneration,
+    config=LavinConfig,
+    parts=PARTS,
+    configs={name: partial(lavin_config, name) for name in SIZES},
+    template="lavin",
+    image_tokens=lambda config: config.visual_tokens,
+)

@@ -12,10 +12,12 @@ What differs from transformers' own:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -29,10 +31,11 @@ from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.models.attend import as_key_mask
+from fastpeft.models.family import Family
 from fastpeft.models.layout import IGNORED, Layout, next_labels, rows_layout, self_layout, tail_of
 from fastpeft.models.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
 from fastpeft.ops._common import accumulator, sent
-from fastpeft.ops._savings import on
+from fastpeft.savings import on
 
 SIZES = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -290,3 +293,14 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # these hand masks, layouts and prefixes down in a form that only they read
 CARRIERS = (Model, DecoderLayer, Attention)
+
+
+FAMILY = Family(
+    kind="causal",
+    known=LlamaForCausalLM,
+    model=LlamaForCausalLM,
+    config=LlamaConfig,
+    parts=PARTS,
+    configs={name: partial(llama_config, name) for name in SIZES},
+    template="alpaca",
+)

@@ -6,6 +6,8 @@ Linear 1024 -> 4096, LLaMA-7B with four added tokens (padding, image patch, imag
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -14,6 +16,7 @@ from transformers.utils import can_return_tuple
 
 from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
+from fastpeft.models.family import Family
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.models.layout import IGNORED, next_labels
 from fastpeft.models.llama import Model, kept_positions, llama_config, llama_part, loss_of
@@ -156,3 +159,15 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         if found != images * patches:
             raise ValueError(f"{found} image tokens for {images} images of {patches} patches each")
         return inputs_embeds.masked_scatter(sent(holes[..., None], seen.device), seen.to(inputs_embeds.dtype))
+
+
+FAMILY = Family(
+    kind="causal",
+    known=LlavaMedForConditionalGeneration,
+    model=LlavaMedForConditionalGeneration,
+    config=LlavaConfig,
+    parts=PARTS,
+    configs={name: partial(llava_med_config, name) for name in SIZES},
+    template="llava",
+    image_tokens=lambda config: config.image_seq_length,
+)

@@ -7,6 +7,8 @@ is summed over an answer's tokens and averaged over samples; a question's paddin
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
@@ -14,6 +16,7 @@ from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 
 from fastpeft.methods import Part
 from fastpeft.models.blip import TextLMHeadModel, TextModel
+from fastpeft.models.family import Family
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.ops._common import sent
 
@@ -241,3 +244,13 @@ class DropPath:
         branch = output[0] if isinstance(output, tuple) else output
         keep = branch.new_empty(branch.shape[0], *([1] * (branch.dim() - 1))).bernoulli_(1 - self.rate).div_(1 - self.rate)
         return (branch * keep, *output[1:]) if isinstance(output, tuple) else branch * keep
+
+
+FAMILY = Family(
+    kind="vqa",
+    known=BlipForQuestionAnswering,
+    model=MissForQuestionAnswering,
+    config=BlipConfig,
+    parts=PARTS,
+    configs={"miss": miss_config, "miss-tiny": partial(miss_config, tiny=True)},
+)

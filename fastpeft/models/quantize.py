@@ -14,19 +14,22 @@ from torch import nn
 
 from fastpeft.methods.base import find
 from fastpeft.methods.quantized import is_quantized
+from fastpeft.models.family import ModelSource
 
 BITS = ("4bit", "8bit")
 BLOCK, NESTED = 64, 256  # weights of a maximum, maxima of a second one
 
 
-def check_quantize(quantize: str, dtype: torch.dtype, meta: bool = False) -> None:
-    """ValueError for a format, a dtype or a machine that cannot."""
+def check_quantize(quantize: str, dtype: torch.dtype, source: ModelSource, meta: bool = False) -> None:
+    """ValueError for a format, a dtype, a machine or a model that cannot."""
     if quantize not in BITS:
         raise ValueError(f"quantize must be one of {', '.join(BITS)}, not {quantize!r}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"quantize={quantize!r} is for a model in float32, bfloat16 or float16, not {dtype}")
     if not meta and find_spec("bitsandbytes") is None:
         raise ValueError(f"quantize={quantize!r} needs bitsandbytes: pip install 'fastpeft[bitsandbytes]', or leave quantize out")
+    if source.kind != "causal":
+        raise ValueError(f"quantize={quantize!r} is for models with a language model of LLaMA's kind, and {source} is none")
 
 
 def quantizable(model: nn.Module, parts) -> Iterator[tuple[str, nn.Linear]]:

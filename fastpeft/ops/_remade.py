@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft.ops._savings import on
+from fastpeft.savings import on
 
 
 class Recipe(NamedTuple):

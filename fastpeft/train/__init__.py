@@ -1,6 +1,14 @@
 """Training: configuration, loop, measurement, checkpoints, report."""
 
-from fastpeft.train.config import TrainConfig, read_yaml
-from fastpeft.train.trainer import Trainer
+import importlib
 
-__all__ = ["TrainConfig", "Trainer", "read_yaml"]
+_LATER = {"TrainConfig": "config", "Trainer": "trainer"}  # options are read without torch
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(importlib.import_module(f"fastpeft.train.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'fastpeft.train' has no attribute {name!r}")
+
+
+__all__ = ["TrainConfig", "Trainer"]

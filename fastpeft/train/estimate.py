@@ -24,9 +24,9 @@ from fastpeft.models import family_of, parts_of
 from fastpeft.models.miss import MissForQuestionAnswering
 from fastpeft.models.quantize import quantizable, quantized_bytes
 from fastpeft.optimize import optimize
+from fastpeft.options import bytes_of
 from fastpeft.plain import plain
 from fastpeft.plan import Plan, adapt, build
-from fastpeft.train.config import bytes_of
 from fastpeft.train.prefixes import ImageFeatures, QuestionStates, frozen_prefix
 from fastpeft.train.profile import measure
 

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.methods.quantized import bytes_held, is_held, is_quantized
 from fastpeft.models.layers import Recomputes
-from fastpeft.train.config import bytes_of
+from fastpeft.options import bytes_of
 from fastpeft.train.survey import Survey, survey
 
 TRANSIENT = 1.5  # of the forward's: measured 0.7 to 1.4 in backward, over MISS's plans

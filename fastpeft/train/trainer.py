@@ -28,9 +28,10 @@ from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
-from fastpeft.ops._savings import without
+from fastpeft.options import bytes_of
 from fastpeft.plan import count
-from fastpeft.train.config import TrainConfig, bytes_of
+from fastpeft.savings import without
+from fastpeft.train.config import TrainConfig
 from fastpeft.train.features import FeatureCache
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.prefixes import frozen_prefix

@@ -11,7 +11,9 @@ from fastpeft.evaluate.answers import to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.optimize import SWAPS
 from fastpeft.plain import scatter_adapters
-from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for
+from fastpeft.runs.causal import dataset as causal_dataset
+from fastpeft.runs.causal import model_for as causal_model_for
+from fastpeft.runs.options import TextOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")

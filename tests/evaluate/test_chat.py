@@ -9,9 +9,11 @@ from PIL import Image
 from fastpeft.cli import app
 from fastpeft.data import Instruction
 from fastpeft.evaluate.chat import Chat
-from fastpeft.train.causal_run import TextOptions, causal_dataset, causal_model_for
+from fastpeft.runs.causal import dataset as causal_dataset
+from fastpeft.runs.causal import model_for as causal_model_for
+from fastpeft.runs.options import DataOptions, TextOptions
+from fastpeft.runs.train import train_run
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.run import DataOptions, train_run
 
 
 def talk(model, image=None, max_length=512):

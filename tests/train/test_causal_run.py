@@ -11,9 +11,10 @@ from safetensors import safe_open
 from fastpeft.cli import app
 from fastpeft.methods.quantized import is_held, is_quantized
 from fastpeft.plan import build
-from fastpeft.train.causal_run import TextOptions
+from fastpeft.runs.evaluate import eval_run, load_run
+from fastpeft.runs.options import DataOptions, TextOptions
+from fastpeft.runs.train import train_run
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.run import DataOptions, eval_run, load_run, train_run
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -165,7 +166,7 @@ def test_excitor_trains_on_kept_features(pictures, tmp_path):
 
 
 def test_merged_folder_answers_alike(alpaca, tmp_path):
-    from fastpeft.train.run import merge_run
+    from fastpeft.runs.merge import merge_run
 
     data = DataOptions(str(alpaca), split_file=str(alpaca / "alpaca_data.json"))
     train_run("llama-tiny", "LoRA", data, config(tmp_path, steps=10, learning_rate=1e-2), evaluate=False)
@@ -180,7 +181,7 @@ def test_merged_folder_answers_alike(alpaca, tmp_path):
 
 def test_lavin_merges_for_a_modality(pictures, tmp_path):
     """What CLIP routes by token stays in an adapter beside the merged base."""
-    from fastpeft.train.run import merge_run
+    from fastpeft.runs.merge import merge_run
 
     train_run("lavin-tiny", "MMAdapter/T/MMAdapter", DataOptions(str(pictures)), config(tmp_path, learning_rate=1e-2), evaluate=False)
     routing = json.loads((tmp_path / "run" / "summary.json").read_text())["routing"]
@@ -227,7 +228,7 @@ def test_an_adapter_asks_as_it_was_trained(problems, tmp_path, monkeypatch):
     summary = train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path), text=text)
     assert summary["eval"]["scienceqa"]["n"]["IMG"] == 1
     seen = []
-    monkeypatch.setattr("fastpeft.train.run.respond_and_score", lambda network, dataset, **how: (seen.append(dataset), ([], {}))[1])
+    monkeypatch.setattr("fastpeft.runs.causal.respond_and_score", lambda network, dataset, **how: (seen.append(dataset), ([], {}))[1])
     eval_run(tmp_path / "run" / "adapter", DataOptions(str(problems)), progress=False)
     asked = seen[0].samples[1]
     assert asked.question.startswith("Context: picture 5\nQuestion:") and asked.image is None and asked.answer == "The answer is A."

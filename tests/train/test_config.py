@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.train import TrainConfig, read_yaml
+from fastpeft.runs.options import read_yaml
+from fastpeft.train import TrainConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

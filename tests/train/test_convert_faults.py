@@ -16,7 +16,7 @@ from official_lavin import (
 
 from fastpeft.models import _writing as writing
 from fastpeft.models.convert import convert
-from fastpeft.train.convert_run import convert_run
+from fastpeft.runs.convert import convert_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -30,7 +30,7 @@ from fastpeft.models.clip import vision_config
 from fastpeft.models.convert import convert
 from fastpeft.models.llama import llama_config
 from fastpeft.models.official_lavin import lavin_from_official
-from fastpeft.train.convert_run import convert_run
+from fastpeft.runs.convert import convert_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

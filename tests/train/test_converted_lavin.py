@@ -12,7 +12,7 @@ from sentencepiece_model import write_sentencepiece
 import fastpeft as fp
 from fastpeft.cli import app
 from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.train.run import load_run
+from fastpeft.runs.evaluate import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROBLEM = {"choices": ["red", "blue"], "answer": 0, "hint": "", "task": "closed choice", "grade": "grade2", "subject": "natural science"}

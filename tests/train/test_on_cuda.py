@@ -9,8 +9,9 @@ from PIL import Image
 
 import fastpeft as fp
 from fastpeft.evaluate.answers import to_device
+from fastpeft.runs.options import DataOptions
+from fastpeft.runs.train import train_run
 from fastpeft.train import trainer
-from fastpeft.train.run import DataOptions, train_run
 
 pytestmark = pytest.mark.gpu
 

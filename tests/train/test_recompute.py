@@ -8,7 +8,7 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft.models.layers import Recomputes
-from fastpeft.train.config import bytes_of
+from fastpeft.options import bytes_of
 from fastpeft.train.profile import measure
 from fastpeft.train.recompute import MemoryBudget, apply, choose, fixed_bytes
 from fastpeft.train.survey import RANDOM_STATE, survey

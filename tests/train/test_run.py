@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,19 +11,16 @@ import fastpeft as fp
 from fastpeft.data import Preprocess, VQADataset, load_samples, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.evaluate import answer_questions, score
 from fastpeft.methods import LoRA
+from fastpeft.runs.evaluate import load_run
+from fastpeft.runs.merge import merge_run
+from fastpeft.runs.options import DataOptions
+from fastpeft.runs.splits import data_notes, load_splits
+from fastpeft.runs.train import plan_for, train_run
+from fastpeft.runs.vqa import PREPROCESS, model_for, preprocess_for
+from fastpeft.runs.vqa import read as read_vqa
 from fastpeft.train import TrainConfig
-from fastpeft.train.run import (
-    PREPROCESS,
-    DataOptions,
-    data_notes,
-    load_run,
-    load_split,
-    merge_run,
-    model_for,
-    plan_for,
-    preprocess_for,
-    train_run,
-)
+
+load_split = partial(load_splits, read=read_vqa)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

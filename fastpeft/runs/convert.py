@@ -23,7 +23,8 @@ from fastpeft.models.convert import LAYOUTS, Layout, convert
 from fastpeft.models.official_clip import clip_from_official
 from fastpeft.models.official_lavin import SEQUENCE, Lavin, is_lavin, lavin_from_official
 from fastpeft.plan import adapt, build
-from fastpeft.train.causal_run import TextOptions, clip_preprocess
+from fastpeft.runs.causal import clip_preprocess
+from fastpeft.runs.options import TextOptions
 
 
 def convert_run(source: str | Path, out: str | Path, image_size: int | None = None, overwrite: bool = False, **options) -> ConversionReport:

@@ -1,0 +1,196 @@
+"""The backbones that fastpeft knows: found by name, by a transformers folder, or by a model; each imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fastpeft.methods import Part
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+Kind = Literal["vqa", "causal"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Backbones of one class: ``known`` is what has these parts, ``model`` what is built, ``configs`` makes a configuration by name.
+
+    kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter
+    ``template`` is the prompt it was trained with, and ``image_tokens(config)`` the number of places an image takes among its tokens.
+    """
+
+    kind: Kind
+    known: type[nn.Module]
+    model: type[nn.Module]
+    config: type[PretrainedConfig]
+    parts: tuple[Part, ...]
+    configs: Mapping[str, Callable[..., PretrainedConfig]]
+    template: str = ""
+    image_tokens: Callable[[PretrainedConfig], int] = lambda config: 0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is known of a family without importing it: its module, transformers' model_type, the known class, and the names."""
+
+    module: str
+    model_type: str
+    architecture: str
+    names: tuple[str, ...]
+
+    def family(self) -> Family:
+        return importlib.import_module(f"fastpeft.models.{self.module}").FAMILY
+
+
+_ENTRIES = (
+    _Entry("miss", "blip", "BlipForQuestionAnswering", ("miss", "miss-tiny")),
+    _Entry("llama", "llama", "LlamaForCausalLM", ("llama-7b", "llama-13b", "llama-tiny")),
+    _Entry("llava", "llava", "LlavaMedForConditionalGeneration", ("llava-med", "llava-med-tiny")),
+    _Entry("excitor", "fastpeft-excitor", "ExcitorForConditionalGeneration", ("excitor-7b", "excitor-13b", "excitor-tiny")),
+    _Entry("lavin", "fastpeft-lavin", "LavinForConditionalGeneration", ("lavin-7b", "lavin-13b", "lavin-tiny")),
+)
+NAMES = tuple(name for entry in _ENTRIES for name in entry.names)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, resolved once: ``name`` as it was given; ``folder`` of its weights, None where they are random.
+    ``build``, runs and estimates take one in place of a name."""
+
+    name: str
+    folder: Path | None
+    family: Family
+
+    @property
+    def kind(self) -> Kind:
+        return self.family.kind
+
+    @property
+    def named(self) -> bool:
+        """Whether it is a name of :data:`NAMES`, not somebody's folder."""
+        return self.name in NAMES
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The folder's configuration, or that of the name."""
+        return self.family.configs[self.name]() if self.folder is None else _read_config(self.folder, self.family)
+
+    def without_weights(self) -> ModelSource:
+        """The same name with random weights; a folder stays what it is."""
+        return ModelSource(self.name, None, self.family) if self.named else self
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def resolve(model: str | Path | ModelSource) -> ModelSource:
+    """A name of :data:`NAMES`, or a local transformers folder. ValueError for anything else; nothing is downloaded."""
+    if isinstance(model, ModelSource):
+        return model
+    if not isinstance(model, str | Path):
+        raise ValueError(f"{model!r} is no model: give a name ({', '.join(NAMES)}) or a folder")
+    name = str(model)
+    if entry := next((entry for entry in _ENTRIES if name in entry.names), None):
+        shipped = ASSETS / name
+        return ModelSource(name, shipped if (shipped / "model.safetensors").is_file() else None, entry.family())
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{name!r} is neither a model name ({', '.join(NAMES)}) nor a folder; nothing is downloaded")
+    return ModelSource(name, folder, _family_of_folder(folder))
+
+
+def family_of(model: nn.Module) -> Family:
+    """ValueError for a model that fastpeft does not know."""
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    for entry in _ENTRIES:
+        if entry.architecture in classes and isinstance(model, entry.family().known):
+            return entry.family()
+    known = ", ".join(entry.architecture for entry in _ENTRIES)
+    raise ValueError(f"{type(model).__name__} has no parts here; known: {known}; fastpeft.build makes {', '.join(NAMES)}")
+
+
+def parts_of(model: nn.Module) -> tuple[Part, ...]:
+    """The parts of a backbone, in the order of the papers' plans; ValueError for a model that fastpeft does not know."""
+    return family_of(model).parts
+
+
+def loaded_families() -> tuple[Family, ...]:
+    """Families whose modules are imported: no model of any other can be there."""
+    return tuple(entry.family() for entry in _ENTRIES if f"fastpeft.models.{entry.module}" in sys.modules)
+
+
+def new_model(source: ModelSource, *, device: torch.device, seed: int, **overrides) -> nn.Module:
+    """A named backbone with random weights that depend on ``seed`` alone; on ``meta`` it costs nothing."""
+    family = source.family
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+        torch.manual_seed(seed)
+        return family.model(family.configs[source.name](**overrides))
+
+
+def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A folder of transformers (config.json and safetensors, sharded or not). ValueError names missing, unexpected or misshapen keys."""
+    family, folder = source.family, source.folder
+    if device.type == "meta":
+        with torch.device("meta"):
+            return family.model(source.config)
+    try:
+        model, info = family.model.from_pretrained(
+            folder,
+            config=source.config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} did not load as {family.known.__name__}: {' '.join(str(error).split())[:600]}") from None
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"{folder} does not hold this model: " + "; ".join(f"{k}: {', '.join(v[:8])}" for k, v in wrong.items()))
+    return model
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text())
+        content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a transformers folder: cannot read config.json ({error})") from None
+    return content
+
+
+def _family_of_folder(folder: Path) -> Family:
+    content = _content(folder)
+    kind, classes = content.get("model_type"), content.get("architectures") or ()
+    found = [entry for entry in _ENTRIES if entry.model_type == kind]
+    if not found:
+        known = ", ".join(f"{entry.model_type!r} ({entry.architecture})" for entry in _ENTRIES)
+        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not supported; supported: {known}")
+    return next((entry for entry in found if entry.architecture in classes), found[0]).family()
+
+
+def _read_config(folder: Path, family: Family) -> PretrainedConfig:
+    config = family.config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(each, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:  # transformers would fetch that repository's code and run it
+            raise ValueError(
+                f"{folder / 'config.json'}: attn_implementation {attention!r} is code from elsewhere, which is not run: leave it out"
+            )
+    return config

@@ -1,0 +1,115 @@
+"""Runs on causal language models: their tokenizer, preprocessing, data (with images or without) and responses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, load_causal_tokenizer, load_instructions
+from fastpeft.data import train_causal_tokenizer as learn_tokenizer
+from fastpeft.evaluate import respond_and_score
+from fastpeft.models import ModelSource, family_of, resolve
+from fastpeft.plan import build
+from fastpeft.runs.options import DataOptions, TextOptions
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
+    """The samples of one split."""
+    how = {"languages": data.languages, "skip_bad": data.skip_bad, **text.reading()}
+    return load_instructions(data.data, split=split, split_file=split_file, **how)
+
+
+def model_for(
+    model: str | ModelSource,
+    samples: SampleList,
+    *,
+    vocab: str | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
+    base: dict | None = None,
+) -> tuple[nn.Module, Any, Preprocess | None]:
+    """A backbone, its tokenizer, and its images' preprocessing (None where it sees none). The tokenizer is ``vocab``'s, else the model
+    folder's, else learnt from the data. ``base``: more that :func:`fastpeft.build` takes (quantize, dtype)."""
+    source = resolve(model) if pretrained else resolve(model).without_weights()
+    folder = source.folder
+    if vocab is not None:
+        tokenizer = load_causal_tokenizer(vocab)
+    elif folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = load_causal_tokenizer(folder)
+    elif folder is not None:
+        raise ValueError(f"{folder} has no tokenizer: give one (--vocab FOLDER)")
+    else:
+        tokenizer = learn_tokenizer([text for sample in samples for text in _texts(sample)])
+    if folder is None:
+        text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        text["pad_token_id"] = tokenizer.pad_token_id
+        nested = "text_config" in source.family.config.sub_configs
+        network = build(source, pretrained=False, seed=seed, **base or {}, **({"text_config": text} if nested else text))
+    else:
+        network = build(source, **base or {})
+    size = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {source} embeds {size}: use the one it was trained with")
+    return network, tokenizer, clip_preprocess(folder, network)
+
+
+def _texts(sample: Instruction) -> list[str]:
+    return [sample.context, *(text for turns in (sample.turns, *sample.alternatives) for turn in turns for text in turn)]
+
+
+def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | None:
+    """CLIP's own resize, crop and normalisation at the encoder's size, its numbers the folder's preprocessor_config.json's where there is
+    one. LaVIN, as published, squeezes the whole image in and takes ImageNet's numbers."""
+    vision = getattr(network.config, "vision_config", None)
+    if vision is None:
+        return None
+    whole = family_of(network).template == "lavin"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if whole else (CLIP_MEAN, CLIP_STD)
+    path = None if folder is None else folder / "preprocessor_config.json"
+    if path is not None and path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            mean, std = content.get("image_mean", mean), content.get("image_std", std)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not whole)
+
+
+def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
+    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer. A model that sees no images reads their captions,
+    where ``use_caption`` says so."""
+    family = family_of(network)
+    if text.use_caption and preprocess is None:
+        blind = [dataclasses.replace(sample, image=None) for sample in samples]
+        samples = dataclasses.replace(samples, samples=blind) if isinstance(samples, SampleList) else blind
+    return CausalDataset(
+        samples,
+        tokenizer,
+        text.template or family.template,
+        text.max_length,
+        preprocess=preprocess,
+        image_tokens=family.image_tokens(network.config),
+        prompts_only=prompts_only,
+        packed=text.packed and not prompts_only,
+        reading=text.reading(),
+        **more,
+    )
+
+
+def answer(network: nn.Module, asked: CausalDataset, tokenizer, *, num_beams: int | None, **how) -> tuple[list[str], dict[str, Any]]:
+    """(responses, scores), greedy unless told otherwise."""
+    return respond_and_score(network, asked, num_beams=num_beams or 1, **how)
+
+
+def options_of(about: dict[str, Any]) -> TextOptions:
+    """The options an adapter was trained with, from its description."""
+    known = {f.name for f in dataclasses.fields(TextOptions)}
+    return TextOptions(**{name: value for name, value in about.get("prompt", {}).items() if name in known})

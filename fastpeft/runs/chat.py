@@ -1,0 +1,24 @@
+"""`fastpeft chat`: a dialogue with a run's adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastpeft.checkpoints import describe
+from fastpeft.evaluate.chat import Chat
+from fastpeft.models import family_of
+from fastpeft.runs import causal
+from fastpeft.runs.evaluate import load_run
+
+
+def chat_run(adapter: str | Path, image: str | None = None, device: str | None = None, model: str | None = None, **generation) -> Chat:
+    """A dialogue over ``image`` or none. ``generation``: options of transformers' ``generate``; 128 tokens a response by default."""
+    network, tokenizer, preprocess = load_run(adapter, device, model)
+    if family_of(network).kind != "causal":
+        raise ValueError("chat is for causal language models, and this adapter's base is none: use eval")
+    text = causal.options_of(describe(adapter))
+
+    def prompts(samples):
+        return causal.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
+
+    return Chat(network, prompts, image, **{"max_new_tokens": 128, **generation})

@@ -1,0 +1,77 @@
+"""`fastpeft eval`: a run's adapter, loaded, answers a data set and is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.checkpoints import describe, load_adapter
+from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
+from fastpeft.evaluate import write_answers
+from fastpeft.evaluate.answers import choose_device
+from fastpeft.models import family_of
+from fastpeft.plan import build
+from fastpeft.runs.causal import options_of
+from fastpeft.runs.options import DataOptions
+from fastpeft.runs.splits import data_notes
+from fastpeft.runs.train import RUNS
+
+
+def load_run(adapter: str | Path, device: str | None = None, model: str | None = None) -> tuple[nn.Module, Any, Preprocess]:
+    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base."""
+    adapter = Path(adapter)
+    if not adapter.is_dir():
+        raise ValueError(f"no adapter folder at {adapter}")
+    about = describe(adapter)
+    if not about:
+        raise ValueError(f"{adapter} has no fastpeft.json: it is not an adapter folder that fastpeft wrote")
+    causal = "prompt" in about
+    if not about.get("tokenizer") or not (causal or about.get("preprocess")):
+        raise ValueError(f"{adapter} holds an adapter alone: its tokenizer and preprocessing, which a training run writes, are missing")
+    try:
+        base = dict(about["base"])
+        name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
+        kept = {"dtype": dtype, "quantize": base.pop("quantize", None)}
+        preprocess = Preprocess.from_dict(about["preprocess"]) if about.get("preprocess") else None
+        about["treatments"] = dict(about["treatments"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: {error!r}") from None
+    device = choose_device(device)
+    tokenizer = (load_causal_tokenizer if causal else load_tokenizer)(adapter / about["tokenizer"])
+    network = build(model, **kept) if model else build(name, **kept, **overrides, **base)
+    load_adapter(network, adapter)
+    return network.to(device), tokenizer, preprocess
+
+
+def eval_run(
+    adapter: str | Path,
+    data: DataOptions,
+    *,
+    device: str | None = None,
+    model: str | None = None,
+    out: str | None = None,
+    progress: bool = True,
+    batch_size: int = 32,
+    num_beams: int | None = None,
+    **generation,
+) -> dict[str, Any]:
+    """Answer a data set's test split with an adapter and score the answers; the scores, with ``notes``. ``out``: a file for the
+    predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options
+    of transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True)."""
+    if out and Path(out).is_dir():
+        raise ValueError(f"{out} is a folder: give a file for the predictions")
+    network, tokenizer, preprocess = load_run(adapter, device, model)
+    kind = family_of(network).kind
+    if generation and kind != "causal":
+        raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
+    run, text = RUNS[kind], options_of(describe(adapter))
+    samples = run.read(data, text, "test", data.split_file)
+    dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
+    how = {"batch_size": batch_size, "num_beams": num_beams, "progress": progress}
+    answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
+    if out:
+        write_answers(out, dataset, answers)
+    return scored | {"notes": data_notes(samples)}

@@ -1,0 +1,117 @@
+"""Options of runs: the model and its adapters, the data, how a language model reads text, how answers are generated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from fastpeft import options as declared
+from fastpeft.options import FilePath, Fraction, Option, Text, options
+from fastpeft.train.config import TrainConfig
+
+METHOD, READ, PROMPT, SCORE = (Option(panel=name) for name in ("Model and method", "Data", "Language models", "Generation"))
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Formats = Annotated[Text | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+@options
+class RunOptions:
+    """What is trained: a base, a plan, and the options of the plan's LoRA."""
+
+    model: Annotated[Text, METHOD, Option(names=("model_name_or_path",))] = "miss-tiny"
+    "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
+    plan: Annotated[Text | dict[str, Any], METHOD, Option(must="a plan such as F/LoRA/LoRA")] = "F/LoRA/LoRA"
+    "one treatment per part, or a YAML file"
+    rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
+    "LoRA's rank (default 4)"
+    lora_alpha: Annotated[float | None, METHOD] = None
+    "numerator of LoRA's scaling (default 32)"
+    lora_dropout: Annotated[float | None, METHOD] = None
+    "on the input of LoRA's branch (default 0)"
+    vocab: Annotated[Text | None, METHOD, Option(names=("tokenizer",))] = None
+    "vocab.txt or tokenizer folder (default: the model's, else learnt from the data)"
+    quantize: Annotated[Text | None, METHOD] = None
+    "4bit or 8bit: the frozen base in bitsandbytes' format"
+    from_scratch: Annotated[bool, METHOD] = False
+    "random weights, even where the package ships trained ones"
+    no_eval: Annotated[bool, READ] = False
+    "score nothing at the end"
+
+    @property
+    def lora(self) -> dict[str, float | None]:
+        """Options of the plan's LoRA, under its own names."""
+        return {"r": self.rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+
+
+@options
+class DataOptions:
+    """Which samples."""
+
+    data: Annotated[FilePath, READ]
+    "folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists"
+    split_file: Annotated[FilePath | None, READ] = None
+    "annotation file, or a file of qids (default: by the data set's own file names)"
+    eval_split_file: Annotated[FilePath | None, READ] = None
+    "what to score at the end (default: the data set's test split)"
+    hold_out: Annotated[Fraction, READ, Option(says="{name}={value!r}: use a number between 0 and 1, such as 0.1")] = 0.0
+    "score a fraction of the training images, held out, instead"
+    languages: Annotated[Names, READ, Option(must="a list of q_lang values")] = ("en",)
+    "comma-separated q_lang values to keep"
+    skip_bad: Annotated[bool, READ] = False
+    "leave bad entries out and count them"
+
+    def __post_init__(self):
+        if self.hold_out and self.eval_split_file:
+            raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
+
+
+@options
+class TextOptions:
+    """How a causal language model's samples become tokens."""
+
+    template: Annotated[Text | None, PROMPT] = None
+    "prompt: alpaca, llava, lavin, plain (default: the model's own)"
+    max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
+    "tokens of the longest sample; longer ones are cut"
+    packed: Annotated[bool, PROMPT, Option(off="no_packing", names=("packing",))] = True
+    "put samples end to end in one row, instead of padding them"
+    instruction: Annotated[Text | None, PROMPT] = None
+    "what is asked where the data hold captions or reports only"
+    prompt_format: Annotated[Formats, PROMPT] = "QCM-ALE"
+    "of ScienceQA, such as QCM-LEA"
+    use_caption: Annotated[bool, PROMPT] = False
+    "ScienceQA's captions for a model that sees no images"
+
+    def reading(self) -> dict[str, Any]:
+        """What of it concerns reading files."""
+        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
+
+
+@options
+class GenerationOptions:
+    """How answers are generated: by beams or greedily, or sampled where top_p or temperature is given."""
+
+    num_beams: Annotated[int | None, Field(ge=1), SCORE] = None
+    "beams (default: 3 for visual question answering, 1 for responses)"
+    max_new_tokens: Annotated[int | None, Field(ge=1), SCORE] = None
+    "of a response (default 128)"
+    top_p: Annotated[float | None, Field(ge=0, le=1), SCORE] = None
+    "sample from the likeliest tokens of this probability"
+    temperature: Annotated[float | None, Field(ge=0), SCORE] = None
+    "of sampling"
+
+    def chosen(self) -> dict[str, Any]:
+        """What was given, as transformers' ``generate`` takes it; beams apart."""
+        given = {"max_new_tokens": self.max_new_tokens, "top_p": self.top_p, "temperature": self.temperature}
+        given = {name: value for name, value in given.items() if value is not None}
+        return given | ({"do_sample": True} if given.keys() & {"top_p", "temperature"} else {})
+
+
+RECIPE = (RunOptions, DataOptions, TextOptions, TrainConfig)  # what a YAML file of `fastpeft train` may hold
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A recipe of `fastpeft train`, under the options' own names. ValueError names the file and what is wrong."""
+    return declared.read_yaml(path, *RECIPE)

@@ -1,0 +1,74 @@
+"""`fastpeft train`: load, adapt, train, score."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.files import write_json
+from fastpeft.methods import LoRA
+from fastpeft.models import ModelSource, parts_of, resolve
+from fastpeft.models.family import Kind
+from fastpeft.models.quantize import check_quantize
+from fastpeft.plan import Plan, adapt, parse
+from fastpeft.runs import causal, vqa
+from fastpeft.runs.options import DataOptions, TextOptions
+from fastpeft.runs.splits import data_notes, load_splits
+from fastpeft.train.config import TrainConfig
+from fastpeft.train.trainer import Trainer
+
+RUNS: dict[Kind, ModuleType] = {"vqa": vqa, "causal": causal}  # each has read, model_for, dataset and answer
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train_run(
+    model: str | ModelSource,
+    plan: str | dict,
+    data: DataOptions,
+    config: TrainConfig,
+    *,
+    text: TextOptions | None = None,
+    vocab: str | None = None,
+    pretrained: bool = True,
+    evaluate: bool = True,
+    quantize: str | None = None,
+    **lora,
+) -> dict[str, Any]:
+    """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``quantize``: as
+    :func:`fastpeft.build` takes it, from weights in the run's dtype. ``lora``: as :func:`plan_for`."""
+    source, text = resolve(model), text or TextOptions()
+    run, how = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
+    if quantize is not None:
+        check_quantize(quantize, DTYPES[config.dtype], source)
+        how["base"] = {"quantize": quantize, "dtype": DTYPES[config.dtype]}
+    samples, held = load_splits(data, evaluate, read=run.read, text=text)
+    network, tokenizer, preprocess = run.model_for(source, samples, **how)
+    torch.manual_seed(config.seed)  # new adapters are drawn at random
+    adapt(network, plan_for(network, plan, **lora))
+    read = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
+    dataset = run.dataset(network, samples, seed=config.seed, **read)
+    eval_dataset = run.dataset(network, held, prompts_only=True, **read) if evaluate and held is not None else None
+    trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
+    trainer.notes += data_notes(samples) + [f"{n} samples left out: {reason}" for reason, n in dataset.skipped.items()]
+    summary = trainer.fit()
+    if data.hold_out and config.out:
+        write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
+    return summary
+
+
+def plan_for(network: nn.Module, plan: str | dict, **lora) -> Plan:
+    """``plan`` (notation, YAML file or mapping), with those of ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None in all its
+    LoRA, over what it says itself. A plan without LoRA ignores them, as tables print a rank of their own for every row."""
+    given = {name: value for name, value in lora.items() if value is not None}
+    LoRA(**given)  # bad values are errors in any plan
+    parsed = parse(plan, parts_of(network))
+
+    def told(method):
+        return dataclasses.replace(method, **given) if isinstance(method, LoRA) else method
+
+    return Plan({part: tuple(map(told, methods)) for part, methods in parsed.treatments.items()})

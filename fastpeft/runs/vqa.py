@@ -1,0 +1,96 @@
+"""Runs on models of visual question answering: their tokenizer, preprocessing, data and answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastpeft.data import Preprocess, SampleList, VQADataset, load_samples, load_tokenizer, train_tokenizer
+from fastpeft.evaluate import answer_questions, score
+from fastpeft.models import ModelSource, resolve
+from fastpeft.plan import build
+from fastpeft.runs.options import DataOptions, TextOptions
+
+PREPROCESS = "fastpeft_preprocess.json"
+
+
+def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
+    """The samples of one split."""
+    return load_samples(data.data, split_file, split=split, languages=data.languages, skip_bad=data.skip_bad)
+
+
+def model_for(
+    model: str | ModelSource, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0
+) -> tuple[nn.Module, Any, Preprocess]:
+    """A backbone, its tokenizer and its preprocessing. The vocabulary is ``vocab``, else the model folder's, else learnt from the data."""
+    source = resolve(model) if pretrained else resolve(model).without_weights()
+    folder = source.folder
+    if vocab is not None:
+        tokenizer = load_tokenizer(vocab)
+    elif folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        tokenizer = load_tokenizer(folder)
+    else:
+        texts = [text for s in samples for text in (s.question, *s.question_pool, s.answer)]
+        tokenizer = train_tokenizer(texts, vocab_size=4096)
+    if folder is None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
+        network = build(source, pretrained=False, seed=seed, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids)
+    else:
+        network = build(source)
+        check_vocabulary(network, tokenizer, source.name)
+    return network, tokenizer, preprocess_for(folder, network)
+
+
+def check_vocabulary(network: nn.Module, tokenizer, model: str) -> None:
+    """ValueError where the model's embeddings cannot be this vocabulary's."""
+    text = network.config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the vocabulary has {len(tokenizer)} tokens, {model} embeds {text.vocab_size}: use the vocabulary it was trained with"
+        )
+    for name, mine, theirs in (("[DEC]", text.bos_token_id, tokenizer.bos_token_id), ("[SEP]", text.sep_token_id, tokenizer.sep_token_id)):
+        if mine != theirs:
+            raise ValueError(f"{name} is token {theirs} in the vocabulary and {mine} in {model}: use the vocabulary it was trained with")
+
+
+def preprocess_for(folder: Path | None, network: nn.Module) -> Preprocess:
+    """From the model's folder: ours, or transformers' preprocessor_config.json; else [-1, 1] at the model's image size."""
+    size = network.config.vision_config.image_size
+    if folder is not None:
+        for name in (PREPROCESS, "preprocessor_config.json"):
+            path = folder / name
+            if path.is_file():
+                try:
+                    content = json.loads(path.read_text(encoding="utf-8"))
+                    if name == PREPROCESS:
+                        return Preprocess.from_dict(content)
+                    scaled = content.get("do_normalize", True)
+                    return Preprocess(size, *((content.get("image_mean"), content.get("image_std")) if scaled else ()))
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{path}: {error}") from None
+    return Preprocess(size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def dataset(
+    network: nn.Module,
+    samples: SampleList,
+    tokenizer,
+    preprocess: Preprocess,
+    text: TextOptions,
+    *,
+    prompts_only: bool = False,
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> VQADataset:
+    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer."""
+    room = None if prompts_only else network.config.text_config.max_position_embeddings
+    return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad)
+
+
+def answer(network: nn.Module, asked: VQADataset, tokenizer, *, num_beams: int | None, **how) -> tuple[list[str], dict[str, Any]]:
+    """(answers, scores), by beams of 3 unless told otherwise, as in the papers."""
+    answers = answer_questions(network, asked, tokenizer, num_beams=num_beams or 3, **how)
+    return answers, score(answers, asked.samples)
