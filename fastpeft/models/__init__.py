@@ -133,6 +133,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.
             config=config,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
@@ -157,4 +158,9 @@ def read_config(folder: Path) -> tuple[Family, PretrainedConfig]:
         known = ", ".join(f"{family.config.model_type!r} ({family.known.__name__})" for family in FAMILIES)
         raise ValueError(f"{path}: model_type {kind!r} is not supported; supported: {known}")
     family = next((family for family in found if family.known.__name__ in classes), found[0])
-    return family, family.config.from_pretrained(folder, local_files_only=True)
+    config = family.config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(each, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:  # transformers would fetch that repository's code and run it
+            raise ValueError(f"{path}: attn_implementation {attention!r} is code from elsewhere, which is not run: leave it out")
+    return family, config
