@@ -32,7 +32,8 @@ def load_causal_tokenizer(path):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of json, tokenizers, transformers, each with its own types
-            raise ValueError(f"{path}: this tokenizer cannot be loaded ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path}: this tokenizer cannot be loaded ({what})") from None
     elif model is not None:
         tokenizer = _from_sentencepiece(model)
     else:
