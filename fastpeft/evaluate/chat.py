@@ -37,8 +37,8 @@ class Chat:
         *_, question = place_image([*(asked for asked, _ in self.turns), question], self.image is not None)
         turns = (*self.turns, (question, ""))
         dataset = self.read([Instruction(turns, self.image, "chat", "chat", 0, Path("chat"))])
-        if dataset.lengths[0] >= dataset.max_length:
-            raise ValueError(f"the dialogue has reached {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
+        if dataset.cut:
+            raise ValueError(f"the dialogue takes more than {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
         (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.how)
         self.turns.append((question, response))
         return response

@@ -105,7 +105,8 @@ def train_run(
     dataset = dataset_of(samples, seed=config.seed)
     eval_dataset = dataset_of(held, prompts_only=True) if evaluate and held is not None else None
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
-    trainer.notes += data_notes(samples) + [f"{n} samples left out: {reason}" for reason, n in dataset.skipped.items()]
+    trainer.notes += data_notes(samples) + dataset.notes
+    trainer.notes += [f"to score: {note}" for note in (eval_dataset.notes if eval_dataset is not None else ())]
     summary = trainer.fit()
     if data.hold_out and config.out:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
@@ -272,7 +273,7 @@ def eval_run(
     if family_of(network).template:
         text = options_of(describe(adapter))
         samples = load_instructions(data.data, **split, **text.reading())
-        dataset = causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
+        dataset = causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True, skip_bad=data.skip_bad)
         generation |= {"num_beams": num_beams or 1}
         answers, scored = respond_and_score(network, dataset, progress=progress, batch_size=batch_size, **generation)
     else:
@@ -284,7 +285,7 @@ def eval_run(
         scored = score(answers, samples)
     if out:
         write_answers(out, dataset, answers)
-    return scored | {"notes": data_notes(samples)}
+    return scored | {"notes": data_notes(samples) + dataset.notes}
 
 
 def merge_run(adapter: str | Path, out: str | Path, model: str | None = None, modality: str | None = None) -> Path:
