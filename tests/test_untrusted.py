@@ -36,8 +36,8 @@ def plant(folder, **changes):
     """Python code in a tokenizer's folder, asked for by its configuration; returns the file that the code would write."""
     marker = folder.parent / "marker"
     (folder / "planted.py").write_text(
-        f"open({str(marker)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n\n\nclass Planted(PreTrainedTokenizerFast):\n"
-        "    pass\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Planted(PreTrainedTokenizerFast):\n    pass\n"
     )
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text()) | changes
@@ -97,7 +97,8 @@ def test_chat_with_an_adapter_from_elsewhere(run, tmp_path, stdin, monkeypatch, 
         main()
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and not marker.exists() and stdin.tell() == 0
-    assert err.startswith("fastpeft: ") and err.count("\n") == 1 and "tokenizer_config.json: this tokenizer is Python code of its own" in err
+    assert err.startswith("fastpeft: ") and err.count("\n") == 1
+    assert "tokenizer_config.json: this tokenizer is Python code of its own" in err
 
 
 def test_loading_an_adapter_from_elsewhere(run, tmp_path, stdin):
@@ -131,13 +132,12 @@ def test_code_in_a_models_folder(name, tmp_path, stdin):
     assert not marker.exists() and stdin.tell() == 0
 
 
-@pytest.mark.parametrize("name, argument", [("from_pretrained", "trust_remote_code"), ("open", "formats")])
+@pytest.mark.parametrize("name, argument", [(".from_pretrained", "trust_remote_code"), ("Image.open", "formats")])
 def test_every_door_says_so(name, argument):
     """Each call of transformers' from_pretrained, and of Pillow's open, in the package."""
     calls = []
     for file in Path(fp.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
-                if name == "from_pretrained" or ast.unparse(node.func) == "Image.open":
-                    calls.append((f"{file.name}:{node.lineno}", [keyword.arg for keyword in node.keywords]))
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(name):
+                calls.append((f"{file.name}:{node.lineno}", [keyword.arg for keyword in node.keywords]))
     assert calls and [where for where, given in calls if argument not in given] == []

@@ -52,7 +52,8 @@ def place_image(texts: Sequence[str], has_image: bool, *others: str) -> list[str
     if any(IMAGE_MARK in text for text in others):
         raise Refused("stray <image>", f"{IMAGE_MARK} stands in an answer")
     if sum(marks) > 1 or any(marks[1:]):
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands {sum(marks)} times or in a later question: one image is read, before the first")
+        how = f"{sum(marks)} times" if sum(marks) > 1 else "in a later question"
+        raise Refused("stray <image>", f"{IMAGE_MARK} stands {how}: one image is read, before the first question")
     return [text.replace(IMAGE_MARK, "").strip() if n else text for text, n in zip(texts, marks)]
 
 

@@ -47,7 +47,7 @@ def _to_rgb(image):
 
 def load_image(image, max_pixels: int = MAX_PIXELS):
     """An RGB `PIL.Image` from a path or from an image already open: its first frame, as it is stored. An EXIF orientation is not applied,
-    as the official loaders of BLIP, LLaVA, LaVIN and MISS don't.
+    as the official loaders, which open and convert, don't.
 
     Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range. A file is
     one of `FORMATS`, whatever its name says, and has at most `max_pixels`.
@@ -55,20 +55,18 @@ def load_image(image, max_pixels: int = MAX_PIXELS):
     """
     from PIL import Image
 
-    if isinstance(image, Image.Image):
-        return _to_rgb(image)
-    path = Path(image)
+    opened_already = isinstance(image, Image.Image)
+    path = image if opened_already else Path(image)
     try:
+        if opened_already:
+            return _to_rgb(image)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's own limit; ours is below, and an error
             with Image.open(path, formats=FORMATS) as opened:
                 if opened.width * opened.height > max_pixels:
-                    size = f"{opened.width} x {opened.height}"
-                    raise _TooLarge(f"{path}: image too large to decode safely ({size} pixels; at most {max_pixels:,}): make it smaller")
+                    raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels; at most {max_pixels:,} are read")
                 opened.load()
                 return _to_rgb(opened)
-    except _TooLarge as error:
-        raise ValueError(str(error)) from None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except Image.DecompressionBombError as error:
@@ -80,10 +78,6 @@ def load_image(image, max_pixels: int = MAX_PIXELS):
         raise ValueError(f"{path}: not enough memory to decode this image") from None
     except _DAMAGE as error:
         raise ValueError(f"{path}: corrupt or unreadable image ({type(error).__name__}: {error})") from None
-
-
-class _TooLarge(Exception):
-    """An image beyond the limit: no damage."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,15 @@ def problem(n, **changes):
 
 REQUIRED = [(alpaca, "instruction"), (alpaca, "output"), (caption, "caption"), (caption, "image"), (report, "report"), (report, "image")]
 REQUIRED += [(llava, "asked"), (llava, "answer"), (llava, "conversations")]
-REQUIRED += [(make, name) for make in (slake, rad, mile) for name in ("question", "answer", "img_name") if (make, name) != (mile, "question")]
-REQUIRED += [(mile, "question_pool"), (problem, "question"), (problem, "choices"), (problem, "answer")]
+REQUIRED += [(make, name) for make in (slake, rad) for name in ("question", "answer", "img_name")]
+REQUIRED += [
+    (mile, "question_pool"),
+    (mile, "answer"),
+    (mile, "img_name"),
+    (problem, "question"),
+    (problem, "choices"),
+    (problem, "answer"),
+]
 
 
 def write(folder, make, entries):
