@@ -73,7 +73,7 @@ def load_image(image, max_pixels: int = MAX_PIXELS):
         raise ValueError(f"{path}: image too large to decode safely ({error})") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise ValueError(f"{path}: not an image in a format that is read here ({known}): corrupt, or another kind of file") from None
+        raise ValueError(f"{path}: not an image that Pillow can read as one of {known} (corrupt, or another kind of file)") from None
     except MemoryError:
         raise ValueError(f"{path}: not enough memory to decode this image") from None
     except _DAMAGE as error:

@@ -309,7 +309,7 @@ def test_no_other_program_is_started(tmp_path, suffix, monkeypatch):
     path.write_bytes(EPS)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once per process
-    with raises(f"image.{suffix}: not an image in a format that is read here .JPEG, PNG, GIF, WEBP, BMP, TIFF"):
+    with raises(f"image.{suffix}: not an image that Pillow can read as one of JPEG, PNG, GIF, WEBP, BMP, TIFF"):
         load_image(path)
     assert not marker.exists()
     with contextlib.suppress(OSError):
@@ -321,7 +321,7 @@ def test_no_other_program_is_started(tmp_path, suffix, monkeypatch):
 def test_other_formats_are_refused_by_content(tmp_path, format):
     path = tmp_path / "image.png"
     Image.new("RGB", (16, 16)).save(path, format)
-    with raises("image.png: not an image in a format that is read here"):
+    with raises("image.png: not an image that Pillow can read as one of"):
         load_image(path)
 
 
