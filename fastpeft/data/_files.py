@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 _SUFFIXES = (".json", ".jsonl", ".jsol", ".ndjson")
@@ -28,6 +30,31 @@ class Refused(ValueError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def field(entry: dict, name: str):
+    """A field's value; None also for NaN, which an empty cell of a table turns into."""
+    value = entry.get(name)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+IMAGE_MARK = "<image>"  # LLaVA's, for an image's place in a question
+
+
+def place_image(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
+    """The questions of a sample without the mark of its image's place, which is always before the first.
+
+    `Refused` where a mark stands in a text without an image, in a later question, more than once, or in one of `others` (answers).
+    """
+    marks = [text.count(IMAGE_MARK) for text in texts]
+    if not has_image and (any(marks) or any(IMAGE_MARK in text for text in others)):
+        raise Refused("stray <image>", f"{IMAGE_MARK} stands in a text without an image")
+    if any(IMAGE_MARK in text for text in others):
+        raise Refused("stray <image>", f"{IMAGE_MARK} stands in an answer")
+    if sum(marks) > 1 or any(marks[1:]):
+        how = f"{sum(marks)} times" if sum(marks) > 1 else "in a later question"
+        raise Refused("stray <image>", f"{IMAGE_MARK} stands {how}: one image is read, before the first question")
+    return [text.replace(IMAGE_MARK, "").strip() if n else text for text, n in zip(texts, marks)]
 
 
 def _words(file: Path) -> str:

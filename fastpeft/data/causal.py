@@ -13,8 +13,8 @@ from fastpeft.data.causal_batches import IGNORE, CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
 from fastpeft.data.dataset import SampleDataset
 from fastpeft.data.images import Preprocess
-from fastpeft.data.prompts import IMAGE, render
-from fastpeft.data.samples import Instruction
+from fastpeft.data.prompts import IMAGE, frame, render
+from fastpeft.data.samples import Instruction, Turns
 from fastpeft.data.tokenizer import save_tokenizer
 
 _CHUNK = 4096  # samples tokenised at once
@@ -32,16 +32,19 @@ class CausalDataset(SampleDataset):
         samples: `Instruction`s; where one has alternatives, its turns are drawn from (seed, epoch, index).
         tokenizer: with bos, eos and padding tokens, of `load_causal_tokenizer` or `train_causal_tokenizer`.
         template: see `prompts`.
-        max_length: longer samples are cut at the end, eos and all (LaVIN's 512 include its modality token: 511 here).
+        max_length: longer samples are cut at the end, eos and all (LaVIN's 512 include its modality token: 511 here), as published.
+            One that is left no response is refused. An image's places are never cut.
         image_tokens: N > 0 leaves N places for an image's tokens where the template has them, marked in "image_mask"; their ids
             are the padding token's. 0: the model puts the image in, or its prompts, by itself.
         packed: batches end to end instead of padded, see `CausalCollator`.
-        prompts_only: for generation: ids end where the last response would begin, a long prompt loses its beginning after bos,
-            and there are no labels.
-        skip_bad: leave out samples whose response is cut off whole, and count them in `.skipped`, instead of ValueError.
+        prompts_only: for generation: ids end where the last response would begin, and there are no labels. A longer prompt loses
+            the beginning of its context, then that of its question (of a dialogue, the oldest turns), so that the template and
+            the image's places stay whole; where that is not enough, all text after bos or the image's places but the last.
+        skip_bad: leave out samples that are refused, and count them in `.skipped`, instead of ValueError.
         reading: how the samples were read, for the description alone.
 
-    ValueError naming a sample that `max_length` leaves no response.
+    `cut`: how many samples or prompts lost tokens. ValueError, saying how many and naming the first, where `max_length` has no room for a
+    response, or in a prompt for the image's places and the template's last words.
     """
 
     def __init__(
@@ -64,26 +67,73 @@ class CausalDataset(SampleDataset):
             raise ValueError(f"max_length={max_length}, image_tokens={image_tokens}: use 2 or more, and 0 or more")
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
         self.template, self.max_length, self.image_tokens = template, max_length, image_tokens
-        self.prompts_only, self.packed, self.skipped, self.reading = prompts_only, packed, {}, reading
+        self.prompts_only, self.packed, self.reading, self.cut = prompts_only, packed, reading, 0
         of_images = ("image_mask", "pixel_values", "image_index") if any(sample.image for sample in samples) else ()
         self.inputs = ("input_ids", "attention_mask", "position_ids", "labels", *of_images)
         self._encoded: list[list[tuple[array, array]]] = []  # of each sample, each of its alternatives: ids, kinds of token
-        kept = []
+        kept, refused = [], []
         for start in range(0, len(samples), _CHUNK):
             part = samples[start : start + _CHUNK]
             for sample, encoded in zip(part, self._encode(part)):
-                fitting = prompts_only or all(_RESPONSE in kinds for _, kinds in encoded)
-                if not fitting and not skip_bad:
-                    where = f"{sample.source}: entry {sample.entry}"
-                    raise ValueError(f"{where}: no room for a response in max_length={max_length}; raise it, or skip_bad leaves it out")
-                if fitting:
-                    kept.append(sample)
-                    self._encoded.append(encoded)
-        if len(kept) < len(samples):
-            self.skipped = {"response cut off": len(samples) - len(kept)}
+                fitted = [self._fit(sample, turns, *whole) for turns, whole in zip((sample.turns, *sample.alternatives), encoded)]
+                if None in fitted:
+                    refused.append(sample)
+                    continue
+                self.cut += any(len(ids) < len(whole) for (ids, _), (whole, _) in zip(fitted, encoded))
+                kept.append(sample)
+                self._encoded.append(fitted)
+        if refused:
+            self._refuse(refused, len(samples), skip_bad)
             self.samples = kept
-        if not kept:
-            raise ValueError(f"max_length={max_length} leaves no sample a response; raise it")
+
+    def _refuse(self, refused: list[Instruction], count: int, skip_bad: bool) -> None:
+        response = "" if self.prompts_only else "a response"
+        if skip_bad and len(refused) < count:
+            self.skipped = {"response cut off" if response else "no room for the image": len(refused)}
+            return
+        if skip_bad:
+            raise ValueError(f"max_length={self.max_length} leaves no sample {response or 'its image'}: raise it (--max-length)")
+        where = f"{refused[0].source}: entry {refused[0].entry}"
+        room = response or f"the image's {self.image_tokens} places and the prompt around them"
+        raise ValueError(
+            f"{where}: no room for {room} in max_length={self.max_length} ({len(refused)} of {count} samples): train with a larger one "
+            "(--max-length), or skip_bad (--skip-bad) leaves them out"
+        )
+
+    def _fit(self, sample: Instruction, turns: Turns, ids: array, kinds: array) -> tuple[array, array] | None:
+        """At most `max_length` tokens; None where they have no room for what must stay."""
+        over = len(ids) - self.max_length
+        if over <= 0:
+            return ids, kinds
+        if not self.prompts_only:
+            kinds = kinds[: self.max_length]
+            return (ids[: self.max_length], kinds) if _RESPONSE in kinds else None
+        return self._cut_prompt(sample, turns, ids[:], kinds[:])
+
+    def _cut_prompt(self, sample: Instruction, turns: Turns, ids: array, kinds: array) -> tuple[array, array] | None:
+        (*openings, _), _ = render(self.template, sample, turns, self.image_tokens > 0)[0]
+        before, before_context, after = frame(self.template, sample, turns[0][0], self.image_tokens > 0)
+        texts = list({text for text in (*openings, before, before_context, after) if text is not None})
+        tokens = dict(zip(texts, encode_texts(self.tokenizer, texts)))
+        start = 1 + sum(self.image_tokens if piece is IMAGE else len(tokens[piece]) for piece in openings)
+        asked = start + _shared(tokens[before], ids[start:])  # where the question begins
+        end = max(asked, len(ids) - _shared(tokens[after][::-1], ids[::-1]))
+        given = end  # where its context begins
+        if before_context is not None and len(turns) == 1:
+            given = min(max(asked, start + _shared(tokens[before_context], ids[start:])), end)
+        over = len(ids) - self.max_length
+        if over <= end - asked:
+            of_context = min(over, end - given)
+            cuts = [(given, of_context), (asked, over - of_context)]  # the later first
+        elif _IMAGE not in kinds:
+            cuts = [(1, over)]
+        elif start + len(ids) - end <= self.max_length:
+            cuts = [(start, over)]
+        else:
+            return None
+        for begin, count in cuts:
+            del ids[begin : begin + count], kinds[begin : begin + count]
+        return ids, kinds
 
     def _encode(self, samples: Sequence[Instruction]) -> list[list[tuple[array, array]]]:
         rendered = [
@@ -115,16 +165,21 @@ class CausalDataset(SampleDataset):
             prompt, whole = texts[pieces[-1]], texts[pieces[-1] + response]
             if self.prompts_only and number == len(turns):
                 add(prompt, _PROMPT)
-                over = len(ids) - self.max_length
-                return (ids[:1] + ids[1 + over :], kinds[:1] + kinds[1 + over :]) if over > 0 else (ids, kinds)
-            same = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+                return ids, kinds
+            same = _shared(prompt, whole)
             add(whole[:same], _PROMPT)
             add([*whole[same:], self.tokenizer.eos_token_id], _RESPONSE)
-        return ids[: self.max_length], kinds[: self.max_length]
+        return ids, kinds
 
     def _drawn(self, index: int) -> int:
         n = len(self._encoded[index])
         return random.Random(f"turns {self.seed} {self.epoch} {index}").randrange(n) if n > 1 else 0
+
+    @property
+    def notes(self) -> list[str]:
+        where = "within their question" if self.prompts_only else "at their end"
+        cut = [f"{self.cut} {'prompts' if self.prompts_only else 'samples'} cut to max_length={self.max_length} {where}"]
+        return super().notes + (cut if self.cut else [])
 
     @property
     def lengths(self) -> list[int]:
@@ -157,6 +212,11 @@ class CausalDataset(SampleDataset):
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+
+def _shared(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))
 
 
 def describe_prompts(

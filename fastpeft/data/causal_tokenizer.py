@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastpeft.data._sentencepiece import BYTE, CONTROL, UNKNOWN, byte_pair_merges, read_pieces
-from fastpeft.data.tokenizer import merge_pairs
+from fastpeft.data.tokenizer import merge_pairs, refuse_own_code
 
 _ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -16,8 +16,8 @@ def load_causal_tokenizer(path):
     """A tokenizer with bos, eos and padding tokens; nothing is downloaded.
 
     Args:
-        path: a folder with tokenizer.json or any tokenizer that transformers loads, a folder with LLaMA's tokenizer.model or
-            below one that has it (the original layout: tokenizer.model beside 7B/), or that file.
+        path: a folder with tokenizer.json or any tokenizer that transformers loads without code from the folder, a folder with
+            LLaMA's tokenizer.model or below one that has it (the original layout: tokenizer.model beside 7B/), or that file.
 
     Without a padding token, the unknown token pads, else the end token: padding is masked and carries no label, so which one
     makes no difference, and the vocabulary keeps its size. ValueError where nothing is found, or bos or eos is missing.
@@ -28,10 +28,12 @@ def load_causal_tokenizer(path):
     if own and ((path / "tokenizer.json").is_file() or not (path / "tokenizer.model").is_file()):
         from transformers import AutoTokenizer
 
+        refuse_own_code(path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of json, tokenizers, transformers, each with its own types
-            raise ValueError(f"{path}: this tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path}: this tokenizer cannot be loaded ({what})") from None
     elif model is not None:
         tokenizer = _from_sentencepiece(model)
     else:

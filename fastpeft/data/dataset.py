@@ -25,6 +25,7 @@ class SampleDataset(Dataset):
             raise ValueError("a data set needs at least one sample")
         self.samples, self.preprocess, self.seed, self.tokenizer = samples, preprocess, seed, tokenizer
         self.cache = ImageCache(cache_bytes)
+        self.skipped: dict[str, int] = {}  # samples left out, by reason
         self.load_images = True
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
 
@@ -36,6 +37,11 @@ class SampleDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draws the choices of another epoch from now on."""
         self._epoch.fill_(epoch)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to the samples, in words."""
+        return [f"{count} samples left out: {reason}" for reason, count in self.skipped.items()]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, choose_files, find_split_file, read_json, read_split_file
+from fastpeft.data._files import ImageFinder, Refused, choose_files, field, find_split_file, place_image, read_json, read_split_file
 from fastpeft.data.samples import Sample, SampleList, hold_out, normalise_answer
 
 __all__ = ["Sample", "SampleList", "hold_out", "load_samples"]
@@ -40,9 +40,9 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
 
     Answers may be numbers, as written (2.0 is "2"), or booleans (true is "yes"). White space is collapsed everywhere.
 
-    ValueError, naming file and entry (counted from 0): bad JSON; fields missing, empty or of the wrong kind; unknown answer
-    types; images missing, damaged, or outside `data`, be it by an absolute path, by ".." or through a symbolic link; no
-    samples left.
+    ValueError, naming file and entry (counted from 0): bad JSON; fields missing, empty (null, NaN) or of the wrong kind; unknown
+    answer types; "<image>" in an answer, or more than once in a question (once it stays, as in MILE's); images missing, damaged, or
+    outside `data`, be it by an absolute path, by ".." or through a symbolic link; no samples left.
     """
     folder = Path(data)
     if not folder.is_dir():
@@ -119,7 +119,7 @@ def marks_test(entries: list) -> bool:
 
 
 def _qid(entry: dict, index: int) -> str:
-    qid = entry.get("qid")
+    qid = field(entry, "qid")
     return str(index if qid is None or str(qid).strip() == "" else qid).strip()
 
 
@@ -147,7 +147,7 @@ class _Reader:
         """None for an entry in a language that wasn't asked for; `Refused` for a bad one."""
         if not isinstance(entry, dict):
             raise Refused("not an object", f"expected an object with fields, not {type(entry).__name__}")
-        language = str(entry.get("q_lang") or "en").strip().lower()
+        language = str(field(entry, "q_lang") or "en").strip().lower()
         if self.languages is not None and language not in self.languages:
             self.filtered[language] += 1
             return None
@@ -155,14 +155,16 @@ class _Reader:
         pool = _pool(entry["question_pool"]) if "question_pool" in entry else ()
         question = pool[0] if pool and "question" not in entry else _line(entry, "question")
         answer = _line(entry, "answer")
-        answer_type = entry.get("answer_type")
+        for phrasing in pool or (question,):
+            place_image([phrasing], True, answer)
+        answer_type = field(entry, "answer_type")
         if answer_type is None or str(answer_type).strip() == "":
             answer_type = "CLOSED" if normalise_answer(answer) in ("yes", "no") else "OPEN"
         answer_type = str(answer_type).strip().upper()
         if answer_type not in ("OPEN", "CLOSED"):
             raise Refused("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
         image = self.find_image(name)
-        content = " ".join(str(entry.get("content_type") or entry.get("question_type") or "").split())
+        content = " ".join(str(field(entry, "content_type") or field(entry, "question_type") or "").split())
         return Sample(image, question, answer, answer_type, _qid(entry, index), content, language, pool, index, file, name)
 
 
@@ -170,13 +172,14 @@ def _text(entry: dict, name: str) -> str:
     """A field as text, stripped: numbers as written, true and false as yes and no."""
     if name not in entry:
         raise Refused(f"missing {name}", f"no field {name!r} (it has {', '.join(sorted(entry)) or 'none'})")
-    value = entry[name]
+    value = field(entry, name)
     if isinstance(value, bool):
         value = "yes" if value else "no"
-    elif isinstance(value, float):  # not a number: what an empty cell of a table turns into
-        value = "" if math.isnan(value) else int(value) if value.is_integer() else value
+    elif isinstance(value, float) and math.isfinite(value):
+        value = int(value) if value.is_integer() else value
     elif not isinstance(value, (str, int, type(None))):
-        raise Refused(f"bad {name}", f"{name} must be text or a number, not {type(value).__name__}")
+        what = value if isinstance(value, float) else type(value).__name__
+        raise Refused(f"bad {name}", f"{name} must be text or a number, not {what}")
     text = "" if value is None else str(value).strip()
     if not text:
         raise Refused(f"empty {name}", f"{name} is empty")

@@ -6,6 +6,7 @@ S = image_size. Pixels are kept as uint8 until the last step, so that a cache of
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from fastpeft.data._resize import resize_and_crop
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # Pillow's others have decoders that run other programs (EPS: Ghostscript)
+MAX_PIXELS = 50_000_000  # of an image that is decoded: as RGB 150 MB
+_ROWS = 256  # of an image of more than 8 bits, scaled at a time
 
 # Pillow's decoders raise more than OSError on damaged files, by format and by where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
@@ -24,37 +31,51 @@ def _to_rgb(image):
     if image.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, F: convert() would clip them at 255
         from PIL import Image
 
-        values = np.asarray(image, dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        scaled = np.clip(np.nan_to_num((values - low) / ((high - low) or 1.0), nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
-        image = Image.fromarray((scaled * 255 + 0.5).astype(np.uint8), "L")
+        values = np.asarray(image)
+        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        scaled = np.empty(values.shape, np.uint8)
+        for top in range(0, len(values), _ROWS):  # float64 is 8 times what comes out
+            part = (values[top : top + _ROWS].astype(np.float64) - low) / ((high - low) or 1.0)
+            part = np.clip(np.nan_to_num(part, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+            scaled[top : top + _ROWS] = (part * 255 + 0.5).astype(np.uint8)
+        image = Image.fromarray(scaled, "L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(image):
-    """An RGB `PIL.Image` from a path or from an image already open (its first frame, its EXIF orientation not applied).
+def load_image(image, max_pixels: int = MAX_PIXELS):
+    """An RGB `PIL.Image` from a path or from an image already open: its first frame, as it is stored. An EXIF orientation is not applied,
+    as the official loaders, which open and convert, don't.
 
-    Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range.
-    ValueError naming the file where it is missing, damaged, no image, or so large that decoding it is unsafe.
+    Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range. A file is
+    one of `FORMATS`, whatever its name says, and has at most `max_pixels`.
+    ValueError naming the file where it is missing, damaged, of another format, or too large for `max_pixels` or for the memory.
     """
     from PIL import Image
 
-    if isinstance(image, Image.Image):
-        return _to_rgb(image)
-    path = Path(image)
+    opened_already = isinstance(image, Image.Image)
+    path = image if opened_already else Path(image)
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            return _to_rgb(opened)
+        if opened_already:
+            return _to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's own limit; ours is below, and an error
+            with Image.open(path, formats=FORMATS) as opened:
+                if opened.width * opened.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels; at most {max_pixels:,} are read")
+                opened.load()
+                return _to_rgb(opened)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: image too large to decode safely ({error})") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that Pillow can read (corrupt, or another kind of file)") from None
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{path}: not an image that Pillow can read as one of {known} (corrupt, or another kind of file)") from None
+    except MemoryError:
+        raise ValueError(f"{path}: not enough memory to decode this image") from None
     except _DAMAGE as error:
         raise ValueError(f"{path}: corrupt or unreadable image ({type(error).__name__}: {error})") from None
 
@@ -65,7 +86,8 @@ class Preprocess:
 
     image_size: S, for a square resize (antialiased). mean, std: per channel, or None for no normalisation.
     interpolation: "bilinear", or "bicubic", as CLIP and LaVIN have it. crop: the shorter side to S and the middle square, as CLIP,
-    instead of both sides to S.
+    instead of both sides to S. With "bicubic" the pixels are those of transformers' CLIPImageProcessorPil to the bit; its
+    CLIPImageProcessor resizes by torchvision, whose rounding differs by a level here and there.
     extra_255: divide by 255 once more after scaling to [0, 1]: the preprocessing the official MISS and MILE checkpoints were
     trained with.
     """
@@ -108,16 +130,17 @@ class Preprocess:
         """uint8 [3, S, S] from a path or a `PIL.Image`: decoded and resized, not yet scaled. Errors as `load_image`."""
         from PIL import Image
 
-        image, S = load_image(image), self.image_size
+        loaded, S = load_image(image), self.image_size
         how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
-        if self.crop:
-            short = min(image.size)
-            wide, high = (S * side // short for side in image.size)
-            left, top = round((wide - S) / 2), round((high - S) / 2)
-            resized = image.resize((wide, high), how).crop((left, top, left + S, top + S))
-        else:
-            resized = image.resize((S, S), how)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        try:
+            if self.crop:
+                resized = resize_and_crop(loaded, S, self.interpolation)
+            else:
+                resized = np.array(loaded.resize((S, S), how))
+            return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+        except MemoryError:
+            size = f"{loaded.width} x {loaded.height}"
+            raise ValueError(f"{image}: not enough memory to resize this image of {size} pixels to {S}") from None
 
     def scale(self, pixels: torch.Tensor) -> torch.Tensor:
         """float32 [..., 3, S, S] from the uint8 of `pixels`: to [0, 1], then the second /255 and the normalisation, if any."""

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, find_split_file, read_split_file, read_value
+from fastpeft.data._files import ImageFinder, Refused, field, find_split_file, place_image, read_split_file, read_value
 from fastpeft.data._instruction_formats import KINDS, EntryReader, entries_of, kind_of, suggested_folder
 from fastpeft.data.formats import load_samples, marks_test
 from fastpeft.data.samples import Instruction, SampleList
@@ -53,7 +53,8 @@ def load_instructions(
     A sample without an image has `image` None; a file may hold both sorts.
 
     ValueError, naming file and entry (counted from 0): bad JSON, unknown formats, fields missing or of the wrong kind,
-    conversations that don't alternate, images missing, damaged or outside the folder; no samples left.
+    conversations that don't alternate, "<image>" without an image or more than once, images missing, damaged or outside the folder; no
+    samples left.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r}: use one of {', '.join(KINDS)}, or None to tell it by the files")
@@ -99,7 +100,7 @@ def load_instructions(
                     raise ValueError(f"{file}: entry {index}: {bad}") from None
                 skipped[bad.reason] += 1
             else:
-                qid = str(index if entry.get("id") is None else entry["id"])
+                qid = str(index if field(entry, "id") is None else entry["id"])
                 samples += [Instruction(kind=found, qid=qid, entry=index, source=file, **f) for f in fields]
     if not samples:
         left_out = "; ".join(f"{n} in language {name!r}, of languages={languages!r}" for name, n in filtered.items())
@@ -141,7 +142,8 @@ def _picked(file: Path, ids: list[str], data, kind: str | None, how: dict) -> Sa
 
 def _asked(sample) -> Instruction:
     """A question about an image as an instruction; the phrasings of a pool are alternatives."""
-    turns = tuple(((question, sample.answer),) for question in sample.question_pool or (sample.question,))
+    asked = (place_image([question], True)[0] for question in sample.question_pool or (sample.question,))
+    turns = tuple(((question, sample.answer),) for question in asked)
     facts = {"answer_type": sample.answer_type, "content_type": sample.content_type}
     place = {"qid": sample.qid, "entry": sample.entry, "source": sample.source, "image_name": sample.image_name}
     return Instruction(turns[0], sample.image, "vqa", alternatives=turns[1:], facts=facts, **place)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastpeft.data.samples import Instruction, Turns
 
@@ -86,6 +87,20 @@ def render(template: str, sample: Instruction, turns: Turns | None = None, image
         elif sample.image:
             first.insert(0, IMAGE)
     return rendered
+
+
+def frame(template: str, sample: Instruction, question: str, image_tokens: bool = False) -> tuple[str, str | None, str]:
+    """(what stands before the question, what before the context or None where it isn't said, what after both) in the last piece of a
+    first prompt: the template's words, the second with the question in them."""
+
+    def last_piece(question: str, context: str) -> str:
+        return render(template, replace(sample, context=context), ((question, ""),), image_tokens)[0][0][-1]
+
+    asked, given = "\0", "\1"
+    before, after = last_piece(asked, given if sample.context else "").split(asked)
+    if given not in after:
+        return before, None, after
+    return before, last_piece(question, given).split(given)[0], after.split(given)[1]
 
 
 def prompt_text(template: str, sample: Instruction) -> str:

@@ -36,6 +36,7 @@ def load_tokenizer(path):
     bert-base-uncased's. ValueError where the path, its vocabulary or a special token is missing.
     """
     path = Path(path)
+    refuse_own_code(path if path.is_dir() else path.parent)
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return _from_json(path)
     vocab_file = path / "vocab.txt" if path.is_dir() else path
@@ -69,6 +70,17 @@ def _read_object(file: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def refuse_own_code(folder: Path) -> None:
+    """ValueError for a tokenizer that asks for Python code beside it: it is not run, and no other class surely gives the same ids."""
+    file = folder / "tokenizer_config.json"
+    named = _read_object(file).get("auto_map") if file.is_file() else None
+    if named.get("AutoTokenizer") if isinstance(named, dict) else named:
+        raise ValueError(
+            f"{file}: this tokenizer is Python code of its own (auto_map), which is never run: save it as a tokenizer.json with a "
+            "tokenizer_class of transformers, and without auto_map"
+        )
+
+
 def _from_json(folder: Path):
     from transformers import BertTokenizer
 
@@ -81,7 +93,7 @@ def _from_json(folder: Path):
         if (folder / beside).is_file():
             _read_object(folder / beside)  # names the file where it is damaged
     try:
-        return _add_roles(BertTokenizer.from_pretrained(str(folder), local_files_only=True))
+        return _add_roles(BertTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
     except Exception as error:  # the tokenizers library raises plain ones
         raise ValueError(f"{folder}: holds no tokenizer that loads ({' '.join(str(error).split())[:200]})") from None
 

@@ -47,7 +47,6 @@ class VQADataset(SampleDataset):
         skip_bad: bool = False,
     ):
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
-        self.skipped: dict[str, int] = {}
         answers = [] if max_answer is None else [sample.answer for sample in samples]
         too_long = [i for i, answer in enumerate(answers) if self._answer_tokens(answer, max_answer) > max_answer]
         if too_long and not skip_bad:

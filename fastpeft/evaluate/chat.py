@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction
+from fastpeft.data._files import place_image
 from fastpeft.data.images import load_image
 from fastpeft.evaluate.responses import respond
 
@@ -33,10 +34,11 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """The response to ``question`` after the turns so far. ValueError where they no longer fit."""
+        *_, question = place_image([*(asked for asked, _ in self.turns), question], self.image is not None)
         turns = (*self.turns, (question, ""))
         dataset = self.read([Instruction(turns, self.image, "chat", "chat", 0, Path("chat"))])
-        if dataset.lengths[0] >= dataset.max_length:
-            raise ValueError(f"the dialogue has reached {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
+        if dataset.cut:
+            raise ValueError(f"the dialogue takes more than {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
         (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.how)
         self.turns.append((question, response))
         return response

@@ -69,9 +69,9 @@ def eval_run(
         raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
     run, text = RUNS[kind], options_of(describe(adapter))
     samples = run.read(data, text, "test", data.split_file)
-    dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
+    dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True, skip_bad=data.skip_bad)
     how = {"batch_size": batch_size, "num_beams": num_beams, "progress": progress}
     answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
     if out:
         write_answers(out, dataset, answers)
-    return scored | {"notes": data_notes(samples)}
+    return scored | {"notes": data_notes(samples) + dataset.notes}

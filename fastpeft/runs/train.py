@@ -54,7 +54,8 @@ def train_run(
     dataset = run.dataset(network, samples, seed=config.seed, **read)
     eval_dataset = run.dataset(network, held, prompts_only=True, **read) if evaluate and held is not None else None
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
-    trainer.notes += data_notes(samples) + [f"{n} samples left out: {reason}" for reason, n in dataset.skipped.items()]
+    trainer.notes += data_notes(samples) + dataset.notes
+    trainer.notes += [f"to score: {note}" for note in (eval_dataset.notes if eval_dataset is not None else ())]
     summary = trainer.fit()
     if data.hold_out and config.out:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file

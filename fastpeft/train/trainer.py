@@ -127,14 +127,22 @@ class Trainer:
             self.features.flush()
         if self.out:
             self.save()
-        summary = self.summary(self.evaluate())
+        failure, scored = None, None
+        try:
+            scored = self.evaluate()
+        except Exception as error:  # what was trained is told all the same, and then why it could not be scored
+            failure = error
+            self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
+        summary = self.summary(scored)
         if self.out:
             from fastpeft.train.report import write_report  # here, so that `python -m fastpeft.train.report` finds it not yet imported
 
-            if self.eval_dataset is not None:
+            if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
             write_report(self.out)
+        if failure is not None:
+            raise failure
         return summary
 
     def _batches(self):
