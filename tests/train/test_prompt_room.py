@@ -10,7 +10,7 @@ from fastpeft.checkpoints import describe
 from fastpeft.cli import app, main
 from fastpeft.data import load_instructions
 from fastpeft.evaluate.chat import Chat
-from fastpeft.models import NAMES, family_named
+from fastpeft.models import NAMES, resolve
 from fastpeft.runs.causal import dataset as causal_dataset
 from fastpeft.runs.causal import model_for as causal_model_for
 from fastpeft.runs.causal import options_of
@@ -43,7 +43,7 @@ def write(folder, model: str, train: int = 0, test: int = 200):
 
 
 def test_every_causal_model_is_here():
-    assert set(PLANS) == {name for name in NAMES if name.endswith("-tiny") and family_named(name).template}
+    assert set(PLANS) == {name for name in NAMES if name.endswith("-tiny") and resolve(name).family.template}
 
 
 def command(*words, capsys):
