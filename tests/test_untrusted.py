@@ -11,7 +11,7 @@ import pytest
 import fastpeft as fp
 from fastpeft.cli import main
 from fastpeft.data import load_causal_tokenizer, load_tokenizer, save_tokenizer, train_causal_tokenizer, train_tokenizer
-from fastpeft.models import NAMES, family_named
+from fastpeft.models import NAMES, resolve
 from fastpeft.runs.evaluate import load_run
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
@@ -116,7 +116,7 @@ def test_loading_an_adapter_from_elsewhere(run, tmp_path, stdin):
 def test_code_in_a_models_folder(name, tmp_path, stdin):
     """Neither the classes that its configuration maps, nor its generation, nor a repository's attention."""
     folder, marker = tmp_path / "model", tmp_path / "marker"
-    model = family_named(name).model(family_named(name).configs[name]())
+    model = resolve(name).family.model(resolve(name).family.configs[name]())
     model.save_pretrained(folder)
     code = f"open({str(marker)!r}, 'w').close()\n\n\ndef generate(*args, **options):\n    pass\n\n\nPlanted = None\n"
     (folder / "planted.py").write_text(code)
