@@ -6,20 +6,19 @@ import what they run: help and usage errors need no torch.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastpeft.options import FieldOption, OptionError, canonical, fields, split
+from fastpeft.cli_options import flag, other_names, with_options
+from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
 
 app = typer.Typer(
@@ -36,61 +35,6 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA 
 Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
 MovedBase = Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")]
 Seed = Annotated[int, typer.Option(help="of sampling")]
-
-# the short names that the command line shows; every other name of an option is taken too (fastpeft.options.Option)
-SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_rate": "min_lr", "num_workers": "workers"}
-
-
-def flag(field: FieldOption) -> str:
-    """How the command line spells an option."""
-    name = field.option.off if field.kind is bool and field.default is True else SHORT.get(field.name, field.name)
-    return f"--{name.replace('_', '-')}"
-
-
-def with_options(*classes: type, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Decorator of a command: its ``**given`` become the fields of ``classes`` (of these ``only`` some), where they are given."""
-    chosen = [f for cls in classes for f in fields(cls) if (not only or f.name in only) and f.name not in without]
-
-    def decorate(command: Callable) -> Callable:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-
-        def run(**given):
-            said = {f.name: (given.pop(f.name), f) for f in chosen}
-            said = {name: not _is_off(f) if f.kind is bool else v for name, (v, f) in said.items() if v is not None and v is not False}
-            return command(**given, **said)
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_unset(f), annotation=_annotation(f)) for f in chosen]
-        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in own] + more)
-        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
-        return run
-
-    return decorate
-
-
-def _is_off(field: FieldOption) -> bool:
-    return field.kind is bool and field.default is True
-
-
-def _unset(field: FieldOption) -> bool | None:
-    return False if field.kind is bool else None
-
-
-def _annotation(field: FieldOption):
-    text = f"do not {field.description}" if _is_off(field) else field.help
-    option = typer.Option(flag(field), help=text, rich_help_panel=field.option.panel or None, show_default=False)
-    return Annotated[bool if field.kind is bool else field.kind | None, option]
-
-
-def other_names(*classes: type) -> dict[str, Any]:
-    """Settings of a command under which an option's other names, and underscores for dashes, are taken."""
-    other = {}
-    for field in (field for cls in classes for field in fields(cls)):
-        shown = flag(field)[2:]
-        if not _is_off(field):
-            other |= {name.replace("_", "-"): shown for name in (field.name, *field.option.names)}
-    return {"token_normalize_func": lambda name: other.get(dashed := name.replace("_", "-"), dashed)}
-
 
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """Print for people, then, if asked, for programs."""
