@@ -165,15 +165,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         if any(getattr(module, kind, None) is not None for kind in ADAPTER_MODULES):
             raise ValueError(f"{name} has an adapter already that is not fastpeft's own, PEFT's perhaps: unload it first")
     parts = parts_of(model)
-    by_part = {part.name: options.pop(part.name) for part in parts if part.name in options}
-    if plan is not None and by_part:
-        raise ValueError(f"give a plan or treatments by part ({', '.join(by_part)}=), not both")
-    if plan is None and not by_part:
-        raise ValueError(f"give a plan such as {'/'.join('LoRA' for _ in parts)!r}, or treatments by part: {[p.name for p in parts]}")
-    if not isinstance(plan, Plan):
-        plan = parse(by_part if plan is None else plan, parts, **options)
-    elif options or list(plan.treatments) != [part.name for part in parts]:
-        raise ValueError(f"a Plan holds its options already and must be for {'/'.join(p.name for p in parts)}; got {plan!r}, {options}")
+    plan = _plan_of(plan, parts, options)
     with undone_on_error(model):
         model.requires_grad_(False)
         for part in parts:
@@ -189,6 +181,20 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan
     return model.train(model.training)
+
+
+def _plan_of(plan: str | Path | Mapping[str, Treatment] | Plan | None, parts: tuple[Part, ...], options: dict[str, Any]) -> Plan:
+    """What :func:`adapt` was given, as a plan; ``options`` hold treatments by part, or options of methods."""
+    by_part = {part.name: options.pop(part.name) for part in parts if part.name in options}
+    if plan is not None and by_part:
+        raise ValueError(f"give a plan or treatments by part ({', '.join(by_part)}=), not both")
+    if plan is None and not by_part:
+        raise ValueError(f"give a plan such as {'/'.join('LoRA' for _ in parts)!r}, or treatments by part: {[p.name for p in parts]}")
+    if not isinstance(plan, Plan):
+        return parse(by_part if plan is None else plan, parts, **options)
+    if options or list(plan.treatments) != [part.name for part in parts]:
+        raise ValueError(f"a Plan holds its options already and must be for {'/'.join(p.name for p in parts)}; got {plan!r}, {options}")
+    return plan
 
 
 @contextmanager
