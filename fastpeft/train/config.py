@@ -30,7 +30,8 @@ class TrainConfig:
     """Options of :class:`fastpeft.Trainer`; the defaults adapt a model, they do not pretrain one.
 
     steps: optimiser steps; None: ``epochs`` passes over the data. batch_size: samples per forward. gradient_accumulation: forwards per
-    step, weighted by their samples, so that a step equals one on all of them together.
+    step, weighted by their samples, so that a step equals one on all of them together; the last step of ``epochs`` has fewer where its
+    batches run out.
     learning_rate: of adapter parameters, at its peak. base_learning_rate: of base parameters that are trained (T, LayerNorm, ...);
     None: a tenth. min_learning_rate: where the cosine ends. warmup: steps, or a fraction of all steps if below 1, of a linear rise
     from 0. weight_decay: on matrices only, not on biases, norms and IA3 vectors. max_grad_norm: 0 switches clipping off.
