@@ -206,6 +206,7 @@ def chat(
     """Talk with a causal model's adapter, one turn a line; /image FILE, /reset and /quit."""
     from fastpeft.checkpoints import describe
     from fastpeft.evaluate.chat import Chat, typed
+    from fastpeft.evaluate.decoding import response_settings
     from fastpeft.models import family_of
     from fastpeft.train.causal_run import causal_dataset, options_of
     from fastpeft.train.run import load_run
@@ -223,7 +224,8 @@ def chat(
     for response in talk.follow(typed() if typing else sys.stdin, tell):
         said.append({"question": talk.turns[-1][0], "response": response})
         print(response, flush=True)
-    emit({"turns": said, "image": None if talk.image is None else str(talk.image)}, as_json, [])
+    answer = {"turns": said, "image": None if talk.image is None else str(talk.image), "generation": response_settings(tokenizer, **how)}
+    emit(answer, as_json, [])
 
 
 @app.command()

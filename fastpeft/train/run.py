@@ -25,7 +25,7 @@ from fastpeft.data import (
     save_tokenizer,
     train_tokenizer,
 )
-from fastpeft.evaluate import answer_questions, respond_and_score, score, write_answers
+from fastpeft.evaluate import answer_questions, generation_settings, respond_and_score, score, write_answers
 from fastpeft.evaluate.answers import choose_device
 from fastpeft.files import atomic_folder, write_json
 from fastpeft.methods import LoRA
@@ -262,9 +262,10 @@ def eval_run(
     num_beams: int | None = None,
     **generation,
 ) -> dict[str, Any]:
-    """Answer a data set's test split with an adapter and score the answers; the scores, with ``notes``. ``out``: a file for the
-    predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options
-    of transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True)."""
+    """Answer a data set's test split with an adapter and score the answers; the scores, with ``generation`` (the decoding settings) and
+    ``notes``. The base folder's generation_config.json does not count. ``out``: a file for the predictions. num_beams: the papers' by
+    default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
+    (top_p=0.75, temperature=0.1, do_sample=True)."""
     if out and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: give a file for the predictions")
     network, tokenizer, preprocess = load_run(adapter, device, model)
@@ -273,18 +274,19 @@ def eval_run(
         text = options_of(describe(adapter))
         samples = load_instructions(data.data, **split, **text.reading())
         dataset = causal_dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
-        generation |= {"num_beams": num_beams or 1}
+        generation["num_beams"] = num_beams or 1
         answers, scored = respond_and_score(network, dataset, progress=progress, batch_size=batch_size, **generation)
     else:
         if generation:
             raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
         samples = load_samples(data.data, **split)
         dataset = VQADataset(samples, preprocess)
-        answers = answer_questions(network, dataset, tokenizer, batch_size=batch_size, num_beams=num_beams or 3, progress=progress)
+        generation["num_beams"] = num_beams or 3
+        answers = answer_questions(network, dataset, tokenizer, batch_size=batch_size, progress=progress, **generation)
         scored = score(answers, samples)
     if out:
         write_answers(out, dataset, answers)
-    return scored | {"notes": data_notes(samples)}
+    return scored | {"generation": generation_settings(dataset, tokenizer, **generation), "notes": data_notes(samples)}
 
 
 def merge_run(adapter: str | Path, out: str | Path, model: str | None = None, modality: str | None = None) -> Path:

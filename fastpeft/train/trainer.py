@@ -22,7 +22,7 @@ from tqdm import tqdm
 import fastpeft
 from fastpeft.checkpoints import fingerprint, save_adapter
 from fastpeft.data import EpochSampler, VQADataset
-from fastpeft.evaluate import answer_and_score, write_answers
+from fastpeft.evaluate import answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
@@ -262,6 +262,7 @@ class Trainer:
             "loss_first": statistics.fmean(done["first_losses"][:window]) if done["step"] else None,
             "loss_last": statistics.fmean(done["last_losses"][-window:]) if done["step"] else None,
             "eval": evaluation,
+            "generation": None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer),
             "model": self.model.fastpeft_source.get("model") if hasattr(self.model, "fastpeft_source") else type(self.model).__name__,
             "plan": str(self.model.fastpeft_plan),
             "dtype": self.config.dtype,
