@@ -87,7 +87,8 @@ class AdaptedAttention(adaption_prompt.AdaptedAttention):
 
     def forward(self, hidden_states: Tensor, **kwargs):
         """As :class:`fastpeft.models.llama_layers.Attention`."""
-        if type(self.model) is not Attention:  # given its own class back
+        given_back = type(self.model) is not Attention  # its own class again
+        if given_back or watched(self.model) or (kwargs.get("causal") is None and self.model.why_not(kwargs.get("attention_mask"), kwargs)):
             return super().forward(hidden_states=hidden_states, **kwargs)
         return self.model(hidden_states, prompted=Prompted(self.adaption_prompt, self.adaption_gate), **kwargs)
 
