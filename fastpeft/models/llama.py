@@ -85,6 +85,12 @@ class Model(modeling_llama.LlamaModel):
     def prefix_shape(self) -> tuple[int, int, int]:
         return len(self.layers), self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
 
+    @property
+    def alone(self) -> bool:
+        """Whether each sample computes as alone: see ``samples_alone``."""
+        adapted = self.samples_alone or getattr(self, "prefix_encoder", None) is not None
+        return adapted or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
+
     @staticmethod
     def unfit(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
@@ -112,7 +118,7 @@ class Model(modeling_llama.LlamaModel):
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
         encoder = getattr(self, "prefix_encoder", None)
         ours = encoder is not None or modality is not None or kwargs.get("visual") is not None
-        alone = self.samples_alone or ours or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
+        alone = self.alone or ours
         asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
         if not ours and not self._is_plain(given, attention_mask, kwargs):
@@ -368,6 +374,8 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
         if lean and type(self.model) is Model and not watched(self.model):
             to_model["wanted"] = asked.targets != asked.ignore_index
+        if use_cache is None and labels is not None and getattr(self.model, "alone", False):
+            use_cache = False  # position_ids then mark packed samples in evaluation too
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

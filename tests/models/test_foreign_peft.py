@@ -84,11 +84,10 @@ def step(model, given):
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "lean"), [(m, lean) for m in METHODS for lean in (False, True) if (m, lean) != ("CPT", True)])
 def test_as_peft_alone(method, side, lean, tmp_path):
-    """transformers' norms and loss are in float32: against them no more can be asked for."""
+    """transformers' norms and loss are in float32: against them no more can be asked for. (CPT reads the logits, lean or not.)"""
     model, more = METHODS[method](tmp_path)
     training = model.training
     model = scattered(model).double().train(training)
