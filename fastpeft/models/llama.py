@@ -288,8 +288,8 @@ class Model(modeling_llama.LlamaModel):
 
 
 def _outside(wanted: Tensor, mask: Tensor) -> bool:
-    """Whether some of ``wanted`` stands where ``mask`` has nothing."""
-    return bool((wanted.cpu() & (mask.cpu() == 0)).any())
+    """Whether some of ``wanted`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
+    return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
 
 
 def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
