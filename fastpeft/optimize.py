@@ -25,7 +25,6 @@ CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CAR
 NOTES = {
     blip.TextAttention: blip.MASK_FIX,
     blip.TextModel: "hidden states of padding are zero",
-    llama.Model: "hidden states of padding are zero; position_ids that start again within a row mark packed samples",
 }
 COMPUTES = {blip.TextLMHeadModel: ("cls.predictions",)}  # modules further in whose layers a fused class computes itself
 # what makes a language-model loss: instances take the attribute ``lean_logits``
