@@ -143,7 +143,20 @@ class TextModel(modeling_blip_text.BlipTextModel):
         return EncoderDecoderCache(cache, DynamicCache(config=self.config)) if isinstance(cache, DynamicCache) else cache
 
 
-class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
+class _ShiftsLabels:
+    """Tells HF Trainer that the loss shifts its labels: ``num_items_in_batch`` then counts those that are predicted. transformers derives
+    ``loss_type`` from a class's name, and finds none in these."""
+
+    @property
+    def loss_type(self) -> str:
+        return "ForCausalLM"
+
+    @loss_type.setter
+    def loss_type(self, value: str | None) -> None:
+        """PreTrainedModel sets it from the name."""
+
+
+class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
     """Decoder with its head. In training, with labels, logits exist for labelled positions only and are not returned."""
 
     @can_return_tuple
@@ -165,9 +178,11 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         loss_only=False,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
-        """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``loss_only``: with labels,
-        logits are returned in evaluation neither."""
+        """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``num_items_in_batch`` divides the
+        sum in place of the mean's own count of labels: gradients accumulated over unequal batches are then those of the whole.
+        ``loss_only``: with labels, logits are returned in evaluation neither."""
         shift_labels = kwargs.pop("shift_labels", None)  # [B, L], aligned with input_ids by the caller
+        items = kwargs.pop("num_items_in_batch", None)
         lean = labels is not None and (self.training or loss_only) and not return_logits
         outputs = self.bert(
             input_ids,
@@ -189,7 +204,9 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         if return_logits:
             return logits[:, :-1].contiguous()
         if labels is not None:
-            loss = self._loss(hidden, next_labels(labels, shift_labels), reduction)
+            summed = items is not None and reduction == "mean"
+            loss = self._loss(hidden, next_labels(labels, shift_labels), "sum" if summed else reduction)
+            loss = loss / items if summed else loss
         return CausalLMOutputWithCrossAttentions(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
@@ -212,6 +229,10 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         return loss.view(shape).sum(1) if reduction == "none" else loss
 
 
+class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
+    """transformers' own forward around our decoder."""
+
+
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextSelfAttention: TextSelfAttention,
@@ -224,6 +245,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,
     modeling_blip.BlipAttention: VisionAttention,
     modeling_blip.BlipMLP: VisionMLP,
+    modeling_blip.BlipForQuestionAnswering: QuestionAnswering,
 }
 # these hand masks, layouts and prefixes down in a form that only they read
 CARRIERS = (TextModel, TextLayer, TextAttention, TextSelfAttention)

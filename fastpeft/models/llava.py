@@ -106,10 +106,11 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
         image_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
-        """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens. In training, with labels,
-        logits exist at labelled positions only and are not returned."""
+        """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
+        ``num_items_in_batch``. In training, with labels, logits exist at labelled positions only and are not returned."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:
@@ -127,7 +128,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         hidden, logits = outputs.last_hidden_state, None
         if labels is None or not self.training:
             logits = self.lm_head(kept_positions(hidden, logits_to_keep))
-        loss = None if labels is None else loss_of(self.lm_head, hidden[:, :-1], labels[:, 1:])
+        loss = None if labels is None else loss_of(self.lm_head, hidden[:, :-1], labels[:, 1:], num_items_in_batch)
         return LlavaCausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )

@@ -109,6 +109,9 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
     ``question_states`` [B, M, C] in place of all that is asked: neither the image encoder nor the question encoder then runs.
     """
 
+    # HF Trainer counts label tokens, and this loss is a mean over samples: Trainer divides it by the number of accumulated batches instead
+    accepts_loss_kwargs = False
+
     def __init__(self, config: BlipConfig):
         super().__init__(config)
         nn.init.trunc_normal_(self.vision_model.embeddings.position_embedding, std=getattr(config.vision_config, "position_range", 0.02))
@@ -152,12 +155,14 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         image_index: Tensor | None = None,
         image_embeds: Tensor | None = None,
         question_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> BlipTextVisionModelOutput:
         """input_ids [B, M] with [ENC] first; labels [B, L] = the answer's tokens with [DEC] first and padding -100; question_states
         [B, M, C]: what encode_questions() made of the questions, whose attention_mask [B, M] is still wanted.
 
-        ``loss``: cross entropy of each answer's next tokens with label smoothing, summed over tokens, averaged over samples.
+        ``loss``: cross entropy of each answer's next tokens with label smoothing, summed over tokens, averaged over samples;
+        ``num_items_in_batch``, the samples of all batches whose gradients are accumulated, divides the sum in place of this batch's own.
         """
         if labels is None and decoder_input_ids is None:
             raise ValueError("give labels (training) or decoder_input_ids; to answer questions call generate()")
@@ -196,7 +201,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
             **({"loss_only": True} if isinstance(self.text_decoder, TextLMHeadModel) else {}),
         )
         return BlipTextVisionModelOutput(
-            loss=None if labels is None else answer.loss / labels.shape[0],
+            loss=None if labels is None else answer.loss / (labels.shape[0] if num_items_in_batch is None else num_items_in_batch),
             image_embeds=image_embeds,
             last_hidden_state=image_embeds,
         )
