@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from fastpeft import ops
+from fastpeft.methods.base import watched
 from fastpeft.ops._remade import recomputed
 
 
@@ -73,3 +74,8 @@ def supports_layer_norm(module: nn.LayerNorm) -> str:
     if len(module.normalized_shape) != 1:
         return f"normalises {len(module.normalized_shape)} dimensions; the fused form takes the last one"
     return "" if module.weight is not None and module.bias is not None else "has no affine parameters"
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether ``module`` computes what ``ops.layer_norm`` does with its weight, bias and eps, so that the layer around it may."""
+    return type(module) in (nn.LayerNorm, LayerNorm) and not supports_layer_norm(module) and not watched(module)
