@@ -79,6 +79,7 @@ class ExcitorLayer(nn.Module, BaseTunerLayer):
     keys add up."""
 
     adapter_layer_names = ("excitor_blocks",)
+    layout_aware = True
 
     def __init__(self, attention: Attention):
         super().__init__()

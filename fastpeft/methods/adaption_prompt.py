@@ -34,6 +34,8 @@ class Prompted(NamedTuple):
 class AdaptionPromptBlock(nn.Module):
     """The parameters of one layer."""
 
+    layout_aware = True
+
     def __init__(self, like: nn.Linear, tokens: int):
         super().__init__()
         self.prompt, self.gate = new_parameter(like, tokens, like.in_features), new_parameter(like, 1)

@@ -11,6 +11,7 @@ from fastpeft.methods.quantized import is_quantized, why_not
 class Written:
     """y = x W^T + b with W written out (see quantized.py)."""
 
+    layout_aware = True
     plain_class = nn.Linear  # what it is once its weight stays written out
     unfit = staticmethod(why_not)  # '' or why a layer stays as it is
 

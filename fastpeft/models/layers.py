@@ -39,6 +39,8 @@ class FrozenEvaluates:
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that saves what its backward will need and nothing else; float32 statistics in every dtype."""
 
+    layout_aware = True
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C]."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
@@ -46,6 +48,8 @@ class LayerNorm(nn.LayerNorm):
 
 class Dropout(nn.Dropout):
     """Dropout that keeps a seed for backward instead of a mask."""
+
+    layout_aware = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape."""
@@ -59,6 +63,8 @@ class Dropout(nn.Dropout):
 
 class GELU(GELUActivation):
     """GELU whose output the linear layer after it need not keep."""
+
+    layout_aware = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape."""

@@ -21,6 +21,8 @@ from fastpeft.models.layout import Layout, Tail, rows_of
 class RMSNorm(modeling_llama.LlamaRMSNorm):
     """RMSNorm with one rounding, at the end; saves its input and one number a row."""
 
+    layout_aware = True
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -36,6 +38,8 @@ def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor,
 
 class MLP(Recomputes, modeling_llama.LlamaMLP):
     """down(silu(gate(x)) * up(x)), the activation in one pass with IA3's factor on it."""
+
+    layout_aware = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
@@ -53,7 +57,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
     """Causal self-attention with grouped heads. Returns (output, None): probabilities are not formed."""
 
     visual_dim: int | None = None  # width of the images' features that Excitor sees here
-    reads_layout = True
+    layout_aware = True
 
     @property
     def excitor_heads(self) -> int:
@@ -142,12 +146,14 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
 class DecoderLayer(modeling_llama.LlamaDecoderLayer):
     """Pre-norm layer; each residual sum is formed once."""
 
+    layout_aware = True
+
     def forward(
         self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, routing=None, **kwargs
     ) -> Tensor:
         """Arguments as :class:`Attention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
         norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
-        attention = self.self_attn if hasattr(self.self_attn, "reads_layout") else partial(around_wrapper, self.self_attn)
+        attention = self.self_attn if hasattr(self.self_attn, "layout_aware") else partial(around_wrapper, self.self_attn)
         attended, _ = attention(
             norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
             position_embeddings=position_embeddings,

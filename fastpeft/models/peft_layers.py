@@ -7,7 +7,11 @@ variant (such as DoRA) and no LoRA bias. Whatever else a layer is asked for, at 
 from __future__ import annotations
 
 from peft.tuners import adaption_prompt, ia3, lora
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fastpeft.methods.adapted import AdaptedLinear, Terms
@@ -15,11 +19,14 @@ from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import watched
 from fastpeft.methods.quantized import is_quantized, weight_of
 from fastpeft.methods.written import Written
+from fastpeft.models.flatten import ROW_WISE
 from fastpeft.models.llama_layers import Attention
 from fastpeft.ops.lora_linear import Projection
 
 
 class _Fused:
+    layout_aware = True  # apart from LoRA's variants, which models/flatten.py looks at
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] -> [..., out]."""
         terms = None if args or kwargs else self.terms()
@@ -71,7 +78,7 @@ class IA3Linear(_IA3, ia3.Linear):
 class AdaptedAttention(adaption_prompt.AdaptedAttention):
     """PEFT's adaption prompt around a LLaMA's attention, which computes both: PEFT projects the queries twice."""
 
-    reads_layout = True
+    layout_aware = True
 
     @staticmethod
     def unfit(module: nn.Module) -> str:
@@ -91,6 +98,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     ia3.Linear: IA3Linear,
     adaption_prompt.AdaptedAttention: AdaptedAttention,
 }
+ROW_WISE.update((LNTuningLayer, ModulesToSaveWrapper, DoraLinearLayer, DoraLinearVariant))
 for method, fused in ((lora, _LoRA), (ia3, _IA3)):  # PEFT has these where bitsandbytes is installed
     for name in ("Linear4bit", "Linear8bitLt"):
         if (theirs := getattr(method, name, None)) is not None:

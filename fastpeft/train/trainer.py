@@ -28,6 +28,7 @@ from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
+from fastpeft.models.outputs import lean_logits
 from fastpeft.ops._savings import without
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig, bytes_of
@@ -98,6 +99,7 @@ class Trainer:
             self.features.prepare(self.config.progress)
         with contextlib.ExitStack() as stack:
             stack.enter_context(without(*self.config.savings_off))
+            stack.enter_context(lean_logits(self.model))
             self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
             self.board = self._tensorboard(stack)
             bar = stack.enter_context(
