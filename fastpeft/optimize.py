@@ -75,7 +75,7 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
             continue
         reason = layers.supports_layer_norm(module) if type(module) is nn.LayerNorm else _needs_inside(module, ours)
         if hasattr(ours, "unfit"):
-            reason = ours.unfit(module)
+            reason = reason or ours.unfit(module)
         if "forward" in module.__dict__:
             reason = "has a forward of its own over its class's, as accelerate's offloading gives it"
         if filter_fn is not None and not filter_fn(module, name):

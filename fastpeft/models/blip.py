@@ -6,10 +6,12 @@
 - masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built;
 - **cross-attention honours ``encoder_attention_mask``.** transformers 4.57 to 5.23 loses it on the way (``BlipTextLayer`` passes it
   as ``attention_mask``, ``BlipTextSelfAttention`` reads ``encoder_attention_mask``): padding of a question leaks into the decoder;
-- the language-model loss forms logits at labelled positions only, and no logits are returned from a training step.
+- the language-model loss forms logits at labelled positions only; all logits are formed when they are read.
 """
 
 from __future__ import annotations
+
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,6 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.utils import can_return_tuple
 
 from fastpeft import ops
-from fastpeft.methods.base import watched
 from fastpeft.models.attend import as_key_mask
 from fastpeft.models.blip_layers import (
     TextAttention,
@@ -32,7 +33,9 @@ from fastpeft.models.blip_layers import (
     VisionAttention,
     VisionMLP,
 )
+from fastpeft.models.flatten import ROW_WISE, hooks_see_values, why_not_flat
 from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, self_layout, tail_of
+from fastpeft.models.outputs import can_defer, with_deferred_logits
 from fastpeft.ops._common import sent
 from fastpeft.ops._savings import on
 
@@ -44,6 +47,12 @@ class TextModel(modeling_blip_text.BlipTextModel):
     def prefix_shape(self) -> tuple[int, int, int]:
         first = self.encoder.layer[0].attention.self
         return len(self.encoder.layer), first.num_attention_heads, first.attention_head_size
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why transformers' own forward of the stack computes something else than ours."""
+        chosen = module.config._attn_implementation
+        return "" if chosen in (None, "eager") else f"its masks are made for the attention implementation {chosen!r}"
 
     @can_return_tuple
     def forward(
@@ -58,27 +67,49 @@ class TextModel(modeling_blip_text.BlipTextModel):
         past_key_values=None,
         use_cache=None,
         is_decoder=False,
-        output_attentions=None,
-        output_hidden_states=None,
         encoder_index=None,
-        wanted=None,
+        labelled=None,
+        only_labelled=False,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
 
         ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
-        once for all samples that share it. Hidden states of padding are zero. ``wanted`` [B, L] bool: the caller reads the last hidden
-        state there only; elsewhere it may be zero.
+        once for all samples that share it. ``labelled`` [B, L] bool: where the caller's loss reads the last hidden state;
+        ``only_labelled``: it is read nowhere else, and may be zero there.
+
+        Hidden states of padding are zero. transformers' own forward runs on whole tensors [B, L, C] where :meth:`_beyond_us` says why.
         """
-        if output_attentions:
-            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
         if (input_ids is None) == (inputs_embeds is None) and encoder_embeds is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        encoder = getattr(self, "prefix_encoder", None)
-        prefixes = [None] * len(self.encoder.layer) if encoder is None else encoder()
+        shape = next(t for t in (encoder_embeds, inputs_embeds, input_ids) if t is not None).shape[:2]
+        if encoder_hidden_states is not None and encoder_index is None and len(encoder_hidden_states) == 1 < shape[0]:
+            encoder_index = torch.zeros(shape[0], dtype=torch.long)  # as it broadcasts
+        masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
+        if masks[1] is not None and masks[1].dim() == 2 and len(masks[1]) == 1:
+            masks[1] = masks[1].expand(shape[0], -1)
+        encoder, causal = getattr(self, "prefix_encoder", None), bool(is_decoder) and self._is_causal(kwargs)
+        beyond = self._beyond_us(shape, masks, encoder_hidden_states, past_key_values, kwargs)
+        if beyond and encoder is not None:
+            raise ValueError(f"a prefix runs in fused attention alone, and {beyond}: leave that out, or detach the prefix")
+        whole = beyond or self._whole(masks[0], past_key_values, labelled, causal)
+        if whole and encoder is None:
+            return self._as_transformers(
+                encoder_hidden_states,
+                encoder_index,
+                masks,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                encoder_embeds=encoder_embeds,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                is_decoder=is_decoder,
+                **kwargs,
+            )
         if use_cache is None:
             use_cache = self.config.use_cache
-        if is_decoder and use_cache:
+        if is_decoder and use_cache and not (self.training and self.encoder.gradient_checkpointing):
             past_key_values = self._cache(past_key_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         hidden = encoder_embeds
@@ -89,42 +120,100 @@ class TextModel(modeling_blip_text.BlipTextModel):
                 inputs_embeds=inputs_embeds,
                 past_key_values_length=past + (encoder.tokens if encoder is not None else 0),
             )
-        masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
-        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index)
-        if encoder_index is not None and layouts["encoder_layout"] is layouts["layout"]:
-            encoder_hidden_states = encoder_hidden_states[sent(encoder_index, hidden.device)]
-        masks = [None if mask is None else mask.to(hidden.device, non_blocking=True) for mask in masks]
-        pad = layouts["layout"].spread if layouts["layout"] is not None else lambda x: x
-        hidden = hidden if layouts["layout"] is None else layouts["layout"].gather(hidden)
-        states = [hidden]
-        how = {name: value for name, value in {"causal": bool(is_decoder), **layouts}.items() if value}
-        tail = None
-        if wanted is not None and layouts["layout"] is not None and self.pooler is None and not output_hidden_states and on("labelled"):
-            tail = tail_of(layouts["layout"], wanted, bool(is_decoder), hidden.device)
-        for layer, prefix in zip(self.encoder.layer, prefixes):
-            if tail is not None and layer is self.encoder.layer[-1]:
-                pad, how = tail.outputs.spread, how | self._tail(tail, layouts, encoder_index, encoder_hidden_states)
-            hidden = layer(
-                hidden,
-                encoder_hidden_states,
-                attention_mask=masks[0],
-                encoder_attention_mask=masks[1],
-                past_key_values=past_key_values,
-                **how | ({} if prefix is None else {"prefix": prefix}),
-            )
-            states += [hidden] if output_hidden_states else []
-        hidden = pad(hidden)
+        keep_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        wanted = labelled if only_labelled and self.pooler is None and not keep_states else None
+        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, whole)
+        states = [] if keep_states else None
+        hidden = self._run(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, causal, layouts, wanted, states)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
             pooler_output=self.pooler(hidden) if self.pooler is not None else None,
             past_key_values=past_key_values,
-            hidden_states=tuple(map(pad, states)) if output_hidden_states else None,
+            hidden_states=tuple(states) if keep_states else None,
         )
 
-    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index) -> dict[str, Layout | None]:
-        """Where tokens lie in self- and in cross-attention; None where a cache or a 4-D mask forbids it. Samples keep states of their own
-        (one layout for both) where nothing is shared, or where a mask over states would differ between those that share them."""
-        if cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
+    def _is_causal(self, kwargs: dict) -> bool:
+        """What an argument, or else the configuration, says of a decoder, as transformers reads it."""
+        given = kwargs.get("is_causal", getattr(self.config, "is_causal", None))
+        return given is None or bool(given)
+
+    def _beyond_us(self, shape, masks, encoder_states, cache, kwargs) -> str:
+        """'' or what is asked for that the fused layers do not compute, with a prefix or without."""
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            return "attention probabilities are asked for"
+        if not isinstance(kwargs.get("output_hidden_states", False), bool | None):
+            return "hidden states are selected by their numbers"
+        if reason := self.unfit(self):
+            return reason
+        cache = getattr(cache, "self_attention_cache", cache)
+        if cache is not None and cache.is_compileable:
+            return "its cache is of fixed size"
+        past = 0 if cache is None else cache.get_seq_length()
+        expected = ((shape[0], past + shape[1]), (shape[0], None if encoder_states is None else encoder_states.shape[1]))
+        for name, mask, want in zip(("attention_mask", "encoder_attention_mask"), masks, expected):
+            if mask is not None and mask.dim() != 4 and tuple(mask.shape) != want:
+                return f"{name} is {list(mask.shape)}, not {list(want)}"
+        return ""
+
+    def _whole(self, mask: Tensor | None, cache, labelled: Tensor | None, causal: bool) -> str:
+        """'' or why layers see whole tensors [B, L, C], hidden states of padding included, at this call."""
+        if torch.compiler.is_compiling():
+            return "torch.compile makes one graph of all layouts"
+        if reason := why_not_flat(self, self.encoder):
+            return reason
+        if mask is None or mask.dim() != 2 or (cache is not None and labelled is None):
+            return ""
+        if labelled is not None:
+            padding = ~mask[:, -labelled.shape[1] :].cpu()
+            return "labels stand at padding" if bool((labelled.cpu() & padding).any()) else ""
+        if causal or bool(mask[:, 0].all()):
+            return ""
+        return "padding stands at the first position, which poolers and heads read"
+
+    def _as_transformers(self, encoder_states, encoder_index, masks, **given) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """transformers' own forward around our layers, in its masks [B, 1, M, N]."""
+        if encoder_index is not None:
+            encoder_states = encoder_states[sent(encoder_index, encoder_states.device)]
+        names = ("attention_mask", "encoder_attention_mask")
+        given |= {name: mask if mask is None else mask.to(self.device) for name, mask in zip(names, masks)}
+        return super().forward(encoder_hidden_states=encoder_states, return_dict=True, **given)
+
+    def _run(self, hidden, masks, cache, encoder_states, encoder_index, causal, layouts, wanted, states: list | None) -> Tensor:
+        """[B, L, C] after the last layer, at ``wanted`` positions only where some are given; ``states`` takes what comes before and after
+        each layer."""
+        layout, device = layouts["layout"], hidden.device
+        if encoder_index is not None and layouts["encoder_layout"] is layout:
+            encoder_states = encoder_states[sent(encoder_index, device)]
+        masks = [None if mask is None else mask.to(device, non_blocking=True) for mask in masks]
+        encoder = getattr(self, "prefix_encoder", None)
+        prefixes = [None] * len(self.encoder.layer) if encoder is None else encoder()
+        pad = layout.spread if layout is not None else lambda x: x
+        hidden = hidden if layout is None else layout.gather(hidden)
+        how = {name: value for name, value in {"causal": causal, **layouts}.items() if value}
+        tail = tail_of(layout, wanted, causal, device) if wanted is not None and layout is not None and on("labelled") else None
+        for layer, prefix in zip(self.encoder.layer, prefixes):
+            if states is not None:
+                states.append(pad(hidden))
+            if tail is not None and layer is self.encoder.layer[-1]:
+                pad, how = tail.outputs.spread, how | self._tail(tail, layouts, encoder_index, encoder_states)
+            hidden = layer(
+                hidden,
+                encoder_states,
+                attention_mask=masks[0],
+                encoder_attention_mask=masks[1],
+                past_key_values=cache,
+                **how | ({} if prefix is None else {"prefix": prefix}),
+            )
+        hidden = pad(hidden)
+        if states is not None:
+            states.append(hidden)
+        return hidden
+
+    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index, whole: str) -> dict[str, Layout | None]:
+        """Where tokens lie in self- and in cross-attention; None where a cache or a 4-D mask forbids it, or ``whole`` says why. Samples
+        keep states of their own (one layout for both) where nothing is shared, or where a mask over states would differ between those
+        that share them."""
+        if whole or cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
             return {"layout": None, "encoder_layout": None}
         layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
         if encoder_states is None or encoder_index is None or masks[1] is not None:
@@ -157,7 +246,9 @@ class _ShiftsLabels:
 
 
 class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
-    """Decoder with its head. In training, with labels, logits exist for labelled positions only and are not returned."""
+    """Decoder with its head. With labels, the loss forms logits at labelled positions only; all logits are formed when they are read."""
+
+    lean_logits = False  # whether nobody reads the logits of a training step
 
     @can_return_tuple
     def forward(
@@ -180,10 +271,14 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
     ) -> CausalLMOutputWithCrossAttentions:
         """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``num_items_in_batch`` divides the
         sum in place of the mean's own count of labels: gradients accumulated over unequal batches are then those of the whole.
-        ``loss_only``: with labels, logits are returned in evaluation neither."""
-        shift_labels = kwargs.pop("shift_labels", None)  # [B, L], aligned with input_ids by the caller
+        ``loss_only``: nobody reads logits, in evaluation neither."""
+        shift_labels = kwargs.pop("shift_labels", None)  # aligned with the states by the caller
         items = kwargs.pop("num_items_in_batch", None)
-        lean = labels is not None and (self.training or loss_only) and not return_logits
+        lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
+        all_kept = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and isinstance(self.bert, TextModel):
+            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            kwargs |= {"labelled": labelled_positions(labels, shift_labels, shape, all_kept), "only_labelled": lean and all_kept}
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -194,44 +289,84 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
             past_key_values=past_key_values,
             is_decoder=is_decoder,
             use_cache=False if labels is not None else use_cache,
-            **({"wanted": next_labels(labels, shift_labels) != IGNORED} if lean and isinstance(self.bert, TextModel) else {}),
             **kwargs,
         )
-        hidden, logits, loss = outputs.last_hidden_state, None, None
-        if not lean:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            logits = self.cls(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        hidden, logits, loss = kept_positions(outputs.last_hidden_state, logits_to_keep), None, None
         if return_logits:
-            return logits[:, :-1].contiguous()
+            return self.cls(hidden)[:, :-1].contiguous()
+        deferred = not lean and labels is not None and can_defer(self.cls)
+        if not (lean or deferred):
+            logits = self.cls(hidden)
         if labels is not None:
             summed = items is not None and reduction == "mean"
-            loss = self._loss(hidden, next_labels(labels, shift_labels), "sum" if summed else reduction)
+            loss = self._loss(hidden, labels, shift_labels, "sum" if summed else reduction, logits)
             loss = loss / items if summed else loss
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        output = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=hidden if deferred else logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
+        return with_deferred_logits(output, lambda: self.cls(hidden), self.cls) if deferred else output
 
-    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """hidden [B, L, C], labels [B, L] of the same positions, on the host if the device is not to be waited for. Without an adapter on
-        the head, the head sees labelled positions only."""
-        head, shape = self.cls.predictions, labels.shape
-        how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
-        if type(head.decoder) is nn.Linear and not any(map(watched, (self.cls, head, head.decoder))):
-            hidden, labels = hidden.flatten(0, 1), labels.flatten()
-            rows = (labels != IGNORED).nonzero().squeeze(1)
-            labelled, there = labels[rows], sent(rows, hidden.device)
-            loss = ops.linear_cross_entropy(head.transform(hidden[there]), head.decoder.weight, head.decoder.bias, labelled, **how)
+    def _loss(self, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, reduction: str, logits: Tensor | None) -> Tensor:
+        """hidden [B, L, C] (or [N, C]) and labels of the same positions, on the host if the device is not to be waited for. Without an
+        adapter on the head, and where no ``logits`` are there already, the head sees labelled positions only."""
+        if shift_labels is None and hidden.dim() != 3:
+            raise ValueError(
+                "logits_to_keep is a mask, which leaves rows without their neighbours: give shift_labels, aligned with the rows"
+            )
+        targets, samples = next_labels(labels, shift_labels).flatten(), len(hidden)
+        if len(targets) != hidden.shape[:-1].numel():
+            raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
+        head, how = self.cls.predictions, {"label_smoothing": self.label_smoothing, "reduction": reduction}
+        plain = type(head.decoder) is nn.Linear and not any(map(hooks_see_values, (self.cls, head, head.decoder)))
+        if logits is None and plain:
+            rows = (targets != IGNORED).nonzero().squeeze(1)
+            labelled, there = targets[rows], sent(rows, hidden.device)
+            states = head.transform(hidden.flatten(0, -2)[there])
+            loss = ops.linear_cross_entropy(states, head.decoder.weight, head.decoder.bias, labelled, **how)
             if reduction == "none":
-                loss = loss.new_zeros(len(labels)).index_copy(0, there, loss)
+                loss = loss.new_zeros(len(targets)).index_copy(0, there, loss)
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
-            logits, labels = self.cls(hidden).flatten(0, 1), labels.flatten().to(hidden.device)
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **how)
-        return loss.view(shape).sum(1) if reduction == "none" else loss
+            logits = (self.cls(hidden) if logits is None else logits).flatten(0, -2)
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), sent(targets, logits.device), **how)
+        return loss.view(samples, -1).sum(1) if reduction == "none" else loss
+
+
+def kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """Of hidden [B, L, C], as transformers keeps them for logits: the last ``keep`` positions (0: all), those of a tensor [K], of a tensor
+    [B, K] for each sample its own, or those a mask [B, L] leaves, [N, C]."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    if keep.dim() == 2:
+        return hidden[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden, keep[..., None], dim=1)
+    return hidden[:, keep]
+
+
+def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int], all_kept: bool) -> Tensor:
+    """[B, L] bool: where the loss reads the last hidden state; where some positions alone are kept, it may be anywhere."""
+    if not all_kept:
+        return torch.ones(shape, dtype=torch.bool)
+    labels = next_labels(labels, shift_labels)
+    if labels.numel() != shape[0] * shape[1]:
+        raise ValueError(f"labels are {list(labels.shape)}, and the text is {list(shape)}: give one for each token")
+    return (labels != IGNORED).view(shape)
 
 
 class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
-    """transformers' own forward around our decoder."""
+    """transformers' own forward around our decoder, of whose outputs it reads the loss alone."""
 
+    @wraps(modeling_blip.BlipForQuestionAnswering.forward)
+    def forward(self, *args, **kwargs):
+        alone = {"loss_only": True} if isinstance(self.text_decoder, TextLMHeadModel) else {}
+        return super().forward(*args, **kwargs, **alone)
+
+
+ROW_WISE |= {modeling_blip_text.BlipTextSelfOutput, modeling_blip_text.BlipTextOutput, modeling_blip_text.BlipTextIntermediate}
+ROW_WISE.add(modeling_blip_text.BlipTextEncoder)  # nobody calls it: its layers are run one by one
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip import modeling_blip, modeling_blip_text
-from transformers.pytorch_utils import apply_chunking_to_forward
 
 from fastpeft import ops
 from fastpeft.methods.adapted import terms_of
@@ -236,9 +235,7 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
                 past_key_values=past_key_values,
                 **asked if encoder_layout is None else {"layout": encoder_layout},
             )
-        # chunks are along dimension 1, tokens of [B, L, C]: a stack that has them does not run on flattened tokens
-        chunk = self.chunk_size_feed_forward
-        return apply_chunking_to_forward(self.feed_forward_chunk, chunk, 1, hidden_states) if chunk else self.feed_forward_chunk(hidden_states)
+        return self.feed_forward_chunk(hidden_states)  # chunks would save no memory: nothing in it is kept that is larger than its parts
 
 
 class VisionAttention(_Attends, Recomputes, modeling_blip.BlipAttention):

@@ -63,7 +63,7 @@ class Attention(modeling_clip.CLIPAttention):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C]; attention_mask and is_causal as transformers gives them to CLIP's text encoder."""
-        dense = attention_mask is None or isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+        dense = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
         if kwargs.get("output_attentions", self.config.output_attentions) or not dense or self.unfit(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
         q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
