@@ -143,7 +143,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
             return "attention probabilities are asked for"
         if not isinstance(kwargs.get("output_hidden_states", False), bool | None):
             return "hidden states are selected by their numbers"
-        if reason := self.unfit(self):
+        if reason := self.unfit(self) or next(filter(None, map(attentions_unfit, self.encoder.layer)), ""):
             return reason
         cache = getattr(cache, "self_attention_cache", cache)
         if cache is not None and cache.is_compileable:
@@ -159,7 +159,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
         """'' or why layers see whole tensors [B, L, C], hidden states of padding included, at this call."""
         if torch.compiler.is_compiling():
             return "torch.compile makes one graph of all layouts"
-        if reason := why_not_flat(self, self.encoder):
+        if reason := "has hooks" if hooks_see_values(self) else why_not_flat(self, self.encoder):
             return reason
         if mask is None or mask.dim() != 2 or (cache is not None and labelled is None):
             return ""
@@ -275,10 +275,11 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         shift_labels = kwargs.pop("shift_labels", None)  # aligned with the states by the caller
         items = kwargs.pop("num_items_in_batch", None)
         lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
-        all_kept = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and isinstance(self.bert, TextModel):
+            everywhere = not (isinstance(logits_to_keep, int) and logits_to_keep == 0) or why_not_flat(self, self.cls)
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            kwargs |= {"labelled": labelled_positions(labels, shift_labels, shape, all_kept), "only_labelled": lean and all_kept}
+            labelled = labelled_positions(labels, shift_labels, shape)
+            kwargs |= {"labelled": torch.ones_like(labelled) if everywhere else labelled, "only_labelled": lean and not everywhere}
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -321,10 +322,9 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         targets, samples = next_labels(labels, shift_labels).flatten(), len(hidden)
         if len(targets) != hidden.shape[:-1].numel():
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
-        head, how = self.cls.predictions, {"label_smoothing": self.label_smoothing, "reduction": reduction}
-        plain = type(head.decoder) is nn.Linear and not any(map(hooks_see_values, (self.cls, head, head.decoder)))
-        if logits is None and plain:
-            rows = (targets != IGNORED).nonzero().squeeze(1)
+        how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
+        if logits is None and not why_not_flat(self, self.cls) and type(self.cls.predictions.decoder) is nn.Linear:
+            head, rows = self.cls.predictions, (targets != IGNORED).nonzero().squeeze(1)
             labelled, there = targets[rows], sent(rows, hidden.device)
             states = head.transform(hidden.flatten(0, -2)[there])
             loss = ops.linear_cross_entropy(states, head.decoder.weight, head.decoder.bias, labelled, **how)
@@ -334,6 +334,12 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
             logits = (self.cls(hidden) if logits is None else logits).flatten(0, -2)
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), sent(targets, logits.device), **how)
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss
+
+
+def attentions_unfit(layer: nn.Module) -> str:
+    """'' or why fused attention computes something else than one of the layer's."""
+    attentions = (getattr(layer, name, None) for name in ("attention", "crossattention"))
+    return next(filter(None, (a.self.unfit(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")
 
 
 def kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
@@ -346,14 +352,10 @@ def kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
     return hidden[:, keep]
 
 
-def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int], all_kept: bool) -> Tensor:
-    """[B, L] bool: where the loss reads the last hidden state; where some positions alone are kept, it may be anywhere."""
-    if not all_kept:
-        return torch.ones(shape, dtype=torch.bool)
+def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """[B, L] bool: where the loss reads the last hidden state."""
     labels = next_labels(labels, shift_labels)
-    if labels.numel() != shape[0] * shape[1]:
-        raise ValueError(f"labels are {list(labels.shape)}, and the text is {list(shape)}: give one for each token")
-    return (labels != IGNORED).view(shape)
+    return (labels != IGNORED).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
 
 
 class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
@@ -365,8 +367,11 @@ class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
         return super().forward(*args, **kwargs, **alone)
 
 
-ROW_WISE |= {modeling_blip_text.BlipTextSelfOutput, modeling_blip_text.BlipTextOutput, modeling_blip_text.BlipTextIntermediate}
-ROW_WISE.add(modeling_blip_text.BlipTextEncoder)  # nobody calls it: its layers are run one by one
+# what treats every token by itself; nobody calls the encoder: its layers are run one by one
+ROW_WISE |= {
+    getattr(modeling_blip_text, f"BlipText{name}")
+    for name in ("SelfOutput", "Output", "Intermediate", "Encoder", "OnlyMLMHead", "LMPredictionHead", "PredictionHeadTransform")
+}
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {

@@ -69,10 +69,13 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout``; masks [B, N] bool over keys (True = attend), or transformers' own
         [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``tail``."""
-        if self.gives_probabilities(output_attentions):
-            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
+        # transformers' masks add numbers: a row that is masked as a whole attends to all keys alike, and the gradients that PyTorch's
+        # fused attention gives it are those of another row
+        additive = mask is not None and mask.is_floating_point() and prefix is None
+        if additive or self.gives_probabilities(output_attentions):
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
         # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
         l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
