@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
@@ -186,6 +187,9 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, LlamaModel):
+                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.models.llama.Model
         # a frozen part's output for an input is then a constant: no dropout, no drop-path
         model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan
@@ -213,6 +217,7 @@ def detach(model: nn.Module) -> None:
         for name in ADAPTER_MODULES:
             if getattr(module, name, None) is not None:
                 delattr(module, name)
+        module.__dict__.pop("samples_alone", None)
     model.requires_grad_(False)
     model.fastpeft_plan, model.evaluation_only = None, []
     model.train(model.training)

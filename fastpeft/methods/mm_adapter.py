@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
-from fastpeft.methods.base import Method, Part
+from fastpeft.methods.base import Method, Part, watched
 from fastpeft.ops.lora_linear import linear
 
 
 @dataclass
 class Routing:
-    """Which modality's mixture each token takes: ``index`` [T] or [B], int64, into the rows of a layer's weights [modalities, 2].
+    """Which modality's mixture each token takes: ``index`` [T], [B] or [B, M], int64, into the rows of a layer's weights [modalities, 2].
 
     A layer's weights depend on the modality tokens alone, as these attend to nothing else. In the pass of these tokens themselves each
     layer computes its weights and leaves them in ``weights``; the batch finds them there.
@@ -90,11 +90,13 @@ class AdapterBlock(nn.Module):
         else:
             if layer not in routing.weights:
                 routing.weights[layer] = self.weights_of(norm(hidden))
-            weights = routing.weights[layer].index_select(0, routing.index)
+            weights = routing.weights[layer].index_select(0, routing.index.flatten()).unflatten(0, routing.index.shape)
             weights = weights if hidden.dim() == 3 else weights[None]
-        out = ops.norm_mm_adapter(
-            tokens, norm.weight, norm.variance_epsilon, self.w_down, self.b_down, *self._experts(), weights, *self._options()
-        )
+        branch = (self.w_down, self.b_down, *self._experts(), weights, *self._options())
+        if watched(norm):
+            out = ops.mm_adapter(norm(tokens), *branch)
+        else:
+            out = ops.norm_mm_adapter(tokens, norm.weight, norm.variance_epsilon, *branch)
         return out if hidden.dim() == 3 else out[0]
 
 

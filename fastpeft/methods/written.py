@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastpeft.methods.adapted import AdaptedLinear, Terms, terms_with
 from fastpeft.methods.quantized import is_quantized, why_not
+from fastpeft.methods.replacement import register
 
 
 class Written:
@@ -27,6 +28,9 @@ class Written:
 
 class WrittenLinear(Written, nn.Linear):
     """PyTorch's layer with a weight of one of torchao's classes."""
+
+
+register({nn.Linear: WrittenLinear})
 
 
 class AdaptedWritten(AdaptedLinear, WrittenLinear):

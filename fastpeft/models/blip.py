@@ -22,6 +22,7 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.utils import can_return_tuple
 
 from fastpeft import ops
+from fastpeft.methods.base import watched
 from fastpeft.models.attend import as_key_mask
 from fastpeft.models.blip_layers import (
     TextAttention,
@@ -33,7 +34,8 @@ from fastpeft.models.blip_layers import (
     VisionAttention,
     VisionMLP,
 )
-from fastpeft.models.flatten import ROW_WISE, hooks_see_values, why_not_flat
+from fastpeft.models.causal_loss import slice_logits_to_keep
+from fastpeft.models.flatten import ROW_WISE, why_not_flat
 from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, self_layout, tail_of
 from fastpeft.models.outputs import can_defer, with_deferred_logits
 from fastpeft.ops._common import sent
@@ -68,17 +70,18 @@ class TextModel(modeling_blip_text.BlipTextModel):
         use_cache=None,
         is_decoder=False,
         encoder_index=None,
-        labelled=None,
-        only_labelled=False,
+        wanted=None,
+        padding_unread=False,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
 
         ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
-        once for all samples that share it. ``labelled`` [B, L] bool: where the caller's loss reads the last hidden state;
-        ``only_labelled``: it is read nowhere else, and may be zero there.
+        once for all samples that share it. ``wanted`` [B, L] bool: the caller reads the last hidden state there only; ``padding_unread``:
+        he reads it at no padding. What is not read may be zero, and is not computed where every layer can do without.
 
-        Hidden states of padding are zero. transformers' own forward runs on whole tensors [B, L, C] where :meth:`_beyond_us` says why.
+        transformers' own forward runs, with our layers in it, where something is asked that the fused layers do not know, and where they
+        are hooked or foreign: these see whole tensors [B, L, C] under transformers' own masks.
         """
         if (input_ids is None) == (inputs_embeds is None) and encoder_embeds is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -89,11 +92,14 @@ class TextModel(modeling_blip_text.BlipTextModel):
         if masks[1] is not None and masks[1].dim() == 2 and len(masks[1]) == 1:
             masks[1] = masks[1].expand(shape[0], -1)
         encoder, causal = getattr(self, "prefix_encoder", None), bool(is_decoder) and self._is_causal(kwargs)
-        beyond = self._beyond_us(shape, masks, encoder_hidden_states, past_key_values, kwargs)
-        if beyond and encoder is not None:
-            raise ValueError(f"a prefix runs in fused attention alone, and {beyond}: leave that out, or detach the prefix")
-        whole = beyond or self._whole(masks[0], past_key_values, labelled, causal)
-        if whole and encoder is None:
+        reason = self._beyond_us(shape, masks, encoder_hidden_states, past_key_values, kwargs)
+        if reason and encoder is not None:
+            raise ValueError(f"a prefix runs in fused attention alone, and {reason}: leave that out, or detach the prefix")
+        reason = reason or self._needs_transformers()
+        keep_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        wanted, padding_unread = (None, False) if keep_states or self.pooler is not None else (wanted, padding_unread)
+        unpadded, own_rows = self._padding(masks[0], past_key_values, wanted, padding_unread, causal)
+        if encoder is None and (reason or not own_rows):
             return self._as_transformers(
                 encoder_hidden_states,
                 encoder_index,
@@ -120,9 +126,8 @@ class TextModel(modeling_blip_text.BlipTextModel):
                 inputs_embeds=inputs_embeds,
                 past_key_values_length=past + (encoder.tokens if encoder is not None else 0),
             )
-        keep_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        wanted = labelled if only_labelled and self.pooler is None and not keep_states else None
-        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, whole)
+        flat = unpadded and not reason
+        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, flat)
         states = [] if keep_states else None
         hidden = self._run(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, causal, layouts, wanted, states)
         return BaseModelOutputWithPoolingAndCrossAttentions(
@@ -155,20 +160,22 @@ class TextModel(modeling_blip_text.BlipTextModel):
                 return f"{name} is {list(mask.shape)}, not {list(want)}"
         return ""
 
-    def _whole(self, mask: Tensor | None, cache, labelled: Tensor | None, causal: bool) -> str:
-        """'' or why layers see whole tensors [B, L, C], hidden states of padding included, at this call."""
+    def _needs_transformers(self) -> str:
+        """'' or why layers are called as transformers' own forward calls them."""
         if torch.compiler.is_compiling():
-            return "torch.compile makes one graph of all layouts"
-        if reason := "has hooks" if hooks_see_values(self) else why_not_flat(self, self.encoder):
-            return reason
-        if mask is None or mask.dim() != 2 or (cache is not None and labelled is None):
-            return ""
-        if labelled is not None:
-            padding = ~mask[:, -labelled.shape[1] :].cpu()
-            return "labels stand at padding" if bool((labelled.cpu() & padding).any()) else ""
-        if causal or bool(mask[:, 0].all()):
-            return ""
-        return "padding stands at the first position, which poolers and heads read"
+            return "torch.compile makes one graph for every length"
+        return "the stack has hooks" if watched(self) else why_not_flat(self, self.encoder)
+
+    @staticmethod
+    def _padding(mask: Tensor | None, cache, wanted: Tensor | None, unread: bool, causal: bool) -> tuple[bool, bool]:
+        """(whether the states of padding may be left out, whether all rows that are read attend to something: in transformers, a row that
+        is masked as a whole attends to all keys alike)."""
+        if mask is None or mask.dim() != 2 or cache is not None or torch.compiler.is_compiling():
+            return True, True
+        real = mask.cpu()
+        if unread if wanted is None else not bool((wanted.cpu() & ~real).any()):
+            return True, True
+        return bool(real.all()), bool((real[:, 0] if causal else real.any(1)).all())
 
     def _as_transformers(self, encoder_states, encoder_index, masks, **given) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """transformers' own forward around our layers, in its masks [B, 1, M, N]."""
@@ -209,11 +216,11 @@ class TextModel(modeling_blip_text.BlipTextModel):
             states.append(hidden)
         return hidden
 
-    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index, whole: str) -> dict[str, Layout | None]:
-        """Where tokens lie in self- and in cross-attention; None where a cache or a 4-D mask forbids it, or ``whole`` says why. Samples
-        keep states of their own (one layout for both) where nothing is shared, or where a mask over states would differ between those
-        that share them."""
-        if whole or cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
+    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index, flat: bool) -> dict[str, Layout | None]:
+        """Where tokens lie in self- and in cross-attention; None where layers see them as they are, or a cache or a 4-D mask forbids it.
+        Samples keep states of their own (one layout for both) where nothing is shared, or where a mask over states would differ between
+        those that share them."""
+        if not flat or cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
             return {"layout": None, "encoder_layout": None}
         layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
         if encoder_states is None or encoder_index is None or masks[1] is not None:
@@ -267,19 +274,19 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         reduction="mean",
         logits_to_keep=0,
         loss_only=False,
+        padding_unread=False,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``num_items_in_batch`` divides the
         sum in place of the mean's own count of labels: gradients accumulated over unequal batches are then those of the whole.
-        ``loss_only``: nobody reads logits, in evaluation neither."""
+        ``loss_only``: nobody reads logits, in evaluation neither; ``padding_unread`` is the encoder's."""
         shift_labels = kwargs.pop("shift_labels", None)  # aligned with the states by the caller
         items = kwargs.pop("num_items_in_batch", None)
         lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
-        if labels is not None and isinstance(self.bert, TextModel):
-            everywhere = not (isinstance(logits_to_keep, int) and logits_to_keep == 0) or why_not_flat(self, self.cls)
+        lean = lean and not torch.compiler.is_compiling() and not why_not_flat(self, self.cls)
+        if lean and isinstance(logits_to_keep, int) and not logits_to_keep and type(self.bert) is TextModel and not watched(self.bert):
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            labelled = labelled_positions(labels, shift_labels, shape)
-            kwargs |= {"labelled": torch.ones_like(labelled) if everywhere else labelled, "only_labelled": lean and not everywhere}
+            kwargs["wanted"] = labelled_positions(labels, shift_labels, shape)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -292,7 +299,7 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
             use_cache=False if labels is not None else use_cache,
             **kwargs,
         )
-        hidden, logits, loss = kept_positions(outputs.last_hidden_state, logits_to_keep), None, None
+        hidden, logits, loss = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), None, None
         if return_logits:
             return self.cls(hidden)[:, :-1].contiguous()
         deferred = not lean and labels is not None and can_defer(self.cls)
@@ -301,7 +308,7 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         if labels is not None:
             summed = items is not None and reduction == "mean"
             loss = self._loss(hidden, labels, shift_labels, "sum" if summed else reduction, logits)
-            loss = loss / items if summed else loss
+            loss = loss / (items.to(loss.device) if torch.is_tensor(items) else items) if summed else loss
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=hidden if deferred else logits,
@@ -342,16 +349,6 @@ def attentions_unfit(layer: nn.Module) -> str:
     return next(filter(None, (a.self.unfit(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")
 
 
-def kept_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """Of hidden [B, L, C], as transformers keeps them for logits: the last ``keep`` positions (0: all), those of a tensor [K], of a tensor
-    [B, K] for each sample its own, or those a mask [B, L] leaves, [N, C]."""
-    if isinstance(keep, int):
-        return hidden[:, -keep:] if keep else hidden
-    if keep.dim() == 2:
-        return hidden[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden, keep[..., None], dim=1)
-    return hidden[:, keep]
-
-
 def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """[B, L] bool: where the loss reads the last hidden state."""
     labels = next_labels(labels, shift_labels)
@@ -359,12 +356,17 @@ def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple
 
 
 class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
-    """transformers' own forward around our decoder, of whose outputs it reads the loss alone."""
+    """transformers' own forward around our decoder, of whose outputs it reads the loss alone, and of the question no padding."""
 
     @wraps(modeling_blip.BlipForQuestionAnswering.forward)
     def forward(self, *args, **kwargs):
-        alone = {"loss_only": True} if isinstance(self.text_decoder, TextLMHeadModel) else {}
-        return super().forward(*args, **kwargs, **alone)
+        return super().forward(*args, **kwargs, **reads_of(self.text_decoder))
+
+
+def reads_of(decoder: nn.Module) -> dict[str, bool]:
+    """What a model of visual question answering, whose ``decoder`` this is, can say that it does not read; keywords of text models."""
+    ours = type(decoder) is TextLMHeadModel and type(decoder.bert) is TextModel  # attends to no padding of the question
+    return {"loss_only": not watched(decoder), "padding_unread": True} if ours else {}
 
 
 # what treats every token by itself; nobody calls the encoder: its layers are run one by one

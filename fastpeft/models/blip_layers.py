@@ -26,6 +26,13 @@ from fastpeft.ops._savings import on
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
 
 
+def reads_probabilities(module: nn.Module) -> bool:
+    """Whether a hook on ``module`` (or a forward of its own) sees the probabilities that transformers' attentions return."""
+    if not watched(module):
+        return False
+    return "forward" in module.__dict__ or not all(getattr(hook, "passes_rest_on", False) for hook in module._forward_hooks.values())
+
+
 class _Attends:
     """What the fused attentions assume of a module, and when transformers' own runs instead."""
 
@@ -40,8 +47,8 @@ class _Attends:
     def gives_probabilities(self, output_attentions: bool | None) -> bool:
         """Whether transformers' own attention runs: probabilities are asked for, by argument or configuration, or somebody reads them."""
         if output_attentions is None:
-            output_attentions = getattr(self.config, "output_attentions", False)
-        return bool(output_attentions) or bool(self.unfit(self))
+            output_attentions = self.config.output_attentions
+        return bool(output_attentions) or bool(self.unfit(self)) or reads_probabilities(self)
 
     @property
     def _dropout_p(self) -> float:
@@ -161,6 +168,8 @@ class TextAttention(modeling_blip_text.BlipTextAttention):
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
         mask = "attention_mask" if encoder_hidden_states is None else "encoder_attention_mask"
+        if reads_probabilities(self):
+            kwargs["output_attentions"] = True
         context, probabilities = self.self(
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,

@@ -6,13 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.activations import QuickGELUActivation
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip
 
 from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.base import watched
-from fastpeft.models.attend import dense_mask_attention, key_value_rescale, project_one, project_together, rescaled
+from fastpeft.models.attend import (
+    dense_mask_attention,
+    forms_probabilities,
+    key_value_rescale,
+    project_one,
+    project_together,
+    rescaled,
+    why_not_fused,
+)
 from fastpeft.models.layers import is_layer_norm
 from fastpeft.ops._remade import remade
 
@@ -55,25 +62,19 @@ class Attention(modeling_clip.CLIPAttention):
     @staticmethod
     def unfit(module: nn.Module) -> str:
         """'' or why transformers' own attention computes something else than softmax over all keys."""
-        chosen = module.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, modeling_clip.eager_attention_forward)
-        if not interface.__module__.startswith("transformers."):
-            return f"its attention implementation {chosen!r} is {interface.__module__}.{interface.__name__}"
-        return "its is_causal was set" if module.is_causal else ""
+        return why_not_fused(module) or ("its is_causal was set" if module.is_causal else "")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C]; attention_mask and is_causal as transformers gives them to CLIP's text encoder."""
         dense = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
-        if kwargs.get("output_attentions", self.config.output_attentions) or not dense or self.unfit(self):
+        if not dense or self.unfit(self) or forms_probabilities(self, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
         q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (rescaled(self.q_proj, q), k, v))
         options = {"prefix": None, "rescale": key_value_rescale(self.k_proj, self.v_proj, self.num_heads)}
         options["dropout_p"] = self.dropout if self.training else 0.0
         if attention_mask is not None:
-            if self.scale != self.head_dim**-0.5:
-                q = q * (self.scale * self.head_dim**0.5)
-            context = dense_mask_attention(q, k, v, attention_mask, **options)
+            context = dense_mask_attention(q, k, v, attention_mask, scale=self.scale, **options)
         else:
             context = ops.attention(q, k, v, causal=bool(kwargs.get("is_causal")), scale=self.scale, **options)
         return self.out_proj(context.transpose(1, 2).flatten(2)), None

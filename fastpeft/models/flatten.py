@@ -8,19 +8,17 @@ samples or routes them (Lily, aLoRA, Poly, X-LoRA, ``adapter_names``) is neither
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import activations
 
-try:  # transformers' hooks that collect hidden states
-    from transformers.utils import output_capturing
-except ImportError:
-    output_capturing = None
+from fastpeft.methods.base import sees_no_values, watched, watched_globally
+
+__all__ = ["ROW_WISE", "sees_no_values", "why_not_flat"]
 
 TORCH_ROW_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential,
@@ -43,32 +41,13 @@ def why_not_flat(stack: nn.Module, *roots: nn.Module) -> str:
     Hooks and the modules' own ``forward`` are looked at in every call; what depends on classes alone is kept on ``stack``: 0.1 ms for a
     LLaMA of 32 layers, 0.7 ms with LoRA on all its linear layers.
     """
-    if torch.nn.modules.module._has_any_global_hook():
+    if watched_globally():
         return "a hook on every module is registered (torch.nn.modules.module.register_module_forward_hook and its like)"
     survey = stack.__dict__.get("_fastpeft_survey")
     if survey is None or survey.stale(roots):
         survey = stack.__dict__["_fastpeft_survey"] = _Survey(roots)
     found = survey.unfit or survey.changed()
     return f"{_name_of(stack, found[0])} {found[1]}" if found else ""
-
-
-def hooks_see_values(module: nn.Module) -> bool:
-    """Whether a hook on ``module`` itself would see, or change, what it takes and returns; or whether it has a forward of its own."""
-    if torch.nn.modules.module._has_any_global_hook() or "forward" in module.__dict__:
-        return True
-    return any(map(_sees_values, chain.from_iterable(hooks.values() for hooks in _hooks_of(module.__dict__))))
-
-
-def sees_no_values(hook: Callable) -> Callable:
-    """Mark a hook that reads no tensor's shape or values and changes nothing: it does not count here."""
-    hook.sees_no_values = True
-    return hook
-
-
-def _sees_values(hook: Callable) -> bool:
-    if output_capturing is not None and getattr(hook, "__module__", None) == output_capturing.__name__:
-        return output_capturing._active_collector.get() is not None  # these stay once installed, and sleep between calls
-    return not getattr(hook, "sees_no_values", False)
 
 
 class _Survey:
@@ -95,7 +74,7 @@ class _Survey:
             return next((m, "has a forward of its own") for m in self.modules if "forward" in m.__dict__)
         if any(map(any, map(_hooks_of, self.attributes))):
             for module in self.modules:
-                if hooks_see_values(module):
+                if watched(module):
                     return module, "has hooks"
         if any(self.variants):
             for module in self.modules:

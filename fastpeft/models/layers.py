@@ -45,6 +45,13 @@ class LayerNorm(nn.LayerNorm):
         """x [..., C]."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
+    @staticmethod
+    def unfit(module: nn.LayerNorm) -> str:
+        """'' or why this one stays as it is."""
+        if len(module.normalized_shape) != 1:
+            return f"normalises {len(module.normalized_shape)} dimensions; the fused form takes the last one"
+        return "" if module.weight is not None and module.bias is not None else "has no affine parameters"
+
 
 class Dropout(nn.Dropout):
     """Dropout that keeps a seed for backward instead of a mask."""
@@ -70,18 +77,16 @@ class GELU(GELUActivation):
         """x of any shape."""
         return ops.gelu(x) if self.act is F.gelu else super().forward(x)
 
+    @staticmethod
+    def unfit(module: GELUActivation) -> str:
+        """'' or why this one stays as it is."""
+        return "" if module.act is F.gelu else "is written out in Python (use_gelu_python)"
+
 
 # PyTorch's or transformers' class -> ours
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dropout: Dropout, GELUActivation: GELU}
 
 
-def supports_layer_norm(module: nn.LayerNorm) -> str:
-    """'' or why this norm stays as it is."""
-    if len(module.normalized_shape) != 1:
-        return f"normalises {len(module.normalized_shape)} dimensions; the fused form takes the last one"
-    return "" if module.weight is not None and module.bias is not None else "has no affine parameters"
-
-
 def is_layer_norm(module: nn.Module) -> bool:
     """Whether ``module`` computes what ``ops.layer_norm`` does with its weight, bias and eps, so that the layer around it may."""
-    return type(module) in (nn.LayerNorm, LayerNorm) and not supports_layer_norm(module) and not watched(module)
+    return type(module) in (nn.LayerNorm, LayerNorm) and not LayerNorm.unfit(module) and not watched(module)

@@ -48,7 +48,8 @@ class Layout:
         return self.rows * self.columns if self.place is None else len(self.place)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[T, C] -> [rows, columns, C], zero where no token lies."""
+        """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
+        x = x.reshape(-1, x.shape[-1])
         if self.place is not None:
             x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy(0, self.place, x)
         return x.view(self.rows, self.columns, -1)
@@ -159,6 +160,6 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
 IGNORED = -100  # a label that is none
 
 
-def next_labels(labels: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-    """[B, L]: what each position is to predict, IGNORED where nothing; ``shift_labels`` are already that."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
+def next_labels(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORED) -> Tensor:
+    """[B, L]: what each position is to predict, ignore_index where nothing; ``shift_labels`` are already that."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels

@@ -1,9 +1,9 @@
 """Model outputs whose logits are computed when they are read.
 
-A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and mostly nobody looks at them.
-Some callers do: a ``compute_loss`` of one's own, PEFT's CPT, ``return_dict=False``. :func:`with_deferred_logits` returns an output of the
-model's own class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` the caller says that
-he reads none: ``logits`` are None in training, and what only they need (other positions than labelled ones) is not computed.
+A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and mostly nobody looks at them. Some callers
+do: a ``compute_loss`` of one's own, PEFT's CPT, ``return_dict=False``. :func:`with_deferred_logits` returns an output of the model's own
+class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` nobody reads any: ``logits``
+are None in training, and what only they need (other positions than labelled ones) is not computed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ def can_defer(*modules: nn.Module) -> bool:
     """True if what ``modules`` (a head) compute now they still compute after an optimizer step: nothing in them is trained, random or
     hooked, and nothing traces or transforms this call (torch.compile, torch.func, inference mode)."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or get_interpreter_stack():
-        return False
-    if torch.nn.modules.module._has_any_global_hook():
         return False
     inside = [module for root in modules for module in root.modules()]
     if any(watched(module) or (isinstance(module, nn.Dropout) and module.training and module.p > 0) for module in inside):
