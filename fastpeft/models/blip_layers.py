@@ -80,8 +80,8 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         mask = encoder_attention_mask if cross else attention_mask
         # transformers' masks add numbers: a row that is masked as a whole attends to all keys alike, and the gradients that PyTorch's
         # fused attention gives it are those of another row
-        additive = mask is not None and mask.is_floating_point() and prefix is None
-        if additive or self.gives_probabilities(output_attentions):
+        additive = mask is not None and mask.is_floating_point()
+        if prefix is None and (additive or self.gives_probabilities(output_attentions)):
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
         # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
         l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
