@@ -22,10 +22,7 @@ from fastpeft.models import blip, clip, layers, llama, llava, miss, vision_langu
 SWAPS = register(blip.SWAPS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
 # these hand masks, layouts and prefixes down in a form that only ours read
 CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
-NOTES = {
-    blip.TextAttention: blip.MASK_FIX,
-    llama.Model: "hidden states of padding are zero; position_ids that start again within a row mark packed samples",
-}
+NOTES = {blip.TextAttention: blip.MASK_FIX}
 COMPUTES = {blip.TextLMHeadModel: ("cls.predictions",)}  # modules further in whose layers a fused class computes itself
 # what makes a language-model loss: instances take the attribute ``lean_logits``
 LOSS_MODULES = (

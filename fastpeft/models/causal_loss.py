@@ -36,6 +36,7 @@ class Labelled(NamedTuple):
     targets: Tensor
     ignore_index: int = IGNORED
     items: Tensor | int | None = None
+    shifted_here: bool = False  # the last position then has none
 
     @classmethod
     def of(cls, labels: Tensor | None, shape: tuple[int, int], logits_to_keep: int | Tensor, options: dict) -> Labelled | None:
@@ -47,7 +48,14 @@ class Labelled(NamedTuple):
             return cls(shifted.view(shape), ignore_index, options.get("num_items_in_batch")) if shifted.numel() == shape.numel() else None
         if labels.shape != shape:
             return None
-        return cls(next_labels(labels, ignore_index=ignore_index), ignore_index, options.get("num_items_in_batch"))
+        return cls(next_labels(labels, ignore_index=ignore_index), ignore_index, options.get("num_items_in_batch"), True)
+
+    def loss(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """Of last hidden states [B, L, C] under ``head``."""
+        targets = self.targets
+        if self.shifted_here:
+            hidden, targets = hidden[:, :-1], targets[:, :-1]
+        return loss_of(head, hidden, targets, self.items, self.ignore_index)
 
 
 def causal_loss(
@@ -63,10 +71,9 @@ def causal_loss(
     is a function that computes them, where they can wait for a reader. ``asked``: the labels, in a step whose loss needs no others."""
     head = model.lm_head
     if lean:
-        return loss_of(head, hidden, asked.targets, asked.items, asked.ignore_index), None, None
+        return asked.loss(head, hidden), None, None
     if asked is not None and type(head) is nn.Linear and not is_quantized(head.weight) and can_defer(head):
-        loss = loss_of(head, hidden, asked.targets, asked.items, asked.ignore_index)
-        return loss, hidden.new_empty(0), partial(F.linear, hidden, head.weight, head.bias)
+        return asked.loss(head, hidden), hidden.new_empty(0), partial(F.linear, hidden, head.weight, head.bias)
     logits, loss = head(slice_logits_to_keep(hidden, logits_to_keep)), None
     if labels is not None and model.loss_function is ForCausalLMLoss:
         loss = loss_of_logits(logits, labels, **options)

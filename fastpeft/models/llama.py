@@ -28,7 +28,7 @@ from fastpeft.methods import Part
 from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
-from fastpeft.models.attend import READ_BY_ATTENTION, as_key_mask, why_not_fused
+from fastpeft.models.attend import READ_BY_ATTENTION, as_key_mask
 from fastpeft.models.causal_loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.models.flatten import why_not_flat
 from fastpeft.models.layout import Layout, rows_layout, self_layout, tail_of
@@ -112,7 +112,7 @@ class Model(modeling_llama.LlamaModel):
         asked, use_cache = use_cache, self._uses_cache(use_cache)
         encoder = getattr(self, "prefix_encoder", None)
         ours = encoder is not None or modality is not None or kwargs.get("visual") is not None
-        alone = self.samples_alone or ours or any(getattr(layer.self_attn, "excitor", None) is not None for layer in self.layers)
+        alone = self.samples_alone or ours or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
         if not ours and not self._is_plain(given, attention_mask, kwargs):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
@@ -169,7 +169,7 @@ class Model(modeling_llama.LlamaModel):
                 return False
             if self.config._attn_implementation == "eager" and not bool(mask.all()):
                 return False  # what padding attends to there is everything
-        return not why_not_flat(self, self.layers, self.norm) and not any(map(why_not_fused, [layer.self_attn for layer in self._layers()]))
+        return not why_not_flat(self, self.layers, self.norm) and not any(map(Attention.unfit, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
@@ -292,11 +292,16 @@ class Plan(NamedTuple):
     wanted: Tensor | None = None
 
 
+def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
+    """Of every layer, inside PEFT's adaption prompt too."""
+    return [getattr(layer.self_attn, "model", layer.self_attn) for layer in model.layers[: model.config.num_hidden_layers]]
+
+
 def is_causal(model: modeling_llama.LlamaModel) -> bool:
     """False where its configuration or one of its attention layers was told not to be."""
     if getattr(model.config, "is_causal", None) is False:
         return False
-    return all(getattr(layer.self_attn, "is_causal", True) for layer in model.layers)
+    return all(attention.is_causal for attention in attentions(model))
 
 
 def output_asked(model: nn.Module, what: str, options: dict) -> bool:

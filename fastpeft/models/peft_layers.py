@@ -131,7 +131,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     ia3.Linear: IA3Linear,
     adaption_prompt.AdaptedAttention: AdaptedAttention,
 }
-ROW_WISE.update((LNTuningLayer, ModulesToSaveWrapper, DoraLinearLayer, DoraLinearVariant))
+ROW_WISE.update((lora.Linear, ia3.Linear, LNTuningLayer, ModulesToSaveWrapper, DoraLinearLayer, DoraLinearVariant))
 for method, fused in ((lora, _LoRA), (ia3, _IA3)):  # PEFT has these where bitsandbytes is installed
     for name in ("Linear4bit", "Linear8bitLt"):
         if (theirs := getattr(method, name, None)) is not None:
