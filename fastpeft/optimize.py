@@ -19,7 +19,7 @@ from fastpeft.methods.replacement import REPLACED, is_fused, register
 from fastpeft.methods.written import WrittenLinear
 from fastpeft.models import blip, clip, layers, llama, llava, miss, vision_language
 
-SWAPS = register(blip.SWAPS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
+SWAPS = register(blip.SWAPS | blip.MODELS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
 # these hand masks, layouts and prefixes down in a form that only ours read
 CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
 NOTES = {blip.TextAttention: blip.MASK_FIX}

@@ -2,8 +2,10 @@
 
 :func:`fastpeft.optimize` gives the transformers modules these classes in place. What differs from transformers' own:
 
-- attention never forms its probabilities (any flash backend serves), takes prefixes, and folds IA3's factors into q and the output;
-- masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built;
+- attention forms no probabilities unless somebody reads them (any flash backend serves), takes prefixes, and folds IA3's factors into q and
+  the output;
+- masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built, and padding that nobody reads is not computed; where a module is
+  hooked, foreign, or set to something that the fused forms do not know, transformers' own forward runs, on whole tensors;
 - **cross-attention honours ``encoder_attention_mask``.** transformers 4.57 to 5.23 loses it on the way (``BlipTextLayer`` passes it
   as ``attention_mask``, ``BlipTextSelfAttention`` reads ``encoder_attention_mask``): padding of a question leaks into the decoder;
 - the language-model loss forms logits at labelled positions only; all logits are formed when they are read.
@@ -16,14 +18,12 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods.base import watched
-from fastpeft.models.attend import as_key_mask
 from fastpeft.models.blip_layers import (
     TextAttention,
     TextIntermediate,
@@ -34,209 +34,12 @@ from fastpeft.models.blip_layers import (
     VisionAttention,
     VisionMLP,
 )
+from fastpeft.models.blip_stack import TextModel
 from fastpeft.models.causal_loss import slice_logits_to_keep
-from fastpeft.models.flatten import ROW_WISE, why_not_flat
-from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, self_layout, tail_of
-from fastpeft.models.outputs import can_defer, with_deferred_logits
+from fastpeft.models.flatten import why_not_flat
+from fastpeft.models.layout import IGNORED, next_labels
+from fastpeft.models.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.ops._common import sent
-from fastpeft.ops._savings import on
-
-
-class TextModel(modeling_blip_text.BlipTextModel):
-    """The stack of text layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
-
-    @property
-    def prefix_shape(self) -> tuple[int, int, int]:
-        first = self.encoder.layer[0].attention.self
-        return len(self.encoder.layer), first.num_attention_heads, first.attention_head_size
-
-    @staticmethod
-    def unfit(module: nn.Module) -> str:
-        """'' or why transformers' own forward of the stack computes something else than ours."""
-        chosen = module.config._attn_implementation
-        return "" if chosen in (None, "eager") else f"its masks are made for the attention implementation {chosen!r}"
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        encoder_embeds=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        past_key_values=None,
-        use_cache=None,
-        is_decoder=False,
-        encoder_index=None,
-        wanted=None,
-        padding_unread=False,
-        **kwargs,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
-
-        ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
-        once for all samples that share it. ``wanted`` [B, L] bool: the caller reads the last hidden state there only; ``padding_unread``:
-        he reads it at no padding. What is not read may be zero, and is not computed where every layer can do without.
-
-        transformers' own forward runs, with our layers in it, where something is asked that the fused layers do not know, and where they
-        are hooked or foreign: these see whole tensors [B, L, C] under transformers' own masks.
-        """
-        if (input_ids is None) == (inputs_embeds is None) and encoder_embeds is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        shape = next(t for t in (encoder_embeds, inputs_embeds, input_ids) if t is not None).shape[:2]
-        if encoder_hidden_states is not None and encoder_index is None and len(encoder_hidden_states) == 1 < shape[0]:
-            encoder_index = torch.zeros(shape[0], dtype=torch.long)  # as it broadcasts
-        masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
-        if masks[1] is not None and masks[1].dim() == 2 and len(masks[1]) == 1:
-            masks[1] = masks[1].expand(shape[0], -1)
-        encoder, causal = getattr(self, "prefix_encoder", None), bool(is_decoder) and self._is_causal(kwargs)
-        reason = self._beyond_us(shape, masks, encoder_hidden_states, past_key_values, kwargs)
-        if reason and encoder is not None:
-            raise ValueError(f"a prefix runs in fused attention alone, and {reason}: leave that out, or detach the prefix")
-        reason = reason or self._needs_transformers()
-        keep_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        wanted, padding_unread = (None, False) if keep_states or self.pooler is not None else (wanted, padding_unread)
-        unpadded, own_rows = self._padding(masks[0], past_key_values, wanted, padding_unread, causal)
-        if encoder is None and (reason or not own_rows):
-            return self._as_transformers(
-                encoder_hidden_states,
-                encoder_index,
-                masks,
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                encoder_embeds=encoder_embeds,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                is_decoder=is_decoder,
-                **kwargs,
-            )
-        if use_cache is None:
-            use_cache = self.config.use_cache
-        if is_decoder and use_cache and not (self.training and self.encoder.gradient_checkpointing):
-            past_key_values = self._cache(past_key_values)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        hidden = encoder_embeds
-        if hidden is None:
-            hidden = self.embeddings(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                past_key_values_length=past + (encoder.tokens if encoder is not None else 0),
-            )
-        flat = unpadded and not reason
-        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, flat)
-        states = [] if keep_states else None
-        hidden = self._run(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, causal, layouts, wanted, states)
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=hidden,
-            pooler_output=self.pooler(hidden) if self.pooler is not None else None,
-            past_key_values=past_key_values,
-            hidden_states=tuple(states) if keep_states else None,
-        )
-
-    def _is_causal(self, kwargs: dict) -> bool:
-        """What an argument, or else the configuration, says of a decoder, as transformers reads it."""
-        given = kwargs.get("is_causal", getattr(self.config, "is_causal", None))
-        return given is None or bool(given)
-
-    def _beyond_us(self, shape, masks, encoder_states, cache, kwargs) -> str:
-        """'' or what is asked for that the fused layers do not compute, with a prefix or without."""
-        if kwargs.get("output_attentions", self.config.output_attentions):
-            return "attention probabilities are asked for"
-        if not isinstance(kwargs.get("output_hidden_states", False), bool | None):
-            return "hidden states are selected by their numbers"
-        if reason := self.unfit(self) or next(filter(None, map(attentions_unfit, self.encoder.layer)), ""):
-            return reason
-        cache = getattr(cache, "self_attention_cache", cache)
-        if cache is not None and cache.is_compileable:
-            return "its cache is of fixed size"
-        past = 0 if cache is None else cache.get_seq_length()
-        expected = ((shape[0], past + shape[1]), (shape[0], None if encoder_states is None else encoder_states.shape[1]))
-        for name, mask, want in zip(("attention_mask", "encoder_attention_mask"), masks, expected):
-            if mask is not None and mask.dim() != 4 and tuple(mask.shape) != want:
-                return f"{name} is {list(mask.shape)}, not {list(want)}"
-        return ""
-
-    def _needs_transformers(self) -> str:
-        """'' or why layers are called as transformers' own forward calls them."""
-        if torch.compiler.is_compiling():
-            return "torch.compile makes one graph for every length"
-        return "the stack has hooks" if watched(self) else why_not_flat(self, self.encoder)
-
-    @staticmethod
-    def _padding(mask: Tensor | None, cache, wanted: Tensor | None, unread: bool, causal: bool) -> tuple[bool, bool]:
-        """(whether the states of padding may be left out, whether all rows that are read attend to something: in transformers, a row that
-        is masked as a whole attends to all keys alike)."""
-        if mask is None or mask.dim() != 2 or cache is not None or torch.compiler.is_compiling():
-            return True, True
-        real = mask.cpu()
-        if unread if wanted is None else not bool((wanted.cpu() & ~real).any()):
-            return True, True
-        return bool(real.all()), bool((real[:, 0] if causal else real.any(1)).all())
-
-    def _as_transformers(self, encoder_states, encoder_index, masks, **given) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """transformers' own forward around our layers, in its masks [B, 1, M, N]."""
-        if encoder_index is not None:
-            encoder_states = encoder_states[sent(encoder_index, encoder_states.device)]
-        names = ("attention_mask", "encoder_attention_mask")
-        given |= {name: mask if mask is None else mask.to(self.device) for name, mask in zip(names, masks)}
-        return super().forward(encoder_hidden_states=encoder_states, return_dict=True, **given)
-
-    def _run(self, hidden, masks, cache, encoder_states, encoder_index, causal, layouts, wanted, states: list | None) -> Tensor:
-        """[B, L, C] after the last layer, at ``wanted`` positions only where some are given; ``states`` takes what comes before and after
-        each layer."""
-        layout, device = layouts["layout"], hidden.device
-        if encoder_index is not None and layouts["encoder_layout"] is layout:
-            encoder_states = encoder_states[sent(encoder_index, device)]
-        masks = [None if mask is None else mask.to(device, non_blocking=True) for mask in masks]
-        encoder = getattr(self, "prefix_encoder", None)
-        prefixes = [None] * len(self.encoder.layer) if encoder is None else encoder()
-        pad = layout.spread if layout is not None else lambda x: x
-        hidden = hidden if layout is None else layout.gather(hidden)
-        how = {name: value for name, value in {"causal": causal, **layouts}.items() if value}
-        tail = tail_of(layout, wanted, causal, device) if wanted is not None and layout is not None and on("labelled") else None
-        for layer, prefix in zip(self.encoder.layer, prefixes):
-            if states is not None:
-                states.append(pad(hidden))
-            if tail is not None and layer is self.encoder.layer[-1]:
-                pad, how = tail.outputs.spread, how | self._tail(tail, layouts, encoder_index, encoder_states)
-            hidden = layer(
-                hidden,
-                encoder_states,
-                attention_mask=masks[0],
-                encoder_attention_mask=masks[1],
-                past_key_values=cache,
-                **how | ({} if prefix is None else {"prefix": prefix}),
-            )
-        hidden = pad(hidden)
-        if states is not None:
-            states.append(hidden)
-        return hidden
-
-    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index, flat: bool) -> dict[str, Layout | None]:
-        """Where tokens lie in self- and in cross-attention; None where layers see them as they are, or a cache or a 4-D mask forbids it.
-        Samples keep states of their own (one layout for both) where nothing is shared, or where a mask over states would differ between
-        those that share them."""
-        if not flat or cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
-            return {"layout": None, "encoder_layout": None}
-        layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
-        if encoder_states is None or encoder_index is None or masks[1] is not None:
-            return {"layout": layout, "encoder_layout": layout}
-        return {"layout": layout, "encoder_layout": image_layout(layout, encoder_index, len(encoder_states), hidden.device)}
-
-    def _tail(self, tail: Tail, layouts, encoder_index, encoder_states) -> dict[str, Tail | Layout]:
-        """What the last layer is told where only some of its outputs are wanted."""
-        shared = layouts["encoder_layout"] is not layouts["layout"]
-        images = image_layout(tail.queries, encoder_index, len(encoder_states), tail.tokens.device) if shared else tail.queries
-        return {"tail": tail, "encoder_layout": images}
-
-    def _cache(self, cache):
-        if cache is None:
-            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        return EncoderDecoderCache(cache, DynamicCache(config=self.config)) if isinstance(cache, DynamicCache) else cache
 
 
 class _ShiftsLabels:
@@ -343,12 +146,6 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss
 
 
-def attentions_unfit(layer: nn.Module) -> str:
-    """'' or why fused attention computes something else than one of the layer's."""
-    attentions = (getattr(layer, name, None) for name in ("attention", "crossattention"))
-    return next(filter(None, (a.self.unfit(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")
-
-
 def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """[B, L] bool: where the loss reads the last hidden state."""
     labels = next_labels(labels, shift_labels)
@@ -363,17 +160,47 @@ class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
         return super().forward(*args, **kwargs, **reads_of(self.text_decoder))
 
 
+class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
+    """transformers' own forward, whose output hands on logits that are formed when they are read."""
+
+    @can_return_tuple
+    @wraps(modeling_blip.BlipForConditionalGeneration.forward)
+    def forward(
+        self,
+        pixel_values,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        interpolate_pos_encoding=False,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> modeling_blip.BlipForConditionalGenerationModelOutput:
+        vision = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        text = self.text_decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=vision.last_hidden_state,
+            labels=labels,
+            reduction="mean",
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        output = modeling_blip.BlipForConditionalGenerationModelOutput(
+            loss=text.loss,
+            logits=text.loss if is_deferred(text) else text.logits,
+            image_embeds=vision.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+        )
+        return with_deferred_logits(output, lambda: text.logits, self.text_decoder.cls) if is_deferred(text) else output
+
+
 def reads_of(decoder: nn.Module) -> dict[str, bool]:
     """What a model of visual question answering, whose ``decoder`` this is, can say that it does not read; keywords of text models."""
     ours = type(decoder) is TextLMHeadModel and type(decoder.bert) is TextModel  # attends to no padding of the question
     return {"loss_only": not watched(decoder), "padding_unread": True} if ours else {}
 
-
-# what treats every token by itself; nobody calls the encoder: its layers are run one by one
-ROW_WISE |= {
-    getattr(modeling_blip_text, f"BlipText{name}")
-    for name in ("SelfOutput", "Output", "Intermediate", "Encoder", "OnlyMLMHead", "LMPredictionHead", "PredictionHeadTransform")
-}
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -387,7 +214,10 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,
     modeling_blip.BlipAttention: VisionAttention,
     modeling_blip.BlipMLP: VisionMLP,
+}
+MODELS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip.BlipForQuestionAnswering: QuestionAnswering,
+    modeling_blip.BlipForConditionalGeneration: ConditionalGeneration,
 }
 # these hand masks, layouts and prefixes down in a form that only they read
 CARRIERS = (TextModel, TextLayer, TextAttention, TextSelfAttention)

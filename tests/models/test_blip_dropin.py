@@ -14,7 +14,7 @@ from transformers import (
     BlipModel,
     CLIPVisionModel,
 )
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel, BlipTextOnlyMLMHead
 
 import fastpeft as fp
 from fastpeft.models.clip import vision_config
@@ -325,6 +325,22 @@ def test_labels_that_do_not_fit(make):
     fp.optimize(model)
     with pytest.raises(ValueError, match="labels"):
         model(input_ids=IDS, encoder_hidden_states=STATES, labels=IDS[:, :4])
+
+
+def test_captions_logits_wait_for_a_reader(make, pixels, monkeypatch):
+    model = make(BlipForConditionalGeneration)
+    model.text_decoder.cls.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    fp.optimize(model)
+    heads, forward = [], BlipTextOnlyMLMHead.forward
+    monkeypatch.setattr(BlipTextOnlyMLMHead, "forward", lambda head, hidden: heads.append(1) or forward(head, hidden))
+    out = caption(pixels)(model)
+    out.loss.backward()
+    assert type(out).__name__ == "BlipForConditionalGenerationModelOutput" and "logits" in out and not heads
+    torch.testing.assert_close(out.logits, caption(pixels)(plain).logits, rtol=1e-10, atol=1e-10)
+    assert len(caption(pixels, return_dict=False)(model)) == len(caption(pixels, return_dict=False)(plain)) == 4
+    report = fp.optimize(model, lean_logits=True)
+    assert caption(pixels)(model).logits is None and any("lean_logits" in note for note in report.notes)
 
 
 def test_one_state_for_all_and_masks(make):

@@ -8,7 +8,6 @@ import torch
 import fastpeft as fp
 from fastpeft.methods.base import sees_no_values
 from fastpeft.models import blip
-from fastpeft.models.flatten import sees_no_values
 from fastpeft.models.layout import Layout, image_layout, rows_of, self_layout, tail_of
 from fastpeft.ops import layer_norm
 from fastpeft.ops._remade import recipe_of
