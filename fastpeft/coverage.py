@@ -9,16 +9,18 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import watched
 from fastpeft.methods.quantized import size_of
-from fastpeft.methods.replacement import is_fused
+from fastpeft.methods.replacement import is_fused, is_own
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -46,7 +48,7 @@ class ClassCount:
         return ", ".join([*said, f"{'' if whole else f'{self.left.total()} '}left: {reason}{more}"])
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What :func:`fastpeft.optimize` did.
 
@@ -72,7 +74,7 @@ class Report:
             for name, row in self.classes.items()
         }
         counts = {name: len(getattr(self, name)) for name in ("swapped", "already_fused", "skipped")}
-        return {"classes": classes, "coverage": self.coverage, "parameters": self.parameters, **counts, "notes": self.notes}
+        return {"classes": classes, "coverage": dict(self.coverage), "parameters": self.parameters, **counts, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         """A line for each class, not for each module."""
@@ -90,6 +92,8 @@ class Report:
             lines += [f"  {shares}"]
             lines += [f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    __repr__ = __str__
 
 
 def label(cls: type) -> str:
@@ -179,7 +183,7 @@ class _Survey:
 
     def _entry(self, name: str, module: nn.Module, owner: _Entry | None) -> _Entry:
         cls = type(module)
-        if cls.__module__.split(".")[0] == "fastpeft":
+        if is_own(module):
             entry = _Entry(name, module, "own")
         elif is_fused(module):
             entry = _Entry(name, module, "fused", shown=True)
@@ -199,7 +203,7 @@ class _Survey:
         """Add a parameter to the entry that holds it; one that is shared to the first."""
         key = id(parameter)
         if key not in self.sizes:
-            self.sizes[key] = size_of(parameter)
+            self.sizes[key] = 0 if is_lazy(parameter) else size_of(parameter)
             entry.parameters += self.sizes[key]
         entry.shown = True
         if linear:
@@ -245,6 +249,12 @@ class _Survey:
 
 def full_losses(model: nn.Module) -> list[str]:
     """Classes of ``model`` with a language-model head whose own loss runs: it forms the logits of every position."""
-    heads = [(m, m.get_output_embeddings()) for m in model.modules() if isinstance(m, PreTrainedModel)]
-    ours = {id(head) for m, head in heads if is_fused(m) or type(m).__module__.split(".")[0] == "fastpeft"}
+    heads = [(m, _head(m)) for m in model.modules() if isinstance(m, PreTrainedModel)]
+    ours = {id(head) for m, head in heads if is_fused(m) or is_own(m)}
     return sorted({label(type(m)) for m, head in heads if head is not None and id(head) not in ours})
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    with suppress(AttributeError, NotImplementedError):  # models outside transformers need not have one to ask for
+        return model.get_output_embeddings()
+    return None

@@ -59,9 +59,7 @@ def swaps() -> dict[type[nn.Module], type[nn.Module]]:
     return known
 
 
-def optimize(
-    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None, *, lean_logits: bool | None = None
-) -> Report:
+def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None, *, lean_logits: bool | None = None) -> Report:
     """Exchange every known module of ``model`` for its fused form, in place, and report on all that hold parameters.
 
     filter_fn(module, name) -> bool: return False to leave a module as it is. lean_logits: True says that nobody reads the logits of a
@@ -146,7 +144,7 @@ def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
     """'' or why this module cannot be exchanged: ours hands masks, causality and prefixes down in a form that only ours read."""
     if ours not in CARRIERS.values():
         return ""
-    left = [name for name, child in module.named_modules() if isinstance(child, tuple(CARRIERS)) and type(child) not in CARRIERS.values()]
+    left = [name for name, child in module.named_modules() if isinstance(child, tuple(CARRIERS)) and not is_fused(child)]
     left.remove("")  # the module itself
     return f"{max(left, key=len)} inside it stays as it is" if left else ""
 

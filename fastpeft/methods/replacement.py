@@ -4,8 +4,8 @@ transformers, PEFT, accelerate, FSDP and Trainer choose what to do by the name o
 ``__name__``, ``__qualname__`` and ``__module__`` of the class it replaces.
 
 - A copy (``copy``, ``deepcopy``) is fused.
-- A pickle names the replaced class: it loads wherever that class can be imported, and gives the module before ``optimize``. Only a module
-  with an adapter inside that runs in fused modules alone (a prefix, Excitor, ...) comes back fused; its pickle needs fastpeft.
+- A pickle names the replaced class: it loads wherever that class can be imported, and gives the module before ``optimize``. Only where it
+  needs fastpeft anyway, as a module of fastpeft's own is inside (a linear layer with LoRA, a prefix, Excitor, ...), it comes back fused.
 
 Classes that add parameters (:class:`fastpeft.methods.adapted.AdaptedLinear` and its kind) are no replacement: they keep their own names.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.methods.base import ADAPTER_MODULES, swap_class
+from fastpeft.methods.base import swap_class
 
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {}  # a fused class -> the class it replaces
 
@@ -39,9 +39,22 @@ def is_fused(module: nn.Module) -> bool:
     return any(cls in REPLACED for cls in type(module).__mro__)
 
 
-def needs_fused(module: nn.Module) -> bool:
-    """Whether an adapter is attached to ``module`` that only fused modules run."""
-    return any(getattr(module, kind, None) is not None for kind in ADAPTER_MODULES)
+def is_own(module: nn.Module) -> bool:
+    """Whether ``module`` is of one of fastpeft's own classes, which replace none."""
+    return type(module).__module__.split(".")[0] == "fastpeft"
+
+
+def fused_names(module: nn.Module) -> list[str]:
+    """The names of the fused modules in ``module``, "" for itself."""
+    return [name for name, child in module.named_modules() if type(child) in REPLACED]
+
+
+def fuse(module: nn.Module, names: list[str]) -> None:
+    """Give the modules of these names their fused classes, where they do not have them."""
+    known = {theirs: ours for ours, theirs in REPLACED.items()}
+    for child in map(module.get_submodule, names):
+        if type(child) in known:
+            swap_class(child, known[type(child)])
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -51,21 +64,16 @@ def _reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     state = self.__getstate__()
     # what pickles of protocol 0 call; copyreg.__newobj__ takes no class but the object's own
     plain = (copyreg._reconstructor, (theirs, object, None))
-    if any(map(needs_fused, self.modules())):
-        fused = [name for name, module in self.named_modules() if type(module) in REPLACED]
-        return (*plain, (state, fused), None, None, set_fused_state)
+    if any(map(is_own, self.modules())):
+        return (*plain, (state, fused_names(self)), None, None, set_fused_state)
     state.pop("lean_logits", None)
     return (*plain, state)
 
 
 def set_fused_state(module: nn.Module, saved: tuple[dict[str, Any], list[str]]) -> None:
-    """Complete an unpickled module: its state, and the names of the modules in it that are fused ("" for itself)."""
-    state, fused = saved
-    module.__setstate__(state)
-    known = {theirs: ours for ours, theirs in REPLACED.items()}
-    for child in map(module.get_submodule, fused):
-        if type(child) in known:
-            swap_class(child, known[type(child)])
+    """Complete an unpickled module: (its state, the names of the fused modules in it)."""
+    module.__setstate__(saved[0])
+    fuse(module, saved[1])
 
 
 def _copy(self: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers.activations import GELUActivation
 
 from fastpeft import ops
 from fastpeft.methods.base import watched
+from fastpeft.methods.replacement import fuse, fused_names
 from fastpeft.ops._remade import recomputed
 
 
@@ -34,6 +36,15 @@ class FrozenEvaluates:
         for path in getattr(self, "evaluation_only", None) or ():
             self.get_submodule(path).eval()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle says which modules are fused: their own name the class they replace."""
+        return super().__getstate__() | {"fused_names": fused_names(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = state.pop("fused_names", [])
+        super().__setstate__(state)
+        fuse(self, names)
 
 
 class LayerNorm(nn.LayerNorm):
