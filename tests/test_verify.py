@@ -14,7 +14,7 @@ from fastpeft import cli, plain
 from fastpeft import verify as verifying
 from fastpeft.methods import adaption_prompt, excitor
 from fastpeft.methods.replacement import is_fused
-from fastpeft.models import attend, blip, blip_layers, llama, llama_layers
+from fastpeft.models import attend, blip, blip_layers, llama_layers
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
 
@@ -127,8 +127,8 @@ def test_faults_of_excitors_and_adapters(monkeypatch):
 
 
 def test_a_fault_in_llamas_attention_fails(monkeypatch):
-    right = llama.ops.rotary
-    monkeypatch.setattr(llama.ops, "rotary", lambda x, cos, sin: right(x, cos, 1.01 * sin))
+    right = fp.ops.rotary
+    monkeypatch.setattr(fp.ops, "rotary", lambda x, cos, sin: right(x, cos, 1.01 * sin))
     assert not verify(fp.adapt(fp.build("llama-tiny", num_hidden_layers=2), "LoRA")).ok
 
 

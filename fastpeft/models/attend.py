@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastpeft import ops
 from fastpeft.methods.adapted import Terms, terms_of
 from fastpeft.methods.base import watched
+from fastpeft.ops._common import accumulator
 from fastpeft.ops._remade import recipe_of
 from fastpeft.ops.lora_linear import lora_linears
 
@@ -60,15 +61,21 @@ def forms_probabilities(attention: nn.Module, options: dict) -> bool:
     return bool(options.get("output_attentions") or attention.config.output_attentions) or watched(attention)
 
 
-def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=None) -> Tensor:
-    """Attention under transformers' own [B, 1, M, N] mask, bool or added to the scores."""
+def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=None, eager=False) -> Tensor:
+    """Attention under transformers' own [B, 1, M, N] mask, bool or added to the scores. ``eager``: as its eager attention does. Where that
+    masks all keys of a query by the same finite number, the query attends to all alike; SDPA's backward takes every such weight for 1."""
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     if rescale is not None:
         k, v = k * rescale[0][:, None].to(k.dtype), v * rescale[1][:, None].to(v.dtype)
     if prefix is not None:
         k, v = (torch.cat([p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], dim=2) for p, t in zip(prefix, (k, v)))
         mask = F.pad(mask, (prefix[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if eager:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + mask
+        return F.dropout(scores.softmax(-1, dtype=accumulator(q.dtype)).to(q.dtype), dropout_p) @ v
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:

@@ -76,13 +76,20 @@ class Model(modeling_llama.LlamaModel):
     On plain batches its values are LlamaModel's, padding included. LlamaModel's own forward runs, with the fused layers in it, wherever
     something is asked that this one does not know (see :meth:`_is_plain`)."""
 
-    # fastpeft.adapt sets it. Then each sample of a batch computes as it does alone: positions count from its first token, not from padding
-    # on its left, and position_ids that start again within a row mark packed samples in training, whatever config.use_cache says.
+    # fastpeft.adapt sets it, and a prefix or an Excitor implies it. Then each sample of a batch computes as it does alone: positions count
+    # from its first token, not from padding on its left, and position_ids that start again within a row mark packed samples in training,
+    # whatever config.use_cache says.
     samples_alone = False
 
     @property
     def prefix_shape(self) -> tuple[int, int, int]:
         return len(self.layers), self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+
+    @property
+    def alone(self) -> bool:
+        """Whether each sample computes as alone: see ``samples_alone``."""
+        adapted = self.samples_alone or getattr(self, "prefix_encoder", None) is not None
+        return adapted or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
 
     @staticmethod
     def unfit(module: nn.Module) -> str:
@@ -109,10 +116,10 @@ class Model(modeling_llama.LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
-        asked, use_cache = use_cache, self._uses_cache(use_cache)
         encoder = getattr(self, "prefix_encoder", None)
         ours = encoder is not None or modality is not None or kwargs.get("visual") is not None
-        alone = self.samples_alone or ours or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
+        alone = self.alone or ours
+        asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
         if not ours and not self._is_plain(given, attention_mask, kwargs):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
@@ -138,10 +145,10 @@ class Model(modeling_llama.LlamaModel):
             plan = plan._replace(mask=self._mask_of_transformers(hidden, attention_mask, past_key_values, position_ids), causal=None)
         return self._run(hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs)
 
-    def _uses_cache(self, use_cache: bool | None) -> bool:
-        """As transformers resolves it; but in training samples_alone need none by default."""
+    def _uses_cache(self, use_cache: bool | None, alone: bool) -> bool:
+        """As transformers resolves it; but in training samples alone need none by default."""
         if use_cache is None:
-            use_cache = self.config.use_cache and not (self.samples_alone and self.training)
+            use_cache = self.config.use_cache and not (alone and self.training)
         return bool(use_cache) and not (self.gradient_checkpointing and self.training)
 
     def _positions(self, given: dict, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
@@ -367,6 +374,8 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
         if lean and type(self.model) is Model and not watched(self.model):
             to_model["wanted"] = asked.targets != asked.ignore_index
+        if use_cache is None and labels is not None and getattr(self.model, "alone", False):
+            use_cache = False  # position_ids then mark packed samples in evaluation too
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -57,9 +57,11 @@ class MLP(Recomputes, modeling_llama.LlamaMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
+        if watched(self.act_fn):
+            return super().forward(x)
         linears = (self.gate_proj, self.up_proj)
         gate, up = self.projected(partial(project, linears), x, linears)
-        if type(self.act_fn) not in SILU or watched(self.act_fn):
+        if type(self.act_fn) not in SILU:
             return self.down_proj(self.act_fn(gate) * up)
         down = terms_of(self.down_proj)
         if down is None:
@@ -166,7 +168,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         if causal is not None:
             return ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
         if mask is not None:
-            return dense_mask_attention(q, k, v, mask, **options)
+            return dense_mask_attention(q, k, v, mask, eager=self.config._attn_implementation == "eager", **options)
         M, causal = q.shape[2], self.is_causal if is_causal is None else is_causal
         if causal and M > 1 and k.shape[2] > M:  # a cache of fixed size, not yet filled: causality is aligned at the first key
             k, v = k[:, :, :M], v[:, :, :M]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -120,7 +121,9 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             if pixel_values is not None or image_embeds is not None:
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
         decoder, to_model = self.model.language_model, {}
-        asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs) if self.training else None
+        asked = None
+        if self.training and self.loss_function is ForCausalLMLoss:
+            asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
         if lean and type(decoder) is Model and not watched(decoder):
             to_model["wanted"] = asked.targets != asked.ignore_index
@@ -129,7 +132,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=False if labels is not None and self.training and use_cache is None else use_cache,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
             **{name: value for name, value in kwargs.items() if name not in OF_THE_LOSS},
             **to_model,
         )
