@@ -1,5 +1,5 @@
 """BLIP on fastpeft's operators against transformers' own modules, under every plan, and what only ours promises: nothing saved below
-the lowest trainable parameter, no logits while training, gradients where they are asked for and nowhere else."""
+the lowest trainable parameter, logits formed when they are read, gradients where they are asked for and nowhere else."""
 
 import contextlib
 import functools
