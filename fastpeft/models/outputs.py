@@ -51,8 +51,8 @@ def can_defer(*modules: nn.Module) -> bool:
 
 
 def is_deferred(output: ModelOutput) -> bool:
-    """Whether the logits of ``output`` wait for a reader."""
-    return "_read_logits" in object.__getattribute__(output, "__dict__")
+    """Whether the logits of ``output`` wait for a reader; none do while torch.compile traces."""
+    return not torch.compiler.is_compiling() and "_read_logits" in object.__getattribute__(output, "__dict__")
 
 
 def with_deferred_logits(output: ModelOutput, compute: Callable[[], Tensor], *modules: nn.Module) -> ModelOutput:
