@@ -8,6 +8,7 @@ Linear layers, norms and activations see [T, C]: no padding is computed. Self-at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,30 @@ def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
     columns = int(lengths.max()) if len(lengths) else 0
     rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     return _laid(len(lengths), columns, rows, _slots(rows, lengths), device)
+
+
+def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
+    """Where position_ids do not go on by one from token to token, another sample begins (transformers' rule): each in a row of its own, or
+    None where no row of the batch holds more than one."""
+    ids = position_ids.expand(hidden.shape[0], -1).cpu()
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
+    first = starts.flatten().nonzero().squeeze(1)
+    if len(first) <= hidden.shape[0]:
+        return None
+    return rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
+
+
+class TokenPlan(NamedTuple):
+    """How the tokens of a call lie. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
+    ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
+    transformers' own mask; ``wanted`` [B, L] bool: the only outputs that are read (None: all)."""
+
+    tokens: Layout | None = None
+    layout: Layout | None = None
+    mask: Tensor | None = None
+    causal: bool | None = True
+    wanted: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,17 @@
 
 What differs from transformers' own:
 
-- no padding is computed: linear layers, norms and activations see real tokens [T, C] only; attention sees each sample in a row of its own.
-  A batch is padded ([B, L] with ``attention_mask``) or packed ([1, T] whose ``position_ids`` start again at every sample);
-- logits of a training step with labels exist at labelled positions only, for the loss, and are not returned;
+- where nobody reads logits (``lean_logits``) and every layer is row-wise or ours (:mod:`fastpeft.models.flatten`), a training step computes
+  no padding: linear layers, norms and activations see real tokens [T, C] only, the last layer labelled ones; attention sees each sample in
+  a row of its own. A batch is padded ([B, L] with ``attention_mask``) or packed ([1, T] whose ``position_ids`` start again at every
+  sample). Otherwise modules see [B, L, C], and what a caller may read are transformers' values, at padding too;
+- logits of a training step with labels exist at labelled positions, for the loss, and are formed elsewhere when they are read;
 - attention forms no probabilities, takes prefixes, IA3's factors, and Excitor's extra keys, merged into the layer's own before the cache
   keeps them;
 - statistics, rotary tables and the loss are float32 under 16-bit weights.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from fastpeft.methods.mm_adapter import Routing
 from fastpeft.models.attend import READ_BY_ATTENTION, as_key_mask
 from fastpeft.models.causal_loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.models.flatten import why_not_flat
-from fastpeft.models.layout import Layout, rows_layout, self_layout, tail_of
+from fastpeft.models.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout, tail_of
 from fastpeft.models.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
 from fastpeft.models.outputs import with_deferred_logits
 from fastpeft.ops._common import accumulator, sent
@@ -121,7 +121,7 @@ class Model(modeling_llama.LlamaModel):
         alone = self.alone or ours
         asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
-        if not ours and not self._is_plain(given, attention_mask, kwargs):
+        if not ours and not self._is_plain(given, attention_mask, kwargs, wanted):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
         if output_asked(self, "attentions", kwargs):
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
@@ -159,7 +159,7 @@ class Model(modeling_llama.LlamaModel):
         tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
         return sent((torch.arange(tokens.shape[1], device=mask.device) - before).clamp(min=0), tokens.device)
 
-    def _is_plain(self, given: dict, mask: Tensor | None, options: dict) -> bool:
+    def _is_plain(self, given: dict, mask: Tensor | None, options: dict, wanted: Tensor | None) -> bool:
         """Whether a call is of the kind that this class's own loop serves: causal, in one of transformers' own attention functions, under
         a mask over keys, through layers that nobody watches, without a cache of fixed size."""
         cache = given["past_key_values"]
@@ -174,32 +174,32 @@ class Model(modeling_llama.LlamaModel):
             past = 0 if cache is None else cache.get_seq_length()
             if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
                 return False
-            if self.config._attn_implementation == "eager" and not bool(mask.all()):
+            if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
                 return False  # what padding attends to there is everything
         return not why_not_flat(self, self.layers, self.norm) and not any(map(Attention.unfit, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, wanted, flat: bool, causal: bool | None) -> Plan:
+    def _plan(self, hidden, mask, position_ids, wanted, flat: bool, causal: bool | None) -> TokenPlan:
         """How the tokens lie. position_ids: where they may mark packed samples; wanted: where outputs other than these are not read."""
         causal = is_causal(self) if causal is None else causal
         mask = as_key_mask(mask)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
-            return Plan(mask=mask, causal=None if mask.dim() == 4 else causal)
+            return TokenPlan(mask=mask, causal=None if mask.dim() == 4 else causal)
         if torch.compiler.is_compiling():
-            return Plan(causal=causal)
+            return TokenPlan(causal=causal)
         if mask is not None and mask.shape == hidden.shape[:2] and bool(mask.all()):
             mask = None
         if not causal:
-            return Plan(mask=mask, causal=False)
+            return TokenPlan(mask=mask, causal=False)
         if mask is None and position_ids is not None and (rows := packed_rows(position_ids, hidden)) is not None:
             tokens = Layout(*hidden.shape[:2], None)
-            return Plan(tokens if flat else None, rows, wanted=wanted)
-        if wanted is None or (mask is not None and bool((wanted.cpu() & ~mask.cpu()).any())):
-            return Plan(mask=mask)
+            return TokenPlan(tokens if flat else None, rows, wanted=wanted)
+        if wanted is None or (mask is not None and _outside(wanted, mask)):
+            return TokenPlan(mask=mask)
         tokens = self_layout(hidden.shape[:2], mask, hidden.device)
-        return Plan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), wanted=wanted)
+        return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), wanted=wanted)
 
     def _run(self, hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs):
         """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
@@ -242,7 +242,7 @@ class Model(modeling_llama.LlamaModel):
             states = (*states, hidden)  # as in transformers, the last is the normed one
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
 
-    def _routing(self, hidden: Tensor, modality: Tensor, modality_embeds, cache, prefixes, plan: Plan) -> tuple[Tensor, Routing]:
+    def _routing(self, hidden: Tensor, modality: Tensor, modality_embeds, cache, prefixes, plan: TokenPlan) -> tuple[Tensor, Routing]:
         """(hidden, what routes MM-Adapters): the mixtures of the modalities' tokens, and each token's or sample's modality."""
         modalities = torch.stack(modality_embeds).to(hidden.dtype)
         weights = self._routes_of(modalities, cache, prefixes)
@@ -287,16 +287,9 @@ class Model(modeling_llama.LlamaModel):
         )
 
 
-class Plan(NamedTuple):
-    """How the tokens of a call lie. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
-    ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
-    transformers' own mask; ``wanted`` [B, L] bool: the only outputs that are read (None: all)."""
-
-    tokens: Layout | None = None
-    layout: Layout | None = None
-    mask: Tensor | None = None
-    causal: bool | None = True
-    wanted: Tensor | None = None
+def _outside(wanted: Tensor, mask: Tensor) -> bool:
+    """Whether some of ``wanted`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
+    return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
 
 
 def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
@@ -315,18 +308,6 @@ def output_asked(model: nn.Module, what: str, options: dict) -> bool:
     """Whether the caller, or else the configuration, asks for ``output_<what>``."""
     value = options.get(f"output_{what}")
     return bool(getattr(model.config, f"output_{what}", False) if value is None else value is not False)
-
-
-def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
-    """Where position_ids do not go on by one from token to token, another sample begins (transformers' rule): each in a row of its own, or
-    None where no row of the batch holds more than one."""
-    ids = position_ids.expand(hidden.shape[0], -1).cpu()
-    starts = torch.ones_like(ids, dtype=torch.bool)
-    starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
-    first = starts.flatten().nonzero().squeeze(1)
-    if len(first) <= hidden.shape[0]:
-        return None
-    return rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
 
 
 class CausalLM(modeling_llama.LlamaForCausalLM):

@@ -25,7 +25,8 @@ def scattered(model):
 
 
 def lora(**more):
-    return peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, init_lora_weights=False, **more))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, init_lora_weights=False, **more)
+    return peft.get_peft_model(llama(), config)
 
 
 def adapter_names(model):
