@@ -19,13 +19,10 @@ from fastpeft.methods.replacement import REPLACED, is_fused, register
 from fastpeft.methods.written import WrittenLinear
 from fastpeft.models import blip, clip, layers, llama, llava, miss, vision_language
 
-SWAPS = register(blip.SWAPS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
+SWAPS = register(blip.SWAPS | blip.MODELS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
 # these hand masks, layouts and prefixes down in a form that only ours read
 CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
-NOTES = {
-    blip.TextAttention: blip.MASK_FIX,
-    blip.TextModel: "hidden states of padding are zero",
-}
+NOTES = {blip.TextAttention: blip.MASK_FIX}
 COMPUTES = {blip.TextLMHeadModel: ("cls.predictions",)}  # modules further in whose layers a fused class computes itself
 # what makes a language-model loss: instances take the attribute ``lean_logits``
 LOSS_MODULES = (

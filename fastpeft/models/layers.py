@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from fastpeft import ops
+from fastpeft.methods.base import watched
 from fastpeft.methods.replacement import fuse, fused_names
 from fastpeft.ops._remade import recomputed
 
@@ -95,3 +96,8 @@ class GELU(GELUActivation):
 
 # PyTorch's or transformers' class -> ours
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dropout: Dropout, GELUActivation: GELU}
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether ``module`` computes what ``ops.layer_norm`` does with its weight, bias and eps, so that the layer around it may."""
+    return type(module) in (nn.LayerNorm, LayerNorm) and not LayerNorm.unfit(module) and not watched(module)

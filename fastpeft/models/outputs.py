@@ -50,6 +50,11 @@ def can_defer(*modules: nn.Module) -> bool:
     return not any(p.requires_grad for root in modules for p in root.parameters())
 
 
+def is_deferred(output: ModelOutput) -> bool:
+    """Whether the logits of ``output`` wait for a reader; none do while torch.compile traces."""
+    return not torch.compiler.is_compiling() and "_read_logits" in object.__getattribute__(output, "__dict__")
+
+
 def with_deferred_logits(output: ModelOutput, compute: Callable[[], Tensor], *modules: nn.Module) -> ModelOutput:
     """``output`` (built with any ``logits`` that is not None: it holds their place among the keys), whose logits ``compute()`` returns
     at the first read.
