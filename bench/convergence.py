@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.frame import about_machine
-from fastpeft.data.phantom import make_phantoms
+from fastpeft.demo.phantom import make_phantoms
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
 from fastpeft.train.config import TrainConfig

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from fastpeft.train.profile import peak_memory_bytes, reset_peak
+from fastpeft.cost.profile import peak_memory_bytes, reset_peak
 
 LONG = 5.0  # seconds: a step that takes longer needs no warm-up beyond the measured one
 

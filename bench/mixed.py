@@ -4,8 +4,8 @@
 
 ``lavin-tiny`` first learns scanner a's phantoms and written descriptions of them (all weights, once). Then MMAdapter/T/MMAdapter adapts it
 to scanner b's, where questions are also put in other words, in two arms: "fastpeft" packs its batches, runs fused and decodes with a
-cache; "straightforward" is the same model as its paper writes it (fastpeft/literal.py): transformers' own modules, adapters formed eagerly,
-padding, no cache. Same weights, data, batches, seeds and optimiser; dropout off, so that the arms differ by rounding alone.
+cache; "straightforward" is the same model as its paper writes it (fastpeft/verify/paper_equations.py): transformers' own modules,
+adapters formed eagerly, padding, no cache. Same weights, data, batches, seeds and optimiser; dropout off, so that the arms differ by rounding alone.
 Losses of the first steps are compared first: nothing is trained on if they differ. Exit code 1 where accuracies differ beyond noise.
 """
 
@@ -30,15 +30,15 @@ import fastpeft as fp
 from bench.convergence import T95, difference
 from bench.frame import about_machine
 from fastpeft.data import load_instructions
-from fastpeft.data.phantom_images import SCANNERS, Canvas
-from fastpeft.data.phantom_questions import Scene, draw_scene, phrase, questions_of
+from fastpeft.demo.phantom_images import SCANNERS, Canvas
+from fastpeft.demo.phantom_questions import Scene, draw_scene, phrase, questions_of
 from fastpeft.evaluate.answers import to_device
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.responses import model_inputs, respond
-from fastpeft.plain import plain, without_dropout
 from fastpeft.runs.causal import dataset as causal_dataset
 from fastpeft.runs.causal import model_for as causal_model_for
 from fastpeft.runs.options import TextOptions
+from fastpeft.verify.baseline import plain, without_dropout
 
 PLAN = "MMAdapter/T/MMAdapter"
 KINDS = ("modality", "plane", "region", "marker", "is marker")

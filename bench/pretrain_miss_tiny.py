@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastpeft.checkpoints import atomic_folder
+from fastpeft.adapters import atomic_folder
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, save_tokenizer, train_tokenizer
-from fastpeft.data.phantom import make_phantoms
+from fastpeft.demo.phantom import make_phantoms
 from fastpeft.plan import adapt, build
 from fastpeft.runs import vqa
 from fastpeft.runs.options import DataOptions

@@ -18,10 +18,10 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 import fastpeft as fp
+from fastpeft.cost.profile import measure
 from fastpeft.models import parts_of
-from fastpeft.plain import plain, with_peft
 from fastpeft.plan import detach
-from fastpeft.train.profile import measure
+from fastpeft.verify.baseline import plain, with_peft
 
 ROOM = 1.3  # a step's peak over what it keeps for backward: temporaries of its widest operator
 

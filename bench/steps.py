@@ -36,9 +36,9 @@ import fastpeft as fp
 from bench import frame
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
-from fastpeft.plain import without_dropout
+from fastpeft.features.frozen_stages import QuestionStates, frozen_prefix
 from fastpeft.runs.train import plan_for
-from fastpeft.train.prefixes import QuestionStates, frozen_prefix
+from fastpeft.verify.baseline import without_dropout
 
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "pixel_values", "image_index")
 # key: name, form, cached, grouped, compiled, computes what the plan does

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fastpeft as fp
+from fastpeft.cost.profile import measure
 from fastpeft.files import write_json
-from fastpeft.train.profile import measure
 
 SIZES = {
     "small": {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16, "vocab_size": 1000},

@@ -12,7 +12,9 @@ from fastpeft._when_imported import when_imported
 
 if TYPE_CHECKING:
     from fastpeft import ops
-    from fastpeft.checkpoints import load_adapter, merge, save_adapter
+    from fastpeft.adapters import load_adapter, merge, save_adapter
+    from fastpeft.cost.estimate import estimate
+    from fastpeft.cost.memory_budget import MemoryBudget
     from fastpeft.methods import (
         FFN,
         IA3,
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from fastpeft.plan import Plan, adapt, build, count
     from fastpeft.savings import without
     from fastpeft.train import TrainConfig, Trainer
-    from fastpeft.train.estimate import estimate
-    from fastpeft.train.recompute import MemoryBudget
 
 __version__ = "0.1.0"
 
@@ -47,11 +47,11 @@ _HOMES = {
     "savings": ("without",),
     "optimize": ("Report", "optimize", "restore"),
     "plan": ("Plan", "adapt", "build", "count"),
-    "checkpoints": ("load_adapter", "merge", "save_adapter"),
+    "adapters": ("load_adapter", "merge", "save_adapter"),
     "peft": ("ExcitorConfig",),
     "train": ("TrainConfig", "Trainer"),
-    "train.estimate": ("estimate",),
-    "train.recompute": ("MemoryBudget",),
+    "cost.estimate": ("estimate",),
+    "cost.memory_budget": ("MemoryBudget",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME, "__version__", "ops"])

@@ -173,9 +173,9 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """FLOPs and memory of a training step, without running it."""
+    from fastpeft.cost.estimate import estimate as run
     from fastpeft.plan import build
     from fastpeft.runs.train import plan_for
-    from fastpeft.train.estimate import estimate as run
 
     how = {"batch_size": batch_size, "dtype": dtype, "seq_len": seq_len, "answer_len": answer_len, "gpu_memory": gpu_memory}
     how["quantize"] = quantize
@@ -254,8 +254,8 @@ def verify(
     from fastpeft.models import parts_of
     from fastpeft.plan import adapt, build
     from fastpeft.runs.train import plan_for
-    from fastpeft.verify import DTYPES
-    from fastpeft.verify import verify as run
+    from fastpeft.verify.compare import DTYPES
+    from fastpeft.verify.compare import verify as run
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -284,7 +284,7 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Which backend serves each operator here, and why."""
-    from fastpeft.diagnose import diagnose
+    from fastpeft.runs.doctor import diagnose
 
     about = diagnose()
     lines = [f"{name:>14}: {value}" for name, value in about["environment"].items()] + ["", f"{'operator':>28}  CPU / CUDA"]

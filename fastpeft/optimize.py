@@ -13,11 +13,13 @@ from collections.abc import Callable
 from torch import nn
 
 from fastpeft.coverage import Report, full_losses, survey
+from fastpeft.fused import blip, clip, llama
+from fastpeft.fused import leaves as layers
 from fastpeft.methods.base import swap_class
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.methods.replacement import REPLACED, is_fused, register
 from fastpeft.methods.written import WrittenLinear
-from fastpeft.models import blip, clip, layers, llama, llava, miss, vision_language
+from fastpeft.models import llava, miss, vision_language
 
 SWAPS = register(blip.SWAPS | blip.MODELS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
 # these hand masks, layouts and prefixes down in a form that only ours read
@@ -41,7 +43,7 @@ def _tables() -> list:
     """The modules with tables of fused classes that are in use beside SWAPS: PEFT's and bitsandbytes' own layers."""
     tables = []
     if "peft" in sys.modules:
-        from fastpeft.models import peft_layers
+        from fastpeft.fused import peft_layers
 
         tables.append(peft_layers)
     if "bitsandbytes" in sys.modules:

@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
+from fastpeft.fused.llama import Model
+from fastpeft.fused.llama_layers import Attention
 from fastpeft.methods.base import swap_class
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
-from fastpeft.models.llama import Model
-from fastpeft.models.llama_layers import Attention
 from fastpeft.optimize import make_room_for_prefix
 
 HOW = "pip install --upgrade 'peft>=0.18'"

@@ -10,7 +10,7 @@ import torch
 
 import fastpeft as fp
 from fastpeft.data import Preprocess, VQADataset, load_samples, train_tokenizer
-from fastpeft.data.phantom import make_phantoms
+from fastpeft.demo.phantom import make_phantoms
 
 SMALL = {"image_size": 32, "hidden_size": 32, "heads": 2, "vision_layers": 2, "text_layers": 2}
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.1}

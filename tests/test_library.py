@@ -30,7 +30,7 @@ def test_an_unknown_backend(variable, choice):
     assert len(shell.stderr.splitlines()) == 1 and variable in shell.stderr and choice in shell.stderr
 
 
-DOCTOR = "import json, sys; sys.modules[{gone!r}] = None; from fastpeft.diagnose import diagnose; print(json.dumps(diagnose()))"
+DOCTOR = "import json, sys; sys.modules[{gone!r}] = None; from fastpeft.runs.doctor import diagnose; print(json.dumps(diagnose()))"
 
 
 @pytest.mark.parametrize(

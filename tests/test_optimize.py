@@ -20,7 +20,8 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 import fastpeft as fp
-from fastpeft.models import blip, layers
+from fastpeft.fused import blip
+from fastpeft.fused import leaves as layers
 from fastpeft.models.clip import vision_config
 from fastpeft.models.llama import SIZES
 from fastpeft.models.miss import miss_config

@@ -173,7 +173,7 @@ def test_what_filters_leave():
 
 def test_a_setting_that_does_not_fit(monkeypatch):
     """Every fused class that has ``unfit`` is asked, also those that hand masks down."""
-    from fastpeft.models import llama as ours
+    from fastpeft.fused import llama as ours
 
     def unfit(module):
         return "attends to both sides" if module.layer_idx == 1 else ""

@@ -119,4 +119,4 @@ def test_a_source_distribution_can_be_built_from(checkout, tmp_path):
     with tarfile.open(tmp_path / name) as archive:
         held = {member.partition("/")[2] for member in archive.getnames()}
     wanted = {f"kernels/{name}" for name in KERNELS} | {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    assert wanted | {"setup.py", "pyproject.toml", "fastpeft/train/report.html.j2"} <= held
+    assert wanted | {"setup.py", "pyproject.toml", "fastpeft/report/report.html.j2"} <= held

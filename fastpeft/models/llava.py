@@ -15,15 +15,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from fastpeft.fused.causal_loss import OF_THE_LOSS, Labelled, causal_loss
+from fastpeft.fused.flatten import why_not_flat
+from fastpeft.fused.llama import Model
+from fastpeft.fused.outputs import with_deferred_logits
 from fastpeft.methods import Part
 from fastpeft.methods.base import watched
-from fastpeft.models.causal_loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
-from fastpeft.models.flatten import why_not_flat
-from fastpeft.models.layers import FrozenEvaluates
-from fastpeft.models.llama import Model, llama_config, llama_part
-from fastpeft.models.outputs import with_deferred_logits
+from fastpeft.models.llama import llama_config, llama_part
+from fastpeft.models.parts import FrozenEvaluates
 from fastpeft.ops._common import sent
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
@@ -118,7 +119,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
-        ``num_items_in_batch``. Logits as :class:`fastpeft.models.llama.CausalLM` returns them."""
+        ``num_items_in_batch``. Logits as :class:`fastpeft.fused.llama.CausalLM` returns them."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:

@@ -15,10 +15,10 @@ from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 from transformers.utils import can_return_tuple
 
+from fastpeft.fused.blip import TextLMHeadModel, TextModel, reads_of
 from fastpeft.methods import Part
-from fastpeft.models.blip import TextLMHeadModel, TextModel, reads_of
 from fastpeft.models.family import Family
-from fastpeft.models.layers import FrozenEvaluates
+from fastpeft.models.parts import FrozenEvaluates
 from fastpeft.ops._common import sent
 
 DROP_PATH = 0.1

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 
-from fastpeft.models.layers import FrozenEvaluates
+from fastpeft.models.parts import FrozenEvaluates
 
 
 class VisionLanguageConfig(PretrainedConfig):

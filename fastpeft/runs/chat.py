@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastpeft.checkpoints import describe
+from fastpeft.adapters import describe
 from fastpeft.evaluate.chat import Chat
 from fastpeft.evaluate.decoding import response_settings
 from fastpeft.models import family_of

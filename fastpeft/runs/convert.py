@@ -12,23 +12,23 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.checkpoints import fingerprint, save_adapter
+from fastpeft.adapters import fingerprint, save_adapter
+from fastpeft.convert.clip_files import lavin_vision
+from fastpeft.convert.clip_names import clip_from_official
+from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_from_official
+from fastpeft.convert.layouts import LAYOUTS, Layout, convert
+from fastpeft.convert.llama_files import Weights, no_tokenizer, open_llama
+from fastpeft.convert.reading import Contents, naming, read_file
+from fastpeft.convert.writing import ConversionReport, staged, write_model
 from fastpeft.data import load_causal_tokenizer, save_tokenizer
 from fastpeft.data.causal import describe_prompts
-from fastpeft.models._clip_files import lavin_vision
-from fastpeft.models._llama_files import Weights, no_tokenizer, open_llama
-from fastpeft.models._reading import Contents, naming, read_file
-from fastpeft.models._writing import ConversionReport, staged, write_model
-from fastpeft.models.convert import LAYOUTS, Layout, convert
-from fastpeft.models.official_clip import clip_from_official
-from fastpeft.models.official_lavin import SEQUENCE, Lavin, is_lavin, lavin_from_official
 from fastpeft.plan import adapt, build
 from fastpeft.runs.causal import clip_preprocess
 from fastpeft.runs.options import TextOptions
 
 
 def convert_run(source: str | Path, out: str | Path, image_size: int | None = None, overwrite: bool = False, **options) -> ConversionReport:
-    """`fastpeft.models.convert.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
+    """`fastpeft.convert.layouts.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
     and ``clip=`` (OpenAI's ViT-L-14.pt) -> a complete LaVIN. ``temperature=`` and ``adapter_scale=`` overrule what the file says of
     its adapters; ``vicuna_delta=`` is the folder of what the official code adds to LLaMA where the file says use_vicuna."""
     return convert(source, out, image_size, overwrite, layouts=(LAVIN, *LAYOUTS), **options)

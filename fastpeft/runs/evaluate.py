@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.checkpoints import describe, load_adapter
+from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.evaluate import generation_settings, write_answers
 from fastpeft.evaluate.answers import choose_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fastpeft.checkpoints import describe, merge, save_adapter
+from fastpeft.adapters import describe, merge, save_adapter
 from fastpeft.data import save_tokenizer
 from fastpeft.files import atomic_folder, write_json
 from fastpeft.models import family_of

@@ -20,24 +20,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fastpeft
-from fastpeft.checkpoints import fingerprint, save_adapter
+from fastpeft.adapters import fingerprint, save_adapter
+from fastpeft.cost.memory_budget import MemoryBudget
+from fastpeft.cost.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
 from fastpeft.evaluate import answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
+from fastpeft.features.cache import FeatureCache
+from fastpeft.features.frozen_stages import frozen_prefix
 from fastpeft.files import recover_folder, write_json, write_text
+from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
-from fastpeft.models.outputs import lean_logits
 from fastpeft.options import bytes_of
 from fastpeft.plan import count
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.features import FeatureCache
 from fastpeft.train.optimizer import Optimizer
-from fastpeft.train.prefixes import frozen_prefix
-from fastpeft.train.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
-from fastpeft.train.recompute import MemoryBudget
 from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
 
 WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
@@ -151,7 +151,7 @@ class Trainer:
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
         summary = self.summary(scored)
         if self.out:
-            from fastpeft.train.report import write_report  # here, so that `python -m fastpeft.train.report` finds it not yet imported
+            from fastpeft.report.report import write_report  # here, so that `python -m fastpeft.report.report` finds it not yet imported
 
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)

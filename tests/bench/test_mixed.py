@@ -10,10 +10,10 @@ import fastpeft as fp
 from fastpeft.evaluate.answers import to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.optimize import SWAPS
-from fastpeft.plain import scatter_adapters
 from fastpeft.runs.causal import dataset as causal_dataset
 from fastpeft.runs.causal import model_for as causal_model_for
 from fastpeft.runs.options import TextOptions
+from fastpeft.verify.baseline import scatter_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")

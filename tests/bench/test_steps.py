@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastpeft as fp
-import fastpeft.plain
+import fastpeft.verify.baseline
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")

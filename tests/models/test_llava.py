@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.models.outputs import lean_logits
+from fastpeft.fused.outputs import lean_logits
 
 ROWS = {  # Table 2 of the LayerNorm paper; its FFN rows count two of three matrices, ours all
     "F/F/LayerNorm/F": 262_144,

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
+from fastpeft.cost.profile import measure
 from fastpeft.methods.quantized import bytes_held, dequantize, is_held, is_quantized, weight_of
 from fastpeft.models.quantize import quantized_bytes
 from fastpeft.ops._held import Held
 from fastpeft.ops.lora_linear import Projection, lora_linears
-from fastpeft.plain import plain, scatter_adapters, without_dropout
-from fastpeft.train.profile import measure
+from fastpeft.verify.baseline import plain, scatter_adapters, without_dropout
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90}
 PLANS = ("LoRA", "IA3", "PTv2", "Prefix", "LayerNorm", "LoRA+IA3", "Excitor", "Excitor+LoRA")
@@ -286,7 +286,7 @@ def test_a_layer_that_is_not_quantised_yet_says_so(folder):
 def test_build(name, plan, how):
     """Our own door: attention and feed-forward layers are quantised, nothing else; the step is that of the weights written out."""
     pytest.importorskip("bitsandbytes")
-    from fastpeft.train.estimate import _inputs
+    from fastpeft.cost.estimate import _inputs
 
     model = fp.adapt(fp.build(name, quantize=how), plan)
     without_dropout(scatter_adapters(model))
@@ -380,7 +380,7 @@ def test_memory_budget_and_autocast(folder, how):
     plain_step = gradients(model, batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(gradients(model, batch()), plain_step, rtol=0.1, atol=1e-2)
-    from fastpeft.train.recompute import fixed_bytes
+    from fastpeft.cost.memory_budget import fixed_bytes
 
     adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     rest = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not is_quantized(t))

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BlipConfig, BlipForQuestionAnswering
 
-from fastpeft.models.convert import transformers_to_official
+from fastpeft.convert.layouts import transformers_to_official
 
 WIDTH, HEADS, DEPTH, LAYERS, VOCAB, PATCH, GRID, POSITIONS = 128, 2, 3, 2, 97, 8, 4, 24
 SIZE = PATCH * GRID

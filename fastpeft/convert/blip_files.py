@@ -1,0 +1,60 @@
+"""MISS and BLIP VQA: an official checkpoint file to a transformers folder, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import BlipConfig
+
+from fastpeft.convert.blip_names import TIED, from_official, lost, transformers_to_official
+from fastpeft.convert.reading import Contents, naming, read_file, read_safetensors
+from fastpeft.convert.writing import ConversionReport, owned, staged, write_model
+
+
+def write_blip(out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None) -> ConversionReport:
+    with naming(source):
+        state, config, more = from_official(contents.state, image_size, text_heads, vision_heads)
+    state = {k: v for k, v in state.items() if k not in TIED}
+    dtypes = {v.dtype for v in state.values()}
+    config.dtype = dtypes.pop() if len(dtypes) == 1 else None
+    config.architectures = ["BlipForQuestionAnswering"]
+    preprocess = {"image_size": config.vision_config.image_size, "mean": None, "std": None, "extra_255": True}
+    with staged(out) as stage:
+        count = write_model(stage, config, state.items())
+        (stage / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
+    more.append("fastpeft_preprocess.json holds MISS's preprocessing (divided by 255 twice, not normalised): edit it for BLIP's own")
+    return ConversionReport("official -> transformers", count, [*contents.notes(), *more])
+
+
+def write_official(out: Path, source: Path, contents: None) -> ConversionReport:
+    with naming(source):
+        state, config = _read_folder(source)
+        official = transformers_to_official(state, config)
+    official |= owned({k: v for k, v in official.items() if k not in TIED})
+    official |= {tied: official[kept] for tied, kept in TIED.items()}
+    with staged(out) as stage:
+        torch.save({"model": official}, stage)
+    return ConversionReport("transformers -> official", len(official) - len(TIED), lost(config))
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], BlipConfig]:
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if (kind := values.get("model_type")) != "blip":
+            raise ValueError(f"a {kind!r} model, and only 'blip' (BlipForQuestionAnswering) has an official form")
+        config = BlipConfig.from_dict(values)
+        index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+        if index.exists() and not (folder / shards[0]).exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"no transformers folder to convert: {' '.join(str(error).split())}") from None
+    if not (folder / shards[0]).exists() and (folder / "pytorch_model.bin").exists():
+        return read_file(folder / "pytorch_model.bin").state, config
+    state = {}
+    for shard in shards:
+        state |= read_safetensors(folder / shard)
+    return state, config

@@ -1,0 +1,339 @@
+"""What a training step costs, without running it: the step's own code on tensors that have shapes and no data.
+
+Everything large (weights, activations, gradients) is fake; token ids, masks and indices, which decide what is computed, are real. So FLOPs
+and saved bytes are those of the step that the trainer measures, and the peak is followed storage by storage through forward and backward.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from fastpeft.cost.profile import measure
+from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, frozen_prefix
+from fastpeft.fused.outputs import lean_logits
+from fastpeft.models import family_of, parts_of
+from fastpeft.models.miss import MissForQuestionAnswering
+from fastpeft.models.quantize import quantizable, quantized_bytes
+from fastpeft.optimize import optimize
+from fastpeft.options import bytes_of
+from fastpeft.plan import Plan, adapt, build
+from fastpeft.verify.baseline import plain
+
+RESERVE = 1.0e9  # bytes of a GPU that no tensor gets: the CUDA context, libraries' workspaces, the allocator's fragments
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Estimate:
+    """One training step of ``batch_size`` samples. flops_per_sample: forward and backward, two per multiply-add. saved_bytes: kept from
+    forward to backward. peak_bytes: the most that tensors hold at once, optimiser included, and on a CPU the process around them
+    (process_bytes). fits, largest_batch_size: into a GPU's memory, less RESERVE. advice: what would make it smaller, with its peak."""
+
+    model: str
+    plan: str
+    batch_size: int
+    dtype: str
+    flops_per_sample: float
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+    process_bytes: int
+    flops_by_part: dict[str, int] = field(default_factory=dict)
+    fits: bool | None = None
+    largest_batch_size: int | None = None
+    advice: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; what was not asked for is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class _Tracker(FakeTensorMode):
+    """Fake tensors, except where all operands of an operator are real; knows the bytes that fake storages hold, and the most so far."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.building, self.depth, self.live, self.peak, self.sizes = True, 0, 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not self.building and not any(isinstance(t, FakeTensor) for t in given):
+            with torch._C._DisableTorchDispatch():
+                return func(*args, **kwargs)
+        if not self.building:
+            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+        self.depth += 1
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.depth -= 1
+        if self.depth == 0:  # what an operator makes inside itself is its fake form's, not its kernel's
+            for leaf in tree_iter(out):
+                if isinstance(leaf, FakeTensor):
+                    self._follow(leaf.untyped_storage())
+        return out
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor.detach())
+
+    def _follow(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.sizes:
+            return
+        self.sizes[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+
+def estimate(
+    model: str | nn.Module,
+    plan: str | Plan,
+    *,
+    batch_size: int = 20,
+    seq_len: int | None = None,
+    answer_len: int | None = None,
+    dtype: str | torch.dtype = "fp32",
+    questions_per_image: int = 1,
+    feature_cache: bool = True,
+    gradient_accumulation: int = 1,
+    optimized: bool = True,
+    gpu_memory: str | None = None,
+    quantize: str | None = None,
+    **options,
+) -> Estimate:
+    """FLOPs, saved bytes and peak memory of one training step; allocates nothing.
+
+    model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
+    :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
+    (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False: the
+    same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
+    ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are
+    then those of that format, and the peak has room for the weights of the block that is largest when written out. ValueError names what
+    cannot be.
+    """
+    dtype = {v: k for k, v in DTYPES.items()}.get(dtype, dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    sizes = {"batch_size": batch_size, "questions_per_image": questions_per_image, "gradient_accumulation": gradient_accumulation}
+    sizes |= {name: value for name, value in (("seq_len", seq_len), ("answer_len", answer_len)) if value is not None}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+    how = {"seq_len": seq_len, "answer_len": answer_len, "dtype": dtype, "questions_per_image": questions_per_image}
+    how |= {"feature_cache": feature_cache, "gradient_accumulation": gradient_accumulation, "optimized": optimized}
+    how["quantize"] = quantize or getattr(model, "fastpeft_source", {}).get("quantize")
+    if how["quantize"] and not optimized:
+        raise ValueError(f"quantize={how['quantize']!r} has no plain counterpart, which writes a quantised base out: leave one out")
+
+    def run(batch: int, **other) -> Estimate:
+        return _estimate(model, plan, batch, **{**how, **other}, options=options, on_cpu=gpu_memory is None)
+
+    result = run(batch_size)
+    if gpu_memory is None:
+        return result
+    room = bytes_of(str(gpu_memory)) - int(RESERVE)
+    result.fits = result.peak_bytes <= room
+    result.largest_batch_size = _largest(lambda n: run(n).peak_bytes, batch_size, result.peak_bytes, room)
+    if not result.fits:
+        result.advice = _advice(run, batch_size, how, room)
+    result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU are left for the CUDA context, workspaces and fragmentation")
+    return result
+
+
+def _largest(peak: Callable[[int], int], batch: int, known: int, room: int) -> int:
+    """The largest batch whose peak is within ``room``: by doubling and bisection on estimates; 0 where not even one sample is."""
+    peaks = {batch: known}
+
+    def fits(n: int) -> bool:
+        if n not in peaks:
+            peaks[n] = peak(n)
+        return peaks[n] <= room
+
+    other = 2 * batch if batch == 1 else max(1, batch // 2)
+    fits(other)
+    slope = max(1.0, (peaks[batch] - peaks[other]) / (batch - other))
+    guess = max(1, min(1 << 20, int(batch + (room - peaks[batch]) / slope)))  # a peak is close to affine in the batch
+    low, high = (guess, None) if fits(guess) else (0, guess)
+    step = max(1, guess // 64)
+    while high is None or low == 0:
+        at = low + step if high is None else max(0, high - step)
+        if at == 0:
+            break
+        low, high = (at, high) if fits(at) else (low, at)
+        step *= 2
+    while high is not None and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _advice(run, batch: int, how: dict, room: int) -> list[str]:
+    """Options that cost least first, each with its own peak."""
+    tried = [
+        ("keep what the frozen image encoder, or it and the question encoder, computes (feature_cache)", batch, {"feature_cache": True}),
+        ("5 questions per image (questions_per_image)", batch, {"questions_per_image": min(5, batch)}),
+        ("bf16 weights and activations (dtype)", batch, {"dtype": "bf16"}),
+    ]
+    parts, n = 2, batch
+    while n > 1:
+        n = -(-batch // parts)
+        tried.append((f"{parts} batches of {n} per step (gradient_accumulation)", n, {"gradient_accumulation": parts}))
+        parts *= 2
+    advice = []
+    for what, size, change in tried:
+        if all(how[name] == value for name, value in change.items()):
+            continue
+        peak = run(size, **change).peak_bytes
+        advice.append(f"{what}: {peak / 1e9:.2f} GB, {'fits' if peak <= room else 'does not fit'}")
+        if peak <= room:
+            break
+    return advice
+
+
+def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_image, feature_cache, gradient_accumulation, optimized,
+              quantize, options, on_cpu) -> Estimate:  # fmt: skip
+    tracker, (network, name) = _Tracker(), _meta_model(model, DTYPES[dtype], quantize)
+    adapt(network, plan, **options)
+    less, written = _quantized(network, quantize, DTYPES[dtype]) if quantize else (0, 0)
+    if not optimized:
+        network = plain(network, attention="eager")
+    with tracker:
+        _fill(network)
+        network.train()
+        weights = sum(p.untyped_storage().nbytes() for p in {id(t): t for t in (*network.parameters(), *network.buffers())}.values()) - less
+        trained = [p for p in network.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("nothing to train: the plan freezes every part")
+        inputs = _inputs(network, batch, seq_len, answer_len, questions_per_image, feature_cache, DTYPES[dtype])
+        tracker.building = False
+        with _no_collection():
+            before = tracker.live
+            tracker.peak = before
+            with measure(network) as cost, lean_logits(network):
+                network(**inputs).loss.backward()
+    halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
+    # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
+    optimizer = sum(8 * p.numel() for p in trained) + sum(4 * p.numel() for p in halves)
+    gradients = sum(p.numel() * max(4, p.element_size()) for p in trained)
+    held = gradients if gradient_accumulation > 1 else 0
+    step = weights + optimizer + gradients
+    peak = max(weights + optimizer + held + tracker.peak - before + written, step)
+    process = psutil.Process().memory_info().rss if on_cpu else 0
+    notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
+    return Estimate(
+        name, str(network.fastpeft_plan), batch, dtype, cost.flops / batch, weights, gradients, optimizer, cost.saved_bytes,
+        peak + process, process, cost.flops_by_part, notes=notes,
+    )  # fmt: skip
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What building left in cycles goes away before, and nothing half way through: an estimate depends on no chance."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _quantized(network: nn.Module, quantize: str, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes that a quantised base takes less, bytes of the block of layers that takes most when written out)."""
+    less, blocks = 0, defaultdict(int)
+    for name, layer in quantizable(network, parts_of(network)):
+        if layer.weight.requires_grad:
+            raise ValueError(f"{name}.weight is to be trained, and a quantised base stays as it is: train adapters, or do not quantise")
+        dense = layer.weight.numel() * dtype.itemsize
+        less += dense - quantized_bytes(layer.weight.shape, quantize)
+        blocks[name.rpartition(".")[0]] += dense
+    return less, max(blocks.values())
+
+
+def _meta_model(model: str | nn.Module, dtype: torch.dtype, quantize: str | None = None) -> tuple[nn.Module, str]:
+    """The backbone without data, and what to call it."""
+    if not isinstance(model, nn.Module):
+        network, name = build(model, device="meta", dtype=dtype, quantize=quantize), str(model)
+    else:
+        with torch.device("meta"):
+            network, name = family_of(model).model(model.config).to(dtype), type(model).__name__
+        optimize(network)
+    return network, name
+
+
+def _fill(network: nn.Module) -> None:
+    """Parameters and buffers from meta to the CPU, tied ones tied; called under fake tensors."""
+    made: dict[int, tuple[Any, Any]] = {}  # both, so that no id is another's later
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    filled = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    made[id(tensor)] = tensor, filled
+                table[name] = made[id(tensor)][1]
+
+
+def _check_lengths(network: nn.Module, is_miss: bool, length: int, answer: int | None) -> None:
+    room = network.config.text_config.max_position_embeddings if is_miss else None
+    for name, tokens in (("seq_len", length), ("answer_len", answer)):
+        if room is not None and tokens > room:
+            raise ValueError(f"{name}={tokens} is more than the model's {room} positions")
+    least = (answer or 1) + (0 if is_miss else family_of(network).image_tokens(network.config))
+    if not is_miss and length < least:
+        raise ValueError(f"seq_len={length} leaves no room: image and answer alone take {least} tokens")
+
+
+def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
+    """A batch without padding: ids and indices with data, pixels and features without."""
+    kept = frozen_prefix(network) if feature_cache else None
+    config, images, is_miss = network.config, -(-batch // per_image), isinstance(network, MissForQuestionAnswering)
+    length, answer = (seq_len or 20, answer_len or 6) if is_miss else (seq_len or 512, answer_len)
+    vision = getattr(config, "vision_config", None)
+    inputs: dict[str, Tensor] = {}
+    if kept is QuestionStates:
+        inputs["question_states"] = torch.empty(batch, length, config.text_config.hidden_size, dtype=dtype)
+    elif vision is not None:
+        pixels = torch.empty(images, 3, vision.image_size, vision.image_size, dtype=dtype)
+        if kept is ImageFeatures and hasattr(network, "encode_images"):
+            with torch.no_grad():
+                inputs["image_embeds"] = torch.empty_like(network.encode_images(pixels))
+        else:
+            inputs["pixel_values"] = pixels
+    _check_lengths(network, is_miss, length, answer)
+    real = {"input_ids": (batch, length), "labels": (batch, length)}
+    if is_miss:
+        real |= {"attention_mask": (batch, length), "labels": (batch, answer)}
+    with torch._C._DisableTorchDispatch():  # real: what they hold decides what is computed
+        inputs |= {name: torch.ones(shape, dtype=torch.long) for name, shape in real.items()}
+        if vision is not None:
+            inputs["image_index"] = torch.arange(batch) // per_image
+        if not is_miss:
+            inputs["labels"][:, : length - (answer or max(1, length // 4))] = -100
+            tokens = family_of(network).image_tokens(config)
+            if tokens:
+                inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
+    return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}

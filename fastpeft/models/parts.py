@@ -1,0 +1,27 @@
+"""What the models of several parts have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastpeft.methods.replacement import fuse, fused_names
+
+
+class FrozenEvaluates:
+    """A model whose parts marked F (``evaluation_only``, their paths) stay as in evaluation: what they compute are constants."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for path in getattr(self, "evaluation_only", None) or ():
+            self.get_submodule(path).eval()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle says which modules are fused: their own name the class they replace."""
+        return super().__getstate__() | {"fused_names": fused_names(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = state.pop("fused_names", [])
+        super().__setstate__(state)
+        fuse(self, names)
+
