@@ -1,4 +1,4 @@
-"""What both backends of linear_cross_entropy share: labelled rows found, logits formed a chunk at a time, gradients formed beside them.
+"""What both backends of linear_cross_entropy share: labelled rows, logits formed a chunk at a time, gradients formed beside them.
 
 Equations, shapes and what is saved: linear_cross_entropy.py.
 """
@@ -55,19 +55,31 @@ def rows_of_aten(z, labels, smoothing, row_scale, form):
     return torch.cat(losses)[:, 0] if losses else z.new_empty(0)
 
 
+def labelled_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """The index [n] of labelled rows, on labels' device; None where every row is labelled. The host reads their number."""
+    if ignore_index is None:
+        return None
+    index = (labels != ignore_index).nonzero()[:, 0]
+    return None if index.shape[0] == labels.shape[0] else index
+
+
+def select_rows(t: Tensor, index: Tensor | None) -> Tensor:
+    """Rows ``index`` of ``t``, on t's device; ``t`` itself for None."""
+    return t if index is None else t.index_select(0, sent(index, t.device))
+
+
 def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
     acc, device = accumulator(hidden.dtype), hidden.device
     _check_labels(labels, ignore_index, weight.shape[0])
-    labelled = (labels != ignore_index).nonzero()[:, 0]
-    n = labelled.shape[0]
-    whole = n == labels.shape[0]  # then rows are slices of what is there
+    index = labelled_rows(labels, ignore_index)
+    whole = index is None  # then rows are slices of what is there
     new = hidden.new_empty if whole else hidden.new_zeros
     loss, dhidden = new(labels.shape[0], dtype=acc), new(hidden.shape if need_dhidden else 0)
     dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
-    y = sent(labels.index_select(0, labelled), device)
-    index = sent(labelled, device)
-    scale = None if row_scale is None else sent(row_scale.index_select(0, sent(labelled, row_scale.device)), device).to(acc)
+    y = sent(select_rows(labels, index), device).contiguous()  # the kernel reads both by address
+    scale = None if row_scale is None else sent(select_rows(row_scale, index), device).to(acc).contiguous()
+    index, n = None if whole else sent(index, device), y.shape[0]
     size = chunk_rows(weight.shape[0], n, weight.numel() * 4 * need_dweight, device.type)
     # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
     several = need_dweight and n > size
@@ -103,7 +115,8 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
 
 def _check_labels(labels, ignore_index, vocabulary):
     """On a GPU the assertion is the device's own, as in PyTorch: nothing waits for it."""
-    bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    bad = (labels < 0) | (labels >= vocabulary)
+    bad = bad if ignore_index is None else bad & (labels != ignore_index)
     if labels.device.type != "cpu":
         torch._assert_async(~bad.any())
     elif bad.any():
