@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops._common import accumulator, sent
+from fastpeft.ops._gemm import mm, work_dtype
 
 CHUNK_BYTES = 16 << 20  # of float32 logits
 # Each chunk reads W twice, so a GPU needs rows enough to be busy meanwhile: an H100 some 220 a read (650 TFLOP/s over 3 TB/s; modelled,
@@ -29,6 +30,9 @@ def mm_wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     acc = accumulator(a.dtype)
     if a.is_cuda and a.dtype != acc:
         out = torch.mm(a, b, out_dtype=acc)
+        return out if bias is None else out.add_(bias)
+    if a.dtype != b.dtype:  # a is in the working dtype already
+        out = mm(a, b)
         return out if bias is None else out.add_(bias)
     return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)).to(acc)
 
@@ -70,7 +74,7 @@ def select_rows(t: Tensor, index: Tensor | None) -> Tensor:
 
 def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
-    acc, device = accumulator(hidden.dtype), hidden.device
+    acc, work, device = accumulator(hidden.dtype), work_dtype(hidden), hidden.device
     _check_labels(labels, ignore_index, weight.shape[0])
     index = labelled_rows(labels, ignore_index)
     whole = index is None  # then rows are slices of what is there
@@ -93,7 +97,7 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
 
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        h = hidden[rows] if whole else hidden.index_select(0, index[rows])
+        h = (hidden[rows] if whole else hidden.index_select(0, index[rows])).to(work)
         z = mm_wide(h, weight.t(), bias)
         row_loss = rows_op(z, y[rows], smoothing, None if scale is None else scale[rows], need_dhidden or need_dweight or need_dbias)
         put(loss, rows, row_loss)
@@ -101,9 +105,9 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
             dbias += z.sum(0)
         if not (need_dhidden or need_dweight):
             continue
-        g = z.to(hidden.dtype)
+        g = z.to(work)
         if need_dhidden:
-            put(dhidden, rows, g @ weight)
+            put(dhidden, rows, mm(g, weight).to(dhidden.dtype))
         if several and g.dtype == acc:
             dweight.addmm_(g.t(), h)
         elif several:

@@ -23,6 +23,8 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn.functional import pad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from fastpeft.ops._gemm import work_dtype
+
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _cuda = torch.ops.aten._scaled_dot_product_flash_attention
@@ -57,11 +59,18 @@ def _for_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
     return k, v, mask
 
 
+def _working(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that products of ``like`` are computed in."""
+    work = work_dtype(like)
+    return tuple(t if t is None else t.to(work) for t in tensors)
+
+
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None, scale: float | None = None):
     """(o, lse)"""
     kernel = kernel_of(q, k, v, causal, mask is not None)
     if kernel == "cpu":
-        return _cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        o, lse = _cpu(*_working(q, q, k, v), 0.0, causal, attn_mask=_working(q, mask)[0], scale=scale)
+        return o.to(q.dtype), lse
     if kernel != "efficient":
         return _cuda(q, k, v, 0.0, causal, scale=scale)[:2]
     k, v, mask = _for_efficient(q, k, v, mask)
@@ -73,7 +82,8 @@ def flash_bwd(do, q, k, v, o, lse, causal: bool = False, mask: Tensor | None = N
     """(dq, dk, dv)"""
     kernel = kernel_of(q, k, v, causal, mask is not None)
     if kernel == "cpu":
-        return _cpu_bwd(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        grads = _cpu_bwd(*_working(q, do, q, k, v, o), lse, 0.0, causal, attn_mask=_working(q, mask)[0], scale=scale)
+        return tuple(grad.to(q.dtype) for grad in grads)
     if kernel != "efficient":
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # read where there is dropout
         return _cuda_bwd(do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale)

@@ -11,7 +11,8 @@
 
 Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
 Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d], H a multiple of H_kv; key_padding_mask [B, N], True = attend;
-P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64).
+P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64). A CPU that lacks 16-bit arithmetic
+computes the whole call in float32 (_gemm.py); what is saved stays in 16 bit.
 
 | gradient needed for | saved                                | computed in backward                                       |
 |---------------------|--------------------------------------|------------------------------------------------------------|
@@ -40,6 +41,7 @@ from torch.autograd.function import Function
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._flash import flash, flash_bwd, kernel_of
+from fastpeft.ops._gemm import widened
 from fastpeft.ops._remade import again_all, keep_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
@@ -93,7 +95,7 @@ def _sum_per_kv_head(a: Tensor, b: Tensor, l: Tensor) -> Tensor:
 
 def _few(q, k, v, prefix) -> bool:
     """Whether a call with a prefix is so small that keys joined by PyTorch's own functions cost less (see FEW)."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or widened(q):
         return False
     scores = q.shape[0] * q.shape[1] * q.shape[2] * (k.shape[2] + prefix[0].shape[1])
     alone = wants_grad(*prefix) and not wants_grad(q, k, v)
