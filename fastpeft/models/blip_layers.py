@@ -217,7 +217,7 @@ class VisionAttention(Recomputes, modeling_blip.BlipAttention):
         q, k, v = self.projected(project, hidden_states, (self.qkv,))
         dropout_p = self.dropout.p if self.training else 0.0
         context = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
-        return self.projection(context.transpose(1, 2).flatten(2)), None
+        return project_one(self.projection, context.transpose(1, 2).flatten(2)), None
 
 
 class VisionMLP(Recomputes, modeling_blip.BlipMLP):

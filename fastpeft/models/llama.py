@@ -28,7 +28,7 @@ from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.methods.quantized import is_quantized
-from fastpeft.models.attend import as_key_mask
+from fastpeft.models.attend import as_key_mask, project_one
 from fastpeft.models.layout import IGNORED, Layout, next_labels, rows_layout, self_layout, tail_of
 from fastpeft.models.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
 from fastpeft.ops._common import accumulator, sent
@@ -249,7 +249,7 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         if not (labelled and self.training):
-            logits = self.lm_head(kept_positions(hidden, logits_to_keep))
+            logits = project_one(self.lm_head, kept_positions(hidden, logits_to_keep))
         if labelled:
             aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
             loss = loss_of(self.lm_head, *aligned, items)

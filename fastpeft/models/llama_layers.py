@@ -13,7 +13,7 @@ from fastpeft.methods.adapted import terms_of
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
-from fastpeft.models.attend import around_wrapper, dense_mask_attention, output_factor, project, project_together, rescaled
+from fastpeft.models.attend import around_wrapper, dense_mask_attention, output_factor, project, project_one, project_together, rescaled
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import Layout, Tail, rows_of
 
@@ -107,7 +107,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         context = context.transpose(1, 2).flatten(2)
         if l_v is not None:
             context = ops.rescale(context, self._per_query_head(l_v))
-        output = self.o_proj(context if layout is None else layout.gather(context))
+        output = project_one(self.o_proj, context if layout is None else layout.gather(context))
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None

@@ -13,6 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from fastpeft.methods import Part
+from fastpeft.models.attend import project_one
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.models.layout import IGNORED, next_labels
@@ -126,7 +127,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         )
         hidden, logits = outputs.last_hidden_state, None
         if labels is None or not self.training:
-            logits = self.lm_head(kept_positions(hidden, logits_to_keep))
+            logits = project_one(self.lm_head, kept_positions(hidden, logits_to_keep))
         loss = None if labels is None else loss_of(self.lm_head, hidden[:, :-1], labels[:, 1:])
         return LlavaCausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states

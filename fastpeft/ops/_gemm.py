@@ -11,8 +11,8 @@ at 256^3:
 | float16  | 14    | 1.9  | 4.4    | 1.5     |
 
 An op converts each activation once per call and reads weights through :func:`mm`, which converts BLOCK elements of them at a time. Sums
-stay in float32 until the op's own result is rounded. What is saved for backward stays in 16 bit. On GPUs, on CPUs with the instructions, and
-in float32 and float64, every function here is PyTorch's own call.
+stay in float32 until the op's own result is rounded. What is saved for backward stays in 16 bit. On GPUs, on CPUs with the instructions,
+and in float32 and float64, every function here is PyTorch's own call.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft import _library, ops
 from fastpeft.ops import _gemm
@@ -160,26 +159,8 @@ def test_every_op_is_no_worse_than_in_its_own_dtype(check, lacking, table, dtype
             assert saved[1] <= saved[0], (name, needs, saved)
 
 
-class Products(TorchDispatchMode):
-    """Notes the dtypes of ATen's products, those inside fastpeft's operators too."""
-
-    NAMES = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_scaled_dot_product", "linear", "convolution")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastpeft":  # its CPU kernel, with this mode on
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
-        if func.namespace == "aten" and func._schema.name.split("::")[1].startswith(self.NAMES):
-            self.seen += [(str(func), t.dtype) for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_no_product_is_left_in_16_bit(check, lacking, table, dtype):
+def test_no_product_is_left_in_16_bit(check, lacking, table, products, dtype):
     """Forward and backward of every op, dropout and small batches with a prefix among them."""
     lacking()
     heads = [torch.randn(2, 2, 3, 8) for _ in range(3)]
@@ -193,11 +174,10 @@ def test_no_product_is_left_in_16_bit(check, lacking, table, dtype):
     }
     for name, (call, inputs, constants) in calls.items():
         inputs = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
-        with Products() as products:
+        with products() as made:
             check.run(call, inputs, [i < len(inputs) - constants for i in range(len(inputs))])
-        wrong = {op for op, seen in products.seen if seen in LOW}
-        assert not wrong, (name, wrong)
-        assert products.seen or not name.startswith(PRODUCTS), name
+        assert not made.in_16_bit(), (name, made.in_16_bit())
+        assert made.seen or not name.startswith(PRODUCTS), name
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
