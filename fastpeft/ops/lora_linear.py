@@ -43,6 +43,7 @@ from fastpeft.ops._gemm import widened, work_dtype
 from fastpeft.ops._held import Held, formed, unformed
 from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops._tiled import triton_launcher
+from fastpeft.ops.dropout import draw, new_seed
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
 
@@ -70,9 +71,7 @@ def dropped(x: Tensor, p: float, seed: Tensor | None, index: int) -> Tensor:
     """x, with the mask of branch `index` drawn from the seed: PEFT's distribution, one independent mask per branch."""
     if p == 0.0:
         return x
-    generator = torch.Generator(x.device).manual_seed(int(seed) + index)
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
-    return mask.mul_(x).mul_(1.0 / (1.0 - p))
+    return draw(x, p, seed, index).mul_(x).mul_(1.0 / (1.0 - p))
 
 
 def _ranks(As):
@@ -283,7 +282,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p
         _check(x, projection)
     scalings = [float(p.scaling) for p in projections]
     dropout_p = float(dropout_p) if any(p.lora_A is not None for p in projections) else 0.0
-    seed = torch.randint(0, 2**31, (1,), device=x.device) if dropout_p > 0.0 else None  # torch.manual_seed rules it
+    seed = new_seed() if dropout_p > 0.0 else None
     params = [t for p in projections for t in p[:4]]
     if wants_grad(x, *params):
         return _LoRALinears.apply(scalings, dropout_p, seed, x, *params)

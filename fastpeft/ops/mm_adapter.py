@@ -36,6 +36,7 @@ from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._gemm import work_dtype
 from fastpeft.ops._tiled import triton_launcher
+from fastpeft.ops.dropout import draw, new_seed
 
 
 def mm_adapter_reference(x, w_down, b_down, w_up, b_up, routing, scale=1.0, groups=2) -> Tensor:
@@ -52,9 +53,7 @@ def mm_adapter_reference(x, w_down, b_down, w_up, b_up, routing, scale=1.0, grou
 
 def _mask(a: Tensor, p: float, seed: Tensor) -> Tensor:
     """1 / (1 - p) where kept, drawn from the seed."""
-    generator = torch.Generator(a.device).manual_seed(int(seed))
-    keep = torch.empty(a.shape, dtype=a.dtype, device=a.device).bernoulli_(1.0 - p, generator=generator)
-    return keep.mul_(1.0 / (1.0 - p))
+    return draw(a, p, seed).mul_(1.0 / (1.0 - p))
 
 
 def _per_token(routing: Tensor, x: Tensor) -> Tensor:
@@ -235,7 +234,7 @@ def mm_adapter(
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     _check(x, w_down, b_down, w_up, b_up, routing, groups, dropout_p)
-    seed = torch.randint(0, 2**31, (1,), device=x.device) if dropout_p > 0.0 else None  # torch.manual_seed rules it
+    seed = new_seed() if dropout_p > 0.0 else None
     tensors, p = (x, w_down, b_down, w_up, b_up, routing), float(dropout_p)
     if wants_grad(*tensors):
         return _MMAdapter.apply(float(scale), groups, p, seed, *tensors)
