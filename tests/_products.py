@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastpeft.ops._flash import FORWARD_IN_16_BIT
+
 NAMES = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_scaled_dot_product", "linear", "convolution")
 
 
@@ -24,5 +26,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def in_16_bit(self) -> set[str]:
-        """Operators that multiplied in bfloat16 or float16."""
-        return {op for op, dtype in self.seen if dtype in (torch.bfloat16, torch.float16)}
+        """Operators that multiplied in bfloat16 or float16; without attention's forward where that has MKL's products."""
+        well = {"aten._scaled_dot_product_flash_attention_for_cpu.default"} if FORWARD_IN_16_BIT else set()
+        return {op for op, dtype in self.seen if dtype in (torch.bfloat16, torch.float16)} - well

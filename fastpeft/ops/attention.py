@@ -11,8 +11,8 @@
 
 Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
 Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d], H a multiple of H_kv; key_padding_mask [B, N], True = attend;
-P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64). A CPU that lacks 16-bit arithmetic
-computes the whole call in float32 (_gemm.py); what is saved stays in 16 bit.
+P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64). Where a CPU
+lacks 16-bit arithmetic, backward is computed in float32 (_gemm.py, _flash.py); what is saved stays in 16 bit.
 
 | gradient needed for | saved                                | computed in backward                                       |
 |---------------------|--------------------------------------|------------------------------------------------------------|

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpeft import _library, ops
-from fastpeft.ops import _gemm
+from fastpeft.ops import _flash, _gemm
 from fastpeft.ops.lora_linear import linear, lora_linear_reference
 
 pytestmark = pytest.mark.skipif(_library.FORCED == "triton", reason="Triton's kernels multiply as they do on a GPU")
@@ -119,8 +119,12 @@ def test_linear_cross_entropy_is_no_worse_than_pytorch(check, lacking, dtype, re
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("how", [{}, {"causal": True}, {"key_padding_mask": True}])
-def test_attention_is_no_worse_than_pytorch(check, lacking, dtype, how):
+@pytest.mark.parametrize("forward", [True, False])
+def test_attention_is_no_worse_than_pytorch(check, lacking, monkeypatch, dtype, how, forward):
+    """With a forward in 16 bit, and with neither."""
+    how = dict(how)
     lacking()
+    monkeypatch.setattr(_flash, "FORWARD_IN_16_BIT", forward)
     mask = torch.ones(2, 12, dtype=torch.bool) if how.pop("key_padding_mask", None) else None
     if mask is not None:
         mask[0, 7:] = False
