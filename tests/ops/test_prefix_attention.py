@@ -242,16 +242,17 @@ def test_which_kernel_takes_what(monkeypatch):
     for dtype, M, N, causal, padded, prefixed, p in itertools.product(TOLERANCE, (1, 5), (5, 9), *[(False, True)] * 3, (0.0, 0.1)):
         q, k = (torch.empty(2, 4, m, 64, dtype=dtype).as_subclass(Cuda) for m in (M, N))
         asked.clear()
-        got = module._serves(q, k, k, causal, k if padded else None, k if prefixed else None, p)
-        assert got == (prefixed and p == 0.0 and dtype != torch.float64)
+        got = module._strategy(q, k, k, causal, k if padded else None, k if prefixed else None, p)
+        split = prefixed and p == 0.0 and dtype != torch.float64
+        assert got == ("split" if split else "sdpa")
         masked = padded or (causal and M not in (1, N))
-        assert asked == ([] if not got else ["efficient" if masked or dtype == torch.float32 else "flash"])
+        assert asked == ([] if not split else ["efficient" if masked or dtype == torch.float32 else "flash"])
     monkeypatch.setattr(module, "CHOICE", "xformers")
-    assert not module._serves(q, k, k, False, None, (), 0.0)
+    assert module._strategy(q, k, k, False, None, (), 0.0) == "sdpa"
     monkeypatch.setattr(module, "CHOICE", "")
     for name in ("flash", "efficient"):
         monkeypatch.setattr(flash_module, f"can_use_{name}_attention", lambda params: False)
-    assert not module._serves(q, k, k, False, None, (), 0.0)  # both switched off
+    assert module._strategy(q, k, k, False, None, (), 0.0) == "sdpa"  # both switched off
 
 
 @pytest.mark.gpu
