@@ -268,7 +268,7 @@ def test_on_cuda(check, dtype, causal, M, N, G, n, d, padded):
         mask = torch.ones(3, N, dtype=torch.bool)
         mask[0, :5], mask[1, -7:], mask[2] = False, False, False
     on_gpu, there = [t.cuda() for t in (q, k, v, pk, pv)], None if mask is None else mask.cuda()
-    assert module._serves(*on_gpu[:3], causal, there, (), 0.0)
+    assert module._strategy(*on_gpu[:3], causal, there, (), 0.0) == "split"
     call = lambda mask, fn: lambda q, k, v, *p: fn(q, k, v, causal=causal, key_padding_mask=mask, scale=SCALE, prefix=p)  # noqa: E731
     for needs in list(check.subsets(5))[::3]:
         got = check.run(call(there, attention), on_gpu, needs)
