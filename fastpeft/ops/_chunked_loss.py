@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpeft.ops._common import accumulator, sent
 from fastpeft.ops._gemm import mm, work_dtype
+from fastpeft.ops._private import assert_async
 
 CHUNK_BYTES = 16 << 20  # of float32 logits
 # Each chunk reads W twice, so a GPU needs rows enough to be busy meanwhile: an H100 some 220 a read (650 TFLOP/s over 3 TB/s; modelled,
@@ -122,6 +123,6 @@ def _check_labels(labels, ignore_index, vocabulary):
     bad = (labels < 0) | (labels >= vocabulary)
     bad = bad if ignore_index is None else bad & (labels != ignore_index)
     if labels.device.type != "cpu":
-        torch._assert_async(~bad.any())
+        assert_async(~bad.any())
     elif bad.any():
         raise IndexError(f"linear_cross_entropy: label {int(labels[bad][0])} is outside [0, {vocabulary})")

@@ -25,6 +25,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import autocast_dtype, first_order
 from fastpeft.ops._common import wants_grad
+from fastpeft.ops._private import avx512_without_bfloat16, onednn_accepts
 
 BLOCK = 1 << 18  # elements of a weight converted at a time: 1 MB of float32 stays in a core's cache until it is multiplied
 # Rows of x up to which x W^T is PyTorch's: it reads a weight once then, and the conversion costs more than it saves (measured as above,
@@ -35,16 +36,10 @@ FEW_ROWS = 2
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of ``dtype`` that oneDNN uses (ONEDNN_MAX_CPU_ISA counts). oneDNN also accepts
     bfloat16 on AVX-512 without them, and emulates it at a fifth of float32's rate."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    try:
-        accepts = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
-    except (AttributeError, RuntimeError):  # a build without them
-        return False
-    if dtype == torch.bfloat16 and torch.cpu._is_avx512_supported():
+    accepts = onednn_accepts(dtype)
+    if accepts and dtype == torch.bfloat16:
         most = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
-        accepts = accepts and torch.cpu._is_avx512_bf16_supported() and most not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+        accepts = not avx512_without_bfloat16() and most not in ("AVX512_CORE", "AVX512_CORE_VNNI")
     return accepts
 
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
@@ -38,6 +37,7 @@ from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._chunked_loss import chunked, labelled_rows, rows_of_aten, select_rows
 from fastpeft.ops._common import accumulator, check_floating, sent, wants_grad
+from fastpeft.ops._private import graph_is_kept, is_fake
 from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops.rescale import _forward as scaled
 
@@ -96,7 +96,7 @@ def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, nee
 
 
 def _has_values(labels: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or labels.device.type == "meta" or isinstance(labels, FakeTensor))
+    return not (torch.compiler.is_compiling() or is_fake(labels))
 
 
 class _LinearCrossEntropy(Function):
@@ -156,7 +156,7 @@ def _scaled(d: Tensor, grad: Tensor) -> Tensor:
     """d grad. The last backward of a graph may have d itself, which nobody reads after it: with a trained head on the CPU a new tensor of
     dW's size costs as much as a third of the product that made it."""
     eager = type(d) is Tensor and not torch.compiler.is_compiling()
-    if eager and grad.numel() == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if eager and grad.numel() == 1 and not graph_is_kept():
         if d.device.type == "cpu" and float(grad) == 1.0:  # loss.backward(): on the CPU asking waits for nothing
             return d
         if d.dtype == grad.dtype:
