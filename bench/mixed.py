@@ -5,7 +5,8 @@
 ``lavin-tiny`` first learns scanner a's phantoms and written descriptions of them (all weights, once). Then MMAdapter/T/MMAdapter adapts it
 to scanner b's, where questions are also put in other words, in two arms: "fastpeft" packs its batches, runs fused and decodes with a
 cache; "straightforward" is the same model as its paper writes it (fastpeft/verify/paper_equations.py): transformers' own modules,
-adapters formed eagerly, padding, no cache. Same weights, data, batches, seeds and optimiser; dropout off, so that the arms differ by rounding alone.
+adapters formed eagerly, padding, no cache. Same weights, data, batches, seeds and optimiser; dropout off, so that the arms differ by
+rounding alone.
 Losses of the first steps are compared first: nothing is trained on if they differ. Exit code 1 where accuracies differ beyond noise.
 """
 

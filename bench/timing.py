@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastpeft.ops._gemm import LACKING
+
 QUANTILES = (0.2, 0.5, 0.8)
 
 
@@ -55,6 +57,7 @@ def environment() -> dict:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "lacks": " and ".join(str(dtype).removeprefix("torch.") for dtype in LACKING) or "nothing",
         "liger": liger_missing() or importlib.metadata.version("liger_kernel"),
         "peft": importlib.metadata.version("peft") if importlib.util.find_spec("peft") else "not installed",
     }
@@ -96,10 +99,12 @@ def _eviction(device: str) -> torch.Tensor:
 
 @functools.cache
 def roofline(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(GB/s of a copy of 32 MB, read and write counted; TFLOP/s of a product of side 2048, on CUDA 8192): the better of a few."""
+    """(GB/s of a copy of 32 MB, read and write counted; TFLOP/s of a product of side 2048, on CUDA 8192): the better of a few. Of a dtype
+    that the CPU lacks the product is float32's: its own takes 17 seconds."""
     source = torch.ones((32 << 20) // dtype.itemsize, dtype=dtype, device=device)
     side = 8192 if device == "cuda" else 2048
-    a, target = torch.ones(side, side, dtype=dtype, device=device), torch.empty_like(source)
+    wide = torch.float32 if device == "cpu" and dtype in LACKING else dtype
+    a, target = torch.ones(side, side, dtype=wide, device=device), torch.empty_like(source)
     copy, product = (lambda: target.copy_(source)), (lambda: a @ a)
     best = [min(_once(fn, device) for _ in range(7)) / 1e3 for fn in (copy, product)]
     return 2 * source.nbytes / best[0] / 1e9, 2 * side**3 / best[1] / 1e12

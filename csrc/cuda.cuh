@@ -146,11 +146,16 @@ __device__ Two<A> group_sum(Two<A> v, const Group& group) {
   return v;
 }
 
-// out[j] = sum over parts of part[p][j], in a fixed order, in out's dtype. A block owns 32 columns; each of its warps adds up every 16th
-// part, so that many reads are under way, and the first warp adds their sums.
+// first[j] = sum over parts of part[p][j] and, in the same launch, second[j] that of part[p][n + j]; either may be null: not wanted. In a
+// fixed order, in their dtype. A block owns 32 columns of one of the two; each of its warps adds up every 16th part, so that many reads are
+// under way, and the first warp adds their sums.
 template <class A, class P>
-__global__ void sum_parts_kernel(const A* __restrict__ part, int parts, int64_t stride, int64_t n, P* __restrict__ out) {
+__global__ void sum_parts_kernel(
+    const A* __restrict__ part, int parts, int64_t stride, int64_t n, P* __restrict__ first, P* __restrict__ second) {
   __shared__ A sums[16][32];
+  P* out = blockIdx.y ? second : first;
+  if (!out) return;
+  part += blockIdx.y * n;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t j = int64_t(blockIdx.x) * 32 + lane;
   A sum = 0;
@@ -165,13 +170,18 @@ __global__ void sum_parts_kernel(const A* __restrict__ part, int parts, int64_t 
   out[j] = static_cast<P>(sum);
 }
 
+// Parts lie `stride` elements apart: of each the first n go into `first`, the next n into `second`, which has first's dtype. Empty ones are
+// not wanted.
 template <class A>
-void sum_parts(const A* part, int parts, int64_t stride, const Tensor& out, const Launch& launch) {
-  const int64_t n = out.numel();
+void sum_parts(const A* part, int parts, int64_t stride, const Tensor& first, const Launch& launch, const Tensor* second = nullptr) {
+  const bool both = second && second->numel();
+  const int64_t n = both ? second->numel() : first.numel();
   if (n == 0) return;
-  dispatch(out.scalar_type(), "parameter gradient", [&](auto t) {
+  dispatch(first.scalar_type(), "parameter gradient", [&](auto t) {
     using P = typename decltype(t)::type;
-    launch(sum_parts_kernel<A, P>, unsigned((n + 31) / 32), 512, part, parts, stride, n, write<P>(out));
+    const dim3 grid(unsigned((n + 31) / 32), both ? 2 : 1);
+    P *into = first.numel() ? write<P>(first) : nullptr, *then = both ? write<P>(*second) : nullptr;
+    launch(sum_parts_kernel<A, P>, grid, 512, part, parts, stride, n, into, then);
   });
 }
 

@@ -345,8 +345,7 @@ void norm_bwd_cuda(
       done = d.K;
     }
     if (!done) launch(norm_bwd_any_kernel<CENTER, T>, blocks, d.per_row, a);
-    sum_parts(read<A>(part), blocks, 2 * in.n, dweight, launch);
-    if (dbias.numel()) sum_parts(read<A>(part) + in.n, blocks, 2 * in.n, dbias, launch);
+    if (params) sum_parts(read<A>(part), blocks, 2 * in.n, dweight, launch, &dbias);
   });
 }
 

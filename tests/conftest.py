@@ -46,6 +46,12 @@ def miss():
 
 
 @pytest.fixture(scope="session")
+def products():
+    """A mode that notes ATen's products: tests/_products.py."""
+    return _load(Path(__file__).with_name("_products.py")).Products
+
+
+@pytest.fixture(scope="session")
 def runs():
     """Short training runs: tests/_runs.py."""
     return _load(Path(__file__).with_name("_runs.py"))

@@ -256,7 +256,7 @@ class VisionAttention(_Attends, Recomputes, modeling_blip.BlipAttention):
 
         q, k, v = self.projected(project, hidden_states, (self.qkv,))
         context = ops.attention(q, k, v, scale=self.scale, dropout_p=self._dropout_p)
-        return self.projection(context.transpose(1, 2).flatten(2)), None
+        return project_one(self.projection, context.transpose(1, 2).flatten(2)), None
 
 
 class VisionMLP(Recomputes, modeling_blip.BlipMLP):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
+from fastpeft.fused.attend import project_one
 from fastpeft.fused.layout import IGNORED, next_labels
 from fastpeft.fused.outputs import can_defer
 from fastpeft.methods.base import watched
@@ -73,8 +74,8 @@ def causal_loss(
     if lean:
         return asked.loss(head, hidden), None, None
     if asked is not None and type(head) is nn.Linear and not is_quantized(head.weight) and can_defer(head):
-        return asked.loss(head, hidden), hidden.new_empty(0), partial(F.linear, hidden, head.weight, head.bias)
-    logits, loss = head(slice_logits_to_keep(hidden, logits_to_keep)), None
+        return asked.loss(head, hidden), hidden.new_empty(0), partial(project_one, head, hidden)
+    logits, loss = project_one(head, slice_logits_to_keep(hidden, logits_to_keep)), None
     if labels is not None and model.loss_function is ForCausalLMLoss:
         loss = loss_of_logits(logits, labels, **options)
     elif labels is not None:
@@ -100,7 +101,7 @@ def loss_of(head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | in
     else:  # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
         targets = sent(targets, hidden.device).flatten()
         rows = targets != ignore_index
-        logits = head(hidden.flatten(0, 1)[rows])
+        logits = project_one(head, hidden.flatten(0, 1)[rows])
         loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), targets[rows], reduction=reduction)
     return loss if items is None else loss / _on(items, loss)
 

@@ -43,7 +43,7 @@ class Attention(modeling_clip.CLIPAttention):
             context = dense_mask_attention(q, k, v, attention_mask, scale=self.scale, **options)
         else:
             context = ops.attention(q, k, v, causal=bool(kwargs.get("is_causal")), scale=self.scale, **options)
-        return self.out_proj(context.transpose(1, 2).flatten(2)), None
+        return project_one(self.out_proj, context.transpose(1, 2).flatten(2)), None
 
 
 class MLP(modeling_clip.CLIPMLP):

@@ -16,6 +16,7 @@ from fastpeft.fused.attend import (
     forms_probabilities,
     output_factor,
     project,
+    project_one,
     project_together,
     rescaled,
     why_not_fused,
@@ -156,7 +157,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         context = context.transpose(1, 2).flatten(2)
         if l_v is not None:
             context = ops.rescale(context, self._per_query_head(l_v))
-        output = self.o_proj(context if layout is None else layout.gather(context).view(*shape, -1))
+        output = project_one(self.o_proj, context if layout is None else layout.gather(context).view(*shape, -1))
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None

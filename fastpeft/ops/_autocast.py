@@ -54,6 +54,11 @@ def _active(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype that an active autocast computes t's products in; None where there is none, and for float64."""
+    return torch.get_autocast_dtype(t.device.type) if _castable(t) and _active(t.device.type) else None
+
+
 def widest(*values) -> torch.dtype | None:
     """The dtype that all floating tensors in ``values`` promote to, float64 apart; None where there is none."""
     dtypes = {t.dtype for t in _tensors(values) if _castable(t)}

@@ -1,4 +1,4 @@
-"""What both backends of linear_cross_entropy share: labelled rows found, logits formed a chunk at a time, gradients formed beside them.
+"""What both backends of linear_cross_entropy share: labelled rows, logits formed a chunk at a time, gradients formed beside them.
 
 Equations, shapes and what is saved: linear_cross_entropy.py.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops._common import accumulator, sent
+from fastpeft.ops._gemm import mm, work_dtype
+from fastpeft.ops._private import assert_async
 
 CHUNK_BYTES = 16 << 20  # of float32 logits
 # Each chunk reads W twice, so a GPU needs rows enough to be busy meanwhile: an H100 some 220 a read (650 TFLOP/s over 3 TB/s; modelled,
@@ -29,6 +31,9 @@ def mm_wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     acc = accumulator(a.dtype)
     if a.is_cuda and a.dtype != acc:
         out = torch.mm(a, b, out_dtype=acc)
+        return out if bias is None else out.add_(bias)
+    if a.dtype != b.dtype:  # a is in the working dtype already
+        out = mm(a, b)
         return out if bias is None else out.add_(bias)
     return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)).to(acc)
 
@@ -55,19 +60,31 @@ def rows_of_aten(z, labels, smoothing, row_scale, form):
     return torch.cat(losses)[:, 0] if losses else z.new_empty(0)
 
 
+def labelled_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """The index [n] of labelled rows, on labels' device; None where every row is labelled. The host reads their number."""
+    if ignore_index is None:
+        return None
+    index = (labels != ignore_index).nonzero()[:, 0]
+    return None if index.shape[0] == labels.shape[0] else index
+
+
+def select_rows(t: Tensor, index: Tensor | None) -> Tensor:
+    """Rows ``index`` of ``t``, on t's device; ``t`` itself for None."""
+    return t if index is None else t.index_select(0, sent(index, t.device))
+
+
 def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
-    acc, device = accumulator(hidden.dtype), hidden.device
+    acc, work, device = accumulator(hidden.dtype), work_dtype(hidden), hidden.device
     _check_labels(labels, ignore_index, weight.shape[0])
-    labelled = (labels != ignore_index).nonzero()[:, 0]
-    n = labelled.shape[0]
-    whole = n == labels.shape[0]  # then rows are slices of what is there
+    index = labelled_rows(labels, ignore_index)
+    whole = index is None  # then rows are slices of what is there
     new = hidden.new_empty if whole else hidden.new_zeros
     loss, dhidden = new(labels.shape[0], dtype=acc), new(hidden.shape if need_dhidden else 0)
     dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
-    y = sent(labels.index_select(0, labelled), device)
-    index = sent(labelled, device)
-    scale = None if row_scale is None else sent(row_scale.index_select(0, sent(labelled, row_scale.device)), device).to(acc)
+    y = sent(select_rows(labels, index), device).contiguous()  # the kernel reads both by address
+    scale = None if row_scale is None else sent(select_rows(row_scale, index), device).to(acc).contiguous()
+    index, n = None if whole else sent(index, device), y.shape[0]
     size = chunk_rows(weight.shape[0], n, weight.numel() * 4 * need_dweight, device.type)
     # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
     several = need_dweight and n > size
@@ -81,7 +98,7 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
 
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        h = hidden[rows] if whole else hidden.index_select(0, index[rows])
+        h = (hidden[rows] if whole else hidden.index_select(0, index[rows])).to(work)
         z = mm_wide(h, weight.t(), bias)
         row_loss = rows_op(z, y[rows], smoothing, None if scale is None else scale[rows], need_dhidden or need_dweight or need_dbias)
         put(loss, rows, row_loss)
@@ -89,9 +106,9 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
             dbias += z.sum(0)
         if not (need_dhidden or need_dweight):
             continue
-        g = z.to(hidden.dtype)
+        g = z.to(work)
         if need_dhidden:
-            put(dhidden, rows, g @ weight)
+            put(dhidden, rows, mm(g, weight).to(dhidden.dtype))
         if several and g.dtype == acc:
             dweight.addmm_(g.t(), h)
         elif several:
@@ -103,8 +120,9 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
 
 def _check_labels(labels, ignore_index, vocabulary):
     """On a GPU the assertion is the device's own, as in PyTorch: nothing waits for it."""
-    bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    bad = (labels < 0) | (labels >= vocabulary)
+    bad = bad if ignore_index is None else bad & (labels != ignore_index)
     if labels.device.type != "cpu":
-        torch._assert_async(~bad.any())
+        assert_async(~bad.any())
     elif bad.any():
         raise IndexError(f"linear_cross_entropy: label {int(labels[bad][0])} is outside [0, {vocabulary})")

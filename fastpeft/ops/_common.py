@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
+
+from fastpeft.ops._private import in_forward_mode, under_func_grad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,13 +19,11 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """False: the caller may skip the autograd Function, which costs more than a small op itself. RuntimeError where a derivative is asked
     for in another way: to forward mode the operators' outputs would be constants, and their tangents silently zero."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not torch.compiler.is_compiling():
-        forward = forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-        if forward or (wanted and any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())):
-            raise RuntimeError(
-                "fastpeft: this operator has a gradient in PyTorch's autograd only, not in forward mode or under torch.func; call "
-                "fastpeft.restore(model), or the op's *_reference, there"
-            )
+    if not torch.compiler.is_compiling() and (in_forward_mode(*tensors) or (wanted and under_func_grad())):
+        raise RuntimeError(
+            "fastpeft: this operator has a gradient in PyTorch's autograd only, not in forward mode or under torch.func; call "
+            "fastpeft.restore(model), or the op's *_reference, there"
+        )
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""How a tile-wise op reaches its Triton launcher: imported when first called, float64 left to ATen."""
+"""How a tile-wise op reaches its Triton launcher: imported when first called, float64 left to ATen, a seed sent to the device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 import torch
+from torch import Tensor
+
+from fastpeft.ops._common import sent
 
 
 def triton_launcher(module: str, name: str, composite: Callable) -> Callable:
@@ -15,6 +18,8 @@ def triton_launcher(module: str, name: str, composite: Callable) -> Callable:
         tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
         if any(t is not None and t.dtype == torch.float64 for t in tensors):
             return composite(*args)
+        device = next(t for t in tensors if t is not None).device
+        args = [sent(arg, device) if isinstance(arg, Tensor) and arg.device != device else arg for arg in args]  # seeds lie on the host
         return getattr(import_module(f"fastpeft.kernels.{module}"), name)(*args)
 
     return launch

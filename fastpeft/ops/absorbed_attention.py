@@ -36,6 +36,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import sent, wants_grad
+from fastpeft.ops._gemm import matmul, work_dtype
 from fastpeft.ops._remade import again, keep, recipe_of, remade
 from fastpeft.ops.dropout import keep_mask, new_seed
 from fastpeft.ops.lora_linear import Projection
@@ -110,10 +111,10 @@ def _spread_heads(scale: float, q: Tensor) -> Tensor:
 
 def _lift(scaling: float, q: Tensor, weight: Tensor, lora_B: Tensor | None, lora_A: Tensor | None) -> Tensor:
     """q [H, T, d] through the key projection [H, d, C] -> q~ [T H, C]."""
-    lifted = torch.bmm(q, weight)
+    lifted = matmul(q, weight)
     if lora_A is not None:
-        low = torch.bmm(q, lora_B.to(q.dtype).view(*weight.shape[:2], -1))  # [H, T, r]
-        lifted = lifted + scaling * (low @ lora_A.to(q.dtype))
+        low = matmul(q, lora_B.to(q.dtype).view(*weight.shape[:2], -1))  # [H, T, r]
+        lifted = lifted + scaling * matmul(low, lora_A.to(q.dtype))
     return lifted.transpose(0, 1).flatten(0, 1)
 
 
@@ -183,6 +184,14 @@ def _mix(P: Tensor, states: Tensor, weight, bias, lora_A, lora_B, scaling: float
     return out
 
 
+def _forward(q, states, weight, bias, lora_A, lora_B, scaling: float, p: float, seed: Tensor | None, images: _Images, H: int) -> Tensor:
+    narrow, work = q.dtype, work_dtype(q)
+    q, states, weight = q.to(work), states.to(work), weight.to(work)
+    P = images.times(q, states.mT).softmax(-1)
+    P = P if seed is None else P.mul_(keep_mask(P, p, seed))
+    return _mix(P, states, weight, bias, lora_A, lora_B, scaling, images, H).to(narrow)
+
+
 class _Attend(Function):
     """dropout(softmax(q~ E^T)) E through the value projection. Backward forms the probabilities again."""
 
@@ -191,9 +200,7 @@ class _Attend(Function):
         ctx.scaling, ctx.p, ctx.images, ctx.H = scaling, p, images, H
         ctx.remake, kept = keep(q)
         ctx.save_for_backward(states, weight, bias, lora_A, lora_B, seed, *kept)
-        P = images.times(q, states.mT).softmax(-1)
-        P = P if seed is None else P.mul_(keep_mask(P, p, seed))
-        return _mix(P, states, weight, bias, lora_A, lora_B, scaling, images, H)
+        return _forward(q, states, weight, bias, lora_A, lora_B, scaling, p, seed, images, H)
 
     @staticmethod
     @first_order
@@ -201,7 +208,9 @@ class _Attend(Function):
         states, weight, bias, A, B, seed, *kept = ctx.saved_tensors
         need_q, need_states, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         images, H, per_head, need_P = ctx.images, ctx.H, (ctx.H, -1), any(ctx.needs_input_grad[:2])
-        q, dW, db, dA, dB = again(ctx.remake, kept), None, None, None, None
+        narrow, work = dout.dtype, work_dtype(dout)
+        q, dW, db, dA, dB = again(ctx.remake, kept).to(work), None, None, None, None
+        dout, states, weight = dout.to(work), states.to(work), weight.to(work)
         P = images.times(q, states.mT).softmax(-1)
         mask = None if seed is None else keep_mask(P, ctx.p, seed)
         D = P if mask is None else P * mask
@@ -209,7 +218,7 @@ class _Attend(Function):
         if A is not None and (need_P or need_A):
             dlow = ctx.scaling * _by_head(dout, B.to(P.dtype).unflatten(0, per_head))  # [T H, r]
         if need_weight:
-            dW = _sum_by_head(dout, images.times(D, states), H).flatten(0, 1)
+            dW = _sum_by_head(dout, images.times(D, states), H).flatten(0, 1).to(narrow)
         if need_bias:
             db = (dout * D.sum(-1, keepdim=True)).unflatten(0, (-1, H)).sum(0).flatten().to(bias.dtype)
         if need_A:
@@ -230,7 +239,8 @@ class _Attend(Function):
         dS = dP.sub_((P * dP).sum(-1, keepdim=True)).mul_(P)
         if need_states:
             dstates += images.sums(dS, q)
-        return images.times(dS, states) if need_q else None, dstates, dW, db, dA, dB, *[None] * 5
+        dq = images.times(dS, states).to(narrow) if need_q else None
+        return dq, None if dstates is None else dstates.to(narrow), dW, db, dA, dB, *[None] * 5
 
 
 def _attend(q: Tensor, states: Tensor, value: Projection, dropout_p: float, H: int, counts: list[int]) -> Tensor:
@@ -240,9 +250,7 @@ def _attend(q: Tensor, states: Tensor, value: Projection, dropout_p: float, H: i
     if wants_grad(q, states, weight, bias, A, B):
         out = _Attend.apply(q, states, weight, bias, A, B, scaling, dropout_p, seed, images, H)
     else:
-        P = images.times(q, states.mT).softmax(-1)
-        P = P if seed is None else P.mul_(keep_mask(P, dropout_p, seed))
-        out = _mix(P, states, weight, bias, A, B, scaling, images, H)
+        out = _forward(q, states, weight, bias, A, B, scaling, dropout_p, seed, images, H)
     return out.unflatten(0, (-1, H))
 
 

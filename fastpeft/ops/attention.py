@@ -11,24 +11,26 @@
 
 Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
 Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d], H a multiple of H_kv; key_padding_mask [B, N], True = attend;
-P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64).
+P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64). Where a CPU
+lacks 16-bit arithmetic, backward is computed in float32 (_gemm.py, _flash.py); what is saved stays in 16 bit.
 
-| gradient needed for | saved                                | computed in backward                                       |
-|---------------------|--------------------------------------|------------------------------------------------------------|
-| q, k, v or l_k      | q, k, v, o, lse (q and o unscaled)   | ATen's flash backward, which forms dq, dk and dv together; |
-|                     |                                      | dq alone by three products of its five (attention_dq.py)   |
-| P_k, P_v alone      | q, o, lse; neither k nor v           | the prefix part only                                       |
-| l_v alone           | o                                    | one sum                                                    |
-| with dropout        | a seed in place of o and lse: attention_dropout.py has its own table                              |
+One strategy is chosen for a call (:func:`_strategy`), each with its own autograd function:
 
-On the CPU a prefix is put before the keys for each call, unless it alone needs a gradient (and in 16 bit even then: P alone keeps k and v
-too): see _joined. The joined keys are made again in backward; only where scores are few are they kept, by PyTorch, in place of k and v
-(and in place of nothing for P alone): see FEW.
+| strategy | taken for                                                        | saved for backward                                      |
+|----------|------------------------------------------------------------------|---------------------------------------------------------|
+| plain    | CPU, no prefix                                                   | for q, k, v or l_k: q, k, v, o, lse (q and o unscaled); |
+|          |                                                                  | for l_v alone: o                                        |
+| joined   | CPU, a prefix: put before the keys for the call, and once more   | q, k, v, o, lse, P_k, P_v                               |
+|          | in backward                                                      |                                                         |
+| split    | a prefix, on CUDA, and on the CPU where it alone is trained      | q, o, lse, P_k, P_v; for q, k or v also k and v         |
+|          | (float32, float64): parts that meet by their lse                 |                                                         |
+| dropout  | CPU, dropout on the probabilities                                | attention_dropout.py: a seed in place of o and lse      |
+| sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
+|          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
 
-This is the CPU's path, and CUDA's with a prefix: the tokens through ATen's flash kernel in 16 bit, through its efficient one in float32 or
-where there is padding (_flash.py). Without a prefix, with dropout or in float64 the same folding surrounds SDPA, flash-attn or xformers on
-CUDA (attention_backends.py); with dropout on the CPU, attention_dropout.py. With a prefix, l_k and l_v scale the projected keys and
-values: the prefix is not rescaled.
+plain and split form dq, dk and dv together, in ATen's flash backward (its efficient one on CUDA in float32 or where there is padding,
+_flash.py); plain forms dq alone by three products of its five (attention_dq.py), split leaves out the tokens' part for P_k and P_v alone.
+With a prefix, l_k and l_v scale the projected keys and values: the prefix is not rescaled. In dropout and sdpa they scale q and o outside.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from torch.autograd.function import Function
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._flash import flash, flash_bwd, kernel_of
+from fastpeft.ops._gemm import widened
 from fastpeft.ops._remade import again_all, keep_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
@@ -93,25 +96,14 @@ def _sum_per_kv_head(a: Tensor, b: Tensor, l: Tensor) -> Tensor:
 
 def _few(q, k, v, prefix) -> bool:
     """Whether a call with a prefix is so small that keys joined by PyTorch's own functions cost less (see FEW)."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or widened(q):
         return False
     scores = q.shape[0] * q.shape[1] * q.shape[2] * (k.shape[2] + prefix[0].shape[1])
-    alone = wants_grad(*prefix) and not wants_grad(q, k, v)
-    return scores < (FEW // 4 if alone else FEW)
+    return scores < (FEW // 4 if _trains_prefix_alone(q, k, v, prefix) else FEW)
 
 
-def _serves(q, k, v, causal, padding, prefix, dropout_p: float) -> bool:
-    """Whether this file's autograd function takes the call: on the CPU every one but a small one with a prefix, elsewhere those with a
-    prefix that a kernel takes."""
-    if dropout_p > 0.0 or 0 in (q.numel(), k.numel()):
-        return False
-    if q.device.type != "cpu" and (prefix is None or CHOICE not in ("", "sdpa")):
-        return False
-    if prefix is not None and _few(q, k, v, prefix):
-        return False
-    is_causal = causal and q.shape[2] == k.shape[2]
-    masked = padding is not None or (causal and not is_causal and q.shape[2] > 1)
-    return kernel_of(q, k, v, is_causal, masked) != ""
+def _trains_prefix_alone(q, k, v, prefix) -> bool:
+    return wants_grad(*prefix) and not wants_grad(q, k, v)
 
 
 def _joined(q: Tensor, alone: bool) -> bool:
@@ -144,68 +136,126 @@ def _join(q, k, v, pk, pv, causal, padding):
     return _before(pk, k), _before(pv, v), mask
 
 
-def _forward(causal, scale, padding, joined, q, k, v, pk, pv, lk):
-    if joined:
-        k, v, mask = _join(q, k, v, pk, pv, causal, padding)
-        return flash(q, k, v, mask=mask, scale=scale)
+def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: float) -> str:
+    """The row of the module's table that this call takes."""
+    on_cpu = q.device.type == "cpu"
+    if 0 in (q.numel(), k.numel()):
+        return "sdpa"
+    if dropout_p > 0.0:
+        return "dropout" if on_cpu else "sdpa"
+    if not on_cpu and (prefix is None or CHOICE not in ("", "sdpa")):
+        return "sdpa"
+    if prefix is not None and _few(q, k, v, prefix):
+        return "sdpa"
+    is_causal = causal and q.shape[2] == k.shape[2]
+    masked = padding is not None or (causal and not is_causal and q.shape[2] > 1)
+    if kernel_of(q, k, v, is_causal, masked) == "":
+        return "sdpa"
+    if prefix is None:
+        return "plain"
+    return "joined" if _joined(q, alone=_trains_prefix_alone(q, k, v, prefix)) else "split"
+
+
+def _plain(causal, scale, padding, q, k, v, lk):
+    """(o, lse), without l_v."""
     is_causal, mask = _plan(q, k, causal, padding)
-    scaled = q if lk is None else q * _per_query_head(lk, q)
-    o, lse = flash(scaled, k, v, is_causal, mask, scale)
-    if pk is None:
-        return o, lse
-    if padding is not None or (causal and q.shape[2] > k.shape[2]):
-        alive = allowed_keys(q, k, causal, padding).any(-1)  # where every key is masked lse is 0 on the CPU, whatever it is on CUDA
-        lse = lse.masked_fill(~alive, -torch.inf)
-    return join_prefix(q, o, lse, pk, pv, scale)
+    return flash(q if lk is None else q * _per_query_head(lk, q), k, v, is_causal, mask, scale)
 
 
-class _Attention(Function):
+class _Plain(Function):
     @staticmethod
-    def forward(ctx, causal, scale, padding, q, k, v, pk, pv, lk, lv):
-        need_q, need_k, need_v, need_pk, need_pv, need_lk, need_lv = ctx.needs_input_grad[3:]
-        ctx.joined = pk is not None and _joined(q, alone=not (need_q or need_k or need_v))
-        o, lse = _forward(causal, scale, padding, ctx.joined, q, k, v, pk, pv, lk)
-        ctx.real = need_q or need_k or need_v or need_lk or (ctx.joined and (need_pk or need_pv))
-        ctx.prefix = pk is not None and not ctx.joined and (need_pk or need_pv or need_q)
-        ctx.causal, ctx.scale = causal, scale
-        both, any_part = (ctx.real, ctx.real or ctx.prefix)
-        ctx.remake, kept = keep_all(q if any_part else None, k if both else None, v if both else None)
-        saved = (o if any_part or need_lv else None, lse if any_part else None, padding if both else None, pk, pv, lk, lv)
-        ctx.save_for_backward(*saved, *kept)
+    def forward(ctx, causal, scale, padding, q, k, v, lk, lv):
+        need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[3:]
+        o, lse = _plain(causal, scale, padding, q, k, v, lk)
+        ctx.causal, ctx.scale, ctx.inner = causal, scale, need_q or need_k or need_v or need_lk
+        ctx.remake, kept = keep_all(*((q, k, v) if ctx.inner else ()))
+        inner = (lse, padding) if ctx.inner else (None, None)
+        ctx.save_for_backward(o if ctx.inner or need_lv else None, *inner, lk, lv, *kept)
         return o if lv is None else o * _per_query_head(lv, q)
 
     @staticmethod
     @first_order
     def backward(ctx, do):
-        o, lse, padding, pk, pv, lk, lv, *kept = ctx.saved_tensors
-        q, k, v = again_all(ctx.remake, kept)
-        need_q, need_k, need_v, _, _, need_lk, need_lv = ctx.needs_input_grad[3:]
-        dq = dk = dv = dpk = dpv = dlk = dlv = None
+        o, lse, padding, lk, lv, *kept = ctx.saved_tensors
+        need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[3:]
+        dq = dk = dv = dlk = dlv = None
         if lv is not None:
             dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
             do = do * _per_query_head(lv, do)
-        if ctx.real and ctx.joined:
-            n = pk.shape[1]
-            k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
-            dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
-            dpk, dpv = (t[:, :, :n].sum(0, dtype=accumulator(t.dtype)).to(p.dtype) for t, p in ((dk, pk), (dv, pv)))
-            dk, dv = dk[:, :, n:], dv[:, :, n:]
-        elif ctx.real:
+        if ctx.inner:
+            q, k, v = again_all(ctx.remake, kept)
             is_causal, mask = _plan(q, k, ctx.causal, padding)
             scaled = q if lk is None else q * _per_query_head(lk, q)
-            if pk is None and not (need_k or need_v) and dq_alone_pays(q, k, mask):
+            if not (need_k or need_v) and dq_alone_pays(q, k, mask):
                 dq = dq_alone(do, scaled, k, v, o, lse, is_causal, ctx.scale)
             else:
                 dq, dk, dv = flash_bwd(do, scaled, k, v, o, lse, is_causal, mask, ctx.scale)
             if lk is not None:
                 dlk = _sum_per_kv_head(q, dq, lk) if need_lk else None
                 dq = dq * _per_query_head(lk, dq) if need_q else None
-        if ctx.prefix:
-            need_prefix = any(ctx.needs_input_grad[6:8])
+        return None, None, None, dq, dk, dv, dlk, dlv
+
+
+def _with_joined(causal, scale, padding, q, k, v, pk, pv):
+    """(o, lse)"""
+    k, v, mask = _join(q, k, v, pk, pv, causal, padding)
+    return flash(q, k, v, mask=mask, scale=scale)
+
+
+class _Joined(Function):
+    @staticmethod
+    def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
+        o, lse = _with_joined(causal, scale, padding, q, k, v, pk, pv)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.remake, kept = keep_all(q, k, v)
+        ctx.save_for_backward(o, lse, padding, pk, pv, *kept)
+        return o
+
+    @staticmethod
+    @first_order
+    def backward(ctx, do):
+        o, lse, padding, pk, pv, *kept = ctx.saved_tensors
+        q, k, v = again_all(ctx.remake, kept)
+        n = pk.shape[1]
+        k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
+        dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
+        dpk, dpv = (t[:, :, :n].sum(0, dtype=accumulator(t.dtype)).to(p.dtype) for t, p in ((dk, pk), (dv, pv)))
+        return None, None, None, dq, dk[:, :, n:], dv[:, :, n:], dpk, dpv
+
+
+def _split(causal, scale, padding, q, k, v, pk, pv):
+    """(o, lse)"""
+    o, lse = _plain(causal, scale, padding, q, k, v, None)
+    if padding is not None or (causal and q.shape[2] > k.shape[2]):
+        alive = allowed_keys(q, k, causal, padding).any(-1)  # where every key is masked lse is 0 on the CPU, whatever it is on CUDA
+        lse = lse.masked_fill(~alive, -torch.inf)
+    return join_prefix(q, o, lse, pk, pv, scale)
+
+
+class _Split(Function):
+    @staticmethod
+    def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
+        o, lse = _split(causal, scale, padding, q, k, v, pk, pv)
+        ctx.causal, ctx.scale, ctx.tokens = causal, scale, any(ctx.needs_input_grad[3:6])
+        ctx.remake, kept = keep_all(q, *((k, v) if ctx.tokens else ()))
+        ctx.save_for_backward(o, lse, padding if ctx.tokens else None, pk, pv, *kept)
+        return o
+
+    @staticmethod
+    @first_order
+    def backward(ctx, do):
+        o, lse, padding, pk, pv, *kept = ctx.saved_tensors
+        q, *tokens = again_all(ctx.remake, kept)
+        need_q, need_prefix = ctx.needs_input_grad[3], any(ctx.needs_input_grad[6:])
+        dq = dk = dv = dpk = dpv = None
+        if ctx.tokens:
+            is_causal, mask = _plan(q, tokens[0], ctx.causal, padding)
+            dq, dk, dv = flash_bwd(do, q, *tokens, o, lse, is_causal, mask, ctx.scale)
+        if need_q or need_prefix:
             share, *of_prefix = join_prefix_bwd(do, q, o, lse, pk, pv, dq if need_q else None, ctx.scale, need_prefix)
             dq = share if need_q else None
             dpk, dpv = of_prefix if need_prefix else (None, None)
-        return None, None, None, dq, dk, dv, dpk, dpv, dlk, dlv
+        return None, None, None, dq, dk, dv, dpk, dpv
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -268,9 +318,10 @@ def attention(
         rescale = None
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
-    if not _serves(q, k, v, causal, key_padding_mask, prefix, dropout_p):
+    strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
+    if strategy in ("dropout", "sdpa"):
         q = q if lk is None else rescaled(q, _per_query_head(lk, q))
-        if q.device.type == "cpu" and dropout_p > 0.0 and 0 not in (q.numel(), k.numel()):
+        if strategy == "dropout":
             allowed = allowed_keys(q, k, causal, key_padding_mask)
             if allowed is not None and prefix is not None:
                 allowed = torch.nn.functional.pad(allowed, (pk.shape[1], 0), value=True)
@@ -278,8 +329,11 @@ def attention(
         else:
             o = around_sdpa(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
         return o if lv is None else rescaled(o, _per_query_head(lv, o))
-    if wants_grad(q, k, v, pk, pv, lk, lv):
-        return _Attention.apply(causal, scale, key_padding_mask, q, k, v, pk, pv, lk, lv)
-    joined = pk is not None and _joined(q, alone=False)
-    o, _ = _forward(causal, scale, key_padding_mask, joined, q, k, v, pk, pv, lk)
-    return o if lv is None else o * _per_query_head(lv, o)
+    how = (causal, scale, key_padding_mask)
+    if strategy == "plain":
+        if wants_grad(q, k, v, lk, lv):
+            return _Plain.apply(*how, q, k, v, lk, lv)
+        o, _ = _plain(*how, q, k, v, lk)
+        return o if lv is None else o * _per_query_head(lv, o)
+    function, forward = (_Joined, _with_joined) if strategy == "joined" else (_Split, _split)
+    return function.apply(*how, q, k, v, pk, pv) if wants_grad(q, k, v, pk, pv) else forward(*how, q, k, v, pk, pv)[0]

@@ -27,20 +27,20 @@ def dropout_reference(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 def new_seed() -> Tensor:
     """An int64 seed, [1], on the CPU: reading it never waits for a device."""
-    return torch.randint(0, 2**62, (1,))
+    return torch.randint(0, 2**31, (1,))
 
 
-def _draw(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
-    return mask.mul_(1 / (1 - p))
+def draw(x: Tensor, p: float, seed: Tensor, index: int = 0) -> Tensor:
+    """1 with probability 1 - p, else 0, in x's shape and dtype: the mask number ``index`` of a seed. Not for torch.compile to look into."""
+    generator = torch.Generator(x.device).manual_seed(int(seed) + index)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
 
 
 # an operator, because torch.compile cannot look into a generator
 _keep_mask = _library.define(
     "keep_mask(Tensor x, float p, Tensor seed) -> Tensor",
     fake=lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    composite=_draw,
+    composite=lambda x, p, seed: draw(x, p, seed).mul_(1 / (1 - p)),
     native=False,
 )
 

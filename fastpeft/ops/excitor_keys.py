@@ -33,6 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._gemm import matmul, widened, work_dtype
 from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.lora_linear import linear
 
@@ -71,9 +72,10 @@ def _gated(rows: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
 def _fwd(k, u, n, z, prompt, wv_up, gate):
     """K' as [B, M, C]: the layout projections leave keys in, so that reading and writing it is contiguous."""
     _, L = _attend(u, n, z, prompt.shape[0])
-    rows = _gated(_rows(prompt, wv_up), gate, k.dtype)
-    k2 = k.transpose(1, 2).reshape(-1, rows.shape[1])
-    return torch.addmm(k2, L.to(k.dtype).flatten(0, 1), rows).view(k.shape[0], k.shape[2], rows.shape[1])
+    work = work_dtype(k)
+    rows = _gated(_rows(prompt, wv_up), gate, work)
+    k2 = k.transpose(1, 2).reshape(-1, rows.shape[1]).to(work)
+    return torch.addmm(k2, L.to(work).flatten(0, 1), rows).to(k.dtype).view(k.shape[0], k.shape[2], rows.shape[1])
 
 
 def _fwd_fake(k, u, n, z, prompt, wv_up, gate):
@@ -82,12 +84,13 @@ def _fwd_fake(k, u, n, z, prompt, wv_up, gate):
 
 def _bwd(g, L, rows, need_dl, need_y):
     """dL [tokens, KR] = dK' (g R)^T and Y [KR, C] = L^T dK' from dK' [B, M, C] and g R; empty where not needed."""
-    g2, acc = g.reshape(-1, rows.shape[1]), accumulator(g.dtype)
+    acc, work = accumulator(g.dtype), work_dtype(g)
+    g2 = g.reshape(-1, rows.shape[1]).to(work)
     dl, y = (g.new_empty(0, dtype=acc) for _ in range(2))
     if need_dl:
-        dl = (g2 @ rows.t()).to(acc)
+        dl = (g2 @ rows.t().to(work)).to(acc)
     if need_y:
-        y = (L.to(g.dtype).t() @ g2).to(acc)
+        y = (L.to(work).t() @ g2).to(acc)
     return dl, y
 
 
@@ -213,6 +216,13 @@ def excitor_keys(
     return merge_keys(k, u, w_up, prompt, gate, (zk, wk_up, zv, wv_up))
 
 
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale a b``, scaled inside: autograd keeps no scaled copy of a."""
+    if widened(a):
+        return matmul(a, b) * scale
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
 def merge_keys(
     k: Tensor,
     u: Tensor,
@@ -227,12 +237,12 @@ def merge_keys(
     # N is tiny; float16 alone is widened for it: C^-1/2 times a gradient leaves its range
     wide = torch.float32 if w_up.dtype == torch.float16 else w_up.dtype
     up, scale = w_up.to(wide).t(), prompt.shape[1] ** -0.5 if scale is None else scale
-    none = up.new_zeros(())
-    n = torch.addmm(none, up, prompt.t().to(wide), beta=0, alpha=scale)[None]  # [1, r, K]; scaled inside: autograd keeps no scaled W_up
+    n = _scaled_product(up, prompt.t().to(wide), scale)[None]  # [1, r, K]
     z = wv_up = None
     if visual is not None:
         zk, wk_up, z, wv_up = visual
-        n = torch.cat([n.expand(k.shape[0], -1, -1), torch.addmm(none, up, wk_up.to(wide), beta=0, alpha=scale) @ zk.mT.to(wide)], -1)
+        of_image = matmul(_scaled_product(up, wk_up.to(wide), scale), zk.mT.to(wide))
+        n = torch.cat([n.expand(k.shape[0], -1, -1), of_image], -1)
     if wants_grad(k, u, n, z, prompt, wv_up, gate):
         merged = _Merge.apply(k, u, n, z, prompt, wv_up, gate)
     else:

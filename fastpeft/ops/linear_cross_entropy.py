@@ -8,18 +8,21 @@ Large-Vocabulary Language Models" (2024), section 4, without their filtering of 
 Shapes: hidden h [..., C]; weight W [V, C]; bias b [V]; labels y [...] int64; M rows, of which n are labelled.
 Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (float64 for float64).
 
-| gradient needed for                | saved                                   | matmuls over n rows |
-|------------------------------------|-----------------------------------------|---------------------|
-| hidden, any reduction              | dh [M, C] before the upstream gradient  | 2                   |
-| weight, bias; reduction mean, sum  | dW [V, C], db [V], likewise             | +1 for dW           |
-| weight, bias; reduction none       | inputs and labels: rows of G scale apart, so backward remakes z | 2 + 1 + 1 |
-| none                               | nothing                                 | 1                   |
+| gradient needed for                | saved                                                     | matmuls over n rows |
+|------------------------------------|-----------------------------------------------------------|---------------------|
+| hidden, any reduction              | dh [n, C] of the labelled rows, before the upstream       | 2                   |
+|                                    | gradient; where n < M also their index, 8 n bytes         |                     |
+| weight, bias; reduction mean, sum  | dW [V, C], db [V], likewise before the upstream gradient  | +1 for dW           |
+| weight, bias; reduction none       | h and y (their labelled rows and the index where n < M;   | 2 + 1 + 1           |
+|                                    | what remakes h, if anything does): rows of G scale apart, |                     |
+|                                    | so backward forms z again                                 |                     |
+| none                               | nothing                                                   | 1                   |
 
 A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; with a trained head
 as many bytes as dW takes anyway). The mean's 1/n is put into G, except in float16, where small entries would vanish.
-Which rows are labelled is found inside the op: opaque to torch.compile, so fullgraph=True holds and no output's shape depends on
-data. Their number sizes the GEMMs, so the host must know it: labels on the host (a collator's) tell it and nothing waits for the GPU;
-for labels on the GPU there is one wait for one integer per loss. dh is dense because autograd wants it dense.
+The number of labelled rows sizes the GEMMs, so the host must know it: labels on the host (a collator's) tell it and nothing waits for the
+GPU; for labels on the GPU there is one wait for one integer per loss. Under torch.compile, and for labels without values (meta, fake), no
+shape may depend on data: there the operator finds the labelled rows itself and dh is dense, [M, C], zero at the others.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._chunked_loss import chunked, rows_of_aten
-from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._chunked_loss import chunked, labelled_rows, rows_of_aten, select_rows
+from fastpeft.ops._common import accumulator, check_floating, sent, wants_grad
+from fastpeft.ops._private import graph_is_kept, is_fake
+from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops.rescale import _forward as scaled
 
 
@@ -73,7 +78,7 @@ def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need
 
 
 _op = _library.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_scale, int ignore_index,"
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_scale, int? ignore_index,"
     " float label_smoothing, bool need_dhidden, bool need_dweight, bool need_dbias)"
     " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
@@ -84,47 +89,74 @@ _op = _library.define(
 
 @register_flop_formula(torch.ops.fastpeft.linear_cross_entropy, get_raw=True)
 def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, **_):
-    """Labelled rows only; all of them where labels have no values (meta, fake)."""
-    concrete = type(labels) is Tensor and labels.device.type != "meta"
-    n = int((labels != ignore_index).sum()) if concrete else labels.shape[0]
+    """Labelled rows only; all of them where labels have no values."""
+    known = ignore_index is not None and _has_values(labels)
+    n = int((labels != ignore_index).sum()) if known else labels.shape[0]
     return 2 * n * weight.shape[0] * weight.shape[1] * (1 + need_dhidden + need_dweight)
 
 
+def _has_values(labels: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or is_fake(labels))
+
+
 class _LinearCrossEntropy(Function):
+    """Over hidden [..., C] and labels [M]; the losses are [M] for "none"."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, reduction):
         need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
-        ctx.config = ignore_index, smoothing
+        rows, M, index = hidden.reshape(-1, hidden.shape[-1]), labels.shape[0], None
+        if _has_values(labels):  # from here on there are labelled rows only
+            index, ignore_index = labelled_rows(labels, ignore_index), None
+            labels, rows = select_rows(labels, index), select_rows(rows, index)
+        index = None if index is None else sent(index, rows.device)
+        ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing)
         ctx.remake = reduction == "none" and (need_dweight or need_dbias)
         needs = (False,) * 3 if ctx.remake else (need_dhidden, need_dweight, need_dbias)
-        factor = _share(labels, ignore_index, accumulator(hidden.dtype)) if reduction == "mean" else None
+        factor = _share(rows, labels, ignore_index) if reduction == "mean" else None
         late = factor is not None and hidden.dtype == torch.float16
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
-        loss, *grads = _op(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, *needs)
+        loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs)
         if ctx.remake:
-            ctx.save_for_backward(hidden, weight, bias, labels)
+            ctx.recipe, kept = keep(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
+            ctx.save_for_backward(index, weight, bias, labels, *kept)
         else:
-            ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)), factor if late else None)
-        return _reduce(loss, labels, ignore_index, reduction)
+            ctx.save_for_backward(index, factor if late else None, *(grad if need else None for grad, need in zip(grads, needs)))
+        if reduction != "none":
+            return _reduce(loss, labels, ignore_index, reduction)
+        return loss if index is None else loss.new_zeros(M).index_copy_(0, index, loss)
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:3]
+        index, *saved = ctx.saved_tensors
+        if grad.dim():  # reduction none: rows scale apart
+            grad = select_rows(grad, index)
         if ctx.remake:
-            _, *grads = _op(*ctx.saved_tensors, grad, *ctx.config, *needs)
-            return *(d if need else None for d, need in zip(grads, needs)), None, None, None, None
-        *grads, factor = ctx.saved_tensors
-        grad = grad if factor is None else grad * factor
-        grad = grad[:, None] if grad.dim() else grad.view(1)  # reduction none: rows scale apart
-        return *(None if d is None else _scaled(d, grad) for d in grads), None, None, None, None
+            weight, bias, labels, *kept = saved
+            hidden = again(ctx.recipe, kept).reshape(-1, ctx.shape[-1])
+            rows = hidden if ctx.recipe is None else select_rows(hidden, index)
+            _, *grads = _op(rows, weight, bias, labels, grad, *ctx.config, *needs)
+            grads = [d if need else None for d, need in zip(grads, needs)]
+        else:
+            factor, *grads = saved
+            grad = grad if factor is None else grad * factor
+            grad = grad[:, None] if grad.dim() else grad.view(1)
+            grads = [None if d is None else _scaled(d, grad) for d in grads]
+        dhidden, *rest = grads
+        if dhidden is not None:
+            if index is not None:
+                dhidden = dhidden.new_zeros(ctx.shape).view(-1, ctx.shape[-1]).index_copy_(0, index, dhidden)
+            dhidden = dhidden.view(ctx.shape)
+        return dhidden, *rest, None, None, None, None
 
 
 def _scaled(d: Tensor, grad: Tensor) -> Tensor:
     """d grad. The last backward of a graph may have d itself, which nobody reads after it: with a trained head on the CPU a new tensor of
     dW's size costs as much as a third of the product that made it."""
     eager = type(d) is Tensor and not torch.compiler.is_compiling()
-    if eager and grad.numel() == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if eager and grad.numel() == 1 and not graph_is_kept():
         if d.device.type == "cpu" and float(grad) == 1.0:  # loss.backward(): on the CPU asking waits for nothing
             return d
         if d.dtype == grad.dtype:
@@ -132,17 +164,22 @@ def _scaled(d: Tensor, grad: Tensor) -> Tensor:
     return scaled(d, grad)  # one pass with a float32 factor; a 0-dim one would be rounded to bfloat16 first
 
 
-def _share(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """1/n on labels' device, 0 where nothing is labelled."""
+def _share(rows: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+    """1/n, 0 where nothing is labelled, in the accumulator's dtype; where the host knows n, on rows' device, else on labels'."""
+    dtype = accumulator(rows.dtype)
+    if ignore_index is None:
+        return rows.new_full((), 1 / max(labels.shape[0], 1), dtype=dtype)
     n = (labels != ignore_index).sum().to(dtype)
     return torch.where(n > 0, 1 / n, torch.zeros_like(n))
 
 
-def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def _reduce(loss: Tensor, labels: Tensor, ignore_index: int | None, reduction: str) -> Tensor:
     """Of losses [M]; the mean of none is nan, as in PyTorch. (A count on the host divides on a GPU without being sent there.)"""
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (labels != ignore_index).sum().to(loss.dtype)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (labels.shape[0] if ignore_index is None else (labels != ignore_index).sum().to(loss.dtype))
 
 
 def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -191,11 +228,12 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, bias, labels, label_smoothing, reduction)
     hidden, weight, bias = _alike(hidden, weight, bias)
-    flat, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    y = y if y.device.type == "cpu" else y.to(flat.device)
+    y = labels.reshape(-1)
+    y = y if y.device.type == "cpu" else y.to(hidden.device)
     if wants_grad(hidden, weight, bias):
-        loss = _LinearCrossEntropy.apply(flat, weight, bias, y, ignore_index, label_smoothing, reduction)
+        loss = _LinearCrossEntropy.apply(hidden, weight, bias, y, ignore_index, label_smoothing, reduction)
     else:
+        flat = hidden.reshape(-1, hidden.shape[-1])
         loss = _op(flat, weight, bias, y, None, ignore_index, label_smoothing, False, False, False)[0]
         loss = _reduce(loss, y, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss

@@ -36,11 +36,14 @@ from torch.autograd.function import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
+from fastpeft.ops import _gemm
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import check_floating, wants_grad
+from fastpeft.ops._gemm import widened, work_dtype
 from fastpeft.ops._held import Held, formed, unformed
 from fastpeft.ops._remade import again, keep, recipe_of
 from fastpeft.ops._tiled import triton_launcher
+from fastpeft.ops.dropout import draw, new_seed
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
 
@@ -68,9 +71,7 @@ def dropped(x: Tensor, p: float, seed: Tensor | None, index: int) -> Tensor:
     """x, with the mask of branch `index` drawn from the seed: PEFT's distribution, one independent mask per branch."""
     if p == 0.0:
         return x
-    generator = torch.Generator(x.device).manual_seed(int(seed) + index)
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
-    return mask.mul_(x).mul_(1.0 / (1.0 - p))
+    return draw(x, p, seed, index).mul_(x).mul_(1.0 / (1.0 - p))
 
 
 def _ranks(As):
@@ -84,21 +85,22 @@ def _images(As, dtype):
 
 def _fwd(x, weights, biases, As, Bs, scalings, p, seed):
     """[y of each projection, S]."""
-    x2 = x.reshape(-1, x.shape[-1])
+    work = work_dtype(x)
+    x2 = x.reshape(-1, x.shape[-1]).to(work)
     ranks = _ranks(As)
     s = x2.new_empty(sum(ranks), x2.shape[0])
     rows = s.split(ranks)
     if p == 0.0 and s.shape[0]:
-        torch.mm(_images([A for A in As if A is not None], x.dtype), x2.t(), out=s)
+        torch.mm(_images([A for A in As if A is not None], work), x2.t(), out=s)
     ys = []
     for i, (W, b, A, B, scaling) in enumerate(zip(weights, biases, As, Bs, scalings)):
-        y = torch.nn.functional.linear(x2, W, b)
+        y = _gemm.linear(x2, W, b)
         if A is not None:
             if p > 0.0:
-                torch.mm(A.to(x.dtype), dropped(x2, p, seed, i).t(), out=rows[i])
-            y.addmm_(rows[i].t(), B.to(x.dtype).t(), alpha=scaling)  # in place: y is read and written once more, never copied
-        ys.append(y.view(*x.shape[:-1], W.shape[0]))
-    return [*ys, s]
+                torch.mm(A.to(work), dropped(x2, p, seed, i).t(), out=rows[i])
+            y.addmm_(rows[i].t(), B.to(work).t(), alpha=scaling)  # in place: y is read and written once more, never copied
+        ys.append(y.to(x.dtype).view(*x.shape[:-1], W.shape[0]))
+    return [*ys, s.to(x.dtype)]
 
 
 def _fwd_fake(x, weights, biases, As, Bs, scalings, p, seed):
@@ -108,11 +110,12 @@ def _fwd_fake(x, weights, biases, As, Bs, scalings, p, seed):
 
 def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
     """The needed gradients only, in the order dx, then of each projection dW, db, dA, dB."""
-    x2 = None if x is None else x.reshape(-1, x.shape[-1])
     ranks = _ranks(As)
     live = [i for i, dy in enumerate(dys) if dy is not None]
-    shape = dys[live[0]].shape[:-1]
-    flat = {i: dys[i].reshape(-1, dys[i].shape[-1]) for i in live}
+    like = dys[live[0]]
+    shape, work = like.shape[:-1], work_dtype(like)
+    x2 = None if x is None else x.reshape(-1, x.shape[-1]).to(work)
+    flat = {i: dys[i].reshape(-1, dys[i].shape[-1]).to(work) for i in live}
     ds = {}
     branches = [i for i in live if ranks[i] and (need_dx or needs[i] & DLA)]
     if branches:  # the rows of all dS lie together: dx and dA then take one GEMM each
@@ -124,14 +127,14 @@ def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
 
     grads = []
     if need_dx:
-        dx = flat[live[0]] @ weights[live[0]]
+        dx = _gemm.mm(flat[live[0]], weights[live[0]])
         for i in live[1:]:
-            dx.addmm_(flat[i], weights[i])
+            _gemm.addmm_(dx, flat[i], weights[i])
         if branches and p == 0.0:
             dx.addmm_(stack.t(), _images([As[i] for i in branches], dx.dtype))
         for i in branches if p > 0.0 else ():
             dx += dropped(ds[i].t() @ As[i].to(dx.dtype), p, seed, i)
-        grads.append(dx.view(*shape, dx.shape[-1]))
+        grads.append(dx.to(like.dtype).view(*shape, dx.shape[-1]))
 
     das = {i: None for i in live if needs[i] & DLA}
     if das and p == 0.0:
@@ -144,13 +147,13 @@ def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
     starts = torch.tensor([0, *ranks]).cumsum(0).tolist()
     for i in live:
         if needs[i] & DW:
-            grads.append(flat[i].t() @ x2)
+            grads.append((flat[i].t() @ x2).to(like.dtype))
         if needs[i] & DB:
-            grads.append(flat[i].sum(0))
+            grads.append(flat[i].sum(0).to(like.dtype))
         if needs[i] & DLA:
             grads.append(das[i].to(As[i].dtype))
         if needs[i] & DLB:
-            db = s[starts[i] : starts[i + 1]] @ flat[i]
+            db = s[starts[i] : starts[i + 1]].to(work) @ flat[i]
             grads.append(Bs[i].new_empty(Bs[i].shape).copy_(db.t()).mul_(scalings[i]))
     return grads
 
@@ -279,7 +282,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p
         _check(x, projection)
     scalings = [float(p.scaling) for p in projections]
     dropout_p = float(dropout_p) if any(p.lora_A is not None for p in projections) else 0.0
-    seed = torch.randint(0, 2**31, (1,), device=x.device) if dropout_p > 0.0 else None  # torch.manual_seed rules it
+    seed = new_seed() if dropout_p > 0.0 else None
     params = [t for p in projections for t in p[:4]]
     if wants_grad(x, *params):
         return _LoRALinears.apply(scalings, dropout_p, seed, x, *params)
@@ -305,8 +308,9 @@ def lora_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _remade.py); W may be held."""
-    if isinstance(weight, Held):
+    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _remade.py), and multiplies in
+    float32 where the CPU lacks x's dtype (see _gemm.py); W may be held."""
+    if isinstance(weight, Held) or widened(x):
         return lora_linear(x, weight, bias, None, None)
     if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None:
         return lora_linear(x, weight, bias, None, None)

@@ -34,7 +34,9 @@ from torch.utils.flop_counter import register_flop_formula
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._gemm import work_dtype
 from fastpeft.ops._tiled import triton_launcher
+from fastpeft.ops.dropout import draw, new_seed
 
 
 def mm_adapter_reference(x, w_down, b_down, w_up, b_up, routing, scale=1.0, groups=2) -> Tensor:
@@ -51,9 +53,7 @@ def mm_adapter_reference(x, w_down, b_down, w_up, b_up, routing, scale=1.0, grou
 
 def _mask(a: Tensor, p: float, seed: Tensor) -> Tensor:
     """1 / (1 - p) where kept, drawn from the seed."""
-    generator = torch.Generator(a.device).manual_seed(int(seed))
-    keep = torch.empty(a.shape, dtype=a.dtype, device=a.device).bernoulli_(1.0 - p, generator=generator)
-    return keep.mul_(1.0 / (1.0 - p))
+    return draw(a, p, seed).mul_(1.0 / (1.0 - p))
 
 
 def _per_token(routing: Tensor, x: Tensor) -> Tensor:
@@ -74,16 +74,16 @@ def _experts(w_up: Tensor, b_up: Tensor, groups: int, dtype: torch.dtype) -> Ten
 
 
 def _fwd(x, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed):
-    C = x.shape[-1]
-    x2 = x.reshape(-1, C)
-    a = torch.nn.functional.linear(x2, w_down.to(x.dtype), b_down.to(x.dtype))
+    C, work = x.shape[-1], work_dtype(x)
+    x2 = x.reshape(-1, C).to(work)
+    a = torch.nn.functional.linear(x2, w_down.to(work), b_down.to(work))
     if p > 0.0:
         a.mul_(_mask(a, p, seed))
-    mixed, experts = _mixed(a, _per_token(routing, x), groups), _experts(w_up, b_up, groups, x.dtype)
+    mixed, experts = _mixed(a, _per_token(routing, x).to(work), groups), _experts(w_up, b_up, groups, work)
     out = x2.new_empty(x2.shape)
     for j, (xs, os) in enumerate(zip(x2.chunk(groups, 1), out.chunk(groups, 1))):
         torch.addmm(xs, mixed[j], experts[j].t(), alpha=scale, out=os)
-    return out.view(x.shape), a
+    return out.to(x.dtype).view(x.shape), a.to(x.dtype)
 
 
 def _fwd_fake(x, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed):
@@ -97,9 +97,9 @@ def _bwd(
 
     With rstd and gamma, x is the input of the norm before: A's gradient takes them as scales of da's rows and its own columns.
     """
-    acc = accumulator(g.dtype)
+    acc, work = accumulator(g.dtype), work_dtype(g)
     C = g.shape[-1]
-    g2, w = g.reshape(-1, C), _per_token(routing, g)
+    g2, w, a = g.reshape(-1, C).to(work), _per_token(routing, g).to(work), a.to(work)
     gs = g2.chunk(groups, 1)
     dx, dw_down, db_down, dw_up, db_up, drouting = (g.new_empty(0, dtype=t.dtype) for t in (g, w_down, w_down, w_up, b_up, routing))
     if need_up:
@@ -108,7 +108,7 @@ def _bwd(
         dw_up = w_up.new_empty(w_up.shape).copy_(de[:-2].unflatten(0, (2, -1)).mT)
         db_up = de[-2:].to(b_up.dtype, copy=True)
     if need_x or need_down or need_routing:
-        experts = _experts(w_up, b_up, groups, g.dtype)
+        experts = _experts(w_up, b_up, groups, work)
         e = torch.stack([gs[j] @ experts[j] for j in range(groups)], 1).mul_(scale)  # [tokens, groups, 2 h / groups + 2]
         e, f = e[..., :-2].unflatten(2, (2, -1)), e[..., -2:].sum(1)
         if need_routing:
@@ -120,10 +120,10 @@ def _bwd(
             if p > 0.0:
                 da *= _mask(da, p, seed)
             if need_x:
-                dx = torch.addmm(g2, da, w_down.to(g.dtype)).view(g.shape)
+                dx = torch.addmm(g2, da, w_down.to(work)).to(g.dtype).view(g.shape)
             if need_down:
                 left = da if rstd is None else (da * rstd[:, None]).to(da.dtype)
-                dw_down = (left.t() @ x.reshape(-1, C)).to(w_down.dtype)
+                dw_down = (left.t() @ x.reshape(-1, C).to(work)).to(w_down.dtype)
                 dw_down = dw_down if gamma is None else dw_down.mul_(gamma)
                 db_down = da.sum(0, dtype=acc).to(w_down.dtype)
     return dx, dw_down, db_down, dw_up, db_up, drouting
@@ -234,7 +234,7 @@ def mm_adapter(
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     _check(x, w_down, b_down, w_up, b_up, routing, groups, dropout_p)
-    seed = torch.randint(0, 2**31, (1,), device=x.device) if dropout_p > 0.0 else None  # torch.manual_seed rules it
+    seed = new_seed() if dropout_p > 0.0 else None
     tensors, p = (x, w_down, b_down, w_up, b_up, routing), float(dropout_p)
     if wants_grad(*tensors):
         return _MMAdapter.apply(float(scale), groups, p, seed, *tensors)

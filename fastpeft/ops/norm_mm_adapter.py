@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
+from fastpeft.ops.dropout import new_seed
 from fastpeft.ops.rms_norm import rms_norm_reference
 
 adapter = import_module("fastpeft.ops.mm_adapter")  # the module: fastpeft.ops has the function under that name
@@ -117,7 +118,7 @@ def norm_mm_adapter(
     """
     check_norm("norm_mm_adapter", x, None, eps, gamma=gamma)
     adapter._check(x, w_down, b_down, w_up, b_up, routing, groups, dropout_p)
-    seed = torch.randint(0, 2**31, (1,), device=x.device) if dropout_p > 0.0 else None  # torch.manual_seed rules it
+    seed = new_seed() if dropout_p > 0.0 else None
     tensors, p = (w_down, b_down, w_up, b_up, routing), float(dropout_p)
     if wants_grad(x, gamma, *tensors):
         return _NormMMAdapter.apply(float(eps), float(scale), groups, p, seed, x, gamma, *tensors)

@@ -68,6 +68,7 @@ inline std::function<void()> body;
 inline void* scheduler;
 inline Fiber* current;
 inline bool progress, backwards;
+inline int64_t launches = 0;  // so far
 
 [[noreturn]] inline void stop(const char* why) {
   std::fprintf(stderr, "emulated CUDA: block %u, %u, thread %u: %s\n", blockIdx.x, blockIdx.y, threadIdx.x, why);
@@ -135,9 +136,12 @@ inline void run(dim3 grid, unsigned threads, std::function<void()> kernel) {
       run_block(threads);
     }
   backwards = !backwards;
+  ++launches;
 }
 
 }  // namespace emulated
+
+extern "C" __attribute__((visibility("default"), used)) inline int64_t emulated_launches() { return emulated::launches; }
 
 inline void __syncthreads() { emulated::wait(0, blockDim.x); }
 

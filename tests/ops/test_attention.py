@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastpeft import _library
+from fastpeft.ops import _gemm
 from fastpeft.ops import attention_backends as backends
 from fastpeft.ops.attention import attention, attention_reference
 
 ours = importlib.import_module("fastpeft.ops.attention")  # fastpeft.ops has the function under that name
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("q", "k", "v", "P_k", "P_v", "l_k", "l_v")
-FEW = _library.FORCED == "triton"  # no kernel of this op is Triton's: its mode repeats the default one, thinned out
+THIN = _library.FORCED == "triton"  # no kernel of this op is Triton's: its mode repeats the default one, thinned out
 
 
 FEW = ours.FEW
@@ -69,7 +70,7 @@ def pick(tensors, prefix, rescale):
     return tensors[:3] + (tensors[3:5] if prefix else []) + (tensors[5:] if rescale else [])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2] if FEW else DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2] if THIN else DTYPES, ids=str)
 @pytest.mark.parametrize("prefix, rescale", [*itertools.product((False, True), repeat=2)])
 def test_every_case(check, dtype, prefix, rescale):
     sizes = ((1, 5, 9), (5, 9)) if dtype.itemsize > 2 else ((20,), (16, 24))  # 16 bit: enough terms that luck averages out
@@ -85,7 +86,7 @@ def test_every_gradient_subset(check, dtype, prefix, rescale):
     inputs = pick(make(dtype=dtype), prefix, rescale)
     options = {"mask": padding(2, 7), "causal": True, "prefix": prefix, "rescale": rescale}
     fns = [calling(fn, **options) for fn in (attention, attention_reference, written_out)]
-    for needs in list(check.subsets(len(inputs)))[:: 5 if FEW else 1]:
+    for needs in list(check.subsets(len(inputs)))[:: 5 if THIN else 1]:
         check.no_worse(*fns, inputs, needs)
 
 
@@ -392,7 +393,26 @@ def test_errors(change, error, message):
         attention(**(dict(zip(NAMES[:3], make())) | change))
 
 
-@settings(max_examples=10 if FEW else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strategies_on_a_cpu(monkeypatch, dtype):
+    """The rows of the module's table."""
+    q, k = torch.randn(1, 2, 3, 4, dtype=dtype), torch.randn(1, 2, 5, 4, dtype=dtype)
+    prefix, padding = (torch.randn(2, 2, 3, 4, dtype=dtype)).unbind(0), torch.ones(1, 5, dtype=torch.bool)
+    trained = tuple(p.clone().requires_grad_() for p in prefix)
+    for causal, mask in itertools.product((False, True), (None, padding)):
+        assert ours._strategy(q, k, k, causal, mask, None, 0.0) == "plain"
+        assert ours._strategy(q, k, k, causal, mask, prefix, 0.0) == "joined"
+        assert ours._strategy(q, k.clone().requires_grad_(), k, causal, mask, trained, 0.0) == "joined"
+        assert ours._strategy(q, k, k, causal, mask, trained, 0.0) == ("joined" if dtype.itemsize == 2 else "split")
+        assert ours._strategy(q, k, k, causal, mask, None, 0.1) == ours._strategy(q, k, k, causal, mask, prefix, 0.1) == "dropout"
+        assert ours._strategy(q[:, :, :0], k, k, causal, mask, None, 0.1) == "sdpa"
+    monkeypatch.setattr(ours, "FEW", 1 << 18)
+    lacks = _gemm.widened(q)
+    assert ours._strategy(q, k, k, False, None, prefix, 0.0) == ("joined" if lacks else "sdpa")
+    assert ours._strategy(q, k, k, False, None, None, 0.0) == "plain"
+
+
+@settings(max_examples=10 if THIN else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20),
     st.integers(1, 4), *[st.booleans()] * 4,

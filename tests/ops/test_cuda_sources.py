@@ -1,5 +1,7 @@
 """csrc's CUDA kernels at the shapes they are made for, run on the CPU by tests/cuda/cuda_runtime.h: `make test-cuda`."""
 
+import ctypes
+import itertools
 import os
 
 import pytest
@@ -42,12 +44,27 @@ def test_norms(check, n, dtype):
         return rms_norm_reference(x + r, w, 1e-6), x + r
 
     for x in (wide[:, :n].contiguous(), wide[:, n:]):
-        for needs in ((True, True, True), (True, False, False), (False, True, False), (False, True, True)):
+        for needs in ((True, True, True), (True, False, False), (False, True, False), (False, True, True), (True, False, True)):
             check.no_worse(ops.layer_norm, lambda *a: layer_norm_reference(*a, 1e-5), layer, [x, weight, bias], needs)
             theirs = lambda *a: rms_norm_reference(*a, 1e-6)  # noqa: E731
             check.no_worse(ops.rms_norm, theirs, theirs, [x, weight], needs[:2])
     check.no_worse(ops.add_layer_norm, layer_sum, layer_sum, [x, residual, weight, bias])
     check.no_worse(ops.add_rms_norm, rms_sum, rms_sum, [x, residual, weight])
+
+
+@pytest.mark.parametrize("n", [768, 4099])
+def test_a_norms_backward_is_two_launches(n):
+    """The rows, then the sums of both parameters together; one where there is nothing to sum."""
+    launches = ctypes.CDLL(os.environ["FASTPEFT_LIBRARY"]).emulated_launches
+    for norm, params in ((ops.layer_norm, 2), (ops.rms_norm, 1)):
+        for needs in itertools.product((False, True), repeat=1 + params):
+            leaves = [t.requires_grad_(need) for t, need in zip((torch.randn(40, n), *torch.randn(params, n)), needs)]
+            if not (needs[0] or needs[1]):  # a bias alone is one sum of ATen's
+                continue
+            y = norm(*leaves)
+            before = launches()
+            y.backward(torch.ones_like(y))
+            assert launches() - before == (2 if any(needs[1:]) else 1), needs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -146,3 +146,25 @@ def test_no_op_waits_for_the_gpu(check, row):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "mm_adapter", "norm_mm_adapter"])
+def test_dropout_does_not_wait_for_the_gpu(table, name):
+    """Its seed is drawn on the host."""
+    calls = {
+        "lora_linear": lambda *args: ops.lora_linear(*args, 0.5, 0.1),
+        "mm_adapter": lambda *args: ops.mm_adapter(*args, 0.7, 1, 0.1),
+        "norm_mm_adapter": lambda x, gamma, *args: ops.norm_mm_adapter(x, gamma, 1e-6, *args, 0.7, 1, 0.1),
+    }
+    leaves = [t.cuda().requires_grad_() for t in table[name].inputs(8, 64, torch.bfloat16)]
+
+    def step():
+        y = calls[name](*leaves)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastpeft import _library
 from fastpeft.ops import linear_cross_entropy as op
 from fastpeft.ops.linear_cross_entropy import linear_cross_entropy_reference
+from fastpeft.ops.rms_norm import rms_norm, rms_norm_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,6 +70,12 @@ def test_strided_and_other_ignored_label(check):
     inputs = [hidden.transpose(0, 1), weight.t().contiguous().t(), bias[:1].expand(252), labels.t()]
     check.no_worse(*triple(ignore_index=3), inputs)
     check.no_worse(*[lambda h, w, y, f=f: f(h, w, None, y) for f in (op, linear_cross_entropy_reference, theirs)], [hidden, weight, labels])
+    every = torch.randint(0, 252, (7, 2))[:, 1]  # all rows labelled, labels and the sum's gradient strided
+    for reduction in ("mean", "none"):
+        check.no_worse(*triple(reduction=reduction), [hidden[0], weight, bias, every])
+    leaves = [t.detach().requires_grad_() for t in (hidden[0], weight)]
+    got, want = (torch.autograd.grad(f(*leaves, bias, every, reduction="none").sum(), leaves) for f in (op, theirs))
+    torch.testing.assert_close(got, want)
     one = [hidden[0, 0], weight, bias, labels[0, 0]]  # no batch at all
     check.no_worse(op, linear_cross_entropy_reference, lambda h, w, b, y: F.cross_entropy(F.linear(h, w, b), y), one)
 
@@ -111,18 +118,45 @@ def test_upstream_gradient_scales_rows(check):
     torch.testing.assert_close(got, want)
 
 
-def test_saved_bytes(check):
-    hidden, weight, bias, labels = make(torch.bfloat16)
+@pytest.mark.parametrize("labelled", [1.0, 0.6, 0.0])
+def test_saved_bytes(check, labelled):
+    """The docstring's table: labelled rows and, where there are others, their index."""
+    hidden, weight, bias, labels = make(torch.bfloat16, labelled=labelled)
+    n, M, C = int((labels >= 0).sum()), labels.numel(), hidden.shape[-1]
+    assert (n == M) == (labelled == 1.0) and (n > 0) == (labelled > 0.0)
+    index = 0 if n == M else 8 * n
+    rows = 2 * n * C + index
 
     def saved(needs, **options):
         inputs = [t.clone().requires_grad_(need) for t, need in zip((hidden, weight, bias), needs)]
         return check.saved_bytes(lambda *a: op(*a, labels, **options), inputs, free=(*inputs[1:], labels))
 
-    assert saved((True, False, False)) == hidden.nbytes
-    assert saved((True, False, False), reduction="none") == hidden.nbytes
-    assert saved((True, True, True), reduction="sum") == hidden.nbytes + weight.nbytes + bias.nbytes
-    assert saved((True, True, True), reduction="none") == hidden.nbytes  # the input itself; logits are made again
+    for reduction in ("mean", "sum", "none"):
+        assert saved((True, False, False), reduction=reduction) == rows
+    for reduction in ("mean", "sum"):
+        assert saved((True, True, True), reduction=reduction) == rows + weight.nbytes + bias.nbytes
+        assert saved((False, False, True), reduction=reduction) == index + bias.nbytes
+    labels_of_rows = 0 if n == M else 8 * n
+    for needs in check.subsets(3):
+        if any(needs[1:]):  # h and y; logits are formed again
+            assert saved(needs, reduction="none") == rows + labels_of_rows
     assert saved((False, False, False)) == 0
+
+
+def test_what_remakes_the_input_is_saved_in_its_place(check):
+    """A norm before the head: its own input is kept in any case, so with reduction "none" nothing is kept of its output."""
+    hidden, weight, bias, labels = make(torch.float32)
+    gamma, n = torch.rand(hidden.shape[-1]), int((labels >= 0).sum())
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+
+    def run(h, w):
+        return op(rms_norm(h, gamma, 1e-6), w, bias, labels, reduction="none")
+
+    rstd, rows = 4 * labels.numel(), 8 * n + 8 * n
+    assert check.saved_bytes(run, leaves, free=(*leaves, gamma, bias, labels)) == rstd + rows
+    want = lambda h, w: theirs(rms_norm_reference(h, gamma, 1e-6), w, bias, labels, reduction="none")  # noqa: E731
+    for got, exact in zip(check.run(run, leaves)[1], check.run(want, leaves)[1]):
+        torch.testing.assert_close(got, exact)
 
 
 def test_a_float16_mean_divides_late(check):
@@ -186,6 +220,7 @@ def test_registered_operator():
     target = torch.ops.fastpeft.linear_cross_entropy
     torch.library.opcheck(target, (hidden, weight, bias, labels, None, -100, 0.1, True, True, True))
     torch.library.opcheck(target, (hidden, weight, None, labels, torch.rand(6), -100, 0.0, True, False, False))
+    torch.library.opcheck(target, (hidden, weight, bias, labels.clamp(min=0), torch.rand(6), None, 0.1, True, True, True))
 
 
 def test_compiles_and_repeats(check):

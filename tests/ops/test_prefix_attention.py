@@ -242,16 +242,17 @@ def test_which_kernel_takes_what(monkeypatch):
     for dtype, M, N, causal, padded, prefixed, p in itertools.product(TOLERANCE, (1, 5), (5, 9), *[(False, True)] * 3, (0.0, 0.1)):
         q, k = (torch.empty(2, 4, m, 64, dtype=dtype).as_subclass(Cuda) for m in (M, N))
         asked.clear()
-        got = module._serves(q, k, k, causal, k if padded else None, k if prefixed else None, p)
-        assert got == (prefixed and p == 0.0 and dtype != torch.float64)
+        got = module._strategy(q, k, k, causal, k if padded else None, k if prefixed else None, p)
+        split = prefixed and p == 0.0 and dtype != torch.float64
+        assert got == ("split" if split else "sdpa")
         masked = padded or (causal and M not in (1, N))
-        assert asked == ([] if not got else ["efficient" if masked or dtype == torch.float32 else "flash"])
+        assert asked == ([] if not split else ["efficient" if masked or dtype == torch.float32 else "flash"])
     monkeypatch.setattr(module, "CHOICE", "xformers")
-    assert not module._serves(q, k, k, False, None, (), 0.0)
+    assert module._strategy(q, k, k, False, None, (), 0.0) == "sdpa"
     monkeypatch.setattr(module, "CHOICE", "")
     for name in ("flash", "efficient"):
         monkeypatch.setattr(flash_module, f"can_use_{name}_attention", lambda params: False)
-    assert not module._serves(q, k, k, False, None, (), 0.0)  # both switched off
+    assert module._strategy(q, k, k, False, None, (), 0.0) == "sdpa"  # both switched off
 
 
 @pytest.mark.gpu
@@ -267,7 +268,7 @@ def test_on_cuda(check, dtype, causal, M, N, G, n, d, padded):
         mask = torch.ones(3, N, dtype=torch.bool)
         mask[0, :5], mask[1, -7:], mask[2] = False, False, False
     on_gpu, there = [t.cuda() for t in (q, k, v, pk, pv)], None if mask is None else mask.cuda()
-    assert module._serves(*on_gpu[:3], causal, there, (), 0.0)
+    assert module._strategy(*on_gpu[:3], causal, there, (), 0.0) == "split"
     call = lambda mask, fn: lambda q, k, v, *p: fn(q, k, v, causal=causal, key_padding_mask=mask, scale=SCALE, prefix=p)  # noqa: E731
     for needs in list(check.subsets(5))[::3]:
         got = check.run(call(there, attention), on_gpu, needs)

@@ -1,0 +1,49 @@
+"""PyTorch's private interfaces that the ops use, all in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+assert_async = torch._assert_async  # an assertion on the device, which the host does not wait for
+
+
+def in_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def under_func_grad() -> bool:
+    """Whether torch.func differentiates what runs now."""
+    return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, on any device."""
+    return t.device.type == "meta" or isinstance(t, FakeTensor)
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that runs now was called with retain_graph=True."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def onednn_accepts(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes products of bfloat16 or float16 on this CPU; its own limit of instructions counts."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    try:
+        return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    except (AttributeError, RuntimeError):  # a build without them
+        return False
+
+
+def avx512_without_bfloat16() -> bool:
+    """Whether this CPU has AVX-512, and no instructions for bfloat16 in it."""
+    return torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
