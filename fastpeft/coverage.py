@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import size_of
 from fastpeft.methods.replacement import is_fused, is_own
 
@@ -121,7 +121,7 @@ def why_unknown(cls: type, known: Mapping[type, type]) -> str:
     return f"a subclass of {label(base)} that {what}; only the exact class is exchanged"
 
 
-def survey(
+def measure_coverage(
     model: nn.Module,
     known: Mapping[type, type],
     reasons: Mapping[nn.Module, str],
@@ -179,7 +179,7 @@ class _Survey:
         if self._is_container(module):
             return owner
         layer = type(module).__module__.startswith("torch.nn.") and not list(module.children())
-        return owner if layer and not (owner.state == "fused" and watched(module)) else None
+        return owner if layer and not (owner.state == "fused" and has_hooks(module)) else None
 
     def _entry(self, name: str, module: nn.Module, owner: _Entry | None) -> _Entry:
         cls = type(module)
@@ -190,7 +190,7 @@ class _Survey:
             self.inside |= {module.get_submodule(path): entry for path in self.computes.get(cls, ())}
         elif module in self.reasons:
             entry = _Entry(name, module, "", self.reasons[module], shown=True)
-        elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and watched(module):
+        elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and has_hooks(module):
             own = "forward" in module.__dict__
             entry = _Entry(name, module, "", f"has {'a forward of its own' if own else 'hooks'}: called as it is")
         else:

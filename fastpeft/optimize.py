@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastpeft.coverage import Report, full_losses, survey
+from fastpeft.coverage import Report, full_losses, measure_coverage
 from fastpeft.fused import blip, clip, llama
 from fastpeft.fused import leaves as layers
 from fastpeft.methods.base import swap_class
@@ -23,7 +23,7 @@ from fastpeft.models import llava, miss, vision_language
 
 SWAPS = register(blip.SWAPS | blip.MODELS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
 # these hand masks, layouts and prefixes down in a form that only ours read
-CARRIERS = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.CARRIERS, *llama.CARRIERS)}
+LAYOUT_AWARE = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.LAYOUT_AWARE, *llama.LAYOUT_AWARE)}
 NOTES = {blip.TextAttention: blip.MASK_FIX}
 COMPUTES = {blip.TextLMHeadModel: ("cls.predictions",)}  # modules further in whose layers a fused class computes itself
 # what makes a language-model loss: instances take the attribute ``lean_logits``
@@ -87,7 +87,7 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
             swap_class(module, ours)
             swapped.add(module)
     _rebind_forwards(model)
-    report = survey(model, known, reasons, swapped, COMPUTES)
+    report = measure_coverage(model, known, reasons, swapped, COMPUTES)
     report.notes = _notes(model, swapped, lean_logits)
     if not (report.swapped or report.already_fused or reasons):
         names = ", ".join(sorted({cls.__name__ for cls in known}))
@@ -108,8 +108,8 @@ def _why_not(name: str, module: nn.Module, ours: type[nn.Module], filter_fn) -> 
         return "left out by filter_fn"
     if "forward" in module.__dict__:
         return "has a forward of its own over its class's, as accelerate's offloading gives it"
-    unfit = getattr(ours, "unfit", None)
-    return (unfit(module) if unfit is not None else "") or _needs_inside(module, ours)
+    why_not = getattr(ours, "why_not", None)
+    return (why_not(module) if why_not is not None else "") or _needs_inside(module, ours)
 
 
 def _notes(model: nn.Module, swapped: set[nn.Module], lean_logits: bool | None) -> list[str]:
@@ -144,9 +144,9 @@ def _rebind_forwards(model: nn.Module) -> None:
 
 def _needs_inside(module: nn.Module, ours: type[nn.Module]) -> str:
     """'' or why this module cannot be exchanged: ours hands masks, causality and prefixes down in a form that only ours read."""
-    if ours not in CARRIERS.values():
+    if ours not in LAYOUT_AWARE.values():
         return ""
-    left = [name for name, child in module.named_modules() if isinstance(child, tuple(CARRIERS)) and not is_fused(child)]
+    left = [name for name, child in module.named_modules() if isinstance(child, tuple(LAYOUT_AWARE)) and not is_fused(child)]
     left.remove("")  # the module itself
     return f"{max(left, key=len)} inside it stays as it is" if left else ""
 
@@ -185,7 +185,7 @@ def _needed(model: nn.Module) -> dict[nn.Module, str]:
             needed[host] = f"needed by its {word}" if kind != "prefix_encoder" else f"needed by the prefix in {name or 'the model'}"
             around = [modules[above] for above in _above(name) if above in modules] if kind in FROM_ABOVE else []
             for module in (host, *filter(is_fused, around)):
-                for child in (module, *(c for c in module.modules() if type(c) in CARRIERS.values())):
+                for child in (module, *(c for c in module.modules() if type(c) in LAYOUT_AWARE.values())):
                     needed.setdefault(child, f"needed by the {word} in {name or 'the model'}")
     return needed
 
@@ -199,7 +199,7 @@ def _above(name: str) -> list[str]:
 def make_room_for_prefix(host: nn.Module) -> None:
     """Give a text model and what is below it the classes that can run with prefix keys."""
     for module in reversed(list(host.modules())):
-        ours = CARRIERS.get(type(module))
+        ours = LAYOUT_AWARE.get(type(module))
         if ours is not None:
             if reason := _needs_inside(module, ours):
                 raise ValueError(f"a prefix needs fastpeft's own {ours.__name__} here, but {reason}")

@@ -172,7 +172,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         for part in parts:
             root = part.of(model)
             for method in plan.treatments[part.name]:
-                if part.prefix_host is not None and method.carried:
+                if part.prefix_host is not None and method.needs_fused_attention:
                     make_room_for_prefix(root.get_submodule(part.prefix_host))
                 method.attach(root, part)
         for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ RANDOM_STATE = 5056  # bytes of the CPU generator's state, which a layer's recom
 
 
 @dataclass
-class Piece:
+class RecomputablePiece:
     """One module's projections: bytes that are not kept where backward computes them again, for so many FLOPs."""
 
     freed: int = 0
@@ -38,11 +38,11 @@ class Layer:
     saved: int = 0
     input: int = 0
     flops: int = 0
-    pieces: dict[str, Piece] = field(default_factory=dict)
+    pieces: dict[str, RecomputablePiece] = field(default_factory=dict)
 
 
 @dataclass
-class Survey:
+class ActivationProfile:
     """Bytes and FLOPs of one batch: ``saved`` by everything when nothing is computed again, ``transient`` while forward runs."""
 
     saved: int
@@ -93,7 +93,7 @@ class _Transient(TorchDispatchMode):
         return out
 
 
-def survey(model: nn.Module, run: Callable[[], Tensor]) -> Survey:
+def profile_activations(model: nn.Module, run: Callable[[], Tensor]) -> ActivationProfile:
     """What a step of ``run`` (forward to the loss) would keep and could compute again. Random state and gradients stay as they are."""
     own, kept = _Storages(), _Storages()
     for t in (*model.parameters(), *model.buffers()):
@@ -125,7 +125,7 @@ def survey(model: nn.Module, run: Callable[[], Tensor]) -> Survey:
     def projected(name, module, call, x, linears):
         before, new = counter.get_total_flops(), _Storages()
         outputs = type(module).projected(module, call, x, linears)
-        piece = layers[at[-1]].pieces.setdefault(name, Piece())
+        piece = layers[at[-1]].pieces.setdefault(name, RecomputablePiece())
         piece.flops += counter.get_total_flops() - before
         for y in outputs:
             if y.requires_grad and new.add(y):
@@ -157,7 +157,7 @@ def survey(model: nn.Module, run: Callable[[], Tensor]) -> Survey:
             setattr(module, name, value)
     saved, flops = sum(layer.saved for layer in layers.values()), int(counter.get_total_flops())
     layers.pop("", None)
-    return Survey(saved, transient.peak, flops, dict(layers))
+    return ActivationProfile(saved, transient.peak, flops, dict(layers))
 
 
 def _no_backward(_):

@@ -128,8 +128,8 @@ def estimate(
     (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False: the
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
-    own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written out. ValueError names what
-    cannot be.
+    own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
+    out. ValueError names what cannot be.
     """
     dtype = {v: k for k, v in DTYPES.items()}.get(dtype, dtype)
     if dtype not in DTYPES:

@@ -4,11 +4,11 @@ For a layer there are, each at its own price in FLOPs per byte:
 
 | computed again | keeps                     | how                                                                                  |
 |----------------|---------------------------|--------------------------------------------------------------------------------------|
-| projections    | the norm's input          | q, k, v, or the feed-forward's hidden layer, from what the norm keeps (ops/_remade.py) |
+| projections    | the norm's input          | q, k, v, or the feed-forward's hidden layer, from what the norm keeps (ops/_recompute.py) |
 | layer          | the layer's input         | torch.utils.checkpoint, drawing the same random numbers                               |
 
-:func:`survey` measures every option of every layer on a batch, by one forward pass that keeps nothing: it needs no more memory than
-inference. :func:`choose` takes the cheapest FLOPs per byte first until the estimate fits. The estimate of a step's peak is
+:func:`profile_activations` measures every option of every layer on a batch, by one forward pass that keeps nothing: it needs no more
+memory than inference. :func:`choose` takes the cheapest FLOPs per byte first until the estimate fits. The estimate of a step's peak is
 
     weights + gradients + optimiser state + saved for backward + 1.5 x forward's transient + the largest piece computed again
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpeft.cost.activations import Survey, survey
+from fastpeft.cost.activations import ActivationProfile, profile_activations
 from fastpeft.fused.leaves import Recomputes
 from fastpeft.methods.quantized import bytes_held, is_held, is_quantized
 from fastpeft.options import bytes_of
@@ -69,7 +69,7 @@ def fixed_bytes(model: nn.Module) -> int:
     return total
 
 
-def choose(found: Survey, fixed: int, budget: int) -> Recomputation:
+def choose(found: ActivationProfile, fixed: int, budget: int) -> Recomputation:
     """What to compute again so that the estimated peak is at most ``budget`` bytes, the cheapest FLOPs per byte first.
 
     ``fixed``: bytes that do not depend on it (:func:`fixed_bytes`). ValueError, naming the least possible, where nothing suffices.
@@ -93,7 +93,7 @@ def choose(found: Survey, fixed: int, budget: int) -> Recomputation:
     return chosen
 
 
-def _options(found: Survey, picked: list[tuple[str, str]]) -> Iterable[tuple[float, str, str]]:
+def _options(found: ActivationProfile, picked: list[tuple[str, str]]) -> Iterable[tuple[float, str, str]]:
     """(FLOPs per byte, layer, module or "" for the whole layer) beyond what is picked."""
     for name, layer in found.layers.items():
         if (name, "") in picked:
@@ -108,7 +108,7 @@ def _options(found: Survey, picked: list[tuple[str, str]]) -> Iterable[tuple[flo
             yield flops / freed, name, ""
 
 
-def _estimate(found: Survey, fixed: int, picked: Iterable[tuple[str, str]]) -> Recomputation:
+def _estimate(found: ActivationProfile, fixed: int, picked: Iterable[tuple[str, str]]) -> Recomputation:
     whole = {layer for layer, module in picked if not module}
     pieces = {module: found.layers[layer].pieces[module] for layer, module in picked if module and layer not in whole}
     layers = [found.layers[name] for name in whole]
@@ -144,7 +144,7 @@ class MemoryBudget:
         sizes = {name: t.numel() for name, t in inputs.items()}
         if self.sizes and self.fixed + self.room * _growth(self.sizes, sizes) <= self.limit:
             return
-        found = survey(self.model, lambda: self.model(**inputs).loss)
+        found = profile_activations(self.model, lambda: self.model(**inputs).loss)
         largest = {name: max(n, self.sizes.get(name, 0)) for name, n in sizes.items()}
         growth = _growth(sizes, largest)
         try:  # for batches as large as any so far in every respect

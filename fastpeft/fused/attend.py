@@ -10,30 +10,30 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpeft import ops
-from fastpeft.methods.adapted import Terms, terms_of
-from fastpeft.methods.base import watched
+from fastpeft.methods.adapted import LinearSpec, linear_spec
+from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import accumulator
-from fastpeft.ops._remade import recipe_of
+from fastpeft.ops._recompute import recipe_of
 from fastpeft.ops.lora_linear import lora_linears
 
 
 def project_together(linears: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
     """Several projections of one input, without IA3's factors on outputs, which attention folds into q and into its own output."""
-    terms = [terms_of(linear) for linear in linears]
-    if _joins(terms, x):
-        return lora_linears(x, [term.projection for term in terms], max(term.dropout_p for term in terms))
-    return tuple(linear(x) if term is None else term.without_after(x) for linear, term in zip(linears, terms))
+    specs = [linear_spec(linear) for linear in linears]
+    if _joins(specs, x):
+        return lora_linears(x, [spec.projection for spec in specs], max(spec.dropout_p for spec in specs))
+    return tuple(linear(x) if spec is None else spec.apply_without_output_scale(x) for linear, spec in zip(linears, specs))
 
 
-def _joins(terms: list[Terms | None], x: Tensor) -> bool:
+def _joins(specs: list[LinearSpec | None], x: Tensor) -> bool:
     """Whether the projections run as one op: with LoRA its products then share x. What is trained without LoRA joins too where backward
     can form x again: as one op it does so once, and keeps nothing."""
-    if any(term is None or term.before is not None for term in terms):
+    if any(spec is None or spec.before is not None for spec in specs):
         return False
-    low_rank = [term for term in terms if term.projection.lora_A is not None]
+    low_rank = [spec for spec in specs if spec.projection.lora_A is not None]
     if low_rank:
-        return len({term.dropout_p for term in low_rank}) == 1
-    return any(term.projection.weight.requires_grad for term in terms) and torch.is_grad_enabled() and recipe_of(x) is not None
+        return len({spec.dropout_p for spec in low_rank}) == 1
+    return any(spec.projection.weight.requires_grad for spec in specs) and torch.is_grad_enabled() and recipe_of(x) is not None
 
 
 # what transformers' attention functions read of their keywords besides those that every model passes
@@ -58,7 +58,7 @@ def forms_probabilities(attention: nn.Module, options: dict) -> bool:
     """Whether someone reads the probabilities that transformers' eager attention returns: the caller asks for them, or a hook sees them."""
     if (attention.config._attn_implementation or "eager") != "eager":
         return False
-    return bool(options.get("output_attentions") or attention.config.output_attentions) or watched(attention)
+    return bool(options.get("output_attentions") or attention.config.output_attentions) or has_hooks(attention)
 
 
 def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=None, eager=False) -> Tensor:
@@ -85,8 +85,8 @@ def as_key_mask(mask: Tensor | None) -> Tensor | None:
 
 def output_factor(linear: nn.Module) -> Tensor | None:
     """IA3's factor on the output, [out], which :func:`project_together` leaves to its caller."""
-    term = terms_of(linear)
-    return None if term is None else term.after
+    spec = linear_spec(linear)
+    return None if spec is None else spec.after
 
 
 def rescaled(linear: nn.Module, y: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ from fastpeft.fused.causal_loss import slice_logits_to_keep
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import IGNORED, next_labels
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
-from fastpeft.methods.base import watched
-from fastpeft.ops._common import sent
+from fastpeft.methods.base import has_hooks
+from fastpeft.ops._common import to_device_async
 
 
 class _ShiftsLabels:
@@ -87,7 +87,7 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         items = kwargs.pop("num_items_in_batch", None)
         lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
         lean = lean and not torch.compiler.is_compiling() and not why_not_flat(self, self.cls)
-        if lean and isinstance(logits_to_keep, int) and not logits_to_keep and type(self.bert) is TextModel and not watched(self.bert):
+        if lean and isinstance(logits_to_keep, int) and not logits_to_keep and type(self.bert) is TextModel and not has_hooks(self.bert):
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
             kwargs["wanted"] = labelled_positions(labels, shift_labels, shape)
         outputs = self.bert(
@@ -135,14 +135,15 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if logits is None and not why_not_flat(self, self.cls) and type(self.cls.predictions.decoder) is nn.Linear:
             head, rows = self.cls.predictions, (targets != IGNORED).nonzero().squeeze(1)
-            labelled, there = targets[rows], sent(rows, hidden.device)
+            labelled, there = targets[rows], to_device_async(rows, hidden.device)
             states = head.transform(hidden.flatten(0, -2)[there])
             loss = ops.linear_cross_entropy(states, head.decoder.weight, head.decoder.bias, labelled, **how)
             if reduction == "none":
                 loss = loss.new_zeros(len(targets)).index_copy(0, there, loss)
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
             logits = (self.cls(hidden) if logits is None else logits).flatten(0, -2)
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), sent(targets, logits.device), **how)
+            targets = to_device_async(targets, logits.device)
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, **how)
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss
 
 
@@ -199,7 +200,7 @@ class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
 def reads_of(decoder: nn.Module) -> dict[str, bool]:
     """What a model of visual question answering, whose ``decoder`` this is, can say that it does not read; keywords of text models."""
     ours = type(decoder) is TextLMHeadModel and type(decoder.bert) is TextModel  # attends to no padding of the question
-    return {"loss_only": not watched(decoder), "padding_unread": True} if ours else {}
+    return {"loss_only": not has_hooks(decoder), "padding_unread": True} if ours else {}
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
@@ -220,5 +221,5 @@ MODELS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip.BlipForConditionalGeneration: ConditionalGeneration,
 }
 # these hand masks, layouts and prefixes down in a form that only they read
-CARRIERS = (TextModel, TextLayer, TextAttention, TextSelfAttention)
+LAYOUT_AWARE = (TextModel, TextLayer, TextAttention, TextSelfAttention)
 MASK_FIX = "cross-attention now honours encoder_attention_mask, which transformers 4.57 to 5.23 loses: padded questions no longer leak"

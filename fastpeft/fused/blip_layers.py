@@ -11,17 +11,17 @@ from fastpeft import ops
 from fastpeft.fused.attend import dense_mask_attention, key_value_rescale, output_factor, project_one, project_together, rescaled
 from fastpeft.fused.layout import Layout, Tail, rows_of
 from fastpeft.fused.leaves import Dropout, Recomputes, is_layer_norm
-from fastpeft.methods.adapted import terms_of
-from fastpeft.methods.base import watched
-from fastpeft.ops._held import Held
-from fastpeft.ops._remade import bare
+from fastpeft.methods.adapted import linear_spec
+from fastpeft.methods.base import has_hooks
+from fastpeft.ops._quantized_weight import QuantizedWeight
+from fastpeft.ops._recompute import without_recipe
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
 from fastpeft.savings import on
 
 
 def reads_probabilities(module: nn.Module) -> bool:
     """Whether a hook on ``module`` (or a forward of its own) sees the probabilities that transformers' attentions return."""
-    if not watched(module):
+    if not has_hooks(module):
         return False
     return "forward" in module.__dict__ or not all(getattr(hook, "passes_rest_on", False) for hook in module._forward_hooks.values())
 
@@ -30,18 +30,18 @@ class _Attends:
     """What the fused attentions assume of a module, and when transformers' own runs instead."""
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why fused attention, which takes of ``module.dropout`` its probability alone, computes something else than ``module``."""
         dropout = module.dropout
         if type(dropout) not in (nn.Dropout, Dropout):
             return f"its dropout is a {type(dropout).__name__}"
-        return "its dropout has hooks, which read attention probabilities" if watched(dropout) else ""
+        return "its dropout has hooks, which read attention probabilities" if has_hooks(dropout) else ""
 
     def gives_probabilities(self, output_attentions: bool | None) -> bool:
         """Whether transformers' own attention runs: probabilities are asked for, by argument or configuration, or somebody reads them."""
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        return bool(output_attentions) or bool(self.unfit(self)) or reads_probabilities(self)
+        return bool(output_attentions) or bool(self.why_not(self)) or reads_probabilities(self)
 
     @property
     def _dropout_p(self) -> float:
@@ -139,16 +139,16 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         """Queries [T, C] over states [U, N, C] -> their context [T, C] before IA3's l_v."""
         q = layout.by_row(q).unflatten(-1, (self.num_attention_heads, self.attention_head_size))
         q = q if l_k is None else ops.rescale(q, l_k.view(q.shape[1:]))
-        key, value = (terms_of(linear).projection for linear in (self.key, self.value))
+        key, value = (linear_spec(linear).projection for linear in (self.key, self.value))
         context = absorbed_attention(q, states, key, value, self.attention_head_size**-0.5, self._dropout_p, layout.counts)
         return layout.from_rows(context.flatten(1))
 
     def _absorbs(self, states: Tensor, mask: Tensor | None, layout: Layout) -> bool:
         """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
-        terms = [terms_of(linear) for linear in (self.key, self.value)]
-        if not on("absorb") or mask is not None or any(term is None or term.dropout_p or term.before is not None for term in terms):
+        specs = [linear_spec(linear) for linear in (self.key, self.value)]
+        if not on("absorb") or mask is not None or any(spec is None or spec.dropout_p or spec.before is not None for spec in specs):
             return False
-        if any(isinstance(term.projection.weight, Held) for term in terms):
+        if any(isinstance(spec.projection.weight, QuantizedWeight) for spec in specs):
             return False
         shape = (layout.tokens / max(1, layout.rows), states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
@@ -226,7 +226,7 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         **kwargs,
     ) -> Tensor:
         if self.gradient_checkpointing and self.training:  # run again in backward, it gets its inputs without the recipes they may have now
-            hidden_states, encoder_hidden_states = bare(hidden_states), bare(encoder_hidden_states)
+            hidden_states, encoder_hidden_states = without_recipe(hidden_states), without_recipe(encoder_hidden_states)
         how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
         how = {name: value for name, value in how.items() if value is not None and value is not False}

@@ -13,8 +13,8 @@ from fastpeft.fused.attend import as_key_mask
 from fastpeft.fused.blip_layers import TextSelfAttention
 from fastpeft.fused.flatten import ROW_WISE, why_not_flat
 from fastpeft.fused.layout import Layout, Tail, image_layout, self_layout, tail_of
-from fastpeft.methods.base import watched
-from fastpeft.ops._common import sent
+from fastpeft.methods.base import has_hooks
+from fastpeft.ops._common import to_device_async
 from fastpeft.savings import on
 
 # what treats every token by itself; nobody calls the encoder: its layers are run one by one
@@ -33,7 +33,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
         return len(self.encoder.layer), first.num_attention_heads, first.attention_head_size
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why transformers' own forward of the stack computes something else than ours."""
         chosen = module.config._attn_implementation
         return "" if chosen in (None, "eager") else f"its masks are made for the attention implementation {chosen!r}"
@@ -130,7 +130,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
             return "attention probabilities are asked for"
         if not isinstance(kwargs.get("output_hidden_states", False), bool | None):
             return "hidden states are selected by their numbers"
-        if reason := self.unfit(self) or next(filter(None, map(attentions_unfit, self.encoder.layer)), ""):
+        if reason := self.why_not(self) or next(filter(None, map(attentions_unfit, self.encoder.layer)), ""):
             return reason
         cache = getattr(cache, "self_attention_cache", cache)
         if cache is not None and cache.is_compileable:
@@ -146,7 +146,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
         """'' or why layers are called as transformers' own forward calls them."""
         if torch.compiler.is_compiling():
             return "torch.compile makes one graph for every length"
-        return "the stack has hooks" if watched(self) else why_not_flat(self, self.encoder)
+        return "the stack has hooks" if has_hooks(self) else why_not_flat(self, self.encoder)
 
     @staticmethod
     def _padding(mask: Tensor | None, cache, wanted: Tensor | None, unread: bool, causal: bool) -> tuple[bool, bool]:
@@ -162,7 +162,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
     def _as_transformers(self, encoder_states, encoder_index, masks, **given) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """transformers' own forward around our layers, in its masks [B, 1, M, N]."""
         if encoder_index is not None:
-            encoder_states = encoder_states[sent(encoder_index, encoder_states.device)]
+            encoder_states = encoder_states[to_device_async(encoder_index, encoder_states.device)]
         names = ("attention_mask", "encoder_attention_mask")
         given |= {name: mask if mask is None else mask.to(self.device) for name, mask in zip(names, masks)}
         return super().forward(encoder_hidden_states=encoder_states, return_dict=True, **given)
@@ -172,7 +172,7 @@ class TextModel(modeling_blip_text.BlipTextModel):
         each layer."""
         layout, device = layouts["layout"], hidden.device
         if encoder_index is not None and layouts["encoder_layout"] is layout:
-            encoder_states = encoder_states[sent(encoder_index, device)]
+            encoder_states = encoder_states[to_device_async(encoder_index, device)]
         masks = [None if mask is None else mask.to(device, non_blocking=True) for mask in masks]
         encoder = getattr(self, "prefix_encoder", None)
         prefixes = [None] * len(self.encoder.layer) if encoder is None else encoder()
@@ -224,4 +224,4 @@ class TextModel(modeling_blip_text.BlipTextModel):
 def attentions_unfit(layer: nn.Module) -> str:
     """'' or why fused attention computes something else than one of the layer's."""
     attentions = (getattr(layer, name, None) for name in ("attention", "crossattention"))
-    return next(filter(None, (a.self.unfit(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")
+    return next(filter(None, (a.self.why_not(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")

@@ -14,9 +14,9 @@ from fastpeft import ops
 from fastpeft.fused.attend import project_one
 from fastpeft.fused.layout import IGNORED, next_labels
 from fastpeft.fused.outputs import can_defer
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
-from fastpeft.ops._common import accumulator, sent
+from fastpeft.ops._common import accumulator, to_device_async
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -86,7 +86,7 @@ def causal_loss(
 def loss_of_logits(logits: Tensor, labels: Tensor, *, shift_labels=None, num_items_in_batch=None, ignore_index=IGNORED, **_) -> Tensor:
     """transformers' ForCausalLMLoss, in float64 where logits are."""
     targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-    targets = sent(targets, logits.device).reshape(-1)
+    targets = to_device_async(targets, logits.device).reshape(-1)
     logits = logits.to(accumulator(logits.dtype)).view(-1, logits.shape[-1])
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="mean" if num_items_in_batch is None else "sum")
     return loss if num_items_in_batch is None else loss / _on(num_items_in_batch, loss)
@@ -96,10 +96,10 @@ def loss_of(head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | in
     """Cross entropy of hidden [B, L, C] under ``head`` with targets [B, L], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``. Logits exist at labelled positions only."""
     reduction = "mean" if items is None else "sum"
-    if type(head) is nn.Linear and not is_quantized(head.weight) and not watched(head):
+    if type(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, targets, ignore_index=ignore_index, reduction=reduction)
     else:  # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
-        targets = sent(targets, hidden.device).flatten()
+        targets = to_device_async(targets, hidden.device).flatten()
         rows = targets != ignore_index
         logits = project_one(head, hidden.flatten(0, 1)[rows])
         loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), targets[rows], reduction=reduction)

@@ -18,22 +18,22 @@ from fastpeft.fused.attend import (
     why_not_fused,
 )
 from fastpeft.fused.leaves import is_layer_norm
-from fastpeft.methods.base import watched
-from fastpeft.ops._remade import remade
+from fastpeft.methods.base import has_hooks
+from fastpeft.ops._recompute import mark_recomputable
 
 
 class Attention(modeling_clip.CLIPAttention):
     """Self-attention. Returns (output, None): probabilities are not formed unless they are asked for."""
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why transformers' own attention computes something else than softmax over all keys."""
         return why_not_fused(module) or ("its is_causal was set" if module.is_causal else "")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C]; attention_mask and is_causal as transformers gives them to CLIP's text encoder."""
         dense = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
-        if not dense or self.unfit(self) or forms_probabilities(self, kwargs):
+        if not dense or self.why_not(self) or forms_probabilities(self, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
         q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (rescaled(self.q_proj, q), k, v))
@@ -52,9 +52,9 @@ class MLP(modeling_clip.CLIPMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
         hidden = project_one(self.fc1, hidden_states)
-        if type(self.activation_fn) is QuickGELUActivation and not watched(self.activation_fn):  # h sigmoid(1.702 h)
+        if type(self.activation_fn) is QuickGELUActivation and not has_hooks(self.activation_fn):  # h sigmoid(1.702 h)
             scaled = hidden * 1.702
-            hidden = remade(_over_1702(scaled), _over_1702, scaled)
+            hidden = mark_recomputable(_over_1702(scaled), _over_1702, scaled)
         else:
             hidden = self.activation_fn(hidden)
         return project_one(self.fc2, hidden)

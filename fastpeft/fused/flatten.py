@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import activations
 
-from fastpeft.methods.base import sees_no_values, watched, watched_globally
+from fastpeft.methods.base import has_hooks, sees_no_values, watched_globally
 
 __all__ = ["ROW_WISE", "sees_no_values", "why_not_flat"]
 
@@ -46,7 +46,7 @@ def why_not_flat(stack: nn.Module, *roots: nn.Module) -> str:
     survey = stack.__dict__.get("_fastpeft_survey")
     if survey is None or survey.stale(roots):
         survey = stack.__dict__["_fastpeft_survey"] = _Survey(roots)
-    found = survey.unfit or survey.changed()
+    found = survey.why_not or survey.changed()
     return f"{_name_of(stack, found[0])} {found[1]}" if found else ""
 
 
@@ -60,7 +60,7 @@ class _Survey:
         self.classes, self.children = list(map(type, self.modules)), list(self._children())
         self.variants = [v for m in self.modules if isinstance(v := getattr(m, "lora_variant", None), dict)]
         unknown = (m for m in self.modules if type(m) not in ROW_WISE and not getattr(type(m), "layout_aware", False))
-        self.unfit = next(((m, f"({type(m).__name__}) is not known to treat every token by itself") for m in unknown), None)
+        self.why_not = next(((m, f"({type(m).__name__}) is not known to treat every token by itself") for m in unknown), None)
 
     def _children(self) -> Iterator[nn.Module | None]:
         return chain.from_iterable(map(dict.values, map(_children_of, self.attributes)))
@@ -74,7 +74,7 @@ class _Survey:
             return next((m, "has a forward of its own") for m in self.modules if "forward" in m.__dict__)
         if any(map(any, map(_hooks_of, self.attributes))):
             for module in self.modules:
-                if watched(module):
+                if has_hooks(module):
                     return module, "has hooks"
         if any(self.variants):
             for module in self.modules:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft.ops._common import sent
-from fastpeft.ops._remade import recipe_of, remade
+from fastpeft.ops._common import to_device_async
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.de
         return Layout(rows, columns, None)
     sorted_already = bool((row[1:] >= row[:-1]).all())
     counts = tuple(torch.bincount(row, minlength=rows).tolist())
-    order = None if sorted_already else sent(row.argsort(stable=True), device)
-    return Layout(rows, columns, sent(cells, device), counts, order, cells)
+    order = None if sorted_already else to_device_async(row.argsort(stable=True), device)
+    return Layout(rows, columns, to_device_async(cells, device), counts, order, cells)
 
 
 def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> Layout:
@@ -162,11 +162,11 @@ def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, 
     first, last = (int(columns[hit].min()), int(columns[hit].max())) if causal else (0, layout.columns - 1)
     seen = columns <= last
     return Tail(
-        tokens=sent(hit.nonzero().squeeze(1), device),
-        seen=None if bool(seen.all()) else sent(seen.nonzero().squeeze(1), device),
+        tokens=to_device_async(hit.nonzero().squeeze(1), device),
+        seen=None if bool(seen.all()) else to_device_async(seen.nonzero().squeeze(1), device),
         queries=_laid(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
         keys=_laid(layout.rows, last + 1, rows[seen], columns[seen], device),
-        outputs=Layout(tokens.rows, tokens.columns, sent(at[hit], device), host=at[hit]),
+        outputs=Layout(tokens.rows, tokens.columns, to_device_async(at[hit], device), host=at[hit]),
     )
 
 
@@ -175,7 +175,7 @@ def rows_of(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x
     rows = x.index_select(0, index)
-    return rows if recipe_of(x) is None else remade(rows, _select, x, index)
+    return rows if recipe_of(x) is None else mark_recomputable(rows, _select, x, index)
 
 
 def _select(x: Tensor, index: Tensor) -> Tensor:

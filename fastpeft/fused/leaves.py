@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from fastpeft import ops
-from fastpeft.methods.base import watched
-from fastpeft.ops._remade import recomputed
+from fastpeft.methods.base import has_hooks
+from fastpeft.ops._recompute import recomputed
 
 
 class Recomputes:
@@ -40,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     @staticmethod
-    def unfit(module: nn.LayerNorm) -> str:
+    def why_not(module: nn.LayerNorm) -> str:
         """'' or why this one stays as it is."""
         if len(module.normalized_shape) != 1:
             return f"normalises {len(module.normalized_shape)} dimensions; the fused form takes the last one"
@@ -57,7 +57,7 @@ class Dropout(nn.Dropout):
         return ops.dropout(x, self.p, self.training)
 
     @staticmethod
-    def unfit(module: nn.Dropout) -> str:
+    def why_not(module: nn.Dropout) -> str:
         """'' or why this one stays as it is."""
         return "works in place" if module.inplace else "drops everything" if module.p == 1 else ""
 
@@ -72,7 +72,7 @@ class GELU(GELUActivation):
         return ops.gelu(x) if self.act is F.gelu else super().forward(x)
 
     @staticmethod
-    def unfit(module: GELUActivation) -> str:
+    def why_not(module: GELUActivation) -> str:
         """'' or why this one stays as it is."""
         return "" if module.act is F.gelu else "is written out in Python (use_gelu_python)"
 
@@ -83,4 +83,4 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dro
 
 def is_layer_norm(module: nn.Module) -> bool:
     """Whether ``module`` computes what ``ops.layer_norm`` does with its weight, bias and eps, so that the layer around it may."""
-    return type(module) in (nn.LayerNorm, LayerNorm) and not LayerNorm.unfit(module) and not watched(module)
+    return type(module) in (nn.LayerNorm, LayerNorm) and not LayerNorm.why_not(module) and not has_hooks(module)

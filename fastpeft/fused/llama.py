@@ -29,10 +29,10 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout, tail_of
 from fastpeft.fused.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
 from fastpeft.fused.outputs import with_deferred_logits
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
-from fastpeft.ops._common import accumulator, sent
+from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.savings import on
 
 
@@ -58,7 +58,7 @@ class Model(modeling_llama.LlamaModel):
         return adapted or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
         return "" if is_causal(module) else "it is not causal (is_causal of its configuration or of an attention layer is False)"
 
@@ -123,7 +123,7 @@ class Model(modeling_llama.LlamaModel):
             return position_ids
         before = ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
         tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
-        return sent((torch.arange(tokens.shape[1], device=mask.device) - before).clamp(min=0), tokens.device)
+        return to_device_async((torch.arange(tokens.shape[1], device=mask.device) - before).clamp(min=0), tokens.device)
 
     def _is_plain(self, given: dict, mask: Tensor | None, options: dict, wanted: Tensor | None) -> bool:
         """Whether a call is of the kind that this class's own loop serves: causal, in one of transformers' own attention functions, under
@@ -142,7 +142,7 @@ class Model(modeling_llama.LlamaModel):
                 return False
             if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
                 return False  # what padding attends to there is everything
-        return not why_not_flat(self, self.layers, self.norm) and not any(map(Attention.unfit, attentions(self)))
+        return not why_not_flat(self, self.layers, self.norm) and not any(map(Attention.why_not, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
@@ -170,11 +170,11 @@ class Model(modeling_llama.LlamaModel):
     def _run(self, hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs):
         """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
         tokens, layout, mask, causal, wanted = plan
-        positions = sent(position_ids, hidden.device)
+        positions = to_device_async(position_ids, hidden.device)
         if encoder is not None:
             positions = positions + encoder.tokens
         like = hidden.new_empty(0, dtype=accumulator(hidden.dtype))  # float32 tables, where only our own modules read them
-        known = flat and type(self.rotary_emb) is modeling_llama.LlamaRotaryEmbedding and not watched(self.rotary_emb)
+        known = flat and type(self.rotary_emb) is modeling_llama.LlamaRotaryEmbedding and not has_hooks(self.rotary_emb)
         tables = self.rotary_emb(like if known else hidden, position_ids=positions)
         if layout is not None:
             tables = tuple(t.expand(hidden.shape[0], -1, -1) for t in tables)
@@ -195,7 +195,7 @@ class Model(modeling_llama.LlamaModel):
                 pad, how = tail.outputs.spread, how | {"tail": tail}
             hidden = layer(
                 hidden,
-                attention_mask=mask if mask is None else sent(mask, hidden.device),
+                attention_mask=mask if mask is None else to_device_async(mask, hidden.device),
                 position_embeddings=tables,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -214,9 +214,9 @@ class Model(modeling_llama.LlamaModel):
         weights = self._routes_of(modalities, cache, prefixes)
         if not weights and torch.is_grad_enabled():
             hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
-        index = sent(modality, hidden.device)
+        index = to_device_async(modality, hidden.device)
         if plan.layout is not None:
-            index = index[sent(plan.layout.row, hidden.device)]
+            index = index[to_device_async(plan.layout.row, hidden.device)]
             index = index if plan.tokens is not None else index.view(hidden.shape[:2])
         return hidden, Routing(index, weights)
 
@@ -284,7 +284,7 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
     lean_logits = False
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
         return "" if module.loss_function is ForCausalLMLoss else "its loss_function is its own, and takes logits"
 
@@ -319,7 +319,7 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
-        if lean and type(self.model) is Model and not watched(self.model):
+        if lean and type(self.model) is Model and not has_hooks(self.model):
             to_model["wanted"] = asked.targets != asked.ignore_index
         if use_cache is None and labels is not None and getattr(self.model, "alone", False):
             use_cache = False  # position_ids then mark packed samples in evaluation too
@@ -354,6 +354,6 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_llama.LlamaForCausalLM: CausalLM,
 }
 # these hand masks, layouts and prefixes down in a form that only they read
-CARRIERS = (Model, DecoderLayer, Attention)
+LAYOUT_AWARE = (Model, DecoderLayer, Attention)
 
 

@@ -23,9 +23,9 @@ from fastpeft.fused.attend import (
 )
 from fastpeft.fused.layout import Layout, Tail, rows_of
 from fastpeft.fused.leaves import Recomputes
-from fastpeft.methods.adapted import terms_of
+from fastpeft.methods.adapted import linear_spec
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
 
@@ -42,7 +42,7 @@ class RMSNorm(modeling_llama.LlamaRMSNorm):
 
 def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(norm(branch + residual), branch + residual), the sum formed once, inside the norm."""
-    if type(norm) not in (modeling_llama.LlamaRMSNorm, RMSNorm) or watched(norm):  # someone's wrapper, such as PEFT's LN tuning
+    if type(norm) not in (modeling_llama.LlamaRMSNorm, RMSNorm) or has_hooks(norm):  # someone's wrapper, such as PEFT's LN tuning
         total = branch + residual
         return norm(total), total
     return ops.add_rms_norm(branch, residual, norm.weight, norm.variance_epsilon)
@@ -58,13 +58,13 @@ class MLP(Recomputes, modeling_llama.LlamaMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
-        if watched(self.act_fn):
+        if has_hooks(self.act_fn):
             return super().forward(x)
         linears = (self.gate_proj, self.up_proj)
         gate, up = self.projected(partial(project, linears), x, linears)
         if type(self.act_fn) not in SILU:
             return self.down_proj(self.act_fn(gate) * up)
-        down = terms_of(self.down_proj)
+        down = linear_spec(self.down_proj)
         if down is None:
             return self.down_proj(ops.swiglu(gate, up))
         return down._replace(before=None)(ops.swiglu(gate, up, down.before))
@@ -72,7 +72,7 @@ class MLP(Recomputes, modeling_llama.LlamaMLP):
 
 class Attention(Recomputes, modeling_llama.LlamaAttention):
     """Self-attention with grouped heads. Returns (output, None): probabilities are not formed. Where its settings or its caller ask for
-    what the fused form has not (see :meth:`why_not`), transformers' own forward runs."""
+    what the fused form has not (see :meth:`why_not_now`), transformers' own forward runs."""
 
     layout_aware = True
     visual_dim: int | None = None  # width of the images' features that Excitor sees here
@@ -82,13 +82,13 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         return self.config.num_attention_heads
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
         return why_not_fused(module) or ("" if isinstance(module.scaling, int | float) else "its scaling is no number")
 
-    def why_not(self, attention_mask: Tensor | None, options: dict) -> str:
+    def why_not_now(self, attention_mask: Tensor | None, options: dict) -> str:
         """'' or why this call is for transformers' own forward. attention_mask as transformers' model gives it, options: the keywords."""
-        if reason := self.unfit(self):
+        if reason := self.why_not(self):
             return reason
         if forms_probabilities(self, options):
             return "someone reads its probabilities, which fused attention does not form"
@@ -120,7 +120,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         adaption, excitor = getattr(self, "adaption", None), getattr(self, "excitor", None)
         prompted = prompted if adaption is None else adaption.prompted
         excitor = excitor if excitor is not None and excitor.active else None
-        reason = self.why_not(attention_mask, kwargs) if causal is None else self.unfit(self)
+        reason = self.why_not_now(attention_mask, kwargs) if causal is None else self.why_not(self)
         if reason:
             if causal is not None or prefix is not None or excitor is not None or prompted is not None:
                 raise ValueError(f"attention {self.layer_idx} must run its own forward, as {reason}; what was attached to it cannot")

@@ -19,7 +19,7 @@ from torch._C._functorch import get_interpreter_stack
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def can_defer(*modules: nn.Module) -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or get_interpreter_stack():
         return False
     inside = [module for root in modules for module in root.modules()]
-    if any(watched(module) or (isinstance(module, nn.Dropout) and module.training and module.p > 0) for module in inside):
+    if any(has_hooks(module) or (isinstance(module, nn.Dropout) and module.training and module.p > 0) for module in inside):
         return False
     return not any(p.requires_grad for root in modules for p in root.parameters())
 

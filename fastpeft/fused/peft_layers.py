@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fastpeft.fused.flatten import ROW_WISE
 from fastpeft.fused.llama_layers import Attention
-from fastpeft.methods.adapted import AdaptedLinear, Terms
+from fastpeft.methods.adapted import AdaptedLinear, LinearSpec
 from fastpeft.methods.adaption_prompt import Prompted
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized, weight_of, why_not
 from fastpeft.methods.replacement import register
 from fastpeft.methods.written import Written
@@ -30,8 +30,8 @@ class _Fused:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] -> [..., out]."""
-        terms = None if args or kwargs else self.terms()
-        return super().forward(x, *args, **kwargs) if terms is None else terms(x)
+        spec = None if args or kwargs else self.linear_spec()
+        return super().forward(x, *args, **kwargs) if spec is None else spec(x)
 
     def _one_adapter(self, tensors: nn.Module) -> str | None:
         """The adapter in use, where PEFT would do nothing but use it."""
@@ -42,7 +42,7 @@ class _Fused:
 
 def _unfit_base(base: nn.Module) -> str:
     """'' or why what an adapter stands on must be called as it is."""
-    if watched(base):
+    if has_hooks(base):
         return "its base layer has hooks, or a forward of its own"
     if type(base) is nn.Linear:
         return why_not(base) if is_quantized(base.weight) else ""
@@ -53,12 +53,12 @@ def _unfit_base(base: nn.Module) -> str:
 
 class _LoRA(_Fused):
     @staticmethod
-    def unfit(module: lora.LoraLayer) -> str:
+    def why_not(module: lora.LoraLayer) -> str:
         """'' or why PEFT's own forward runs whatever the adapter in use."""
         reasons = [_unfit_adapter(module, name) for name in module.lora_A]
         return _unfit_base(module.base_layer) or ("" if not all(reasons) else next(iter(reasons), ""))
 
-    def terms(self) -> Terms | None:
+    def linear_spec(self) -> LinearSpec | None:
         """What the layer computes now; None where that is more than LoRA as published."""
         name = self._one_adapter(self.lora_A)
         if name is None or _unfit_adapter(self, name):
@@ -66,7 +66,7 @@ class _LoRA(_Fused):
         dropout, base = self.lora_dropout[name], self.base_layer
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         weights = self.lora_A[name].weight, self.lora_B[name].weight
-        return Terms(Projection(weight_of(base), base.bias, *weights, float(self.scaling[name])), p)
+        return LinearSpec(Projection(weight_of(base), base.bias, *weights, float(self.scaling[name])), p)
 
 
 def _unfit_adapter(module: lora.LoraLayer, name: str) -> str:
@@ -78,7 +78,7 @@ def _unfit_adapter(module: lora.LoraLayer, name: str) -> str:
     dropout, down, up = module.lora_dropout[name], module.lora_A[name], module.lora_B[name]
     if not isinstance(dropout, nn.Identity | nn.Dropout) or type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"its LoRA is made of {', '.join(type(m).__name__ for m in (dropout, down, up))}"
-    if any(map(watched, (dropout, down, up))):
+    if any(map(has_hooks, (dropout, down, up))):
         return "its LoRA has hooks, or a forward of its own"
     scaling = module.scaling[name]
     return "" if isinstance(scaling, int | float) else f"its scaling is a {type(scaling).__name__}, not a number"
@@ -86,17 +86,17 @@ def _unfit_adapter(module: lora.LoraLayer, name: str) -> str:
 
 class _IA3(_Fused):
     @staticmethod
-    def unfit(module: ia3.IA3Layer) -> str:
+    def why_not(module: ia3.IA3Layer) -> str:
         """'' or why PEFT's own forward runs whatever the adapter in use."""
         return _unfit_base(module.base_layer)
 
-    def terms(self) -> Terms | None:
+    def linear_spec(self) -> LinearSpec | None:
         """What the layer computes now; None where that is more than one adapter's factor."""
         name = self._one_adapter(self.ia3_l)
         if name is None:
             return None
         factor, projection = self.ia3_l[name].flatten(), Projection(weight_of(self.base_layer), self.base_layer.bias)
-        return Terms(projection, before=factor) if self.is_feedforward else Terms(projection, after=factor)
+        return LinearSpec(projection, before=factor) if self.is_feedforward else LinearSpec(projection, after=factor)
 
 
 class LoraLinear(_LoRA, lora.Linear):
@@ -113,14 +113,15 @@ class AdaptedAttention(adaption_prompt.AdaptedAttention):
     layout_aware = True
 
     @staticmethod
-    def unfit(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
         return "" if type(module.model) is Attention else f"{type(module.model).__name__} inside it stays as it is"
 
     def forward(self, hidden_states: Tensor, **kwargs):
         """As :class:`fastpeft.fused.llama_layers.Attention`."""
         given_back = type(self.model) is not Attention  # its own class again
-        if given_back or watched(self.model) or (kwargs.get("causal") is None and self.model.why_not(kwargs.get("attention_mask"), kwargs)):
+        own_way = kwargs.get("causal") is None and self.model.why_not_now(kwargs.get("attention_mask"), kwargs)
+        if given_back or has_hooks(self.model) or own_way:
             return super().forward(hidden_states=hidden_states, **kwargs)
         return self.model(hidden_states, prompted=Prompted(self.adaption_prompt, self.adaption_gate), **kwargs)
 

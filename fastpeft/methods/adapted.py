@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft import ops
-from fastpeft.methods.base import swap_class, watched
+from fastpeft.methods.base import has_hooks, swap_class
 from fastpeft.methods.quantized import is_quantized, weight_of
 from fastpeft.ops.lora_linear import Projection, linear
 
@@ -45,7 +45,7 @@ class Adapted:
         return self.lora_dropout if self.training else 0.0
 
 
-class Terms(NamedTuple):
+class LinearSpec(NamedTuple):
     """What a linear layer computes, whoever adapted it: y = after * (W(before * x) + b + scaling * B A dropout(before * x))."""
 
     projection: Projection
@@ -53,7 +53,7 @@ class Terms(NamedTuple):
     before: Tensor | None = None
     after: Tensor | None = None
 
-    def without_after(self, x: Tensor) -> Tensor:
+    def apply_without_output_scale(self, x: Tensor) -> Tensor:
         """The output without IA3's factor on it: attention applies that factor to the query side instead (no extra tensor)."""
         x = x if self.before is None else ops.rescale(x, self.before)
         if self.projection.lora_A is None:
@@ -61,7 +61,7 @@ class Terms(NamedTuple):
         return ops.lora_linear(x, *self.projection, self.dropout_p)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.without_after(x)
+        y = self.apply_without_output_scale(x)
         return y if self.after is None else ops.rescale(y, self.after)
 
 
@@ -70,27 +70,27 @@ class AdaptedLinear(Adapted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in]`` -> ``[..., out]``."""
-        return self.terms()(x)
+        return self.linear_spec()(x)
 
-    def terms(self) -> Terms:
+    def linear_spec(self) -> LinearSpec:
         before, after = (self.ia3_l, None) if self.ia3_feedforward else (None, self.ia3_l)
         scaling = 1.0 if self.lora_A is None else self.scaling
         projection = Projection(weight_of(self), self.bias, self.lora_A, self.lora_B, scaling)
-        return Terms(projection, 0.0 if self.lora_A is None else self.active_dropout, before, after)
+        return LinearSpec(projection, 0.0 if self.lora_A is None else self.active_dropout, before, after)
 
 
-def terms_of(module: nn.Module) -> Terms | None:
+def linear_spec(module: nn.Module) -> LinearSpec | None:
     """What ``module`` computes, where that is known; None for a module that must be called as it is."""
-    if watched(module):
+    if has_hooks(module):
         return None
     if type(module) is nn.Linear:
-        return terms_with(module)
-    return module.terms() if hasattr(module, "terms") else None
+        return plain_linear_spec(module)
+    return module.linear_spec() if hasattr(module, "linear_spec") else None
 
 
-def terms_with(linear: nn.Linear) -> Terms:
+def plain_linear_spec(linear: nn.Linear) -> LinearSpec:
     """The terms of a layer without adapters."""
-    return Terms(Projection(weight_of(linear), linear.bias))
+    return LinearSpec(Projection(weight_of(linear), linear.bias))
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):

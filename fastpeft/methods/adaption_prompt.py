@@ -74,7 +74,7 @@ class AdaptionPrompt(Method):
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
     peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     mergeable: ClassVar[bool] = False
-    carried: ClassVar[bool] = True
+    needs_fused_attention: ClassVar[bool] = True
     adapter_len: int = 10
     adapter_layers: int | None = None
 

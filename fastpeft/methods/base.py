@@ -104,7 +104,7 @@ def swap_class(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
 
 
-def watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` is more than its class's ``forward``: it has hooks (pruning and spectral norms are some), or a forward of
     its own (accelerate's offloading). Its parameters then do not say what it computes, and nobody may compute it from them."""
     if "forward" in module.__dict__:
@@ -148,7 +148,7 @@ class Method:
     peft_fields: ClassVar[dict[str, str | Refused]] = {}  # PEFT's configuration: field -> READ, NEUTRAL or Refused
     old_file: ClassVar[str | None] = None  # what its tensors were saved in before it had PEFT's format
     mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
-    carried: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
+    needs_fused_attention: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
 
     def attach(self, root: nn.Module, part: Part) -> None:
         """Attach or mark this method's parameters in ``root``, all of whose base parameters are frozen on entry."""

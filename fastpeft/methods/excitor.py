@@ -18,7 +18,7 @@ from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part, shorten
 from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
-from fastpeft.ops._common import sent
+from fastpeft.ops._common import to_device_async
 from fastpeft.ops.excitor_keys import merge_keys
 from fastpeft.ops.lora_linear import linear
 
@@ -84,12 +84,12 @@ class ExcitorBlock(nn.Module):
             return merge_keys(k, u, self.w_up, self.prompt, gate, scale=self.scale)
         zk, zv = (linear(visual.features.to(w.dtype), w) for w in (self.wk_down, self.wv_down))  # once per distinct image
         seeing = (visual.index >= 0).nonzero().squeeze(1)
-        images = sent(visual.index[seeing], k.device)
+        images = to_device_async(visual.index[seeing], k.device)
         seen = (zk.index_select(0, images), self.wk_up, zv.index_select(0, images), self.wv_up)
         if len(seeing) == len(k):
             return merge_keys(k, u, self.w_up, self.prompt, gate, seen, self.scale)
-        rest = sent((visual.index < 0).nonzero().squeeze(1), k.device)
-        seeing = sent(seeing, k.device)
+        rest = to_device_async((visual.index < 0).nonzero().squeeze(1), k.device)
+        seeing = to_device_async(seeing, k.device)
         merged = [
             merge_keys(k.index_select(0, rows), u.index_select(0, rows), self.w_up, self.prompt, gate, pair, self.scale)
             for rows, pair in ((seeing, seen), (rest, None))
@@ -112,7 +112,7 @@ class Excitor(Method):
     peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     old_file: ClassVar[str] = "model.safetensors"
     mergeable: ClassVar[bool] = False
-    carried: ClassVar[bool] = True
+    needs_fused_attention: ClassVar[bool] = True
     layers: int = 30
     num_prompts: int = 30
     r: int = 16

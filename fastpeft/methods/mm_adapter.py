@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
-from fastpeft.methods.base import Method, Part, watched
+from fastpeft.methods.base import Method, Part, has_hooks
 from fastpeft.ops.lora_linear import linear
 
 
@@ -93,7 +93,7 @@ class AdapterBlock(nn.Module):
             weights = routing.weights[layer].index_select(0, routing.index.flatten()).unflatten(0, routing.index.shape)
             weights = weights if hidden.dim() == 3 else weights[None]
         branch = (self.w_down, self.b_down, *self._experts(), weights, *self._options())
-        if watched(norm):
+        if has_hooks(norm):
             out = ops.mm_adapter(norm(tokens), *branch)
         else:
             out = ops.norm_mm_adapter(tokens, norm.weight, norm.variance_epsilon, *branch)
@@ -108,7 +108,7 @@ class RepAdapter(Method):
     """
 
     name: ClassVar[str] = "RepAdapter"
-    carried: ClassVar[bool] = True
+    needs_fused_attention: ClassVar[bool] = True
     experts: ClassVar[int] = 1
     h: int = 8
     groups: int = 2

@@ -61,7 +61,7 @@ class PTv2(Method):
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     mergeable: ClassVar[bool] = False
-    carried: ClassVar[bool] = True
+    needs_fused_attention: ClassVar[bool] = True
     projection: ClassVar[bool] = False
     num_virtual_tokens: int | None = None
 

@@ -1,7 +1,7 @@
 """Frozen linear layers whose weight is quantised: bitsandbytes' 4-bit and 8-bit layers, and torchao's weight-only tensors.
 
 The base stays in the library's own modules, so files, devices and transformers' loading are the library's business. What a layer computes
-here is x W^T + b with W = dequantise(its codes), formed when it is multiplied by (see ops/_held.py), whatever is trained on top.
+here is x W^T + b with W = dequantise(its codes), formed when an op multiplies by it (ops/_quantized_weight.py), whatever is trained.
 bitsandbytes' own 8-bit layer also rounds activations to int8; ours does not, so a quantised model equals the one with W written out.
 """
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.methods.base import swap_class
-from fastpeft.ops._held import Held
+from fastpeft.ops._quantized_weight import QuantizedWeight
 
 # what bitsandbytes' layers have beside a plain layer's attributes
 LEFTOVERS = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu", "state", "index")
 
 
-class FourBit(Held):
+class FourBit(QuantizedWeight):
     """bitsandbytes' blockwise NF4 or FP4: two weights a byte, an absolute maximum for every block (itself in 8 bit, if nested)."""
 
     def __init__(self, layer: nn.Linear):
@@ -34,7 +34,7 @@ class FourBit(Held):
         return functional.dequantize_4bit(weight.detach(), weight.quant_state).to(dtype)
 
 
-class EightBit(Held):
+class EightBit(QuantizedWeight):
     """bitsandbytes' int8 with an absolute maximum for every output."""
 
     def __init__(self, layer: nn.Linear):
@@ -49,7 +49,7 @@ class EightBit(Held):
         return int8_vectorwise_dequant(self.codes, self.scale.to(self.codes.device)).to(dtype)
 
 
-class Subclass(Held):
+class Subclass(QuantizedWeight):
     """A weight of one of torchao's classes, which say themselves what they are in full."""
 
     def __init__(self, layer: nn.Linear):
@@ -70,7 +70,7 @@ def is_quantized(tensor: Tensor) -> bool:
     return isinstance(tensor, bnb.Int8Params) and tensor.dtype == torch.int8
 
 
-def weight_of(layer: nn.Linear) -> Tensor | Held:
+def weight_of(layer: nn.Linear) -> Tensor | QuantizedWeight:
     """The weight of a linear layer, as ops take it."""
     weight = layer.weight
     if type(weight) is nn.Parameter or not is_quantized(weight):

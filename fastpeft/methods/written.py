@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastpeft.methods.adapted import AdaptedLinear, Terms, terms_with
+from fastpeft.methods.adapted import AdaptedLinear, LinearSpec, plain_linear_spec
 from fastpeft.methods.quantized import is_quantized, why_not
 from fastpeft.methods.replacement import register
 
@@ -14,16 +14,16 @@ class Written:
 
     layout_aware = True
     plain_class = nn.Linear  # what it is once its weight stays written out
-    unfit = staticmethod(why_not)  # '' or why a layer stays as it is
+    why_not = staticmethod(why_not)  # '' or why a layer stays as it is
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        terms = self.terms()
-        return super().forward(x) if terms is None else terms(x)
+        spec = self.linear_spec()
+        return super().forward(x) if spec is None else spec(x)
 
-    def terms(self) -> Terms | None:
+    def linear_spec(self) -> LinearSpec | None:
         """None for a layer that is not quantised: its own way."""
-        return terms_with(self) if is_quantized(self.weight) else None
+        return plain_linear_spec(self) if is_quantized(self.weight) else None
 
 
 class WrittenLinear(Written, nn.Linear):

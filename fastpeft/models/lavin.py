@@ -21,7 +21,7 @@ from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
-from fastpeft.ops._common import sent
+from fastpeft.ops._common import to_device_async
 
 SIZES = {"lavin-7b": ("L/14", "llama-7b", 128), "lavin-13b": ("L/14", "llama-13b", 128), "lavin-tiny": ("tiny", "llama-tiny", 32)}
 MODALITIES = ("text", "image")  # rows of the neck's modality tokens
@@ -141,12 +141,12 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         text = self.get_input_embeddings()(input_ids)
         if images is not None and bool((index >= 0).any()):
             seen, places = (
-                self.neck(images)[sent(index[index >= 0], images.device)],
+                self.neck(images)[to_device_async(index[index >= 0], images.device)],
                 input_ids.new_zeros(()) if image_mask is None else image_mask,
             )
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:
                 raise ValueError(f"image_mask has {int(places.sum())} places for {seen.shape[0]} images of {seen.shape[1]} tokens each")
-            text = text.masked_scatter(sent(places[..., None].bool(), text.device), seen.to(text.dtype))
+            text = text.masked_scatter(to_device_async(places[..., None].bool(), text.device), seen.to(text.dtype))
         if kept is not None:  # nothing is left to route
             return {"inputs_embeds": text}
         return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}

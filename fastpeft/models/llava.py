@@ -20,12 +20,12 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.llama import Model
 from fastpeft.fused.outputs import with_deferred_logits
 from fastpeft.methods import Part
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.parts import FrozenEvaluates
-from fastpeft.ops._common import sent
+from fastpeft.ops._common import to_device_async
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -129,7 +129,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         if self.training and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
-        if lean and type(decoder) is Model and not watched(decoder):
+        if lean and type(decoder) is Model and not has_hooks(decoder):
             to_model["wanted"] = asked.targets != asked.ignore_index
         outputs = decoder(
             attention_mask=attention_mask,
@@ -164,12 +164,12 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         images = self.encode_images(pixel_values) if image_embeds is None else image_embeds
         seen = self.model.multi_modal_projector(images)
         if image_index is not None:
-            seen = seen[sent(image_index[image_index >= 0], seen.device)]
+            seen = seen[to_device_async(image_index[image_index >= 0], seen.device)]
         holes = input_ids == self.config.image_token_index if image_mask is None else image_mask
         images, patches, found = *seen.shape[:2], int(holes.sum())
         if found != images * patches:
             raise ValueError(f"{found} image tokens for {images} images of {patches} patches each")
-        return inputs_embeds.masked_scatter(sent(holes[..., None], seen.device), seen.to(inputs_embeds.dtype))
+        return inputs_embeds.masked_scatter(to_device_async(holes[..., None], seen.device), seen.to(inputs_embeds.dtype))
 
 
 FAMILY = Family(

@@ -19,7 +19,7 @@ from fastpeft.fused.blip import TextLMHeadModel, TextModel, reads_of
 from fastpeft.methods import Part
 from fastpeft.models.family import Family
 from fastpeft.models.parts import FrozenEvaluates
-from fastpeft.ops._common import sent
+from fastpeft.ops._common import to_device_async
 
 DROP_PATH = 0.1
 
@@ -138,7 +138,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         if image_index is not None and type(self.text_encoder) is TextModel:
             kwargs["encoder_index"] = image_index
         elif image_index is not None:
-            image_embeds = image_embeds[sent(image_index, image_embeds.device)]
+            image_embeds = image_embeds[to_device_async(image_index, image_embeds.device)]
         return self.text_encoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, **kwargs
         ).last_hidden_state
@@ -202,7 +202,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         if decoder_input_ids.shape[1] > (room := self.config.text_config.max_position_embeddings):
             raise ValueError(f"an answer of {decoder_input_ids.shape[1]} tokens, and the decoder has {room} positions")
         answer = self.text_decoder(
-            input_ids=sent(decoder_input_ids, question_states.device),
+            input_ids=to_device_async(decoder_input_ids, question_states.device),
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=question_states,
             encoder_attention_mask=attention_mask,

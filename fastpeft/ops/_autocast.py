@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from fastpeft.ops._remade import recipe_of, remade
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 
 
 def _tensors(values) -> Iterator[Tensor]:
@@ -43,7 +43,7 @@ def _cast(value, dtype: torch.dtype):
         if not _castable(value) or value.dtype == dtype:
             return value
         cast = value.to(dtype)  # what backward can form again, it can form and cast again
-        return cast if recipe_of(value) is None else remade(cast, lambda t: t.to(dtype), value)
+        return cast if recipe_of(value) is None else mark_recomputable(cast, lambda t: t.to(dtype), value)
     if isinstance(value, (tuple, list)):
         items = [_cast(item, dtype) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

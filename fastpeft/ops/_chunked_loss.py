@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpeft.ops._common import accumulator, sent
+from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.ops._gemm import mm, work_dtype
 from fastpeft.ops._private import assert_async
 
@@ -70,7 +70,7 @@ def labelled_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
 
 def select_rows(t: Tensor, index: Tensor | None) -> Tensor:
     """Rows ``index`` of ``t``, on t's device; ``t`` itself for None."""
-    return t if index is None else t.index_select(0, sent(index, t.device))
+    return t if index is None else t.index_select(0, to_device_async(index, t.device))
 
 
 def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
@@ -82,9 +82,9 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
     new = hidden.new_empty if whole else hidden.new_zeros
     loss, dhidden = new(labels.shape[0], dtype=acc), new(hidden.shape if need_dhidden else 0)
     dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
-    y = sent(select_rows(labels, index), device).contiguous()  # the kernel reads both by address
-    scale = None if row_scale is None else sent(select_rows(row_scale, index), device).to(acc).contiguous()
-    index, n = None if whole else sent(index, device), y.shape[0]
+    y = to_device_async(select_rows(labels, index), device).contiguous()  # the kernel reads both by address
+    scale = None if row_scale is None else to_device_async(select_rows(row_scale, index), device).to(acc).contiguous()
+    index, n = None if whole else to_device_async(index, device), y.shape[0]
     size = chunk_rows(weight.shape[0], n, weight.numel() * 4 * need_dweight, device.type)
     # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
     several = need_dweight and n > size

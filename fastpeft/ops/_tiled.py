@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from fastpeft.ops._common import sent
+from fastpeft.ops._common import to_device_async
 
 
 def triton_launcher(module: str, name: str, composite: Callable) -> Callable:
@@ -19,7 +19,8 @@ def triton_launcher(module: str, name: str, composite: Callable) -> Callable:
         if any(t is not None and t.dtype == torch.float64 for t in tensors):
             return composite(*args)
         device = next(t for t in tensors if t is not None).device
-        args = [sent(arg, device) if isinstance(arg, Tensor) and arg.device != device else arg for arg in args]  # seeds lie on the host
+        # seeds lie on the host
+        args = [to_device_async(arg, device) if isinstance(arg, Tensor) and arg.device != device else arg for arg in args]
         return getattr(import_module(f"fastpeft.kernels.{module}"), name)(*args)
 
     return launch

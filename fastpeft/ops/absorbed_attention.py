@@ -35,9 +35,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import sent, wants_grad
+from fastpeft.ops._common import to_device_async, wants_grad
 from fastpeft.ops._gemm import matmul, work_dtype
-from fastpeft.ops._remade import again, keep, recipe_of, remade
+from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute, to_save
 from fastpeft.ops.dropout import keep_mask, new_seed
 from fastpeft.ops.lora_linear import Projection
 
@@ -95,9 +95,9 @@ def absorbed_attention(
         )
     queries = _spread_heads(scale, q)
     if recipe_of(q) is not None:
-        remade(queries, partial(_spread_heads, scale), q)
+        mark_recomputable(queries, partial(_spread_heads, scale), q)
     how = (partial(_lift, key.scaling), queries, key.weight.view(H, d, -1), key.lora_B, key.lora_A)
-    lifted = remade(how[0](*how[1:]), *how, smaller=True)
+    lifted = mark_recomputable(how[0](*how[1:]), *how, smaller=True)
     out = _attend(lifted, states, value, dropout_p, H, counts)
     if key.bias is not None and key.bias.requires_grad:
         out = out + 0.0 * key.bias.sum()  # its gradient is zero, not absent: an optimiser's view of it stays the ordinary form's
@@ -145,7 +145,7 @@ class _Images:
         if not self.equal and _pads(device):
             image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(self.counts))
             starts = torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)
-            self.cells = sent(image * self.most + torch.arange(len(image)) - starts[image], device)
+            self.cells = to_device_async(image * self.most + torch.arange(len(image)) - starts[image], device)
 
     def _table(self, x: Tensor) -> Tensor:
         """[R, a] -> [U, rows of the image with most, a]."""
@@ -198,7 +198,7 @@ class _Attend(Function):
     @staticmethod
     def forward(ctx, q, states, weight, bias, lora_A, lora_B, scaling, p, seed, images, H):
         ctx.scaling, ctx.p, ctx.images, ctx.H = scaling, p, images, H
-        ctx.remake, kept = keep(q)
+        ctx.remake, kept = to_save(q)
         ctx.save_for_backward(states, weight, bias, lora_A, lora_B, seed, *kept)
         return _forward(q, states, weight, bias, lora_A, lora_B, scaling, p, seed, images, H)
 
@@ -209,7 +209,7 @@ class _Attend(Function):
         need_q, need_states, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         images, H, per_head, need_P = ctx.images, ctx.H, (ctx.H, -1), any(ctx.needs_input_grad[:2])
         narrow, work = dout.dtype, work_dtype(dout)
-        q, dW, db, dA, dB = again(ctx.remake, kept).to(work), None, None, None, None
+        q, dW, db, dA, dB = recompute(ctx.remake, kept).to(work), None, None, None, None
         dout, states, weight = dout.to(work), states.to(work), weight.to(work)
         P = images.times(q, states.mT).softmax(-1)
         mask = None if seed is None else keep_mask(P, ctx.p, seed)

@@ -14,7 +14,7 @@ Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for
 | none                | nothing       | nothing                     |
 
 The activation itself is never saved: backward remakes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
-that follows save it (see _remade.py).
+that follows save it (see _recompute.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
-from fastpeft.ops._remade import again, again_all, keep, keep_all, recipe_of, remade
+from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute, recompute_all, to_save, to_save_all
 
 aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ class _GELU(Function):
     @staticmethod
     def forward(ctx, x, scale, approximate):
         ctx.approximate = approximate
-        ctx.remake, kept = keep(x)
+        ctx.remake, kept = to_save(x)
         ctx.save_for_backward(scale, *kept)
         return _gelu_forward(x, scale, approximate)
 
@@ -96,7 +96,7 @@ class _GELU(Function):
     def backward(ctx, dy):
         need_dx, need_dscale, _ = ctx.needs_input_grad
         scale, *kept = ctx.saved_tensors
-        dx, dscale = _gelu_backward(dy, again(ctx.remake, kept), scale, ctx.approximate, need_dx, need_dscale)
+        dx, dscale = _gelu_backward(dy, recompute(ctx.remake, kept), scale, ctx.approximate, need_dx, need_dscale)
         return dx if need_dx else None, dscale if need_dscale else None, None
 
 
@@ -110,11 +110,11 @@ def gelu(x: Tensor, scale: Tensor | None = None, approximate: str = "none") -> T
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate={approximate!r}; use 'none' or 'tanh'")
     if scale is None and recipe_of(x) is None:  # nothing to fuse: ATen's own op saves x alone, as ours would
-        return remade(F.gelu(x, approximate=approximate), partial(F.gelu, approximate=approximate), x)
+        return mark_recomputable(F.gelu(x, approximate=approximate), partial(F.gelu, approximate=approximate), x)
     if scale is not None:
         check_affine("gelu", x, scale=scale)
     if wants_grad(x, scale):
-        return remade(_GELU.apply(x, scale, approximate), partial(_gelu_forward, approximate=approximate), x, scale)
+        return mark_recomputable(_GELU.apply(x, scale, approximate), partial(_gelu_forward, approximate=approximate), x, scale)
     return _gelu_forward(x, scale, approximate)
 
 
@@ -155,7 +155,7 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up, scale):
         need_dgate, _, need_dscale = ctx.needs_input_grad
-        ctx.remake, kept = keep_all(gate, up if need_dgate or need_dscale else None)
+        ctx.remake, kept = to_save_all(gate, up if need_dgate or need_dscale else None)
         ctx.save_for_backward(scale, *kept)
         return _swiglu_forward(gate, up, scale)
 
@@ -163,7 +163,7 @@ class _SwiGLU(Function):
     @first_order
     def backward(ctx, dy):
         scale, *kept = ctx.saved_tensors
-        grads = _swiglu_backward(dy, *again_all(ctx.remake, kept), scale, *ctx.needs_input_grad)
+        grads = _swiglu_backward(dy, *recompute_all(ctx.remake, kept), scale, *ctx.needs_input_grad)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 
@@ -179,5 +179,5 @@ def swiglu(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     if scale is not None:
         check_affine("swiglu", gate, scale=scale)
     if wants_grad(gate, up, scale):
-        return remade(_SwiGLU.apply(gate, up, scale), _swiglu_forward, gate, up, scale)
+        return mark_recomputable(_SwiGLU.apply(gate, up, scale), _swiglu_forward, gate, up, scale)
     return _swiglu_forward(gate, up, scale)

@@ -43,7 +43,7 @@ from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
 from fastpeft.ops._flash import flash, flash_bwd, kernel_of
 from fastpeft.ops._gemm import widened
-from fastpeft.ops._remade import again_all, keep_all
+from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
 from fastpeft.ops.attention_dropout import attention_with_dropout
@@ -168,7 +168,7 @@ class _Plain(Function):
         need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[3:]
         o, lse = _plain(causal, scale, padding, q, k, v, lk)
         ctx.causal, ctx.scale, ctx.inner = causal, scale, need_q or need_k or need_v or need_lk
-        ctx.remake, kept = keep_all(*((q, k, v) if ctx.inner else ()))
+        ctx.remake, kept = to_save_all(*((q, k, v) if ctx.inner else ()))
         inner = (lse, padding) if ctx.inner else (None, None)
         ctx.save_for_backward(o if ctx.inner or need_lv else None, *inner, lk, lv, *kept)
         return o if lv is None else o * _per_query_head(lv, q)
@@ -183,7 +183,7 @@ class _Plain(Function):
             dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
             do = do * _per_query_head(lv, do)
         if ctx.inner:
-            q, k, v = again_all(ctx.remake, kept)
+            q, k, v = recompute_all(ctx.remake, kept)
             is_causal, mask = _plan(q, k, ctx.causal, padding)
             scaled = q if lk is None else q * _per_query_head(lk, q)
             if not (need_k or need_v) and dq_alone_pays(q, k, mask):
@@ -207,7 +207,7 @@ class _Joined(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
         o, lse = _with_joined(causal, scale, padding, q, k, v, pk, pv)
         ctx.causal, ctx.scale = causal, scale
-        ctx.remake, kept = keep_all(q, k, v)
+        ctx.remake, kept = to_save_all(q, k, v)
         ctx.save_for_backward(o, lse, padding, pk, pv, *kept)
         return o
 
@@ -215,7 +215,7 @@ class _Joined(Function):
     @first_order
     def backward(ctx, do):
         o, lse, padding, pk, pv, *kept = ctx.saved_tensors
-        q, k, v = again_all(ctx.remake, kept)
+        q, k, v = recompute_all(ctx.remake, kept)
         n = pk.shape[1]
         k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
         dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
@@ -237,7 +237,7 @@ class _Split(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
         o, lse = _split(causal, scale, padding, q, k, v, pk, pv)
         ctx.causal, ctx.scale, ctx.tokens = causal, scale, any(ctx.needs_input_grad[3:6])
-        ctx.remake, kept = keep_all(q, *((k, v) if ctx.tokens else ()))
+        ctx.remake, kept = to_save_all(q, *((k, v) if ctx.tokens else ()))
         ctx.save_for_backward(o, lse, padding if ctx.tokens else None, pk, pv, *kept)
         return o
 
@@ -245,7 +245,7 @@ class _Split(Function):
     @first_order
     def backward(ctx, do):
         o, lse, padding, pk, pv, *kept = ctx.saved_tensors
-        q, *tokens = again_all(ctx.remake, kept)
+        q, *tokens = recompute_all(ctx.remake, kept)
         need_q, need_prefix = ctx.needs_input_grad[3], any(ctx.needs_input_grad[6:])
         dq = dk = dv = dpk = dpv = None
         if ctx.tokens:

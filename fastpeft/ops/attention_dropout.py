@@ -21,7 +21,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order
 from fastpeft.ops._common import accumulator, wants_grad
-from fastpeft.ops._remade import again_all, keep_all
+from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.dropout import keep_mask, new_seed
 
 
@@ -51,7 +51,7 @@ class _DroppedAttention(Function):
     def forward(ctx, scale, p, seed, allowed, q, k, v, pk, pv):
         ctx.scale, ctx.p = scale, p
         need_q, need_k, _, need_pk, _ = ctx.needs_input_grad[4:]
-        ctx.remake, kept = keep_all(q, k, v if need_q or need_k or need_pk else None)
+        ctx.remake, kept = to_save_all(q, k, v if need_q or need_k or need_pk else None)
         ctx.save_for_backward(seed, allowed, pk, pv, *kept)
         return _forward(scale, p, seed, allowed, q, k, v, pk, pv)
 
@@ -59,7 +59,7 @@ class _DroppedAttention(Function):
     @first_order
     def backward(ctx, do):
         seed, allowed, pk, pv, *kept = ctx.saved_tensors
-        (q, k, v), H = again_all(ctx.remake, kept), do.shape[1]
+        (q, k, v), H = recompute_all(ctx.remake, kept), do.shape[1]
         wide, do, keys = q.to(accumulator(q.dtype)), do.to(accumulator(q.dtype)), _all_keys(k, pk, H)
         P = _probabilities(wide, keys, allowed, ctx.scale)
         mask = keep_mask(P, ctx.p, seed)

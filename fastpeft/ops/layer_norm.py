@@ -49,7 +49,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
-from fastpeft.ops._remade import remade
+from fastpeft.ops._recompute import mark_recomputable
 
 aten = torch.ops.aten
 
@@ -165,7 +165,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """
     check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)
     if wants_grad(x, weight, bias):
-        return remade(_LayerNorm.apply(x, None, weight, bias, eps), partial(_again, eps), x, weight, bias)
+        return mark_recomputable(_LayerNorm.apply(x, None, weight, bias, eps), partial(_again, eps), x, weight, bias)
     return _forward(x, None, weight, bias, eps, False)[0]
 
 
@@ -178,5 +178,5 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Ten
     check_norm("add_layer_norm", x, residual, eps, weight=weight, bias=bias)
     if wants_grad(x, residual, weight, bias):
         y, h = _LayerNorm.apply(x, residual, weight, bias, eps)
-        return remade(y, partial(_again, eps), h, weight, bias), h
+        return mark_recomputable(y, partial(_again, eps), h, weight, bias), h
     return _forward(x, residual, weight, bias, eps, False)[:2]

@@ -36,9 +36,9 @@ from torch.utils.flop_counter import register_flop_formula
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._chunked_loss import chunked, labelled_rows, rows_of_aten, select_rows
-from fastpeft.ops._common import accumulator, check_floating, sent, wants_grad
+from fastpeft.ops._common import accumulator, check_floating, to_device_async, wants_grad
 from fastpeft.ops._private import graph_is_kept, is_fake
-from fastpeft.ops._remade import again, keep, recipe_of
+from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops.rescale import _forward as scaled
 
 
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(Function):
         if _has_values(labels):  # from here on there are labelled rows only
             index, ignore_index = labelled_rows(labels, ignore_index), None
             labels, rows = select_rows(labels, index), select_rows(rows, index)
-        index = None if index is None else sent(index, rows.device)
+        index = None if index is None else to_device_async(index, rows.device)
         ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing)
         ctx.remake = reduction == "none" and (need_dweight or need_dbias)
         needs = (False,) * 3 if ctx.remake else (need_dhidden, need_dweight, need_dbias)
@@ -118,7 +118,7 @@ class _LinearCrossEntropy(Function):
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
         loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs)
         if ctx.remake:
-            ctx.recipe, kept = keep(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
+            ctx.recipe, kept = to_save(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
             ctx.save_for_backward(index, weight, bias, labels, *kept)
         else:
             ctx.save_for_backward(index, factor if late else None, *(grad if need else None for grad, need in zip(grads, needs)))
@@ -135,7 +135,7 @@ class _LinearCrossEntropy(Function):
             grad = select_rows(grad, index)
         if ctx.remake:
             weight, bias, labels, *kept = saved
-            hidden = again(ctx.recipe, kept).reshape(-1, ctx.shape[-1])
+            hidden = recompute(ctx.recipe, kept).reshape(-1, ctx.shape[-1])
             rows = hidden if ctx.recipe is None else select_rows(hidden, index)
             _, *grads = _op(rows, weight, bias, labels, grad, *ctx.config, *needs)
             grads = [d if need else None for d, need in zip(grads, needs)]

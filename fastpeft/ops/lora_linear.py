@@ -20,7 +20,7 @@ images meet x, their gradients come back in float32.
 | b                   | nothing                                                | db                          |
 | any, with dropout   | also a seed of 8 bytes: masks are drawn again, not kept |                            |
 
-W may be :class:`~fastpeft.ops._held.Held`, a quantised weight: forward and backward each form it, nobody keeps it.
+W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised weight: forward and backward each form it, nobody keeps it.
 
 Projections sharing x (q, k, v; gate, up) go through :func:`lora_linears` together: one GEMM for all S, one dx, x saved once.
 """
@@ -40,8 +40,8 @@ from fastpeft.ops import _gemm
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import check_floating, wants_grad
 from fastpeft.ops._gemm import widened, work_dtype
-from fastpeft.ops._held import Held, formed, unformed
-from fastpeft.ops._remade import again, keep, recipe_of
+from fastpeft.ops._quantized_weight import QuantizedWeight, dequantized, shape_placeholder
+from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.dropout import draw, new_seed
 
@@ -51,7 +51,7 @@ DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
 class Projection(NamedTuple):
     """One linear layer; ``lora_A`` and ``lora_B`` are both None where it has no branch."""
 
-    weight: Tensor | Held
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None = None
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
@@ -213,14 +213,15 @@ class _LoRALinears(Function):
     def forward(ctx, scalings, p, seed, x, *params):
         ctx.set_materialize_grads(False)
         weights, biases, As, Bs = (list(params[i::4]) for i in range(4))
-        *ys, s = _forward(x, [formed(W, x.dtype) for W in weights], biases, As, Bs, scalings, p, seed)
+        *ys, s = _forward(x, [dequantized(W, x.dtype) for W in weights], biases, As, Bs, scalings, p, seed)
         _, _, _, ctx.need_dx, *flags = ctx.needs_input_grad
         ctx.needs = [sum(bit for bit, flag in zip((DW, DB, DLA, DLB), flags[i : i + 4]) if flag) for i in range(0, len(flags), 4)]
         ctx.scalings, ctx.p = scalings, p
         need_x, need_s = (any(need & bits for need in ctx.needs) for bits in (DW | DLA, DLB))
-        ctx.remake, kept = keep(x if need_x else None)
-        ctx.held = [W if isinstance(W, Held) else None for W in weights]
-        ctx.save_for_backward(s if need_s else None, seed, *(None if isinstance(W, Held) else W for W in weights), *As, *Bs, *kept)
+        ctx.remake, kept = to_save(x if need_x else None)
+        ctx.held = [W if isinstance(W, QuantizedWeight) else None for W in weights]
+        dense = (None if isinstance(W, QuantizedWeight) else W for W in weights)
+        ctx.save_for_backward(s if need_s else None, seed, *dense, *As, *Bs, *kept)
         return tuple(ys)
 
     @staticmethod
@@ -231,9 +232,9 @@ class _LoRALinears(Function):
         weights, As, Bs = params[:n], params[n : 2 * n], params[2 * n : 3 * n]
         out = [None] * (4 + 4 * n)
         if any(dy is not None for dy in dys):
-            x = again(ctx.remake, params[3 * n :])
+            x = recompute(ctx.remake, params[3 * n :])
             like = next(dy for dy in dys if dy is not None)
-            as_needed = formed if ctx.need_dx else lambda W, _: unformed(W, like)  # only dx is a product with W
+            as_needed = dequantized if ctx.need_dx else lambda W, _: shape_placeholder(W, like)  # only dx is a product with W
             weights = [W if held is None else as_needed(held, like.dtype) for W, held in zip(weights, ctx.held)]
             grads = iter(_backward(list(dys), x, weights, As, Bs, s, ctx.scalings, ctx.p, seed, ctx.need_dx, ctx.needs))
             if ctx.need_dx:
@@ -247,7 +248,7 @@ class _LoRALinears(Function):
 
 def _check(x: Tensor, projection: Projection) -> None:
     weight, bias, A, B, _ = projection
-    held = isinstance(weight, Held)
+    held = isinstance(weight, QuantizedWeight)
     check_floating("lora_linear", x=x, weight=None if held else weight, bias=bias, lora_A=A, lora_B=B)
     if len(weight.shape) != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -287,12 +288,12 @@ def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p
     if wants_grad(x, *params):
         return _LoRALinears.apply(scalings, dropout_p, seed, x, *params)
     weights, biases, As, Bs = (params[i::4] for i in range(4))
-    return tuple(_forward(x, [formed(W, x.dtype) for W in weights], biases, As, Bs, scalings, dropout_p, seed)[:-1])
+    return tuple(_forward(x, [dequantized(W, x.dtype) for W in weights], biases, As, Bs, scalings, dropout_p, seed)[:-1])
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | Held,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -308,9 +309,9 @@ def lora_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _remade.py), and multiplies in
+    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _recompute.py), and multiplies in
     float32 where the CPU lacks x's dtype (see _gemm.py); W may be held."""
-    if isinstance(weight, Held) or widened(x):
+    if isinstance(weight, QuantizedWeight) or widened(x):
         return lora_linear(x, weight, bias, None, None)
     if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None:
         return lora_linear(x, weight, bias, None, None)

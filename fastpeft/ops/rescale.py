@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
-from fastpeft.ops._remade import again, keep, recipe_of, remade
+from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute, to_save
 
 
 def rescale_reference(x: Tensor, scale: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _times(x: Tensor, scale: Tensor) -> Tensor:
 class _Rescale(Function):
     @staticmethod
     def forward(ctx, x, scale):
-        ctx.remake, kept = keep(x if ctx.needs_input_grad[1] else None)
+        ctx.remake, kept = to_save(x if ctx.needs_input_grad[1] else None)
         ctx.save_for_backward(scale, *kept)
         return _times(x, scale)
 
@@ -76,7 +76,7 @@ class _Rescale(Function):
         scale, *kept = ctx.saved_tensors
         if not need_dscale:
             return _times(dy, scale), None
-        dx, dscale = _backward(dy, again(ctx.remake, kept), scale, need_dx, need_dscale)
+        dx, dscale = _backward(dy, recompute(ctx.remake, kept), scale, need_dx, need_dscale)
         return dx if need_dx else None, dscale
 
 
@@ -97,4 +97,4 @@ def rescale(x: Tensor, scale: Tensor) -> Tensor:
     if not wants_grad(x, scale):
         return _times(x, scale)
     y = _Rescale.apply(x, scale)
-    return remade(y, _times, x, scale) if scale.requires_grad or recipe_of(x) is not None else y
+    return mark_recomputable(y, _times, x, scale) if scale.requires_grad or recipe_of(x) is not None else y

@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
-from fastpeft.ops._remade import remade
+from fastpeft.ops._recompute import mark_recomputable
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -125,7 +125,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """
     check_norm("rms_norm", x, None, eps, weight=weight)
     if wants_grad(x, weight):
-        return remade(_RMSNorm.apply(x, None, weight, eps), partial(_again, eps), x, weight)
+        return mark_recomputable(_RMSNorm.apply(x, None, weight, eps), partial(_again, eps), x, weight)
     return _forward(x, None, weight, eps, False)[0]
 
 
@@ -135,5 +135,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
     check_norm("add_rms_norm", x, residual, eps, weight=weight)
     if wants_grad(x, residual, weight):
         y, h = _RMSNorm.apply(x, residual, weight, eps)
-        return remade(y, partial(_again, eps), h, weight), h
+        return mark_recomputable(y, partial(_again, eps), h, weight), h
     return _forward(x, residual, weight, eps, False)[:2]

@@ -156,7 +156,7 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         kinds = [m for m in methods if m.peft_type is not None]
         if len(kinds) > 1 or (kinds and len(methods) > 1):
             raise ValueError(f"PEFT does not combine {'+'.join(map(str, methods))} on one module")
-        if unknown := [m for m in methods if m.carried and m.peft_type is None]:
+        if unknown := [m for m in methods if m.needs_fused_attention and m.peft_type is None]:
             raise ValueError(f"PEFT has no {unknown[0]}")
         if any(isinstance(m, Excitor) for m in methods):
             raise ValueError("PEFT runs Excitor through fastpeft itself: see fastpeft.peft")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.cost.activations import RANDOM_STATE, survey
+from fastpeft.cost.activations import RANDOM_STATE, profile_activations
 from fastpeft.cost.memory_budget import MemoryBudget, apply, choose, fixed_bytes
 from fastpeft.cost.profile import measure
 from fastpeft.fused.leaves import Recomputes
@@ -38,7 +38,7 @@ def step(miss, model, inputs):
 def test_whatever_is_computed_again_gradients_stay_and_the_survey_is_right(miss, plan):
     model, inputs = trained(miss, plan), miss.batch(padded=True)
     want, wanted, cost = step(miss, model, inputs)
-    found = survey(model, lambda: model(**inputs).loss)
+    found = profile_activations(model, lambda: model(**inputs).loss)
     assert found.saved == pytest.approx(cost.saved_bytes, rel=1e-3)
     fixed = fixed_bytes(model)
     most = choose(found, fixed, 10**12).peak
@@ -76,7 +76,7 @@ def test_llama_under_a_budget(miss, plan):
     inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     inputs["attention_mask"][1, 5:], inputs["labels"][:, :3], inputs["labels"][1, 5:] = 0, -100, -100
     want, wanted, cost = step(miss, model, inputs)
-    found, fixed = survey(model, lambda: model(**inputs).loss), fixed_bytes(model)
+    found, fixed = profile_activations(model, lambda: model(**inputs).loss), fixed_bytes(model)
     assert cost.saved_bytes <= found.saved <= 1.06 * cost.saved_bytes  # the lowest layer's norm output counts where nothing remakes it
     for modules, layers in (
         ([name for layer in found.layers.values() for name in layer.pieces], []),
@@ -99,7 +99,7 @@ def test_llama_under_a_budget(miss, plan):
 def test_cheapest_first(miss):
     """What is computed again costs no more FLOPs per byte than anything that is not."""
     model, inputs = trained(miss, "T/T/T"), miss.batch()
-    found, fixed = survey(model, lambda: model(**inputs).loss), fixed_bytes(model)
+    found, fixed = profile_activations(model, lambda: model(**inputs).loss), fixed_bytes(model)
     prices = {name: p.flops / p.freed for layer in found.layers.values() for name, p in layer.pieces.items()}
     prices |= {name: layer.flops / (layer.saved - layer.input) for name, layer in found.layers.items()}
     most = choose(found, fixed, 10**12).peak
@@ -111,7 +111,7 @@ def test_cheapest_first(miss):
 
 def test_least_possible_is_named(miss):
     model, inputs = trained(miss, "T/T/T"), miss.batch()
-    found, fixed = survey(model, lambda: model(**inputs).loss), fixed_bytes(model)
+    found, fixed = profile_activations(model, lambda: model(**inputs).loss), fixed_bytes(model)
     with pytest.raises(
         ValueError, match=r"takes at least (\S+) MB \(\S+ MB of it weights, gradients and optimiser state\): lower batch_size"
     ) as error:
@@ -140,7 +140,7 @@ def test_a_survey_leaves_no_trace(miss):
     torch.manual_seed(5)
     state, kept = torch.get_rng_state(), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({id(t): t}) or t, lambda t: t):
-        survey(model, lambda: model(**inputs).loss)
+        profile_activations(model, lambda: model(**inputs).loss)
     assert not kept and torch.equal(torch.get_rng_state(), state)
     assert not any(m.recompute or "projected" in vars(m) for m in model.modules() if isinstance(m, Recomputes))
     assert all(p.grad is None for p in model.parameters())
@@ -148,10 +148,10 @@ def test_a_survey_leaves_no_trace(miss):
 
 def test_a_larger_batch_is_surveyed_anew(miss, monkeypatch):
     model, small, large = trained(miss, "LoRA/LoRA/LoRA"), miss.batch(2), miss.batch(6)
-    found = {n: survey(model, lambda n=n: model(**miss.batch(n)).loss) for n in (2, 6)}
+    found = {n: profile_activations(model, lambda n=n: model(**miss.batch(n)).loss) for n in (2, 6)}
     limit = choose(found[2], fixed_bytes(model), 10**12).peak
     budget, calls = MemoryBudget(model, limit), []
-    monkeypatch.setattr("fastpeft.cost.memory_budget.survey", lambda *args: calls.append(1) or survey(*args))
+    monkeypatch.setattr("fastpeft.cost.memory_budget.profile_activations", lambda *args: calls.append(1) or profile_activations(*args))
     budget.fit(small), budget.fit(small)
     assert len(calls) == 1 and not budget.chosen.modules + budget.chosen.layers
     with pytest.raises(ValueError, match="at least"):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import fastpeft as fp
 from fastpeft.fused.flatten import sees_no_values, why_not_flat
-from fastpeft.methods.base import watched
+from fastpeft.methods.base import has_hooks
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def test_a_hook_anywhere(model, place, kind):
 
 def test_hooks_on_every_module(model):
     hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
-    assert "every module" in reason(model) and watched(model)
+    assert "every module" in reason(model) and has_hooks(model)
     hook.remove()
-    assert reason(model) == "" and not watched(model)
+    assert reason(model) == "" and not has_hooks(model)
 
 
 def test_a_forward_of_its_own(model):
@@ -72,9 +72,9 @@ def test_other_modules(model):
 
 def test_hooks_that_see_no_values(model):
     model.layers[0].register_forward_hook(sees_no_values(lambda *args: None))
-    assert reason(model) == "" and not watched(model.layers[0])
+    assert reason(model) == "" and not has_hooks(model.layers[0])
     model.layers[0].register_forward_hook(lambda *args: None)
-    assert reason(model) == "layers.0 has hooks" and watched(model.layers[0])
+    assert reason(model) == "layers.0 has hooks" and has_hooks(model.layers[0])
 
 
 def test_transformers_collecting_hooks_sleep_between_calls(model):

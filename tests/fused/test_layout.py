@@ -10,7 +10,7 @@ from fastpeft.fused import blip
 from fastpeft.fused.layout import Layout, image_layout, rows_of, self_layout, tail_of
 from fastpeft.methods.base import sees_no_values
 from fastpeft.ops import layer_norm
-from fastpeft.ops._remade import recipe_of
+from fastpeft.ops._recompute import recipe_of
 
 CPU = torch.device("cpu")
 

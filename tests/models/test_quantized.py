@@ -14,7 +14,7 @@ import fastpeft as fp
 from fastpeft.cost.profile import measure
 from fastpeft.methods.quantized import bytes_held, dequantize, is_held, is_quantized, weight_of
 from fastpeft.models.quantize import quantized_bytes
-from fastpeft.ops._held import Held
+from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops.lora_linear import Projection, lora_linears
 from fastpeft.verify.baseline import plain, scatter_adapters, without_dropout
 
@@ -22,7 +22,7 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 PLANS = ("LoRA", "IA3", "PTv2", "Prefix", "LayerNorm", "LoRA+IA3", "Excitor", "Excitor+LoRA")
 
 
-class Stored(Held):
+class Stored(QuantizedWeight):
     """A weight kept as it is, told how often it was formed."""
 
     def __init__(self, weight):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import ops
-from fastpeft.ops._common import sent
+from fastpeft.ops._common import to_device_async
 from fastpeft.ops.absorbed_attention import absorbed_attention_reference
 from fastpeft.ops.activations import gelu_reference, swiglu_reference
 from fastpeft.ops.attention import attention_reference
@@ -91,7 +91,7 @@ def _padded(m: int, samples: int) -> Tensor:
 def _attention(fn, causal=False, padded=False, extra=""):
     def call(q, k, v, *more):
         mask = _padded(q.shape[2], q.shape[0]) if padded else None
-        mask = mask if mask is None else sent(mask, q.device)
+        mask = mask if mask is None else to_device_async(mask, q.device)
         return fn(q, k, v, causal=causal, key_padding_mask=mask, **({extra: tuple(more)} if extra else {}))
 
     return call

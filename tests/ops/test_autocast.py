@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpeft import ops
-from fastpeft.ops._remade import recipe_of
+from fastpeft.ops._recompute import recipe_of
 
 LOW = torch.bfloat16
 C, H = 16, 2

@@ -1,10 +1,11 @@
-"""Activations that backward forms again from what is kept anyway, instead of keeping them too.
+"""Recompute activations in backward from tensors autograd already saves.
 
 A norm keeps its input, an activation keeps its input; what they return is one pass of arithmetic away. An op that makes such a tensor
-says so with :func:`remade`; an op that would save its own input asks :func:`keep` what to save, and :func:`again` for it in backward:
+says so with :func:`mark_recomputable`; an op that would save its own input asks :func:`to_save` what to save, and
+calls :func:`recompute` in backward:
 
-    y = norm(h)     remade(y, norm, h, weight, bias)     the norm's own backward keeps h
-    z = y W^T       keep(y) -> (h, weight, bias)         dW = dz^T norm(h, weight, bias), the same bits as y
+    y = norm(h)     mark_recomputable(y, norm, h, weight, bias)     the norm's own backward saves h
+    z = y W^T       to_save(y) -> (h, weight, bias)                 dW = dz^T norm(h, weight, bias), the same bits as y
 
 So a linear layer after a norm, GELU, SwiGLU or (IA)^3 factor saves nothing of its own: 10C instead of 16C elements per token in a ViT
 layer, whichever parameters are trained.
@@ -28,12 +29,12 @@ from fastpeft.savings import on
 
 
 class Recipe(NamedTuple):
-    """``remake(*inputs)`` gives the tensor again, as it was at ``version``; ``look`` does so for another recipe that builds on it."""
+    """``remake(*inputs)`` gives the tensor again, as it was at ``version``; ``peek`` does so for another recipe that builds on it."""
 
     remake: Callable[..., Tensor]
     inputs: tuple[Tensor | None, ...]
     version: int
-    look: Callable[..., Tensor]
+    peek: Callable[..., Tensor]
 
 
 def _active() -> bool:
@@ -45,29 +46,29 @@ def recipe_of(x: Tensor) -> Recipe | None:
     return recipe if recipe is not None and recipe.version == x._version else None
 
 
-def remade(
+def mark_recomputable(
     y: Tensor,
     remake: Callable[..., Tensor],
     *inputs: Tensor | None,
     smaller: bool = False,
-    look: Callable[..., Tensor] | None = None,
+    peek: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """``y``, noted to equal ``remake(*inputs)`` bit for bit. The inputs must be such that backward keeps them in any case, or ``smaller``
     than y; one that has a recipe of its own is replaced by what that recipe needs."""
     if not _active() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
-    look = remake if look is None else look
+    peek = remake if peek is None else peek
     recipes = [None if x is None else recipe_of(x) for x in inputs]
     if any(recipe is not None for recipe in recipes):
         flat = tuple(t for x, recipe in zip(inputs, recipes) for t in ((x,) if recipe is None else recipe.inputs))
-        remake, look, inputs = _composed(remake, recipes), _composed(look, recipes), flat
-    y._fastpeft_recipe = Recipe(remake, inputs, y._version, look)
+        remake, peek, inputs = _composed(remake, recipes), _composed(peek, recipes), flat
+    y._fastpeft_recipe = Recipe(remake, inputs, y._version, peek)
     return y
 
 
 def _composed(remake: Callable[..., Tensor], recipes: list[Recipe | None]) -> Callable[..., Tensor]:
     """``remake`` of inputs some of which have to be made first. It holds no tensor: those are autograd's to keep and to let go."""
-    steps = [None if recipe is None else (recipe.look, len(recipe.inputs)) for recipe in recipes]
+    steps = [None if recipe is None else (recipe.peek, len(recipe.inputs)) for recipe in recipes]
 
     def compose(*tensors):
         rest = iter(tensors)
@@ -76,34 +77,34 @@ def _composed(remake: Callable[..., Tensor], recipes: list[Recipe | None]) -> Ca
     return compose
 
 
-def bare(x: Tensor | None) -> Tensor | None:
+def without_recipe(x: Tensor | None) -> Tensor | None:
     """x without its recipe."""
     return x if x is None or recipe_of(x) is None else x.view_as(x)
 
 
-def keep(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
-    """(how, tensors): what a Function saves in place of ``x``; :func:`again` takes both."""
+def to_save(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
+    """(how, tensors): what a Function saves in place of ``x``; :func:`recompute` takes both."""
     recipe = None if x is None else recipe_of(x)
     return (None, (x,)) if recipe is None else (recipe.remake, recipe.inputs)
 
 
-def again(how: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
-    """The tensor that :func:`keep` was asked about."""
+def recompute(how: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The tensor that :func:`to_save` was asked about."""
     if how is None:
         return tensors[0]
     with torch.no_grad():  # also where backward itself runs with a graph
         return how(*tensors)
 
 
-def keep_all(*tensors: Tensor | None) -> tuple[list[tuple[Callable[..., Tensor] | None, int]], tuple[Tensor | None, ...]]:
-    """:func:`keep` for several: (notes, tensors), both of which :func:`again_all` takes."""
-    kept = [keep(x) for x in tensors]
+def to_save_all(*tensors: Tensor | None) -> tuple[list[tuple[Callable[..., Tensor] | None, int]], tuple[Tensor | None, ...]]:
+    """:func:`to_save` for several: (notes, tensors), both of which :func:`recompute_all` takes."""
+    kept = [to_save(x) for x in tensors]
     return [(how, len(pieces)) for how, pieces in kept], tuple(t for _, pieces in kept for t in pieces)
 
 
-def again_all(notes: list[tuple[Callable[..., Tensor] | None, int]], tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+def recompute_all(notes: list[tuple[Callable[..., Tensor] | None, int]], tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     rest = iter(tensors)
-    return [again(how, tuple(islice(rest, n))) for how, n in notes]
+    return [recompute(how, tuple(islice(rest, n))) for how, n in notes]
 
 
 class _Computed:
@@ -113,13 +114,13 @@ class _Computed:
     def __init__(self, call: Callable[..., tuple[Tensor, ...]]):
         self.call, self.values = call, {}
 
-    def look(self, i: int, *inputs: Tensor) -> Tensor:
+    def peek(self, i: int, *inputs: Tensor) -> Tensor:
         if i not in self.values:
             self.values = dict(enumerate(self.call(*inputs)))
         return self.values[i]
 
     def take(self, i: int, *inputs: Tensor) -> Tensor:
-        self.look(i, *inputs)
+        self.peek(i, *inputs)
         return self.values.pop(i)
 
 
@@ -146,4 +147,6 @@ def recomputed(
             return call(x)
 
     outputs, computed = call(x), _Computed(replay)
-    return tuple(remade(y, partial(computed.take, i), x, *parameters, look=partial(computed.look, i)) for i, y in enumerate(outputs))
+    return tuple(
+        mark_recomputable(y, partial(computed.take, i), x, *parameters, peek=partial(computed.peek, i)) for i, y in enumerate(outputs)
+    )

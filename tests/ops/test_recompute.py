@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fastpeft as fp
 from fastpeft import ops
-from fastpeft.ops._remade import again, keep, recipe_of, remade
+from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute, to_save
 from fastpeft.ops.lora_linear import linear
 
 M, C, F = 11, 8, 24
@@ -121,10 +121,10 @@ def test_an_input_changed_in_place_is_an_error_not_a_wrong_gradient():
 def test_recipes_compose_and_views_lose_them():
     t = tensors(trained=("x", "l"))
     y = ops.rescale(ops.gelu(t["x"]), t["l"][:C])
-    how, kept = keep(y)
+    how, kept = to_save(y)
     assert [k.data_ptr() for k in kept] == [t["x"].data_ptr(), t["l"].data_ptr()]
-    assert torch.equal(again(how, kept), y)
-    assert recipe_of(y.view(-1)) is None and keep(y.view(-1))[0] is None
+    assert torch.equal(recompute(how, kept), y)
+    assert recipe_of(y.view(-1)) is None and to_save(y.view(-1))[0] is None
 
 
 def test_backward_lets_go_of_what_it_used():
@@ -147,7 +147,7 @@ def test_nothing_is_noted_where_there_is_no_backward():
     with torch.no_grad():
         assert recipe_of(layer_norm(t)) is None
     small = torch.ones(1)
-    assert recipe_of(remade(torch.ones(3), torch.ones, small, smaller=True)) is not None
+    assert recipe_of(mark_recomputable(torch.ones(3), torch.ones, small, smaller=True)) is not None
 
 
 def test_compiled_is_as_eager():

@@ -1,4 +1,4 @@
-"""Weights that are kept in another form than ops multiply by: quantised ones.
+"""Quantised weights, dequantised when an op multiplies by them.
 
 A linear op forms such a weight when it multiplies, in forward and once more in backward, and lets it go in between: autograd keeps no copy
 of it, and where no gradient of the input is asked for backward forms none. A held weight is frozen: it has no gradient of its own.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Held:
+class QuantizedWeight:
     """A frozen weight [out, in]; a subclass says how it is formed."""
 
     requires_grad = False
@@ -21,11 +21,11 @@ class Held:
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is formed")
 
 
-def formed(weight: Tensor | Held, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """A weight as ops take it."""
-    return weight.dense(dtype) if isinstance(weight, Held) else weight
+    return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight
 
 
-def unformed(weight: Tensor | Held, like: Tensor) -> Tensor:
+def shape_placeholder(weight: Tensor | QuantizedWeight, like: Tensor) -> Tensor:
     """What stands for ``weight`` where only its shape is read."""
-    return like.new_zeros(()).expand(weight.shape) if isinstance(weight, Held) else weight
+    return like.new_zeros(()).expand(weight.shape) if isinstance(weight, QuantizedWeight) else weight
