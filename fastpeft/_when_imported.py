@@ -1,10 +1,16 @@
-"""Something to do once a package is imported, whoever imports it and when: PEFT learns of Excitor, and is not loaded for it."""
+"""Optional packages: whether one is imported, and a post-import hook (PEFT learns of Excitor, and is not loaded for it)."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from collections.abc import Callable
+from types import ModuleType
+
+
+def loaded(name: str) -> ModuleType | None:
+    """The module of this name where it is imported already. What is not imported has no object in use."""
+    return sys.modules.get(name)
 
 
 def when_imported(name: str, call: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What :func:`fastpeft.optimize` exchanged in a model, what it left and why, and the share of the model that runs on fastpeft's operators.
+"""Report on an optimised model: what was exchanged, what was left and why, the share of the model that runs on fastpeft's operators.
 
 A layer of PyTorch's own (a linear layer, an embedding, ...) belongs to the module that calls it, its owner: the nearest one around it that
 is neither such a layer nor a container. What is left is every module that holds parameters, itself or as an owner, and was not exchanged.
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import size_of
-from fastpeft.methods.replacement import is_fused, is_own
+from fastpeft.registry import form_of, form_of_class, is_fused, is_own
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -103,9 +103,20 @@ def label(cls: type) -> str:
     return f"{parts[2]}.{cls.__name__}" if alike and parts[:2] == ["peft", "tuners"] else cls.__name__
 
 
-def why_unknown(cls: type, known: Mapping[type, type]) -> str:
-    """Why a class that is none of ``known`` has no fused form."""
-    bases = [base for base in cls.__mro__ if base in known]
+def has_known_base(cls: type) -> bool:
+    """Whether ``cls`` is a subclass of a class with a fused form."""
+    return any(_is_known(base) for base in cls.__mro__)
+
+
+def _is_known(cls: type) -> bool:
+    """Whether every module of exactly this class has a fused form."""
+    form = form_of_class(cls)
+    return form is not None and form.applies is None
+
+
+def why_unknown(cls: type) -> str:
+    """Why a class without a fused form has none."""
+    bases = [base for base in cls.__mro__ if _is_known(base)]
     if not bases:
         return f"no fused form of {label(cls)}"
     base = bases[0]
@@ -121,16 +132,10 @@ def why_unknown(cls: type, known: Mapping[type, type]) -> str:
     return f"a subclass of {label(base)} that {what}; only the exact class is exchanged"
 
 
-def measure_coverage(
-    model: nn.Module,
-    known: Mapping[type, type],
-    reasons: Mapping[nn.Module, str],
-    swapped: set[nn.Module],
-    computes: Mapping[type, tuple[str, ...]],
-) -> Report:
-    """The report on a model after its exchange. ``known``: class -> fused class; ``reasons``: why modules of these classes were left;
-    ``swapped``: the modules exchanged now; ``computes``: paths of modules further in that a fused class computes itself."""
-    found = _Survey(known, reasons, swapped, computes)
+def measure_coverage(model: nn.Module, reasons: Mapping[nn.Module, str], swapped: set[nn.Module]) -> Report:
+    """The report on a model after its exchange. ``reasons``: why modules with a fused form were left; ``swapped``: the modules exchanged
+    now."""
+    found = _Survey(reasons, swapped)
     found.visit("", model, None)
     return found.report()
 
@@ -148,8 +153,8 @@ class _Entry:
 
 
 class _Survey:
-    def __init__(self, known, reasons, swapped, computes):
-        self.known, self.reasons, self.swapped, self.computes = known, reasons, swapped, computes
+    def __init__(self, reasons, swapped):
+        self.reasons, self.swapped = reasons, swapped
         self.entries: list[_Entry] = []
         self.seen: set[nn.Module] = set()
         self.sizes: dict[int, int] = {}
@@ -174,7 +179,7 @@ class _Survey:
 
     def _owner_of(self, module: nn.Module, owner: _Entry | None) -> _Entry | None:
         """``owner``, where ``module`` is a part of it: a container, or a layer of PyTorch's own that it calls."""
-        if owner is None or type(module) in self.known or module in self.reasons or is_fused(module):
+        if owner is None or form_of(module) is not None or module in self.reasons or is_fused(module):
             return None
         if self._is_container(module):
             return owner
@@ -187,15 +192,15 @@ class _Survey:
             entry = _Entry(name, module, "own")
         elif is_fused(module):
             entry = _Entry(name, module, "fused", shown=True)
-            self.inside |= {module.get_submodule(path): entry for path in self.computes.get(cls, ())}
+            self.inside |= {module.get_submodule(path): entry for path in (form.computes if (form := form_of(module)) else ())}
         elif module in self.reasons:
             entry = _Entry(name, module, "", self.reasons[module], shown=True)
         elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and has_hooks(module):
             own = "forward" in module.__dict__
             entry = _Entry(name, module, "", f"has {'a forward of its own' if own else 'hooks'}: called as it is")
         else:
-            subclass = any(base in self.known for base in cls.__mro__) and any(True for _ in module.parameters())
-            entry = _Entry(name, module, "", why_unknown(cls, self.known), shown=subclass)
+            subclass = has_known_base(cls) and any(True for _ in module.parameters())
+            entry = _Entry(name, module, "", why_unknown(cls), shown=subclass)
         self.entries.append(entry)
         return entry
 

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
 from fastpeft.fused.llama import Model
 from fastpeft.fused.llama_layers import Attention
-from fastpeft.methods.base import swap_class
+from fastpeft.registry import swap_class
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
 from fastpeft.optimize import make_room_for_prefix
 
@@ -79,7 +79,7 @@ class ExcitorLayer(nn.Module, BaseTunerLayer):
     keys add up."""
 
     adapter_layer_names = ("excitor_blocks",)
-    layout_aware = True
+    takes_flat_tokens = True
 
     def __init__(self, attention: Attention):
         super().__init__()

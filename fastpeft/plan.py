@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaModel
 
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
@@ -20,7 +19,8 @@ from fastpeft.methods.base import ADAPTER_MODULES
 from fastpeft.methods.quantized import size_of
 from fastpeft.models import ModelSource, load_model, new_model, parts_of, resolve
 from fastpeft.models.quantize import check_quantize, quantize_base
-from fastpeft.optimize import make_room_for_prefix, optimize
+from fastpeft.optimize import optimize
+from fastpeft.registry import has_form, make_room_for_prefix
 
 Treatment = Method | str | Mapping[str, Any] | None
 

@@ -1,32 +1,25 @@
-"""PEFT's own LoRA, (IA)^3 and adaption prompts on fastpeft's operators: a PEFT model's parameters under PEFT's names, another ``forward``.
+"""Fused forms of PEFT's LoRA, (IA)^3 and adaption-prompt layers: parameters under PEFT's names, another ``forward``.
 
 Only what PEFT does most of the time is fused: one active adapter, neither merged nor disabled, a linear base (plain or quantised), no
-variant (such as DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, goes PEFT's own way.
+variant (such as DoRA) and no LoRA bias. Whatever else a layer is asked for, at any call, runs PEFT's own forward.
 """
 
 from __future__ import annotations
 
-from peft.tuners import adaption_prompt, ia3, lora
-from peft.tuners.ln_tuning.layer import LNTuningLayer
-from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.torchao import TorchaoLoraLinear
-from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fastpeft.fused.flatten import ROW_WISE
-from fastpeft.fused.llama_layers import Attention
-from fastpeft.methods.adapted import AdaptedLinear, LinearSpec
+from fastpeft.fused.attention_llama import FusedLlamaAttention
+from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.quantized import is_quantized, weight_of, why_not
-from fastpeft.methods.replacement import register
-from fastpeft.methods.written import Written
+from fastpeft.methods.linear_spec import LinearSpec
+from fastpeft.methods.quantized import DequantizingLinear, is_quantized, weight_of, why_not
 from fastpeft.ops.lora_linear import Projection
+from fastpeft.registry import fuses
 
 
 class _Fused:
-    layout_aware = True  # apart from LoRA's variants, which models/flatten.py looks at
+    takes_flat_tokens = True  # apart from LoRA's variants, which fused/flatten.py looks at
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -46,14 +39,22 @@ def _unfit_base(base: nn.Module) -> str:
         return "its base layer has hooks, or a forward of its own"
     if type(base) is nn.Linear:
         return why_not(base) if is_quantized(base.weight) else ""
-    if isinstance(base, Written) and not isinstance(base, AdaptedLinear):
+    if isinstance(base, DequantizingLinear) and not isinstance(base, AdaptedLinear):
         return "" if is_quantized(base.weight) else "its base layer's weight is not quantised yet"
     return f"its base layer, {type(base).__name__}, has no fused form"
 
 
-class _LoRA(_Fused):
+@fuses(
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+)
+class FusedLoRALinear(_Fused):
+    """PEFT's LoRA on a linear layer, plain or quantised."""
+
     @staticmethod
-    def why_not(module: lora.LoraLayer) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why PEFT's own forward runs whatever the adapter in use."""
         reasons = [_unfit_adapter(module, name) for name in module.lora_A]
         return _unfit_base(module.base_layer) or ("" if not all(reasons) else next(iter(reasons), ""))
@@ -69,7 +70,7 @@ class _LoRA(_Fused):
         return LinearSpec(Projection(weight_of(base), base.bias, *weights, float(self.scaling[name])), p)
 
 
-def _unfit_adapter(module: lora.LoraLayer, name: str) -> str:
+def _unfit_adapter(module: nn.Module, name: str) -> str:
     """'' or what of an adapter is more than LoRA as published."""
     if name in module.lora_variant:
         return f"PEFT computes its variant of LoRA ({type(module.lora_variant[name]).__name__})"
@@ -84,9 +85,12 @@ def _unfit_adapter(module: lora.LoraLayer, name: str) -> str:
     return "" if isinstance(scaling, int | float) else f"its scaling is a {type(scaling).__name__}, not a number"
 
 
-class _IA3(_Fused):
+@fuses("peft.tuners.ia3.layer.Linear", "peft.tuners.ia3.bnb.Linear4bit", "peft.tuners.ia3.bnb.Linear8bitLt")
+class FusedIA3Linear(_Fused):
+    """PEFT's (IA)^3 on a linear layer, plain or quantised."""
+
     @staticmethod
-    def why_not(module: ia3.IA3Layer) -> str:
+    def why_not(module: nn.Module) -> str:
         """'' or why PEFT's own forward runs whatever the adapter in use."""
         return _unfit_base(module.base_layer)
 
@@ -96,46 +100,24 @@ class _IA3(_Fused):
         if name is None:
             return None
         factor, projection = self.ia3_l[name].flatten(), Projection(weight_of(self.base_layer), self.base_layer.bias)
-        return LinearSpec(projection, before=factor) if self.is_feedforward else LinearSpec(projection, after=factor)
+        return LinearSpec(projection, input_scale=factor) if self.is_feedforward else LinearSpec(projection, output_scale=factor)
 
 
-class LoraLinear(_LoRA, lora.Linear):
-    """PEFT's LoRA on a linear layer."""
-
-
-class IA3Linear(_IA3, ia3.Linear):
-    """PEFT's (IA)^3 on a linear layer."""
-
-
-class AdaptedAttention(adaption_prompt.AdaptedAttention):
+@fuses("peft.tuners.adaption_prompt.layer.AdaptedAttention")
+class FusedAdaptedAttention:
     """PEFT's adaption prompt around a LLaMA's attention, which computes both: PEFT projects the queries twice."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     @staticmethod
     def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
-        return "" if type(module.model) is Attention else f"{type(module.model).__name__} inside it stays as it is"
+        return "" if isinstance(module.model, FusedLlamaAttention) else f"{type(module.model).__name__} inside it stays as it is"
 
     def forward(self, hidden_states: Tensor, **kwargs):
-        """As :class:`fastpeft.fused.llama_layers.Attention`."""
-        given_back = type(self.model) is not Attention  # its own class again
+        """As :class:`fastpeft.fused.attention_llama.FusedLlamaAttention`."""
+        given_back = not isinstance(self.model, FusedLlamaAttention)  # its own class again
         own_way = kwargs.get("causal") is None and self.model.why_not_now(kwargs.get("attention_mask"), kwargs)
         if given_back or has_hooks(self.model) or own_way:
             return super().forward(hidden_states=hidden_states, **kwargs)
         return self.model(hidden_states, prompted=Prompted(self.adaption_prompt, self.adaption_gate), **kwargs)
-
-
-# PEFT's class -> ours; the exact type only
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    lora.Linear: LoraLinear,
-    ia3.Linear: IA3Linear,
-    adaption_prompt.AdaptedAttention: AdaptedAttention,
-}
-ROW_WISE.update((lora.Linear, ia3.Linear, LNTuningLayer, ModulesToSaveWrapper, DoraLinearLayer, DoraLinearVariant))
-for method, fused in ((lora, _LoRA), (ia3, _IA3)):  # PEFT has these where bitsandbytes is installed
-    for name in ("Linear4bit", "Linear8bitLt"):
-        if (theirs := getattr(method, name, None)) is not None:
-            SWAPS[theirs] = type(f"{fused.__name__[1:]}{name}", (fused, theirs), {"__doc__": "PEFT's adapter on a quantised layer."})
-SWAPS[TorchaoLoraLinear] = type("LoraTorchao", (_LoRA, TorchaoLoraLinear), {"__doc__": "PEFT's LoRA on a weight of torchao's."})
-register(SWAPS)

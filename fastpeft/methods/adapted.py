@@ -1,28 +1,31 @@
-"""The base's own linear layers and convolutions, able to run with what a method attached to them.
+"""Linear layers and convolutions with LoRA and IA3.
 
-``nn.Linear`` becomes :class:`AdaptedLinear` in place (its class changes, nothing else), so its ``weight`` and ``bias`` keep
-their names and the adapter's parameters stand beside them: ``query.weight``, ``query.lora_A``, ``query.lora_B``.
+``nn.Linear`` becomes :class:`AdaptedLinear` in place (its class changes, nothing else), so its ``weight`` and ``bias`` keep their names and
+the adapter's parameters stand beside them: ``query.weight``, ``query.lora_A``, ``query.lora_B``. A quantised layer becomes a class made of
+:class:`AdaptedLinear` and its own. :meth:`Adapted.remove` gives each its former class back.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft import ops
-from fastpeft.methods.base import has_hooks, swap_class
-from fastpeft.methods.quantized import is_quantized, weight_of
-from fastpeft.ops.lora_linear import Projection, linear
+from fastpeft.methods.base import has_hooks
+from fastpeft.methods.linear_spec import LinearSpec
+from fastpeft.methods.quantized import DequantizingLinear, is_quantized, plain_linear_spec, weight_of
+from fastpeft.ops.lora_linear import Projection
+from fastpeft.registry import form_of_class, fused_class, replaced_class, swap_class
 
 
 class Adapted:
     """LoRA (``lora_A``, ``lora_B``, ``scaling``, ``lora_dropout``) and/or IA3 (``ia3_l``, ``ia3_feedforward``), each optional."""
 
-    layout_aware = True
+    takes_flat_tokens = True
+    former_class: type[nn.Module]  # what the layer is without its adapters
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     ia3_l: nn.Parameter | None
@@ -33,50 +36,32 @@ class Adapted:
         self.scaling, self.lora_dropout, self.ia3_feedforward = 1.0, 0.0, False
 
     def remove(self) -> None:
-        """Back to the plain PyTorch layer."""
+        """Remove the adapters: the layer gets its former class back."""
         for name in ("lora_A", "lora_B", "ia3_l"):
             del self._parameters[name]
         for name in ("scaling", "lora_dropout", "ia3_feedforward"):
             delattr(self, name)
-        swap_class(self, next(cls for cls, ours in hosts().items() if ours is type(self)))
+        swap_class(self, type(self).former_class)
 
     @property
     def active_dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
 
 
-class LinearSpec(NamedTuple):
-    """What a linear layer computes, whoever adapted it: y = after * (W(before * x) + b + scaling * B A dropout(before * x))."""
-
-    projection: Projection
-    dropout_p: float = 0.0
-    before: Tensor | None = None
-    after: Tensor | None = None
-
-    def apply_without_output_scale(self, x: Tensor) -> Tensor:
-        """The output without IA3's factor on it: attention applies that factor to the query side instead (no extra tensor)."""
-        x = x if self.before is None else ops.rescale(x, self.before)
-        if self.projection.lora_A is None:
-            return linear(x, self.projection.weight, self.projection.bias)
-        return ops.lora_linear(x, *self.projection, self.dropout_p)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.apply_without_output_scale(x)
-        return y if self.after is None else ops.rescale(y, self.after)
-
-
 class AdaptedLinear(Adapted, nn.Linear):
     """A linear layer with LoRA and IA3; whichever is absent drops out."""
+
+    former_class = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in]`` -> ``[..., out]``."""
         return self.linear_spec()(x)
 
     def linear_spec(self) -> LinearSpec:
-        before, after = (self.ia3_l, None) if self.ia3_feedforward else (None, self.ia3_l)
+        input_scale, output_scale = (self.ia3_l, None) if self.ia3_feedforward else (None, self.ia3_l)
         scaling = 1.0 if self.lora_A is None else self.scaling
         projection = Projection(weight_of(self), self.bias, self.lora_A, self.lora_B, scaling)
-        return LinearSpec(projection, 0.0 if self.lora_A is None else self.active_dropout, before, after)
+        return LinearSpec(projection, 0.0 if self.lora_A is None else self.active_dropout, input_scale, output_scale)
 
 
 def linear_spec(module: nn.Module) -> LinearSpec | None:
@@ -88,13 +73,10 @@ def linear_spec(module: nn.Module) -> LinearSpec | None:
     return module.linear_spec() if hasattr(module, "linear_spec") else None
 
 
-def plain_linear_spec(linear: nn.Linear) -> LinearSpec:
-    """The terms of a layer without adapters."""
-    return LinearSpec(Projection(weight_of(linear), linear.bias))
-
-
 class AdaptedConv2d(Adapted, nn.Conv2d):
     """A convolution with LoRA as PEFT defines it: lora_A ``[r, in, kh, kw]`` strides like the base, lora_B is ``[out, r, 1, 1]``."""
+
+    former_class = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[B, in, H, W]`` -> ``[B, out, H', W']``."""
@@ -128,33 +110,44 @@ class AdaptedConv2d(Adapted, nn.Conv2d):
         return y.permute(0, 3, 1, 2)
 
 
-HOSTS = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
-
-
-def hosts() -> dict[type[nn.Module], type[nn.Module]]:
-    """A plain layer's class -> that which carries adapters; with bitsandbytes' where it is in use."""
-    from fastpeft.methods import written  # they build on this module's
-
-    if "bitsandbytes" not in sys.modules:
-        return HOSTS | written.HOSTS
-    from fastpeft.methods import bnb_layers
-
-    return HOSTS | written.HOSTS | bnb_layers.HOSTS
+_ADAPTED: dict[type[nn.Module], type[Adapted]] = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
 
 
 def adapted(module: nn.Module) -> nn.Module:
-    """``module`` itself, made able to carry adapters; TypeError where its type cannot."""
+    """``module`` itself, made able to carry adapters. TypeError where its class cannot, and for a layer that is not quantised yet."""
     if isinstance(module, Adapted):
         return module
-    cls = hosts().get(type(module))
-    if cls is None:
-        kinds = "only nn.Linear and nn.Conv2d, and bitsandbytes' linear layers, carry LoRA or IA3"
-        raise TypeError(f"cannot attach to a {type(module).__name__}; {kinds}")
-    if issubclass(type(module), nn.Linear) and type(module) is not nn.Linear and not is_quantized(module.weight):
-        raise TypeError(f"cannot attach to a {type(module).__name__} whose weight is not quantised: move the model to its device first")
-    swap_class(module, cls)
+    cls = type(module)
+    if cls not in _ADAPTED:
+        form = form_of_class(cls)
+        if form is None or form.fused is not DequantizingLinear:
+            kinds = "only nn.Linear and nn.Conv2d, and bitsandbytes' linear layers, carry LoRA or IA3"
+            raise TypeError(f"cannot attach to a {cls.__name__}; {kinds}")
+        if not is_quantized(module.weight):
+            raise TypeError(f"cannot attach to a {cls.__name__} whose weight is not quantised: move the model to its device first")
+    swap_class(module, _ADAPTED[cls] if cls in _ADAPTED else adapted_quantized(replaced_class(cls) or cls))
     module.adapter_fields()
     return module
+
+
+def adapted_quantized(theirs: type[nn.Module]) -> type[Adapted]:
+    """The class with adapters of a quantised layer of class ``theirs``, made when it is first needed: its library may be absent. Without
+    its adapters the layer is fused."""
+    fused = fused_class(theirs)
+    if fused not in _ADAPTED:
+        body = {"__module__": __name__, "__doc__": f"{theirs.__name__} with LoRA and IA3.", "__reduce_ex__": _reduce_adapted}
+        body |= {"former_class": fused, "plain_class": AdaptedLinear}
+        _ADAPTED[fused] = type(f"Adapted{theirs.__name__}", (AdaptedLinear, fused), body)
+    return _ADAPTED[fused]
+
+
+def _reduce_adapted(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How a layer of a class that is made when needed is pickled: the class is made again."""
+    return _new_adapted, (replaced_class(type(self).former_class),), self.__getstate__()
+
+
+def _new_adapted(theirs: type[nn.Module]) -> nn.Module:
+    return object.__new__(adapted_quantized(theirs))
 
 
 def new_parameter(module: nn.Module, *shape: int) -> nn.Parameter:

@@ -45,7 +45,7 @@ class Prompted(NamedTuple):
 class AdaptionPromptBlock(nn.Module):
     """The parameters of one layer."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     def __init__(self, like: nn.Linear, tokens: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a method is: it marks or attaches parameters inside one part of a backbone, and names them on disk as PEFT does.
+"""Base class of methods: parameters marked or attached inside one part of a backbone, named on disk as PEFT names them.
 
 A method knows operators and module types, never a particular backbone: where it attaches comes from a :class:`Part`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastpeft._when_imported import loaded
 from fastpeft.methods.peft_config import Refused
 
 # Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
@@ -98,15 +98,9 @@ def find(root: nn.Module, targets: Sequence[str] | str, kinds: tuple[type, ...] 
             yield name, module
 
 
-def swap_class(module: nn.Module, cls: type) -> None:
-    """Give ``module`` another class of the same layout: parameters, names, hooks and identity stay."""
-    assert issubclass(cls, type(module)) or issubclass(type(module), cls), (type(module), cls)
-    module.__class__ = cls
-
-
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` is more than its class's ``forward``: it has hooks (pruning and spectral norms are some), or a forward of
-    its own (accelerate's offloading). Its parameters then do not say what it computes, and nobody may compute it from them."""
+    """True if the module has hooks (pruning and spectral norms are some) or its own forward (accelerate's offloading): call it, do not
+    reconstruct it from its parameters."""
     if "forward" in module.__dict__:
         return True
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -129,7 +123,7 @@ def sees_no_values(hook: Callable) -> Callable:
 def _sees_values(hook: Callable) -> bool:
     where = getattr(hook, "__module__", None)
     if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
-        collector = getattr(sys.modules[where], "_active_collector", None)
+        collector = getattr(loaded(where), "_active_collector", None)
         return collector is None or bool(collector.get())
     return where != "torch.utils.module_tracker" and not getattr(hook, "sees_no_values", False)  # it follows names, for FlopCounterMode
 

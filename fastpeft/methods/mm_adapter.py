@@ -36,7 +36,7 @@ class AdapterBlock(nn.Module):
     """The parameters of one layer: w_down [h, C], b_down [h], w_up [E, C, h / groups], b_up [E, C] with E = 2 experts, or 1 and no router;
     router_weight [2, C], router_bias [2]."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     def __init__(self, like: nn.Linear, method: RepAdapter):
         super().__init__()

@@ -1,19 +1,20 @@
-"""Frozen linear layers whose weight is quantised: bitsandbytes' 4-bit and 8-bit layers, and torchao's weight-only tensors.
+"""Linear layers with a frozen quantised weight: bitsandbytes' 4-bit and 8-bit layers, and torchao's weight-only tensors.
 
-The base stays in the library's own modules, so files, devices and transformers' loading are the library's business. What a layer computes
-here is x W^T + b with W = dequantise(its codes), formed when an op multiplies by it (ops/_quantized_weight.py), whatever is trained.
-bitsandbytes' own 8-bit layer also rounds activations to int8; ours does not, so a quantised model equals the one with W written out.
+The base stays in the library's own modules: files, devices and transformers' loading are the library's. :class:`DequantizingLinear` computes
+x W^T + b with W = dequantise(codes), made when an op multiplies by it (ops/_quantized_weight.py), whatever is trained. bitsandbytes' own
+8-bit layer also rounds activations to int8; ours does not, so a quantised model equals the one with dequantised weights.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor, nn
 
-from fastpeft.methods.base import swap_class
+from fastpeft._when_imported import loaded
+from fastpeft.methods.linear_spec import LinearSpec
 from fastpeft.ops._quantized_weight import QuantizedWeight
+from fastpeft.ops.lora_linear import Projection
+from fastpeft.registry import fuses, swap_class
 
 # what bitsandbytes' layers have beside a plain layer's attributes
 LEFTOVERS = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu", "state", "index")
@@ -61,9 +62,9 @@ class Subclass(QuantizedWeight):
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether a weight's elements are not what it holds in memory."""
-    if (ao := sys.modules.get("torchao.utils")) is not None and isinstance(tensor, ao.TorchAOBaseTensor):
+    if (ao := loaded("torchao.utils")) is not None and isinstance(tensor, ao.TorchAOBaseTensor):
         return True
-    if (bnb := sys.modules.get("bitsandbytes.nn")) is None:
+    if (bnb := loaded("bitsandbytes.nn")) is None:
         return False
     if isinstance(tensor, bnb.Params4bit):
         return tensor.quant_state is not None
@@ -75,7 +76,7 @@ def weight_of(layer: nn.Linear) -> Tensor | QuantizedWeight:
     weight = layer.weight
     if type(weight) is nn.Parameter or not is_quantized(weight):
         return weight
-    bnb = sys.modules.get("bitsandbytes.nn")
+    bnb = loaded("bitsandbytes.nn")
     if bnb is not None and isinstance(weight, bnb.Params4bit | bnb.Int8Params):
         return (FourBit if isinstance(weight, bnb.Params4bit) else EightBit)(layer)
     if reason := why_not(layer):
@@ -96,6 +97,34 @@ def why_not(layer: nn.Linear) -> str:
 def is_held(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight is quantised."""
     return isinstance(module, nn.Linear) and is_quantized(module.weight)
+
+
+def plain_linear_spec(layer: nn.Linear) -> LinearSpec:
+    """The specification of a linear layer without adapters, quantised or not."""
+    return LinearSpec(Projection(weight_of(layer), layer.bias))
+
+
+NOTE_8BIT = "bitsandbytes' 8-bit layers multiply by their weights written out; their own forward also rounds its input to 8 bit"
+
+
+@fuses("torch.nn.modules.linear.Linear", applies=is_held)  # PyTorch's layer with a weight of one of torchao's classes
+@fuses("bitsandbytes.nn.modules.Linear4bit")
+@fuses("bitsandbytes.nn.modules.Linear8bitLt", note=NOTE_8BIT)
+class DequantizingLinear:
+    """y = x W^T + b with W dequantised when it is multiplied by. A layer that is not quantised yet runs its own forward."""
+
+    takes_flat_tokens = True
+    plain_class = nn.Linear  # what it is once its weight stays dequantised
+    why_not = staticmethod(why_not)  # '' or why a layer stays as it is
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        spec = self.linear_spec()
+        return super().forward(x) if spec is None else spec(x)
+
+    def linear_spec(self) -> LinearSpec | None:
+        """None for a layer that is not quantised."""
+        return plain_linear_spec(self) if is_quantized(self.weight) else None
 
 
 def size_of(tensor: Tensor) -> int:

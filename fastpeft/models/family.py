@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fastpeft._when_imported import loaded
 from fastpeft.methods import Part
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def parts_of(model: nn.Module) -> tuple[Part, ...]:
 
 def loaded_families() -> tuple[Family, ...]:
     """Families whose modules are imported: no model of any other can be there."""
-    return tuple(entry.family() for entry in _ENTRIES if f"fastpeft.models.{entry.module}" in sys.modules)
+    return tuple(entry.family() for entry in _ENTRIES if loaded(f"fastpeft.models.{entry.module}") is not None)
 
 
 def new_model(source: ModelSource, *, device: torch.device, seed: int, **overrides) -> nn.Module:

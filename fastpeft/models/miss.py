@@ -115,6 +115,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
 
     # HF Trainer counts label tokens, and this loss is a mean over samples: Trainer divides it by the number of accumulated batches instead
     accepts_loss_kwargs = False
+    lean_logits = False  # whether nobody reads the logits of a training step
 
     def __init__(self, config: BlipConfig):
         super().__init__(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastpeft.methods.replacement import fuse, fused_names
+from fastpeft.registry import fuse, fused_inside
 
 
 class FrozenEvaluates:
@@ -17,11 +17,11 @@ class FrozenEvaluates:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A pickle says which modules are fused: their own name the class they replace."""
-        return super().__getstate__() | {"fused_names": fused_names(self)}
+        """A pickle says which modules are fused: by themselves they name the class they replace."""
+        return super().__getstate__() | {"fused_inside": fused_inside(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        names = state.pop("fused_names", [])
+        fused = state.pop("fused_inside", {})
         super().__setstate__(state)
-        fuse(self, names)
+        fuse(self, fused)
 

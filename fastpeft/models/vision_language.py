@@ -38,6 +38,7 @@ class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
     config_class = VisionLanguageConfig
     base_model_prefix = "llm"
     supports_gradient_checkpointing = True
+    lean_logits = False  # whether nobody reads the logits of a training step
 
     def __init__(self, config: VisionLanguageConfig):
         super().__init__(config)

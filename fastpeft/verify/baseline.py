@@ -19,13 +19,14 @@ from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipT
 
 from fastpeft.methods import Excitor, Part, is_adapter
 from fastpeft.methods.adapted import AdaptedConv2d, AdaptedLinear
-from fastpeft.methods.base import ADAPTER_MODULES, swap_class
+from fastpeft.methods.base import ADAPTER_MODULES
 from fastpeft.methods.quantized import dequantize
 from fastpeft.models import parts_of
 from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.models.llava import LlavaMedForConditionalGeneration
 from fastpeft.models.miss import DropPath
 from fastpeft.optimize import restore
+from fastpeft.registry import swap_class
 from fastpeft.plan import detach
 from fastpeft.verify import paper_equations as literal
 
