@@ -13,23 +13,23 @@ from collections.abc import Callable
 from torch import nn
 
 from fastpeft.coverage import Report, full_losses, measure_coverage
-from fastpeft.fused import blip, clip, llama
-from fastpeft.fused import leaves as layers
+from fastpeft.fused import head, tables
+from fastpeft.fused.attention_text import FusedBlipTextAttention
 from fastpeft.methods.base import swap_class
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.methods.replacement import REPLACED, is_fused, register
 from fastpeft.methods.written import WrittenLinear
 from fastpeft.models import llava, miss, vision_language
 
-SWAPS = register(blip.SWAPS | blip.MODELS | clip.SWAPS | llama.SWAPS | layers.SWAPS)
+SWAPS = register(tables.BLIP_SWAPS | tables.BLIP_MODELS | tables.CLIP_SWAPS | tables.LLAMA_SWAPS | tables.LEAF_SWAPS)
 # these hand masks, layouts and prefixes down in a form that only ours read
-LAYOUT_AWARE = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*blip.LAYOUT_AWARE, *llama.LAYOUT_AWARE)}
-NOTES = {blip.TextAttention: blip.MASK_FIX}
-COMPUTES = {blip.TextLMHeadModel: ("cls.predictions",)}  # modules further in whose layers a fused class computes itself
+LAYOUT_AWARE = {theirs: ours for theirs, ours in SWAPS.items() if ours in (*tables.BLIP_LAYOUT_AWARE, *tables.LLAMA_LAYOUT_AWARE)}
+NOTES = {FusedBlipTextAttention: tables.MASK_FIX}
+COMPUTES = {head.FusedBlipTextLMHeadModel: ("cls.predictions",)}  # modules further in whose layers a fused class computes itself
 # what makes a language-model loss: instances take the attribute ``lean_logits``
 LOSS_MODULES = (
-    llama.CausalLM,
-    blip.TextLMHeadModel,
+    head.FusedLlamaForCausalLM,
+    head.FusedBlipTextLMHeadModel,
     miss.MissForQuestionAnswering,
     llava.LlavaMedForConditionalGeneration,
     vision_language.VisionLanguageModel,
@@ -41,16 +41,16 @@ NO_LEAN_LOGITS = "lean_logits changes nothing here: no loss of this model is fas
 
 def _tables() -> list:
     """The modules with tables of fused classes that are in use beside SWAPS: PEFT's and bitsandbytes' own layers."""
-    tables = []
+    in_use = []
     if "peft" in sys.modules:
         from fastpeft.fused import peft_layers
 
-        tables.append(peft_layers)
+        in_use.append(peft_layers)
     if "bitsandbytes" in sys.modules:
         from fastpeft.methods import bnb_layers
 
-        tables.append(bnb_layers)
-    return tables
+        in_use.append(bnb_layers)
+    return in_use
 
 
 def swaps() -> dict[type[nn.Module], type[nn.Module]]:

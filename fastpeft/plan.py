@@ -180,7 +180,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
                 parameter.requires_grad_(True)
         for module in model.modules():
             if isinstance(module, LlamaModel):
-                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.fused.llama.Model
+                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.fused.stack_llama.FusedLlamaModel
         # a frozen part's output for an input is then a constant: no dropout, no drop-path
         model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan

@@ -14,8 +14,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import ROW_WISE
-from fastpeft.fused.llama_layers import Attention
 from fastpeft.methods.adapted import AdaptedLinear, LinearSpec
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import has_hooks
@@ -26,7 +26,7 @@ from fastpeft.ops.lora_linear import Projection
 
 
 class _Fused:
-    layout_aware = True  # apart from LoRA's variants, which models/flatten.py looks at
+    layout_aware = True  # apart from LoRA's variants, which fused/flatten.py looks at
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -115,11 +115,11 @@ class AdaptedAttention(adaption_prompt.AdaptedAttention):
     @staticmethod
     def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""
-        return "" if type(module.model) is Attention else f"{type(module.model).__name__} inside it stays as it is"
+        return "" if type(module.model) is FusedLlamaAttention else f"{type(module.model).__name__} inside it stays as it is"
 
     def forward(self, hidden_states: Tensor, **kwargs):
-        """As :class:`fastpeft.fused.llama_layers.Attention`."""
-        given_back = type(self.model) is not Attention  # its own class again
+        """As :class:`fastpeft.fused.attention_llama.FusedLlamaAttention`."""
+        given_back = type(self.model) is not FusedLlamaAttention  # its own class again
         own_way = kwargs.get("causal") is None and self.model.why_not_now(kwargs.get("attention_mask"), kwargs)
         if given_back or has_hooks(self.model) or own_way:
             return super().forward(hidden_states=hidden_states, **kwargs)

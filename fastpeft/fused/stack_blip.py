@@ -1,18 +1,28 @@
-"""BLIP's stack of text layers on fastpeft's operators: who computes what of a batch, and in which layout."""
+"""BLIP's stack of text layers on fastpeft's operators."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 from transformers.models.blip import modeling_blip_text
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.attend import as_key_mask
-from fastpeft.fused.blip_layers import TextSelfAttention
+from fastpeft.fused.attention import (
+    as_key_mask,
+)
+from fastpeft.fused.attention_text import FusedBlipTextSelfAttention
 from fastpeft.fused.flatten import ROW_WISE, why_not_flat
-from fastpeft.fused.layout import Layout, Tail, image_layout, self_layout, tail_of
+from fastpeft.fused.layout import (
+    Layout,
+    Tail,
+    image_layout,
+    self_layout,
+    tail_of,
+)
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import to_device_async
 from fastpeft.savings import on
@@ -24,7 +34,7 @@ ROW_WISE |= {
 }
 
 
-class TextModel(modeling_blip_text.BlipTextModel):
+class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
     """The stack of text layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
 
     @property
@@ -224,4 +234,6 @@ class TextModel(modeling_blip_text.BlipTextModel):
 def attentions_unfit(layer: nn.Module) -> str:
     """'' or why fused attention computes something else than one of the layer's."""
     attentions = (getattr(layer, name, None) for name in ("attention", "crossattention"))
-    return next(filter(None, (a.self.why_not(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")
+    return next(
+        filter(None, (a.self.why_not(a.self) for a in attentions if isinstance(getattr(a, "self", None), FusedBlipTextSelfAttention))), ""
+    )
