@@ -192,7 +192,8 @@ class _Survey:
             entry = _Entry(name, module, "own")
         elif is_fused(module):
             entry = _Entry(name, module, "fused", shown=True)
-            self.inside |= {module.get_submodule(path): entry for path in (form.computes if (form := form_of(module)) else ())}
+            form = form_of(module)
+            self.inside |= {module.get_submodule(path): entry for path in (form.computes if form else ())}
         elif module in self.reasons:
             entry = _Entry(name, module, "", self.reasons[module], shown=True)
         elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and has_hooks(module):

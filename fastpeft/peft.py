@@ -19,13 +19,11 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 
-from fastpeft.fused.llama import Model
-from fastpeft.fused.llama_layers import Attention
-from fastpeft.registry import swap_class
+from fastpeft.fused.attention_llama import FusedLlamaAttention
+from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
-from fastpeft.optimize import make_room_for_prefix
+from fastpeft.registry import has_form, make_room_for_prefix, swap_class
 
 HOW = "pip install --upgrade 'peft>=0.18'"
 
@@ -81,7 +79,7 @@ class ExcitorLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("excitor_blocks",)
     takes_flat_tokens = True
 
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: FusedLlamaAttention):
         super().__init__()
         self.excitor_blocks = nn.ModuleDict()
         self.merged_adapters = []
@@ -130,7 +128,7 @@ NOT_MERGED = "no weight can take in Excitor, whose extra keys depend on every to
 
 def _attention_names(model: nn.Module, hosts: list[str]) -> list[str]:
     """The attention layers inside the LLaMAs of these names."""
-    found = [name for name, module in model.named_modules() if type(module) in (LlamaAttention, Attention)]
+    found = [name for name, module in model.named_modules() if has_form(module, FusedLlamaAttention)]
     return [name for name in found if any(name.startswith(f"{host}." if host else "") for host in hosts)]
 
 
@@ -157,7 +155,7 @@ class ExcitorModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ExcitorConfig, model: nn.Module) -> None:
         """Everything is checked, and targets are found, before anything changes."""
-        hosts = [(name, module) for name, module in model.named_modules() if type(module) in (LlamaModel, Model)]
+        hosts = [(name, module) for name, module in model.named_modules() if has_form(module, FusedLlamaModel)]
         inside = _attention_names(model, [name for name, _ in hosts])
         if not inside:
             raise ValueError(f"Excitor needs a LLaMA (transformers' LlamaModel), and {type(model).__name__} has none; try LoRA")

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import ADAPTER_MODULES
@@ -179,8 +180,8 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
             if is_adapter(name):
                 parameter.requires_grad_(True)
         for module in model.modules():
-            if isinstance(module, LlamaModel):
-                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.fused.llama.Model
+            if has_form(module, FusedLlamaModel):
+                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.fused.stack_llama.FusedLlamaModel
         # a frozen part's output for an input is then a constant: no dropout, no drop-path
         model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan

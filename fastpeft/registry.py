@@ -92,13 +92,16 @@ def known_classes() -> Iterator[type[nn.Module]]:
             yield getattr(module, name)
 
 
+def path_of(cls: type) -> str | None:
+    """The dotted path that leads to exactly this class, or to the one it replaces; None where no path does."""
+    theirs = _REPLACED.get(cls, cls)
+    found = getattr(loaded(theirs.__module__), theirs.__qualname__, None)
+    return f"{theirs.__module__}.{theirs.__qualname__}" if found is theirs else None
+
+
 def form_of_class(cls: type) -> Form | None:
     """The form of exactly this class, or of the class it replaces."""
-    theirs = _REPLACED.get(cls, cls)
-    form = _FORMS.get(f"{theirs.__module__}.{theirs.__qualname__}")
-    if form is None or getattr(loaded(theirs.__module__), theirs.__qualname__, None) is not theirs:
-        return None
-    return form
+    return _FORMS.get(path_of(cls))
 
 
 def form_of(module: nn.Module) -> Form | None:
@@ -124,7 +127,12 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     if "__firstlineno__" in cls.__dict__:  # where inspect finds a class's source in its module, from Python 3.13 on
         names["__firstlineno__"] = cls.__firstlineno__
     if getattr(fused.forward, "signature_of_replaced", False):
-        names["forward"] = wraps(cls.forward)(fused.forward)
+
+        @wraps(cls.forward)
+        def forward(self, *args, **kwargs):
+            return fused.forward(self, *args, **kwargs)
+
+        names["forward"] = forward
     pickling = {"__reduce_ex__": _reduce_ex, "__copy__": _copy, "__deepcopy__": _deepcopy}
     _FUSED[cls] = ours = type(cls)(cls.__name__, (fused, cls), names | pickling)
     _REPLACED[ours] = cls

@@ -20,14 +20,20 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 import fastpeft as fp
-from fastpeft.fused import blip
-from fastpeft.fused import leaves as layers
+from fastpeft.fused.layers import FusedBlipTextLayer
+from fastpeft.fused.stack_blip import FusedBlipTextModel
 from fastpeft.models.clip import vision_config
 from fastpeft.models.llama import SIZES
 from fastpeft.models.miss import miss_config
-from fastpeft.optimize import SWAPS
+from fastpeft.registry import is_fused, known_classes
 
-KINDS = tuple(blip.SWAPS | layers.SWAPS)  # of a MISS
+KINDS = tuple(  # of a MISS
+    cls
+    for cls in known_classes()
+    if cls.__module__ in (modeling_blip.__name__, modeling_blip_text.__name__, "transformers.activations", "torch.nn.modules.dropout")
+    or cls is nn.LayerNorm
+    if not cls.__name__.startswith("BlipFor")
+)
 # what of a BLIP holds parameters and has no fused form
 NO_FUSED_FORM = (
     modeling_blip.BlipVisionEmbeddings,
@@ -47,7 +53,7 @@ def transformers_model(cls, config):
 
 
 def ours(model):
-    return [name for name, m in model.named_modules() if type(m) in SWAPS.values()]
+    return [name for name, m in model.named_modules() if is_fused(m)]
 
 
 def classes(model):
@@ -100,12 +106,12 @@ def test_filters_by_name(miss, config):
     # what hands masks down must read them below: its parents stay as well, and say why
     assert skipped.keys() == {"text_encoder", "text_encoder.encoder.layer.1", "text_encoder.encoder.layer.1.crossattention"}
     assert skipped["text_encoder"].endswith("inside it stays as it is")
-    assert type(model.text_decoder.bert) is blip.TextModel
+    assert isinstance(model.text_decoder.bert, FusedBlipTextModel)
     loss, gradients = miss.step(model, inputs)
     assert loss == pytest.approx(want, rel=1e-12)
     miss.assert_same(gradients, wanted)
     fp.optimize(model)  # the rest, later
-    assert type(model.text_encoder) is blip.TextModel
+    assert isinstance(model.text_encoder, FusedBlipTextModel)
     assert miss.step(model, inputs)[0] == pytest.approx(want, rel=1e-12)
 
 
@@ -269,7 +275,7 @@ def test_hooks_and_references_stay(miss, config):
     module.register_forward_hook(lambda *_: calls.append("hook"))
     attention = model.vision_model.encoder.layers[0].self_attn
     fp.optimize(model)
-    assert model.text_decoder.bert.encoder.layer[0] is module and type(module) is blip.TextLayer
+    assert model.text_decoder.bert.encoder.layer[0] is module and isinstance(module, FusedBlipTextLayer)
     assert model.vision_model.encoder.layers[0].self_attn is attention and isinstance(attention, modeling_blip.BlipAttention)
     model(**miss.batch())
     assert calls == ["hook"]

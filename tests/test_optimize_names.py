@@ -17,9 +17,8 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 import fastpeft as fp
-from fastpeft.methods.replacement import REPLACED, is_fused
 from fastpeft.models.miss import miss_config
-from fastpeft.optimize import swaps
+from fastpeft.registry import fused_class, is_fused, known_classes, replaced_class
 
 TEXT = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -76,7 +75,7 @@ def test_every_name_and_what_is_printed(miss, kind):
         assert isinstance(mine, type(theirs)) and str(type(mine)) == str(type(theirs))
     assert inspect.getsource(type(model)) == inspect.getsource(type(plain))
     mlp = next(m for m in model.modules() if type(m).__name__.endswith(("MLP", "Intermediate")))
-    assert is_fused(mlp) and inspect.getsource(type(mlp)) == inspect.getsource(REPLACED[type(mlp)])
+    assert is_fused(mlp) and inspect.getsource(type(mlp)) == inspect.getsource(replaced_class(type(mlp)))
     fp.restore(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
@@ -84,10 +83,11 @@ def test_every_name_and_what_is_printed(miss, kind):
 def test_all_registered_classes():
     """Every class that can be fused, PEFT's and bitsandbytes' where they are installed."""
     pytest.importorskip("peft")
-    known = swaps()
-    assert {T.models.llama.modeling_llama.LlamaMLP, nn.LayerNorm, nn.Dropout, GELUActivation} < known.keys()
-    for theirs, ours in known.items():
-        assert REPLACED[ours] is theirs and issubclass(ours, theirs) and ours is not theirs
+    known = set(known_classes())
+    assert {T.models.llama.modeling_llama.LlamaMLP, nn.LayerNorm, nn.Dropout, GELUActivation} < known
+    for theirs in known:
+        ours = fused_class(theirs)
+        assert replaced_class(ours) is theirs and issubclass(ours, theirs) and ours is not theirs
         assert (ours.__name__, ours.__qualname__, ours.__module__) == (theirs.__name__, theirs.__qualname__, theirs.__module__)
 
 

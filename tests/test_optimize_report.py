@@ -173,12 +173,12 @@ def test_what_filters_leave():
 
 def test_a_setting_that_does_not_fit(monkeypatch):
     """Every fused class that has ``why_not`` is asked, also those that hand masks down."""
-    from fastpeft.fused import llama as ours
+    from fastpeft.fused.attention_llama import FusedLlamaAttention
 
     def why_not(module):
         return "attends to both sides" if module.layer_idx == 1 else ""
 
-    monkeypatch.setattr(ours.Attention, "why_not", staticmethod(why_not), raising=False)
+    monkeypatch.setattr(FusedLlamaAttention, "why_not", staticmethod(why_not), raising=False)
     model = llama()
     skipped = dict(fp.optimize(model).skipped)
     assert skipped["model.layers.1.self_attn"] == "attends to both sides"

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.cost.profile import CPU_ATTENTION
 from fastpeft.fused.flatten import sees_no_values
-from fastpeft.fused.leaves import Recomputes
+from fastpeft.fused.projections import Recomputes
 
 RANDOM_STATE = 5056  # bytes of the CPU generator's state, which a layer's recomputation keeps
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.cost.activations import ActivationProfile, profile_activations
-from fastpeft.fused.leaves import Recomputes
+from fastpeft.fused.projections import Recomputes
 from fastpeft.methods.quantized import bytes_held, is_held, is_quantized
 from fastpeft.options import bytes_of
 

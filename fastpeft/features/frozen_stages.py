@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.data import encode_questions
-from fastpeft.fused.blip import TextModel
+from fastpeft.fused.stack_blip import FusedBlipTextModel
 from fastpeft.methods import Frozen, Part
 from fastpeft.models import parts_of
 
@@ -93,7 +93,7 @@ class QuestionStates(ImageFeatures):
     @classmethod
     def why_not(cls, model: nn.Module, dataset=None) -> str:
         reason = super().why_not(model, dataset)
-        if not reason and not isinstance(model.text_encoder, TextModel):
+        if not reason and not isinstance(model.text_encoder, FusedBlipTextModel):
             return "in transformers' own modules a question's padding changes its answer's loss"
         if not reason and dataset is not None and any(len(sample.question_pool) > 1 for sample in dataset.samples):
             return "the questions are phrased anew in every epoch"  # an image is then encoded once, but not its questions

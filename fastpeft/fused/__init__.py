@@ -1,1 +1,16 @@
-"""Modules of transformers and PEFT on fastpeft's operators: the same parameters and names, another forward."""
+"""Fused modules by role: norms, mlp, attention, layers, stacks, head, leaves, PEFT's layers. Importing the package registers all of them
+(:mod:`fastpeft.registry`); no file imports the classes that its modules replace."""
+
+from fastpeft.fused import (  # noqa: F401
+    attention_llama,
+    attention_text,
+    attention_vision,
+    head,
+    layers,
+    leaves,
+    mlp,
+    norms,
+    peft_layers,
+    stack_blip,
+    stack_llama,
+)

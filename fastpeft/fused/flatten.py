@@ -17,22 +17,30 @@ from torch import nn
 from transformers import activations
 
 from fastpeft.methods.base import has_hooks, sees_no_values, watched_globally
+from fastpeft.registry import path_of
 
-__all__ = ["ROW_WISE", "sees_no_values", "why_not_flat"]
+__all__ = ["ROW_WISE", "ROW_WISE_PATHS", "sees_no_values", "why_not_flat"]
 
 TORCH_ROW_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential,
     nn.ParameterList, nn.ParameterDict, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
     nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
 )  # fmt: skip
-# Exact classes that are row-wise; peft_layers.py adds PEFT's. A class of ours says ``layout_aware = True`` instead.
+# Exact classes that are row-wise, and dotted paths of others, which need not be imported. A class of ours says
+# ``takes_flat_tokens = True``.
 ROW_WISE: set[type[nn.Module]] = set(TORCH_ROW_WISE) | {
     cls
     for cls in vars(activations).values()
     if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == activations.__name__
 }
+ROW_WISE_PATHS: set[str] = set()
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _children_of = itemgetter("_modules")
+
+
+def is_row_wise(cls: type[nn.Module]) -> bool:
+    """Whether what a module of exactly this class returns for a token depends on that token alone."""
+    return cls in ROW_WISE or path_of(cls) in ROW_WISE_PATHS
 
 
 def why_not_flat(stack: nn.Module, *roots: nn.Module) -> str:
@@ -59,7 +67,7 @@ class _Survey:
         self.attributes = [module.__dict__ for module in self.modules]
         self.classes, self.children = list(map(type, self.modules)), list(self._children())
         self.variants = [v for m in self.modules if isinstance(v := getattr(m, "lora_variant", None), dict)]
-        unknown = (m for m in self.modules if type(m) not in ROW_WISE and not getattr(type(m), "layout_aware", False))
+        unknown = (m for m in self.modules if not (is_row_wise(type(m)) or getattr(type(m), "takes_flat_tokens", False)))
         self.why_not = next(((m, f"({type(m).__name__}) is not known to treat every token by itself") for m in unknown), None)
 
     def _children(self) -> Iterator[nn.Module | None]:
@@ -79,7 +87,7 @@ class _Survey:
         if any(self.variants):
             for module in self.modules:
                 variants = getattr(module, "lora_variant", None)
-                odd = set(map(type, variants.values())) - ROW_WISE if isinstance(variants, dict) else ()
+                odd = [cls for cls in map(type, variants.values()) if not is_row_wise(cls)] if isinstance(variants, dict) else []
                 if odd:
                     return module, f"has a LoRA of its own kind ({odd.pop().__name__})"
         return None

@@ -1,56 +1,20 @@
-"""Layers that every backbone has, on fastpeft's operators."""
+"""Dropout and GELU on fastpeft's operators: leaves that every backbone has."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from fastpeft import ops
-from fastpeft.methods.base import has_hooks
-from fastpeft.ops._recompute import recomputed
+from fastpeft.registry import fuses
 
 
-class Recomputes:
-    """A module that can compute its projections again in backward instead of keeping them.
-
-    fastpeft.cost.memory_budget sets ``recompute``."""
-
-    recompute = False
-
-    def projected(self, call: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, linears: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
-        """``call(x)``, which runs ``linears``."""
-        if not self.recompute:
-            return call(x)
-        random = any(getattr(linear, "active_dropout", 0.0) > 0 for linear in linears)
-        return recomputed(call, x, tuple(p for linear in linears for p in linear.parameters()), random)
-
-
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that saves what its backward will need and nothing else; float32 statistics in every dtype."""
-
-    layout_aware = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C]."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-    @staticmethod
-    def why_not(module: nn.LayerNorm) -> str:
-        """'' or why this one stays as it is."""
-        if len(module.normalized_shape) != 1:
-            return f"normalises {len(module.normalized_shape)} dimensions; the fused form takes the last one"
-        return "" if module.weight is not None and module.bias is not None else "has no affine parameters"
-
-
-class Dropout(nn.Dropout):
+@fuses("torch.nn.modules.dropout.Dropout")
+class FusedDropout:
     """Dropout that keeps a seed for backward instead of a mask."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape."""
@@ -62,10 +26,11 @@ class Dropout(nn.Dropout):
         return "works in place" if module.inplace else "drops everything" if module.p == 1 else ""
 
 
-class GELU(GELUActivation):
+@fuses("transformers.activations.GELUActivation")
+class FusedGELU:
     """GELU whose output the linear layer after it need not keep."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape."""
@@ -75,12 +40,3 @@ class GELU(GELUActivation):
     def why_not(module: GELUActivation) -> str:
         """'' or why this one stays as it is."""
         return "" if module.act is F.gelu else "is written out in Python (use_gelu_python)"
-
-
-# PyTorch's or transformers' class -> ours
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.Dropout: Dropout, GELUActivation: GELU}
-
-
-def is_layer_norm(module: nn.Module) -> bool:
-    """Whether ``module`` computes what ``ops.layer_norm`` does with its weight, bias and eps, so that the layer around it may."""
-    return type(module) in (nn.LayerNorm, LayerNorm) and not LayerNorm.why_not(module) and not has_hooks(module)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastpeft.fused.attention_llama import FusedLlamaAttention
+from fastpeft.fused.flatten import ROW_WISE_PATHS
 from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import has_hooks
@@ -121,3 +122,15 @@ class FusedAdaptedAttention:
         if given_back or has_hooks(self.model) or own_way:
             return super().forward(hidden_states=hidden_states, **kwargs)
         return self.model(hidden_states, prompted=Prompted(self.adaption_prompt, self.adaption_gate), **kwargs)
+
+
+ROW_WISE_PATHS.update(
+    (
+        "peft.tuners.lora.layer.Linear",
+        "peft.tuners.ia3.layer.Linear",
+        "peft.tuners.ln_tuning.layer.LNTuningLayer",
+        "peft.utils.other.ModulesToSaveWrapper",
+        "peft.tuners.lora.dora.DoraLinearLayer",
+        "peft.tuners.lora.variants.DoraLinearVariant",
+    )
+)

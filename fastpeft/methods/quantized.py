@@ -1,7 +1,7 @@
 """Linear layers with a frozen quantised weight: bitsandbytes' 4-bit and 8-bit layers, and torchao's weight-only tensors.
 
-The base stays in the library's own modules: files, devices and transformers' loading are the library's. :class:`DequantizingLinear` computes
-x W^T + b with W = dequantise(codes), made when an op multiplies by it (ops/_quantized_weight.py), whatever is trained. bitsandbytes' own
+The base stays in the library's own modules: files, devices and transformers' loading are the library's. :class:`DequantizingLinear`
+computes x W^T + b with W = dequantise(codes), made when an op multiplies by it (ops/_quantized_weight.py). bitsandbytes' own
 8-bit layer also rounds activations to int8; ours does not, so a quantised model equals the one with dequantised weights.
 """
 

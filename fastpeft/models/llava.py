@@ -15,10 +15,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.causal_loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.llama import Model
+from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.fused.outputs import with_deferred_logits
+from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods import Part
 from fastpeft.methods.base import has_hooks
 from fastpeft.models.clip import vision_config, vision_part
@@ -90,7 +90,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
     @property
     def host_inputs(self) -> tuple[str, ...]:
         """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
-        fused = isinstance(self.model.language_model, Model)
+        fused = isinstance(self.model.language_model, FusedLlamaModel)
         return ("attention_mask", "position_ids", "labels", "image_index", "image_mask") if fused else ()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
-        ``num_items_in_batch``. Logits as :class:`fastpeft.fused.llama.CausalLM` returns them."""
+        ``num_items_in_batch``. Logits as :class:`fastpeft.fused.head.FusedLlamaForCausalLM` returns them."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:
@@ -129,7 +129,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         if self.training and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
-        if lean and type(decoder) is Model and not has_hooks(decoder):
+        if lean and isinstance(decoder, FusedLlamaModel) and not has_hooks(decoder):
             to_model["wanted"] = asked.targets != asked.ignore_index
         outputs = decoder(
             attention_mask=attention_mask,

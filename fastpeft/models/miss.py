@@ -15,7 +15,8 @@ from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.blip import TextLMHeadModel, TextModel, reads_of
+from fastpeft.fused.head import FusedBlipTextLMHeadModel, reads_of
+from fastpeft.fused.stack_blip import FusedBlipTextModel
 from fastpeft.methods import Part
 from fastpeft.models.family import Family
 from fastpeft.models.parts import FrozenEvaluates
@@ -136,7 +137,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         """Question states [B, M, C]; an image has no padding, so nothing is masked there. Nobody reads states of padding, as the decoder
         attends to none: they may be zero."""
         kwargs |= reads_of(self.text_decoder)
-        if image_index is not None and type(self.text_encoder) is TextModel:
+        if image_index is not None and isinstance(self.text_encoder, FusedBlipTextModel):
             kwargs["encoder_index"] = image_index
         elif image_index is not None:
             image_embeds = image_embeds[to_device_async(image_index, image_embeds.device)]
@@ -147,7 +148,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
     @property
     def host_inputs(self) -> tuple[str, ...]:
         """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
-        fused = type(self.text_encoder) is TextModel and type(self.text_decoder) is TextLMHeadModel
+        fused = isinstance(self.text_encoder, FusedBlipTextModel) and isinstance(self.text_decoder, FusedBlipTextLMHeadModel)
         return ("attention_mask", "decoder_attention_mask", "labels", "image_index") if fused else ()
 
     @can_return_tuple

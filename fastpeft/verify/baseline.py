@@ -26,8 +26,8 @@ from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.models.llava import LlavaMedForConditionalGeneration
 from fastpeft.models.miss import DropPath
 from fastpeft.optimize import restore
-from fastpeft.registry import swap_class
 from fastpeft.plan import detach
+from fastpeft.registry import swap_class
 from fastpeft.verify import paper_equations as literal
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipForQuestionAnswering, LlamaForCausalLM
 
-from fastpeft.fused import blip_layers
+from fastpeft.fused import attention_text
 from fastpeft.methods import is_adapter
 from fastpeft.models.excitor import ExcitorForConditionalGeneration
 from fastpeft.models.lavin import LavinForConditionalGeneration
@@ -156,11 +156,11 @@ def vision_language_case(model: VisionLanguageModel, generator: torch.Generator,
 @contextmanager
 def absorbing(pays: bool) -> Iterator[None]:
     """Cross-attention to an image's states themselves, or to their keys and values, whichever would be chosen."""
-    chosen, blip_layers.absorbed_pays = blip_layers.absorbed_pays, lambda *args, **kwargs: pays
+    chosen, attention_text.absorbed_pays = attention_text.absorbed_pays, lambda *args, **kwargs: pays
     try:
         yield
     finally:
-        blip_layers.absorbed_pays = chosen
+        attention_text.absorbed_pays = chosen
 
 
 FAMILIES: dict[type[nn.Module], Callable[..., Case]] = {

@@ -15,7 +15,7 @@ from fastpeft import cli
 from fastpeft import verify as verifying
 from fastpeft.cost import estimate as module
 from fastpeft.cost.profile import measure
-from fastpeft.optimize import SWAPS
+from fastpeft.registry import is_fused
 from fastpeft.verify.baseline import plain, scatter_adapters, with_peft, without_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def test_the_step_of_the_plain_model(name, plan, how, dtype):
     how = lengths(name, how)
     e = fp.estimate(name, plan, batch_size=4, dtype=dtype, optimized=False, **how)
     model = plain(fp.adapt(fp.build(name, dtype=module.DTYPES[dtype]), plan), attention="eager").train()
-    assert not any(type(m) in SWAPS.values() for m in model.modules())
+    assert not any(is_fused(m) for m in model.modules())
     inputs = step_inputs(model, name, how, dtype)
     with Ours() as ours, FlopCounterMode(display=False) as counter, measure(model) as cost:
         model(**inputs).loss.backward()

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from transformers.models.blip import modeling_blip_text
 
 import fastpeft as fp
-from fastpeft.fused import blip_layers
+from fastpeft.fused import attention_text
 from fastpeft.fused.flatten import sees_no_values
 from fastpeft.fused.outputs import lean_logits
-from fastpeft.optimize import SWAPS
+from fastpeft.registry import is_fused
 
 PLANS = (
     "T/T/T",
@@ -36,7 +36,7 @@ IN_TRANSFORMERS = [plan for plan in PLANS if "P" not in plan]  # a prefix cannot
 def test_loss_and_gradients_are_those_of_transformers(miss, plan):
     model, inputs = miss.without_dropout(miss.build(plan)), miss.batch()
     theirs = miss.plain(model)
-    assert not any(type(m) in SWAPS.values() for m in theirs.modules())
+    assert not any(is_fused(m) for m in theirs.modules())
     (loss, gradients), (want, wanted) = miss.step(model, inputs), miss.step(theirs, inputs)
     assert loss == pytest.approx(want, rel=1e-12)
     miss.assert_same(gradients, wanted)
@@ -260,7 +260,7 @@ FLOORS = {"vision_model.encoder.layers": (10, 17), "text_encoder.encoder.layer":
 def test_layers_save_what_math_says_they_must(miss, plan, monkeypatch):
     """Elements of C per token in the upper layer of each stack, whatever the method, with all of its dropout. Apart: what layers share,
     a decoder's keys and values of the question, statistics and LoRA's S (rank 4 of 32 here)."""
-    monkeypatch.setattr(blip_layers, "absorbed_pays", lambda *args, **kwargs: True)
+    monkeypatch.setattr(attention_text, "absorbed_pays", lambda *args, **kwargs: True)
     model, (B, C) = miss.build(plan, dtype=torch.float32, scatter=0.0), (3, 32)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -340,10 +340,10 @@ def test_absorbed_cross_attention_changes_nothing(miss, plan, shared, monkeypatc
     model, inputs = miss.without_dropout(miss.build(plan, **options)), miss.batch(padded=True)
     if shared:
         inputs |= {"pixel_values": inputs["pixel_values"][:2], "image_index": torch.tensor([1, 0, 1])}
-    results, calls, absorbed = [], [], blip_layers.absorbed_attention
-    monkeypatch.setattr(blip_layers, "absorbed_attention", lambda *args: calls.append(1) or absorbed(*args))
+    results, calls, absorbed = [], [], attention_text.absorbed_attention
+    monkeypatch.setattr(attention_text, "absorbed_attention", lambda *args: calls.append(1) or absorbed(*args))
     for pays in (True, False):
-        monkeypatch.setattr(blip_layers, "absorbed_pays", lambda *args, pays=pays, **kwargs: pays)
+        monkeypatch.setattr(attention_text, "absorbed_pays", lambda *args, pays=pays, **kwargs: pays)
         results.append(miss.step(model, inputs))
     assert len(calls) == 2  # one a layer of the question's encoder; a padded question has a mask
     (loss, gradients), (want, wanted) = results

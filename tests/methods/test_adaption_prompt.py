@@ -9,7 +9,9 @@ from transformers.models.llama import modeling_llama
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
-from fastpeft.fused import llama, llama_layers
+from fastpeft.fused import attention_llama
+from fastpeft.fused.head import FusedLlamaForCausalLM
+from fastpeft.models import llama
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}
 METHOD = fp.AdaptionPrompt(adapter_len=5, adapter_layers=3)
@@ -87,7 +89,7 @@ def test_one_layer_is_pefts(exact, kv_heads, bias):
     upstream = torch.randn_like(want)
     wanted = torch.autograd.grad(want, leaves, upstream)
     fp.optimize(model)
-    assert type(wrapper.model) is llama.Attention
+    assert isinstance(wrapper.model, attention_llama.FusedLlamaAttention)
     y = wrapper(hidden_states=hidden, position_embeddings=tables)[0]
     assert_same([y, *torch.autograd.grad(y, leaves, upstream)], [want, *wanted], 1e-12)
 
@@ -116,7 +118,10 @@ def test_against_peft_alone(batch):
     model = theirs(base())
     want = gradients(model, batch)
     fp.optimize(model)
-    assert type(model.base_model.forward.__self__) is llama.CausalLM and model.base_model.forward.__func__ is llama.CausalLM.forward
+    assert (
+        isinstance(model.base_model.forward.__self__, FusedLlamaForCausalLM)
+        and model.base_model.forward.__func__ is FusedLlamaForCausalLM.forward
+    )
     assert_same([t.double() for t in gradients(model, batch)], [t.double() for t in want], 1e-5)
     fp.restore(model)
     assert_same(gradients(model, batch), want, 1e-15)
@@ -208,8 +213,8 @@ def test_generation(batch, tmp_path, of, how):
 
 def test_in_generation_the_prompt_is_projected_once(monkeypatch):
     model, seen = scattered(fp.adapt(base(), llm=METHOD)).eval(), []
-    right = llama_layers.project_together
-    monkeypatch.setattr(llama_layers, "project_together", lambda linears, x: seen.append(x.shape[1]) or right(linears, x))
+    right = attention_llama.project_together
+    monkeypatch.setattr(attention_llama, "project_together", lambda linears, x: seen.append(x.shape[1]) or right(linears, x))
     cache = DynamicCache()
     with torch.no_grad():
         for _ in range(3):

@@ -12,10 +12,10 @@ from torch import nn
 import fastpeft as fp
 from fastpeft import cli
 from fastpeft import verify as verifying
-from fastpeft.fused import attend, blip, blip_layers, llama_layers
+from fastpeft.fused import attention_llama, attention_text, projections, stack_blip
 from fastpeft.methods import adaption_prompt, excitor
-from fastpeft.methods.replacement import is_fused
 from fastpeft.models.vision_language import VisionLanguageModel
+from fastpeft.registry import is_fused
 from fastpeft.verify import baseline as plain
 from fastpeft.verify.compare import DTYPES, Check, Result, tolerance, verify
 
@@ -118,7 +118,7 @@ def test_faults_of_excitors_and_adapters(monkeypatch):
         assert checked("excitor-tiny", "F/Excitor") == [*ALL_FORMS[1:], "image features kept"]
     with monkeypatch.context() as patch:  # a prompt's keys on another scale
         right = adaption_prompt.attend_prompt
-        patch.setattr(llama_layers, "attend_prompt", lambda context, q, keys, *rest: right(context, q, 1.01 * keys, *rest))
+        patch.setattr(attention_llama, "attend_prompt", lambda context, q, keys, *rest: right(context, q, 1.01 * keys, *rest))
         assert checked("llama-tiny", "AdaptionPrompt") == ALL_FORMS
     with monkeypatch.context() as patch:  # the other expert
         right = fp.ops.norm_mm_adapter
@@ -140,7 +140,7 @@ def test_a_fault_in_an_operator_fails_everywhere(miss, monkeypatch):
 
 
 def test_a_fault_in_a_backward_alone_fails(miss, monkeypatch):
-    monkeypatch.setattr(attend, "lora_linears", faulty(attend.lora_linears, in_backward))
+    monkeypatch.setattr(projections, "lora_linears", faulty(projections.lora_linears, in_backward))
     result = verify(miss.build("F/LoRA/LoRA"))
     wrong = [check for check in result.checks if not check.ok]
     assert {check.quantity for check in wrong} == {"gradients", "worst gradient"} and failed(result) == [*FORMS, "image features kept"]
@@ -150,13 +150,15 @@ def test_a_fault_in_a_backward_alone_fails(miss, monkeypatch):
 def test_faults_of_single_forms(miss, monkeypatch):
     model = miss.build("F/LoRA/LoRA", dtype=torch.float32)
     with monkeypatch.context() as patch:  # a question's padding leaks into the decoder
-        patch.setattr(blip, "as_key_mask", lambda mask: None)
+        patch.setattr(stack_blip, "as_key_mask", lambda mask: None)
         assert failed(verify(model, peft=False)) == [*FORMS[1:], "image features kept"]
     with monkeypatch.context() as patch:  # questions see each other's images
-        patch.setattr(blip, "image_layout", lambda tokens, index, *rest, real=blip.image_layout: real(tokens, index.roll(1), *rest))
+        patch.setattr(
+            stack_blip, "image_layout", lambda tokens, index, *rest, real=stack_blip.image_layout: real(tokens, index.roll(1), *rest)
+        )
         assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
     with monkeypatch.context() as patch:
-        patch.setattr(blip_layers, "absorbed_attention", faulty(blip_layers.absorbed_attention, lambda out: 1.01 * out))
+        patch.setattr(attention_text, "absorbed_attention", faulty(attention_text.absorbed_attention, lambda out: 1.01 * out))
         assert FORMS[3] in failed(verify(model, peft=False)) and FORMS[4] not in failed(verify(model, peft=False))
     assert verify(model, peft=False).ok
 
@@ -213,7 +215,7 @@ def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
     twin = plain.plain(model)
     for name in fp.ops.__all__:
         monkeypatch.setattr(fp.ops, name, None)
-    for module, ours in ((excitor, "merge_keys"), (llama_layers, "attend_prompt"), (llama_layers, "project_together")):
+    for module, ours in ((excitor, "merge_keys"), (attention_llama, "attend_prompt"), (attention_llama, "project_together")):
         monkeypatch.setattr(module, ours, None)
     loss, gradients = verifying.run_alone(twin, case)
     assert loss == pytest.approx(want, rel=1e-6) and gradients.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""What attention layers of every backbone share: joint projections, and attention under transformers' own masks."""
+"""Attention under transformers' own masks, and when transformers' own attention must run: shared by every backbone."""
 
 from __future__ import annotations
 
@@ -9,32 +9,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastpeft import ops
-from fastpeft.methods.adapted import LinearSpec, linear_spec
+from fastpeft.fused.leaves import FusedDropout
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import accumulator
-from fastpeft.ops._recompute import recipe_of
-from fastpeft.ops.lora_linear import lora_linears
-
-
-def project_together(linears: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Several projections of one input, without IA3's factors on outputs, which attention folds into q and into its own output."""
-    specs = [linear_spec(linear) for linear in linears]
-    if _joins(specs, x):
-        return lora_linears(x, [spec.projection for spec in specs], max(spec.dropout_p for spec in specs))
-    return tuple(linear(x) if spec is None else spec.apply_without_output_scale(x) for linear, spec in zip(linears, specs))
-
-
-def _joins(specs: list[LinearSpec | None], x: Tensor) -> bool:
-    """Whether the projections run as one op: with LoRA its products then share x. What is trained without LoRA joins too where backward
-    can form x again: as one op it does so once, and keeps nothing."""
-    if any(spec is None or spec.before is not None for spec in specs):
-        return False
-    low_rank = [spec for spec in specs if spec.projection.lora_A is not None]
-    if low_rank:
-        return len({spec.dropout_p for spec in low_rank}) == 1
-    return any(spec.projection.weight.requires_grad for spec in specs) and torch.is_grad_enabled() and recipe_of(x) is not None
-
+from fastpeft.registry import has_form
 
 # what transformers' attention functions read of their keywords besides those that every model passes
 READ_BY_ATTENTION = ("position_bias", "softcap", "s_aux", "cache")
@@ -61,6 +39,35 @@ def forms_probabilities(attention: nn.Module, options: dict) -> bool:
     return bool(options.get("output_attentions") or attention.config.output_attentions) or has_hooks(attention)
 
 
+def reads_probabilities(module: nn.Module) -> bool:
+    """Whether a hook on ``module`` (or a forward of its own) sees the probabilities that transformers' attentions return."""
+    if not has_hooks(module):
+        return False
+    return "forward" in module.__dict__ or not all(getattr(hook, "passes_rest_on", False) for hook in module._forward_hooks.values())
+
+
+class Attends:
+    """What the fused attentions assume of a module, and when transformers' own runs instead."""
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str:
+        """'' or why fused attention, which takes of ``module.dropout`` its probability alone, computes something else than ``module``."""
+        dropout = module.dropout
+        if not has_form(dropout, FusedDropout):
+            return f"its dropout is a {type(dropout).__name__}"
+        return "its dropout has hooks, which read attention probabilities" if has_hooks(dropout) else ""
+
+    def gives_probabilities(self, output_attentions: bool | None) -> bool:
+        """Whether transformers' own attention runs: probabilities are asked for, by argument or configuration, or somebody reads them."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        return bool(output_attentions) or bool(self.why_not(self)) or reads_probabilities(self)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout.p if self.dropout.training else 0.0
+
+
 def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=None, eager=False) -> Tensor:
     """Attention under transformers' own [B, 1, M, N] mask, bool or added to the scores. ``eager``: as its eager attention does. Where that
     masks all keys of a query by the same finite number, the query attends to all alike; SDPA's backward takes every such weight for 1."""
@@ -81,34 +88,3 @@ def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=Non
 def as_key_mask(mask: Tensor | None) -> Tensor | None:
     """[B, N] of any dtype -> bool; transformers' 4-D masks pass as they are."""
     return mask if mask is None or mask.dim() == 4 else mask.bool()
-
-
-def output_factor(linear: nn.Module) -> Tensor | None:
-    """IA3's factor on the output, [out], which :func:`project_together` leaves to its caller."""
-    spec = linear_spec(linear)
-    return None if spec is None else spec.after
-
-
-def rescaled(linear: nn.Module, y: Tensor) -> Tensor:
-    """``y``, a projection that :func:`project_together` made, with IA3's factor on it where ``linear`` has one."""
-    factor = output_factor(linear)
-    return y if factor is None else ops.rescale(y, factor)
-
-
-def project(linears: tuple[nn.Linear, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Several projections of one input, each as its own ``forward`` gives it."""
-    return tuple(rescaled(linear, y) for linear, y in zip(linears, project_together(linears, x)))
-
-
-def project_one(linear: nn.Linear, x: Tensor) -> Tensor:
-    """``linear(x)``, saving nothing for a trained weight where backward can form ``x`` again."""
-    return project((linear,), x)[0]
-
-
-def key_value_rescale(key: nn.Linear, value: nn.Linear, heads: int) -> tuple[Tensor, Tensor] | None:
-    """IA3's (l_k, l_v), each [H, d], as attention takes them; None where neither has one."""
-    l_k, l_v = (output_factor(linear) for linear in (key, value))
-    if l_k is None and l_v is None:
-        return None
-    l_k, l_v = (torch.ones_like(l_v) if l_k is None else l_k), (torch.ones_like(l_k) if l_v is None else l_v)
-    return l_k.view(heads, -1), l_v.view(heads, -1)

@@ -1,30 +1,41 @@
-"""BLIP's stack of text layers on fastpeft's operators: who computes what of a batch, and in which layout."""
+"""BLIP's stack of text layers on fastpeft's operators."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.blip import modeling_blip_text
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.attend import as_key_mask
-from fastpeft.fused.blip_layers import TextSelfAttention
-from fastpeft.fused.flatten import ROW_WISE, why_not_flat
-from fastpeft.fused.layout import Layout, Tail, image_layout, self_layout, tail_of
+from fastpeft.fused.attention import (
+    as_key_mask,
+)
+from fastpeft.fused.attention_text import FusedBlipTextSelfAttention
+from fastpeft.fused.flatten import ROW_WISE_PATHS, why_not_flat
+from fastpeft.fused.layout import (
+    Layout,
+    Tail,
+    image_layout,
+    self_layout,
+    tail_of,
+)
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import to_device_async
+from fastpeft.registry import fuses
 from fastpeft.savings import on
 
 # what treats every token by itself; nobody calls the encoder: its layers are run one by one
-ROW_WISE |= {
-    getattr(modeling_blip_text, f"BlipText{name}")
+ROW_WISE_PATHS.update(
+    f"transformers.models.blip.modeling_blip_text.BlipText{name}"
     for name in ("SelfOutput", "Output", "Intermediate", "Encoder", "OnlyMLMHead", "LMPredictionHead", "PredictionHeadTransform")
-}
+)
 
 
-class TextModel(modeling_blip_text.BlipTextModel):
+@fuses("transformers.models.blip.modeling_blip_text.BlipTextModel", layout_aware=True)
+class FusedBlipTextModel:
     """The stack of text layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
 
     @property
@@ -224,4 +235,6 @@ class TextModel(modeling_blip_text.BlipTextModel):
 def attentions_unfit(layer: nn.Module) -> str:
     """'' or why fused attention computes something else than one of the layer's."""
     attentions = (getattr(layer, name, None) for name in ("attention", "crossattention"))
-    return next(filter(None, (a.self.why_not(a.self) for a in attentions if isinstance(getattr(a, "self", None), TextSelfAttention))), "")
+    return next(
+        filter(None, (a.self.why_not(a.self) for a in attentions if isinstance(getattr(a, "self", None), FusedBlipTextSelfAttention))), ""
+    )

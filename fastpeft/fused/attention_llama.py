@@ -1,4 +1,4 @@
-"""LLaMA's layers on fastpeft's operators: norms, feed-forward, attention. The stack and its head are llama.py's."""
+"""LLaMA's self-attention on fastpeft's operators: rotary embedding, grouped heads, Excitor, adaption prompts."""
 
 from __future__ import annotations
 
@@ -6,75 +6,31 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
-from transformers.models.llama import modeling_llama
 
 from fastpeft import ops
-from fastpeft.fused.attend import (
+from fastpeft.fused.attention import (
     READ_BY_ATTENTION,
     dense_mask_attention,
     forms_probabilities,
-    output_factor,
-    project,
-    project_one,
-    project_together,
-    rescaled,
     why_not_fused,
 )
-from fastpeft.fused.layout import Layout, Tail, rows_of
-from fastpeft.fused.leaves import Recomputes
-from fastpeft.methods.adapted import linear_spec
+from fastpeft.fused.layout import (
+    Layout,
+    Tail,
+    rows_of,
+)
+from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
-from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
-from fastpeft.methods.mm_adapter import Routing
+from fastpeft.registry import fuses
 
 
-class RMSNorm(modeling_llama.LlamaRMSNorm):
-    """RMSNorm with one rounding, at the end; saves its input and one number a row."""
-
-    layout_aware = True
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., C]."""
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(norm(branch + residual), branch + residual), the sum formed once, inside the norm."""
-    if type(norm) not in (modeling_llama.LlamaRMSNorm, RMSNorm) or has_hooks(norm):  # someone's wrapper, such as PEFT's LN tuning
-        total = branch + residual
-        return norm(total), total
-    return ops.add_rms_norm(branch, residual, norm.weight, norm.variance_epsilon)
-
-
-SILU = (nn.SiLU, SiLUActivation)
-
-
-class MLP(Recomputes, modeling_llama.LlamaMLP):
-    """down(silu(gate(x)) * up(x)), the activation in one pass with IA3's factor on it."""
-
-    layout_aware = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C]."""
-        if has_hooks(self.act_fn):
-            return super().forward(x)
-        linears = (self.gate_proj, self.up_proj)
-        gate, up = self.projected(partial(project, linears), x, linears)
-        if type(self.act_fn) not in SILU:
-            return self.down_proj(self.act_fn(gate) * up)
-        down = linear_spec(self.down_proj)
-        if down is None:
-            return self.down_proj(ops.swiglu(gate, up))
-        return down._replace(before=None)(ops.swiglu(gate, up, down.before))
-
-
-class Attention(Recomputes, modeling_llama.LlamaAttention):
+@fuses("transformers.models.llama.modeling_llama.LlamaAttention", layout_aware=True)
+class FusedLlamaAttention(Recomputes):
     """Self-attention with grouped heads. Returns (output, None): probabilities are not formed. Where its settings or its caller ask for
     what the fused form has not (see :meth:`why_not_now`), transformers' own forward runs."""
 
-    layout_aware = True
+    takes_flat_tokens = True
     visual_dim: int | None = None  # width of the images' features that Excitor sees here
 
     @property
@@ -200,47 +156,3 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
     def _per_query_head(self, l: Tensor) -> Tensor:
         """[H_kv d] -> [H d]."""
         return l.view(-1, 1, self.head_dim).expand(-1, self.num_key_value_groups, -1).flatten()
-
-
-class DecoderLayer(modeling_llama.LlamaDecoderLayer):
-    """Pre-norm layer; each residual sum is formed once."""
-
-    layout_aware = True
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        routing: Routing | None = None,
-        tail: Tail | None = None,
-        **kwargs,
-    ) -> Tensor:
-        """Arguments as :class:`Attention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
-        kwargs |= {"position_ids": position_ids, "use_cache": use_cache} | ({} if tail is None else {"tail": tail})
-        norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
-        attended, *_ = self.self_attn(
-            hidden_states=norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        if tail is not None:
-            hidden_states = rows_of(hidden_states, tail.tokens)
-        x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
-        return hidden_states + self.mlp(x)
-
-    @property
-    def adapter_readers(self) -> tuple[nn.Module, ...]:
-        """The projections that read what an adapter puts out."""
-        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
-
-    def give_biases(self) -> None:
-        """Zeros to the attention's linear layers, and word of them to the configuration: a merged adapter has a bias."""
-        for linear in (*self.adapter_readers, self.self_attn.o_proj):
-            linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
-        self.self_attn.config.attention_bias = True

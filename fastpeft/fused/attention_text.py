@@ -1,57 +1,35 @@
-"""BLIP's layers on fastpeft's operators: attention, feed-forward, ViT blocks. The text stack and its head are blip.py's."""
+"""BLIP's text attention on fastpeft's operators: self-attention, cross-attention to images and questions."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.models.blip import modeling_blip, modeling_blip_text
 
 from fastpeft import ops
-from fastpeft.fused.attend import dense_mask_attention, key_value_rescale, output_factor, project_one, project_together, rescaled
-from fastpeft.fused.layout import Layout, Tail, rows_of
-from fastpeft.fused.leaves import Dropout, Recomputes, is_layer_norm
+from fastpeft.fused.attention import (
+    Attends,
+    dense_mask_attention,
+    reads_probabilities,
+)
+from fastpeft.fused.layout import (
+    Layout,
+    Tail,
+    rows_of,
+)
+from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adapted import linear_spec
-from fastpeft.methods.base import has_hooks
 from fastpeft.ops._quantized_weight import QuantizedWeight
-from fastpeft.ops._recompute import without_recipe
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
+from fastpeft.registry import fuses
 from fastpeft.savings import on
 
 
-def reads_probabilities(module: nn.Module) -> bool:
-    """Whether a hook on ``module`` (or a forward of its own) sees the probabilities that transformers' attentions return."""
-    if not has_hooks(module):
-        return False
-    return "forward" in module.__dict__ or not all(getattr(hook, "passes_rest_on", False) for hook in module._forward_hooks.values())
-
-
-class _Attends:
-    """What the fused attentions assume of a module, and when transformers' own runs instead."""
-
-    @staticmethod
-    def why_not(module: nn.Module) -> str:
-        """'' or why fused attention, which takes of ``module.dropout`` its probability alone, computes something else than ``module``."""
-        dropout = module.dropout
-        if type(dropout) not in (nn.Dropout, Dropout):
-            return f"its dropout is a {type(dropout).__name__}"
-        return "its dropout has hooks, which read attention probabilities" if has_hooks(dropout) else ""
-
-    def gives_probabilities(self, output_attentions: bool | None) -> bool:
-        """Whether transformers' own attention runs: probabilities are asked for, by argument or configuration, or somebody reads them."""
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        return bool(output_attentions) or bool(self.why_not(self)) or reads_probabilities(self)
-
-    @property
-    def _dropout_p(self) -> float:
-        return self.dropout.p if self.dropout.training else 0.0
-
-
-class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAttention):
+@fuses("transformers.models.blip.modeling_blip_text.BlipTextSelfAttention", layout_aware=True)
+class FusedBlipTextSelfAttention(Attends, Recomputes):
     """Self- or cross-attention of one layer. Returns (context, None): probabilities are not formed unless they are asked for."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     def forward(
         self,
@@ -146,7 +124,7 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
     def _absorbs(self, states: Tensor, mask: Tensor | None, layout: Layout) -> bool:
         """Whether to attend to the states themselves: only where that is exact and takes fewer FLOPs."""
         specs = [linear_spec(linear) for linear in (self.key, self.value)]
-        if not on("absorb") or mask is not None or any(spec is None or spec.dropout_p or spec.before is not None for spec in specs):
+        if not on("absorb") or mask is not None or any(spec is None or spec.dropout_p or spec.input_scale is not None for spec in specs):
             return False
         if any(isinstance(spec.projection.weight, QuantizedWeight) for spec in specs):
             return False
@@ -154,10 +132,14 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
 
 
-class TextAttention(modeling_blip_text.BlipTextAttention):
+MASK_FIX = "cross-attention now honours encoder_attention_mask, which transformers 4.57 to 5.23 loses: padded questions no longer leak"
+
+
+@fuses("transformers.models.blip.modeling_blip_text.BlipTextAttention", layout_aware=True, note=MASK_FIX)
+class FusedBlipTextAttention:
     """Attention with its output projection; passes the encoder's mask on, which transformers loses here."""
 
-    layout_aware = True
+    takes_flat_tokens = True
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
         mask = "attention_mask" if encoder_hidden_states is None else "encoder_attention_mask"
@@ -172,97 +154,3 @@ class TextAttention(modeling_blip_text.BlipTextAttention):
         )
         tail = kwargs.get("tail")
         return self.output(context, hidden_states if tail is None else rows_of(hidden_states, tail.tokens)), probabilities
-
-
-class _AddNorm:
-    """norm(dropout(dense(x)) + residual), the sum formed once, inside the norm."""
-
-    layout_aware = True
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        branch, norm = self.dropout(project_one(self.dense, hidden_states)), self.LayerNorm
-        if not is_layer_norm(norm):  # someone's wrapper, such as PEFT's LN tuning
-            return norm(branch + input_tensor)
-        return ops.add_layer_norm(branch, input_tensor, norm.weight, norm.bias, norm.eps)[0]
-
-
-class TextSelfOutput(_AddNorm, modeling_blip_text.BlipTextSelfOutput):
-    pass
-
-
-class TextOutput(_AddNorm, modeling_blip_text.BlipTextOutput):
-    pass
-
-
-class TextIntermediate(Recomputes, modeling_blip_text.BlipTextIntermediate):
-    """The feed-forward's first half; keeps its linear layer's output and neither input nor activation."""
-
-    layout_aware = True
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., C] -> [..., 4 C]."""
-        (hidden,) = self.projected(lambda x: (project_one(self.dense, x),), hidden_states, (self.dense,))
-        return self.intermediate_act_fn(hidden)
-
-
-class TextLayer(modeling_blip_text.BlipTextLayer):
-    """Post-norm layer: self-attention (with prefix), cross-attention where there is something to attend to, feed-forward."""
-
-    layout_aware = True
-
-    def forward(
-        self,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        encoder_attention_mask=None,
-        past_key_values=None,
-        prefix=None,
-        causal=False,
-        layout=None,
-        encoder_layout=None,
-        tail=None,
-        output_attentions=None,
-        **kwargs,
-    ) -> Tensor:
-        if self.gradient_checkpointing and self.training:  # run again in backward, it gets its inputs without the recipes they may have now
-            hidden_states, encoder_hidden_states = without_recipe(hidden_states), without_recipe(encoder_hidden_states)
-        how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
-        # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
-        how = {name: value for name, value in how.items() if value is not None and value is not False}
-        asked = {} if output_attentions is None else {"output_attentions": output_attentions}
-        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how | asked)
-        if encoder_hidden_states is not None:
-            hidden_states, _ = self.crossattention(
-                hidden_states,
-                attention_mask=encoder_attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-                past_key_values=past_key_values,
-                **asked if encoder_layout is None else {"layout": encoder_layout},
-            )
-        return self.feed_forward_chunk(hidden_states)  # chunks would save no memory: nothing in it is kept that is larger than its parts
-
-
-class VisionAttention(_Attends, Recomputes, modeling_blip.BlipAttention):
-    """ViT self-attention from one qkv projection. Returns (output, None): probabilities are not formed unless they are asked for."""
-
-    def forward(self, hidden_states: Tensor, output_attentions: bool | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, M, C]."""
-        if self.gives_probabilities(output_attentions):
-            return super().forward(hidden_states)
-
-        def project(x):
-            return project_one(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
-
-        q, k, v = self.projected(project, hidden_states, (self.qkv,))
-        context = ops.attention(q, k, v, scale=self.scale, dropout_p=self._dropout_p)
-        return project_one(self.projection, context.transpose(1, 2).flatten(2)), None
-
-
-class VisionMLP(Recomputes, modeling_blip.BlipMLP):
-    """fc2(gelu(fc1(x))); keeps fc1's output and neither x nor the activation."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., C]."""
-        (hidden,) = self.projected(lambda x: (project_one(self.fc1, x),), hidden_states, (self.fc1,))
-        return project_one(self.fc2, self.activation_fn(hidden))

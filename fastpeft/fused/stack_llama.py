@@ -1,4 +1,4 @@
-"""LLaMA's modules on fastpeft's operators: the same parameters under the same names, another ``forward``.
+"""LLaMA's stack of layers on fastpeft's operators: the same parameters under the same names, another ``forward``.
 
 What differs from transformers' own:
 
@@ -17,26 +17,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama import modeling_llama
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.attend import READ_BY_ATTENTION, as_key_mask
-from fastpeft.fused.causal_loss import OF_THE_LOSS, Labelled, causal_loss
+from fastpeft.fused.attention import (
+    READ_BY_ATTENTION,
+    as_key_mask,
+)
+from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout, tail_of
-from fastpeft.fused.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
-from fastpeft.fused.outputs import with_deferred_logits
+from fastpeft.fused.layout import (
+    Layout,
+    TokenPlan,
+    packed_rows,
+    rows_layout,
+    self_layout,
+    tail_of,
+)
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.ops._common import accumulator, to_device_async
+from fastpeft.registry import fuses, path_of
 from fastpeft.savings import on
 
+ROTARY = "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding"
 
-class Model(modeling_llama.LlamaModel):
+
+@fuses("transformers.models.llama.modeling_llama.LlamaModel", layout_aware=True)
+class FusedLlamaModel:
     """The stack of layers. Computes no padding where nobody reads it and every layer can do without; hands each layer its prefix.
 
     On plain batches its values are LlamaModel's, padding included. LlamaModel's own forward runs, with the fused layers in it, wherever
@@ -142,7 +153,7 @@ class Model(modeling_llama.LlamaModel):
                 return False
             if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
                 return False  # what padding attends to there is everything
-        return not why_not_flat(self, self.layers, self.norm) and not any(map(Attention.why_not, attentions(self)))
+        return not why_not_flat(self, self.layers, self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
@@ -174,7 +185,7 @@ class Model(modeling_llama.LlamaModel):
         if encoder is not None:
             positions = positions + encoder.tokens
         like = hidden.new_empty(0, dtype=accumulator(hidden.dtype))  # float32 tables, where only our own modules read them
-        known = flat and type(self.rotary_emb) is modeling_llama.LlamaRotaryEmbedding and not has_hooks(self.rotary_emb)
+        known = flat and path_of(type(self.rotary_emb)) == ROTARY and not has_hooks(self.rotary_emb)
         tables = self.rotary_emb(like if known else hidden, position_ids=positions)
         if layout is not None:
             tables = tuple(t.expand(hidden.shape[0], -1, -1) for t in tables)
@@ -258,12 +269,12 @@ def _outside(wanted: Tensor, mask: Tensor) -> bool:
     return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
 
 
-def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
+def attentions(model: nn.Module) -> list[nn.Module]:
     """Of every layer, inside PEFT's adaption prompt too."""
     return [getattr(layer.self_attn, "model", layer.self_attn) for layer in model.layers[: model.config.num_hidden_layers]]
 
 
-def is_causal(model: modeling_llama.LlamaModel) -> bool:
+def is_causal(model: nn.Module) -> bool:
     """False where its configuration or one of its attention layers was told not to be."""
     if getattr(model.config, "is_causal", None) is False:
         return False
@@ -274,86 +285,3 @@ def output_asked(model: nn.Module, what: str, options: dict) -> bool:
     """Whether the caller, or else the configuration, asks for ``output_<what>``."""
     value = options.get(f"output_{what}")
     return bool(getattr(model.config, f"output_{what}", False) if value is None else value is not False)
-
-
-class CausalLM(modeling_llama.LlamaForCausalLM):
-    """LLaMA with its head. A training step with labels forms logits at labelled positions for its loss, and the others when somebody reads
-    them (:mod:`fastpeft.fused.outputs`). ``lean_logits``: nobody does; then logits are None, and only what the loss needs is computed."""
-
-    host_inputs = ("attention_mask", "position_ids", "labels")  # best left on the host: nobody then waits for the device
-    lean_logits = False
-
-    @staticmethod
-    def why_not(module: nn.Module) -> str:
-        """'' or why this one stays as it is."""
-        return "" if module.loss_function is ForCausalLMLoss else "its loss_function is its own, and takes logits"
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        visual: Tensor | None = None,
-        visual_index: Tensor | None = None,
-        visual_seen: Tensor | None = None,
-        modality: Tensor | None = None,
-        modality_embeds: tuple[Tensor, ...] | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
-        tokens, or their sum over ``num_items_in_batch``. For Excitor,
-        visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
-        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds: as :class:`Model` takes them."""
-        to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
-        if visual is not None:
-            own = torch.arange(len(visual))
-            index = own if visual_index is None else visual_index.cpu()
-            to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
-        tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
-        if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
-            asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
-        lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
-        if lean and type(self.model) is Model and not has_hooks(self.model):
-            to_model["wanted"] = asked.targets != asked.ignore_index
-        if use_cache is None and labels is not None and getattr(self.model, "alone", False):
-            use_cache = False  # position_ids then mark packed samples in evaluation too
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{name: value for name, value in kwargs.items() if name not in OF_THE_LOSS},
-            **to_model,
-        )
-        loss, logits, read_later = causal_loss(self, outputs.last_hidden_state, labels, asked, lean, logits_to_keep, kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
-
-
-# transformers' class -> ours; the exact type only, as a subclass may mean something else
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    modeling_llama.LlamaRMSNorm: RMSNorm,
-    modeling_llama.LlamaMLP: MLP,
-    modeling_llama.LlamaAttention: Attention,
-    modeling_llama.LlamaDecoderLayer: DecoderLayer,
-    modeling_llama.LlamaModel: Model,
-    modeling_llama.LlamaForCausalLM: CausalLM,
-}
-# these hand masks, layouts and prefixes down in a form that only they read
-LAYOUT_AWARE = (Model, DecoderLayer, Attention)
-
-

@@ -1,45 +1,100 @@
-"""BLIP's modules on fastpeft's operators: the same parameters under the same names, another ``forward``.
-
-:func:`fastpeft.optimize` gives the transformers modules these classes in place. What differs from transformers' own:
-
-- attention forms no probabilities unless somebody reads them (any flash backend serves), takes prefixes, and folds IA3's factors into q and
-  the output;
-- masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built, and padding that nobody reads is not computed; where a module is
-  hooked, foreign, or set to something that the fused forms do not know, transformers' own forward runs, on whole tensors;
-- **cross-attention honours ``encoder_attention_mask``.** transformers 4.57 to 5.23 loses it on the way (``BlipTextLayer`` passes it
-  as ``attention_mask``, ``BlipTextSelfAttention`` reads ``encoder_attention_mask``): padding of a question leaks into the decoder;
-- the language-model loss forms logits at labelled positions only; all logits are formed when they are read.
-"""
+"""Language models with their heads: LLaMA's, BLIP's decoder, BLIP for question answering and captioning."""
 
 from __future__ import annotations
-
-from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.blip import modeling_blip, modeling_blip_text
-from transformers.utils import can_return_tuple
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import (
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import ModelOutput, can_return_tuple
 
 from fastpeft import ops
-from fastpeft.fused.blip_layers import (
-    TextAttention,
-    TextIntermediate,
-    TextLayer,
-    TextOutput,
-    TextSelfAttention,
-    TextSelfOutput,
-    VisionAttention,
-    VisionMLP,
-)
-from fastpeft.fused.blip_stack import TextModel
-from fastpeft.fused.causal_loss import slice_logits_to_keep
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import IGNORED, next_labels
+from fastpeft.fused.layout import (
+    IGNORED,
+    next_labels,
+)
+from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, slice_logits_to_keep
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
+from fastpeft.fused.stack_blip import FusedBlipTextModel
+from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods.base import has_hooks
+from fastpeft.methods.excitor import Visual
 from fastpeft.ops._common import to_device_async
+from fastpeft.registry import fuses, signature_of_replaced
+
+
+@fuses("transformers.models.llama.modeling_llama.LlamaForCausalLM")
+class FusedLlamaForCausalLM:
+    """LLaMA with its head. A training step with labels forms logits at labelled positions for its loss, and the others when somebody reads
+    them (:mod:`fastpeft.fused.outputs`). ``lean_logits``: nobody does; then logits are None, and only what the loss needs is computed."""
+
+    host_inputs = ("attention_mask", "position_ids", "labels")  # best left on the host: nobody then waits for the device
+    lean_logits = False
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return "" if module.loss_function is ForCausalLMLoss else "its loss_function is its own, and takes logits"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        visual: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        visual_seen: Tensor | None = None,
+        modality: Tensor | None = None,
+        modality_embeds: tuple[Tensor, ...] | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
+        tokens, or their sum over ``num_items_in_batch``. For Excitor,
+        visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
+        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds: as FusedLlamaModel takes them."""
+        to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
+        if visual is not None:
+            own = torch.arange(len(visual))
+            index = own if visual_index is None else visual_index.cpu()
+            to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
+        tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
+        if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
+            asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
+        lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
+        if lean and isinstance(self.model, FusedLlamaModel) and not has_hooks(self.model):
+            to_model["wanted"] = asked.targets != asked.ignore_index
+        if use_cache is None and labels is not None and getattr(self.model, "alone", False):
+            use_cache = False  # position_ids then mark packed samples in evaluation too
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{name: value for name, value in kwargs.items() if name not in OF_THE_LOSS},
+            **to_model,
+        )
+        loss, logits, read_later = causal_loss(self, outputs.last_hidden_state, labels, asked, lean, logits_to_keep, kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
 
 
 class _ShiftsLabels:
@@ -55,7 +110,8 @@ class _ShiftsLabels:
         """PreTrainedModel sets it from the name."""
 
 
-class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
+@fuses("transformers.models.blip.modeling_blip_text.BlipTextLMHeadModel", computes=("cls.predictions",))
+class FusedBlipTextLMHeadModel(_ShiftsLabels):
     """Decoder with its head. With labels, the loss forms logits at labelled positions only; all logits are formed when they are read."""
 
     lean_logits = False  # whether nobody reads the logits of a training step
@@ -87,7 +143,13 @@ class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
         items = kwargs.pop("num_items_in_batch", None)
         lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
         lean = lean and not torch.compiler.is_compiling() and not why_not_flat(self, self.cls)
-        if lean and isinstance(logits_to_keep, int) and not logits_to_keep and type(self.bert) is TextModel and not has_hooks(self.bert):
+        if (
+            lean
+            and isinstance(logits_to_keep, int)
+            and not logits_to_keep
+            and isinstance(self.bert, FusedBlipTextModel)
+            and not has_hooks(self.bert)
+        ):
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
             kwargs["wanted"] = labelled_positions(labels, shift_labels, shape)
         outputs = self.bert(
@@ -153,19 +215,21 @@ def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple
     return (labels != IGNORED).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
 
 
-class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
+@fuses("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
+class FusedBlipForQuestionAnswering(_ShiftsLabels):
     """transformers' own forward around our decoder, of whose outputs it reads the loss alone, and of the question no padding."""
 
-    @wraps(modeling_blip.BlipForQuestionAnswering.forward)
+    @signature_of_replaced
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs, **reads_of(self.text_decoder))
 
 
-class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
+@fuses("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
+class FusedBlipForConditionalGeneration:
     """transformers' own forward, whose output hands on logits that are formed when they are read."""
 
+    @signature_of_replaced
     @can_return_tuple
-    @wraps(modeling_blip.BlipForConditionalGeneration.forward)
     def forward(
         self,
         pixel_values,
@@ -175,7 +239,9 @@ class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
         interpolate_pos_encoding=False,
         logits_to_keep=0,
         **kwargs,
-    ) -> modeling_blip.BlipForConditionalGenerationModelOutput:
+    ) -> ModelOutput:
+        from transformers.models.blip.modeling_blip import BlipForConditionalGenerationModelOutput  # imported already: the base is of it
+
         vision = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         text = self.text_decoder(
             input_ids=input_ids,
@@ -186,7 +252,7 @@ class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        output = modeling_blip.BlipForConditionalGenerationModelOutput(
+        output = BlipForConditionalGenerationModelOutput(
             loss=text.loss,
             logits=text.loss if is_deferred(text) else text.logits,
             image_embeds=vision.last_hidden_state,
@@ -199,27 +265,6 @@ class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
 
 def reads_of(decoder: nn.Module) -> dict[str, bool]:
     """What a model of visual question answering, whose ``decoder`` this is, can say that it does not read; keywords of text models."""
-    ours = type(decoder) is TextLMHeadModel and type(decoder.bert) is TextModel  # attends to no padding of the question
+    # a fused decoder attends to no padding of the question
+    ours = isinstance(decoder, FusedBlipTextLMHeadModel) and isinstance(decoder.bert, FusedBlipTextModel)
     return {"loss_only": not has_hooks(decoder), "padding_unread": True} if ours else {}
-
-
-# transformers' class -> ours; the exact type only, as a subclass may mean something else
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    modeling_blip_text.BlipTextSelfAttention: TextSelfAttention,
-    modeling_blip_text.BlipTextAttention: TextAttention,
-    modeling_blip_text.BlipTextSelfOutput: TextSelfOutput,
-    modeling_blip_text.BlipTextOutput: TextOutput,
-    modeling_blip_text.BlipTextIntermediate: TextIntermediate,
-    modeling_blip_text.BlipTextLayer: TextLayer,
-    modeling_blip_text.BlipTextModel: TextModel,
-    modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,
-    modeling_blip.BlipAttention: VisionAttention,
-    modeling_blip.BlipMLP: VisionMLP,
-}
-MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    modeling_blip.BlipForQuestionAnswering: QuestionAnswering,
-    modeling_blip.BlipForConditionalGeneration: ConditionalGeneration,
-}
-# these hand masks, layouts and prefixes down in a form that only they read
-LAYOUT_AWARE = (TextModel, TextLayer, TextAttention, TextSelfAttention)
-MASK_FIX = "cross-attention now honours encoder_attention_mask, which transformers 4.57 to 5.23 loses: padded questions no longer leak"
