@@ -80,8 +80,9 @@ def fuses(
 
 
 def known_names() -> list[str]:
-    """Names of the classes with a form, whether or not they are imported."""
-    return sorted({path.rpartition(".")[2] for path, form in _FORMS.items() if form.applies is None})
+    """Names of the classes with a form, whether or not they are imported; PEFT's with the method's before it (``lora.Linear``)."""
+    parts = [path.split(".") for path, form in _FORMS.items() if form.applies is None]
+    return sorted({f"{part[2]}.{part[-1]}" if part[:2] == ["peft", "tuners"] else part[-1] for part in parts})
 
 
 def known_classes() -> Iterator[type[nn.Module]]:
