@@ -17,7 +17,7 @@ from fastpeft.fused.attention import (
 )
 from fastpeft.fused.layout import (
     Layout,
-    Tail,
+    LabelledQueries,
     rows_of,
 )
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
@@ -64,11 +64,11 @@ class FusedLlamaAttention(Recomputes, modeling_llama.LlamaAttention):
         prefix: tuple[Tensor, Tensor] | None = None,
         layout: Layout | None = None,
         visual: Visual | None = None,
-        tail: Tail | None = None,
+        labelled: LabelledQueries | None = None,
         prompted: Prompted | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``tail``'s rows only, where one is given);
+        """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``labelled``'s rows only, where one is given);
         position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]. ``causal`` None: called as transformers' model calls it, with its
         mask; True or False: by our own stack, attention_mask [B, N] bool over keys. ``layout`` with hidden_states [B, M, C]: samples are
         packed. visual: images' features for Excitor; prompted: an adaption prompt, where it is not this module's own."""
@@ -88,14 +88,14 @@ class FusedLlamaAttention(Recomputes, modeling_llama.LlamaAttention):
             )
         shape, tables = hidden_states.shape[:-1], tuple(t.unsqueeze(-2) for t in position_embeddings)
         l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
-        if tail is None:
+        if labelled is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
             q, k, v = self.projected(partial(self._tables, linears, tables, layout, prefix is None), hidden_states, linears)
             keys = layout
         else:
-            layout, keys = tail.queries, tail.keys
-            asked, hidden_states = (rows_of(hidden_states, index) for index in (tail.tokens, tail.seen))
-            asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (tail.tokens, tail.seen))
+            layout, keys = labelled.queries, labelled.keys
+            asked, hidden_states = (rows_of(hidden_states, index) for index in (labelled.tokens, labelled.seen))
+            asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (labelled.tokens, labelled.seen))
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
             k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
             shape = asked.shape[:-1]
@@ -112,7 +112,7 @@ class FusedLlamaAttention(Recomputes, modeling_llama.LlamaAttention):
         context = context.transpose(1, 2).flatten(2)
         if l_v is not None:
             context = ops.rescale(context, self._per_query_head(l_v))
-        output = project_one(self.o_proj, context if layout is None else layout.gather(context).view(*shape, -1))
+        output = project_one(self.o_proj, context if layout is None else layout.unpad(context).view(*shape, -1))
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None
@@ -148,7 +148,7 @@ class FusedLlamaAttention(Recomputes, modeling_llama.LlamaAttention):
             value = linear is self.v_proj
             t = t if value and values_raw else rescaled(linear, t)
             t = t if value else ops.rotary(t.unflatten(-1, (-1, self.head_dim)), *rotary).flatten(-2)
-            t = t if layout is None else layout.spread(t)
+            t = t if layout is None else layout.pad(t)
             out.append(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         return tuple(out)
 

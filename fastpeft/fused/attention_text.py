@@ -15,7 +15,7 @@ from fastpeft.fused.attention import (
 )
 from fastpeft.fused.layout import (
     Layout,
-    Tail,
+    LabelledQueries,
     rows_of,
 )
 from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project_one, project_together, rescaled
@@ -40,12 +40,12 @@ class FusedBlipTextSelfAttention(Attends, Recomputes, modeling_blip_text.BlipTex
         prefix: tuple[Tensor, Tensor] | None = None,
         causal: bool = False,
         layout: Layout | None = None,
-        tail: Tail | None = None,
+        labelled: LabelledQueries | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout``; masks [B, N] bool over keys (True = attend), or transformers' own
-        [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``tail``."""
+        [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``labelled``."""
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
         # transformers' masks add numbers: a row that is masked as a whole attends to all keys alike, and the gradients that PyTorch's
@@ -61,19 +61,19 @@ class FusedBlipTextSelfAttention(Attends, Recomputes, modeling_blip_text.BlipTex
         if cross:
             q = project_one(self.query, hidden_states)
             k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
-            q = self._heads(q if layout is None else layout.spread(q))
-        elif tail is not None:
-            layout, mask = tail.queries, mask if mask is None else mask[:, : tail.keys.columns]
-            (q,) = project_together((self.query,), rows_of(hidden_states, tail.tokens))
-            k, v = project_together((self.key, self.value), rows_of(hidden_states, tail.seen))
-            q, k, v = (self._heads(t) for t in (layout.spread(rescaled(self.query, q)), tail.keys.spread(k), tail.keys.spread(v)))
+            q = self._heads(q if layout is None else layout.pad(q))
+        elif labelled is not None:
+            layout, mask = labelled.queries, mask if mask is None else mask[:, : labelled.keys.columns]
+            (q,) = project_together((self.query,), rows_of(hidden_states, labelled.tokens))
+            k, v = project_together((self.key, self.value), rows_of(hidden_states, labelled.seen))
+            q, k, v = (self._heads(t) for t in (layout.pad(rescaled(self.query, q)), labelled.keys.pad(k), labelled.keys.pad(v)))
         else:
             linears = (self.query, self.key, self.value)
 
             def project(x):
                 q, k, v = project_together(linears, x)
                 q = rescaled(self.query, q)  # l_k and l_v are attention's
-                return tuple(self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+                return tuple(self._heads(t if layout is None else layout.pad(t)) for t in (q, k, v))
 
             q, k, v = self.projected(project, hidden_states, linears)
             if past_key_values is not None:
@@ -96,7 +96,7 @@ class FusedBlipTextSelfAttention(Attends, Recomputes, modeling_blip_text.BlipTex
     def _output(self, context: Tensor, layout: Layout | None, l_v: Tensor | None) -> Tensor:
         """[B, H, M, d] -> the shape of the hidden states."""
         context = context.transpose(1, 2).flatten(2)
-        context = context if layout is None else layout.gather(context)
+        context = context if layout is None else layout.unpad(context)
         return context if l_v is None else ops.rescale(context, l_v)
 
     def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
@@ -147,5 +147,5 @@ class FusedBlipTextAttention(modeling_blip_text.BlipTextAttention):
             **{mask: attention_mask},
             **kwargs,
         )
-        tail = kwargs.get("tail")
-        return self.output(context, hidden_states if tail is None else rows_of(hidden_states, tail.tokens)), probabilities
+        labelled = kwargs.get("labelled")
+        return self.output(context, hidden_states if labelled is None else rows_of(hidden_states, labelled.tokens)), probabilities

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 from fastpeft import ops
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import (
-    IGNORED,
+    IGNORE_INDEX,
     next_labels,
 )
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, slice_logits_to_keep
@@ -75,7 +75,7 @@ class FusedLlamaForCausalLM(modeling_llama.LlamaForCausalLM):
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
         if lean and type(self.model) is FusedLlamaModel and not has_hooks(self.model):
-            to_model["wanted"] = asked.targets != asked.ignore_index
+            to_model["output_mask"] = asked.targets != asked.ignore_index
         if use_cache is None and labels is not None and getattr(self.model, "alone", False):
             use_cache = False  # position_ids then mark packed samples in evaluation too
         outputs = self.model(
@@ -152,7 +152,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadM
             and not has_hooks(self.bert)
         ):
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            kwargs["wanted"] = labelled_positions(labels, shift_labels, shape)
+            kwargs["output_mask"] = labelled_positions(labels, shift_labels, shape)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -197,7 +197,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadM
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
         how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if logits is None and not why_not_flat(self, self.cls) and type(self.cls.predictions.decoder) is nn.Linear:
-            head, rows = self.cls.predictions, (targets != IGNORED).nonzero().squeeze(1)
+            head, rows = self.cls.predictions, (targets != IGNORE_INDEX).nonzero().squeeze(1)
             labelled, there = targets[rows], to_device_async(rows, hidden.device)
             states = head.transform(hidden.flatten(0, -2)[there])
             loss = ops.linear_cross_entropy(states, head.decoder.weight, head.decoder.bias, labelled, **how)
@@ -213,7 +213,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadM
 def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """[B, L] bool: where the loss reads the last hidden state."""
     labels = next_labels(labels, shift_labels)
-    return (labels != IGNORED).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
+    return (labels != IGNORE_INDEX).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
 
 
 class FusedBlipForQuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):

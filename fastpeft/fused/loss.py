@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
 from fastpeft.fused.layout import (
-    IGNORED,
+    IGNORE_INDEX,
     next_labels,
 )
 from fastpeft.fused.outputs import can_defer
@@ -38,14 +38,14 @@ class Labelled(NamedTuple):
     their number."""
 
     targets: Tensor
-    ignore_index: int = IGNORED
+    ignore_index: int = IGNORE_INDEX
     items: Tensor | int | None = None
     shifted_here: bool = False  # the last position then has none
 
     @classmethod
     def of(cls, labels: Tensor | None, shape: tuple[int, int], logits_to_keep: int | Tensor, options: dict) -> Labelled | None:
         """None where labels do not fit the positions one by one; options: the keywords of transformers' loss."""
-        shifted, ignore_index = options.get("shift_labels"), options.get("ignore_index", IGNORED)
+        shifted, ignore_index = options.get("shift_labels"), options.get("ignore_index", IGNORE_INDEX)
         if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
             return None
         if shifted is not None:
@@ -86,7 +86,7 @@ def causal_loss(
     return loss, logits, None
 
 
-def loss_of_logits(logits: Tensor, labels: Tensor, *, shift_labels=None, num_items_in_batch=None, ignore_index=IGNORED, **_) -> Tensor:
+def loss_of_logits(logits: Tensor, labels: Tensor, *, shift_labels=None, num_items_in_batch=None, ignore_index=IGNORE_INDEX, **_) -> Tensor:
     """transformers' ForCausalLMLoss, in float64 where logits are."""
     targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     targets = to_device_async(targets, logits.device).reshape(-1)
@@ -95,7 +95,7 @@ def loss_of_logits(logits: Tensor, labels: Tensor, *, shift_labels=None, num_ite
     return loss if num_items_in_batch is None else loss / _on(num_items_in_batch, loss)
 
 
-def loss_of(head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None, ignore_index: int = IGNORED) -> Tensor:
+def loss_of(head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Cross entropy of hidden [B, L, C] under ``head`` with targets [B, L], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``. Logits exist at labelled positions only."""
     reduction = "mean" if items is None else "sum"

@@ -18,10 +18,10 @@ from fastpeft.fused.attention_text import FusedBlipTextSelfAttention
 from fastpeft.fused.flatten import ROW_WISE, why_not_flat
 from fastpeft.fused.layout import (
     Layout,
-    Tail,
+    LabelledQueries,
     image_layout,
     self_layout,
-    tail_of,
+    queries_at,
 )
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import to_device_async
@@ -62,14 +62,14 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
         use_cache=None,
         is_decoder=False,
         encoder_index=None,
-        wanted=None,
+        output_mask=None,
         padding_unread=False,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
 
         ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
-        once for all samples that share it. ``wanted`` [B, L] bool: the caller reads the last hidden state there only; ``padding_unread``:
+        once for all samples that share it. ``output_mask`` [B, L] bool: the caller reads the last hidden state there only; ``padding_unread``:
         he reads it at no padding. What is not read may be zero, and is not computed where every layer can do without.
 
         transformers' own forward runs, with our layers in it, where something is asked that the fused layers do not know, and where they
@@ -89,8 +89,8 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
             raise ValueError(f"a prefix runs in fused attention alone, and {reason}: leave that out, or detach the prefix")
         reason = reason or self._needs_transformers()
         keep_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        wanted, padding_unread = (None, False) if keep_states or self.pooler is not None else (wanted, padding_unread)
-        unpadded, own_rows = self._padding(masks[0], past_key_values, wanted, padding_unread, causal)
+        output_mask, padding_unread = (None, False) if keep_states or self.pooler is not None else (output_mask, padding_unread)
+        unpadded, own_rows = self._padding(masks[0], past_key_values, output_mask, padding_unread, causal)
         if encoder is None and (reason or not own_rows):
             return self._as_transformers(
                 encoder_hidden_states,
@@ -121,7 +121,7 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
         flat = unpadded and not reason
         layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, flat)
         states = [] if keep_states else None
-        hidden = self._run(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, causal, layouts, wanted, states)
+        hidden = self._run(hidden, masks, past_key_values, encoder_hidden_states, encoder_index, causal, layouts, output_mask, states)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
             pooler_output=self.pooler(hidden) if self.pooler is not None else None,
@@ -159,13 +159,13 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
         return "the stack has hooks" if has_hooks(self) else why_not_flat(self, self.encoder)
 
     @staticmethod
-    def _padding(mask: Tensor | None, cache, wanted: Tensor | None, unread: bool, causal: bool) -> tuple[bool, bool]:
+    def _padding(mask: Tensor | None, cache, output_mask: Tensor | None, unread: bool, causal: bool) -> tuple[bool, bool]:
         """(whether the states of padding may be left out, whether all rows that are read attend to something: in transformers, a row that
         is masked as a whole attends to all keys alike)."""
         if mask is None or mask.dim() != 2 or cache is not None or torch.compiler.is_compiling():
             return True, True
         real = mask.cpu()
-        if unread if wanted is None else not bool((wanted.cpu() & ~real).any()):
+        if unread if output_mask is None else not bool((output_mask.cpu() & ~real).any()):
             return True, True
         return bool(real.all()), bool((real[:, 0] if causal else real.any(1)).all())
 
@@ -177,8 +177,8 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
         given |= {name: mask if mask is None else mask.to(self.device) for name, mask in zip(names, masks)}
         return super().forward(encoder_hidden_states=encoder_states, return_dict=True, **given)
 
-    def _run(self, hidden, masks, cache, encoder_states, encoder_index, causal, layouts, wanted, states: list | None) -> Tensor:
-        """[B, L, C] after the last layer, at ``wanted`` positions only where some are given; ``states`` takes what comes before and after
+    def _run(self, hidden, masks, cache, encoder_states, encoder_index, causal, layouts, output_mask, states: list | None) -> Tensor:
+        """[B, L, C] after the last layer, at ``output_mask`` positions only where some are given; ``states`` takes what comes before and after
         each layer."""
         layout, device = layouts["layout"], hidden.device
         if encoder_index is not None and layouts["encoder_layout"] is layout:
@@ -186,15 +186,15 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
         masks = [None if mask is None else mask.to(device, non_blocking=True) for mask in masks]
         encoder = getattr(self, "prefix_encoder", None)
         prefixes = [None] * len(self.encoder.layer) if encoder is None else encoder()
-        pad = layout.spread if layout is not None else lambda x: x
-        hidden = hidden if layout is None else layout.gather(hidden)
+        pad = layout.pad if layout is not None else lambda x: x
+        hidden = hidden if layout is None else layout.unpad(hidden)
         how = {name: value for name, value in {"causal": causal, **layouts}.items() if value}
-        tail = tail_of(layout, wanted, causal, device) if wanted is not None and layout is not None and on("labelled") else None
+        labelled = queries_at(layout, output_mask, causal, device) if output_mask is not None and layout is not None and on("labelled") else None
         for layer, prefix in zip(self.encoder.layer, prefixes):
             if states is not None:
                 states.append(pad(hidden))
-            if tail is not None and layer is self.encoder.layer[-1]:
-                pad, how = tail.outputs.spread, how | self._tail(tail, layouts, encoder_index, encoder_states)
+            if labelled is not None and layer is self.encoder.layer[-1]:
+                pad, how = labelled.outputs.pad, how | self._last_layer(labelled, layouts, encoder_index, encoder_states)
             hidden = layer(
                 hidden,
                 encoder_states,
@@ -219,11 +219,11 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
             return {"layout": layout, "encoder_layout": layout}
         return {"layout": layout, "encoder_layout": image_layout(layout, encoder_index, len(encoder_states), hidden.device)}
 
-    def _tail(self, tail: Tail, layouts, encoder_index, encoder_states) -> dict[str, Tail | Layout]:
-        """What the last layer is told where only some of its outputs are wanted."""
+    def _last_layer(self, labelled: LabelledQueries, layouts, encoder_index, encoder_states) -> dict[str, LabelledQueries | Layout]:
+        """What the last layer is told where only some of its outputs are output_mask."""
         shared = layouts["encoder_layout"] is not layouts["layout"]
-        images = image_layout(tail.queries, encoder_index, len(encoder_states), tail.tokens.device) if shared else tail.queries
-        return {"tail": tail, "encoder_layout": images}
+        images = image_layout(labelled.queries, encoder_index, len(encoder_states), labelled.tokens.device) if shared else labelled.queries
+        return {"labelled": labelled, "encoder_layout": images}
 
     def _cache(self, cache):
         if cache is None:

@@ -36,7 +36,7 @@ from fastpeft.fused.layout import (
     packed_rows,
     rows_layout,
     self_layout,
-    tail_of,
+    queries_at,
 )
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.mm_adapter import Routing
@@ -79,13 +79,13 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        wanted: Tensor | None = None,
+        output_mask: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer.
-        wanted [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero, and no cache unless use_cache=True.
+        output_mask [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero, and no cache unless use_cache=True.
         modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -95,7 +95,7 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         alone = self.alone or ours
         asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
-        if not ours and not self._is_plain(given, attention_mask, kwargs, wanted):
+        if not ours and not self._is_plain(given, attention_mask, kwargs, output_mask):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
         if output_asked(self, "attentions", kwargs):
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
@@ -105,10 +105,10 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cached = use_cache or past_key_values is not None
         packs = not cached and position_ids is not None and attention_mask is None
-        if wanted is not None and asked is None and past_key_values is None:
+        if output_mask is not None and asked is None and past_key_values is None:
             use_cache = cached = False
         flat = not ours or (not torch.compiler.is_compiling() and why_not_flat(self, self.layers, self.norm) == "")
-        read = wanted if flat and not cached and states is None else None
+        read = output_mask if flat and not cached and states is None else None
         plan = self._plan(hidden, attention_mask, position_ids if packs else None, read, flat, kwargs.pop("is_causal", None))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -133,7 +133,7 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
         return to_device_async((torch.arange(tokens.shape[1], device=mask.device) - before).clamp(min=0), tokens.device)
 
-    def _is_plain(self, given: dict, mask: Tensor | None, options: dict, wanted: Tensor | None) -> bool:
+    def _is_plain(self, given: dict, mask: Tensor | None, options: dict, output_mask: Tensor | None) -> bool:
         """Whether a call is of the kind that this class's own loop serves: causal, in one of transformers' own attention functions, under
         a mask over keys, through layers that nobody watches, without a cache of fixed size."""
         cache = given["past_key_values"]
@@ -148,15 +148,15 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
             past = 0 if cache is None else cache.get_seq_length()
             if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
                 return False
-            if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
+            if self.config._attn_implementation == "eager" and not bool(mask.all()) and (output_mask is None or _outside(output_mask, mask)):
                 return False  # what padding attends to there is everything
         return not why_not_flat(self, self.layers, self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, wanted, flat: bool, causal: bool | None) -> TokenPlan:
-        """How the tokens lie. position_ids: where they may mark packed samples; wanted: where outputs other than these are not read."""
+    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None) -> TokenPlan:
+        """How the tokens lie. position_ids: where they may mark packed samples; output_mask: where outputs other than these are not read."""
         causal = is_causal(self) if causal is None else causal
         mask = as_key_mask(mask)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
@@ -169,15 +169,15 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
             return TokenPlan(mask=mask, causal=False)
         if mask is None and position_ids is not None and (rows := packed_rows(position_ids, hidden)) is not None:
             tokens = Layout(*hidden.shape[:2], None)
-            return TokenPlan(tokens if flat else None, rows, wanted=wanted)
-        if wanted is None or (mask is not None and _outside(wanted, mask)):
+            return TokenPlan(tokens if flat else None, rows, output_mask=output_mask)
+        if output_mask is None or (mask is not None and _outside(output_mask, mask)):
             return TokenPlan(mask=mask)
         tokens = self_layout(hidden.shape[:2], mask, hidden.device)
-        return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), wanted=wanted)
+        return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), output_mask=output_mask)
 
     def _run(self, hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs):
         """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
-        tokens, layout, mask, causal, wanted = plan
+        tokens, layout, mask, causal, output_mask = plan
         positions = to_device_async(position_ids, hidden.device)
         if encoder is not None:
             positions = positions + encoder.tokens
@@ -187,20 +187,20 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         if layout is not None:
             tables = tuple(t.expand(hidden.shape[0], -1, -1) for t in tables)
         if tokens is not None:
-            tables = tuple(map(tokens.gather, tables))
-            hidden = tokens.gather(hidden)
-        pad = (lambda x: x) if tokens is None else tokens.spread
+            tables = tuple(map(tokens.unpad, tables))
+            hidden = tokens.unpad(hidden)
+        pad = (lambda x: x) if tokens is None else tokens.pad
         how = {"layout": layout, **kwargs} if layout is not None else dict(kwargs)
         layers = self._layers()
         prefixes = [None] * len(layers) if encoder is None else encoder()
         if modality is not None:
             hidden, how["routing"] = self._routing(hidden, modality, modality_embeds, past_key_values, prefixes, plan)
-        tail = None if wanted is None or not on("labelled") else tail_of(tokens, wanted, True, hidden.device, layout)
+        labelled = None if output_mask is None or not on("labelled") else queries_at(tokens, output_mask, True, hidden.device, layout)
         for layer, prefix in zip(layers, prefixes):
             if states is not None:
                 states.append(pad(hidden))
-            if tail is not None and layer is layers[-1]:
-                pad, how = tail.outputs.spread, how | {"tail": tail}
+            if labelled is not None and layer is layers[-1]:
+                pad, how = labelled.outputs.pad, how | {"labelled": labelled}
             hidden = layer(
                 hidden,
                 attention_mask=mask if mask is None else to_device_async(mask, hidden.device),
@@ -261,9 +261,9 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         )
 
 
-def _outside(wanted: Tensor, mask: Tensor) -> bool:
-    """Whether some of ``wanted`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
-    return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
+def _outside(output_mask: Tensor, mask: Tensor) -> bool:
+    """Whether some of ``output_mask`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
+    return output_mask.shape != mask.shape or bool((output_mask.cpu() & (mask.cpu() == 0)).any())
 
 
 def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
