@@ -16,8 +16,8 @@ from fastpeft.fused.attention import (
     why_not_fused,
 )
 from fastpeft.fused.layout import (
-    Layout,
     LabelledQueries,
+    Layout,
     rows_of,
 )
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled

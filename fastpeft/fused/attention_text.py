@@ -14,8 +14,8 @@ from fastpeft.fused.attention import (
     reads_probabilities,
 )
 from fastpeft.fused.layout import (
-    Layout,
     LabelledQueries,
+    Layout,
     rows_of,
 )
 from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project_one, project_together, rescaled

@@ -102,11 +102,11 @@ class FusedBlipTextLayer(modeling_blip_text.BlipTextLayer):
     ) -> Tensor:
         if self.gradient_checkpointing and self.training:  # run again in backward, it gets its inputs without the recipes they may have now
             hidden_states, encoder_hidden_states = without_recipe(hidden_states), without_recipe(encoder_hidden_states)
-        how = {"prefix": prefix, "causal": causal, "layout": layout, "labelled": labelled}
+        options = {"prefix": prefix, "causal": causal, "layout": layout, "labelled": labelled}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
-        how = {name: value for name, value in how.items() if value is not None and value is not False}
+        options = {name: value for name, value in options.items() if value is not None and value is not False}
         asked = {} if output_attentions is None else {"output_attentions": output_attentions}
-        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how | asked)
+        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **options | asked)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(
                 hidden_states,

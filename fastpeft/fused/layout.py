@@ -146,8 +146,10 @@ class LabelledQueries:
     outputs: Layout
 
 
-def queries_at(tokens: Layout, output_mask: Tensor, causal: bool, device: torch.device, attended: Layout | None = None) -> LabelledQueries | None:
-    """The labelled for ``output_mask`` [rows, columns] bool, where ``tokens`` says where they lie in the batch and ``attended`` where in attention
+def queries_at(
+    tokens: Layout, output_mask: Tensor, causal: bool, device: torch.device, attended: Layout | None = None
+) -> LabelledQueries | None:
+    """The queries for ``output_mask`` [rows, columns] bool, where ``tokens`` says where they lie in the batch and ``attended`` where in attention
     (None: in the same cells). None where nothing is saved, or nothing output_mask.
 
     Under causality the table of queries runs from the first to the last output_mask column, that of keys ends with it, so that causality stays
@@ -182,7 +184,7 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
-IGNORE_INDEX = -100  # a label that is none
+IGNORE_INDEX = -100  # a label that no loss counts
 
 
 def next_labels(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:

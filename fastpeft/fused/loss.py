@@ -95,7 +95,9 @@ def loss_of_logits(logits: Tensor, labels: Tensor, *, shift_labels=None, num_ite
     return loss if num_items_in_batch is None else loss / _on(num_items_in_batch, loss)
 
 
-def loss_of(head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def loss_of(
+    head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """Cross entropy of hidden [B, L, C] under ``head`` with targets [B, L], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``. Logits exist at labelled positions only."""
     reduction = "mean" if items is None else "sum"

@@ -7,7 +7,7 @@ import torch
 
 import fastpeft as fp
 from fastpeft.fused import head
-from fastpeft.fused.layout import Layout, image_layout, rows_of, self_layout, queries_at
+from fastpeft.fused.layout import Layout, image_layout, queries_at, rows_of, self_layout
 from fastpeft.methods.base import sees_no_values
 from fastpeft.ops import layer_norm
 from fastpeft.ops._recompute import recipe_of
