@@ -73,6 +73,8 @@ def convert(
 FORMATS = (  # the first that knows a source
     CheckpointFormat("LLaMA's original files", lambda path, names: is_original(path), ("vicuna_delta",), write_llama),
     CheckpointFormat("a transformers folder", lambda path, names: path.is_dir(), (), write_official),
-    CheckpointFormat("OpenAI's CLIP", lambda path, names: is_clip(names), ("vision_heads", "llama", "backbone", "vicuna_delta"), write_clip),
+    CheckpointFormat(
+        "OpenAI's CLIP", lambda path, names: is_clip(names), ("vision_heads", "llama", "backbone", "vicuna_delta"), write_clip
+    ),
     CheckpointFormat("a MISS or BLIP checkpoint", lambda path, names: True, ("image_size", "text_heads", "vision_heads"), write_blip),
 )

@@ -77,7 +77,7 @@ class FusedLlamaAttention(Recomputes, modeling_llama.LlamaAttention):
         excitor = excitor if excitor is not None and excitor.active else None
         reason = self.why_not_now(attention_mask, kwargs) if causal is None else self.why_not(self)
         if reason:
-            if causal is not None or prefix is not None or excitor is not None or prompted is not None:
+            if causal is not None or any(attached is not None for attached in (prefix, excitor, prompted)):
                 raise ValueError(f"attention {self.layer_idx} must run its own forward, as {reason}; what was attached to it cannot")
             return super().forward(
                 hidden_states,
@@ -99,23 +99,33 @@ class FusedLlamaAttention(Recomputes, modeling_llama.LlamaAttention):
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
             k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
             shape = asked.shape[:-1]
-        if excitor is not None:  # its gate is one number per query head: groups no longer share their keys
-            if (groups := self.num_key_value_groups) > 1:
-                k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-                prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
-            k = excitor(k, hidden_states, keys, visual, tables)
+        if excitor is not None:
+            k, v, prefix = self._with_excitor(excitor, k, v, prefix, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"))
         if prompted is not None:
             context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, prefix is None, past_key_values), prompted.gate)
-        context = context.transpose(1, 2).flatten(2)
-        if l_v is not None:
-            context = ops.rescale(context, self._per_query_head(l_v))
-        output = project_one(self.o_proj, context if layout is None else layout.unpad(context).view(*shape, -1))
+        output = self._output(context, l_v, layout, shape)
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None
+
+    def _output(self, context: Tensor, l_v: Tensor | None, layout: Layout | None, shape: torch.Size) -> Tensor:
+        """Context [B, H, M, d], times IA3's l_v, through the output projection -> [*shape, C]."""
+        context = context.transpose(1, 2).flatten(2)
+        if l_v is not None:
+            context = ops.rescale(context, self._per_query_head(l_v))
+        return project_one(self.o_proj, context if layout is None else layout.unpad(context).view(*shape, -1))
+
+    def _with_excitor(
+        self, excitor, k: Tensor, v: Tensor, prefix, hidden_states: Tensor, keys: Layout | None, visual: Visual | None, tables
+    ):
+        """(k, v, prefix) with Excitor's keys merged into k. Its gate is one number per query head: groups no longer share their keys."""
+        if (groups := self.num_key_value_groups) > 1:
+            k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+            prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
+        return excitor(k, hidden_states, keys, visual, tables), v, prefix
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, prefix, is_causal: bool | None) -> Tensor:
         """[B, H, M, d]. ``causal`` None: ``mask`` and ``is_causal`` mean what they mean to transformers' functions."""

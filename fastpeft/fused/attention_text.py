@@ -80,12 +80,15 @@ class FusedBlipTextSelfAttention(Attends, Recomputes, modeling_blip_text.BlipTex
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 k, v = cache.update(k, v, self.layer_idx)
         rescale = None if prefix is None else key_value_rescale(self.key, self.value, self.num_attention_heads)
-        q, options = self._times(q, l_k), {"prefix": prefix, "rescale": rescale, "dropout_p": self._dropout_p}
-        if mask is not None and mask.dim() == 4:
-            context = dense_mask_attention(q, k, v, mask, **options)
-        else:
-            context = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
+        context = self._attend(self._times(q, l_k), k, v, mask, causal, prefix=prefix, rescale=rescale, dropout_p=self._dropout_p)
         return self._output(context, layout, l_v), None
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **options) -> Tensor:
+        """[B, H, M, d], under a mask [B, N] over keys or transformers' own [B, 1, M, N]."""
+        if mask is not None and mask.dim() == 4:
+            return dense_mask_attention(q, k, v, mask, **options)
+        return ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Where tokens lie: only real tokens between attentions, and inside an attention rows of queries that share their keys.
+"""Token layouts: batches without padding between attentions, and rows of queries that share their keys inside an attention.
 
 T = real tokens of a batch, B = samples, L = tokens of the longest, U = distinct images, Q = query tokens of the image with the most.
 Linear layers, norms and activations see [T, C]: no padding is computed. Self-attention sees [B, L, C]; attention to images sees
@@ -123,7 +123,7 @@ def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
 
 
 class TokenPlan(NamedTuple):
-    """How the tokens of a call lie. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
+    """Layout of a call's tokens. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
     ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
     transformers' own mask; ``output_mask`` [B, L] bool: the only outputs that are read (None: all)."""
 
@@ -136,8 +136,9 @@ class TokenPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledQueries:
-    """A last layer that is asked for some of its outputs only: ``tokens`` [T'] are those of the T states it gets, ``seen`` [S] those whose
-    keys and values they see (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T' where the batch has them."""
+    """Queries of a last layer whose outputs are read at few positions: ``tokens`` [T'] are those of the T states that the layer gets,
+    ``seen`` [S] those whose keys and values the T' attend to (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T'
+    where the batch has them."""
 
     tokens: Tensor
     seen: Tensor | None
@@ -149,11 +150,11 @@ class LabelledQueries:
 def queries_at(
     tokens: Layout, output_mask: Tensor, causal: bool, device: torch.device, attended: Layout | None = None
 ) -> LabelledQueries | None:
-    """The queries for ``output_mask`` [rows, columns] bool, where ``tokens`` says where they lie in the batch and ``attended`` where in attention
-    (None: in the same cells). None where nothing is saved, or nothing output_mask.
+    """The last layer's queries at ``output_mask`` [rows, columns] bool. ``tokens`` says where tokens lie in the batch, ``attended`` where
+    in attention (None: in the same cells). None where nothing is saved, or no output is read.
 
-    Under causality the table of queries runs from the first to the last output_mask column, that of keys ends with it, so that causality stays
-    aligned at both tables' last columns.
+    Under causality the table of queries runs from the first column that is read to the last, and the table of keys ends with it:
+    causality stays aligned at both tables' last columns.
     """
     layout = tokens if attended is None else attended
     at, place = tokens.cells, layout.cells

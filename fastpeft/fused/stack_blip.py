@@ -1,4 +1,4 @@
-"""BLIP's stack of text layers on fastpeft's operators."""
+"""BLIP's stack of text layers on fastpeft's operators: masks, shared images, caches; :mod:`fastpeft.fused.stack` runs the layers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ class Encoded(NamedTuple):
     states: Tensor | None
     index: Tensor | None
     mask: Tensor | None
+
+    @classmethod
+    def of(cls, states: Tensor | None, index: Tensor | None, mask: Tensor | None, samples: int) -> Encoded:
+        """States and mask as transformers takes them: where there is one for all samples, it broadcasts."""
+        if states is not None and index is None and len(states) == 1 < samples:
+            index = torch.zeros(samples, dtype=torch.long)
+        mask = as_key_mask(mask)
+        if mask is not None and mask.dim() == 2 and len(mask) == 1:
+            mask = mask.expand(samples, -1)
+        return cls(states, index, mask)
 
     @property
     def is_shared(self) -> bool:
@@ -90,7 +100,7 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
 
         ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
         once for all samples that share it. ``output_mask`` [B, L] bool: the caller reads the last hidden state there only;
-        ``padding_unread``: he reads it at no padding. What is not read may be zero, and is not computed where every layer can do without.
+        ``padding_unread``: it reads it at no padding. What is not read may be zero, and is not computed where every layer can do without.
 
         transformers' own forward runs, with our layers in it, where something is asked that the fused layers do not know, and where they
         are hooked or foreign: these see whole tensors [B, L, C] under transformers' own masks.
@@ -99,12 +109,8 @@ class FusedBlipTextModel(modeling_blip_text.BlipTextModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         tokens = {"encoder_embeds": encoder_embeds, "inputs_embeds": inputs_embeds, "input_ids": input_ids}
         shape = next(t for t in tokens.values() if t is not None).shape[:2]
-        if encoder_hidden_states is not None and encoder_index is None and len(encoder_hidden_states) == 1 < shape[0]:
-            encoder_index = torch.zeros(shape[0], dtype=torch.long)  # as it broadcasts
-        masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
-        if masks[1] is not None and masks[1].dim() == 2 and len(masks[1]) == 1:
-            masks[1] = masks[1].expand(shape[0], -1)
-        seen = Encoded(encoder_hidden_states, encoder_index, masks[1])
+        seen = Encoded.of(encoder_hidden_states, encoder_index, encoder_attention_mask, shape[0])
+        masks = [as_key_mask(attention_mask), seen.mask]
         prefixed, causal = getattr(self, "prefix_encoder", None) is not None, bool(is_decoder) and self._is_causal(kwargs)
         reason = self._beyond_us(shape, masks, encoder_hidden_states, past_key_values, kwargs)
         if reason and prefixed:

@@ -101,7 +101,7 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
     def _forward(
         self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours: bool, given: dict, kwargs: dict
     ) -> BaseModelOutputWithPast:
-        """``forward`` through our own driver. ``asked``: use_cache as the caller gave it; ``ours``: what transformers' own cannot do."""
+        """``forward`` through our own driver. ``asked``: use_cache as the caller gave it; ``ours``: the call needs what transformers' own forward cannot do."""
         if output_asked(self, "attentions", kwargs):
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
         cache, hidden = given["past_key_values"], given["inputs_embeds"]
@@ -112,7 +112,7 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         packed = position_ids if not cached and attention_mask is None else None
         if output_mask is not None and asked is None and cache is None:
             use_cache = cached = False
-        flat = not ours or (not torch.compiler.is_compiling() and why_not_flat(self, self.layers, self.norm) == "")
+        flat = not ours or self._sees_tokens_alone()
         read = output_mask if flat and not cached and states is None else None
         plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None))
         if use_cache and cache is None:
@@ -121,6 +121,10 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
         if torch.compiler.is_compiling() or is_fixed(cache):
             plan = plan._replace(mask=self._mask_of_transformers(hidden, attention_mask, cache, position_ids), causal=None)
         return self._run(hidden, plan, flat, position_ids, cache, modality, modality_embeds, states, kwargs)
+
+    def _sees_tokens_alone(self) -> bool:
+        """Whether every layer can do without the padding of a batch."""
+        return not torch.compiler.is_compiling() and not why_not_flat(self, self.layers, self.norm)
 
     @staticmethod
     def _counted(hidden: Tensor, cache) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.fused import head
+from fastpeft.fused import loss as losses
 from fastpeft.fused.layout import Layout, image_layout, queries_at, rows_of, self_layout
 from fastpeft.methods.base import sees_no_values
 from fastpeft.ops import layer_norm
@@ -122,7 +122,7 @@ def test_the_last_layer_computes_what_is_labelled(miss, monkeypatch):
     for i, layer in enumerate(model.text_decoder.bert.encoder.layer):
         layer.intermediate.register_forward_hook(sees_no_values(lambda module, args, out, i=i: rows.update({i: out.shape[0]})))
     calls = []
-    monkeypatch.setattr(head.ops, "linear_cross_entropy", lambda hidden, *args, **how: calls.append(hidden.shape[0]) or hidden.sum())
+    monkeypatch.setattr(losses.ops, "linear_cross_entropy", lambda hidden, *args, **how: calls.append(hidden.shape[0]) or hidden.sum())
     inputs = labelled_somewhere(miss.batch(padded=True), "holes")
     model(**inputs)
     wanted = int(((inputs["labels"][:, 1:] != -100) & inputs["decoder_attention_mask"][:, :-1]).sum())
