@@ -50,7 +50,7 @@ class Attends:
 
     @staticmethod
     def why_not(module: nn.Module) -> str:
-        """'' or why transformers' own attention must run: fused attention reads the probability of ``module.dropout`` and does not call it."""
+        """'' or why transformers' own attention must run: fused attention reads the rate of ``module.dropout``, and does not call it."""
         dropout = module.dropout
         if type(dropout) not in (nn.Dropout, FusedDropout):
             return f"its dropout is a {type(dropout).__name__}"

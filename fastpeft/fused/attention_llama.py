@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from fastpeft import ops
-from fastpeft.fused.attention import (
-    READ_BY_ATTENTION,
-    dense_mask_attention,
-    forms_probabilities,
-    why_not_fused,
-)
-from fastpeft.fused.layout import (
-    LabelledQueries,
-    Layout,
-    rows_of,
-)
+from fastpeft.fused.attention import READ_BY_ATTENTION, dense_mask_attention, forms_probabilities, why_not_fused
+from fastpeft.fused.layout import LabelledQueries, Layout, rows_of
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual

@@ -8,16 +8,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip import modeling_blip_text
 
 from fastpeft import ops
-from fastpeft.fused.attention import (
-    Attends,
-    dense_mask_attention,
-    reads_probabilities,
-)
-from fastpeft.fused.layout import (
-    LabelledQueries,
-    Layout,
-    rows_of,
-)
+from fastpeft.fused.attention import Attends, dense_mask_attention, reads_probabilities
+from fastpeft.fused.layout import LabelledQueries, Layout, rows_of
 from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adapted import linear_spec
 from fastpeft.ops._quantized_weight import QuantizedWeight

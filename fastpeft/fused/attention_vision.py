@@ -7,12 +7,7 @@ from transformers.models.blip import modeling_blip
 from transformers.models.clip import modeling_clip
 
 from fastpeft import ops
-from fastpeft.fused.attention import (
-    Attends,
-    dense_mask_attention,
-    forms_probabilities,
-    why_not_fused,
-)
+from fastpeft.fused.attention import Attends, dense_mask_attention, forms_probabilities, why_not_fused
 from fastpeft.fused.projections import Recomputes, key_value_rescale, project_one, project_together, rescaled
 
 

@@ -7,19 +7,13 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import (
-    CausalLMOutputWithCrossAttentions,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.models.llama import modeling_llama
 from transformers.utils import can_return_tuple
 
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import (
-    IGNORE_INDEX,
-    next_labels,
-)
+from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, labelled_loss, loss_of_logits, slice_logits_to_keep
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.fused.stack_blip import FusedBlipTextModel

@@ -7,10 +7,7 @@ from transformers.models.blip import modeling_blip_text
 from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 
-from fastpeft.fused.layout import (
-    LabelledQueries,
-    rows_of,
-)
+from fastpeft.fused.layout import LabelledQueries, rows_of
 from fastpeft.fused.norms import add_norm
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.ops._recompute import without_recipe

@@ -11,10 +11,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
-from fastpeft.fused.layout import (
-    IGNORE_INDEX,
-    next_labels,
-)
+from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.outputs import can_defer
 from fastpeft.fused.projections import project_one
 from fastpeft.methods.base import has_hooks

@@ -1,4 +1,16 @@
-"""BLIP's stack of text layers on fastpeft's operators: masks, shared images, caches; :mod:`fastpeft.fused.stack` runs the layers."""
+"""BLIP's stack of text layers on fastpeft's operators: masks, images that samples share, caches.
+
+:func:`fastpeft.optimize` gives the transformers modules the classes of this folder in place, with the same parameters under the same names.
+What differs from transformers' own BLIP:
+
+- attention forms no probabilities unless somebody reads them (any flash backend serves), takes prefixes, and folds IA3's factors into q and
+  the output;
+- masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built, and padding that nobody reads is not computed; where a module is
+  hooked, foreign, or set to something that the fused forms do not know, transformers' own forward runs, on whole tensors;
+- **cross-attention honours ``encoder_attention_mask``.** transformers 4.57 to 5.23 loses it on the way (``BlipTextLayer`` passes it
+  as ``attention_mask``, ``BlipTextSelfAttention`` reads ``encoder_attention_mask``): padding of a question leaks into the decoder;
+- the language-model loss forms logits at labelled positions only; all logits are formed when they are read.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPoolingAndCrossAttentions,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.blip import modeling_blip_text
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.attention import (
-    as_key_mask,
-)
+from fastpeft.fused.attention import as_key_mask
 from fastpeft.fused.attention_text import FusedBlipTextSelfAttention
 from fastpeft.fused.flatten import ROW_WISE, why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, image_layout, self_layout

@@ -18,25 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.attention import (
-    READ_BY_ATTENTION,
-    as_key_mask,
-)
+from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import (
-    Layout,
-    TokenPlan,
-    packed_rows,
-    rows_layout,
-    self_layout,
-)
+from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout
 from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.mm_adapter import Routing
@@ -101,7 +90,7 @@ class FusedLlamaModel(modeling_llama.LlamaModel):
     def _forward(
         self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours: bool, given: dict, kwargs: dict
     ) -> BaseModelOutputWithPast:
-        """``forward`` through our own driver. ``asked``: use_cache as the caller gave it; ``ours``: the call needs what transformers' own forward cannot do."""
+        """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
         cache, hidden = given["past_key_values"], given["inputs_embeds"]
