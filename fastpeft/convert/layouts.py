@@ -17,11 +17,11 @@ from fastpeft.convert.llama_files import is_original, write_llama
 from fastpeft.convert.reading import naming, read_file
 from fastpeft.convert.writing import ConversionReport, check_out
 
-__all__ = ["LAYOUTS", "ConversionReport", "Layout", "convert", "official_to_transformers", "transformers_to_official"]
+__all__ = ["FORMATS", "CheckpointFormat", "ConversionReport", "convert", "official_to_transformers", "transformers_to_official"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointFormat:
     """An official form. ``knows``: whether a source is one, by its path and, of a file, its tensors' names; ``takes``: which of
     `convert`'s options; ``write``: (out, path, contents or None of a folder, options given) -> report, errors about the source named."""
 
@@ -39,7 +39,7 @@ def convert(
     *,
     text_heads: int | None = None,
     vision_heads: int | None = None,
-    layouts: tuple[Layout, ...] | None = None,
+    formats: tuple[CheckpointFormat, ...] | None = None,
     **companions,
 ) -> ConversionReport:
     """An official MISS or BLIP checkpoint file -> a transformers folder, or such a folder -> an official file (its tensors under
@@ -56,7 +56,7 @@ def convert(
         raise ValueError(f"{source}: no such file or folder")
     given = {"image_size": image_size, "text_heads": text_heads, "vision_heads": vision_heads} | companions
     given = {name: value for name, value in given.items() if value is not None}
-    known = LAYOUTS if layouts is None else layouts
+    known = FORMATS if formats is None else formats
     check_out(out, source.is_dir() and not is_original(source), overwrite)
     with naming(source):
         contents = None if source.is_dir() else read_file(source)
@@ -70,9 +70,11 @@ def convert(
     return layout.write(out, source, contents, **given)
 
 
-LAYOUTS = (  # the first that knows a source
-    Layout("LLaMA's original files", lambda path, names: is_original(path), ("vicuna_delta",), write_llama),
-    Layout("a transformers folder", lambda path, names: path.is_dir(), (), write_official),
-    Layout("OpenAI's CLIP", lambda path, names: is_clip(names), ("vision_heads", "llama", "backbone", "vicuna_delta"), write_clip),
-    Layout("a MISS or BLIP checkpoint", lambda path, names: True, ("image_size", "text_heads", "vision_heads"), write_blip),
+FORMATS = (  # the first that knows a source
+    CheckpointFormat("LLaMA's original files", lambda path, names: is_original(path), ("vicuna_delta",), write_llama),
+    CheckpointFormat("a transformers folder", lambda path, names: path.is_dir(), (), write_official),
+    CheckpointFormat(
+        "OpenAI's CLIP", lambda path, names: is_clip(names), ("vision_heads", "llama", "backbone", "vicuna_delta"), write_clip
+    ),
+    CheckpointFormat("a MISS or BLIP checkpoint", lambda path, names: True, ("image_size", "text_heads", "vision_heads"), write_blip),
 )

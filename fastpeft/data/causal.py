@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.causal_batches import IGNORE, CausalCollator
+from fastpeft.data.causal_batches import CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
 from fastpeft.data.dataset import SampleDataset
 from fastpeft.data.images import Preprocess
 from fastpeft.data.prompts import IMAGE, frame, render
 from fastpeft.data.samples import Instruction, Turns
 from fastpeft.data.tokenizer import save_tokenizer
+from fastpeft.fused.layout import IGNORE_INDEX
 
 _CHUNK = 4096  # samples tokenised at once
 _PROMPT, _RESPONSE, _IMAGE = range(3)  # kinds of token
@@ -190,7 +191,7 @@ class CausalDataset(SampleDataset):
         ids, kinds = (torch.tensor(values, dtype=torch.int64) for values in self._encoded[index][self._drawn(index)])
         item = {"sample": self.samples[index], "input_ids": ids}
         if not self.prompts_only:
-            item["labels"] = ids.masked_fill(kinds != _RESPONSE, IGNORE)
+            item["labels"] = ids.masked_fill(kinds != _RESPONSE, IGNORE_INDEX)
         if self.image_tokens:
             item["image_mask"] = kinds == _IMAGE
         return item
@@ -201,7 +202,7 @@ class CausalDataset(SampleDataset):
     @staticmethod
     def weight(batch: dict) -> int:
         """Labelled tokens: what a causal model's loss is a mean over (a sample's first token never is one)."""
-        return int((batch["labels"] != IGNORE).sum())
+        return int((batch["labels"] != IGNORE_INDEX).sum())
 
     @staticmethod
     def tokens(batch: dict) -> int:

@@ -47,11 +47,11 @@ def reads_probabilities(module: nn.Module) -> bool:
 
 
 class Attends:
-    """What the fused attentions assume of a module, and when transformers' own runs instead."""
+    """BLIP's attentions: when transformers' own forward must run instead of fused attention."""
 
     @staticmethod
     def why_not(module: nn.Module) -> str:
-        """'' or why fused attention, which takes of ``module.dropout`` its probability alone, computes something else than ``module``."""
+        """'' or why transformers' own attention must run: fused attention reads the rate of ``module.dropout``, and does not call it."""
         dropout = module.dropout
         if not has_form(dropout, FusedDropout):
             return f"its dropout is a {type(dropout).__name__}"

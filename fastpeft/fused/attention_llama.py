@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft import ops
-from fastpeft.fused.attention import (
-    READ_BY_ATTENTION,
-    dense_mask_attention,
-    forms_probabilities,
-    why_not_fused,
-)
-from fastpeft.fused.layout import (
-    Layout,
-    Tail,
-    rows_of,
-)
+from fastpeft.fused.attention import READ_BY_ATTENTION, dense_mask_attention, forms_probabilities, why_not_fused
+from fastpeft.fused.layout import LabelledQueries, Layout, rows_of
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
@@ -65,11 +56,11 @@ class FusedLlamaAttention(Recomputes):
         prefix: tuple[Tensor, Tensor] | None = None,
         layout: Layout | None = None,
         visual: Visual | None = None,
-        tail: Tail | None = None,
+        labelled: LabelledQueries | None = None,
         prompted: Prompted | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``tail``'s rows only, where one is given);
+        """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``labelled``'s rows only, where one is given);
         position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]. ``causal`` None: called as transformers' model calls it, with its
         mask; True or False: by our own stack, attention_mask [B, N] bool over keys. ``layout`` with hidden_states [B, M, C]: samples are
         packed. visual: images' features for Excitor; prompted: an adaption prompt, where it is not this module's own."""
@@ -78,7 +69,7 @@ class FusedLlamaAttention(Recomputes):
         excitor = excitor if excitor is not None and excitor.active else None
         reason = self.why_not_now(attention_mask, kwargs) if causal is None else self.why_not(self)
         if reason:
-            if causal is not None or prefix is not None or excitor is not None or prompted is not None:
+            if causal is not None or any(attached is not None for attached in (prefix, excitor, prompted)):
                 raise ValueError(f"attention {self.layer_idx} must run its own forward, as {reason}; what was attached to it cannot")
             return super().forward(
                 hidden_states,
@@ -89,34 +80,44 @@ class FusedLlamaAttention(Recomputes):
             )
         shape, tables = hidden_states.shape[:-1], tuple(t.unsqueeze(-2) for t in position_embeddings)
         l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
-        if tail is None:
+        if labelled is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
             q, k, v = self.projected(partial(self._tables, linears, tables, layout, prefix is None), hidden_states, linears)
             keys = layout
         else:
-            layout, keys = tail.queries, tail.keys
-            asked, hidden_states = (rows_of(hidden_states, index) for index in (tail.tokens, tail.seen))
-            asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (tail.tokens, tail.seen))
+            layout, keys = labelled.queries, labelled.keys
+            asked, hidden_states = (rows_of(hidden_states, index) for index in (labelled.tokens, labelled.seen))
+            asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (labelled.tokens, labelled.seen))
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
             k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
             shape = asked.shape[:-1]
-        if excitor is not None:  # its gate is one number per query head: groups no longer share their keys
-            if (groups := self.num_key_value_groups) > 1:
-                k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-                prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
-            k = excitor(k, hidden_states, keys, visual, tables)
+        if excitor is not None:
+            k, v, prefix = self._with_excitor(excitor, k, v, prefix, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"))
         if prompted is not None:
             context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, prefix is None, past_key_values), prompted.gate)
-        context = context.transpose(1, 2).flatten(2)
-        if l_v is not None:
-            context = ops.rescale(context, self._per_query_head(l_v))
-        output = project_one(self.o_proj, context if layout is None else layout.gather(context).view(*shape, -1))
+        output = self._output(context, l_v, layout, shape)
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None
+
+    def _output(self, context: Tensor, l_v: Tensor | None, layout: Layout | None, shape: torch.Size) -> Tensor:
+        """Context [B, H, M, d], times IA3's l_v, through the output projection -> [*shape, C]."""
+        context = context.transpose(1, 2).flatten(2)
+        if l_v is not None:
+            context = ops.rescale(context, self._per_query_head(l_v))
+        return project_one(self.o_proj, context if layout is None else layout.unpad(context).view(*shape, -1))
+
+    def _with_excitor(
+        self, excitor, k: Tensor, v: Tensor, prefix, hidden_states: Tensor, keys: Layout | None, visual: Visual | None, tables
+    ):
+        """(k, v, prefix) with Excitor's keys merged into k. Its gate is one number per query head: groups no longer share their keys."""
+        if (groups := self.num_key_value_groups) > 1:
+            k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+            prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
+        return excitor(k, hidden_states, keys, visual, tables), v, prefix
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, prefix, is_causal: bool | None) -> Tensor:
         """[B, H, M, d]. ``causal`` None: ``mask`` and ``is_causal`` mean what they mean to transformers' functions."""
@@ -149,7 +150,7 @@ class FusedLlamaAttention(Recomputes):
             value = linear is self.v_proj
             t = t if value and values_raw else rescaled(linear, t)
             t = t if value else ops.rotary(t.unflatten(-1, (-1, self.head_dim)), *rotary).flatten(-2)
-            t = t if layout is None else layout.spread(t)
+            t = t if layout is None else layout.pad(t)
             out.append(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         return tuple(out)
 

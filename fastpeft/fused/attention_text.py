@@ -7,16 +7,8 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from fastpeft import ops
-from fastpeft.fused.attention import (
-    Attends,
-    dense_mask_attention,
-    reads_probabilities,
-)
-from fastpeft.fused.layout import (
-    Layout,
-    Tail,
-    rows_of,
-)
+from fastpeft.fused.attention import Attends, dense_mask_attention, reads_probabilities
+from fastpeft.fused.layout import LabelledQueries, Layout, rows_of
 from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adapted import linear_spec
 from fastpeft.ops._quantized_weight import QuantizedWeight
@@ -41,12 +33,12 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         prefix: tuple[Tensor, Tensor] | None = None,
         causal: bool = False,
         layout: Layout | None = None,
-        tail: Tail | None = None,
+        labelled: LabelledQueries | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout``; masks [B, N] bool over keys (True = attend), or transformers' own
-        [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``tail``."""
+        [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``labelled``."""
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
         # transformers' masks add numbers: a row that is masked as a whole attends to all keys alike, and the gradients that PyTorch's
@@ -62,31 +54,34 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         if cross:
             q = project_one(self.query, hidden_states)
             k, v = self._encoder_keys_values(encoder_hidden_states, past_key_values)
-            q = self._heads(q if layout is None else layout.spread(q))
-        elif tail is not None:
-            layout, mask = tail.queries, mask if mask is None else mask[:, : tail.keys.columns]
-            (q,) = project_together((self.query,), rows_of(hidden_states, tail.tokens))
-            k, v = project_together((self.key, self.value), rows_of(hidden_states, tail.seen))
-            q, k, v = (self._heads(t) for t in (layout.spread(rescaled(self.query, q)), tail.keys.spread(k), tail.keys.spread(v)))
+            q = self._heads(q if layout is None else layout.pad(q))
+        elif labelled is not None:
+            layout, mask = labelled.queries, mask if mask is None else mask[:, : labelled.keys.columns]
+            (q,) = project_together((self.query,), rows_of(hidden_states, labelled.tokens))
+            k, v = project_together((self.key, self.value), rows_of(hidden_states, labelled.seen))
+            q, k, v = (self._heads(t) for t in (layout.pad(rescaled(self.query, q)), labelled.keys.pad(k), labelled.keys.pad(v)))
         else:
             linears = (self.query, self.key, self.value)
 
             def project(x):
                 q, k, v = project_together(linears, x)
                 q = rescaled(self.query, q)  # l_k and l_v are attention's
-                return tuple(self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
+                return tuple(self._heads(t if layout is None else layout.pad(t)) for t in (q, k, v))
 
             q, k, v = self.projected(project, hidden_states, linears)
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 k, v = cache.update(k, v, self.layer_idx)
         rescale = None if prefix is None else key_value_rescale(self.key, self.value, self.num_attention_heads)
-        q, options = self._times(q, l_k), {"prefix": prefix, "rescale": rescale, "dropout_p": self._dropout_p}
-        if mask is not None and mask.dim() == 4:
-            context = dense_mask_attention(q, k, v, mask, **options)
-        else:
-            context = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
+        context = self._attend(self._times(q, l_k), k, v, mask, causal, prefix=prefix, rescale=rescale, dropout_p=self._dropout_p)
         return self._output(context, layout, l_v), None
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **options) -> Tensor:
+        """[B, H, M, d], under a mask [B, N] over keys or transformers' own [B, 1, M, N]."""
+        if mask is not None and mask.dim() == 4:
+            return dense_mask_attention(q, k, v, mask, **options)
+        return ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
@@ -97,7 +92,7 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
     def _output(self, context: Tensor, layout: Layout | None, l_v: Tensor | None) -> Tensor:
         """[B, H, M, d] -> the shape of the hidden states."""
         context = context.transpose(1, 2).flatten(2)
-        context = context if layout is None else layout.gather(context)
+        context = context if layout is None else layout.unpad(context)
         return context if l_v is None else ops.rescale(context, l_v)
 
     def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
@@ -152,5 +147,5 @@ class FusedBlipTextAttention:
             **{mask: attention_mask},
             **kwargs,
         )
-        tail = kwargs.get("tail")
-        return self.output(context, hidden_states if tail is None else rows_of(hidden_states, tail.tokens)), probabilities
+        labelled = kwargs.get("labelled")
+        return self.output(context, hidden_states if labelled is None else rows_of(hidden_states, labelled.tokens)), probabilities

@@ -5,12 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastpeft import ops
-from fastpeft.fused.attention import (
-    Attends,
-    dense_mask_attention,
-    forms_probabilities,
-    why_not_fused,
-)
+from fastpeft.fused.attention import Attends, dense_mask_attention, forms_probabilities, why_not_fused
 from fastpeft.fused.projections import Recomputes, key_value_rescale, project_one, project_together, rescaled
 from fastpeft.registry import fuses
 

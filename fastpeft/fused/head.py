@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import (
-    CausalLMOutputWithCrossAttentions,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from fastpeft import ops
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import (
-    IGNORED,
-    next_labels,
-)
-from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, slice_logits_to_keep
+from fastpeft.fused.layout import IGNORE_INDEX, next_labels
+from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, labelled_loss, loss_of_logits, slice_logits_to_keep
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.fused.stack_blip import FusedBlipTextModel
 from fastpeft.fused.stack_llama import FusedLlamaModel
@@ -73,7 +65,7 @@ class FusedLlamaForCausalLM:
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
         if lean and isinstance(self.model, FusedLlamaModel) and not has_hooks(self.model):
-            to_model["wanted"] = asked.targets != asked.ignore_index
+            to_model["output_mask"] = asked.targets != asked.ignore_index
         if use_cache is None and labels is not None and getattr(self.model, "alone", False):
             use_cache = False  # position_ids then mark packed samples in evaluation too
         outputs = self.model(
@@ -143,15 +135,9 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         items = kwargs.pop("num_items_in_batch", None)
         lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
         lean = lean and not torch.compiler.is_compiling() and not why_not_flat(self, self.cls)
-        if (
-            lean
-            and isinstance(logits_to_keep, int)
-            and not logits_to_keep
-            and isinstance(self.bert, FusedBlipTextModel)
-            and not has_hooks(self.bert)
-        ):
+        if lean and self._reads_labels_alone(logits_to_keep):
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            kwargs["wanted"] = labelled_positions(labels, shift_labels, shape)
+            kwargs["output_mask"] = labelled_positions(labels, shift_labels, shape)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -171,9 +157,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         if not (lean or deferred):
             logits = self.cls(hidden)
         if labels is not None:
-            summed = items is not None and reduction == "mean"
-            loss = self._loss(hidden, labels, shift_labels, "sum" if summed else reduction, logits)
-            loss = loss / (items.to(loss.device) if torch.is_tensor(items) else items) if summed else loss
+            loss = self._loss(hidden, labels, shift_labels, reduction, logits, items)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=hidden if deferred else logits,
@@ -184,7 +168,12 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         )
         return with_deferred_logits(output, lambda: self.cls(hidden), self.cls) if deferred else output
 
-    def _loss(self, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, reduction: str, logits: Tensor | None) -> Tensor:
+    def _reads_labels_alone(self, logits_to_keep: int | Tensor) -> bool:
+        """Whether the stack may leave out the outputs that the loss does not read."""
+        every = isinstance(logits_to_keep, int) and not logits_to_keep
+        return every and isinstance(self.bert, FusedBlipTextModel) and not has_hooks(self.bert)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, reduction: str, logits: Tensor | None, items) -> Tensor:
         """hidden [B, L, C] (or [N, C]) and labels of the same positions, on the host if the device is not to be waited for. Without an
         adapter on the head, and where no ``logits`` are there already, the head sees labelled positions only."""
         if shift_labels is None and hidden.dim() != 3:
@@ -194,25 +183,23 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         targets, samples = next_labels(labels, shift_labels).flatten(), len(hidden)
         if len(targets) != hidden.shape[:-1].numel():
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
-        how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
+        options = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if logits is None and not why_not_flat(self, self.cls) and type(self.cls.predictions.decoder) is nn.Linear:
-            head, rows = self.cls.predictions, (targets != IGNORED).nonzero().squeeze(1)
-            labelled, there = targets[rows], to_device_async(rows, hidden.device)
-            states = head.transform(hidden.flatten(0, -2)[there])
-            loss = ops.linear_cross_entropy(states, head.decoder.weight, head.decoder.bias, labelled, **how)
+            rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            at = to_device_async(rows, hidden.device)
+            states = self.cls.predictions.transform(hidden.flatten(0, -2)[at])
+            loss = labelled_loss(self.cls.predictions.decoder, states, targets[rows], items, **options)
             if reduction == "none":
-                loss = loss.new_zeros(len(targets)).index_copy(0, there, loss)
+                loss = loss.new_zeros(len(targets)).index_copy(0, at, loss)
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
-            logits = (self.cls(hidden) if logits is None else logits).flatten(0, -2)
-            targets = to_device_async(targets, logits.device)
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, **how)
+            loss = loss_of_logits(self.cls(hidden) if logits is None else logits, targets, items, **options)
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss
 
 
 def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """[B, L] bool: where the loss reads the last hidden state."""
     labels = next_labels(labels, shift_labels)
-    return (labels != IGNORED).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
+    return (labels != IGNORE_INDEX).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
 
 
 @fuses("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")

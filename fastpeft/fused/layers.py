@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastpeft.fused.layout import (
-    Tail,
-    rows_of,
-)
+from fastpeft.fused.layout import LabelledQueries, rows_of
 from fastpeft.fused.norms import add_norm
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.ops._recompute import without_recipe
@@ -29,11 +26,11 @@ class FusedLlamaDecoderLayer:
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         routing: Routing | None = None,
-        tail: Tail | None = None,
+        labelled: LabelledQueries | None = None,
         **kwargs,
     ) -> Tensor:
         """Arguments as :class:`FusedLlamaAttention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
-        kwargs |= {"position_ids": position_ids, "use_cache": use_cache} | ({} if tail is None else {"tail": tail})
+        kwargs |= {"position_ids": position_ids, "use_cache": use_cache} | ({} if labelled is None else {"labelled": labelled})
         norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
         attended, *_ = self.self_attn(
             hidden_states=norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
@@ -42,8 +39,8 @@ class FusedLlamaDecoderLayer:
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        if tail is not None:
-            hidden_states = rows_of(hidden_states, tail.tokens)
+        if labelled is not None:
+            hidden_states = rows_of(hidden_states, labelled.tokens)
         x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
         return hidden_states + self.mlp(x)
 
@@ -97,17 +94,17 @@ class FusedBlipTextLayer:
         causal=False,
         layout=None,
         encoder_layout=None,
-        tail=None,
+        labelled=None,
         output_attentions=None,
         **kwargs,
     ) -> Tensor:
         if self.gradient_checkpointing and self.training:  # run again in backward, it gets its inputs without the recipes they may have now
             hidden_states, encoder_hidden_states = without_recipe(hidden_states), without_recipe(encoder_hidden_states)
-        how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
+        options = {"prefix": prefix, "causal": causal, "layout": layout, "labelled": labelled}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
-        how = {name: value for name, value in how.items() if value is not None and value is not False}
+        options = {name: value for name, value in options.items() if value is not None and value is not False}
         asked = {} if output_attentions is None else {"output_attentions": output_attentions}
-        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how | asked)
+        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **options | asked)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(
                 hidden_states,

@@ -1,4 +1,4 @@
-"""Where tokens lie: only real tokens between attentions, and inside an attention rows of queries that share their keys.
+"""Token layouts: batches without padding between attentions, and rows of queries that share their keys inside an attention.
 
 T = real tokens of a batch, B = samples, L = tokens of the longest, U = distinct images, Q = query tokens of the image with the most.
 Linear layers, norms and activations see [T, C]: no padding is computed. Self-attention sees [B, L, C]; attention to images sees
@@ -48,14 +48,14 @@ class Layout:
     def tokens(self) -> int:
         return self.rows * self.columns if self.place is None else len(self.place)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def pad(self, x: Tensor) -> Tensor:
         """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
         x = x.reshape(-1, x.shape[-1])
         if self.place is not None:
             x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy(0, self.place, x)
         return x.view(self.rows, self.columns, -1)
 
-    def gather(self, table: Tensor) -> Tensor:
+    def unpad(self, table: Tensor) -> Tensor:
         """[rows, columns, C] -> [T, C]."""
         flat = table.reshape(self.rows * self.columns, -1)
         return flat if self.place is None else flat.index_select(0, self.place)
@@ -123,21 +123,22 @@ def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
 
 
 class TokenPlan(NamedTuple):
-    """How the tokens of a call lie. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
+    """Layout of a call's tokens. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
     ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
-    transformers' own mask; ``wanted`` [B, L] bool: the only outputs that are read (None: all)."""
+    transformers' own mask; ``output_mask`` [B, L] bool: the only outputs that are read (None: all)."""
 
     tokens: Layout | None = None
     layout: Layout | None = None
     mask: Tensor | None = None
     causal: bool | None = True
-    wanted: Tensor | None = None
+    output_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Tail:
-    """A last layer that is asked for some of its outputs only: ``tokens`` [T'] are those of the T states it gets, ``seen`` [S] those whose
-    keys and values they see (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T' where the batch has them."""
+class LabelledQueries:
+    """Queries of a last layer whose outputs are read at few positions: ``tokens`` [T'] are those of the T states that the layer gets,
+    ``seen`` [S] those whose keys and values the T' attend to (None: all). ``queries`` lays out the T', ``keys`` the S, ``outputs`` the T'
+    where the batch has them."""
 
     tokens: Tensor
     seen: Tensor | None
@@ -146,22 +147,24 @@ class Tail:
     outputs: Layout
 
 
-def tail_of(tokens: Layout, wanted: Tensor, causal: bool, device: torch.device, attended: Layout | None = None) -> Tail | None:
-    """The tail for ``wanted`` [rows, columns] bool, where ``tokens`` says where they lie in the batch and ``attended`` where in attention
-    (None: in the same cells). None where nothing is saved, or nothing wanted.
+def queries_at(
+    tokens: Layout, output_mask: Tensor, causal: bool, device: torch.device, attended: Layout | None = None
+) -> LabelledQueries | None:
+    """The last layer's queries at ``output_mask`` [rows, columns] bool. ``tokens`` says where tokens lie in the batch, ``attended`` where
+    in attention (None: in the same cells). None where nothing is saved, or no output is read.
 
-    Under causality the table of queries runs from the first to the last wanted column, that of keys ends with it, so that causality stays
-    aligned at both tables' last columns.
+    Under causality the table of queries runs from the first column that is read to the last, and the table of keys ends with it:
+    causality stays aligned at both tables' last columns.
     """
     layout = tokens if attended is None else attended
     at, place = tokens.cells, layout.cells
-    hit = wanted.cpu().flatten()[at]
+    hit = output_mask.cpu().flatten()[at]
     if bool(hit.all()) or not bool(hit.any()):
         return None
     rows, columns = place // layout.columns, place % layout.columns
     first, last = (int(columns[hit].min()), int(columns[hit].max())) if causal else (0, layout.columns - 1)
     seen = columns <= last
-    return Tail(
+    return LabelledQueries(
         tokens=to_device_async(hit.nonzero().squeeze(1), device),
         seen=None if bool(seen.all()) else to_device_async(seen.nonzero().squeeze(1), device),
         queries=_laid(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
@@ -182,9 +185,9 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
-IGNORED = -100  # a label that is none
+IGNORE_INDEX = -100  # a label that no loss counts
 
 
-def next_labels(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORED) -> Tensor:
+def next_labels(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """[B, L]: what each position is to predict, ignore_index where nothing; ``shift_labels`` are already that."""
     return F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels

@@ -11,10 +11,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
-from fastpeft.fused.layout import (
-    IGNORED,
-    next_labels,
-)
+from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.outputs import can_defer
 from fastpeft.fused.projections import project_one
 from fastpeft.methods.base import has_hooks
@@ -38,14 +35,14 @@ class Labelled(NamedTuple):
     their number."""
 
     targets: Tensor
-    ignore_index: int = IGNORED
+    ignore_index: int = IGNORE_INDEX
     items: Tensor | int | None = None
     shifted_here: bool = False  # the last position then has none
 
     @classmethod
     def of(cls, labels: Tensor | None, shape: tuple[int, int], logits_to_keep: int | Tensor, options: dict) -> Labelled | None:
         """None where labels do not fit the positions one by one; options: the keywords of transformers' loss."""
-        shifted, ignore_index = options.get("shift_labels"), options.get("ignore_index", IGNORED)
+        shifted, ignore_index = options.get("shift_labels"), options.get("ignore_index", IGNORE_INDEX)
         if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
             return None
         if shifted is not None:
@@ -59,7 +56,7 @@ class Labelled(NamedTuple):
         targets = self.targets
         if self.shifted_here:
             hidden, targets = hidden[:, :-1], targets[:, :-1]
-        return loss_of(head, hidden, targets, self.items, self.ignore_index)
+        return labelled_loss(head, hidden, targets, self.items, ignore_index=self.ignore_index)
 
 
 def causal_loss(
@@ -80,34 +77,60 @@ def causal_loss(
         return asked.loss(head, hidden), hidden.new_empty(0), partial(project_one, head, hidden)
     logits, loss = project_one(head, slice_logits_to_keep(hidden, logits_to_keep)), None
     if labels is not None and model.loss_function is ForCausalLMLoss:
-        loss = loss_of_logits(logits, labels, **options)
+        ignore_index, shifted = options.get("ignore_index", IGNORE_INDEX), options.get("shift_labels")
+        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shifted is None else shifted
+        loss = loss_of_logits(logits, targets, options.get("num_items_in_batch"), ignore_index=ignore_index)
     elif labels is not None:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=model.config.get_text_config().vocab_size, **options)
     return loss, logits, None
 
 
-def loss_of_logits(logits: Tensor, labels: Tensor, *, shift_labels=None, num_items_in_batch=None, ignore_index=IGNORED, **_) -> Tensor:
-    """transformers' ForCausalLMLoss, in float64 where logits are."""
-    targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-    targets = to_device_async(targets, logits.device).reshape(-1)
-    logits = logits.to(accumulator(logits.dtype)).view(-1, logits.shape[-1])
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="mean" if num_items_in_batch is None else "sum")
-    return loss if num_items_in_batch is None else loss / _on(num_items_in_batch, loss)
-
-
-def loss_of(head: nn.Module, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None, ignore_index: int = IGNORED) -> Tensor:
-    """Cross entropy of hidden [B, L, C] under ``head`` with targets [B, L], ignore_index for none: the mean over labelled tokens, or their
-    sum over ``items``. Logits exist at labelled positions only."""
-    reduction = "mean" if items is None else "sum"
+def labelled_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    items: Tensor | int | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of hidden [..., C] under ``head`` with targets [...], ignore_index for none: the mean over labelled tokens, or their
+    sum over ``items``; reduction "none": of each of N tokens. Logits exist at labelled positions only."""
+    reduced, options = _reduced(reduction, items), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if type(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
-        loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, targets, ignore_index=ignore_index, reduction=reduction)
-    else:  # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
-        targets = to_device_async(targets, hidden.device).flatten()
-        rows = targets != ignore_index
-        logits = project_one(head, hidden.flatten(0, 1)[rows])
-        loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), targets[rows], reduction=reduction)
-    return loss if items is None else loss / _on(items, loss)
+        loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, targets, reduction=reduced, **options)
+        return _over(items, reduction, loss)
+    # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
+    targets = to_device_async(targets, hidden.device).flatten()
+    rows = targets != ignore_index
+    logits = project_one(head, hidden.flatten(0, -2)[rows])
+    loss = loss_of_logits(logits, targets[rows], items, reduction=reduction, **options)
+    return loss if reduction != "none" else loss.new_zeros(len(targets)).masked_scatter(rows, loss)
 
 
-def _on(items: Tensor | int, loss: Tensor) -> Tensor | int:
-    return items.to(loss.device) if isinstance(items, Tensor) else items
+def loss_of_logits(
+    logits: Tensor,
+    targets: Tensor,
+    items: Tensor | int | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As :func:`labelled_loss`, of logits [..., V] that are there: in float32, in float64 where they are."""
+    targets = to_device_async(targets, logits.device).reshape(-1)
+    logits = logits.to(accumulator(logits.dtype)).reshape(-1, logits.shape[-1])
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return _over(items, reduction, F.cross_entropy(logits, targets, reduction=_reduced(reduction, items), **options))
+
+
+def _reduced(reduction: str, items: Tensor | int | None) -> str:
+    return "sum" if items is not None and reduction == "mean" else reduction
+
+
+def _over(items: Tensor | int | None, reduction: str, loss: Tensor) -> Tensor:
+    """The sum over ``items``, where these stand in for the mean's own count."""
+    if items is None or reduction != "mean":
+        return loss
+    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

@@ -18,30 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.attention import (
-    READ_BY_ATTENTION,
-    as_key_mask,
-)
+from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import (
-    Layout,
-    TokenPlan,
-    packed_rows,
-    rows_layout,
-    self_layout,
-    tail_of,
-)
+from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout
+from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import fuses, path_of
-from fastpeft.savings import on
 
 ROTARY = "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding"
 
@@ -82,45 +70,59 @@ class FusedLlamaModel:
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        wanted: Tensor | None = None,
+        output_mask: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer.
-        wanted [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero, and no cache unless use_cache=True.
+        output_mask [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero; and no cache unless
+        use_cache=True.
         modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
-        encoder = getattr(self, "prefix_encoder", None)
-        ours = encoder is not None or modality is not None or kwargs.get("visual") is not None
+        ours = getattr(self, "prefix_encoder", None) is not None or modality is not None or kwargs.get("visual") is not None
         alone = self.alone or ours
         asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
-        if not ours and not self._is_plain(given, attention_mask, kwargs, wanted):
+        if not ours and not self._is_plain(given, attention_mask, kwargs, output_mask):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
+        return self._forward(attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours, given, kwargs)
+
+    def _forward(
+        self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours: bool, given: dict, kwargs: dict
+    ) -> BaseModelOutputWithPast:
+        """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
             raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
+        cache, hidden = given["past_key_values"], given["inputs_embeds"]
+        hidden = self.embed_tokens(given["input_ids"]) if hidden is None else hidden
         states = [] if output_asked(self, "hidden_states", kwargs) else None
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
-
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cached = use_cache or past_key_values is not None
-        packs = not cached and position_ids is not None and attention_mask is None
-        if wanted is not None and asked is None and past_key_values is None:
+        cached = use_cache or cache is not None
+        packed = position_ids if not cached and attention_mask is None else None
+        if output_mask is not None and asked is None and cache is None:
             use_cache = cached = False
-        flat = not ours or (not torch.compiler.is_compiling() and why_not_flat(self, self.layers, self.norm) == "")
-        read = wanted if flat and not cached and states is None else None
-        plan = self._plan(hidden, attention_mask, position_ids if packs else None, read, flat, kwargs.pop("is_causal", None))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        if torch.compiler.is_compiling() or (past_key_values is not None and past_key_values.is_compileable):
-            plan = plan._replace(mask=self._mask_of_transformers(hidden, attention_mask, past_key_values, position_ids), causal=None)
-        return self._run(hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs)
+        flat = not ours or self._sees_tokens_alone()
+        read = output_mask if flat and not cached and states is None else None
+        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None))
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        position_ids = self._counted(hidden, cache) if position_ids is None else position_ids
+        if torch.compiler.is_compiling() or is_fixed(cache):
+            plan = plan._replace(mask=self._mask_of_transformers(hidden, attention_mask, cache, position_ids), causal=None)
+        return self._run(hidden, plan, flat, position_ids, cache, modality, modality_embeds, states, kwargs)
+
+    def _sees_tokens_alone(self) -> bool:
+        """Whether every layer can do without the padding of a batch."""
+        return not torch.compiler.is_compiling() and not why_not_flat(self, self.layers, self.norm)
+
+    @staticmethod
+    def _counted(hidden: Tensor, cache) -> Tensor:
+        """Positions [1, L] that count on from the cache's."""
+        past = 0 if cache is None else cache.get_seq_length()
+        return torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
 
     def _uses_cache(self, use_cache: bool | None, alone: bool) -> bool:
         """As transformers resolves it; but in training samples alone need none by default."""
@@ -136,11 +138,11 @@ class FusedLlamaModel:
         tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
         return to_device_async((torch.arange(tokens.shape[1], device=mask.device) - before).clamp(min=0), tokens.device)
 
-    def _is_plain(self, given: dict, mask: Tensor | None, options: dict, wanted: Tensor | None) -> bool:
+    def _is_plain(self, given: dict, mask: Tensor | None, options: dict, output_mask: Tensor | None) -> bool:
         """Whether a call is of the kind that this class's own loop serves: causal, in one of transformers' own attention functions, under
         a mask over keys, through layers that nobody watches, without a cache of fixed size."""
         cache = given["past_key_values"]
-        if torch.compiler.is_compiling() or (cache is not None and cache.is_compileable):
+        if torch.compiler.is_compiling() or is_fixed(cache):
             return False
         if options.get("is_causal") is not None or not is_causal(self) or any(options.get(name) is not None for name in READ_BY_ATTENTION):
             return False
@@ -151,15 +153,19 @@ class FusedLlamaModel:
             past = 0 if cache is None else cache.get_seq_length()
             if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
                 return False
-            if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
+            if (
+                self.config._attn_implementation == "eager"
+                and not bool(mask.all())
+                and (output_mask is None or _outside(output_mask, mask))
+            ):
                 return False  # what padding attends to there is everything
         return not why_not_flat(self, self.layers, self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, wanted, flat: bool, causal: bool | None) -> TokenPlan:
-        """How the tokens lie. position_ids: where they may mark packed samples; wanted: where outputs other than these are not read."""
+    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None) -> TokenPlan:
+        """How the tokens lie. position_ids: where they may mark packed samples; output_mask: the only outputs that are read."""
         causal = is_causal(self) if causal is None else causal
         mask = as_key_mask(mask)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
@@ -172,52 +178,48 @@ class FusedLlamaModel:
             return TokenPlan(mask=mask, causal=False)
         if mask is None and position_ids is not None and (rows := packed_rows(position_ids, hidden)) is not None:
             tokens = Layout(*hidden.shape[:2], None)
-            return TokenPlan(tokens if flat else None, rows, wanted=wanted)
-        if wanted is None or (mask is not None and _outside(wanted, mask)):
+            return TokenPlan(tokens if flat else None, rows, output_mask=output_mask)
+        if output_mask is None or (mask is not None and _outside(output_mask, mask)):
             return TokenPlan(mask=mask)
         tokens = self_layout(hidden.shape[:2], mask, hidden.device)
-        return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), wanted=wanted)
+        return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), output_mask=output_mask)
 
-    def _run(self, hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs):
+    def _run(self, hidden, plan, flat, position_ids, cache, modality, modality_embeds, states, kwargs) -> BaseModelOutputWithPast:
         """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
-        tokens, layout, mask, causal, wanted = plan
-        positions = to_device_async(position_ids, hidden.device)
+        layers = self._layers()
+        prefixes = prefixes_of(self, layers)
+        if modality is not None:
+            hidden, kwargs["routing"] = self._routing(hidden, modality, modality_embeds, cache, prefixes, plan)
+        last = run_layers(
+            layers,
+            hidden,
+            plan,
+            prefixes=prefixes,
+            norm=self.norm,
+            states=states,
+            attention_mask=None if plan.mask is None else to_device_async(plan.mask, hidden.device),
+            position_embeddings=self._rotary_tables(hidden, plan, flat, position_ids),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            causal=plan.causal,
+            **kwargs,
+        )  # as in transformers, the last of the states is the normed one
+        return BaseModelOutputWithPast(
+            last_hidden_state=last, past_key_values=cache, hidden_states=None if states is None else tuple(states)
+        )
+
+    def _rotary_tables(self, hidden: Tensor, plan: TokenPlan, flat: bool, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [B or 1, L, d], or [T, d] where the plan lays tokens out; positions count on from the end of a prefix."""
+        encoder, positions = getattr(self, "prefix_encoder", None), to_device_async(position_ids, hidden.device)
         if encoder is not None:
             positions = positions + encoder.tokens
         like = hidden.new_empty(0, dtype=accumulator(hidden.dtype))  # float32 tables, where only our own modules read them
         known = flat and path_of(type(self.rotary_emb)) == ROTARY and not has_hooks(self.rotary_emb)
         tables = self.rotary_emb(like if known else hidden, position_ids=positions)
-        if layout is not None:
+        if plan.layout is not None:
             tables = tuple(t.expand(hidden.shape[0], -1, -1) for t in tables)
-        if tokens is not None:
-            tables = tuple(map(tokens.gather, tables))
-            hidden = tokens.gather(hidden)
-        pad = (lambda x: x) if tokens is None else tokens.spread
-        how = {"layout": layout, **kwargs} if layout is not None else dict(kwargs)
-        layers = self._layers()
-        prefixes = [None] * len(layers) if encoder is None else encoder()
-        if modality is not None:
-            hidden, how["routing"] = self._routing(hidden, modality, modality_embeds, past_key_values, prefixes, plan)
-        tail = None if wanted is None or not on("labelled") else tail_of(tokens, wanted, True, hidden.device, layout)
-        for layer, prefix in zip(layers, prefixes):
-            if states is not None:
-                states.append(pad(hidden))
-            if tail is not None and layer is layers[-1]:
-                pad, how = tail.outputs.spread, how | {"tail": tail}
-            hidden = layer(
-                hidden,
-                attention_mask=mask if mask is None else to_device_async(mask, hidden.device),
-                position_embeddings=tables,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-                causal=causal,
-                **how | ({} if prefix is None else {"prefix": prefix}),
-            )
-        hidden = pad(self.norm(hidden))
-        if states is not None:
-            states = (*states, hidden)  # as in transformers, the last is the normed one
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
+        return tables if plan.tokens is None else tuple(map(plan.tokens.unpad, tables))
 
     def _routing(self, hidden: Tensor, modality: Tensor, modality_embeds, cache, prefixes, plan: TokenPlan) -> tuple[Tensor, Routing]:
         """(hidden, what routes MM-Adapters): the mixtures of the modalities' tokens, and each token's or sample's modality."""
@@ -247,14 +249,16 @@ class FusedLlamaModel:
         batch, in a pass of its own."""
         routing = Routing(torch.arange(len(hidden), device=hidden.device))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
-        # one key each: no rotation tells
-        how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing, "causal": True}
         layers = self._layers()
-        if prefixes is None:
-            encoder = getattr(self, "prefix_encoder", None)
-            prefixes = [None] * len(layers) if encoder is None else encoder()
-        for layer, prefix in zip(layers, prefixes):
-            hidden = layer(hidden, prefix=prefix, **how)
+        run_layers(
+            layers,
+            hidden,
+            TokenPlan(layout=Layout(len(hidden), 1, None)),
+            prefixes=prefixes_of(self, layers) if prefixes is None else prefixes,
+            position_embeddings=(table, table),  # one key each: no rotation tells
+            routing=routing,
+            causal=True,
+        )
         return routing.weights
 
     def _mask_of_transformers(self, hidden, mask, cache, positions) -> Tensor | None:
@@ -264,9 +268,14 @@ class FusedLlamaModel:
         )
 
 
-def _outside(wanted: Tensor, mask: Tensor) -> bool:
-    """Whether some of ``wanted`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
-    return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
+def is_fixed(cache) -> bool:
+    """Whether a cache is of fixed size, as transformers' static ones are."""
+    return cache is not None and cache.is_compileable
+
+
+def _outside(output_mask: Tensor, mask: Tensor) -> bool:
+    """Whether some of ``output_mask`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
+    return output_mask.shape != mask.shape or bool((output_mask.cpu() & (mask.cpu() == 0)).any())
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:

@@ -69,14 +69,14 @@ class ExcitorBlock(nn.Module):
         """K' [B, H, M, d] from k, rotated, and hidden [B, M, C], the attention's input, or [T, C] where ``layout`` says how tokens lie in
         the table of k. tables: (cos, sin) of the tokens, as :func:`fastpeft.ops.rotary` takes them."""
         u = linear(hidden, self.w_down.to(hidden.dtype))
-        u = u if layout is None else layout.spread(u)
+        u = u if layout is None else layout.pad(u)
         gate = self.gate.expand(self.heads)
         base = torch.zeros_like(k) if self.rotary else k
         merged = self._merged(base, u, gate, visual)
         if not self.rotary:
             return merged
         cos, sin = (t.squeeze(-2) for t in tables)
-        cos, sin = ((t if layout is None else layout.spread(t)).unsqueeze(1) for t in (cos, sin))
+        cos, sin = ((t if layout is None else layout.pad(t)).unsqueeze(1) for t in (cos, sin))
         return k + ops.rotary(merged, cos, sin)
 
     def _merged(self, k: Tensor, u: Tensor, gate: Tensor, visual: Visual | None) -> Tensor:

@@ -130,7 +130,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
         lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
         if lean and isinstance(decoder, FusedLlamaModel) and not has_hooks(decoder):
-            to_model["wanted"] = asked.targets != asked.ignore_index
+            to_model["output_mask"] = asked.targets != asked.ignore_index
         outputs = decoder(
             attention_mask=attention_mask,
             position_ids=position_ids,

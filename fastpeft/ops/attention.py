@@ -48,7 +48,7 @@ from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
 from fastpeft.ops.attention_dropout import attention_with_dropout
 from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
-from fastpeft.ops.rescale import rescale as rescaled
+from fastpeft.ops.rescale import rescale as times
 
 # Scores below which a prefix's call on the CPU goes to SDPA, as autograd's Python would show; a quarter of them where the prefix alone
 # is trained. Forward and backward over torch.cat and SDPA (AMD EPYC, one thread, fp32, n10 d64, interleaved, least of many, the middle of
@@ -314,13 +314,13 @@ def attention(
     if prefix is not None:
         prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
     if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
-        k, v = (rescaled(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
+        k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
         rescale = None
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
     strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
     if strategy in ("dropout", "sdpa"):
-        q = q if lk is None else rescaled(q, _per_query_head(lk, q))
+        q = q if lk is None else times(q, _per_query_head(lk, q))
         if strategy == "dropout":
             allowed = allowed_keys(q, k, causal, key_padding_mask)
             if allowed is not None and prefix is not None:
@@ -328,7 +328,7 @@ def attention(
             o = attention_with_dropout(q, k, v, allowed, scale, prefix, dropout_p)
         else:
             o = around_sdpa(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
-        return o if lv is None else rescaled(o, _per_query_head(lv, o))
+        return o if lv is None else times(o, _per_query_head(lv, o))
     how = (causal, scale, key_padding_mask)
     if strategy == "plain":
         if wants_grad(q, k, v, lk, lv):

@@ -16,7 +16,7 @@ from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.convert.clip_files import lavin_vision
 from fastpeft.convert.clip_names import clip_from_official
 from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_from_official
-from fastpeft.convert.layouts import LAYOUTS, Layout, convert
+from fastpeft.convert.layouts import FORMATS, CheckpointFormat, convert
 from fastpeft.convert.llama_files import Weights, no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming, read_file
 from fastpeft.convert.writing import ConversionReport, staged, write_model
@@ -31,7 +31,7 @@ def convert_run(source: str | Path, out: str | Path, image_size: int | None = No
     """`fastpeft.convert.layouts.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
     and ``clip=`` (OpenAI's ViT-L-14.pt) -> a complete LaVIN. ``temperature=`` and ``adapter_scale=`` overrule what the file says of
     its adapters; ``vicuna_delta=`` is the folder of what the official code adds to LLaMA where the file says use_vicuna."""
-    return convert(source, out, image_size, overwrite, layouts=(LAVIN, *LAYOUTS), **options)
+    return convert(source, out, image_size, overwrite, formats=(LAVIN, *FORMATS), **options)
 
 
 def _write_lavin(
@@ -109,7 +109,7 @@ def _adapted(folder: Path, lavin: Lavin) -> nn.Module:
     return model
 
 
-LAVIN = Layout(
+LAVIN = CheckpointFormat(
     "LaVIN's adapters",
     lambda path, names: is_lavin(names),
     ("llama", "clip", "vicuna_delta", "vision_heads", "adapter_scale", "temperature"),

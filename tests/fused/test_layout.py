@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.fused import head
-from fastpeft.fused.layout import Layout, image_layout, rows_of, self_layout, tail_of
+from fastpeft.fused import loss as losses
+from fastpeft.fused.layout import Layout, image_layout, queries_at, rows_of, self_layout
 from fastpeft.methods.base import sees_no_values
 from fastpeft.ops import layer_norm
 from fastpeft.ops._recompute import recipe_of
@@ -25,16 +25,16 @@ def test_a_tail_lays_out_what_is_wanted(padded, causal):
     wanted = torch.zeros(3, 6, dtype=torch.bool)
     wanted[0, 2:4], wanted[1, 3], wanted[2, 2] = True, True, True
     layout = self_layout((3, 6), mask, CPU)
-    numbers = layout.gather(torch.arange(1, 19.0).view(3, 6, 1))  # [T, 1]
-    tail = tail_of(layout, wanted, causal, CPU)
-    assert numbers[tail.tokens].flatten().tolist() == [3, 4, 10, 15]
-    table = tail.queries.spread(numbers[tail.tokens])[..., 0]
+    numbers = layout.unpad(torch.arange(1, 19.0).view(3, 6, 1))  # [T, 1]
+    labelled = queries_at(layout, wanted, causal, CPU)
+    assert numbers[labelled.tokens].flatten().tolist() == [3, 4, 10, 15]
+    table = labelled.queries.pad(numbers[labelled.tokens])[..., 0]
     first, last = (2, 3) if causal else (0, 5)
     assert torch.equal(table, (torch.arange(1, 19.0).view(3, 6) * wanted)[:, first : last + 1])
-    keys = tail.keys.spread(rows_of(numbers, tail.seen))[..., 0]
+    keys = labelled.keys.pad(rows_of(numbers, labelled.seen))[..., 0]
     assert torch.equal(keys, (torch.arange(1, 19.0).view(3, 6) * mask)[:, : last + 1])
-    assert torch.equal(tail.outputs.spread(numbers[tail.tokens])[..., 0], torch.arange(1, 19.0).view(3, 6) * wanted)
-    assert torch.equal(tail.queries.gather(tail.queries.spread(numbers[tail.tokens])), numbers[tail.tokens])
+    assert torch.equal(labelled.outputs.pad(numbers[labelled.tokens])[..., 0], torch.arange(1, 19.0).view(3, 6) * wanted)
+    assert torch.equal(labelled.queries.unpad(labelled.queries.pad(numbers[labelled.tokens])), numbers[labelled.tokens])
 
 
 def test_tokens_row_by_row():
@@ -44,7 +44,7 @@ def test_tokens_row_by_row():
     numbers = torch.arange(6.0)[:, None]
     assert images.counts == (3, 3, 0) and images.columns == 3 and images.tokens == 6
     assert images.by_row(numbers).flatten().tolist() == [2, 3, 4, 0, 1, 5]
-    assert images.spread(numbers)[..., 0].tolist() == [[2, 3, 4], [0, 1, 5], [0, 0, 0]]
+    assert images.pad(numbers)[..., 0].tolist() == [[2, 3, 4], [0, 1, 5], [0, 0, 0]]
     assert torch.equal(images.from_rows(images.by_row(numbers)), numbers)
     whole = self_layout((2, 3), None, CPU)
     assert whole.counts is None and whole.tokens == 6 and whole.by_row(numbers) is numbers and whole.from_rows(numbers) is numbers
@@ -52,10 +52,10 @@ def test_tokens_row_by_row():
 
 def test_no_tail_where_nothing_is_saved():
     layout = Layout(2, 3, None)
-    assert tail_of(layout, torch.ones(2, 3, dtype=torch.bool), True, CPU) is None
-    assert tail_of(layout, torch.zeros(2, 3, dtype=torch.bool), True, CPU) is None
+    assert queries_at(layout, torch.ones(2, 3, dtype=torch.bool), True, CPU) is None
+    assert queries_at(layout, torch.zeros(2, 3, dtype=torch.bool), True, CPU) is None
     padded = self_layout((2, 3), torch.tensor([[True, True, False], [True, True, True]]), CPU)
-    assert tail_of(padded, torch.tensor([[True, True, False], [True, True, True]]), True, CPU) is None
+    assert queries_at(padded, torch.tensor([[True, True, False], [True, True, True]]), True, CPU) is None
 
 
 def test_rows_of_what_backward_forms_again():
@@ -122,7 +122,7 @@ def test_the_last_layer_computes_what_is_labelled(miss, monkeypatch):
     for i, layer in enumerate(model.text_decoder.bert.encoder.layer):
         layer.intermediate.register_forward_hook(sees_no_values(lambda module, args, out, i=i: rows.update({i: out.shape[0]})))
     calls = []
-    monkeypatch.setattr(head.ops, "linear_cross_entropy", lambda hidden, *args, **how: calls.append(hidden.shape[0]) or hidden.sum())
+    monkeypatch.setattr(losses.ops, "linear_cross_entropy", lambda hidden, *args, **how: calls.append(hidden.shape[0]) or hidden.sum())
     inputs = labelled_somewhere(miss.batch(padded=True), "holes")
     model(**inputs)
     wanted = int(((inputs["labels"][:, 1:] != -100) & inputs["decoder_attention_mask"][:, :-1]).sum())

@@ -228,8 +228,8 @@ def test_saved_bytes_of_a_layer():
 def test_rows_layout(lengths):
     x = torch.arange(1.0, 1 + sum(lengths))[:, None]
     layout = rows_layout(torch.tensor(lengths), x.device)
-    table = layout.spread(x)
-    assert table.shape == (len(lengths), max(lengths), 1) and torch.equal(layout.gather(table), x)
+    table = layout.pad(x)
+    assert table.shape == (len(lengths), max(lengths), 1) and torch.equal(layout.unpad(table), x)
     for row, length, part in zip(table, lengths, x.split(lengths)):
         assert torch.equal(row[:length], part) and not row[length:].any()
 
