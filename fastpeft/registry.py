@@ -134,8 +134,10 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
             return fused.forward(self, *args, **kwargs)
 
         names["forward"] = forward
-    pickling = {"__reduce_ex__": _reduce_ex, "__copy__": _copy, "__deepcopy__": _deepcopy}
-    _FUSED[cls] = ours = type(cls)(cls.__name__, (fused, cls), names | pickling)
+    _FUSED[cls] = ours = type(cls)(cls.__name__, (fused, cls), names | {"__reduce_ex__": _reduce_ex, "__copy__": _copy})
+    # where copy.deepcopy looks first. A method named __deepcopy__ would also answer for wrappers that hand attributes on (PEFT's models,
+    # torch.compile's): a copy of one would be a copy of what it wraps
+    copy._deepcopy_dispatch[ours] = _deepcopy
     _REPLACED[ours] = cls
     return ours
 
