@@ -11,12 +11,12 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft import cli
-from fastpeft import verify as verifying
 from fastpeft.fused import attend, blip, blip_layers, llama_layers
 from fastpeft.methods import adaption_prompt, excitor
 from fastpeft.methods.replacement import is_fused
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.verify import baseline as plain
+from fastpeft.verify import compare as verifying
 from fastpeft.verify.compare import DTYPES, Check, Result, tolerance, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
