@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 import fastpeft as fp
 from fastpeft.cost.profile import measure
 from fastpeft.fused import llama, llama_layers
+from fastpeft.models.llama import PARTS
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}
 METHOD = fp.AdaptionPrompt(adapter_len=5, adapter_layers=3)
