@@ -153,7 +153,8 @@ def test_faults_of_single_forms(miss, monkeypatch):
         patch.setattr(blip_stack, "as_key_mask", lambda mask: None)
         assert failed(verify(model, peft=False)) == [*FORMS[1:], "image features kept"]
     with monkeypatch.context() as patch:  # questions see each other's images
-        patch.setattr(blip_stack, "image_layout", lambda tokens, index, *rest, real=blip_stack.image_layout: real(tokens, index.roll(1), *rest))
+        real = blip_stack.image_layout
+        patch.setattr(blip_stack, "image_layout", lambda tokens, index, *rest: real(tokens, index.roll(1), *rest))
         assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
     with monkeypatch.context() as patch:
         patch.setattr(blip_layers, "absorbed_attention", faulty(blip_layers.absorbed_attention, lambda out: 1.01 * out))
