@@ -38,8 +38,16 @@ test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest -q -m slow
 
-aot: $(VENV)/.built
+# two versions of Triton: the one installed, and that of torch 2.11, laid over it
+OLD_TRITON = build/triton-3.6.0
+$(OLD_TRITON)/.done: $(VENV)/.built
+	rm -rf $(OLD_TRITON)
+	$(PIP) install -q --no-deps --target $(OLD_TRITON) triton==3.6.0
+	touch $@
+
+aot: $(VENV)/.built $(OLD_TRITON)/.done
 	$(PY) bench/aot.py --check bench/aot_limits.json
+	PYTHONPATH=$(OLD_TRITON) $(PY) bench/aot.py --check bench/aot_limits.json
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

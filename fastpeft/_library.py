@@ -112,6 +112,15 @@ def _why_composite(device: str, native: bool, triton: bool) -> str:
     return (f"FASTPEFT_BACKEND={FORCED}, and " if FORCED else "") + (f"it has {kinds[0]} only" if kinds else "it has no other form")
 
 
+def leave_to_composite(name: str, device: torch.device, reason: str) -> bool:
+    """Notes that some calls of an op run on ATen, for :func:`backend_of`; whether this was not known yet."""
+    served, key = _served.setdefault(name, {}), device.type.upper()
+    told = f"triton; composite for some shapes ({reason})"
+    known = served.get(key, "").startswith("triton; composite")
+    served[key] = served[key] if known else told
+    return not known
+
+
 def backend_of() -> dict[str, dict[str, str]]:
     """Which backend serves each defined op on each device, with the reason: ``{op: {"CPU": ..., "CUDA": ...}}``."""
     return {name: dict(devices) for name, devices in sorted(_served.items())}

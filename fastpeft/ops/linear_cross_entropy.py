@@ -34,6 +34,7 @@ from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._chunked_loss import chunked, rows_of_aten
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._tiled import on_device_of
 from fastpeft.ops.rescale import _forward as scaled
 
 
@@ -60,7 +61,8 @@ def _composite(*args):
 def _triton(*args):
     from fastpeft.kernels.linear_cross_entropy import cross_entropy_rows
 
-    return chunked(cross_entropy_rows, *args)
+    with on_device_of(args[:1]):
+        return chunked(cross_entropy_rows, *args)
 
 
 def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
