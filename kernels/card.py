@@ -11,14 +11,13 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 
 
 
 @functools.cache
-def _shared_of(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+def _shared_of(device: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]  # what Triton will hold a launch to
 
 
 def shared_memory(t: torch.Tensor) -> int:
     """Bytes of shared memory that one block may have on t's card; Triton's interpreter gets an H100's."""
-    return _shared_of(t.device) if t.is_cuda else SHARED[90]
+    return _shared_of(t.device.index) if t.is_cuda else SHARED[90]
 
 
 def stages(most: int, tile: int, fixed: int, shared: int) -> int:

@@ -138,17 +138,19 @@ def _lora_sum_kernel(
         _sum(db_ptr, b_ptr, offs, SPANS_B, stride_bs, R, N, 1, R, BLOCK_S, BLOCK)
 
 
-def _down_blocks(M: int, R: int, itemsize: int) -> dict:
-    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way."""
+def _down_blocks(M: int, R: int, itemsize: int, shared: int) -> dict:
+    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way. tl.dot
+    takes no share of fewer than 16 columns."""
     rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
-    columns = 20480 // ((rows + padded(R)) * itemsize)
-    tile = {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": padded(R), "SHARES": 64 // rows}
-    return tile | {"num_warps": 4, "num_stages": 4}
+    shares, both = 64 // rows, (rows + padded(R)) * itemsize
+    columns = max(16 * shares, 1 << ((20480 // both).bit_length() - 1))
+    tile = {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": padded(R), "SHARES": shares}
+    return tile | {"num_warps": 4, "num_stages": stages(4, columns * both, shares * rows * padded(R) * 4, shared)}
 
 
 def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
     """s [R, M] = scaling A D(x)^T."""
-    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size())
+    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size(), shared_memory(x))
     if M:
         _lora_down_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
             x_ptr=x, a_ptr=A, seed_ptr=seed, s_ptr=s, M=M, K=K, R=R, stride_xm=x.stride(0), stride_ar=A.stride(0),
@@ -216,9 +218,9 @@ def aot_cases(shared: int):
         strides = (f"stride_{n}" for n in ("xm", "ar", "sr", "tr", "fr", "fc"))
         types |= dict.fromkeys(("M", "K", "C", "R", "STEPS", "index", *strides), "i32")
         off = dict.fromkeys(("DROP", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP"), False) | {"IEEE": True}
-        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
-        cases.append(("down/drop", _lora_down_kernel, _down_blocks(8192, 16, size) | {"stride_ak": 1, "DROP": True}, {}))
-        cases.append(("down/r128", _lora_down_kernel, _down_blocks(8192, 128, size) | {"stride_ak": 1}, {}))
+        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size, shared) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
+        cases.append(("down/drop", _lora_down_kernel, _down_blocks(8192, 16, size, shared) | {"stride_ak": 1, "DROP": True}, {}))
+        cases.append(("down/r128", _lora_down_kernel, _down_blocks(8192, 128, size, shared) | {"stride_ak": 1}, {}))
 
         def along_case(name, C, R, t_size, special, dtype=dtype, size=size, **flags):
             blocks = _pass_blocks(C, R, size, t_size, shared, **flags)
