@@ -147,7 +147,8 @@ def too_large(found: dict[str, dict], as_on_80: list[str]) -> list[str]:
 
     taken = [(key, int(key.rpartition("_")[2]), got["shared"]) for key, got in found.items() if "shared" in got]
     taken += [(f"{name}/sm_86", 86, found[f"{name}/sm_80"].get("shared", 0)) for name in as_on_80]
-    return [f"{key}: {took} bytes of shared memory, where a block may have {SHARED[arch]}" for key, arch, took in taken if took > SHARED[arch]]
+    told = "{}: {} bytes of shared memory, where a block may have {}"
+    return [told.format(key, took, SHARED[arch]) for key, arch, took in taken if took > SHARED[arch]]
 
 
 def violations(found: dict[str, dict], limits: dict[str, dict], excused: dict[str, str]) -> list[str]:

@@ -42,6 +42,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
 _served: dict[str, dict[str, str]] = {}  # op -> device -> why that backend
+_ours: dict[str, bool] = {}  # op -> whether it has a kernel of ours
 
 
 def has_triton() -> bool:
@@ -50,6 +51,10 @@ def has_triton() -> bool:
 
 OLDEST = (8, 0)  # compute capability: what our CUDA and Triton kernels are written, compiled and checked for
 _native_cuda = (0, 0)  # the CUDA that csrc's library was built with
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def cuda_unfit(built: tuple[int, int]) -> str:
@@ -61,9 +66,9 @@ def cuda_unfit(built: tuple[int, int]) -> str:
         return ""
     driver, capabilities = found
     if min(capabilities) < OLDEST:
-        return f"a card of compute capability {'%d.%d' % min(capabilities)}: our kernels need {'%d.%d' % OLDEST}"
+        return f"a card of compute capability {_dotted(min(capabilities))}: our kernels need {_dotted(OLDEST)}"
     if driver < built:
-        return f"built with CUDA {'%d.%d' % built}, and the driver serves {'%d.%d' % driver}"
+        return f"csrc was built with CUDA {_dotted(built)}, and the driver serves {_dotted(driver)}"
     return ""
 
 
@@ -114,6 +119,7 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     served = _served.setdefault(name, {})
     native = triton is None if native is None else native
+    _ours[name] = native or triton is not None
 
     if _has_kernel(name, "CPU"):
         served["CPU"] = "native"
@@ -150,6 +156,11 @@ def _why_composite(device: str, native: bool, triton: bool) -> str:
         return native_missing or f"csrc has no {device} form here"
     kinds = [kind for kind, has in (("native", native), ("triton", triton)) if has]
     return (f"FASTPEFT_BACKEND={FORCED}, and " if FORCED else "") + (f"it has {kinds[0]} only" if kinds else "it has no other form")
+
+
+def has_kernel_of_ours(name: str) -> bool:
+    """Whether an op has more than its ATen form: ATen on CUDA is then a fallback."""
+    return _ours[name]
 
 
 def leave_to_composite(name: str, device: torch.device, reason: str) -> bool:
