@@ -6,6 +6,7 @@ SIGINT, so that it can say where it was, and SIGKILL ten seconds later, as its w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -94,7 +95,5 @@ def _read(stream: Iterable[str], lines: queue.SimpleQueue) -> None:
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass

@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     args.memory = args.memory or psutil.virtual_memory().available / 2e9
     overrides = {} if args.image_size is None else {"image_size": args.image_size}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in ("out", "json", "lines")}
+    hidden = ("out", "json", "lines")
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in hidden}
     report, tables = {"options": told, "machine": frame.about_machine(), "rows": [], "left_out": {}}, []
     try:
         for plan in args.plans:
