@@ -20,8 +20,13 @@ __device__ A reciprocal(A x) {
 
 template <bool APPROXIMATE, class A>
 __device__ A silu(A g, A* slope) {
-  const A sigma = reciprocal<APPROXIMATE>(A(1) + exponential<APPROXIMATE>(-g));
-  if (slope) *slope = sigma * (1 + g * (1 - sigma));
+  const A e = exponential<APPROXIMATE>(-g), sigma = reciprocal<APPROXIMATE>(A(1) + e);
+  if (slope && APPROXIMATE) {
+    const A side = sigma * (e * sigma);  // 1 - sigma, of an approximate quotient, times a gate of 1e38; nan where e is inf
+    *slope = sigma + (side > A(1e-37) ? g * side : A(0));
+  } else if (slope) {
+    *slope = sigma * (1 + g * (1 - sigma));
+  }
   return g * sigma;
 }
 template <bool APPROXIMATE, class A>

@@ -141,6 +141,7 @@ template <bool CENTER, int K, bool DX, bool PARAMS, bool WIDE, class T>
 __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && WIDE ? 1 : 2) norm_bwd_kernel(NormBwd<T> a, unsigned per_row) {
   using A = acc_t<T>;
   constexpr int V = 16 / sizeof(T);
+  constexpr bool early = K == 1 || WIDE;  // dh is read with the row; where registers are few, when it is added
   using P = Pack<T, V>;
   const Group group(per_row);
   const int64_t packs = a.n / V, step = int64_t(gridDim.x) * group.count;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int64_t i = group.lane + k * per_row;
-      if (DX && a.dh && i < packs) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
+      if (DX && early && a.dh && i < packs) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         d[k][e] = i < packs ? static_cast<A>(dy[k].v[e]) : A(0);
@@ -198,6 +199,7 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
         const int64_t i = group.lane + k * per_row;
         if (i >= packs) continue;
         P out;
+        if (!early && a.dh) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           A dx = rstd * (d[k][e] - c1 - x_hat[k][e] * c2);

@@ -130,15 +130,16 @@ def _excitor_merge_bwd_kernel(
 
 
 def _bwd_blocks(K: int, g_size: int, l_size: int, shared: int) -> dict:
-    """The widest block of columns whose sums, 32,768 in 16 bit and 4,096 in float32, stay in registers, and which leaves room for two
-    tiles under way; a quarter of it elsewhere (half of it, at K = 128, spilled)."""
+    """The widest block of columns whose sums stay in registers, 32,768 in 16 bit, and which leaves room for two tiles under way; a quarter
+    of it elsewhere (half of it, at K = 128, spilled). Products of float32 without tensor cores hold more than their sums."""
     rows = padded(K)
 
     def fitting(columns):
         tile = BWD_ROWS * (columns * g_size + rows * l_size)
         return stages(BWD_STAGES, tile, rows * (columns * g_size + BWD_ROWS * 4), shared)
 
-    columns = max(32, min(BWD_BYTES // g_size, (4096 if g_size > 2 else 32768) // rows))
+    sums = 32768 if g_size == 2 else 8192 if rows <= 64 else 4096
+    columns = max(32, min(BWD_BYTES // g_size, sums // rows))
     if fitting(columns) < 3:
         columns = max(32, columns // 4)
     return {"BLOCK_M": BWD_ROWS, "BLOCK_C": columns, "BLOCK_K": rows, "num_warps": 8, "num_stages": fitting(columns)}
