@@ -32,7 +32,7 @@ from bench.frame import about_machine
 from fastpeft.data import load_instructions
 from fastpeft.data.phantom_images import SCANNERS, Canvas
 from fastpeft.data.phantom_questions import Scene, draw_scene, phrase, questions_of
-from fastpeft.evaluate.answers import to_device
+from fastpeft.device import to_device
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.responses import model_inputs, respond
 from fastpeft.plain import plain, without_dropout

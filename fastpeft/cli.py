@@ -249,7 +249,7 @@ def verify(
     """Compare fused losses and gradients with plain PyTorch and PEFT; exit code 1 where they differ."""
     import torch
 
-    from fastpeft.evaluate.answers import choose_device
+    from fastpeft.device import choose_device
     from fastpeft.models import parts_of
     from fastpeft.plan import adapt, build
     from fastpeft.runs.train import plan_for

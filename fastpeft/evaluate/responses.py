@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
-from fastpeft.evaluate.answers import to_device
+from fastpeft.device import to_device
 from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa

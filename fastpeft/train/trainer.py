@@ -22,8 +22,8 @@ from tqdm import tqdm
 import fastpeft
 from fastpeft.checkpoints import fingerprint, save_adapter
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import answer_and_score, write_answers
-from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter

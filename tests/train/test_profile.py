@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.evaluate.answers import MODEL_INPUTS, to_device
+from fastpeft.device import to_device
+from fastpeft.evaluate.answers import MODEL_INPUTS
 from fastpeft.train.profile import measure, memory_bytes, peak_memory_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
