@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -124,6 +124,8 @@ class Method:
     peft_fields: ClassVar[dict[str, str | Refused]] = {}  # PEFT's configuration: field -> READ, NEUTRAL or Refused
     old_file: ClassVar[str | None] = None  # what its tensors were saved in before it had PEFT's format
     mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
+    merge_order: ClassVar[int] = 0  # lower first: IA3 rescales what LoRA adds, and an adapter's output is the input of both
+    by_modality: ClassVar[bool] = False  # whether what it computes depends on a sample's modality
     carried: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
 
     def attach(self, root: nn.Module, part: Part) -> None:
@@ -147,6 +149,11 @@ class Method:
         with torch.no_grad():
             for name, mine in self.tensors(root, part).items():
                 mine.copy_(tensors[name])
+
+    def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
+        """Fold this method's parameters into the base weights of an attached part and remove them; parameters of the base itself need
+        nothing. False where some stay. ``mixtures``: [2] of each layer whose experts are mixed alike for every sample."""
+        return True
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         """The part's ``adapter_config.json``."""
