@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastpeft.files import atomic_folder
 from fastpeft.models._reading import naming, read_file
-from fastpeft.models._writing import ConversionReport, staged, write_model
+from fastpeft.models._writing import ConversionReport, besides_weights, write_model
 from fastpeft.models.official import check
 from fastpeft.models.official_llama import llama_from_official
 
@@ -68,8 +69,8 @@ def open_llama(folder: Path, vicuna_delta: Path | None = None) -> OpenedLlama:
 
 def write_llama(out: Path, source: Path, contents: None, vicuna_delta: str | Path | None = None) -> ConversionReport:
     llama = open_llama(source, None if vicuna_delta is None else Path(vicuna_delta).expanduser())
-    with staged(out) as stage:
-        count = write_model(stage, llama.config, llama.tensors, llama.tokenizer)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, llama.config, llama.tensors, llama.tokenizer)
     return ConversionReport("LLaMA -> transformers", count, no_tokenizer(llama.tokenizer))
 
 
