@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, choose_files, field, find_split_file, place_image, read_json, read_split_file
+from fastpeft.data._files import ImageFinder, Refused, field, find_split_file, place_image, read_json, read_split_file
+from fastpeft.data._splits import Format, Page, QuestionNaming, names, nothing_left, read_entries, resolve
 from fastpeft.data.samples import Sample, SampleList, hold_out, normalise_answer
 
 __all__ = ["Sample", "SampleList", "hold_out", "load_samples"]
 
-_FORMATS = "slake (img_name, question, answer), vqa-rad (image_name, question, answer), mile (img_name, question_pool, answer)"
+_KNOWN = "slake (img_name, question, answer), vqa-rad (image_name, question, answer), mile (img_name, question_pool, answer)"
 
 
 def load_samples(data, split_file=None, split="train", *, languages=("en",), skip_bad=False, check_images=None) -> SampleList:
@@ -52,106 +55,78 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
         raise ValueError(f'split={split!r}: use "train", "val", "test", or None for everything')
     languages = (languages,) if isinstance(languages, str) else languages
 
-    ids, note = [], ""
+    ids: list[str] = []
     if split_file is None:
-        files, note = choose_files(folder, split)
-        pages = {file: read_json(file) for file in files}
+        pages, note = resolve(folder, split, QuestionNaming(read_json))
     else:
-        file = find_split_file(folder, split_file)
+        file, note = find_split_file(folder, split_file), ""
         entries, ids = read_split_file(file)
-        pages = {page: read_json(page) for page in choose_files(folder, None)[0]} if ids else {file: entries}
+        pages = resolve(folder, None, QuestionNaming(read_json))[0] if ids else [Page(file, read=lambda _: entries)]
 
-    reader = _Reader(ImageFinder(folder, skip_bad if check_images is None else check_images), languages)
-    samples, formats, skipped, wanted_ids = [], [], Counter(), set(ids)
-    for page, entries in pages.items():
-        formats.append(_format(page, entries))
-        for index in range(len(entries)) if ids else _of_split(entries, split, split_file is not None):
-            if ids and not (isinstance(entries[index], dict) and _qid(entries[index], index) in wanted_ids):
-                continue
-            try:
-                sample = reader.sample(page, index, entries[index], formats[-1])
-            except Refused as bad:
-                if not skip_bad:
-                    raise ValueError(f"{page}: entry {index}: {bad}") from None
-                skipped[bad.reason] += 1
-            else:
-                samples += [sample] if sample else []
-    if ids:
-        unknown = _unknown_ids(file, ids, pages)
-        if unknown and not skip_bad:
+    reader = QuestionReader(ImageFinder(folder, skip_bad if check_images is None else check_images), languages)
+    samples, used, skipped, wanted = [], [], Counter(), set(ids)
+    for page in pages:
+        form = format_of(page)
+        entries = page.entries(None if ids else split, whole=split_file is not None)
+        if ids:
+            entries = [(index, e) for index, e in entries if isinstance(e, dict) and qid_of(e, index) in wanted]
+        samples += read_entries(page, entries, partial(form.read, reader), skipped if skip_bad else None)
+        used.append(form.name)
+    if ids and (unknown := _unknown_ids(file, ids, pages)):
+        if not skip_bad:
             some = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-            where = ", ".join(page.name for page in pages)
-            raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {where}: {some}")
-        skipped.update({"unknown qid": len(unknown)} if unknown else {})
+            raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {names(pages)}: {some}")
+        skipped["unknown qid"] = len(unknown)
     if not samples:
-        raise ValueError(_nothing_left(pages, split, languages, reader.filtered, skipped))
-    return SampleList(samples, dict(skipped), dict(reader.filtered), "+".join(dict.fromkeys(formats)), tuple(pages), note)
+        raise ValueError(nothing_left(pages, split, languages, reader.filtered, skipped))
+    files = tuple(page.file for page in pages)
+    return SampleList(samples, dict(skipped), dict(reader.filtered), "+".join(dict.fromkeys(used)), files, note)
 
 
-def _format(file: Path, entries: list) -> str:
-    fields = [set(entry) for entry in entries if isinstance(entry, dict)]
-    for names in fields:  # the first entry that shows its kind speaks for the file
-        for name, kind in (("question_pool", "mile"), ("image_name", "vqa-rad"), ("img_name", "slake")):
-            if name in names:
-                return kind
+def format_of(page: Page) -> Format:
+    """Which of FORMATS a page of questions is in. ValueError for none, naming the fields."""
+    if (form := page.format(FORMATS)) is not None:
+        return form
+    fields = [entry for _, _, entry in page.parts if isinstance(entry, dict)]
     if not fields:
-        what = f"entry 0: expected an object with fields, not {type(entries[0]).__name__}"
+        what = f"entry 0: expected an object with fields, not {type(page.value[0]).__name__}"
     else:
         what = f"unknown format: entries have the fields {', '.join(sorted(fields[0])) or '(none)'}"
-    raise ValueError(f"{file}: {what}; supported formats: {_FORMATS}")
+    raise ValueError(f"{page.file}: {what}; supported formats: {_KNOWN}")
 
 
-def _of_split(entries: list, split: str | None, explicit: bool) -> list[int]:
-    """Indices of a split's entries: all, unless some are marked as test ones. An explicit file of nothing else is taken whole."""
-    test = _marks(entries)
-    if split is None or not any(test) or (explicit and all(test)):
-        return list(range(len(entries)))
-    return [i for i, marked in enumerate(test) if marked is (split == "test")]
-
-
-def _marks(entries: list) -> list[bool]:
-    return [isinstance(e, dict) and str(e.get("phrase_type", "")).strip().lower().startswith("test_") for e in entries]
-
-
-def marks_test(entries: list) -> bool:
-    """Whether some of a file's entries say of themselves that they are for testing."""
-    return any(_marks(entries))
-
-
-def _qid(entry: dict, index: int) -> str:
+def qid_of(entry: dict, index: int) -> str:
     qid = field(entry, "qid")
     return str(index if qid is None or str(qid).strip() == "" else qid).strip()
 
 
-def _unknown_ids(file: Path, ids: list[str], pages: dict[Path, list]) -> list[str]:
+def _unknown_ids(file: Path, ids: list[str], pages: list[Page]) -> list[str]:
     """The qids no entry has. ValueError where one has several: taking both, or either, would be a guess."""
     places: dict[str, list[str]] = {qid: [] for qid in ids}
-    for page, entries in pages.items():
-        for index, entry in enumerate(entries):
-            if isinstance(entry, dict) and _qid(entry, index) in places:
-                places[_qid(entry, index)].append(f"{page.name} entry {index}")
+    for page in pages:
+        for index, entry in page.entries(None):
+            if isinstance(entry, dict) and qid_of(entry, index) in places:
+                places[qid_of(entry, index)].append(f"{page.file.name} entry {index}")
     for qid, found in places.items():
         if len(found) > 1:
             raise ValueError(f"{file}: qid {qid} is ambiguous ({', '.join(found)}); give the entries themselves as split_file")
     return [qid for qid, found in places.items() if not found]
 
 
-class _Reader:
-    """Entries to samples; counts those in other languages."""
+class QuestionReader:
+    """Entries to samples; counts those in other languages in `filtered`."""
 
     def __init__(self, find_image: ImageFinder, languages):
         self.find_image, self.filtered = find_image, Counter()
         self.languages = None if languages is None else {str(x).strip().lower() for x in languages}
 
-    def sample(self, file: Path, index: int, entry, kind: str) -> Sample | None:
-        """None for an entry in a language that wasn't asked for; `Refused` for a bad one."""
-        if not isinstance(entry, dict):
-            raise Refused("not an object", f"expected an object with fields, not {type(entry).__name__}")
+    def sample(self, page: Page, index: int, entry: dict, image_field: str) -> Iterator[Sample]:
+        """None of an entry in a language that wasn't asked for; `Refused` for a bad one."""
         language = str(field(entry, "q_lang") or "en").strip().lower()
         if self.languages is not None and language not in self.languages:
             self.filtered[language] += 1
-            return None
-        name = _text(entry, "image_name" if kind == "vqa-rad" else "img_name")
+            return
+        name = _text(entry, image_field)
         pool = _pool(entry["question_pool"]) if "question_pool" in entry else ()
         question = pool[0] if pool and "question" not in entry else _line(entry, "question")
         answer = _line(entry, "answer")
@@ -165,7 +140,20 @@ class _Reader:
             raise Refused("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
         image = self.find_image(name)
         content = " ".join(str(field(entry, "content_type") or field(entry, "question_type") or "").split())
-        return Sample(image, question, answer, answer_type, _qid(entry, index), content, language, pool, index, file, name)
+        yield Sample(image, question, answer, answer_type, qid_of(entry, index), content, language, pool, index, page.file, name)
+
+
+def _format(name: str, shown_by: str, image_field: str) -> Format:
+    return Format(
+        name, lambda fields: shown_by in fields, lambda reader, page, index, entry: reader.sample(page, index, entry, image_field)
+    )
+
+
+FORMATS = (
+    _format("mile", "question_pool", "img_name"),
+    _format("vqa-rad", "image_name", "image_name"),
+    _format("slake", "img_name", "img_name"),
+)
 
 
 def _text(entry: dict, name: str) -> str:
@@ -196,10 +184,3 @@ def _pool(pool) -> tuple[str, ...]:
     if not isinstance(pool, list) or not pool:
         raise Refused("bad question_pool", "question_pool must be a list of one or more questions")
     return tuple(_line({"question": question}, "question") for question in pool)
-
-
-def _nothing_left(pages, split, languages, filtered, skipped) -> str:
-    left_out = [f"{n} in language {name!r}, of languages={languages!r}" for name, n in filtered.items()]
-    left_out += [f"{n} skipped for {reason}" for reason, n in skipped.items()]
-    what = f"no {split} samples left" if split else "no samples left"
-    return f"{', '.join(str(page) for page in pages)}: {what}" + (f" ({'; '.join(left_out)})" if left_out else "")
