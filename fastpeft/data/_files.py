@@ -12,7 +12,7 @@ SUFFIXES = (".json", ".jsonl", ".jsol", ".ndjson")
 _IMAGE_FOLDERS = ("imgs", "images", "image", "img", "vqa_rad image folder", "vqa_rad images")
 
 
-class Refused(ValueError):
+class BadEntry(ValueError):
     """An entry that can't be used: `reason` is what `skip_bad` counts it under."""
 
     def __init__(self, reason: str, message: str):
@@ -20,7 +20,7 @@ class Refused(ValueError):
         self.reason = reason
 
 
-def field(entry: dict, name: str):
+def value_of(entry: dict, name: str):
     """A field's value; None also for NaN, which an empty cell of a table turns into."""
     value = entry.get(name)
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -29,19 +29,19 @@ def field(entry: dict, name: str):
 IMAGE_MARK = "<image>"  # LLaVA's, for an image's place in a question
 
 
-def place_image(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
+def without_image_mark(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
     """The questions of a sample without the mark of its image's place, which is always before the first.
 
-    `Refused` where a mark stands in a text without an image, in a later question, more than once, or in one of `others` (answers).
+    `BadEntry` where a mark stands in a text without an image, in a later question, more than once, or in one of `others` (answers).
     """
     marks = [text.count(IMAGE_MARK) for text in texts]
     if not has_image and (any(marks) or any(IMAGE_MARK in text for text in others)):
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands in a text without an image")
+        raise BadEntry("stray <image>", f"{IMAGE_MARK} stands in a text without an image")
     if any(IMAGE_MARK in text for text in others):
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands in an answer")
+        raise BadEntry("stray <image>", f"{IMAGE_MARK} stands in an answer")
     if sum(marks) > 1 or any(marks[1:]):
         where = f"{sum(marks)} times" if sum(marks) > 1 else "in a later question"
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands {where}: one image is read, before the first question")
+        raise BadEntry("stray <image>", f"{IMAGE_MARK} stands {where}: one image is read, before the first question")
     return [text.replace(IMAGE_MARK, "").strip() if n else text for text, n in zip(texts, marks)]
 
 
@@ -131,7 +131,7 @@ class ImageFinder:
         return self._bases[folder]
 
     def __call__(self, name: str) -> Path:
-        """The absolute path of an image. `Refused` where it is absent or outside, or, with `check`, damaged."""
+        """The absolute path of an image. `BadEntry` where it is absent or outside, or, with `check`, damaged."""
         if name not in self._known:
             self._known[name] = self._find(name)
         path = self._known[name]
@@ -144,16 +144,16 @@ class ImageFinder:
             except ValueError as error:
                 self._faults[path] = str(error)
         if self._faults.get(path):
-            raise Refused("corrupt image", self._faults[path])
+            raise BadEntry("corrupt image", self._faults[path])
         return path
 
     def _find(self, name: str) -> Path:
         refused = f"image path {name!r} is refused: "
         if "\0" in name or name.startswith("/") or PureWindowsPath(name).drive or PureWindowsPath(name).root:
-            raise Refused("unsafe image path", refused + "give it relative to the data folder")
+            raise BadEntry("unsafe image path", refused + "give it relative to the data folder")
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or not parts:
-            raise Refused("unsafe image path", refused + "it may not leave the data folder through '..'")
+            raise BadEntry("unsafe image path", refused + "it may not leave the data folder through '..'")
         places = [base.joinpath(*parts) for base in self._folders(self.root)]
         if len(parts) > 1:
             own = [base / parts[0] for base in self._folders(self.root) if (base / parts[0]).is_dir()]
@@ -164,7 +164,7 @@ class ImageFinder:
                 continue
             path = place.resolve()
             if not path.is_relative_to(self.root):
-                raise Refused("unsafe image path", refused + "it leaves the data folder through a symbolic link")
+                raise BadEntry("unsafe image path", refused + "it leaves the data folder through a symbolic link")
             return path
         looked = ", ".join(dict.fromkeys(str(place.parent.relative_to(self.root)) for place in places))
-        raise Refused("missing image", f"image {name!r} not found in {self.root} (looked in {looked})")
+        raise BadEntry("missing image", f"image {name!r} not found in {self.root} (looked in {looked})")

@@ -15,8 +15,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastpeft.data._files import ImageFinder, Refused, field, place_image
-from fastpeft.data._splits import Format, Page
+from fastpeft.data._files import BadEntry, ImageFinder, value_of, without_image_mark
+from fastpeft.data._splits import AnnotationFile, Format
 from fastpeft.data.formats import QuestionReader, format_of
 from fastpeft.data.samples import Instruction, Sample
 
@@ -31,19 +31,19 @@ _ASKED = {  # where the data hold responses without questions
 def text_of(entry: dict, name: str, required: bool = True, empty: bool = False) -> str:
     """A field's text as it stands, line breaks and all; numbers as written. Null and NaN count as missing, which where it isn't `required`
     is "". `empty`: an empty text is one, too."""
-    value = field(entry, name)
+    value = value_of(entry, name)
     if value is None and required:
         has = f"{name} is null or not a number" if name in entry else f"no field {name!r} (it has {', '.join(map(str, entry)) or 'none'})"
-        raise Refused(f"missing {name}", has)
+        raise BadEntry(f"missing {name}", has)
     infinite = isinstance(value, float) and math.isinf(value)
     if infinite or isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
         what = value if infinite else type(value).__name__
-        raise Refused(f"bad {name}", f"{name} must be text, not {what}")
+        raise BadEntry(f"bad {name}", f"{name} must be text, not {what}")
     text = "" if value is None else str(value)
     if required and not empty and not text.strip():
-        raise Refused(f"empty {name}", f"{name} is empty")
+        raise BadEntry(f"empty {name}", f"{name} is empty")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise Refused(f"bad {name}", f"{name} holds half a surrogate pair, which is no character")
+        raise BadEntry(f"bad {name}", f"{name} holds half a surrogate pair, which is no character")
     return text
 
 
@@ -58,99 +58,101 @@ class InstructionReader:
     split_turns: bool
 
     def image(self, name) -> dict:
-        """Fields of an `Instruction` about the image of this name. `Refused` where there is none."""
+        """Fields of an `Instruction` about the image of this name. `BadEntry` where there is none."""
         if not isinstance(name, str) or not name.strip():
-            raise Refused("bad image", f"the image must be a file's name, not {name!r}")
+            raise BadEntry("bad image", f"the image must be a file's name, not {name!r}")
         name = name.strip()
         return {"image": self.find_image(f"{self.image_folder}/{name}" if self.image_folder else name), "image_name": name}
 
 
-# Each of these reads one entry: fields of one `Instruction` or more, `Refused` where the entry is bad.
+# Each of these reads one entry: fields of one `Instruction` or more, `BadEntry` where the entry is bad.
 
 
-def _alpaca(reader: InstructionReader, page: Page, entry: dict) -> Iterator[dict]:
+def _alpaca(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
     asked, answer = text_of(entry, "instruction"), text_of(entry, "output", empty=True)  # an empty one: end at once
     context = text_of(entry, "input", required=False)
-    place_image([asked], False, context, answer)
+    without_image_mark([asked], False, context, answer)
     yield {"turns": ((asked, answer),), "image": None, "context": context if context.strip() else ""}
 
 
-def _llava(reader: InstructionReader, page: Page, entry: dict) -> Iterator[dict]:
+def _llava(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
     questions, answers = _conversation(entry.get("conversations"))
     seen = entry.get("image") not in (None, "")
-    turns = tuple(zip((text.strip() for text in place_image(questions, seen, *answers)), answers))
+    turns = tuple(zip((text.strip() for text in without_image_mark(questions, seen, *answers)), answers))
     if len(turns) > 1 and not turns[0][0]:
-        raise Refused("empty value", "the first question holds nothing but <image>")
+        raise BadEntry("empty value", "the first question holds nothing but <image>")
     image = reader.image(entry["image"]) if seen else {"image": None}
     for part in ((turn,) for turn in turns) if reader.split_turns else (turns,):
         yield {"turns": part, **image}
 
 
-def _coco(reader: InstructionReader, page: Page, entry: dict) -> Iterator[dict]:
-    folder = "" if reader.image_folder else _coco_images(page)
+def _coco(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
+    folder = "" if reader.image_folder else _coco_images(source)
     if folder and isinstance(entry.get("image"), str):
         entry = {**entry, "image": f"{folder}/{entry['image']}"}
     yield from _about_images(reader, entry, text_of(entry, "caption").strip(), _ASKED["coco"])
 
 
-def _reports(reader: InstructionReader, page: Page, entry: dict) -> Iterator[dict]:
+def _reports(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
     yield from _about_images(reader, entry, text_of(entry, "report").strip(), _ASKED["reports"])
 
 
 def _about_images(reader: InstructionReader, entry: dict, answer: str, asked: str) -> Iterator[dict]:
-    name = next((name for name in _IMAGE_FIELDS if field(entry, name) is not None), None)
+    name = next((name for name in _IMAGE_FIELDS if value_of(entry, name) is not None), None)
     if name is None:
-        raise Refused("missing image", f"no image (none of {', '.join(_IMAGE_FIELDS)}; or an image_id without its image)")
+        raise BadEntry("missing image", f"no image (none of {', '.join(_IMAGE_FIELDS)}; or an image_id without its image)")
     names = entry[name] if isinstance(entry[name], list) else [entry[name]]
     if not names:
-        raise Refused("missing image", f"{name} lists no image")
-    (asked,) = place_image([reader.instruction or asked], True, answer)
+        raise BadEntry("missing image", f"{name} lists no image")
+    (asked,) = without_image_mark([reader.instruction or asked], True, answer)
     for image in names:
         yield {"turns": ((asked, answer),), **reader.image(image)}
 
 
-def _coco_images(page: Page) -> str:
+def _coco_images(source: AnnotationFile) -> str:
     """The folder of the images of COCO's two lists, train2014 for captions_train2014.json; else ""."""
-    stem = page.file.stem
-    joined = isinstance(page.value, dict) and "annotations" in page.value
+    stem = source.path.stem
+    joined = isinstance(source.value, dict) and "annotations" in source.value
     return stem.removeprefix("captions_") if joined and stem.startswith("captions_") else ""
 
 
 def _conversation(messages) -> tuple[list[str], list[str]]:
     """(questions, answers) of LLaVA's messages."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise Refused("bad conversations", "conversations must be a list of one or more messages with 'from' and 'value'")
+        raise BadEntry("bad conversations", "conversations must be a list of one or more messages with 'from' and 'value'")
     speakers = [message.get("from") for message in messages]
     if len(messages) % 2 or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
         said = ", ".join(map(str, speakers[:6])) + (", ..." if len(speakers) > 6 else "")
-        raise Refused("bad conversations", f"conversations must go human, gpt, human, gpt, ..., not {said}")
+        raise BadEntry("bad conversations", f"conversations must go human, gpt, human, gpt, ..., not {said}")
     texts = [text_of(message, "value") for message in messages]
     return texts[::2], texts[1::2]
 
 
 def as_instruction(sample: Sample) -> Instruction:
     """A question about an image as an instruction; the phrasings of a pool are alternatives."""
-    asked = (place_image([question], True)[0] for question in sample.question_pool or (sample.question,))
+    asked = (without_image_mark([question], True)[0] for question in sample.question_pool or (sample.question,))
     turns = tuple(((question, sample.answer),) for question in asked)
     facts = {"answer_type": sample.answer_type, "content_type": sample.content_type}
     place = {"qid": sample.qid, "entry": sample.entry, "source": sample.source, "image_name": sample.image_name}
     return Instruction(turns[0], sample.image, "vqa", alternatives=turns[1:], facts=facts, **place)
 
 
-def _question(reader: InstructionReader, page: Page, index: int, entry: dict) -> Iterator[Instruction]:
-    return map(as_instruction, format_of(page).read(reader.questions, page, index, entry))
+def _question(reader: InstructionReader, source: AnnotationFile, index: int, entry: dict) -> Iterator[Instruction]:
+    return map(as_instruction, format_of(source).read(reader.questions, source, index, entry))
 
 
-def _format(name: str, detect: Callable[[set], bool], fields_of: Callable[[InstructionReader, Page, dict], Iterator[dict]]) -> Format:
-    def read(reader: InstructionReader, page: Page, index: int, entry: dict) -> Iterator[Instruction]:
-        qid = str(index if field(entry, "id") is None else entry["id"])
-        for fields in fields_of(reader, page, entry):
-            yield Instruction(kind=name, qid=qid, entry=index, source=page.file, **fields)
+def _format(
+    name: str, detect: Callable[[set], bool], fields_of: Callable[[InstructionReader, AnnotationFile, dict], Iterator[dict]]
+) -> Format:
+    def read(reader: InstructionReader, source: AnnotationFile, index: int, entry: dict) -> Iterator[Instruction]:
+        qid = str(index if value_of(entry, "id") is None else entry["id"])
+        for fields in fields_of(reader, source, entry):
+            yield Instruction(kind=name, qid=qid, entry=index, source=source.path, **fields)
 
     return Format(name, detect, read)
 
 
-FORMATS = (  # the first that shows in an entry's fields
+INSTRUCTION_FORMATS = (  # the first that shows in an entry's fields
     _format("llava", lambda fields: "conversations" in fields, _llava),
     _format("alpaca", lambda fields: {"instruction", "output"} <= fields, _alpaca),
     Format("vqa", lambda fields: bool(fields & {"image_name", "img_name"} and fields & {"question", "question_pool"}), _question),

@@ -62,7 +62,7 @@ def resize_and_crop(image, size: int, interpolation: str) -> np.ndarray:
     """
     from PIL import Image
 
-    how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     short, long = sorted(image.size)
     scaled = size * long // short
     first = (scaled - size) // 2
@@ -70,11 +70,11 @@ def resize_and_crop(image, size: int, interpolation: str) -> np.ndarray:
     if scaled <= max(long, ELONGATED * size):
         wide, high = (size, scaled) if upright else (scaled, size)
         left, top = (0, first) if upright else (first, 0)
-        return np.array(image.resize((wide, high), how).crop((left, top, left + size, top + size)))
+        return np.array(image.resize((wide, high), resample).crop((left, top, left + size, top + size)))
     taps = _taps(long, scaled, first, size, interpolation)
     begin, end = taps[0][0], max(start + len(weights) for start, weights in taps)
     if upright:
-        across = np.asarray(image.crop((0, begin, short, end)).resize((size, end - begin), how))
+        across = np.asarray(image.crop((0, begin, short, end)).resize((size, end - begin), resample))
         return np.ascontiguousarray(_resample(across.swapaxes(0, 1), taps, begin).swapaxes(0, 1))
     along = _resample(np.asarray(image.crop((begin, 0, end, short))), taps, begin)
-    return np.array(Image.fromarray(along).resize((size, size), how))
+    return np.array(Image.fromarray(along).resize((size, size), resample))

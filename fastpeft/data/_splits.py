@@ -1,7 +1,7 @@
-"""Split resolver: which annotation files of a folder serve a split, by their names and by what they hold, and in which format they are.
+"""Split resolver: chooses the annotation files of a split, by their names and contents, and tells their format.
 
-One resolver, `resolve`, for all data sets. A `Naming` says how a family of data sets names its files; a table of `Format`s says how a
-file's entries are recognised and read.
+`resolve` serves all data sets. A `Naming` describes how a family of data sets names its files. A table of `Format`s describes how entries
+are detected and read.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from fastpeft.data._files import SUFFIXES, Refused, field, read_value
+from fastpeft.data._files import SUFFIXES, BadEntry, read_value, value_of
 
 SPLITS = ("train", "val", "test")
 UNNAMED = "unnamed"  # the kind of a file whose name says no split
-NOT_TEST = "not test"  # the part of entries that aren't marked, where others are marked as test ones
+NOT_TEST = "not test"  # the split of entries without a mark, where others are marked as test entries
 _SYNONYMS = {"restval": "train", "valid": "val", "validate": "val", "validation": "val"}
 _ONLY = "no test file: {name} is used, the only one; a model trained on it is tested on what it has seen"
 
@@ -27,37 +27,37 @@ _ONLY = "no test file: {name} is used, the only one; a model trained on it is te
 class Format:
     """A published format of annotations.
 
-    detect: whether an entry with these fields is in it. read: (reader, page, index, entry) to the entry's samples, with the options that
-    the reader holds; `Refused` where it is bad.
+    detect: whether an entry with these fields is in it. read: (reader, source, index, entry) to the entry's samples, with the options that
+    the reader holds; `BadEntry` where it is bad.
     """
 
     name: str
     detect: Callable[[set], bool]
-    read: Callable[[Any, Page, int, dict], Iterable]
+    read: Callable[[Any, AnnotationFile, int, dict], Iterable]
 
 
-class Part(NamedTuple):
+class Entry(NamedTuple):
     """An entry, its index in its list, and what its file says of its split: None where nothing."""
 
     split: str | None
     index: int
-    entry: Any
+    content: Any
 
 
-class Page:
+class AnnotationFile:
     """An annotation file, read when its content is first asked for. `kind`: the split that its name says, or a `Naming`'s other kinds."""
 
-    def __init__(self, file: Path, kind: str = UNNAMED, read: Callable[[Path], Any] = read_value):
-        self.file, self.kind, self._read = file, kind, read
+    def __init__(self, path: Path, kind: str = UNNAMED, read: Callable[[Path], Any] = read_value):
+        self.path, self.kind, self._read = path, kind, read
 
     @cached_property
     def value(self) -> Any:
         """What the file holds. ValueError where it is no JSON."""
-        return self._read(self.file)
+        return self._read(self.path)
 
     @cached_property
-    def parts(self) -> list[Part]:
-        """Its entries, COCO's two lists joined; none where it has none."""
+    def all_entries(self) -> list[Entry]:
+        """Every entry, COCO's two lists joined; none where the file holds no list."""
         if isinstance(self.value, list):
             return list(_listed(self.value))
         if not isinstance(self.value, dict):
@@ -65,143 +65,147 @@ class Page:
         if isinstance(self.value.get("images"), list):
             joined = _annotations if isinstance(self.value.get("annotations"), list) else _sentences
             return list(joined(self.value))
-        pages = [(name, page) for name, page in self.value.items() if isinstance(page, list)]
-        return [Part(_synonym(name), *numbered) for name, page in pages for numbered in enumerate(page)]
+        lists = [(name, entries) for name, entries in self.value.items() if isinstance(entries, list)]
+        return [Entry(_synonym(name), *numbered) for name, entries in lists for numbered in enumerate(entries)]
 
     def format(self, formats: Sequence[Format]) -> Format | None:
         """Its format: the first entry that shows one speaks for the file."""
         by_split = isinstance(self.value, dict) and not isinstance(self.value.get("images"), list)
-        shown = (part.entry for part in self.parts if not by_split or part.split in SPLITS)
-        fields = (set(entry) for entry in shown if isinstance(entry, dict))
+        shown = (entry.content for entry in self.all_entries if not by_split or entry.split in SPLITS)
+        fields = (set(content) for content in shown if isinstance(content, dict))
         return next((form for names in fields for form in formats if form.detect(names)), None)
 
     def entries(self, split: str | None, whole: bool = False) -> list[tuple[int, Any]]:
         """(index, entry) of a split's entries; with `whole`, all of them where it has none of that split."""
-        found = [part for part in self.parts if _serves(part.split, split)]
-        return [(part.index, part.entry) for part in found or (self.parts if whole else ())]
+        found = [entry for entry in self.all_entries if _serves(entry.split, split)]
+        return [(entry.index, entry.content) for entry in found or (self.all_entries if whole else ())]
 
     def holds(self, split: str) -> bool:
         """Whether the content itself, without the file's name, says that there are entries of a split other than for training."""
-        return isinstance(self.value, dict) or any(part.split == split for part in self.parts)
+        return isinstance(self.value, dict) or any(entry.split == split for entry in self.all_entries)
 
     @property
     def fields(self) -> str:
-        """What it holds, for messages."""
-        value = self.value
-        first = (
-            value if isinstance(value, dict) else next((e for e in value if isinstance(e, dict)), None) if isinstance(value, list) else None
-        )
-        return f"fields {', '.join(list(map(str, first))[:8])}" if first else f"{type(value).__name__} without fields"
+        """The fields of its first entry, for messages."""
+        shown = self.value if isinstance(self.value, list) else [self.value]
+        first = next((content for content in shown if isinstance(content, dict)), None)
+        return f"fields {', '.join(list(map(str, first))[:8])}" if first else f"{type(self.value).__name__} without fields"
 
 
 def _synonym(split: Any) -> str:
     return _SYNONYMS.get(str(split), str(split))
 
 
-def _serves(part: str | None, split: str | None) -> bool:
-    return split is None or part is None or (part == NOT_TEST and split != "test") or part == split
+def _serves(said: str | None, split: str | None) -> bool:
+    """Whether an entry of which its file says ``said`` is read for a split."""
+    return split is None or said is None or (said == NOT_TEST and split != "test") or said == split
 
 
-def _listed(entries: list) -> Iterator[Part]:
-    """A list of entries. VQA-RAD's marks those for testing by their phrase_type."""
+def _listed(entries: list) -> Iterator[Entry]:
+    """Entries of a list. VQA-RAD marks its test entries by their phrase_type."""
     marks = [isinstance(e, dict) and str(e.get("phrase_type", "")).strip().lower().startswith("test_") for e in entries]
+    some = any(marks)
     for index, (entry, mark) in enumerate(zip(entries, marks)):
-        yield Part(("test" if mark else NOT_TEST) if any(marks) else None, index, entry)
+        yield Entry(("test" if mark else NOT_TEST) if some else None, index, entry)
 
 
-def _annotations(value: dict) -> Iterator[Part]:
-    """COCO's: captions beside the images they are about."""
+def _annotations(value: dict) -> Iterator[Entry]:
+    """Captions of COCO's own files, which list images and captions apart."""
     images = [image for image in value["images"] if isinstance(image, dict)]
-    names = {str(image["id"]): field(image, "file_name") for image in images if field(image, "id") is not None}
+    file_names = {str(image["id"]): value_of(image, "file_name") for image in images if value_of(image, "id") is not None}
     for index, entry in enumerate(value["annotations"]):
-        yield Part(None, index, {**entry, "image": names.get(str(field(entry, "image_id")))} if isinstance(entry, dict) else entry)
+        joined = {**entry, "image": file_names.get(str(value_of(entry, "image_id")))} if isinstance(entry, dict) else entry
+        yield Entry(None, index, joined)
 
 
-def _sentences(value: dict) -> Iterator[Part]:
-    """Karpathy's split of COCO: images with their captions in them."""
+def _sentences(value: dict) -> Iterator[Entry]:
+    """Captions of Karpathy's file of COCO, where each image holds its own and says its split."""
     for index, image in enumerate(value["images"]):
         if not isinstance(image, dict):
-            yield Part(None, index, image)
+            yield Entry(None, index, image)
             continue
-        name = "/".join(str(part) for part in (field(image, "filepath"), field(image, "filename")) if part)
+        name = "/".join(str(piece) for piece in (value_of(image, "filepath"), value_of(image, "filename")) if piece)
         sentences = image.get("sentences")
         for sentence in sentences if isinstance(sentences, list) and sentences else [{}]:
-            said = sentence if isinstance(sentence, dict) else {}
-            caption = {"caption": said.get("raw"), "id": said.get("sentid")} if "sentences" in image else {}
-            yield Part(_synonym(image.get("split")), index, {"image": name or None, **caption})
+            found = sentence if isinstance(sentence, dict) else {}
+            caption = {"caption": found.get("raw"), "id": found.get("sentid")} if "sentences" in image else {}
+            yield Entry(_synonym(image.get("split")), index, {"image": name or None, **caption})
 
 
 class Naming:
-    """How a family of data sets names its annotation files. `order`: for each split, None being everything, the kinds of file that
-    serve it together, those of the first group before those of the next."""
+    """How a family of data sets names its annotation files.
 
-    order: dict[str | None, tuple[tuple[str, ...], ...]]
+    order: for each split (None: everything) groups of kinds of file; the first group of which there are files serves the split.
+    """
 
-    def pages(self, folder: Path) -> list[Page]:
+    order: ClassVar[dict[str | None, tuple[tuple[str, ...], ...]]]
+    several: ClassVar[str]  # the message where several files serve a split
+
+    def sources(self, folder: Path) -> list[AnnotationFile]:
         """The files that may serve, in the order in which they are read."""
         raise NotImplementedError
 
-    def usable(self, pages: list[Page], split: str | None) -> list[Page]:
-        """Those of `pages`, all of them named for the split, or for none, whose content serves it."""
-        return pages
+    def usable(self, sources: list[AnnotationFile], split: str | None) -> list[AnnotationFile]:
+        """Those whose content serves the split. The names of `sources` say this split, or none."""
+        return sources
 
-    def only(self, named: list[Page], pages: list[Page]) -> list[Page]:
-        """What may stand in for a test split that no file serves, if it is a single page."""
-        return pages
+    def only(self, named: list[AnnotationFile], sources: list[AnnotationFile]) -> list[AnnotationFile]:
+        """Files that may stand in where no file serves the test split; they do if there is exactly one."""
+        return sources
 
-    def preferred(self, pages: list[Page]) -> list[Page]:
-        return pages
+    def preferred(self, sources: list[AnnotationFile]) -> list[AnnotationFile]:
+        """Those of several files that go before the others."""
+        return sources
 
-    def none_found(self, folder: Path, split: str | None, named: list[Page], pages: list[Page]) -> str:
+    def none_found(self, folder: Path, split: str | None, named: list[AnnotationFile], sources: list[AnnotationFile]) -> str:
+        """The message where no file serves a split."""
         raise NotImplementedError
 
-    several: str  # the message where several files serve a split
 
-
-def resolve(folder: Path, split: str | None, naming: Naming) -> tuple[list[Page], str]:
+def resolve(folder: Path, split: str | None, naming: Naming) -> tuple[list[AnnotationFile], str]:
     """(the annotation files of a split, one of them unless `split` is None; a note where they aren't the obvious ones, else "").
 
     Files named for the split go first; then those that say by their kind or content that they hold it. For "test" then the validation
     file, where the naming has it so, or the only file there is. ValueError where no file serves the split, or several do.
     """
-    pages = naming.pages(folder)
-    groups = ([page for page in pages if page.kind in kinds] for kinds in naming.order[split])
+    sources = naming.sources(folder)
+    groups = ([source for source in sources if source.kind in kinds] for kinds in naming.order[split])
     named = next(filter(None, groups), [])
     chosen = naming.usable(named, split)
     if not chosen:
-        if split == "test" and len(only := naming.only(named, pages)) == 1:
-            return only, "" if only[0].holds("test") else _ONLY.format(name=only[0].file.name)
-        raise ValueError(naming.none_found(folder, split, named, pages))
+        if split == "test" and len(only := naming.only(named, sources)) == 1:
+            return only, "" if only[0].holds("test") else _ONLY.format(name=only[0].path.name)
+        raise ValueError(naming.none_found(folder, split, named, sources))
     if split is None:
         return chosen, ""
     if len(chosen := naming.preferred(chosen)) > 1:
         raise ValueError(f"{folder}: {naming.several.format(split=split, names=names(chosen))}")
-    return chosen, f"no test file: {chosen[0].file.name} is used" if split == "test" and chosen[0].kind == "val" else ""
+    return chosen, f"no test file: {chosen[0].path.name} is used" if split == "test" and chosen[0].kind == "val" else ""
 
 
-def names(pages: Iterable[Page]) -> str:
-    return ", ".join(page.file.name for page in pages)
+def names(sources: Iterable[AnnotationFile]) -> str:
+    return ", ".join(source.path.name for source in sources)
 
 
-def read_entries(page: Page, entries: Iterable[tuple[int, Any]], read: Callable, skipped: Counter | None) -> Iterator:
+def read_entries(source: AnnotationFile, entries: Iterable[tuple[int, Any]], read: Callable, skipped: Counter | None) -> Iterator:
     """The samples of entries. A bad one is counted in `skipped`, by its reason; where that is None, ValueError naming file and entry."""
     for index, entry in entries:
         try:
             if not isinstance(entry, dict):
-                raise Refused("not an object", f"expected an object with fields, not {type(entry).__name__}")
-            yield from list(read(page, index, entry))
-        except Refused as bad:
+                raise BadEntry("not an object", f"expected an object with fields, not {type(entry).__name__}")
+            yield from list(read(source, index, entry))
+        except BadEntry as bad:
             if skipped is None:
-                raise ValueError(f"{page.file}: entry {index}: {bad}") from None
+                raise ValueError(f"{source.path}: entry {index}: {bad}") from None
             skipped[bad.reason] += 1
 
 
-def nothing_left(pages: Sequence[Page], split: str | None, languages, filtered: Counter, skipped: Counter) -> str:
+def nothing_left(sources: Sequence[AnnotationFile], split: str | None, languages, filtered: Counter, skipped: Counter) -> str:
     """The message for files of which no sample is left."""
     left_out = [f"{n} in language {name!r}, of languages={languages!r}" for name, n in filtered.items()]
     left_out += [f"{n} skipped for {reason}" for reason, n in skipped.items()]
     what = f"no {split} samples left" if split else "no samples left"
-    return f"{', '.join(str(page.file) for page in pages)}: {what}" + (f" ({'; '.join(left_out)})" if left_out else "")
+    return f"{', '.join(str(source.path) for source in sources)}: {what}" + (f" ({'; '.join(left_out)})" if left_out else "")
 
 
 # --- names of question answering data ---------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ class QuestionNaming(Naming):
     """Slake, VQA-RAD and MILE: the last words of a name say what a file holds; a file with any other name is none of the data set's."""
 
     several = "several {split} files ({names}); name the one to use as split_file"
-    order = {  # noqa: RUF012
+    order: ClassVar = {
         "train": (("train",), ("marked",), ("instructions",)),
         "val": (("val",),),
         "test": (("test",), ("marked",), ("val",)),
@@ -233,17 +237,17 @@ class QuestionNaming(Naming):
     def __init__(self, read: Callable[[Path], Any]):
         self.read = read
 
-    def pages(self, folder: Path) -> list[Page]:
+    def sources(self, folder: Path) -> list[AnnotationFile]:
         files = [(kind, file) for file in sorted(folder.iterdir()) if (kind := _kind(file)) and file.is_file()]
         if not files:
             raise ValueError(_no_annotations(folder))
-        return [Page(file, kind, self.read) for name in _LAST_WORDS for kind, file in files if kind == name]
+        return [AnnotationFile(file, kind, self.read) for name in _LAST_WORDS for kind, file in files if kind == name]
 
-    def preferred(self, pages: list[Page]) -> list[Page]:
-        return [page for page in pages if " " not in _words(page.file)] or pages  # train.json goes before slake_train.json
+    def preferred(self, sources: list[AnnotationFile]) -> list[AnnotationFile]:
+        return [source for source in sources if " " not in _words(source.path)] or sources  # train.json goes before slake_train.json
 
-    def none_found(self, folder: Path, split: str | None, named: list[Page], pages: list[Page]) -> str:
-        seen = names(sorted(pages, key=lambda page: page.file))
+    def none_found(self, folder: Path, split: str | None, named: list[AnnotationFile], sources: list[AnnotationFile]) -> str:
+        seen = names(sorted(sources, key=lambda source: source.path))
         return f"{folder}: no {split} file among {seen}; name the file to use as split_file"
 
 
@@ -277,35 +281,35 @@ class InstructionNaming(Naming):
     whose name and content say nothing of splits is for training. `kind`: the only format that is looked for; `known`: all there are."""
 
     several = "several files for {split} ({names}); give the one to use instead of the folder"
-    order = {split: ((split,), (UNNAMED,)) for split in SPLITS} | {None: ((*SPLITS, UNNAMED),)}
+    order: ClassVar = {split: ((split,), (UNNAMED,)) for split in SPLITS} | {None: ((*SPLITS, UNNAMED),)}
 
     def __init__(self, formats: Sequence[Format], kind: str | None, known: Sequence[str]):
         self.formats, self.kind, self.known = formats, kind, known
 
-    def pages(self, folder: Path) -> list[Page]:
+    def sources(self, folder: Path) -> list[AnnotationFile]:
         places = [place for place in (folder, folder / "annotations") if place.is_dir()]
         files = [f for place in places for f in sorted(place.iterdir()) if f.suffix.lower() in (".json", ".jsonl") and f.name[0] != "."]
         files = [f for f in files if f.name.startswith("captions")] or files  # COCO's others are large, and not captions
-        return [Page(file, split_in_name(file)) for file in files]
+        return [AnnotationFile(file, split_in_name(file)) for file in files]
 
-    def _readable(self, pages: list[Page]) -> list[Page]:
-        found = [(page, page.format(self.formats)) for page in pages]
-        return [page for page, form in found if form is not None and self.kind in (None, form.name)]
+    def _readable(self, sources: list[AnnotationFile]) -> list[AnnotationFile]:
+        found = [(source, source.format(self.formats)) for source in sources]
+        return [source for source, form in found if form is not None and self.kind in (None, form.name)]
 
-    def usable(self, pages: list[Page], split: str | None) -> list[Page]:
-        return [page for page in self._readable(pages) if split in ("train", None) or page.kind != UNNAMED or page.holds(split)]
+    def usable(self, sources: list[AnnotationFile], split: str | None) -> list[AnnotationFile]:
+        return [source for source in self._readable(sources) if split in ("train", None) or source.kind != UNNAMED or source.holds(split)]
 
-    def only(self, named: list[Page], pages: list[Page]) -> list[Page]:
+    def only(self, named: list[AnnotationFile], sources: list[AnnotationFile]) -> list[AnnotationFile]:
         """Of question answering data alone, as by their own names."""
-        rest = self._readable(named) or [page for page in pages if page not in named]
-        forms = [page.format(self.formats) for page in rest]
+        rest = self._readable(named) or [source for source in sources if source not in named]
+        forms = [source.format(self.formats) for source in rest]
         return rest if self.kind in (None, "vqa") and all(form is not None and form.name == "vqa" for form in forms) else []
 
-    def none_found(self, folder: Path, split: str | None, named: list[Page], pages: list[Page]) -> str:
-        if split is not None and (others := self._readable(named) or [page for page in pages if page not in named]):
+    def none_found(self, folder: Path, split: str | None, named: list[AnnotationFile], sources: list[AnnotationFile]) -> str:
+        if split is not None and (others := self._readable(named) or [source for source in sources if source not in named]):
             seen = f"{names(others)} is for another split, or says nothing of splits"
             return f"{folder}: no {split} annotations: {seen}; name the file to use as split_file"
-        seen = "; ".join(f"{page.file.name}: {page.fields}" for page in named) or "no JSON files"
+        seen = "; ".join(f"{source.path.name}: {source.fields}" for source in named) or "no JSON files"
         what = f"{split} annotations" if split else "annotations"
         return f"{folder}: no {what} in the format {self.kind or ', '.join(self.known)} ({seen})"
 

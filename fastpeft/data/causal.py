@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.causal_batches import IGNORE, CausalCollator
+from fastpeft.data.causal_batches import IGNORE_INDEX, CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
 from fastpeft.data.dataset import SampleDataset
 from fastpeft.data.images import Preprocess
@@ -116,11 +116,11 @@ class CausalDataset(SampleDataset):
         texts = list({text for text in (*openings, before, before_context, after) if text is not None})
         tokens = dict(zip(texts, encode_texts(self.tokenizer, texts)))
         start = 1 + sum(self.image_tokens if piece is IMAGE else len(tokens[piece]) for piece in openings)
-        asked = start + _shared(tokens[before], ids[start:])  # where the question begins
-        end = max(asked, len(ids) - _shared(tokens[after][::-1], ids[::-1]))
+        asked = start + _common_prefix(tokens[before], ids[start:])  # where the question begins
+        end = max(asked, len(ids) - _common_prefix(tokens[after][::-1], ids[::-1]))
         given = end  # where its context begins
         if before_context is not None and len(turns) == 1:
-            given = min(max(asked, start + _shared(tokens[before_context], ids[start:])), end)
+            given = min(max(asked, start + _common_prefix(tokens[before_context], ids[start:])), end)
         over = len(ids) - self.max_length
         if over <= end - asked:
             of_context = min(over, end - given)
@@ -166,7 +166,7 @@ class CausalDataset(SampleDataset):
             if self.prompts_only and number == len(turns):
                 add(prompt, _PROMPT)
                 return ids, kinds
-            same = _shared(prompt, whole)
+            same = _common_prefix(prompt, whole)
             add(whole[:same], _PROMPT)
             add([*whole[same:], self.tokenizer.eos_token_id], _RESPONSE)
         return ids, kinds
@@ -190,7 +190,7 @@ class CausalDataset(SampleDataset):
         ids, kinds = (torch.tensor(values, dtype=torch.int64) for values in self._encoded[index][self._drawn(index)])
         item = {"sample": self.samples[index], "input_ids": ids}
         if not self.prompts_only:
-            item["labels"] = ids.masked_fill(kinds != _RESPONSE, IGNORE)
+            item["labels"] = ids.masked_fill(kinds != _RESPONSE, IGNORE_INDEX)
         if self.image_tokens:
             item["image_mask"] = kinds == _IMAGE
         return item
@@ -201,7 +201,7 @@ class CausalDataset(SampleDataset):
     @staticmethod
     def weight(batch: dict) -> int:
         """Labelled tokens: what a causal model's loss is a mean over (a sample's first token never is one)."""
-        return int((batch["labels"] != IGNORE).sum())
+        return int((batch["labels"] != IGNORE_INDEX).sum())
 
     @staticmethod
     def tokens(batch: dict) -> int:
@@ -214,7 +214,7 @@ class CausalDataset(SampleDataset):
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
 
-def _shared(some: Sequence[int], others: Sequence[int]) -> int:
+def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))
 

@@ -14,7 +14,7 @@ import torch
 from fastpeft.data.dataset import batch_images
 from fastpeft.data.vqa import EpochSampler
 
-IGNORE = -100  # the label that no loss counts
+IGNORE_INDEX = -100  # the label that no loss counts
 
 
 class CausalCollator:
@@ -35,13 +35,13 @@ class CausalCollator:
 
     def __call__(self, items: Sequence[dict]) -> dict:
         lengths = [len(item["input_ids"]) for item in items]
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE, "image_mask": False}
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_mask": False}
         columns = {name: [item[name] for item in items] for name in fills if name in items[0]}
         if self.packed:
             batch = {name: torch.cat(rows)[None] for name, rows in columns.items()}
             starts = [0, *accumulate(lengths)]
             if "labels" in batch:
-                batch["labels"][0, starts[:-1]] = IGNORE
+                batch["labels"][0, starts[:-1]] = IGNORE_INDEX
             batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
             batch |= {"cu_seqlens": torch.tensor(starts, dtype=torch.int32), "max_seqlen": max(lengths)}
         else:

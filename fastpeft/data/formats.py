@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, field, find_split_file, place_image, read_json, read_split_file
-from fastpeft.data._splits import Format, Page, QuestionNaming, names, nothing_left, read_entries, resolve
+from fastpeft.data._files import BadEntry, ImageFinder, find_split_file, read_json, read_split_file, value_of, without_image_mark
+from fastpeft.data._splits import AnnotationFile, Format, QuestionNaming, names, nothing_left, read_entries, resolve
 from fastpeft.data.samples import Sample, SampleList, hold_out, normalise_answer
 
 __all__ = ["Sample", "SampleList", "hold_out", "load_samples"]
@@ -57,56 +57,56 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
 
     ids: list[str] = []
     if split_file is None:
-        pages, note = resolve(folder, split, QuestionNaming(read_json))
+        sources, note = resolve(folder, split, QuestionNaming(read_json))
     else:
         file, note = find_split_file(folder, split_file), ""
         entries, ids = read_split_file(file)
-        pages = resolve(folder, None, QuestionNaming(read_json))[0] if ids else [Page(file, read=lambda _: entries)]
+        sources = resolve(folder, None, QuestionNaming(read_json))[0] if ids else [AnnotationFile(file, read=lambda _: entries)]
 
     reader = QuestionReader(ImageFinder(folder, skip_bad if check_images is None else check_images), languages)
     samples, used, skipped, wanted = [], [], Counter(), set(ids)
-    for page in pages:
-        form = format_of(page)
-        entries = page.entries(None if ids else split, whole=split_file is not None)
+    for source in sources:
+        form = format_of(source)
+        entries = source.entries(None if ids else split, whole=split_file is not None)
         if ids:
             entries = [(index, e) for index, e in entries if isinstance(e, dict) and qid_of(e, index) in wanted]
-        samples += read_entries(page, entries, partial(form.read, reader), skipped if skip_bad else None)
+        samples += read_entries(source, entries, partial(form.read, reader), skipped if skip_bad else None)
         used.append(form.name)
-    if ids and (unknown := _unknown_ids(file, ids, pages)):
+    if ids and (unknown := _unknown_ids(file, ids, sources)):
         if not skip_bad:
             some = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-            raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {names(pages)}: {some}")
+            raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {names(sources)}: {some}")
         skipped["unknown qid"] = len(unknown)
     if not samples:
-        raise ValueError(nothing_left(pages, split, languages, reader.filtered, skipped))
-    files = tuple(page.file for page in pages)
+        raise ValueError(nothing_left(sources, split, languages, reader.filtered, skipped))
+    files = tuple(source.path for source in sources)
     return SampleList(samples, dict(skipped), dict(reader.filtered), "+".join(dict.fromkeys(used)), files, note)
 
 
-def format_of(page: Page) -> Format:
-    """Which of FORMATS a page of questions is in. ValueError for none, naming the fields."""
-    if (form := page.format(FORMATS)) is not None:
+def format_of(source: AnnotationFile) -> Format:
+    """Which of QUESTION_FORMATS a source of questions is in. ValueError for none, naming the fields."""
+    if (form := source.format(QUESTION_FORMATS)) is not None:
         return form
-    fields = [entry for _, _, entry in page.parts if isinstance(entry, dict)]
+    fields = [entry for _, _, entry in source.all_entries if isinstance(entry, dict)]
     if not fields:
-        what = f"entry 0: expected an object with fields, not {type(page.value[0]).__name__}"
+        what = f"entry 0: expected an object with fields, not {type(source.value[0]).__name__}"
     else:
         what = f"unknown format: entries have the fields {', '.join(sorted(fields[0])) or '(none)'}"
-    raise ValueError(f"{page.file}: {what}; supported formats: {_KNOWN}")
+    raise ValueError(f"{source.path}: {what}; supported formats: {_KNOWN}")
 
 
 def qid_of(entry: dict, index: int) -> str:
-    qid = field(entry, "qid")
+    qid = value_of(entry, "qid")
     return str(index if qid is None or str(qid).strip() == "" else qid).strip()
 
 
-def _unknown_ids(file: Path, ids: list[str], pages: list[Page]) -> list[str]:
+def _unknown_ids(file: Path, ids: list[str], sources: list[AnnotationFile]) -> list[str]:
     """The qids no entry has. ValueError where one has several: taking both, or either, would be a guess."""
     places: dict[str, list[str]] = {qid: [] for qid in ids}
-    for page in pages:
-        for index, entry in page.entries(None):
+    for source in sources:
+        for index, entry in source.entries(None):
             if isinstance(entry, dict) and qid_of(entry, index) in places:
-                places[qid_of(entry, index)].append(f"{page.file.name} entry {index}")
+                places[qid_of(entry, index)].append(f"{source.path.name} entry {index}")
     for qid, found in places.items():
         if len(found) > 1:
             raise ValueError(f"{file}: qid {qid} is ambiguous ({', '.join(found)}); give the entries themselves as split_file")
@@ -120,9 +120,9 @@ class QuestionReader:
         self.find_image, self.filtered = find_image, Counter()
         self.languages = None if languages is None else {str(x).strip().lower() for x in languages}
 
-    def sample(self, page: Page, index: int, entry: dict, image_field: str) -> Iterator[Sample]:
-        """None of an entry in a language that wasn't asked for; `Refused` for a bad one."""
-        language = str(field(entry, "q_lang") or "en").strip().lower()
+    def sample(self, source: AnnotationFile, index: int, entry: dict, image_field: str) -> Iterator[Sample]:
+        """None of an entry in a language that wasn't asked for; `BadEntry` for a bad one."""
+        language = str(value_of(entry, "q_lang") or "en").strip().lower()
         if self.languages is not None and language not in self.languages:
             self.filtered[language] += 1
             return
@@ -131,25 +131,25 @@ class QuestionReader:
         question = pool[0] if pool and "question" not in entry else _line(entry, "question")
         answer = _line(entry, "answer")
         for phrasing in pool or (question,):
-            place_image([phrasing], True, answer)
-        answer_type = field(entry, "answer_type")
+            without_image_mark([phrasing], True, answer)
+        answer_type = value_of(entry, "answer_type")
         if answer_type is None or str(answer_type).strip() == "":
             answer_type = "CLOSED" if normalise_answer(answer) in ("yes", "no") else "OPEN"
         answer_type = str(answer_type).strip().upper()
         if answer_type not in ("OPEN", "CLOSED"):
-            raise Refused("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
+            raise BadEntry("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
         image = self.find_image(name)
-        content = " ".join(str(field(entry, "content_type") or field(entry, "question_type") or "").split())
-        yield Sample(image, question, answer, answer_type, qid_of(entry, index), content, language, pool, index, page.file, name)
+        content = " ".join(str(value_of(entry, "content_type") or value_of(entry, "question_type") or "").split())
+        yield Sample(image, question, answer, answer_type, qid_of(entry, index), content, language, pool, index, source.path, name)
 
 
 def _format(name: str, shown_by: str, image_field: str) -> Format:
     return Format(
-        name, lambda fields: shown_by in fields, lambda reader, page, index, entry: reader.sample(page, index, entry, image_field)
+        name, lambda fields: shown_by in fields, lambda reader, source, index, entry: reader.sample(source, index, entry, image_field)
     )
 
 
-FORMATS = (
+QUESTION_FORMATS = (
     _format("mile", "question_pool", "img_name"),
     _format("vqa-rad", "image_name", "image_name"),
     _format("slake", "img_name", "img_name"),
@@ -159,20 +159,20 @@ FORMATS = (
 def _text(entry: dict, name: str) -> str:
     """A field as text, stripped: numbers as written, true and false as yes and no."""
     if name not in entry:
-        raise Refused(f"missing {name}", f"no field {name!r} (it has {', '.join(sorted(entry)) or 'none'})")
-    value = field(entry, name)
+        raise BadEntry(f"missing {name}", f"no field {name!r} (it has {', '.join(sorted(entry)) or 'none'})")
+    value = value_of(entry, name)
     if isinstance(value, bool):
         value = "yes" if value else "no"
     elif isinstance(value, float) and math.isfinite(value):
         value = int(value) if value.is_integer() else value
     elif not isinstance(value, (str, int, type(None))):
         what = value if isinstance(value, float) else type(value).__name__
-        raise Refused(f"bad {name}", f"{name} must be text or a number, not {what}")
+        raise BadEntry(f"bad {name}", f"{name} must be text or a number, not {what}")
     text = "" if value is None else str(value).strip()
     if not text:
-        raise Refused(f"empty {name}", f"{name} is empty")
+        raise BadEntry(f"empty {name}", f"{name} is empty")
     if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise Refused(f"bad {name}", f"{name} holds half a surrogate pair, which is no character")
+        raise BadEntry(f"bad {name}", f"{name} holds half a surrogate pair, which is no character")
     return text
 
 
@@ -182,5 +182,5 @@ def _line(entry: dict, name: str) -> str:
 
 def _pool(pool) -> tuple[str, ...]:
     if not isinstance(pool, list) or not pool:
-        raise Refused("bad question_pool", "question_pool must be a list of one or more questions")
+        raise BadEntry("bad question_pool", "question_pool must be a list of one or more questions")
     return tuple(_line({"question": question}, "question") for question in pool)

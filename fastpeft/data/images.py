@@ -131,12 +131,12 @@ class Preprocess:
         from PIL import Image
 
         loaded, S = load_image(image), self.image_size
-        how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
+        resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
         try:
             if self.crop:
                 resized = resize_and_crop(loaded, S, self.interpolation)
             else:
-                resized = np.array(loaded.resize((S, S), how))
+                resized = np.array(loaded.resize((S, S), resample))
             return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
         except MemoryError:
             size = f"{loaded.width} x {loaded.height}"

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from fastpeft.data._files import ImageFinder, find_split_file, read_split_file, read_value
-from fastpeft.data._instruction_formats import FORMATS, KINDS, InstructionReader
-from fastpeft.data._splits import InstructionNaming, Page, nothing_left, read_entries, resolve
+from fastpeft.data._instruction_formats import INSTRUCTION_FORMATS, KINDS, InstructionReader
+from fastpeft.data._splits import AnnotationFile, InstructionNaming, nothing_left, read_entries, resolve
 from fastpeft.data.formats import QuestionReader
 from fastpeft.data.samples import Instruction, SampleList
 from fastpeft.data.scienceqa import load_scienceqa
@@ -67,20 +67,22 @@ def load_instructions(
     if kind == "scienceqa" or (kind is None and problems.name == "problems.json" and problems.is_file()):
         options = {"prompt_format": prompt_format, "use_caption": use_caption}
         return load_scienceqa(problems.parent, split, skip_bad=skip_bad, check_images=check_images, **options)
-    pages, note = ([_named(path, kind)], "") if path.is_file() else resolve(folder, split, InstructionNaming(FORMATS, kind, KINDS))
+    sources, note = (
+        ([_named(path, kind)], "") if path.is_file() else resolve(folder, split, InstructionNaming(INSTRUCTION_FORMATS, kind, KINDS))
+    )
     finder = ImageFinder(folder, skip_bad if check_images is None else check_images)
     reader = InstructionReader(finder, QuestionReader(finder, languages), instruction, image_folder.strip("/"), split_turns)
     samples, used, skipped = [], [], Counter()
-    for page in pages:
-        form = page.format(FORMATS)
+    for source in sources:
+        form = source.format(INSTRUCTION_FORMATS)
         # Where all entries of a list are marked as test ones, the caller's choice of the file, or its name, goes before the marks.
-        whole = split_file is not None or (isinstance(page.value, list) and (path.is_file() or page.kind == split))
-        samples += read_entries(page, page.entries(split, whole), partial(form.read, reader), skipped if skip_bad else None)
+        whole = split_file is not None or (isinstance(source.value, list) and (path.is_file() or source.kind == split))
+        samples += read_entries(source, source.entries(split, whole), partial(form.read, reader), skipped if skip_bad else None)
         used.append(form.name)
     filtered = reader.questions.filtered
     if not samples:
-        raise ValueError(nothing_left(pages, split, languages, filtered, skipped))
-    files = tuple(page.file for page in pages)
+        raise ValueError(nothing_left(sources, split, languages, filtered, skipped))
+    files = tuple(source.path for source in sources)
     return SampleList(samples, dict(skipped), dict(filtered), "+".join(dict.fromkeys(used)), files, note)
 
 
@@ -95,15 +97,15 @@ def _checked(data, kind: str | None, split: str | None) -> Path:
     return path
 
 
-def _named(file: Path, kind: str | None) -> Page:
+def _named(file: Path, kind: str | None) -> AnnotationFile:
     """A file given instead of a folder. ValueError where it is in no known format, or not in the one asked for."""
-    page = Page(file)
-    found = page.format(FORMATS)
+    source = AnnotationFile(file)
+    found = source.format(INSTRUCTION_FORMATS)
     if found is None or kind not in (None, found.name):
         known = "an unknown format" if found is None else f"format {found.name}"
         wanted = kind or f"a known one ({', '.join(KINDS)})"
-        raise ValueError(f"{file}: {known}, not {wanted}: {page.fields}")
-    return page
+        raise ValueError(f"{file}: {known}, not {wanted}: {source.fields}")
+    return source
 
 
 def _qids(file: Path) -> list[str]:

@@ -8,17 +8,17 @@ from pathlib import Path
 from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction
-from fastpeft.data._files import place_image
+from fastpeft.data._files import without_image_mark
 from fastpeft.data.images import load_image
 from fastpeft.evaluate.responses import respond
 
 
 class Chat:
     """The turns so far and the image they are about. read: makes the model's data set of prompts from a list of samples;
-    ``how`` goes to transformers' ``generate``."""
+    ``generation`` goes to transformers' ``generate``."""
 
-    def __init__(self, model: nn.Module, read: Callable[[list[Instruction]], CausalDataset], image: str | None = None, **how):
-        self.model, self.read, self.how = model, read, how
+    def __init__(self, model: nn.Module, read: Callable[[list[Instruction]], CausalDataset], image: str | None = None, **generation):
+        self.model, self.read, self.generation = model, read, generation
         self.turns: list[tuple[str, str]] = []
         self.image: Path | None = None
         if image is not None:
@@ -34,12 +34,12 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """The response to ``question`` after the turns so far. ValueError where they no longer fit."""
-        *_, question = place_image([*(asked for asked, _ in self.turns), question], self.image is not None)
+        *_, question = without_image_mark([*(asked for asked, _ in self.turns), question], self.image is not None)
         turns = (*self.turns, (question, ""))
         dataset = self.read([Instruction(turns, self.image, "chat", "chat", 0, Path("chat"))])
         if dataset.cut:
             raise ValueError(f"the dialogue takes more than {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
-        (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.how)
+        (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.generation)
         self.turns.append((question, response))
         return response
 

@@ -30,9 +30,9 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
 
 @torch.no_grad()
 def respond(
-    model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **how
+    model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **generation
 ) -> list[str]:
-    """One response per sample, in the data set's order; ``how`` goes to transformers' ``generate`` (greedy by default).
+    """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default).
 
     dataset: of prompts (``prompts_only``). Prompts of like length are batched, padded on the left and masked: a response does not
     depend on its neighbours.
@@ -44,25 +44,25 @@ def respond(
     order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     names = model_inputs(model, dataset)
-    how = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id} | how
-    how.setdefault("eos_token_id", tokenizer.eos_token_id)
+    generation = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id} | generation
+    generation.setdefault("eos_token_id", tokenizer.eos_token_id)
     responses: dict[int, str] = {}
     model.eval()
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
         for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
             inputs = to_device(batch, names, first.device, first.dtype)
-            ids = model.generate(**inputs, **how)[:, batch["input_ids"].shape[1] :]
+            ids = model.generate(**inputs, **generation)[:, batch["input_ids"].shape[1] :]
             responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
     return [responses[i].strip() for i in range(len(dataset))]
 
 
-def respond_and_score(model: nn.Module, dataset: CausalDataset, *, progress: bool = True, **how) -> tuple[list[str], dict]:
+def respond_and_score(model: nn.Module, dataset: CausalDataset, *, progress: bool = True, **generation) -> tuple[list[str], dict]:
     """(responses, scores): exact match; of ScienceQA the columns of its table, with their average as "global"; of captions and reports
     their measures against all references of an image."""
-    responses, samples = respond(model, dataset, progress=progress, **how), dataset.samples
+    responses, samples = respond(model, dataset, progress=progress, **generation), dataset.samples
     scores, kinds = score_responses(responses, samples), {sample.kind for sample in samples}
     if kinds == {"scienceqa"}:
         columns = score_scienceqa(responses, samples)
