@@ -1,4 +1,4 @@
-"""Files of a data set: annotations parsed, entries' fields and image marks checked, images found by the names that entries give them."""
+"""Files of a data set: parsing annotations, checking fields and image marks, finding images by name."""
 
 from __future__ import annotations
 

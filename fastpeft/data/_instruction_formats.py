@@ -1,4 +1,4 @@
-"""Formats of instruction data as published: how each is recognised, and how an entry becomes `Instruction`s.
+"""Formats of instruction data as published: how to detect each, and how to read an entry.
 
 - alpaca: [{"instruction", "input" (may be absent), "output" ("": to say nothing)}].
 - llava: [{"id", "image" (absent: text only), "conversations": [{"from": "human" | "gpt", "value"}]}], "<image>" in the first value,

@@ -1,4 +1,4 @@
-"""Shorter side to S, then the middle S x S square, as CLIP has it: Pillow's values to the bit, without the image in between.
+"""CLIP's resize and centre crop, with Pillow's values to the bit, without the whole resized image in memory.
 
 Pillow resizes along the rows, then along the columns, each time to 8 bits. Where an image is enlarged and its longer side many times the
 shorter, nearly all that it makes is cut off again (6000 x 1 at S = 224: an image of 1,344,000 x 224, 1.2 GB). There the longer side is

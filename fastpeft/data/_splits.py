@@ -200,9 +200,9 @@ def read_entries(source: AnnotationFile, entries: Iterable[tuple[int, Any]], rea
             skipped[bad.reason] += 1
 
 
-def nothing_left(sources: Sequence[AnnotationFile], split: str | None, languages, filtered: Counter, skipped: Counter) -> str:
-    """The message for files of which no sample is left."""
-    left_out = [f"{n} in language {name!r}, of languages={languages!r}" for name, n in filtered.items()]
+def nothing_left(sources: Sequence[AnnotationFile], split: str | None, reader, skipped: Counter) -> str:
+    """The message for files of which no sample is left. reader: counts entries in languages not `asked_for` in `filtered`."""
+    left_out = [f"{n} in language {name!r}, of languages={reader.asked_for!r}" for name, n in reader.filtered.items()]
     left_out += [f"{n} skipped for {reason}" for reason, n in skipped.items()]
     what = f"no {split} samples left" if split else "no samples left"
     return f"{', '.join(str(source.path) for source in sources)}: {what}" + (f" ({'; '.join(left_out)})" if left_out else "")

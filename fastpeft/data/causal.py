@@ -1,4 +1,4 @@
-"""Instructions to tokens of a causal language model, labels on responses only. n = tokens of a sample, S = image size."""
+"""Data set of instructions for causal language models, with labels on responses only. n = tokens of a sample, S = image size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.causal_batches import IGNORE_INDEX, CausalCollator
+from fastpeft.data.causal_batches import CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.data.dataset import SampleDataset
+from fastpeft.data.dataset import IGNORE_INDEX, SampleDataset
 from fastpeft.data.images import Preprocess
 from fastpeft.data.prompts import IMAGE, frame, render
 from fastpeft.data.samples import Instruction, Turns

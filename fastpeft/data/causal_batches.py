@@ -1,4 +1,4 @@
-"""Batches of token ids for causal language models, padded or packed, and batches of like lengths.
+"""Collator and sampler for causal language models: padded or packed batches, and batches of similar lengths.
 
 B = samples in a batch, L = tokens of the longest, T = tokens of all, U = distinct images, S = image size.
 """
@@ -11,10 +11,8 @@ from itertools import accumulate
 
 import torch
 
-from fastpeft.data.dataset import batch_images
+from fastpeft.data.dataset import IGNORE_INDEX, batch_images
 from fastpeft.data.vqa import EpochSampler
-
-IGNORE_INDEX = -100  # the label that no loss counts
 
 
 class CausalCollator:

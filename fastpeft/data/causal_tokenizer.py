@@ -1,4 +1,4 @@
-"""Tokenizers of causal language models: a local folder's, LLaMA's tokenizer.model, or a small one learnt from the data."""
+"""Tokenizers of causal language models: a local folder's, LLaMA's tokenizer.model, or a small one trained on the data."""
 
 from __future__ import annotations
 

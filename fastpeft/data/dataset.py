@@ -1,4 +1,4 @@
-"""What every data set of samples shares: the epoch its random choices are drawn for, and decoded images in a bounded cache."""
+"""Base class of data sets: random choices by seed and epoch, and a bounded cache of decoded images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from fastpeft.data.images import ImageCache, Preprocess
+
+IGNORE_INDEX = -100  # the label of positions that no loss counts, PyTorch's default
 
 
 class SampleDataset(Dataset):

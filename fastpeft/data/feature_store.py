@@ -1,4 +1,4 @@
-"""Tensors by key in a folder of safetensors files, which appear whole or not at all and which several processes may share.
+"""Store of tensors by key: a folder of safetensors files with checksums, which several processes may share.
 
     store = FeatureStore("features", {"weights": "1f3c...", "preprocess": {...}})
     store.put({"a": torch.randn(5, 8)}); store.flush()

@@ -1,4 +1,4 @@
-"""Visual question answering data sets, read as they are published.
+"""Readers of visual question answering data sets as published.
 
 - slake: train.json, validate.json, test.json with img_name, question, answer, answer_type, content_type, q_lang, qid;
   images as imgs/xmlab1/source.jpg.
@@ -53,7 +53,6 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
         raise ValueError(f"{folder}: {what}")
     if split not in ("train", "val", "test", None):
         raise ValueError(f'split={split!r}: use "train", "val", "test", or None for everything')
-    languages = (languages,) if isinstance(languages, str) else languages
 
     ids: list[str] = []
     if split_file is None:
@@ -78,7 +77,7 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
             raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {names(sources)}: {some}")
         skipped["unknown qid"] = len(unknown)
     if not samples:
-        raise ValueError(nothing_left(sources, split, languages, reader.filtered, skipped))
+        raise ValueError(nothing_left(sources, split, reader, skipped))
     files = tuple(source.path for source in sources)
     return SampleList(samples, dict(skipped), dict(reader.filtered), "+".join(dict.fromkeys(used)), files, note)
 
@@ -118,7 +117,8 @@ class QuestionReader:
 
     def __init__(self, find_image: ImageFinder, languages):
         self.find_image, self.filtered = find_image, Counter()
-        self.languages = None if languages is None else {str(x).strip().lower() for x in languages}
+        self.asked_for = (languages,) if isinstance(languages, str) else languages
+        self.languages = None if languages is None else {str(x).strip().lower() for x in self.asked_for}
 
     def sample(self, source: AnnotationFile, index: int, entry: dict, image_field: str) -> Iterator[Sample]:
         """None of an entry in a language that wasn't asked for; `BadEntry` for a bad one."""

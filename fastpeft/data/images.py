@@ -1,4 +1,4 @@
-"""Images: decoded, brought to three channels of 8 bits, resized, scaled; the arithmetic of torchvision's `Resize` and `ToTensor`.
+"""Image preprocessing: decode, convert to 8-bit RGB, resize and scale, with the arithmetic of torchvision's `Resize` and `ToTensor`.
 
 S = image_size. Pixels are kept as uint8 until the last step, so that a cache of them takes a quarter of the memory.
 """

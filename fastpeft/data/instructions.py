@@ -1,4 +1,4 @@
-"""Instruction data of language and vision-language models, read as they are published; formats in `_instruction_formats`."""
+"""Readers of instruction data for language and vision-language models as published; the formats are in `_instruction_formats`."""
 
 from __future__ import annotations
 
@@ -79,11 +79,10 @@ def load_instructions(
         whole = split_file is not None or (isinstance(source.value, list) and (path.is_file() or source.kind == split))
         samples += read_entries(source, source.entries(split, whole), partial(form.read, reader), skipped if skip_bad else None)
         used.append(form.name)
-    filtered = reader.questions.filtered
     if not samples:
-        raise ValueError(nothing_left(sources, split, languages, filtered, skipped))
+        raise ValueError(nothing_left(sources, split, reader.questions, skipped))
     files = tuple(source.path for source in sources)
-    return SampleList(samples, dict(skipped), dict(filtered), "+".join(dict.fromkeys(used)), files, note)
+    return SampleList(samples, dict(skipped), dict(reader.questions.filtered), "+".join(dict.fromkeys(used)), files, note)
 
 
 def _checked(data, kind: str | None, split: str | None) -> Path:

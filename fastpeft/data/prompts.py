@@ -1,4 +1,4 @@
-"""Prompt templates of instruction tuning: what a language model reads before each response, word for word as published.
+"""Prompt templates of instruction tuning, word for word as published.
 
 - alpaca: Stanford Alpaca's train.py, with and without input; paper 003 prints the same words.
 - lavin: LaVIN's data_processing.py and base_prompt.py, after "Image: " and the image's tokens, or "Image: N/A".
@@ -101,10 +101,3 @@ def frame(template: str, sample: Instruction, question: str, image_tokens: bool 
     if given not in after:
         return before, None, after
     return before, last_piece(question, given).split(given)[0], after.split(given)[1]
-
-
-def prompt_text(template: str, sample: Instruction) -> str:
-    """The text before the last response, without an image's place, earlier responses in it: for looking at, and for generation
-    by models that tokenise for themselves."""
-    *earlier, (pieces, _) = render(template, sample)
-    return "".join("".join(p) + answer for p, answer in earlier) + "".join(pieces)

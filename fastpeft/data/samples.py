@@ -1,4 +1,4 @@
-"""What every reader of `fastpeft.data` gives: questions about images, or instructions, in a list with its origin."""
+"""Sample types that all readers return: `Sample`, a question about an image; `Instruction`; and `SampleList`."""
 
 from __future__ import annotations
 

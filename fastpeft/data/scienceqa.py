@@ -1,4 +1,4 @@
-"""ScienceQA as published: problems.json, pid_splits.json, captions.json and images/SPLIT/ID/image.png; its family of prompts.
+"""Reader of ScienceQA as published, and its family of prompt formats.
 
 A prompt format is INPUT-OUTPUT. INPUT: CQM, QCM, and with lecture (L) or solution (E, the explanation) given away QCML, QCME,
 QCMLE, QCLM, QCEM, QCLEM. OUTPUT: A alone, or with L and E before or after it, or L and E without it. The words are those of

@@ -1,4 +1,4 @@
-"""Text to ids as the MISS family reads it: BERT WordPiece, [ENC] opens a question and [DEC] an answer. B = texts, L = tokens."""
+"""Tokenizer of the MISS family: BERT WordPiece, where [ENC] opens a question and [DEC] an answer. B = texts, L = tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+
+from fastpeft.data.dataset import IGNORE_INDEX
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_QUESTION = 35
@@ -154,7 +156,7 @@ def encode_questions(tokenizer, questions: Sequence[str], max_length: int = MAX_
 def encode_answers(tokenizer, answers: Sequence[str], max_length: int | None = None) -> dict[str, torch.Tensor]:
     """{"input_ids", "attention_mask", "labels"}, int64 [B, L]: [DEC] answer [SEP]; labels, not shifted, are -100 at padding."""
     encoded = _ids(tokenizer, answers, "[DEC]", max_length)
-    return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)}
+    return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORE_INDEX)}
 
 
 def decode(tokenizer, ids) -> list[str]:

@@ -1,4 +1,4 @@
-"""Batches of questions about images: each distinct image of a batch is decoded once and there once.
+"""Data set, collator and sampler for visual question answering, where a batch holds each distinct image once.
 
 B = questions in a batch, U = distinct images among them, S = image size, L_q, L_a = tokens of the longest question and answer.
 """

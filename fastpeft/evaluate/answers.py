@@ -1,4 +1,4 @@
-"""Answers to questions about images: batched beam search, each image encoded once."""
+"""Generation of answers to questions about images: batched beam search, each image encoded once."""
 
 from __future__ import annotations
 

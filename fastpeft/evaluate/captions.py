@@ -1,4 +1,4 @@
-"""Scores of captions and reports against reference texts: BLEU-1 to 4, ROUGE-L and CIDEr-D, as COCO's evaluation defines them.
+"""Caption metrics as COCO's evaluation defines them: BLEU-1 to 4, ROUGE-L and CIDEr-D.
 
 Texts are lower-cased and split into words, punctuation dropped; COCO's own uses the Stanford tokenizer, which differs in details
 (contractions, hyphens), so that figures near it, not equal to it, come out.

@@ -1,4 +1,4 @@
-"""A dialogue with a causal language model, over one image or none, in the prompt template it was trained with."""
+"""Dialogue with a causal language model, about one image or none, in the prompt template of its training."""
 
 from __future__ import annotations
 

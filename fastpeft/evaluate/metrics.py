@@ -1,4 +1,4 @@
-"""Scores of predicted answers: exact match after `normalise_answer`, open and closed apart, beside what guessing gets."""
+"""Accuracy of answers: exact match after `normalise_answer`, for open and closed questions, with majority baselines."""
 
 from __future__ import annotations
 

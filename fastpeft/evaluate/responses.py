@@ -1,4 +1,4 @@
-"""Responses of causal language models: generated in batches, and scored."""
+"""Batched generation and scoring of the responses of causal language models."""
 
 from __future__ import annotations
 

@@ -114,6 +114,9 @@ def test_vqa_as_instructions(slake):
 def test_languages_of_questions(slake):
     assert {s.answer for s in load_instructions(slake, languages=("zh",))}.isdisjoint(s.answer for s in load_instructions(slake))
     assert len(load_instructions(slake, languages=None)) == len(load_instructions(slake)) + 1
+    assert [s.turns for s in load_instructions(slake, languages="zh")] == [s.turns for s in load_instructions(slake, languages=("zh",))]
+    with raises(r"no train samples left \(3 in language 'en', of languages=\('de',\); 1 in language 'zh'"):
+        load_instructions(slake, languages="de")
 
 
 def test_a_file_that_marks_its_test_entries_has_a_test_split(tmp_path, make):
