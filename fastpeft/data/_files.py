@@ -13,7 +13,7 @@ _IMAGE_FOLDERS = ("imgs", "images", "image", "img", "vqa_rad image folder", "vqa
 
 
 class BadEntry(ValueError):
-    """An entry that can't be used: `reason` is what `skip_bad` counts it under."""
+    """An entry that can't be used. `skip_bad` counts it under `reason`."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -30,9 +30,9 @@ IMAGE_MARK = "<image>"  # LLaVA's, for an image's place in a question
 
 
 def without_image_mark(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
-    """The questions of a sample without the mark of its image's place, which is always before the first.
+    """The questions of a sample without "<image>": models here always read the image before the first question.
 
-    `BadEntry` where a mark stands in a text without an image, in a later question, more than once, or in one of `others` (answers).
+    `BadEntry` where the mark is in a text without an image, in a later question, there more than once, or in one of `others` (answers).
     """
     marks = [text.count(IMAGE_MARK) for text in texts]
     if not has_image and (any(marks) or any(IMAGE_MARK in text for text in others)):

@@ -1,9 +1,10 @@
 """CLIP's resize and centre crop, with Pillow's values to the bit, without the whole resized image in memory.
 
-Pillow resizes along the rows, then along the columns, each time to 8 bits. Where an image is enlarged and its longer side many times the
-shorter, nearly all that it makes is cut off again (6000 x 1 at S = 224: an image of 1,344,000 x 224, 1.2 GB). There the longer side is
-resampled here, and only the S pixels that stay, by the arithmetic of Pillow's Resample.c: coefficients in double, rounded to 22 binary
-places, summed as integers. (Where it makes a tall image smaller, the order of Pillow's passes depends on its version; that is left to it.)
+The shorter side becomes S, then the middle S x S square is cut out. Pillow resizes along the rows, then along the columns, each time to
+8 bits. For an enlarged image with a very long side, the crop discards nearly all of the result (6000 x 1 at S = 224: an image of
+1,344,000 x 224, 1.2 GB). For such images this module computes only the S pixels of the longer side that stay, with the arithmetic of
+Pillow's Resample.c: coefficients in double, rounded to 22 binary places, summed as integers. (When a tall image is made smaller, the
+order of Pillow's passes depends on its version; Pillow itself resizes those.)
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class CausalCollator:
 class LengthGroupedSampler(EpochSampler):
     """An `EpochSampler` whose batches hold samples of like length, so that padding is short; for padded batches.
 
-    The epoch's order is cut into pools of `pool` batches, sorted by length within, cut into batches, and the batches shuffled:
-    the smaller `pool`, the nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes once
-    per epoch; a batch's lengths are alike, so its expected gradient isn't that of a plain batch, though the epoch's is.
+    The epoch's order is divided into pools of `pool` batches; each pool is sorted by length and divided into batches; then all batches are
+    shuffled. A smaller `pool` is nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes
+    once per epoch. Within a batch lengths are similar, so its expected gradient differs from a plain batch's; the epoch's does not.
     """
 
     def __init__(self, data, batch_size: int, seed: int = 0, pool: int = 50, drop_last: bool = False):

@@ -33,16 +33,16 @@ class SampleDataset(Dataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose choices are drawn."""
+        """The epoch that random choices are drawn for."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the choices of another epoch from now on."""
+        """Draws random choices for another epoch from now on."""
         self._epoch.fill_(epoch)
 
     @property
     def notes(self) -> list[str]:
-        """What was done to the samples, in words."""
+        """Messages about samples that were left out or cut."""
         return [f"{count} samples left out: {reason}" for reason, count in self.skipped.items()]
 
     def __len__(self) -> int:

@@ -82,7 +82,7 @@ def load_image(image, max_pixels: int = MAX_PIXELS):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image to what a vision tower reads; JSON-able, so that an adapter can carry it.
+    """Settings of image preprocessing, from an image to a vision tower's input. JSON-able: an adapter stores them.
 
     image_size: S, for a square resize (antialiased). mean, std: per channel, or None for no normalisation.
     interpolation: "bilinear", or "bicubic", as CLIP and LaVIN have it. crop: the shorter side to S and the middle square, as CLIP,

@@ -65,9 +65,9 @@ TEMPLATES = tuple(_TEMPLATES)
 def render(template: str, sample: Instruction, turns: Turns | None = None, image_tokens: bool = False) -> list[tuple[list[Piece], str]]:
     """(pieces of the prompt, response) of each turn; `turns` instead of the sample's own, where given.
 
-    Pieces are tokenised apart, except that the last and the response are one text: a token may reach across, and
-    "...Response:" and "The answer" have no space between them. With `image_tokens`, `IMAGE` stands where the image's tokens
-    go: as lavin and llava have it, else before all text; without, the text is what a model reads that sees the image otherwise.
+    Each piece is tokenised on its own. The last piece and the response are tokenised as one text, since a token may span both:
+    "...Response:" and "The answer" have no space between them. With `image_tokens`, `IMAGE` marks the place of the image's
+    tokens: where lavin and llava put them, and before all text in other templates. Without, no piece is `IMAGE`.
 
     ValueError for an unknown template.
     """
@@ -90,8 +90,10 @@ def render(template: str, sample: Instruction, turns: Turns | None = None, image
 
 
 def frame(template: str, sample: Instruction, question: str, image_tokens: bool = False) -> tuple[str, str | None, str]:
-    """(what stands before the question, what before the context or None where it isn't said, what after both) in the last piece of a
-    first prompt: the template's words, the second with the question in them."""
+    """The template's words in the last piece of a first prompt, as (before the question, before the context, after both).
+
+    The second contains the question; it is None where the prompt has no context.
+    """
 
     def last_piece(question: str, context: str) -> str:
         return render(template, replace(sample, context=context), ((question, ""),), image_tokens)[0][0][-1]

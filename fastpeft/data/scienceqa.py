@@ -1,12 +1,14 @@
 """Reader of ScienceQA as published, and its family of prompt formats.
 
-A prompt format is INPUT-OUTPUT. INPUT: CQM, QCM, and with lecture (L) or solution (E, the explanation) given away QCML, QCME,
-QCMLE, QCLM, QCEM, QCLEM. OUTPUT: A alone, or with L and E before or after it, or L and E without it. The words are those of
-ScienceQA's models/base_prompt.py, which LaVIN's training uses too, to the letter where there are a lecture and a solution.
-Where there is neither, nothing follows the answer (LaVIN leaves a "BECAUSE:" there, ScienceQA deletes all of the prompt's).
+Files: problems.json, pid_splits.json, captions.json and images/SPLIT/ID/image.png.
 
-One of its ways is kept though it looks like a slip: "AL" puts the solution after the answer and "AE" the lecture, the other
-way round than "LA" and "EA"; the results printed for these formats were made so.
+A prompt format is INPUT-OUTPUT. INPUT is CQM or QCM, or, with the lecture (L) or the solution (E, the explanation) in the prompt,
+QCML, QCME, QCMLE, QCLM, QCEM, QCLEM. OUTPUT is A alone, A with L and E before or after it, or L and E without A. The words are
+those of ScienceQA's models/base_prompt.py, which LaVIN's training uses too, to the letter where a problem has a lecture and a
+solution. Where it has neither, nothing follows the answer (LaVIN leaves a "BECAUSE:" there; ScienceQA deletes every one in the prompt).
+
+"AL" puts the solution after the answer and "AE" the lecture, unlike "LA" and "EA". This looks like a mistake of the official code; it
+is kept because the published results of these formats were made with it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def answer_questions(
 ) -> list[str]:
     """One answer per sample, in the data set's order. Defaults are the papers': beams of 3, at most 10 tokens.
 
-    A batch gathers questions on the same images; padding is masked, so an answer does not depend on its neighbours.
+    A batch gathers questions on the same images; padding is masked, so an answer does not depend on the other samples of its batch.
     """
     was_training, first = model.training, next(model.parameters())
     images = len({sample.image for sample in dataset.samples})

@@ -14,8 +14,10 @@ from fastpeft.evaluate.responses import respond
 
 
 class Chat:
-    """The turns so far and the image they are about. read: makes the model's data set of prompts from a list of samples;
-    ``generation`` goes to transformers' ``generate``."""
+    """A dialogue: its turns so far, and the image they are about.
+
+    read: makes the model's data set of prompts from a list of samples. generation: arguments of transformers' ``generate``.
+    """
 
     def __init__(self, model: nn.Module, read: Callable[[list[Instruction]], CausalDataset], image: str | None = None, **generation):
         self.model, self.read, self.generation = model, read, generation
@@ -25,7 +27,7 @@ class Chat:
             self.show(image)
 
     def show(self, image: str) -> None:
-        """Begin anew over an image. ValueError or OSError where it cannot be read, ValueError where the model sees none."""
+        """Start a new dialogue about an image. ValueError or OSError where it cannot be read, ValueError where the model sees none."""
         if getattr(self.model.config, "vision_config", None) is None:
             raise ValueError(f"a {self.model.config.model_type} sees no images: leave --image and /image out, or choose a model that does")
         path = Path(image).expanduser().resolve()

@@ -18,7 +18,7 @@ from fastpeft.files import write_json
 
 
 def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
-    """What of a data set's batches ``model`` takes. ValueError where there are images and it sees none."""
+    """Names of the batch entries that ``model`` takes. ValueError where the data have images and the model takes none."""
     taken = inspect.signature(model.forward).parameters
     if "pixel_values" not in taken and any(sample.image is not None for sample in dataset.samples):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -34,8 +34,8 @@ def respond(
 ) -> list[str]:
     """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default).
 
-    dataset: of prompts (``prompts_only``). Prompts of like length are batched, padded on the left and masked: a response does not
-    depend on its neighbours.
+    dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
+    depend on the other samples of its batch.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
@@ -60,8 +60,8 @@ def respond(
 
 
 def respond_and_score(model: nn.Module, dataset: CausalDataset, *, progress: bool = True, **generation) -> tuple[list[str], dict]:
-    """(responses, scores): exact match; of ScienceQA the columns of its table, with their average as "global"; of captions and reports
-    their measures against all references of an image."""
+    """(responses, scores). Scores are exact matches; for ScienceQA also the columns of its table, with their average as "global"; for
+    captions and reports also caption metrics against all references of an image."""
     responses, samples = respond(model, dataset, progress=progress, **generation), dataset.samples
     scores, kinds = score_responses(responses, samples), {sample.kind for sample in samples}
     if kinds == {"scienceqa"}:
