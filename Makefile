@@ -14,29 +14,32 @@ demo: $(VENV)/.built
 
 test: lint test-native test-composite test-triton $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
 
+# each run lists what it skips and why; a reason that tests/_skips.py does not know fails it
+PYTEST = -q --known-skips
+
 # two processes of one thread each: what the tests compute is too small for two threads
 test-native: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -n 2
 
 test-composite: $(VENV)/.built
-	OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite $(PY) -m pytest -q -n 2 tests/ops
+	OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite $(PY) -m pytest $(PYTEST) -n 2 tests/ops
 
 # Triton fixes its interpreter at first import: one process per mode
 test-triton: $(VENV)/.built
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest -q -n 2 tests/ops
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest $(PYTEST) -n 2 tests/ops
 
 # csrc's CUDA sources compiled for the CPU; then the GPU's own tests on tensors that only say they are on one
 build/cuda/emulated.so: $(VENV)/.built $(wildcard csrc/* tests/cuda/*)
 	$(PY) tests/cuda/build.py build/cuda
 
-LOOKALIKE = OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) tests/cuda/lookalike.py build/cuda/lookalike.so -q -p no:cacheprovider -m gpu
+LOOKALIKE = OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) tests/cuda/lookalike.py build/cuda/lookalike.so $(PYTEST) -p no:cacheprovider -m gpu
 ROW_WISE = $(addprefix tests/ops/test_,$(addsuffix .py,activations all_ops cuda_sources layer_norm rescale rms_norm rotary))
 test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions and streaming, of very many rows
-	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=build/cuda/emulated.so $(PY) -m pytest -q -n 2 $(ROW_WISE) -k 'not 16_bit_number and not larger_than'
+	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=build/cuda/emulated.so $(PY) -m pytest $(PYTEST) -n 2 $(ROW_WISE) -k 'not 16_bit_number and not larger_than'
 	$(LOOKALIKE) --ignore=tests/ops/test_cuda_twins.py tests/ops tests/train & other=$$!; $(LOOKALIKE) tests/ops/test_cuda_twins.py && wait $$other
 
 test-slow: $(VENV)/.built
-	$(PY) -m pytest -q -m slow
+	$(PY) -m pytest $(PYTEST) -m slow
 
 aot: $(VENV)/.built
 	$(PY) bench/aot.py --check bench/aot_limits.json
@@ -64,6 +67,8 @@ $(VENV)/.deps: requirements.txt constraints.txt
 	@# a CUDA torch brings its own exact triton: drop our pin then
 	@$(PY) -c 'import torch, sys; sys.exit(torch.version.cuda is None)' && sed '/^triton==/d' constraints.txt > $(VENV)/constraints.txt || cp constraints.txt $(VENV)/constraints.txt
 	$(PIP) install -q -c $(VENV)/constraints.txt -r requirements.txt
+	@# an oracle, in a folder that only the tests look into: transformers imports torchao wherever it is installed, and it warns on stderr
+	$(PIP) install -q -c $(VENV)/constraints.txt --no-deps --upgrade --target $(VENV)/torchao 'torchao; sys_platform == "linux"'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SRC)

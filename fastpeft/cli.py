@@ -145,14 +145,15 @@ def chat(
     from fastpeft.runs.chat import chat_run
 
     torch.manual_seed(seed)
-    talk = chat_run(adapter, image, device, model, **generation.chosen())
+    talk, settings = chat_run(adapter, image, device, model, **generation.chosen())
     typing = sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
     tell = (lambda error: typer.echo(f"fastpeft: {error}", err=True)) if typing else None
     said = []
     for response in talk.follow(None if typing else sys.stdin, tell):
         said.append({"question": talk.turns[-1][0], "response": response})
         print(response, flush=True)
-    emit({"turns": said, "image": None if talk.image is None else str(talk.image)}, as_json, [])
+    shown = None if talk.image is None else str(talk.image)
+    emit({"turns": said, "image": shown, "generation": settings}, as_json, [])
 
 
 @app.command()

@@ -79,6 +79,7 @@ class ExcitorLayer(nn.Module, BaseTunerLayer):
     keys add up."""
 
     adapter_layer_names = ("excitor_blocks",)
+    layout_aware = True
 
     def __init__(self, attention: Attention):
         super().__init__()
@@ -127,6 +128,17 @@ class ExcitorLayer(nn.Module, BaseTunerLayer):
 NOT_MERGED = "no weight can take in Excitor, whose extra keys depend on every token; keep the adapter beside the base"
 
 
+def _attention_names(model: nn.Module, hosts: list[str]) -> list[str]:
+    """The attention layers inside the LLaMAs of these names."""
+    found = [name for name, module in model.named_modules() if type(module) in (LlamaAttention, Attention)]
+    return [name for name in found if any(name.startswith(f"{host}." if host else "") for host in hosts)]
+
+
+def _inside_ours(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to an Excitor that is there already."""
+    return any(name.startswith(ours) for ours, module in model.named_modules() if isinstance(module, ExcitorLayer))
+
+
 class ExcitorModel(BaseTuner):
     """A model whose attention layers have Excitors."""
 
@@ -145,16 +157,14 @@ class ExcitorModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ExcitorConfig, model: nn.Module) -> None:
         """Everything is checked, and targets are found, before anything changes."""
-        found = [name for name, module in model.named_modules() if type(module) in (LlamaAttention, Attention)]
         hosts = [(name, module) for name, module in model.named_modules() if type(module) in (LlamaModel, Model)]
-        inside = [name for name in found if any(name.startswith(f"{host}." if host else "") for host, _ in hosts)]
+        inside = _attention_names(model, [name for name, _ in hosts])
         if not inside:
             raise ValueError(f"Excitor needs a LLaMA (transformers' LlamaModel), and {type(model).__name__} has none; try LoRA")
         if peft_config.target_modules is None:
             peft_config.target_modules = peft_config.method.topmost(inside)
         chosen = [name for name, _ in model.named_modules() if name and self._check_target_module_exists(peft_config, name)]
-        ours = {name for name, module in model.named_modules() if isinstance(module, ExcitorLayer)}
-        if wrong := [name for name in chosen if name not in inside and not any(name.startswith(layer) for layer in ours)]:
+        if wrong := [name for name in chosen if name not in inside and not _inside_ours(model, name)]:
             raise ValueError(f"Excitor goes into a LLaMA's attention layers, such as {inside[-1]!r}; target_modules names {wrong[0]!r}")
         if not chosen:
             return  # PEFT will say so

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
@@ -165,15 +166,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         if any(getattr(module, kind, None) is not None for kind in ADAPTER_MODULES):
             raise ValueError(f"{name} has an adapter already that is not fastpeft's own, PEFT's perhaps: unload it first")
     parts = parts_of(model)
-    by_part = {part.name: options.pop(part.name) for part in parts if part.name in options}
-    if plan is not None and by_part:
-        raise ValueError(f"give a plan or treatments by part ({', '.join(by_part)}=), not both")
-    if plan is None and not by_part:
-        raise ValueError(f"give a plan such as {'/'.join('LoRA' for _ in parts)!r}, or treatments by part: {[p.name for p in parts]}")
-    if not isinstance(plan, Plan):
-        plan = parse(by_part if plan is None else plan, parts, **options)
-    elif options or list(plan.treatments) != [part.name for part in parts]:
-        raise ValueError(f"a Plan holds its options already and must be for {'/'.join(p.name for p in parts)}; got {plan!r}, {options}")
+    plan = _plan_of(plan, parts, options)
     with undone_on_error(model):
         model.requires_grad_(False)
         for part in parts:
@@ -185,10 +178,27 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, LlamaModel):
+                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.models.llama.Model
         # a frozen part's output for an input is then a constant: no dropout, no drop-path
         model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan
     return model.train(model.training)
+
+
+def _plan_of(plan: str | Path | Mapping[str, Treatment] | Plan | None, parts: tuple[Part, ...], options: dict[str, Any]) -> Plan:
+    """What :func:`adapt` was given, as a plan; ``options`` hold treatments by part, or options of methods."""
+    by_part = {part.name: options.pop(part.name) for part in parts if part.name in options}
+    if plan is not None and by_part:
+        raise ValueError(f"give a plan or treatments by part ({', '.join(by_part)}=), not both")
+    if plan is None and not by_part:
+        raise ValueError(f"give a plan such as {'/'.join('LoRA' for _ in parts)!r}, or treatments by part: {[p.name for p in parts]}")
+    if not isinstance(plan, Plan):
+        return parse(by_part if plan is None else plan, parts, **options)
+    if options or list(plan.treatments) != [part.name for part in parts]:
+        raise ValueError(f"a Plan holds its options already and must be for {'/'.join(p.name for p in parts)}; got {plan!r}, {options}")
+    return plan
 
 
 @contextmanager
@@ -212,6 +222,7 @@ def detach(model: nn.Module) -> None:
         for name in ADAPTER_MODULES:
             if getattr(module, name, None) is not None:
                 delattr(module, name)
+        module.__dict__.pop("samples_alone", None)
     model.requires_grad_(False)
     model.fastpeft_plan, model.evaluation_only = None, []
     model.train(model.training)

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from fastpeft.models.outputs import lean_logits
 from fastpeft.plain import plain, scatter_adapters, with_peft, without_dropout
 from fastpeft.verify_cases import Batch, Case, base_dtype, case_of
 
@@ -126,7 +127,8 @@ def step_of(model: nn.Module, inputs: Batch) -> Step:
     """Loss and gradients of what is trained (zeros where a parameter got none)."""
     model.zero_grad(set_to_none=True)
     dtype = base_dtype(model)
-    loss = model(**{name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}).loss
+    with lean_logits(model):  # as the trainer runs it
+        loss = model(**{name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}).loss
     loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return float(loss.detach()), {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}

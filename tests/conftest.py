@@ -1,11 +1,14 @@
-"""For every test: the interpreter's bfloat16 repaired, fixed seeds, and uninitialised memory full of NaN."""
+"""For every test: the interpreter's bfloat16 repaired, fixed seeds, uninitialised memory full of NaN, and a list of what was skipped."""
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(f"{sys.prefix}/torchao")  # the Makefile puts it there: for the tests alone, before transformers looks for it
 
 
 def _load(path: Path):
@@ -17,6 +20,9 @@ def _load(path: Path):
 
 
 _load(Path(__file__).with_name("_bf16_interp.py")).install()  # before any kernel runs
+
+_skips = _load(Path(__file__).with_name("_skips.py"))
+pytest_addoption, pytest_configure = _skips.pytest_addoption, _skips.pytest_configure
 
 BACKEND = os.environ.get("FASTPEFT_BACKEND") or "native"
 

@@ -27,6 +27,12 @@ from fastpeft.models.miss import miss_config
 from fastpeft.optimize import SWAPS
 
 KINDS = tuple(blip.SWAPS | layers.SWAPS)  # of a MISS
+# what of a BLIP holds parameters and has no fused form
+NO_FUSED_FORM = (
+    modeling_blip.BlipVisionEmbeddings,
+    modeling_blip_text.BlipTextEmbeddings,
+    modeling_blip_text.BlipTextPredictionHeadTransform,
+)
 
 
 @pytest.fixture
@@ -53,7 +59,8 @@ def test_a_plain_blip_there_and_back(miss, config):
     want, wanted = miss.step(model.train(), inputs)
     report = fp.optimize(model)
     assert [name for name, _ in report.swapped] == ours(model)
-    assert dict(report.swapped)["text_decoder.bert"] == "TextModel" and not report.skipped
+    assert dict(report.swapped)["text_decoder.bert"] == "BlipTextModel"
+    assert [name for name, _ in report.skipped] == [name for name, m in model.named_modules() if type(m) in NO_FUSED_FORM]
     assert [id(p) for p in model.parameters()] == ids
     loss, gradients = miss.step(model, inputs)
     assert loss == pytest.approx(want, rel=1e-12)
@@ -61,22 +68,6 @@ def test_a_plain_blip_there_and_back(miss, config):
     assert fp.restore(model) == []
     assert classes(model) == before
     assert miss.step(model, inputs)[0] == want
-
-
-def test_the_report(miss, config):
-    model = transformers_model(BlipForQuestionAnswering, config)
-    report = fp.optimize(model)
-    assert len(report.notes) == 3
-    assert any("encoder_attention_mask, which transformers 4.57 to 5.23 loses" in note for note in report.notes)
-    assert any("no logits" in note for note in report.notes) and any("padding are zero" in note for note in report.notes)
-    assert str(report).startswith(f"{len(report.swapped)} modules swapped, 0 skipped\n  note: ")
-    before, again = classes(model), fp.optimize(model)
-    assert not again.swapped and not again.notes and "all is fused already" in str(again)
-    assert classes(model) == before
-    report = fp.optimize(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm((2, 4)), nn.LayerNorm(4, bias=False), nn.Linear(4, 4)))
-    assert report.swapped == [("0", "LayerNorm")] and [name for name, _ in report.skipped] == ["1", "2"]
-    assert "normalises 2 dimensions" in report.skipped[0][1] and not report.notes
-    assert "known: " in str(fp.optimize(nn.Linear(2, 2))) and "BlipAttention, " in str(fp.optimize(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +81,7 @@ def test_filters_leave_the_outputs_alone(miss, config, left):
     answers = model.eval().generate(**miss.questions(inputs), max_length=5)
     report = fp.optimize(model, filter_fn=lambda module, name: not isinstance(module, left))
     swapped = {dict(report.swapped)[name] for name in ours(model)}
-    assert swapped.isdisjoint({SWAPS[kind].__name__ for kind in left})
+    assert swapped.isdisjoint({kind.__name__ for kind in left})
     assert {reason for name, reason in report.skipped if isinstance(model.get_submodule(name), left)} == {"left out by filter_fn"}
     loss, gradients = miss.step(model.train(), inputs)
     assert loss == pytest.approx(want, rel=1e-12)
@@ -103,7 +94,7 @@ def test_filters_by_name(miss, config):
     want, wanted = miss.step(model.train(), inputs)
     one = "text_encoder.encoder.layer.1.crossattention.self"
     report = fp.optimize(model, filter_fn=lambda module, name: name != one)
-    skipped = dict(report.skipped)
+    skipped = {name: reason for name, reason in report.skipped if type(model.get_submodule(name)) not in NO_FUSED_FORM}
     assert skipped.pop(one) == "left out by filter_fn"
     # what hands masks down must read them below: its parents stay as well, and say why
     assert skipped.keys() == {"text_encoder", "text_encoder.encoder.layer.1", "text_encoder.encoder.layer.1.crossattention"}
@@ -181,7 +172,7 @@ def test_a_decoder_without_cross_attention(miss):
     text.is_decoder = False
     theirs = modeling_blip_text.BlipTextModel(text).double().eval()
     model = copy.deepcopy(theirs)
-    assert ("", "TextModel") in fp.optimize(model).swapped
+    assert ("", "BlipTextModel") in fp.optimize(model).swapped
     ids = miss.batch()["input_ids"]
     with torch.no_grad():
         for given in ({}, {"attention_mask": torch.ones_like(ids)}):
@@ -212,8 +203,9 @@ def test_peft_models_train_the_same(miss, kind):
     assert wanted and all("lora" in name or "ia3" in name or "ln_tuning" in name for name in wanted)
     report = fp.optimize(model)
     assert len(report.swapped) > 20
-    fused = {"LoRA": "LoraLinear", "LoRA on the head": "LoraLinear", "IA3": "IA3Linear", "DoRA": "LoraLinear"}.get(kind)
+    fused = {"LoRA": "lora.Linear", "LoRA on the head": "lora.Linear", "IA3": "ia3.Linear"}.get(kind)
     assert fused is None or fused in dict(report.swapped).values()
+    assert kind != "DoRA" or ("lora.Linear" not in dict(report.swapped).values() and "DoraLinearVariant" in str(report))
     loss, gradients = miss.step(model, inputs)
     assert loss == pytest.approx(want, rel=1e-12)
     miss.assert_same(gradients, wanted)

@@ -13,9 +13,9 @@ import fastpeft as fp
 from fastpeft import cli, plain
 from fastpeft import verify as verifying
 from fastpeft.methods import adaption_prompt, excitor
-from fastpeft.models import attend, blip, blip_layers, llama, llama_layers
+from fastpeft.methods.replacement import is_fused
+from fastpeft.models import attend, blip, blip_layers, llama_layers
 from fastpeft.models.vision_language import VisionLanguageModel
-from fastpeft.optimize import SWAPS
 from fastpeft.verify import DTYPES, Check, Result, tolerance, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,8 +127,8 @@ def test_faults_of_excitors_and_adapters(monkeypatch):
 
 
 def test_a_fault_in_llamas_attention_fails(monkeypatch):
-    right = llama.ops.rotary
-    monkeypatch.setattr(llama.ops, "rotary", lambda x, cos, sin: right(x, cos, 1.01 * sin))
+    right = fp.ops.rotary
+    monkeypatch.setattr(fp.ops, "rotary", lambda x, cos, sin: right(x, cos, 1.01 * sin))
     assert not verify(fp.adapt(fp.build("llama-tiny", num_hidden_layers=2), "LoRA")).ok
 
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_verified(miss):
 def test_plain_runs_nothing_of_ours(miss, plan, monkeypatch):
     model, inputs = miss.without_dropout(miss.build(plan)), miss.batch(padded=True)
     twin = plain.plain(model)
-    assert not any(type(m) in SWAPS.values() for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
+    assert not any(is_fused(m) for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
     loss, gradients = miss.step(model, inputs)
     for name in fp.ops.__all__:
         monkeypatch.setattr(fp.ops, name, None)
@@ -216,7 +216,7 @@ def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
         monkeypatch.setattr(module, ours, None)
     loss, gradients = verifying.run_alone(twin, case)
     assert loss == pytest.approx(want, rel=1e-6) and gradients.keys() == wanted.keys()
-    assert not any(type(m) in SWAPS.values() for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
+    assert not any(is_fused(m) for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
 
 
 def test_the_literal_form_reads_no_cache():
@@ -232,7 +232,7 @@ def test_with_peft_has_the_same_weights(miss, plan):
     pytest.importorskip("peft")
     model, inputs = miss.without_dropout(miss.build(plan)), miss.batch(padded=True)
     twin, names = plain.with_peft(model)
-    assert not any(type(m).__module__.startswith("fastpeft.methods") or type(m) in SWAPS.values() for m in twin.modules())
+    assert not any(type(m).__module__.startswith("fastpeft.methods") or is_fused(m) for m in twin.modules())
     (loss, gradients), (want, wanted) = miss.step(model, inputs), miss.step(twin, inputs)
     assert loss == pytest.approx(want, rel=1e-12)
     miss.assert_same(gradients, {names[name]: g.view(gradients[names[name]].shape) for name, g in wanted.items()})

@@ -3,6 +3,7 @@
 from fastpeft.data import VQADataset
 from fastpeft.evaluate.answers import answer_questions
 from fastpeft.evaluate.captions import references_of, score_captions
+from fastpeft.evaluate.decoding import answer_settings, response_settings
 from fastpeft.evaluate.metrics import normalise_answer, score, score_responses, write_predictions
 from fastpeft.evaluate.responses import respond, respond_and_score, write_responses
 from fastpeft.evaluate.scienceqa import parse_answer, score_scienceqa
@@ -16,6 +17,11 @@ def answer_and_score(model, dataset, tokenizer, *, progress: bool = True) -> tup
     return answers, score(answers, dataset.samples)
 
 
+def generation_settings(dataset, tokenizer, **given) -> dict:
+    """The arguments of transformers' ``generate`` that answer a data set: ``given`` over that kind's defaults."""
+    return answer_settings(**given) if isinstance(dataset, VQADataset) else response_settings(tokenizer, **given)
+
+
 def write_answers(path, dataset, answers: list[str]) -> None:
     """The answers of a data set as a JSON list, each beside what was asked."""
     (write_predictions if isinstance(dataset, VQADataset) else write_responses)(path, dataset.samples, answers)
@@ -24,6 +30,7 @@ def write_answers(path, dataset, answers: list[str]) -> None:
 __all__ = [
     "answer_and_score",
     "answer_questions",
+    "generation_settings",
     "normalise_answer",
     "parse_answer",
     "references_of",

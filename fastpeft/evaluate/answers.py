@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, decode
 from fastpeft.device import to_device
+from fastpeft.evaluate.decoding import answer_settings, callers_settings_only
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_index")
 
@@ -24,7 +25,8 @@ def answer_questions(
     max_length: int = 10,
     progress: bool = True,
 ) -> list[str]:
-    """One answer per sample, in the data set's order. Defaults are the papers': beams of 3, at most 10 tokens.
+    """One answer per sample, in the data set's order. Defaults are the papers': beams of 3, at most 10 tokens. What the model's
+    ``generation_config`` says beside token ids does not count.
 
     A batch gathers questions on the same images; padding is masked, so an answer does not depend on the other samples of its batch.
     """
@@ -34,11 +36,13 @@ def answer_questions(
     order = [i for batch in sampler for i in batch]
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=VQACollator(tokenizer))
     answers: list[str] = []
+    settings = answer_settings(num_beams, max_length)
     model.eval()
     try:
-        for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
-            ids = model.generate(**to_device(batch, MODEL_INPUTS, first.device, first.dtype), num_beams=num_beams, max_length=max_length)
-            answers += decode(tokenizer, ids)
+        with callers_settings_only(model):
+            for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
+                ids = model.generate(**to_device(batch, MODEL_INPUTS, first.device, first.dtype), **settings)
+                answers += decode(tokenizer, ids)
     finally:
         model.train(was_training)
     place = {index: at for at, index in enumerate(order)}

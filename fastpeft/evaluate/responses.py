@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fastpeft.data import CausalDataset
 from fastpeft.device import to_device
 from fastpeft.evaluate.captions import references_of, score_captions
+from fastpeft.evaluate.decoding import callers_settings_only, response_settings
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.files import write_json
@@ -32,7 +33,8 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
 def respond(
     model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **generation
 ) -> list[str]:
-    """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default).
+    """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default). What the
+    model's ``generation_config`` says beside token ids does not count.
 
     dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
     depend on the other samples of its batch.
@@ -44,16 +46,16 @@ def respond(
     order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     names = model_inputs(model, dataset)
-    generation = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id} | generation
-    generation.setdefault("eos_token_id", tokenizer.eos_token_id)
+    settings = response_settings(tokenizer, max_new_tokens, **generation)
     responses: dict[int, str] = {}
     model.eval()
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
-        for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
-            inputs = to_device(batch, names, first.device, first.dtype)
-            ids = model.generate(**inputs, **generation)[:, batch["input_ids"].shape[1] :]
-            responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
+        with callers_settings_only(model):
+            for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
+                inputs = to_device(batch, names, first.device, first.dtype)
+                ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]
+                responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
     return [responses[i].strip() for i in range(len(dataset))]

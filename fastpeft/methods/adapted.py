@@ -22,6 +22,7 @@ from fastpeft.ops.lora_linear import Projection, linear
 class Adapted:
     """LoRA (``lora_A``, ``lora_B``, ``scaling``, ``lora_dropout``) and/or IA3 (``ia3_l``, ``ia3_feedforward``), each optional."""
 
+    layout_aware = True
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     ia3_l: nn.Parameter | None

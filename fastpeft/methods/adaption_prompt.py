@@ -6,6 +6,9 @@ The prompts P pass the layer's own projections; their keys are not rotated, Q is
 and values of the prompts are formed once per layer, for no sample in particular, and read in place: the batch is folded into the queries'
 length. PEFT adds W_o's bias, where there is one, to both terms; so does this.
 
+Q is rotated and the prompts' keys are not, so positions tell. In a PEFT model, fused or not, they are transformers': padding on the left
+counts. In a model of fastpeft.adapt they count from a sample's first token, and a padded sample is what it is alone.
+
 Source: Zhang et al., "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention" (ICLR 2024), section 3.2.
 """
 
@@ -41,6 +44,8 @@ class Prompted(NamedTuple):
 
 class AdaptionPromptBlock(nn.Module):
     """The parameters of one layer."""
+
+    layout_aware = True
 
     def __init__(self, like: nn.Linear, tokens: int):
         super().__init__()

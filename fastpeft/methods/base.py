@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,8 +107,31 @@ def swap_class(module: nn.Module, cls: type) -> None:
 def watched(module: nn.Module) -> bool:
     """Whether calling ``module`` is more than its class's ``forward``: it has hooks (pruning and spectral norms are some), or a forward of
     its own (accelerate's offloading). Its parameters then do not say what it computes, and nobody may compute it from them."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    if "forward" in module.__dict__:
+        return True
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(any(map(_sees_values, hooks.values())) for hooks in kinds if hooks) or watched_globally()
+
+
+def watched_globally() -> bool:
+    """Whether a hook on every module there is (torch.nn.modules.module.register_module_forward_hook and its like) sees values."""
+    every = torch.nn.modules.module
+    kinds = (every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks, every._global_backward_pre_hooks)
+    return any(any(map(_sees_values, hooks.values())) for hooks in kinds if hooks)
+
+
+def sees_no_values(hook: Callable) -> Callable:
+    """Mark a hook that reads no tensor's shape or values and changes nothing: a module with such hooks alone is not watched."""
+    hook.sees_no_values = True
+    return hook
+
+
+def _sees_values(hook: Callable) -> bool:
+    where = getattr(hook, "__module__", None)
+    if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
+        collector = getattr(sys.modules[where], "_active_collector", None)
+        return collector is None or bool(collector.get())
+    return where != "torch.utils.module_tracker" and not getattr(hook, "sees_no_values", False)  # it follows names, for FlopCounterMode
 
 
 def is_adapter(name: str) -> bool:

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 from torch import nn
 
 from fastpeft.methods.adapted import AdaptedLinear
+from fastpeft.methods.replacement import register
 from fastpeft.methods.written import Written
 
 
@@ -30,6 +31,7 @@ class AdaptedLinear8bit(AdaptedLinear, Linear8bit):
 
 
 # bitsandbytes' class -> ours; the exact type only
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {bnb.nn.Linear4bit: Linear4bit, bnb.nn.Linear8bitLt: Linear8bit}
+SWAPS: dict[type[nn.Module], type[nn.Module]] = register({bnb.nn.Linear4bit: Linear4bit, bnb.nn.Linear8bitLt: Linear8bit})
+NOTES = {Linear8bit: "bitsandbytes' 8-bit layers multiply by their weights written out; their own forward also rounds its input to 8 bit"}
 HOSTS = {Linear4bit: AdaptedLinear4bit, Linear8bit: AdaptedLinear8bit}  # the first that leads to a class is what it becomes again
 HOSTS |= {theirs: HOSTS[ours] for theirs, ours in SWAPS.items()}

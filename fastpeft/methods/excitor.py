@@ -43,6 +43,7 @@ class ExcitorBlock(nn.Module):
     """The parameters of one layer: w_down [r, C], w_up [C, r], prompt [K, C], gate [H] or [1]; with images of width D also
     wk_down, wv_down [r, D] and wk_up, wv_up [C, r]."""
 
+    layout_aware = True
     active = True  # attention then gives every query head keys of its own: PEFT's layers are not, while switched off
 
     def __init__(self, like: nn.Linear, heads: int, method: Excitor, visual_dim: int | None):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
-from fastpeft.methods.base import Method, Part
+from fastpeft.methods.base import Method, Part, watched
 from fastpeft.ops.lora_linear import linear
 
 
 @dataclass
 class Routing:
-    """Which modality's mixture each token takes: ``index`` [T] or [B], int64, into the rows of a layer's weights [modalities, 2].
+    """Which modality's mixture each token takes: ``index`` [T], [B] or [B, M], int64, into the rows of a layer's weights [modalities, 2].
 
     A layer's weights depend on the modality tokens alone, as these attend to nothing else. In the pass of these tokens themselves each
     layer computes its weights and leaves them in ``weights``; the batch finds them there.
@@ -36,6 +36,8 @@ class Routing:
 class AdapterBlock(nn.Module):
     """The parameters of one layer: w_down [h, C], b_down [h], w_up [E, C, h / groups], b_up [E, C] with E = 2 experts, or 1 and no router;
     router_weight [2, C], router_bias [2]."""
+
+    layout_aware = True
 
     def __init__(self, like: nn.Linear, method: RepAdapter):
         super().__init__()
@@ -89,11 +91,13 @@ class AdapterBlock(nn.Module):
         else:
             if layer not in routing.weights:
                 routing.weights[layer] = self.weights_of(norm(hidden))
-            weights = routing.weights[layer].index_select(0, routing.index)
+            weights = routing.weights[layer].index_select(0, routing.index.flatten()).unflatten(0, routing.index.shape)
             weights = weights if hidden.dim() == 3 else weights[None]
-        out = ops.norm_mm_adapter(
-            tokens, norm.weight, norm.variance_epsilon, self.w_down, self.b_down, *self._experts(), weights, *self._options()
-        )
+        branch = (self.w_down, self.b_down, *self._experts(), weights, *self._options())
+        if watched(norm):
+            out = ops.mm_adapter(norm(tokens), *branch)
+        else:
+            out = ops.norm_mm_adapter(tokens, norm.weight, norm.variance_epsilon, *branch)
         return out if hidden.dim() == 3 else out[0]
 
 

@@ -6,11 +6,13 @@ from torch import Tensor, nn
 
 from fastpeft.methods.adapted import AdaptedLinear, Terms, terms_with
 from fastpeft.methods.quantized import is_quantized, why_not
+from fastpeft.methods.replacement import register
 
 
 class Written:
     """y = x W^T + b with W written out (see quantized.py)."""
 
+    layout_aware = True
     plain_class = nn.Linear  # what it is once its weight stays written out
     unfit = staticmethod(why_not)  # '' or why a layer stays as it is
 
@@ -26,6 +28,9 @@ class Written:
 
 class WrittenLinear(Written, nn.Linear):
     """PyTorch's layer with a weight of one of torchao's classes."""
+
+
+register({nn.Linear: WrittenLinear})
 
 
 class AdaptedWritten(AdaptedLinear, WrittenLinear):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpeft import ops
 from fastpeft.methods.adapted import Terms, terms_of
-from fastpeft.models.layout import rows_of
+from fastpeft.methods.base import watched
+from fastpeft.ops._common import accumulator
 from fastpeft.ops._remade import recipe_of
 from fastpeft.ops.lora_linear import lora_linears
 
@@ -32,25 +36,46 @@ def _joins(terms: list[Terms | None], x: Tensor) -> bool:
     return any(term.projection.weight.requires_grad for term in terms) and torch.is_grad_enabled() and recipe_of(x) is not None
 
 
-def around_wrapper(attention: nn.Module, x: Tensor, *, position_embeddings, layout=None, tail=None, **kwargs) -> tuple[Tensor, None]:
-    """Someone's wrapper around an attention layer of ours, such as PEFT's adaption prompt: it takes keywords, tables [B, M, C] and rotary
-    tables of their dtype. What ``layout`` gathers is spread for it, and what a ``tail`` leaves out is computed."""
-    tables = position_embeddings
-    if layout is not None:
-        x, tables = layout.spread(x), tuple(layout.spread(t) for t in tables)
-    y = attention(hidden_states=x, position_embeddings=tuple(t.to(x.dtype) for t in tables), **kwargs)[0]
-    y = y if layout is None else layout.gather(y)
-    return y if tail is None else rows_of(y, tail.tokens), None
+# what transformers' attention functions read of their keywords besides those that every model passes
+READ_BY_ATTENTION = ("position_bias", "softcap", "s_aux", "cache")
 
 
-def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p) -> Tensor:
-    """Attention under transformers' own [B, 1, M, N] mask, for text models whose outer modules were left as they are."""
+def why_not_fused(attention: nn.Module) -> str:
+    """'' or why an attention layer of transformers' must run its own forward: its configuration asks for an attention function that is
+    not one of transformers' own, whose mathematics every fused form has."""
+    name = attention.config._attn_implementation or "eager"
+    function, mask = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if name == "eager":
+        known = function is None and mask is eager_mask
+    elif name == "sdpa":
+        known = function is sdpa_attention_forward and mask is sdpa_mask
+    else:
+        known = name.startswith("flash_attention_") or name == "flex_attention"
+    return "" if known else f"its attention function is {name!r}, registered by someone else"
+
+
+def forms_probabilities(attention: nn.Module, options: dict) -> bool:
+    """Whether someone reads the probabilities that transformers' eager attention returns: the caller asks for them, or a hook sees them."""
+    if (attention.config._attn_implementation or "eager") != "eager":
+        return False
+    return bool(options.get("output_attentions") or attention.config.output_attentions) or watched(attention)
+
+
+def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=None, eager=False) -> Tensor:
+    """Attention under transformers' own [B, 1, M, N] mask, bool or added to the scores. ``eager``: as its eager attention does. Where that
+    masks all keys of a query by the same finite number, the query attends to all alike; SDPA's backward takes every such weight for 1."""
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     if rescale is not None:
         k, v = k * rescale[0][:, None].to(k.dtype), v * rescale[1][:, None].to(v.dtype)
     if prefix is not None:
         k, v = (torch.cat([p.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], dim=2) for p, t in zip(prefix, (k, v)))
         mask = F.pad(mask, (prefix[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1])
+    if eager:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + mask
+        return F.dropout(scores.softmax(-1, dtype=accumulator(q.dtype)).to(q.dtype), dropout_p) @ v
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:

@@ -2,26 +2,28 @@
 
 :func:`fastpeft.optimize` gives the transformers modules these classes in place. What differs from transformers' own:
 
-- attention never forms its probabilities (any flash backend serves), takes prefixes, and folds IA3's factors into q and the output;
-- masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built;
+- attention forms no probabilities unless somebody reads them (any flash backend serves), takes prefixes, and folds IA3's factors into q and
+  the output;
+- masks stay [B, N] booleans, so that no [B, 1, M, N] tensor is built, and padding that nobody reads is not computed; where a module is
+  hooked, foreign, or set to something that the fused forms do not know, transformers' own forward runs, on whole tensors;
 - **cross-attention honours ``encoder_attention_mask``.** transformers 4.57 to 5.23 loses it on the way (``BlipTextLayer`` passes it
   as ``attention_mask``, ``BlipTextSelfAttention`` reads ``encoder_attention_mask``): padding of a question leaks into the decoder;
-- the language-model loss forms logits at labelled positions only, and no logits are returned from a training step.
+- the language-model loss forms logits at labelled positions only; all logits are formed when they are read.
 """
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.utils import can_return_tuple
 
 from fastpeft import ops
 from fastpeft.methods.base import watched
-from fastpeft.models.attend import as_key_mask
 from fastpeft.models.blip_layers import (
     TextAttention,
     TextIntermediate,
@@ -32,119 +34,31 @@ from fastpeft.models.blip_layers import (
     VisionAttention,
     VisionMLP,
 )
-from fastpeft.models.layout import IGNORED, Layout, Tail, image_layout, next_labels, self_layout, tail_of
+from fastpeft.models.blip_stack import TextModel
+from fastpeft.models.causal_loss import slice_logits_to_keep
+from fastpeft.models.flatten import why_not_flat
+from fastpeft.models.layout import IGNORED, next_labels
+from fastpeft.models.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.ops._common import sent
-from fastpeft.savings import on
 
 
-class TextModel(modeling_blip_text.BlipTextModel):
-    """The stack of text layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
+class _ShiftsLabels:
+    """Tells HF Trainer that the loss shifts its labels: ``num_items_in_batch`` then counts those that are predicted. transformers derives
+    ``loss_type`` from a class's name, and finds none in these."""
 
     @property
-    def prefix_shape(self) -> tuple[int, int, int]:
-        first = self.encoder.layer[0].attention.self
-        return len(self.encoder.layer), first.num_attention_heads, first.attention_head_size
+    def loss_type(self) -> str:
+        return "ForCausalLM"
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        encoder_embeds=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        past_key_values=None,
-        use_cache=None,
-        is_decoder=False,
-        output_attentions=None,
-        output_hidden_states=None,
-        encoder_index=None,
-        wanted=None,
-        **kwargs,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Arguments as BlipTextModel's; ``is_decoder`` makes self-attention causal. Masks [B, N]: nonzero = attend.
-
-        ``encoder_index`` [B]: sample b attends to ``encoder_hidden_states[encoder_index[b]]``, whose keys and values are then projected
-        once for all samples that share it. Hidden states of padding are zero. ``wanted`` [B, L] bool: the caller reads the last hidden
-        state there only; elsewhere it may be zero.
-        """
-        if output_attentions:
-            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
-        if (input_ids is None) == (inputs_embeds is None) and encoder_embeds is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        encoder = getattr(self, "prefix_encoder", None)
-        prefixes = [None] * len(self.encoder.layer) if encoder is None else encoder()
-        if use_cache is None:
-            use_cache = self.config.use_cache
-        if is_decoder and use_cache:
-            past_key_values = self._cache(past_key_values)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        hidden = encoder_embeds
-        if hidden is None:
-            hidden = self.embeddings(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                past_key_values_length=past + (encoder.tokens if encoder is not None else 0),
-            )
-        masks = [as_key_mask(attention_mask), as_key_mask(encoder_attention_mask)]
-        layouts = self._layouts(hidden, masks, past_key_values, encoder_hidden_states, encoder_index)
-        if encoder_index is not None and layouts["encoder_layout"] is layouts["layout"]:
-            encoder_hidden_states = encoder_hidden_states[sent(encoder_index, hidden.device)]
-        masks = [None if mask is None else mask.to(hidden.device, non_blocking=True) for mask in masks]
-        pad = layouts["layout"].spread if layouts["layout"] is not None else lambda x: x
-        hidden = hidden if layouts["layout"] is None else layouts["layout"].gather(hidden)
-        states = [hidden]
-        how = {name: value for name, value in {"causal": bool(is_decoder), **layouts}.items() if value}
-        tail = None
-        if wanted is not None and layouts["layout"] is not None and self.pooler is None and not output_hidden_states and on("labelled"):
-            tail = tail_of(layouts["layout"], wanted, bool(is_decoder), hidden.device)
-        for layer, prefix in zip(self.encoder.layer, prefixes):
-            if tail is not None and layer is self.encoder.layer[-1]:
-                pad, how = tail.outputs.spread, how | self._tail(tail, layouts, encoder_index, encoder_hidden_states)
-            hidden = layer(
-                hidden,
-                encoder_hidden_states,
-                attention_mask=masks[0],
-                encoder_attention_mask=masks[1],
-                past_key_values=past_key_values,
-                **how | ({} if prefix is None else {"prefix": prefix}),
-            )
-            states += [hidden] if output_hidden_states else []
-        hidden = pad(hidden)
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=hidden,
-            pooler_output=self.pooler(hidden) if self.pooler is not None else None,
-            past_key_values=past_key_values,
-            hidden_states=tuple(map(pad, states)) if output_hidden_states else None,
-        )
-
-    def _layouts(self, hidden, masks, cache, encoder_states, encoder_index) -> dict[str, Layout | None]:
-        """Where tokens lie in self- and in cross-attention; None where a cache or a 4-D mask forbids it. Samples keep states of their own
-        (one layout for both) where nothing is shared, or where a mask over states would differ between those that share them."""
-        if cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
-            return {"layout": None, "encoder_layout": None}
-        layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
-        if encoder_states is None or encoder_index is None or masks[1] is not None:
-            return {"layout": layout, "encoder_layout": layout}
-        return {"layout": layout, "encoder_layout": image_layout(layout, encoder_index, len(encoder_states), hidden.device)}
-
-    def _tail(self, tail: Tail, layouts, encoder_index, encoder_states) -> dict[str, Tail | Layout]:
-        """What the last layer is told where only some of its outputs are wanted."""
-        shared = layouts["encoder_layout"] is not layouts["layout"]
-        images = image_layout(tail.queries, encoder_index, len(encoder_states), tail.tokens.device) if shared else tail.queries
-        return {"tail": tail, "encoder_layout": images}
-
-    def _cache(self, cache):
-        if cache is None:
-            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        return EncoderDecoderCache(cache, DynamicCache(config=self.config)) if isinstance(cache, DynamicCache) else cache
+    @loss_type.setter
+    def loss_type(self, value: str | None) -> None:
+        """PreTrainedModel sets it from the name."""
 
 
-class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
-    """Decoder with its head. In training, with labels, logits exist for labelled positions only and are not returned."""
+class TextLMHeadModel(_ShiftsLabels, modeling_blip_text.BlipTextLMHeadModel):
+    """Decoder with its head. With labels, the loss forms logits at labelled positions only; all logits are formed when they are read."""
+
+    lean_logits = False  # whether nobody reads the logits of a training step
 
     @can_return_tuple
     def forward(
@@ -163,12 +77,19 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         reduction="mean",
         logits_to_keep=0,
         loss_only=False,
+        padding_unread=False,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
-        """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``loss_only``: with labels,
-        logits are returned in evaluation neither."""
-        shift_labels = kwargs.pop("shift_labels", None)  # [B, L], aligned with input_ids by the caller
-        lean = labels is not None and (self.training or loss_only) and not return_logits
+        """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``num_items_in_batch`` divides the
+        sum in place of the mean's own count of labels: gradients accumulated over unequal batches are then those of the whole.
+        ``loss_only``: nobody reads logits, in evaluation neither; ``padding_unread`` is the encoder's."""
+        shift_labels = kwargs.pop("shift_labels", None)  # aligned with the states by the caller
+        items = kwargs.pop("num_items_in_batch", None)
+        lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
+        lean = lean and not torch.compiler.is_compiling() and not why_not_flat(self, self.cls)
+        if lean and isinstance(logits_to_keep, int) and not logits_to_keep and type(self.bert) is TextModel and not watched(self.bert):
+            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            kwargs["wanted"] = labelled_positions(labels, shift_labels, shape)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -179,37 +100,106 @@ class TextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
             past_key_values=past_key_values,
             is_decoder=is_decoder,
             use_cache=False if labels is not None else use_cache,
-            **({"wanted": next_labels(labels, shift_labels) != IGNORED} if lean and isinstance(self.bert, TextModel) else {}),
             **kwargs,
         )
-        hidden, logits, loss = outputs.last_hidden_state, None, None
-        if not lean:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            logits = self.cls(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        hidden, logits, loss = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), None, None
         if return_logits:
-            return logits[:, :-1].contiguous()
+            return self.cls(hidden)[:, :-1].contiguous()
+        deferred = not lean and labels is not None and can_defer(self.cls)
+        if not (lean or deferred):
+            logits = self.cls(hidden)
         if labels is not None:
-            loss = self._loss(hidden, next_labels(labels, shift_labels), reduction)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            summed = items is not None and reduction == "mean"
+            loss = self._loss(hidden, labels, shift_labels, "sum" if summed else reduction, logits)
+            loss = loss / (items.to(loss.device) if torch.is_tensor(items) else items) if summed else loss
+        output = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=hidden if deferred else logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
+        return with_deferred_logits(output, lambda: self.cls(hidden), self.cls) if deferred else output
 
-    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """hidden [B, L, C], labels [B, L] of the same positions, on the host if the device is not to be waited for. Without an adapter on
-        the head, the head sees labelled positions only."""
-        head, shape = self.cls.predictions, labels.shape
+    def _loss(self, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, reduction: str, logits: Tensor | None) -> Tensor:
+        """hidden [B, L, C] (or [N, C]) and labels of the same positions, on the host if the device is not to be waited for. Without an
+        adapter on the head, and where no ``logits`` are there already, the head sees labelled positions only."""
+        if shift_labels is None and hidden.dim() != 3:
+            raise ValueError(
+                "logits_to_keep is a mask, which leaves rows without their neighbours: give shift_labels, aligned with the rows"
+            )
+        targets, samples = next_labels(labels, shift_labels).flatten(), len(hidden)
+        if len(targets) != hidden.shape[:-1].numel():
+            raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
         how = {"label_smoothing": self.label_smoothing, "reduction": reduction}
-        if type(head.decoder) is nn.Linear and not any(map(watched, (self.cls, head, head.decoder))):
-            hidden, labels = hidden.flatten(0, 1), labels.flatten()
-            rows = (labels != IGNORED).nonzero().squeeze(1)
-            labelled, there = labels[rows], sent(rows, hidden.device)
-            loss = ops.linear_cross_entropy(head.transform(hidden[there]), head.decoder.weight, head.decoder.bias, labelled, **how)
+        if logits is None and not why_not_flat(self, self.cls) and type(self.cls.predictions.decoder) is nn.Linear:
+            head, rows = self.cls.predictions, (targets != IGNORED).nonzero().squeeze(1)
+            labelled, there = targets[rows], sent(rows, hidden.device)
+            states = head.transform(hidden.flatten(0, -2)[there])
+            loss = ops.linear_cross_entropy(states, head.decoder.weight, head.decoder.bias, labelled, **how)
             if reduction == "none":
-                loss = loss.new_zeros(len(labels)).index_copy(0, there, loss)
+                loss = loss.new_zeros(len(targets)).index_copy(0, there, loss)
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
-            logits, labels = self.cls(hidden).flatten(0, 1), labels.flatten().to(hidden.device)
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **how)
-        return loss.view(shape).sum(1) if reduction == "none" else loss
+            logits = (self.cls(hidden) if logits is None else logits).flatten(0, -2)
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), sent(targets, logits.device), **how)
+        return loss.view(samples, -1).sum(1) if reduction == "none" else loss
+
+
+def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """[B, L] bool: where the loss reads the last hidden state."""
+    labels = next_labels(labels, shift_labels)
+    return (labels != IGNORED).view(shape) if labels.numel() == shape[0] * shape[1] else torch.ones(shape, dtype=torch.bool)
+
+
+class QuestionAnswering(_ShiftsLabels, modeling_blip.BlipForQuestionAnswering):
+    """transformers' own forward around our decoder, of whose outputs it reads the loss alone, and of the question no padding."""
+
+    @wraps(modeling_blip.BlipForQuestionAnswering.forward)
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs, **reads_of(self.text_decoder))
+
+
+class ConditionalGeneration(modeling_blip.BlipForConditionalGeneration):
+    """transformers' own forward, whose output hands on logits that are formed when they are read."""
+
+    @can_return_tuple
+    @wraps(modeling_blip.BlipForConditionalGeneration.forward)
+    def forward(
+        self,
+        pixel_values,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        interpolate_pos_encoding=False,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> modeling_blip.BlipForConditionalGenerationModelOutput:
+        vision = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        text = self.text_decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=vision.last_hidden_state,
+            labels=labels,
+            reduction="mean",
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        output = modeling_blip.BlipForConditionalGenerationModelOutput(
+            loss=text.loss,
+            logits=text.loss if is_deferred(text) else text.logits,
+            image_embeds=vision.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+        )
+        return with_deferred_logits(output, lambda: text.logits, self.text_decoder.cls) if is_deferred(text) else output
+
+
+def reads_of(decoder: nn.Module) -> dict[str, bool]:
+    """What a model of visual question answering, whose ``decoder`` this is, can say that it does not read; keywords of text models."""
+    ours = type(decoder) is TextLMHeadModel and type(decoder.bert) is TextModel  # attends to no padding of the question
+    return {"loss_only": not watched(decoder), "padding_unread": True} if ours else {}
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else
@@ -224,6 +214,10 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_blip_text.BlipTextLMHeadModel: TextLMHeadModel,
     modeling_blip.BlipAttention: VisionAttention,
     modeling_blip.BlipMLP: VisionMLP,
+}
+MODELS: dict[type[nn.Module], type[nn.Module]] = {
+    modeling_blip.BlipForQuestionAnswering: QuestionAnswering,
+    modeling_blip.BlipForConditionalGeneration: ConditionalGeneration,
 }
 # these hand masks, layouts and prefixes down in a form that only they read
 CARRIERS = (TextModel, TextLayer, TextAttention, TextSelfAttention)

@@ -18,7 +18,7 @@ from fastpeft.models.attend import (
     project_together,
     rescaled,
 )
-from fastpeft.models.layers import LayerNorm, Recomputes
+from fastpeft.models.layers import Dropout, Recomputes, is_layer_norm
 from fastpeft.models.layout import Layout, Tail, rows_of
 from fastpeft.ops._held import Held
 from fastpeft.ops._remade import bare
@@ -26,8 +26,39 @@ from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
 from fastpeft.savings import on
 
 
-class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
-    """Self- or cross-attention of one layer. Returns (context, None): probabilities are not formed."""
+def reads_probabilities(module: nn.Module) -> bool:
+    """Whether a hook on ``module`` (or a forward of its own) sees the probabilities that transformers' attentions return."""
+    if not watched(module):
+        return False
+    return "forward" in module.__dict__ or not all(getattr(hook, "passes_rest_on", False) for hook in module._forward_hooks.values())
+
+
+class _Attends:
+    """What the fused attentions assume of a module, and when transformers' own runs instead."""
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why fused attention, which takes of ``module.dropout`` its probability alone, computes something else than ``module``."""
+        dropout = module.dropout
+        if type(dropout) not in (nn.Dropout, Dropout):
+            return f"its dropout is a {type(dropout).__name__}"
+        return "its dropout has hooks, which read attention probabilities" if watched(dropout) else ""
+
+    def gives_probabilities(self, output_attentions: bool | None) -> bool:
+        """Whether transformers' own attention runs: probabilities are asked for, by argument or configuration, or somebody reads them."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        return bool(output_attentions) or bool(self.unfit(self)) or reads_probabilities(self)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout.p if self.dropout.training else 0.0
+
+
+class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAttention):
+    """Self- or cross-attention of one layer. Returns (context, None): probabilities are not formed unless they are asked for."""
+
+    layout_aware = True
 
     def forward(
         self,
@@ -40,12 +71,18 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
         causal: bool = False,
         layout: Layout | None = None,
         tail: Tail | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout``; masks [B, N] bool over keys (True = attend), or transformers' own
         [B, 1, M, N]. Context has the shape of hidden_states, or of its rows in a self-attention's ``tail``."""
         cross = encoder_hidden_states is not None
         mask = encoder_attention_mask if cross else attention_mask
+        # transformers' masks add numbers: a row that is masked as a whole attends to all keys alike, and the gradients that PyTorch's
+        # fused attention gives it are those of another row
+        additive = mask is not None and mask.is_floating_point()
+        if prefix is None and (additive or self.gives_probabilities(output_attentions)):
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
         # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
         l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
@@ -79,10 +116,6 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
         else:
             context = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
         return self._output(context, layout, l_v), None
-
-    @property
-    def _dropout_p(self) -> float:
-        return self.dropout.p if self.training else 0.0
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
@@ -131,9 +164,13 @@ class TextSelfAttention(Recomputes, modeling_blip_text.BlipTextSelfAttention):
 class TextAttention(modeling_blip_text.BlipTextAttention):
     """Attention with its output projection; passes the encoder's mask on, which transformers loses here."""
 
+    layout_aware = True
+
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
         mask = "attention_mask" if encoder_hidden_states is None else "encoder_attention_mask"
-        context, _ = self.self(
+        if reads_probabilities(self):
+            kwargs["output_attentions"] = True
+        context, probabilities = self.self(
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             past_key_values=past_key_values,
@@ -141,15 +178,17 @@ class TextAttention(modeling_blip_text.BlipTextAttention):
             **kwargs,
         )
         tail = kwargs.get("tail")
-        return self.output(context, hidden_states if tail is None else rows_of(hidden_states, tail.tokens)), None
+        return self.output(context, hidden_states if tail is None else rows_of(hidden_states, tail.tokens)), probabilities
 
 
 class _AddNorm:
     """norm(dropout(dense(x)) + residual), the sum formed once, inside the norm."""
 
+    layout_aware = True
+
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         branch, norm = self.dropout(project_one(self.dense, hidden_states)), self.LayerNorm
-        if type(norm) not in (nn.LayerNorm, LayerNorm) or watched(norm):  # someone's wrapper, such as PEFT's LN tuning
+        if not is_layer_norm(norm):  # someone's wrapper, such as PEFT's LN tuning
             return norm(branch + input_tensor)
         return ops.add_layer_norm(branch, input_tensor, norm.weight, norm.bias, norm.eps)[0]
 
@@ -165,6 +204,8 @@ class TextOutput(_AddNorm, modeling_blip_text.BlipTextOutput):
 class TextIntermediate(Recomputes, modeling_blip_text.BlipTextIntermediate):
     """The feed-forward's first half; keeps its linear layer's output and neither input nor activation."""
 
+    layout_aware = True
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C] -> [..., 4 C]."""
         (hidden,) = self.projected(lambda x: (project_one(self.dense, x),), hidden_states, (self.dense,))
@@ -173,6 +214,8 @@ class TextIntermediate(Recomputes, modeling_blip_text.BlipTextIntermediate):
 
 class TextLayer(modeling_blip_text.BlipTextLayer):
     """Post-norm layer: self-attention (with prefix), cross-attention where there is something to attend to, feed-forward."""
+
+    layout_aware = True
 
     def forward(
         self,
@@ -186,6 +229,7 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         layout=None,
         encoder_layout=None,
         tail=None,
+        output_attentions=None,
         **kwargs,
     ) -> Tensor:
         if self.gradient_checkpointing and self.training:  # run again in backward, it gets its inputs without the recipes they may have now
@@ -193,30 +237,32 @@ class TextLayer(modeling_blip_text.BlipTextLayer):
         how = {"prefix": prefix, "causal": causal, "layout": layout, "tail": tail}
         # what is at its default is not said: a module left as transformers wrote it takes no more than its own arguments
         how = {name: value for name, value in how.items() if value is not None and value is not False}
-        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how)
+        asked = {} if output_attentions is None else {"output_attentions": output_attentions}
+        hidden_states, _ = self.attention(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **how | asked)
         if encoder_hidden_states is not None:
             hidden_states, _ = self.crossattention(
                 hidden_states,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 past_key_values=past_key_values,
-                **({} if encoder_layout is None else {"layout": encoder_layout}),
+                **asked if encoder_layout is None else {"layout": encoder_layout},
             )
-        return self.feed_forward_chunk(hidden_states)
+        return self.feed_forward_chunk(hidden_states)  # chunks would save no memory: nothing in it is kept that is larger than its parts
 
 
-class VisionAttention(Recomputes, modeling_blip.BlipAttention):
-    """ViT self-attention from one qkv projection."""
+class VisionAttention(_Attends, Recomputes, modeling_blip.BlipAttention):
+    """ViT self-attention from one qkv projection. Returns (output, None): probabilities are not formed unless they are asked for."""
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, output_attentions: bool | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C]."""
+        if self.gives_probabilities(output_attentions):
+            return super().forward(hidden_states)
 
         def project(x):
             return project_one(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
 
         q, k, v = self.projected(project, hidden_states, (self.qkv,))
-        dropout_p = self.dropout.p if self.training else 0.0
-        context = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
+        context = ops.attention(q, k, v, scale=self.scale, dropout_p=self._dropout_p)
         return self.projection(context.transpose(1, 2).flatten(2)), None
 
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip import modeling_clip
 
 from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.base import watched
-from fastpeft.models.attend import dense_mask_attention, key_value_rescale, project_one, project_together, rescaled
-from fastpeft.models.layers import LayerNorm
+from fastpeft.models.attend import (
+    dense_mask_attention,
+    forms_probabilities,
+    key_value_rescale,
+    project_one,
+    project_together,
+    rescaled,
+    why_not_fused,
+)
+from fastpeft.models.layers import is_layer_norm
 from fastpeft.ops._remade import remade
 
 # OpenAI's ViT-B/16, L/14 and L/14@336
@@ -48,18 +57,26 @@ def vision_part(name: str = "vision", path: str = "vision", **more) -> Part:
 
 
 class Attention(modeling_clip.CLIPAttention):
-    """Self-attention. Returns (output, None): probabilities are not formed."""
+    """Self-attention. Returns (output, None): probabilities are not formed unless they are asked for."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, is_causal: bool = False, **kwargs):
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why transformers' own attention computes something else than softmax over all keys."""
+        return why_not_fused(module) or ("its is_causal was set" if module.is_causal else "")
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C]; attention_mask and is_causal as transformers gives them to CLIP's text encoder."""
+        dense = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
+        if not dense or self.unfit(self) or forms_probabilities(self, kwargs):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         q, k, v = project_together((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (rescaled(self.q_proj, q), k, v))
         options = {"prefix": None, "rescale": key_value_rescale(self.k_proj, self.v_proj, self.num_heads)}
         options["dropout_p"] = self.dropout if self.training else 0.0
         if attention_mask is not None:
-            context = dense_mask_attention(q, k, v, attention_mask, **options)
+            context = dense_mask_attention(q, k, v, attention_mask, scale=self.scale, **options)
         else:
-            context = ops.attention(q, k, v, causal=is_causal, scale=self.scale, **options)
+            context = ops.attention(q, k, v, causal=bool(kwargs.get("is_causal")), scale=self.scale, **options)
         return self.out_proj(context.transpose(1, 2).flatten(2)), None
 
 
@@ -69,13 +86,9 @@ class MLP(modeling_clip.CLIPMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
         hidden = project_one(self.fc1, hidden_states)
-        if watched(self.activation_fn):
-            hidden = self.activation_fn(hidden)
-        elif self.config.hidden_act == "quick_gelu":  # h sigmoid(1.702 h)
+        if type(self.activation_fn) is QuickGELUActivation and not watched(self.activation_fn):  # h sigmoid(1.702 h)
             scaled = hidden * 1.702
             hidden = remade(_over_1702(scaled), _over_1702, scaled)
-        elif self.config.hidden_act == "gelu":
-            hidden = ops.gelu(hidden)
         else:
             hidden = self.activation_fn(hidden)
         return project_one(self.fc2, hidden)
@@ -92,7 +105,7 @@ class EncoderLayer(modeling_clip.CLIPEncoderLayer):
         """[B, M, C]."""
         attended, _ = self.self_attn(self.before_attention(hidden_states), attention_mask=attention_mask, **kwargs)
         norm = self.layer_norm2
-        if type(norm) in (nn.LayerNorm, LayerNorm) and not watched(norm):
+        if is_layer_norm(norm):
             x, hidden_states = ops.add_layer_norm(attended, hidden_states, norm.weight, norm.bias, norm.eps)
         else:  # someone's wrapper, such as PEFT's LN tuning
             hidden_states = attended + hidden_states

@@ -8,6 +8,7 @@ Linear layers, norms and activations see [T, C]: no padding is computed. Self-at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ class Layout:
         return self.rows * self.columns if self.place is None else len(self.place)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[T, C] -> [rows, columns, C], zero where no token lies."""
+        """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
+        x = x.reshape(-1, x.shape[-1])
         if self.place is not None:
             x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy(0, self.place, x)
         return x.view(self.rows, self.columns, -1)
@@ -108,6 +110,30 @@ def rows_layout(lengths: Tensor, device: torch.device) -> Layout:
     return _laid(len(lengths), columns, rows, _slots(rows, lengths), device)
 
 
+def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
+    """Where position_ids do not go on by one from token to token, another sample begins (transformers' rule): each in a row of its own, or
+    None where no row of the batch holds more than one."""
+    ids = position_ids.expand(hidden.shape[0], -1).cpu()
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
+    first = starts.flatten().nonzero().squeeze(1)
+    if len(first) <= hidden.shape[0]:
+        return None
+    return rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
+
+
+class TokenPlan(NamedTuple):
+    """How the tokens of a call lie. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
+    ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
+    transformers' own mask; ``wanted`` [B, L] bool: the only outputs that are read (None: all)."""
+
+    tokens: Layout | None = None
+    layout: Layout | None = None
+    mask: Tensor | None = None
+    causal: bool | None = True
+    wanted: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Tail:
     """A last layer that is asked for some of its outputs only: ``tokens`` [T'] are those of the T states it gets, ``seen`` [S] those whose
@@ -159,6 +185,6 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
 IGNORED = -100  # a label that is none
 
 
-def next_labels(labels: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-    """[B, L]: what each position is to predict, IGNORED where nothing; ``shift_labels`` are already that."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
+def next_labels(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORED) -> Tensor:
+    """[B, L]: what each position is to predict, ignore_index where nothing; ``shift_labels`` are already that."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels

@@ -2,9 +2,11 @@
 
 What differs from transformers' own:
 
-- no padding is computed: linear layers, norms and activations see real tokens [T, C] only; attention sees each sample in a row of its own.
-  A batch is padded ([B, L] with ``attention_mask``) or packed ([1, T] whose ``position_ids`` start again at every sample);
-- logits of a training step with labels exist at labelled positions only, for the loss, and are not returned;
+- where nobody reads logits (``lean_logits``) and every layer is row-wise or ours (:mod:`fastpeft.models.flatten`), a training step computes
+  no padding: linear layers, norms and activations see real tokens [T, C] only, the last layer labelled ones; attention sees each sample in
+  a row of its own. A batch is padded ([B, L] with ``attention_mask``) or packed ([1, T] whose ``position_ids`` start again at every
+  sample). Otherwise modules see [B, L, C], and what a caller may read are transformers' values, at padding too;
+- logits of a training step with labels exist at labelled positions, for the loss, and are formed elsewhere when they are read;
 - attention forms no probabilities, takes prefixes, IA3's factors, and Excitor's extra keys, merged into the layer's own before the cache
   keeps them;
 - statistics, rotary tables and the loss are float32 under 16-bit weights.
@@ -15,25 +17,26 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.utils import can_return_tuple
 
-from fastpeft import ops
 from fastpeft.methods import Part
 from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
-from fastpeft.methods.quantized import is_quantized
-from fastpeft.models.attend import as_key_mask
+from fastpeft.models.attend import READ_BY_ATTENTION, as_key_mask
+from fastpeft.models.causal_loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.models.family import Family
-from fastpeft.models.layout import IGNORED, Layout, next_labels, rows_layout, self_layout, tail_of
+from fastpeft.models.flatten import why_not_flat
+from fastpeft.models.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout, tail_of
 from fastpeft.models.llama_layers import MLP, Attention, DecoderLayer, RMSNorm
+from fastpeft.models.outputs import with_deferred_logits
 from fastpeft.ops._common import accumulator, sent
 from fastpeft.savings import on
 
@@ -71,11 +74,30 @@ PARTS = (llama_part(),)
 
 
 class Model(modeling_llama.LlamaModel):
-    """The stack of layers: hands each its prefix, computes no padding, counts positions from the end of the prefix."""
+    """The stack of layers. Computes no padding where nobody reads it and every layer can do without; hands each layer its prefix.
+
+    On plain batches its values are LlamaModel's, padding included. LlamaModel's own forward runs, with the fused layers in it, wherever
+    something is asked that this one does not know (see :meth:`_is_plain`)."""
+
+    # fastpeft.adapt sets it, and a prefix or an Excitor implies it. Then each sample of a batch computes as it does alone: positions count
+    # from its first token, not from padding on its left, and position_ids that start again within a row mark packed samples in training,
+    # whatever config.use_cache says.
+    samples_alone = False
 
     @property
     def prefix_shape(self) -> tuple[int, int, int]:
         return len(self.layers), self.config.num_key_value_heads, self.layers[0].self_attn.head_dim
+
+    @property
+    def alone(self) -> bool:
+        """Whether each sample computes as alone: see ``samples_alone``."""
+        adapted = self.samples_alone or getattr(self, "prefix_encoder", None) is not None
+        return adapted or any(getattr(attention, "excitor", None) is not None for attention in attentions(self))
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return "" if is_causal(module) else "it is not causal (is_causal of its configuration or of an attention layer is False)"
 
     @can_return_tuple
     def forward(
@@ -86,77 +108,154 @@ class Model(modeling_llama.LlamaModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         wanted: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer. Hidden states of
-        padding are zero. Where neither a mask nor a cache is given, position_ids that start again within a row mark packed samples.
-        wanted [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero. modality [B] int64: of each
-        sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
-        if output_attentions:
-            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
+        """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer.
+        wanted [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero, and no cache unless use_cache=True.
+        modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+        encoder = getattr(self, "prefix_encoder", None)
+        ours = encoder is not None or modality is not None or kwargs.get("visual") is not None
+        alone = self.alone or ours
+        asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
+        position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
+        if not ours and not self._is_plain(given, attention_mask, kwargs, wanted):
+            return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
+        if output_asked(self, "attentions", kwargs):
+            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
+        states = [] if output_asked(self, "hidden_states", kwargs) else None
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask, positions = as_key_mask(attention_mask), position_ids
-        if positions is None and past_key_values is None and mask is not None and mask.dim() == 2:
-            before = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # padding on the left is not counted: prefixes and Excitor would tell
-            positions = (torch.arange(hidden.shape[1], device=mask.device) - before).clamp(min=0)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        cached = use_cache or past_key_values is not None
+        packs = not cached and position_ids is not None and attention_mask is None
+        if wanted is not None and asked is None and past_key_values is None:
+            use_cache = cached = False
+        flat = not ours or (not torch.compiler.is_compiling() and why_not_flat(self, self.layers, self.norm) == "")
+        read = wanted if flat and not cached and states is None else None
+        plan = self._plan(hidden, attention_mask, position_ids if packs else None, read, flat, kwargs.pop("is_causal", None))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        encoder = getattr(self, "prefix_encoder", None)
-        if positions is None:
+        if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        if past_key_values is not None and past_key_values.is_compileable and (mask is None or mask.dim() == 2):
-            mask = self._static_mask(hidden, attention_mask, past_key_values, positions)
-        tokens = layout = None
-        if past_key_values is None and (mask is None or mask.dim() == 2):
-            tokens, layout = self._layouts(hidden, mask, position_ids)
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        if torch.compiler.is_compiling() or (past_key_values is not None and past_key_values.is_compileable):
+            plan = plan._replace(mask=self._mask_of_transformers(hidden, attention_mask, past_key_values, position_ids), causal=None)
+        return self._run(hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs)
+
+    def _uses_cache(self, use_cache: bool | None, alone: bool) -> bool:
+        """As transformers resolves it; but in training samples alone need none by default."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not (alone and self.training)
+        return bool(use_cache) and not (self.gradient_checkpointing and self.training)
+
+    def _positions(self, given: dict, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        """Of samples alone: padding on the left is not counted."""
+        if position_ids is not None or given["past_key_values"] is not None or mask is None or mask.dim() != 2:
+            return position_ids
+        before = ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
+        tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
+        return sent((torch.arange(tokens.shape[1], device=mask.device) - before).clamp(min=0), tokens.device)
+
+    def _is_plain(self, given: dict, mask: Tensor | None, options: dict, wanted: Tensor | None) -> bool:
+        """Whether a call is of the kind that this class's own loop serves: causal, in one of transformers' own attention functions, under
+        a mask over keys, through layers that nobody watches, without a cache of fixed size."""
+        cache = given["past_key_values"]
+        if torch.compiler.is_compiling() or (cache is not None and cache.is_compileable):
+            return False
+        if options.get("is_causal") is not None or not is_causal(self) or any(options.get(name) is not None for name in READ_BY_ATTENTION):
+            return False
+        if output_asked(self, "attentions", options) or output_asked(self, "hidden_states", options):
+            return False
+        if mask is not None:
+            tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
+            past = 0 if cache is None else cache.get_seq_length()
+            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
+                return False
+            if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
+                return False  # what padding attends to there is everything
+        return not why_not_flat(self, self.layers, self.norm) and not any(map(Attention.unfit, attentions(self)))
+
+    def _layers(self) -> nn.ModuleList:
+        return self.layers[: self.config.num_hidden_layers]
+
+    def _plan(self, hidden, mask, position_ids, wanted, flat: bool, causal: bool | None) -> TokenPlan:
+        """How the tokens lie. position_ids: where they may mark packed samples; wanted: where outputs other than these are not read."""
+        causal = is_causal(self) if causal is None else causal
+        mask = as_key_mask(mask)
+        if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
+            return TokenPlan(mask=mask, causal=None if mask.dim() == 4 else causal)
+        if torch.compiler.is_compiling():
+            return TokenPlan(causal=causal)
+        if mask is not None and mask.shape == hidden.shape[:2] and bool(mask.all()):
             mask = None
-        positions = sent(positions, hidden.device)
+        if not causal:
+            return TokenPlan(mask=mask, causal=False)
+        if mask is None and position_ids is not None and (rows := packed_rows(position_ids, hidden)) is not None:
+            tokens = Layout(*hidden.shape[:2], None)
+            return TokenPlan(tokens if flat else None, rows, wanted=wanted)
+        if wanted is None or (mask is not None and _outside(wanted, mask)):
+            return TokenPlan(mask=mask)
+        tokens = self_layout(hidden.shape[:2], mask, hidden.device)
+        return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), wanted=wanted)
+
+    def _run(self, hidden, plan, flat, position_ids, past_key_values, encoder, modality, modality_embeds, states, kwargs):
+        """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
+        tokens, layout, mask, causal, wanted = plan
+        positions = sent(position_ids, hidden.device)
         if encoder is not None:
             positions = positions + encoder.tokens
-        tables = self.rotary_emb(hidden.new_empty(0, dtype=accumulator(hidden.dtype)), position_ids=positions)
+        like = hidden.new_empty(0, dtype=accumulator(hidden.dtype))  # float32 tables, where only our own modules read them
+        known = flat and type(self.rotary_emb) is modeling_llama.LlamaRotaryEmbedding and not watched(self.rotary_emb)
+        tables = self.rotary_emb(like if known else hidden, position_ids=positions)
+        if layout is not None:
+            tables = tuple(t.expand(hidden.shape[0], -1, -1) for t in tables)
         if tokens is not None:
-            tables = tuple(tokens.gather(t.expand(hidden.shape[0], -1, -1)) for t in tables)
+            tables = tuple(map(tokens.gather, tables))
             hidden = tokens.gather(hidden)
         pad = (lambda x: x) if tokens is None else tokens.spread
-        states = [hidden]
-        prefixes = [None] * len(self.layers) if encoder is None else encoder()
-        how, tail = {name: value for name, value in {"layout": layout, **kwargs}.items() if value is not None}, None
+        how = {"layout": layout, **kwargs} if layout is not None else dict(kwargs)
+        layers = self._layers()
+        prefixes = [None] * len(layers) if encoder is None else encoder()
         if modality is not None:
-            modalities = torch.stack(modality_embeds).to(hidden.dtype)
-            weights = self._routes_of(modalities, past_key_values, prefixes)
-            if not weights and torch.is_grad_enabled():
-                hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
-            index = sent(modality, hidden.device)
-            how["routing"] = Routing(index if layout is None else index[sent(layout.row, hidden.device)], weights)
-        if wanted is not None and tokens is not None and not output_hidden_states and on("labelled"):
-            tail = tail_of(tokens, wanted, True, hidden.device, layout)
-        for layer, prefix in zip(self.layers, prefixes):
-            if tail is not None and layer is self.layers[-1]:
+            hidden, how["routing"] = self._routing(hidden, modality, modality_embeds, past_key_values, prefixes, plan)
+        tail = None if wanted is None or not on("labelled") else tail_of(tokens, wanted, True, hidden.device, layout)
+        for layer, prefix in zip(layers, prefixes):
+            if states is not None:
+                states.append(pad(hidden))
+            if tail is not None and layer is layers[-1]:
                 pad, how = tail.outputs.spread, how | {"tail": tail}
             hidden = layer(
                 hidden,
-                attention_mask=mask,
+                attention_mask=mask if mask is None else sent(mask, hidden.device),
                 position_embeddings=tables,
+                position_ids=position_ids,
                 past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                causal=causal,
                 **how | ({} if prefix is None else {"prefix": prefix}),
             )
-            states += [hidden] if output_hidden_states else []
         hidden = pad(self.norm(hidden))
-        if output_hidden_states:
-            states = [*map(pad, states[:-1]), hidden]  # as in transformers, the last is the normed one
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=tuple(states) if output_hidden_states else None
-        )
+        if states is not None:
+            states = (*states, hidden)  # as in transformers, the last is the normed one
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
+
+    def _routing(self, hidden: Tensor, modality: Tensor, modality_embeds, cache, prefixes, plan: TokenPlan) -> tuple[Tensor, Routing]:
+        """(hidden, what routes MM-Adapters): the mixtures of the modalities' tokens, and each token's or sample's modality."""
+        modalities = torch.stack(modality_embeds).to(hidden.dtype)
+        weights = self._routes_of(modalities, cache, prefixes)
+        if not weights and torch.is_grad_enabled():
+            hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
+        index = sent(modality, hidden.device)
+        if plan.layout is not None:
+            index = index[sent(plan.layout.row, hidden.device)]
+            index = index if plan.tokens is not None else index.view(hidden.shape[:2])
+        return hidden, Routing(index, weights)
 
     def _routes_of(self, modalities: Tensor, cache, prefixes) -> dict[int, Tensor]:
         """What :meth:`routes` gives; in generation it stays with the cache."""
@@ -175,39 +274,56 @@ class Model(modeling_llama.LlamaModel):
         routing = Routing(torch.arange(len(hidden), device=hidden.device))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
         # one key each: no rotation tells
-        how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing}
+        how = {"position_embeddings": (table, table), "layout": Layout(len(hidden), 1, None), "routing": routing, "causal": True}
+        layers = self._layers()
         if prefixes is None:
             encoder = getattr(self, "prefix_encoder", None)
-            prefixes = [None] * len(self.layers) if encoder is None else encoder()
-        for layer, prefix in zip(self.layers, prefixes):
+            prefixes = [None] * len(layers) if encoder is None else encoder()
+        for layer, prefix in zip(layers, prefixes):
             hidden = layer(hidden, prefix=prefix, **how)
         return routing.weights
 
-    def _layouts(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Layout, Layout]:
-        """(where tokens lie in the batch as given, where they lie in attention); both wait for the device if what they read is there."""
-        tokens = self_layout(hidden.shape[:2], mask, hidden.device)
-        if mask is not None and tokens.place is not None:
-            return tokens, rows_layout(mask.sum(1), hidden.device)
-        if mask is None and position_ids is not None:
-            ids = position_ids.expand(hidden.shape[0], -1).cpu()
-            starts = torch.ones_like(ids, dtype=torch.bool)
-            starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
-            first = starts.flatten().nonzero().squeeze(1)
-            if len(first) > hidden.shape[0]:
-                return tokens, rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
-        return tokens, tokens
-
-    def _static_mask(self, hidden, mask, cache, positions) -> Tensor | None:
-        """transformers' own mask, for caches of fixed size."""
+    def _mask_of_transformers(self, hidden, mask, cache, positions) -> Tensor | None:
+        """transformers' own mask, for caches of fixed size, and for compiled graphs that serve every length."""
         return create_causal_mask(
             config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=positions
         )
 
 
+def _outside(wanted: Tensor, mask: Tensor) -> bool:
+    """Whether some of ``wanted`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
+    return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
+
+
+def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
+    """Of every layer, inside PEFT's adaption prompt too."""
+    return [getattr(layer.self_attn, "model", layer.self_attn) for layer in model.layers[: model.config.num_hidden_layers]]
+
+
+def is_causal(model: modeling_llama.LlamaModel) -> bool:
+    """False where its configuration or one of its attention layers was told not to be."""
+    if getattr(model.config, "is_causal", None) is False:
+        return False
+    return all(attention.is_causal for attention in attentions(model))
+
+
+def output_asked(model: nn.Module, what: str, options: dict) -> bool:
+    """Whether the caller, or else the configuration, asks for ``output_<what>``."""
+    value = options.get(f"output_{what}")
+    return bool(getattr(model.config, f"output_{what}", False) if value is None else value is not False)
+
+
 class CausalLM(modeling_llama.LlamaForCausalLM):
-    """LLaMA with its head. In training, with labels, logits exist at labelled positions only and are not returned."""
+    """LLaMA with its head. A training step with labels forms logits at labelled positions for its loss, and the others when somebody reads
+    them (:mod:`fastpeft.models.outputs`). ``lean_logits``: nobody does; then logits are None, and only what the loss needs is computed."""
 
     host_inputs = ("attention_mask", "position_ids", "labels")  # best left on the host: nobody then waits for the device
+    lean_logits = False
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return "" if module.loss_function is ForCausalLMLoss else "its loss_function is its own, and takes logits"
 
     @can_return_tuple
     def forward(
@@ -231,55 +347,38 @@ class CausalLM(modeling_llama.LlamaForCausalLM):
         tokens, or their sum over ``num_items_in_batch``. For Excitor,
         visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
         ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds: as :class:`Model` takes them."""
-        if modality is not None:
-            kwargs |= {"modality": modality, "modality_embeds": modality_embeds}
+        to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
         if visual is not None:
             own = torch.arange(len(visual))
             index = own if visual_index is None else visual_index.cpu()
-            kwargs["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
-        shift_labels, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
-        labelled = labels is not None or shift_labels is not None
-        if labelled and self.training and isinstance(self.model, Model):
-            kwargs["wanted"] = next_labels(labels, shift_labels) != IGNORED
+            to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
+        tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
+        if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
+            asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
+        lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
+        if lean and type(self.model) is Model and not watched(self.model):
+            to_model["wanted"] = asked.targets != asked.ignore_index
+        if use_cache is None and labels is not None and getattr(self.model, "alone", False):
+            use_cache = False  # position_ids then mark packed samples in evaluation too
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=False if labelled and use_cache is None else use_cache,
-            **kwargs,
+            use_cache=use_cache,
+            **{name: value for name, value in kwargs.items() if name not in OF_THE_LOSS},
+            **to_model,
         )
-        hidden, logits, loss = outputs.last_hidden_state, None, None
-        if not (labelled and self.training):
-            logits = self.lm_head(kept_positions(hidden, logits_to_keep))
-        if labelled:
-            aligned = (hidden[:, :-1], labels[:, 1:]) if shift_labels is None else (hidden, shift_labels)
-            loss = loss_of(self.lm_head, *aligned, items)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        loss, logits, read_later = causal_loss(self, outputs.last_hidden_state, labels, asked, lean, logits_to_keep, kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-
-
-def kept_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Of hidden [B, L, C] the last ``logits_to_keep`` positions (0: all), or those a tensor names, as transformers' generate asks."""
-    if isinstance(logits_to_keep, int):
-        logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-    return hidden[:, logits_to_keep]
-
-
-def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy of hidden [B, L, C] under ``head`` with labels [B, L], -100 for none: the mean over labelled tokens, or their sum
-    over ``items``. Logits exist at labelled positions only."""
-    reduction = "mean" if items is None else "sum"
-    if type(head) is nn.Linear and not is_quantized(head.weight) and not watched(head):
-        loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, labels, reduction=reduction)
-    else:  # an adapter on the head, ours or PEFT's, a hook, or a quantised head: the weight alone is not what it computes
-        labels = labels.to(hidden.device)
-        rows = labels.flatten() != -100
-        logits = head(hidden.flatten(0, 1)[rows])
-        loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), labels.flatten()[rows], reduction=reduction)
-    return loss if items is None else loss / items
+        return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
 
 
 # transformers' class -> ours; the exact type only, as a subclass may mean something else

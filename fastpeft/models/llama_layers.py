@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 
 from fastpeft import ops
@@ -13,13 +14,25 @@ from fastpeft.methods.adapted import terms_of
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.base import watched
 from fastpeft.methods.excitor import Visual
-from fastpeft.models.attend import around_wrapper, dense_mask_attention, output_factor, project, project_together, rescaled
+from fastpeft.methods.mm_adapter import Routing
+from fastpeft.models.attend import (
+    READ_BY_ATTENTION,
+    dense_mask_attention,
+    forms_probabilities,
+    output_factor,
+    project,
+    project_together,
+    rescaled,
+    why_not_fused,
+)
 from fastpeft.models.layers import Recomputes
 from fastpeft.models.layout import Layout, Tail, rows_of
 
 
 class RMSNorm(modeling_llama.LlamaRMSNorm):
     """RMSNorm with one rounding, at the end; saves its input and one number a row."""
+
+    layout_aware = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
@@ -34,14 +47,21 @@ def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor,
     return ops.add_rms_norm(branch, residual, norm.weight, norm.variance_epsilon)
 
 
+SILU = (nn.SiLU, SiLUActivation)
+
+
 class MLP(Recomputes, modeling_llama.LlamaMLP):
     """down(silu(gate(x)) * up(x)), the activation in one pass with IA3's factor on it."""
 
+    layout_aware = True
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
+        if watched(self.act_fn):
+            return super().forward(x)
         linears = (self.gate_proj, self.up_proj)
         gate, up = self.projected(partial(project, linears), x, linears)
-        if self.config.hidden_act != "silu" or watched(self.act_fn):
+        if type(self.act_fn) not in SILU:
             return self.down_proj(self.act_fn(gate) * up)
         down = terms_of(self.down_proj)
         if down is None:
@@ -50,14 +70,33 @@ class MLP(Recomputes, modeling_llama.LlamaMLP):
 
 
 class Attention(Recomputes, modeling_llama.LlamaAttention):
-    """Causal self-attention with grouped heads. Returns (output, None): probabilities are not formed."""
+    """Self-attention with grouped heads. Returns (output, None): probabilities are not formed. Where its settings or its caller ask for
+    what the fused form has not (see :meth:`why_not`), transformers' own forward runs."""
 
+    layout_aware = True
     visual_dim: int | None = None  # width of the images' features that Excitor sees here
-    reads_layout = True
 
     @property
     def excitor_heads(self) -> int:
         return self.config.num_attention_heads
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return why_not_fused(module) or ("" if isinstance(module.scaling, int | float) else "its scaling is no number")
+
+    def why_not(self, attention_mask: Tensor | None, options: dict) -> str:
+        """'' or why this call is for transformers' own forward. attention_mask as transformers' model gives it, options: the keywords."""
+        if reason := self.unfit(self):
+            return reason
+        if forms_probabilities(self, options):
+            return "someone reads its probabilities, which fused attention does not form"
+        if given := [name for name in READ_BY_ATTENTION if options.get(name) is not None]:
+            return f"{given[0]} is given, which the fused form does not know"
+        name = self.config._attn_implementation or "eager"
+        if name not in ("eager", "sdpa") or (attention_mask is not None and attention_mask.dim() != 4):
+            return f"{name} makes masks of its own kind"
+        return ""
 
     def forward(
         self,
@@ -65,19 +104,33 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values=None,
+        causal: bool | None = None,
         prefix: tuple[Tensor, Tensor] | None = None,
         layout: Layout | None = None,
         visual: Visual | None = None,
         tail: Tail | None = None,
         prompted: Prompted | None = None,
         **kwargs,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, M, C], or [T, C] with a ``layout`` (outputs at a ``tail``'s rows only, where one is given);
-        position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]; attention_mask [B, N] bool over keys, or transformers' own
-        [B, 1, M, N]; visual: images' features for Excitor; prompted: an adaption prompt, where it is not this module's own."""
-        adaption = getattr(self, "adaption", None)
+        position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]. ``causal`` None: called as transformers' model calls it, with its
+        mask; True or False: by our own stack, attention_mask [B, N] bool over keys. ``layout`` with hidden_states [B, M, C]: samples are
+        packed. visual: images' features for Excitor; prompted: an adaption prompt, where it is not this module's own."""
+        adaption, excitor = getattr(self, "adaption", None), getattr(self, "excitor", None)
         prompted = prompted if adaption is None else adaption.prompted
-        tables = tuple(t.unsqueeze(-2) for t in position_embeddings)
+        excitor = excitor if excitor is not None and excitor.active else None
+        reason = self.why_not(attention_mask, kwargs) if causal is None else self.unfit(self)
+        if reason:
+            if causal is not None or prefix is not None or excitor is not None or prompted is not None:
+                raise ValueError(f"attention {self.layer_idx} must run its own forward, as {reason}; what was attached to it cannot")
+            return super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        shape, tables = hidden_states.shape[:-1], tuple(t.unsqueeze(-2) for t in position_embeddings)
         l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
         if tail is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
@@ -89,28 +142,37 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
             asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (tail.tokens, tail.seen))
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
             k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
-        excitor = getattr(self, "excitor", None)
-        if excitor is not None and excitor.active:  # its gate is one number per query head: groups no longer share their keys
+            shape = asked.shape[:-1]
+        if excitor is not None:  # its gate is one number per query head: groups no longer share their keys
             if (groups := self.num_key_value_groups) > 1:
                 k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
                 prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
             k = excitor(k, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        options = {"prefix": prefix, "rescale": None, "dropout_p": self.attention_dropout if self.training else 0.0}
-        if attention_mask is not None and attention_mask.dim() == 4:
-            context = dense_mask_attention(q, k, v, attention_mask, **options)
-        else:
-            context = ops.attention(q, k, v, causal=True, key_padding_mask=attention_mask, **options)
+        context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"))
         if prompted is not None:
             context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, prefix is None, past_key_values), prompted.gate)
         context = context.transpose(1, 2).flatten(2)
         if l_v is not None:
             context = ops.rescale(context, self._per_query_head(l_v))
-        output = self.o_proj(context if layout is None else layout.gather(context))
+        output = self.o_proj(context if layout is None else layout.gather(context).view(*shape, -1))
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, prefix, is_causal: bool | None) -> Tensor:
+        """[B, H, M, d]. ``causal`` None: ``mask`` and ``is_causal`` mean what they mean to transformers' functions."""
+        options = {"prefix": prefix, "rescale": None, "scale": float(self.scaling)}
+        options["dropout_p"] = self.attention_dropout if self.training else 0.0
+        if causal is not None:
+            return ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
+        if mask is not None:
+            return dense_mask_attention(q, k, v, mask, eager=self.config._attn_implementation == "eager", **options)
+        M, causal = q.shape[2], self.is_causal if is_causal is None else is_causal
+        if causal and M > 1 and k.shape[2] > M:  # a cache of fixed size, not yet filled: causality is aligned at the first key
+            k, v = k[:, :, :M], v[:, :, :M]
+        return ops.attention(q, k, v, causal=bool(causal), **options)
 
     def _of_prompt(self, prompt: Tensor, values_raw: bool, cache) -> tuple[Tensor, Tensor]:
         """Keys, not rotated, and values of an adaption prompt [n, C], each [1, H_kv, n, d]; in generation they stay with the cache."""
@@ -142,20 +204,31 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
 class DecoderLayer(modeling_llama.LlamaDecoderLayer):
     """Pre-norm layer; each residual sum is formed once."""
 
+    layout_aware = True
+
     def forward(
-        self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, routing=None, **kwargs
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        routing: Routing | None = None,
+        tail: Tail | None = None,
+        **kwargs,
     ) -> Tensor:
         """Arguments as :class:`Attention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
+        kwargs |= {"position_ids": position_ids, "use_cache": use_cache} | ({} if tail is None else {"tail": tail})
         norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
-        attention = self.self_attn if hasattr(self.self_attn, "reads_layout") else partial(around_wrapper, self.self_attn)
-        attended, _ = attention(
-            norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
-            position_embeddings=position_embeddings,
+        attended, *_ = self.self_attn(
+            hidden_states=norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
             **kwargs,
         )
-        if (tail := kwargs.get("tail")) is not None:
+        if tail is not None:
             hidden_states = rows_of(hidden_states, tail.tokens)
         x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
         return hidden_states + self.mlp(x)

@@ -11,15 +11,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from fastpeft.methods import Part
+from fastpeft.methods.base import watched
+from fastpeft.models.causal_loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
+from fastpeft.models.flatten import why_not_flat
 from fastpeft.models.layers import FrozenEvaluates
-from fastpeft.models.layout import IGNORED, next_labels
-from fastpeft.models.llama import Model, kept_positions, llama_config, llama_part, loss_of
+from fastpeft.models.llama import Model, llama_config, llama_part
+from fastpeft.models.outputs import with_deferred_logits
 from fastpeft.ops._common import sent
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
@@ -75,6 +79,8 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
     ``image_index`` [B]: the image of each sample, -1 for a sample without one. Patches take the places of ``image_mask`` [B, L], or of
     the image token's id."""
 
+    lean_logits = False
+
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.model.multi_modal_projector = Connector(config)
@@ -111,29 +117,33 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         image_mask: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
-        """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens. In training, with labels,
-        logits exist at labelled positions only and are not returned."""
+        """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
+        ``num_items_in_batch``. Logits as :class:`fastpeft.models.llama.CausalLM` returns them."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
-        decoder = self.model.language_model
+        decoder, to_model = self.model.language_model, {}
+        asked = None
+        if self.training and self.loss_function is ForCausalLMLoss:
+            asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
+        lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
+        if lean and type(decoder) is Model and not watched(decoder):
+            to_model["wanted"] = asked.targets != asked.ignore_index
         outputs = decoder(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None and use_cache is None else use_cache,
-            **({"wanted": next_labels(labels) != IGNORED} if labels is not None and self.training and isinstance(decoder, Model) else {}),
-            **kwargs,
+            **{name: value for name, value in kwargs.items() if name not in OF_THE_LOSS},
+            **to_model,
         )
-        hidden, logits = outputs.last_hidden_state, None
-        if labels is None or not self.training:
-            logits = self.lm_head(kept_positions(hidden, logits_to_keep))
-        loss = None if labels is None else loss_of(self.lm_head, hidden[:, :-1], labels[:, 1:])
-        return LlavaCausalLMOutputWithPast(
+        loss, logits, read_later = causal_loss(self, outputs.last_hidden_state, labels, asked, lean, logits_to_keep, kwargs)
+        output = LlavaCausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+        return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, image_index=None, image_mask=None, image_embeds=None, **options):

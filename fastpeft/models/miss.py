@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
+from transformers.utils import can_return_tuple
 
 from fastpeft.methods import Part
-from fastpeft.models.blip import TextLMHeadModel, TextModel
+from fastpeft.models.blip import TextLMHeadModel, TextModel, reads_of
 from fastpeft.models.family import Family
 from fastpeft.models.layers import FrozenEvaluates
 from fastpeft.ops._common import sent
@@ -112,6 +113,9 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
     ``question_states`` [B, M, C] in place of all that is asked: neither the image encoder nor the question encoder then runs.
     """
 
+    # HF Trainer counts label tokens, and this loss is a mean over samples: Trainer divides it by the number of accumulated batches instead
+    accepts_loss_kwargs = False
+
     def __init__(self, config: BlipConfig):
         super().__init__(config)
         nn.init.trunc_normal_(self.vision_model.embeddings.position_embedding, std=getattr(config.vision_config, "position_range", 0.02))
@@ -126,23 +130,26 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         return self.vision_model(pixel_values=pixel_values, **kwargs).last_hidden_state
 
     def encode_questions(
-        self, input_ids: Tensor, attention_mask: Tensor | None, image_embeds: Tensor, image_index: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_embeds: Tensor, image_index: Tensor | None = None, **kwargs
     ) -> Tensor:
-        """Question states [B, M, C]; an image has no padding, so nothing is masked there."""
-        if image_index is not None and isinstance(self.text_encoder, TextModel):
-            shared = {"encoder_index": image_index}
-        else:
-            shared, image_embeds = {}, image_embeds if image_index is None else image_embeds[sent(image_index, image_embeds.device)]
+        """Question states [B, M, C]; an image has no padding, so nothing is masked there. Nobody reads states of padding, as the decoder
+        attends to none: they may be zero."""
+        kwargs |= reads_of(self.text_decoder)
+        if image_index is not None and type(self.text_encoder) is TextModel:
+            kwargs["encoder_index"] = image_index
+        elif image_index is not None:
+            image_embeds = image_embeds[sent(image_index, image_embeds.device)]
         return self.text_encoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, **shared
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, **kwargs
         ).last_hidden_state
 
     @property
     def host_inputs(self) -> tuple[str, ...]:
         """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
-        fused = isinstance(self.text_encoder, TextModel) and isinstance(self.text_decoder, TextLMHeadModel)
+        fused = type(self.text_encoder) is TextModel and type(self.text_decoder) is TextLMHeadModel
         return ("attention_mask", "decoder_attention_mask", "labels", "image_index") if fused else ()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -155,12 +162,15 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         image_index: Tensor | None = None,
         image_embeds: Tensor | None = None,
         question_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> BlipTextVisionModelOutput:
         """input_ids [B, M] with [ENC] first; labels [B, L] = the answer's tokens with [DEC] first and padding -100; question_states
         [B, M, C]: what encode_questions() made of the questions, whose attention_mask [B, M] is still wanted.
 
-        ``loss``: cross entropy of each answer's next tokens with label smoothing, summed over tokens, averaged over samples.
+        ``loss``: cross entropy of each answer's next tokens with label smoothing, summed over tokens, averaged over samples;
+        ``num_items_in_batch``, the samples of all batches whose gradients are accumulated, divides the sum in place of this batch's own.
+        ``hidden_states`` and ``attentions`` are the image encoder's, where output_hidden_states or output_attentions asks for them.
         """
         if labels is None and decoder_input_ids is None:
             raise ValueError("give labels (training) or decoder_input_ids; to answer questions call generate()")
@@ -168,14 +178,16 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
             decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
         if decoder_attention_mask is None and labels is not None:
             decoder_attention_mask = labels != -100
+        seen = None
         if question_states is None:
             if input_ids is None or (pixel_values is None) == (image_embeds is None):
                 raise ValueError(
                     "give input_ids with pixel_values, or with image_embeds that encode_images() made of them, or question_states alone"
                 )
             if image_embeds is None:
-                image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-            question_states = self.encode_questions(input_ids, attention_mask, image_embeds, image_index)
+                seen = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+                image_embeds = seen.last_hidden_state
+            question_states = self.encode_questions(input_ids, attention_mask, image_embeds, image_index, **kwargs)
         else:
             asked = {"input_ids": input_ids, "pixel_values": pixel_values, "image_embeds": image_embeds, "image_index": image_index}
             if given := [name for name, tensor in asked.items() if tensor is not None]:
@@ -196,12 +208,15 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
             encoder_attention_mask=attention_mask,
             labels=labels,
             reduction="sum",
-            **({"loss_only": True} if isinstance(self.text_decoder, TextLMHeadModel) else {}),
+            **kwargs | reads_of(self.text_decoder),
         )
+        items = labels.shape[0] if num_items_in_batch is None and labels is not None else num_items_in_batch
         return BlipTextVisionModelOutput(
-            loss=None if labels is None else answer.loss / labels.shape[0],
+            loss=None if labels is None else answer.loss / items,
             image_embeds=image_embeds,
             last_hidden_state=image_embeds,
+            hidden_states=None if seen is None else seen.hidden_states,
+            attentions=None if seen is None else seen.attentions,
         )
 
     @torch.no_grad()
@@ -234,6 +249,8 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
 class DropPath:
     """Stochastic depth as a hook on a residual branch: in training a sample's branch is zero with probability ``rate``, else
     divided by ``1 - rate``. A hook, so that the branch's module may be transformers' or ours."""
+
+    passes_rest_on = True  # of what attention returns it reads the output alone
 
     def __init__(self, rate: float):
         self.rate = rate

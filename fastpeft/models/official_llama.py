@@ -43,14 +43,8 @@ def llama_from_official(
         raise ValueError("params.json asks for Llama 3.1's scaled rotary embedding, which is not converted: use transformers' own files")
     if dim % (2 * heads) or heads % groups:
         raise ValueError(f"params.json: n_heads = {heads} must divide dim = {dim} evenly, n_kv_heads = {groups} n_heads")
-    names = {f"{name}.weight": (f"{new}.weight", split) for name, (new, split) in _OUTSIDE.items()}
-    for i in range(layers):
-        names |= {f"layers.{i}.{n}.weight": (f"model.layers.{i}.{new}.weight", split) for n, (new, split) in _LAYER.items()}
-    for number, shard in enumerate(shards):
-        got = {name for name in shard if not name.endswith("rope.freqs")}
-        for what, some in (("missing", names.keys() - got), ("unexpected", got - names.keys())):
-            if some:
-                raise ValueError(f"shard {number}: {what} {', '.join(sorted(some)[:5])}{' ...' if len(some) > 5 else ''}")
+    names = _names(layers)
+    _check_names(shards, set(names))
     shapes = {new: _joined_shape(name, [s[name] for s in shards], split) for name, (new, split) in names.items()}
     config = LlamaConfig(
         hidden_size=dim,
@@ -67,12 +61,7 @@ def llama_from_official(
         architectures=["LlamaForCausalLM"],
         dtype=shards[0]["output.weight"].dtype,
     )
-    with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
-    if wrong := [f"{name} {shapes[new]}, not {wanted[new]}" for name, (new, _) in names.items() if shapes[new] != wanted[new]]:
-        raise ValueError(f"misshapen over {len(shards)} shard(s) (is one missing?): {'; '.join(wrong[:5])}")
-    if unlike := [name for name, shape in wanted.items() if delta and name in delta and tuple(delta[name].shape) != shape]:
-        raise ValueError(f"the delta's {unlike[0]} is {tuple(delta[unlike[0]].shape)}, not {wanted[unlike[0]]}: made for another LLaMA")
+    _check_shapes(config, shapes, len(shards), delta or {})
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, (new, split) in names.items():
@@ -85,6 +74,34 @@ def llama_from_official(
             yield new, tensor
 
     return config, tensors()
+
+
+def _names(layers: int) -> dict[str, tuple[str, int | None]]:
+    """Official name: (transformers' name, dimension along which shards split it)."""
+    names = {f"{name}.weight": (f"{new}.weight", split) for name, (new, split) in _OUTSIDE.items()}
+    for i in range(layers):
+        names |= {f"layers.{i}.{n}.weight": (f"model.layers.{i}.{new}.weight", split) for n, (new, split) in _LAYER.items()}
+    return names
+
+
+def _check_names(shards: list[dict[str, Tensor]], names: set[str]) -> None:
+    """ValueError where a shard lacks a tensor or has another."""
+    for number, shard in enumerate(shards):
+        got = {name for name in shard if not name.endswith("rope.freqs")}
+        for what, some in (("missing", names - got), ("unexpected", got - names)):
+            if some:
+                raise ValueError(f"shard {number}: {what} {', '.join(sorted(some)[:5])}{' ...' if len(some) > 5 else ''}")
+
+
+def _check_shapes(config: LlamaConfig, shapes: dict[str, tuple[int, ...]], shards: int, delta: Mapping[str, Tensor]) -> None:
+    """ValueError where the joined tensors' shapes, or the delta's, are not those of transformers' model."""
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    official = {new: name for name, (new, _) in _names(config.num_hidden_layers).items()}
+    if wrong := [f"{official[new]} {shape}, not {wanted[new]}" for new, shape in shapes.items() if shape != wanted[new]]:
+        raise ValueError(f"misshapen over {shards} shard(s) (is one missing?): {'; '.join(wrong[:5])}")
+    if unlike := [name for name, shape in wanted.items() if name in delta and tuple(delta[name].shape) != shape]:
+        raise ValueError(f"the delta's {unlike[0]} is {tuple(delta[unlike[0]].shape)}, not {wanted[unlike[0]]}: made for another LLaMA")
 
 
 def _positive(params: dict, name: str) -> int:

@@ -16,6 +16,7 @@ from fastpeft.models import ModelSource, family_of, resolve
 from fastpeft.plan import build
 from fastpeft.runs.options import DataOptions, TextOptions
 
+BEAMS = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -104,9 +105,9 @@ def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOption
     )
 
 
-def answer(network: nn.Module, asked: CausalDataset, tokenizer, *, num_beams: int | None, **how) -> tuple[list[str], dict[str, Any]]:
-    """(responses, scores), greedy unless told otherwise."""
-    return respond_and_score(network, asked, num_beams=num_beams or 1, **how)
+def answer(network: nn.Module, asked: CausalDataset, tokenizer, **how) -> tuple[list[str], dict[str, Any]]:
+    """(responses, scores)."""
+    return respond_and_score(network, asked, **how)
 
 
 def options_of(about: dict[str, Any]) -> TextOptions:

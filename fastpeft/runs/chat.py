@@ -6,13 +6,15 @@ from pathlib import Path
 
 from fastpeft.checkpoints import describe
 from fastpeft.evaluate.chat import Chat
+from fastpeft.evaluate.decoding import response_settings
 from fastpeft.models import family_of
 from fastpeft.runs import causal
 from fastpeft.runs.evaluate import load_run
 
 
-def chat_run(adapter: str | Path, image: str | None = None, device: str | None = None, model: str | None = None, **generation) -> Chat:
-    """A dialogue over ``image`` or none. ``generation``: options of transformers' ``generate``; 128 tokens a response by default."""
+def chat_run(adapter: str | Path, image: str | None = None, device: str | None = None, model: str | None = None, **generation):
+    """(a :class:`Chat` over ``image`` or none, its decoding settings). ``generation``: options of transformers' ``generate``; 128 tokens a
+    response by default."""
     network, tokenizer, preprocess = load_run(adapter, device, model)
     if family_of(network).kind != "causal":
         raise ValueError("chat is for causal language models, and this adapter's base is none: use eval")
@@ -21,4 +23,5 @@ def chat_run(adapter: str | Path, image: str | None = None, device: str | None =
     def prompts(samples):
         return causal.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
 
-    return Chat(network, prompts, image, **{"max_new_tokens": 128, **generation})
+    generation = {"max_new_tokens": 128, **generation}
+    return Chat(network, prompts, image, **generation), response_settings(tokenizer, **generation)

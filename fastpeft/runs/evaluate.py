@@ -11,7 +11,7 @@ from torch import nn
 from fastpeft.checkpoints import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.device import choose_device
-from fastpeft.evaluate import write_answers
+from fastpeft.evaluate import generation_settings, write_answers
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of
@@ -58,9 +58,10 @@ def eval_run(
     num_beams: int | None = None,
     **generation,
 ) -> dict[str, Any]:
-    """Answer a data set's test split with an adapter and score the answers; the scores, with ``notes``. ``out``: a file for the
-    predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options
-    of transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True)."""
+    """Answer a data set's test split with an adapter and score the answers; the scores, with ``generation`` (the decoding settings) and
+    ``notes``. The base folder's generation_config.json does not count. ``out``: a file for the predictions. num_beams: the papers' by
+    default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
+    (top_p=0.75, temperature=0.1, do_sample=True)."""
     if out and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: give a file for the predictions")
     network, tokenizer, preprocess = load_run(adapter, device, model)
@@ -70,8 +71,9 @@ def eval_run(
     run, text = RUNS[kind], options_of(describe(adapter))
     samples = run.read(data, text, "test", data.split_file)
     dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True, skip_bad=data.skip_bad)
-    how = {"batch_size": batch_size, "num_beams": num_beams, "progress": progress}
-    answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
+    generation["num_beams"] = num_beams or run.BEAMS
+    answers, scored = run.answer(network, dataset, tokenizer, batch_size=batch_size, progress=progress, **generation)
     if out:
         write_answers(out, dataset, answers)
-    return scored | {"notes": data_notes(samples) + dataset.notes}
+    settings = generation_settings(dataset, tokenizer, **generation)
+    return scored | {"generation": settings, "notes": data_notes(samples) + dataset.notes}

@@ -15,6 +15,7 @@ from fastpeft.plan import build
 from fastpeft.runs.options import DataOptions, TextOptions
 
 PREPROCESS = "fastpeft_preprocess.json"
+BEAMS = 3  # of the papers
 
 
 def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
@@ -90,7 +91,7 @@ def dataset(
     return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad)
 
 
-def answer(network: nn.Module, asked: VQADataset, tokenizer, *, num_beams: int | None, **how) -> tuple[list[str], dict[str, Any]]:
-    """(answers, scores), by beams of 3 unless told otherwise, as in the papers."""
-    answers = answer_questions(network, asked, tokenizer, num_beams=num_beams or 3, **how)
+def answer(network: nn.Module, asked: VQADataset, tokenizer, **how) -> tuple[list[str], dict[str, Any]]:
+    """(answers, scores)."""
+    answers = answer_questions(network, asked, tokenizer, **how)
     return answers, score(answers, asked.samples)

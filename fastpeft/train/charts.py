@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,29 +43,62 @@ def _curve(rows: list[dict], key: str, scale: float) -> tuple[list[float], list[
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
+@dataclass(frozen=True)
+class _Axis:
+    """Values [low, high] drawn on pixels [begin, end]; ``ticks`` reach around them, with so many ``decimals``."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+    ticks: list[float]
+    decimals: int
+
+    def __call__(self, value):
+        return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
+
+
+def _down(y: np.ndarray, zero: bool, height: int) -> _Axis:
+    """The vertical axis; ``zero``: it starts at 0 in any case."""
+    low, high = float(y.min()), float(y.max())
+    if low > 0 and (zero or low < 0.5 * high or low == high):
+        low = 0.0
+    high = high if high > low else low + (abs(low) or 1)
+    ticks, decimals = _ticks(low, high, height // 40)
+    return _Axis(ticks[0], high + 0.02 * (high - low), height - 26, 26, ticks, decimals)
+
+
+def _across(x: np.ndarray, width: int) -> _Axis:
+    """The horizontal axis."""
+    first, last = float(x.min()), float(x.max())
+    first = 0.0 if 0 < first <= last / 2 or last <= 1 else min(first, last - 1)
+    ticks, _ = _ticks(first, last, width // 110, whole=True)
+    return _Axis(first, last, 52, width - 14, ticks, 0)
+
+
 def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, by="step", width=450, height=230) -> dict | None:
     """Paths, ticks and words of a line chart; None without data. ``zero``: the axis starts at 0 in any case."""
     series = [(name, np.array(x), np.array(y)) for name, (x, y) in series if len(x)]
     if not series:
         return None
-    x_all, y_all = np.concatenate([x for _, x, _ in series]), np.concatenate([y for *_, y in series])
-    low, high = float(y_all.min()), float(y_all.max())
-    if low > 0 and (zero or low < 0.5 * high or low == high):
-        low = 0.0
-    high = high if high > low else low + (abs(low) or 1)
-    y_ticks, decimals = _ticks(low, high, height // 40)
-    first, last = float(x_all.min()), float(x_all.max())
-    first = 0.0 if 0 < first <= last / 2 or last <= 1 else min(first, last - 1)
-    x_ticks, _ = _ticks(first, last, width // 110, whole=True)
-    left, right, top, bottom = 52, width - 14, 26, height - 26
-    low, high = y_ticks[0], high + 0.02 * (high - low)
+    y_all = np.concatenate([y for *_, y in series])
+    across, down = _across(np.concatenate([x for _, x, _ in series]), width), _down(y_all, zero, height)
+    paths, window = _lines(series, across, down, smooth)
+    ends = "; ".join(f"{name} {short(y[0])} at {by} {x[0]:,.0f}, {short(y[-1])} at {by} {x[-1]:,.0f}" for name, x, y in series)
+    count = max(len(x) for _, x, _ in series)
+    fixed = down.decimals < 5 and abs(down.high) < 1e6
+    return {
+        "id": title.split()[0].lower(), "title": title, "unit": unit, "width": width, "height": height, "paths": paths,
+        "left": across.begin, "right": across.end, "bottom": down.begin, "names": [name for name, *_ in series] if len(series) > 1 else [],
+        "window": window, "by": by, "bucket": round(count / BUCKETS) if count > 2 * BUCKETS else 1,
+        "x_ticks": [(round(across(t), 1), f"{t:,.0f}") for t in across.ticks if across.low <= t <= across.high],
+        "y_ticks": [(round(down(t), 1), f"{t:,.{down.decimals}f}" if fixed else f"{t:.3g}") for t in down.ticks if t <= down.high],
+        "words": f"{ends}; lowest {short(y_all.min())}, highest {short(y_all.max())}",
+    }  # fmt: skip
 
-    def across(x):
-        return left + (x - first) / (last - first) * (right - left)
 
-    def down(y):
-        return bottom - (y - low) / (high - low) * (bottom - top)
-
+def _lines(series: list, across: _Axis, down: _Axis, smooth: bool) -> tuple[list[tuple[str, str, str]], int]:
+    """(name, CSS class, path) of each curve, and the window of the running means drawn over long ones (0: none)."""
     paths, window = [], 0
     for i, (name, x, y) in enumerate(series):
         faint = smooth and len(y) >= 10
@@ -73,17 +107,7 @@ def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, by="
         if faint:
             window = max(5, len(y) // 25) | 1
             paths.append((name, f"c{i}", _path(*_thin(across(x), down(_running_mean(y, window))))))
-    ends = "; ".join(f"{name} {short(y[0])} at {by} {x[0]:,.0f}, {short(y[-1])} at {by} {x[-1]:,.0f}" for name, x, y in series)
-    count = max(len(x) for _, x, _ in series)
-    fixed = decimals < 5 and abs(high) < 1e6
-    return {
-        "id": title.split()[0].lower(), "title": title, "unit": unit, "width": width, "height": height, "paths": paths,
-        "left": left, "right": right, "bottom": bottom, "names": [name for name, *_ in series] if len(series) > 1 else [],
-        "window": window, "by": by, "bucket": round(count / BUCKETS) if count > 2 * BUCKETS else 1,
-        "x_ticks": [(round(across(t), 1), f"{t:,.0f}") for t in x_ticks if first <= t <= last],
-        "y_ticks": [(round(down(t), 1), f"{t:,.{decimals}f}" if fixed else f"{t:.3g}") for t in y_ticks if t <= high],
-        "words": f"{ends}; lowest {short(y_all.min())}, highest {short(y_all.max())}",
-    }  # fmt: skip
+    return paths, window
 
 
 def _ticks(low: float, high: float, count: int, whole: bool = False) -> tuple[list[float], int]:

@@ -25,7 +25,7 @@ class TrainConfig:
     batch_size: Annotated[Count, RUN, Option(names=("per_device_train_batch_size",))] = 20
     "samples per forward"
     gradient_accumulation: Annotated[Count, RUN, Option(names=("gradient_accumulation_steps",))] = 1
-    "forwards per step, weighted by their samples, so that a step equals one on all of them together"
+    "forwards per step, weighted by their samples, so that a step equals one on all of them together; the last of --epochs may have fewer"
     learning_rate: Annotated[Number, OPTIMISER, Option(names=("lr",))] = 1e-3
     "peak learning rate of adapters"
     base_learning_rate: Annotated[Number | None, OPTIMISER, Option(names=("base_lr",))] = None

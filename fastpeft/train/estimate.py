@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastpeft.models import family_of, parts_of
 from fastpeft.models.miss import MissForQuestionAnswering
+from fastpeft.models.outputs import lean_logits
 from fastpeft.models.quantize import quantizable, quantized_bytes
 from fastpeft.optimize import optimize
 from fastpeft.options import bytes_of
@@ -228,7 +229,7 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
         with _no_collection():
             before = tracker.live
             tracker.peak = before
-            with measure(network) as cost:
+            with measure(network) as cost, lean_logits(network):
                 network(**inputs).loss.backward()
     halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter

@@ -29,8 +29,13 @@ class Optimizer:
             betas=(config.beta1, config.beta2),
         )
         self.peaks = [rate for rate, _ in groups]
-        self.config, self.total_steps = config, total_steps
-        self.warmup_steps = int(config.warmup if config.warmup >= 1 else config.warmup * total_steps)
+        self.config = config
+        self.schedule(total_steps)
+
+    def schedule(self, total_steps: int) -> None:
+        """Sets the length of warm-up and cosine."""
+        warmup, self.total_steps = self.config.warmup, total_steps
+        self.warmup_steps = int(warmup if warmup >= 1 else warmup * total_steps)
 
     def rate(self, peak: float, step: int) -> float:
         """Of a group with this peak, at ``step`` (from 0): a linear rise to the peak, then a cosine to min_learning_rate."""

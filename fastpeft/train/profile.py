@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastpeft.models import parts_of
+from fastpeft.models.flatten import sees_no_values
 
 OUTSIDE, BACKWARD = "other", "backward"
 
@@ -88,7 +89,7 @@ def measure(model: nn.Module):
     hooks = []
     for part in _known_parts(model):
         root = part.of(model)
-        hooks += [root.register_forward_pre_hook(enter(part.name)), root.register_forward_hook(leave)]
+        hooks += [root.register_forward_pre_hook(sees_no_values(enter(part.name))), root.register_forward_hook(sees_no_values(leave))]
     try:
         with saved_tensors_hooks(pack, lambda packed: packed[0]), counter:
             yield cost

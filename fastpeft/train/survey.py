@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastpeft.models.flatten import sees_no_values
 from fastpeft.models.layers import Recomputes
 from fastpeft.train.profile import CPU_ATTENTION
 
@@ -142,7 +143,8 @@ def survey(model: nn.Module, run: Callable[[], Tensor]) -> Survey:
             if isinstance(module, GradientCheckpointingLayer):
                 before.append((module, "gradient_checkpointing", module.gradient_checkpointing))
                 module.gradient_checkpointing = False
-                hooks += [module.register_forward_pre_hook(partial(enter, name)), module.register_forward_hook(leave)]
+                hooks += [module.register_forward_pre_hook(sees_no_values(partial(enter, name)))]
+                hooks += [module.register_forward_hook(sees_no_values(leave))]
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices), saved_tensors_hooks(forget, _no_backward), counter, transient:
             run()

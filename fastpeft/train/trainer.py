@@ -23,11 +23,12 @@ import fastpeft
 from fastpeft.checkpoints import fingerprint, save_adapter
 from fastpeft.data import EpochSampler, VQADataset
 from fastpeft.device import choose_device, to_device
-from fastpeft.evaluate import answer_and_score, write_answers
+from fastpeft.evaluate import answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
+from fastpeft.models.outputs import lean_logits
 from fastpeft.options import bytes_of
 from fastpeft.plan import count
 from fastpeft.savings import without
@@ -66,15 +67,29 @@ class Trainer:
             model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
         self.inputs = model_inputs(model, dataset)
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
-        self.total_steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.gradient_accumulation)
-        self.optimizer = Optimizer(model, config, self.total_steps)
         self.out = Path(config.out) if config.out else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
+        self._plan_steps()
+        self.optimizer = Optimizer(model, config, self.total_steps)
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+
+    def _plan_steps(self) -> None:
+        """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
+        last batch: where the batches do not fill the last group, that step has fewer."""
+        config, done = self.config, self.done
+        if config.steps is None:
+            left = math.ceil(round(config.epochs * len(self.sampler), 6)) - done["batches"]  # 0.1 epochs of 30 batches are 3
+        else:
+            left = (config.steps - done["step"]) * config.gradient_accumulation
+        if left <= -config.gradient_accumulation:
+            limit = f"epochs={config.epochs:g}" if config.steps is None else f"steps={config.steps}"
+            raise ValueError(f"cannot resume {self.out}: it stands at step {done['step']}, past {limit}")
+        self.total_batches = done["batches"] + max(0, left)
+        self.total_steps = done["step"] + math.ceil(max(0, left) / config.gradient_accumulation)
 
     def _feature_cache(self) -> FeatureCache | None:
         config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
@@ -94,11 +109,12 @@ class Trainer:
             self._open_out()
         reset_peak(self.device)
         self.model.train()
-        left = (self.total_steps - self.done["step"]) * self.config.gradient_accumulation
+        left = self.total_batches - self.done["batches"]
         if self.features is not None and left >= len(self.sampler):  # every sample is visited: all at once, in full batches
             self.features.prepare(self.config.progress)
         with contextlib.ExitStack() as stack:
             stack.enter_context(without(*self.config.savings_off))
+            stack.enter_context(lean_logits(self.model))
             self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
             self.board = self._tensorboard(stack)
             bar = stack.enter_context(
@@ -146,9 +162,9 @@ class Trainer:
         return summary
 
     def _batches(self):
-        """Groups of ``gradient_accumulation`` batches, from where the run stands to its last step."""
+        """Groups of ``gradient_accumulation`` batches, the last of what is left, from where the run stands to its last step."""
         group = []
-        while self.done["step"] < self.total_steps:
+        while self.done["batches"] < self.total_batches:
             epoch, start = divmod(self.done["batches"] + len(group), len(self.sampler))
             self.sampler.set_epoch(epoch, start)
             self.dataset.set_epoch(epoch)
@@ -163,10 +179,10 @@ class Trainer:
             )
             for batch in loader:
                 group.append(batch)
-                if len(group) == self.config.gradient_accumulation:
+                if len(group) == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
                     yield group
                     group = []
-                    if self.done["step"] >= self.total_steps:
+                    if self.done["batches"] == self.total_batches:
                         return
 
     def _step(self, batches: list[dict]) -> dict[str, float]:
@@ -257,6 +273,7 @@ class Trainer:
             "loss_first": statistics.fmean(done["first_losses"][:window]) if done["step"] else None,
             "loss_last": statistics.fmean(done["last_losses"][-window:]) if done["step"] else None,
             "eval": evaluation,
+            "generation": None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer),
             "model": self.model.fastpeft_source.get("model") if hasattr(self.model, "fastpeft_source") else type(self.model).__name__,
             "plan": str(self.model.fastpeft_plan),
             "dtype": self.config.dtype,
@@ -306,8 +323,8 @@ class Trainer:
                 raise ValueError(f"cannot resume {self.out}: " + "; ".join(changed))
             check_done(checkpoint, progress["done"], self.done)
             self.done |= progress["done"]
-            if self.done["step"] > self.total_steps:
-                raise ValueError(f"cannot resume {self.out}: it stands at step {self.done['step']}, past steps={self.total_steps}")
+            self._plan_steps()
+            self.optimizer.schedule(self.total_steps)
             load_state(checkpoint, self.model, self.optimizer)
             keep_lines(metrics, self.done["step"])
             return

@@ -58,7 +58,8 @@ def batch():
 def packed(batch):
     real = batch["attention_mask"].bool()
     positions = torch.cat([torch.arange(int(n)) for n in real.sum(1)])[None]
-    return {"input_ids": batch["input_ids"][real][None], "labels": batch["labels"][real][None], "position_ids": positions}
+    packed = {"input_ids": batch["input_ids"][real][None], "labels": batch["labels"][real][None]}
+    return packed | {"position_ids": positions, "use_cache": False}  # with a cache transformers reads no packing from positions
 
 
 def gradients(model, batch):

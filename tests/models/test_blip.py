@@ -1,5 +1,5 @@
 """BLIP on fastpeft's operators against transformers' own modules, under every plan, and what only ours promises: nothing saved below
-the lowest trainable parameter, no logits while training, gradients where they are asked for and nowhere else."""
+the lowest trainable parameter, logits formed when they are read, gradients where they are asked for and nowhere else."""
 
 import contextlib
 import functools
@@ -11,6 +11,8 @@ from transformers.models.blip import modeling_blip_text
 
 import fastpeft as fp
 from fastpeft.models import blip_layers
+from fastpeft.models.flatten import sees_no_values
+from fastpeft.models.outputs import lean_logits
 from fastpeft.optimize import SWAPS
 
 PLANS = (
@@ -101,13 +103,26 @@ def test_labels_that_are_shifted_already(miss):
         assert abs(model.text_decoder(**given).loss - want) > 1e-3
 
 
-def test_a_training_step_forms_no_logits(miss):
-    decoder = miss.build().text_decoder
+def test_logits_of_a_training_step(miss, monkeypatch):
+    """Formed when they are read; with lean_logits, never."""
+    decoder = miss.build("F/F/LoRA").text_decoder
     labels = miss.batch(padded=True)["labels"]
     given = {"input_ids": labels.clamp(min=0), "encoder_hidden_states": torch.randn(3, 7, 32, dtype=torch.float64), "labels": labels}
-    assert decoder.train()(**given).logits is None
-    assert decoder.eval()(**given).logits.shape == (3, 5, 64)
+    heads, forward = [], modeling_blip_text.BlipTextOnlyMLMHead.forward
+    monkeypatch.setattr(
+        modeling_blip_text.BlipTextOnlyMLMHead, "forward", lambda head, hidden: heads.append(hidden.shape[:2]) or forward(head, hidden)
+    )
+    for mode in (True, False):
+        out = decoder.train(mode)(**given)
+        assert not heads and "logits" in out  # the loss took its own logits, at labelled positions
+        assert out.logits.shape == (3, 5, 64) and heads == [(3, 5)]
+        heads.clear()
+    assert decoder(**given, return_dict=False)[1].shape == (3, 5, 64)
     assert decoder.train()(**given, return_logits=True).shape == (3, 4, 64)
+    heads.clear()
+    with lean_logits(decoder):
+        assert decoder(**given).logits is None and not heads
+        assert decoder.eval()(**given).logits.shape == (3, 5, 64)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +189,9 @@ def test_a_cache_fed_in_steps(miss):
             torch.testing.assert_close(torch.cat(logits, 1), want, rtol=0, atol=1e-10)
 
 
-def test_probabilities_cannot_be_asked_for(miss):
-    with pytest.raises(ValueError, match=r"forms no probabilities to return; call fastpeft\.restore\(model\) first"):
-        miss.build().text_encoder(input_ids=miss.batch()["input_ids"], output_attentions=True)
+def test_what_a_prefix_cannot_give(miss):
+    with pytest.raises(ValueError, match="a prefix runs in fused attention alone, and attention probabilities are asked for"):
+        miss.build("F/Prefix/F").text_encoder(input_ids=miss.batch()["input_ids"], output_attentions=True)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         miss.build().text_encoder()
 
@@ -221,8 +236,8 @@ def test_nothing_is_saved_below_the_lowest_trainable_parameter(miss, treatments,
     with counting() as total:
         for name in silent:
             module = model.get_submodule(name)
-            module.register_forward_pre_hook(lambda *_, name=name: kept.update({name: [total[0]]}))
-            module.register_forward_hook(lambda *_, name=name: kept[name].append(total[0]))
+            module.register_forward_pre_hook(sees_no_values(lambda *_, name=name: kept.update({name: [total[0]]})))
+            module.register_forward_hook(sees_no_values(lambda *_, name=name: kept[name].append(total[0])))
         loss = model(**miss.batch(padded=padded)).loss
     assert total[0] > 0 and loss.requires_grad
     assert {name: after - start for name, (start, after) in kept.items()} == dict.fromkeys(silent, 0)
@@ -266,8 +281,8 @@ def test_layers_save_what_math_says_they_must(miss, plan, monkeypatch):
 
     for name in FLOORS:
         layer = model.get_submodule(name)[1]
-        layer.register_forward_pre_hook(functools.partial(enter, name=name))
-        layer.register_forward_hook(lambda *_: at.clear())
+        layer.register_forward_pre_hook(sees_no_values(functools.partial(enter, name=name)))
+        layer.register_forward_hook(sees_no_values(lambda *_: at.clear()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), fp.without("labelled"):
         assert model.train()(**miss.batch(dtype=torch.float32)).loss.requires_grad
     for name, (floor, tokens) in FLOORS.items():

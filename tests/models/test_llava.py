@@ -1,9 +1,13 @@
 """LLaVA-Med: the paper's counts, and its forward against one written out by hand."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 
 import fastpeft as fp
+from fastpeft.models.outputs import lean_logits
 
 ROWS = {  # Table 2 of the LayerNorm paper; its FFN rows count two of three matrices, ours all
     "F/F/LayerNorm/F": 262_144,
@@ -121,3 +125,43 @@ def test_folder_and_adapter_round_trip(model, batch, tmp_path):
     fp.save_adapter(model, tmp_path / "adapter")
     other = fp.load_adapter(fp.build(tmp_path / "base", dtype=torch.float64), tmp_path / "adapter")
     assert torch.equal(other.eval()(**batch).loss, model.eval()(**batch).loss)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("where", ["answers", "everywhere"])
+def test_labels_and_logits_at_padding(model, batch, where, side, lean):
+    """Against the decoder without us, whatever a label stands on."""
+    model.model.language_model.requires_grad_(True)
+    model.train()
+    if side == "left":
+        for name in ("input_ids", "attention_mask", "labels"):
+            batch[name] = batch[name].flip(1)
+        batch["labels"][(batch["attention_mask"].cumsum(1) == 1) & (batch["attention_mask"] == 1)] = -100
+    if where == "everywhere":
+        batch["labels"] = batch["input_ids"].clone()
+    theirs = copy.deepcopy(model)
+    fp.restore(theirs)
+    batch["image_embeds"] = model.encode_images(batch.pop("pixel_values")).detach()
+    with lean_logits(model) if lean else contextlib.nullcontext():
+        found = [one(**batch) for one in (theirs, model)]
+    for out in found:
+        out.loss.backward()
+    torch.testing.assert_close(found[1].loss, found[0].loss, rtol=1e-5, atol=1e-6)  # transformers' norms are in float32
+    if lean:
+        assert found[1].logits is None
+    else:
+        torch.testing.assert_close(found[1].logits, found[0].logits, rtol=1e-4, atol=1e-4)
+    for (name, p), (_, q) in zip(model.named_parameters(), theirs.named_parameters()):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_num_items_and_kept_positions(model, batch):
+    model.train()
+    items = int((batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(model(**batch, num_items_in_batch=2 * items).loss, model(**batch).loss / 2, rtol=1e-12, atol=0)
+    labels, logits = batch.pop("labels"), model(**batch).logits
+    keep = torch.tensor([[1, 4], [0, 8], [3, 2]])
+    assert torch.equal(model(**batch, logits_to_keep=keep).logits, logits[torch.arange(3)[:, None], keep])
+    assert torch.equal(model(**batch, logits_to_keep=labels > 0).logits, logits[labels > 0])

@@ -233,3 +233,29 @@ def test_takes_what_transformers_takes():
     theirs = inspect.signature(BlipForQuestionAnswering.forward).parameters
     ours = inspect.signature(type(fp.build("miss", device="meta")).forward).parameters
     assert list(ours)[: len(theirs) - 1] == list(theirs)[:-1]
+
+
+@pytest.mark.parametrize("reason", ["hooks", "prefix and hooks", "attentions"])
+def test_padding_stays_masked_where_layers_see_whole_tensors(miss, reason):
+    """The question's padding, whose mask transformers loses, in the forward of the stack that is transformers' own."""
+    model, inputs = miss.without_dropout(miss.build("F/Prefix/Prefix" if "prefix" in reason else "T/LoRA/LoRA")), miss.batch(padded=True)
+    want, wanted = miss.step(model, inputs)
+    shapes, asked = [], {"output_attentions": True} if reason == "attentions" else {}
+    if not asked:
+        for text in (model.text_encoder, model.text_decoder.bert):
+            text.encoder.layer[0].intermediate.register_forward_hook(lambda module, args, out: shapes.append(out.shape[:2]))
+    loss, gradients = miss.step(model, inputs | asked)
+    assert loss == pytest.approx(want, rel=1e-12)
+    miss.assert_same(gradients, wanted)
+    assert asked or shapes == [(3, 7), (3, 5)]
+
+
+def test_takes_the_options_of_transformers(miss):
+    """Of the image encoder's states and attentions, and the output as a tuple."""
+    model, inputs = miss.build().eval(), miss.batch()
+    with torch.no_grad():
+        out, want = model(**inputs, output_hidden_states=True, output_attentions=True), miss.plain(model)
+        seen = want.vision_model(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
+        for a, b in zip((*out.hidden_states, *out.attentions), (*seen.hidden_states, *seen.attentions), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(**inputs, return_dict=False)[0], out.loss, rtol=1e-12, atol=0)

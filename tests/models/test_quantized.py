@@ -221,7 +221,7 @@ def test_peft_on_top(folder, how):
     model = peft.get_peft_model(loaded(folder, how), config).train()
     theirs = gradients(model, batch())
     report = fp.optimize(model)
-    assert not report.skipped and sum(name.startswith("Lo") for _, name in report.swapped) == 6
+    assert not report.skipped and sum("lora" in name.lower() for _, name in report.swapped) == 6
     with measure(model) as cost:
         ours = gradients(model, batch())
     linears = sum(m.in_features * m.out_features * 4 for m in model.modules() if is_held(m))

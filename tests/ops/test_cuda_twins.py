@@ -1,5 +1,7 @@
 """csrc's CUDA kernels (and the Triton row pass) against their CPU twins: same inputs, both devices. Only where there is a GPU."""
 
+import functools
+
 import pytest
 import torch
 
@@ -23,7 +25,8 @@ def same(check, fn, inputs, needs=None, floor=1e-3):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", WIDTHS)
 def test_norms(check, n, dtype):
-    x, residual = torch.randn(2, 3, 301, n).to(dtype).unbind(0)
+    # more rows than the 264 blocks that sum over them; of wide ones few more, for they take seconds on a CPU
+    x, residual = torch.randn(2, 3, 301 if n < 4096 else 91, n).to(dtype).unbind(0)
     weight, bias = torch.randn(2, n).to(dtype).unbind(0)
     floor = 1.0 if n == 1 else 1e-3  # of one element, dx is what eps leaves of a difference
     for needs in check.subsets(3):
@@ -82,21 +85,48 @@ def test_every_op(check, row, dtype):
                 assert error <= 4 * own + TOLERANCE[dtype]
 
 
+def two_branches(x, A, B, W, b):
+    """Two branches and a frozen projection of one input."""
+    one = ops.Projection(W, b, A, B, 0.5)
+    return ops.lora_linears(x, [one, ops.Projection(W), one._replace(bias=None, scaling=2.0)])
+
+
+@functools.cache
+def branches_on_cpu(run, m, k, n, r):
+    """(inputs, which need gradients, outputs and gradients): once for all forms, as CPUs without bfloat16 arithmetic take seconds."""
+    torch.manual_seed(0)
+    sizes = ((m, k), (r, k), (n, r), (n, k), (n,))
+    inputs = [(torch.randn(size) * (size[-1] ** -0.5 if i else 1.0)).bfloat16() for i, size in enumerate(sizes)]
+    needs = (True, True, True, False, False)
+    outputs, grads = run(two_branches, inputs, needs)
+    return inputs, needs, outputs + grads
+
+
 @pytest.mark.parametrize("how", ["loop", "given", "tma", "cublas"])
-@pytest.mark.parametrize("m, k, n, r", [(33, 64, 72, 3), (300, 256, 520, 8), (4100, 1024, 4096, 16)])
-def test_every_form_of_lora_linear(check, monkeypatch, how, m, k, n, r):
-    """Whichever way its rule would choose; two branches and a frozen projection of one input."""
+@pytest.mark.parametrize(
+    "m, k, n, r, programs",
+    [
+        (33, 64, 72, 3, 128),
+        (300, 256, 520, 8, 128),
+        # of an H100's 128 programs as few as make 1100 rows what 4100 are there: tiles of 32 rows, several to a program, sums over spans;
+        # and more than one group of eight blocks of rows
+        (1100, 64, 136, 16, 32),
+        (300, 328, 2056, 16, 16),  # dy's wide tiles, from 2048 columns on; sums longer than the pipelines have stages
+    ],
+)
+def test_every_form_of_lora_linear(check, monkeypatch, how, m, k, n, r, programs):
+    """Whichever way its rule would choose, at sizes that a CPU without bfloat16 arithmetic bears."""
+    from fastpeft.kernels import lora_branch
     from fastpeft.kernels import lora_linear as kernels
 
     monkeypatch.setattr(kernels, "form", lambda *sizes: how)
-    sizes = ((m, k), (n, k), (n,), (r, k), (n, r))
-    x, W, b, A, B = ((torch.randn(size) * (size[-1] ** -0.5 if i else 1.0)).bfloat16() for i, size in enumerate(sizes))
-
-    def two(x, A, B, W, b):
-        one = ops.Projection(W, b, A, B, 0.5)
-        return ops.lora_linears(x, [one, ops.Projection(W), one._replace(bias=None, scaling=2.0)])
-
-    same(check, two, [x, A, B, W, b], (True, True, True, False, False))
+    monkeypatch.setattr(lora_branch, "PROGRAMS", programs)
+    inputs, needs, on_cpu = branches_on_cpu(check.run, m, k, n, r)
+    outputs, grads = check.run(two_branches, [t.cuda() for t in inputs], needs)
+    for value, want in zip(outputs + grads, on_cpu):
+        assert (value is None) == (want is None)
+        if value is not None:
+            assert check.error(value.cpu(), want, 1e-3) <= TOLERANCE[torch.bfloat16]
 
 
 def test_no_op_waits_for_the_gpu(check, row):

@@ -84,6 +84,21 @@ def test_gradient_accumulation_weighs_labelled_tokens(alpaca, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_short_last_group_weighs_labelled_tokens(pictures, tmp_path, packed):
+    """Images and text mixed: an epoch as one batch, and as three of a group that may take eight."""
+    rows = []
+    for batch_size, parts in ((13, 1), (5, 8)):
+        out = tmp_path / str(parts)
+        how = config(out, batch_size=batch_size, gradient_accumulation=parts, steps=None)
+        text = TextOptions(packed=packed)
+        summary = train_run("llava-med-tiny", "F/F/LoRA/F", DataOptions(str(pictures)), how, text=text, evaluate=False)
+        assert (summary["steps"], summary["samples"]) == (1, 13)
+        rows += [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+
+
 def test_images_and_text_in_one_run(pictures, tmp_path):
     summary = train_run("llava-med-tiny", "F/T/LoRA/T", DataOptions(str(pictures)), config(tmp_path, steps=4), evaluate=False)
     assert summary["steps"] == 4 and summary["parts"]["llm"]["saved_bytes"] > 0

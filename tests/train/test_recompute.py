@@ -70,6 +70,7 @@ def test_llama_under_a_budget(miss, plan):
     fp.adapt(model, plan, **({"lora_dropout": 0.2} if "LoRA" in plan else {}))
     miss.scatter_trained(model)
     model.train()
+    model.lean_logits = True  # as the trainer runs it
     torch.manual_seed(3)
     ids = torch.randint(3, 50, (3, 8))
     inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}

@@ -19,6 +19,7 @@ SETTINGS = {
     "dropout, mid-epoch": {"small": True, "batch_size": 4},
     "accumulation over an epoch's end": {"small": True, "samples": 14, "batch_size": 4, "gradient_accumulation": 3},
     "questions by image": {"small": True, "batch_size": 4, "questions_per_image": 2},
+    "a short last group": {"small": True, "samples": 14, "batch_size": 3, "gradient_accumulation": 4, "steps": None, "epochs": 7.0},
     "bf16, base trained": {"plan": "T/LoRA/LayerNorm", "samples": 14, "dtype": "bf16"},
 }
 
@@ -107,6 +108,20 @@ def test_a_finished_run_resumes_to_itself_and_further(runs, phantoms, tmp_path):
         start(runs, phantoms, out, steps=3, resume=True).fit()
     assert start(runs, phantoms, out, steps=6, resume=True).fit()["steps"] == 6
     assert [row["step"] for row in runs.metrics(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_epochs_go_on_after_a_short_last_group(runs, phantoms, tmp_path):
+    """10 samples in 3 batches, up to 8 to a step: an epoch is a step, two more are another; the rate is that of the longer run's step 2."""
+    out, options = tmp_path / "run", {"steps": None, "samples": 10, "gradient_accumulation": 8, "learning_rate": 1e-3, "warmup": 0}
+    assert start(runs, phantoms, out, **options).fit()["samples"] == 10
+    assert start(runs, phantoms, out, **options, resume=True).fit()["samples"] == 10  # nothing is left of one epoch
+    more = start(runs, phantoms, out, **options | {"epochs": 3.0}, resume=True)
+    summary = more.fit()
+    assert (summary["steps"], summary["samples"], more.total_steps) == (2, 30, 2)
+    assert [row["samples"] for row in runs.metrics(out)] == [10, 20]
+    assert runs.metrics(out)[1]["learning_rate"] == pytest.approx(0.5e-3)  # half-way down the cosine of two steps
+    with pytest.raises(ValueError, match=r"it stands at step 2, past epochs=0\.3"):
+        start(runs, phantoms, out, **options | {"epochs": 0.3}, resume=True).fit()
 
 
 def test_nothing_to_resume_starts_afresh(runs, phantoms, tmp_path):

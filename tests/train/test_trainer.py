@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -82,6 +83,57 @@ def test_epochs_count_every_batch(runs, phantoms):
     trainer = runs.trainer(phantoms, samples=10, gradient_accumulation=2, epochs=2)
     assert trainer.total_steps == 3
     assert trainer.fit()["samples"] == 20
+
+
+@pytest.mark.parametrize(
+    "samples, want, config",
+    [  # samples of each step
+        (12, [12], {"batch_size": 12, "gradient_accumulation": 8}),
+        (10, [8, 2], {"gradient_accumulation": 2}),
+        (10, [10, 10], {"gradient_accumulation": 3, "epochs": 2.0}),
+        (10, [18, 2], {"gradient_accumulation": 5, "epochs": 2.0}),  # the first group ends in the second epoch
+        (10, [8], {"gradient_accumulation": 8, "epochs": 0.5}),  # two batches of three
+        (13, [12, 1], {"gradient_accumulation": 3, "questions_per_image": 4}),
+        (13, [12, 1], {"gradient_accumulation": 3, "num_workers": 2}),
+        (10, [18, 16], {"gradient_accumulation": 5, "steps": 2}),  # steps are full groups, whatever the epochs
+    ],
+)
+def test_epochs_train_each_sample_as_often_as_they_say(runs, phantoms, tmp_path, monkeypatch, samples, want, config):
+    seen, step = [], fp.Trainer._step
+
+    def recorded(self, batches):
+        seen.append([sample for batch in batches for sample in batch["samples"]])
+        return step(self, batches)
+
+    monkeypatch.setattr(fp.Trainer, "_step", recorded)
+    trainer = runs.trainer(phantoms, samples=samples, out=tmp_path / "run", **config)
+    summary = trainer.fit()
+    assert [len(group) for group in seen] == want == [row["samples"] for row in runs.metrics(tmp_path / "run")]
+    assert (summary["steps"], summary["samples"]) == (trainer.total_steps, sum(want)) == (len(want), sum(want))
+    if config.get("epochs", 1.0) in (1.0, 2.0) and "steps" not in config:
+        asked = Counter(sample.qid for group in seen for sample in group)
+        assert len(asked) == samples and set(asked.values()) == {int(config.get("epochs", 1))}
+
+
+def test_a_short_last_group_is_a_mean_over_its_own_samples(runs, phantoms, monkeypatch):
+    """10 samples as 4 + 4 + 2 where a step may take eight batches, against all at once; at the rate of a run's only step."""
+    seen, losses = [], []
+    for size, forwards in ((10, 1), (4, 8)):
+        trainer = runs.trainer(phantoms, "F/LoRA/LoRA", samples=10, batch_size=size, gradient_accumulation=forwards, epochs=1.0)
+        taken = gradients(trainer, monkeypatch)
+        losses.append(trainer.fit()["loss_last"])
+        seen += taken
+    assert len(seen) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    largest = max(float(g.abs().max()) for g in seen[0].values())
+    for name, g in seen[0].items():
+        assert float((seen[1][name] - g).abs().max()) < 2e-6 * largest, name
+
+
+@pytest.mark.parametrize("epochs, batches", [(0.1, 3), (0.7, 21), (1.1, 33), (0.05, 2)])
+def test_fractions_of_epochs_are_counted_as_they_are_written(runs, phantoms, epochs, batches):
+    """30 batches an epoch; 1.1 x 30 is 33.000000000000004 in floating point."""
+    trainer = runs.trainer(phantoms, samples=30, batch_size=1, epochs=epochs)
+    assert trainer.total_steps == batches
 
 
 def test_equal_seeds_give_equal_runs(runs, phantoms):

@@ -1,0 +1,260 @@
+"""What :func:`fastpeft.optimize` exchanged in a model, what it left and why, and the share of the model that runs on fastpeft's operators.
+
+A layer of PyTorch's own (a linear layer, an embedding, ...) belongs to the module that calls it, its owner: the nearest one around it that
+is neither such a layer nor a container. What is left is every module that holds parameters, itself or as an owner, and was not exchanged.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.methods.base import watched
+from fastpeft.methods.quantized import size_of
+from fastpeft.methods.replacement import is_fused, is_own
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class ClassCount:
+    """Modules of one class. ``parameters``: they hold, with those of PyTorch's layers that belong to them; what is shared counts once.
+    ``fused``: exchanged, now or before; ``own``: fastpeft's own classes; ``left``: how many stayed, by reason."""
+
+    modules: int = 0
+    parameters: int = 0
+    fused: int = 0
+    own: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def state(self) -> str:
+        """One line: fused, fastpeft's own, or left and why."""
+        said = [f"{count} {what}" for count, what in ((self.fused, "fused"), (self.own, "fastpeft's own")) if count]
+        if not self.left:
+            return said[0].partition(" ")[2] if len(said) == 1 else ", ".join(said)
+        (reason, most), *others = self.left.most_common()
+        whole = most == self.modules
+        more = f" (and {len(others)} other reason{'s' * (len(others) > 1)})" if others else ""
+        return ", ".join([*said, f"{'' if whole else f'{self.left.total()} '}left: {reason}{more}"])
+
+
+@dataclass(repr=False)
+class Report:
+    """What :func:`fastpeft.optimize` did.
+
+    ``swapped``: (name, class) of modules exchanged now; ``already_fused``: of those exchanged before; ``skipped``: (name, reason) of
+    modules left as they are; ``notes``: changes of behaviour, and losses that stay as they are. ``classes``: by class, all of these;
+    ``coverage``: {"linear", "parameters"}, the share (of 1) of the parameters of linear layers, and of all, that fused modules hold.
+    """
+
+    swapped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    already_fused: list[tuple[str, str]] = field(default_factory=list)
+    classes: dict[str, ClassCount] = field(default_factory=dict)
+    coverage: dict[str, float] = field(default_factory=lambda: {"linear": 0.0, "parameters": 0.0})
+    parameters: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and text: ``classes`` {class: {count, parameters, share, fused, own, left: {reason: count}}}, ``coverage``,
+        ``parameters``, ``swapped``, ``already_fused`` and ``skipped`` (counts), ``notes``."""
+        classes = {
+            name: {"count": row.modules, "parameters": row.parameters, "share": row.parameters / max(1, self.parameters)}
+            | {"fused": row.fused, "own": row.own, "left": dict(row.left)}
+            for name, row in self.classes.items()
+        }
+        counts = {name: len(getattr(self, name)) for name in ("swapped", "already_fused", "skipped")}
+        return {"classes": classes, "coverage": dict(self.coverage), "parameters": self.parameters, **counts, "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        """A line for each class, not for each module."""
+        head = f"{len(self.swapped)} modules swapped, {len(self.skipped)} skipped"
+        head += f"; already fused: {len(self.already_fused)}" if self.already_fused else ""
+        shares = f"on fused modules: {self.coverage['linear']:.1%} of linear layers' parameters, {self.coverage['parameters']:.1%} of all"
+        rows = [
+            (name, f"{row.modules:,}", f"{row.parameters:,}", f"{row.parameters / max(1, self.parameters):.1%}", row.state)
+            for name, row in self.classes.items()
+        ]
+        lines = [head]
+        if rows:
+            rows.insert(0, ("class", "modules", "parameters", "share", ""))
+            wide = [max(len(row[column]) for row in rows) for column in range(4)]
+            lines += [f"  {shares}"]
+            lines += [f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    __repr__ = __str__
+
+
+def label(cls: type) -> str:
+    """A class's name; of PEFT's layers named as PyTorch's with the method's before it, as PEFT prints them (``lora.Linear``)."""
+    parts = cls.__module__.split(".")
+    alike = hasattr(nn, cls.__name__.removesuffix("4bit").removesuffix("8bitLt"))
+    return f"{parts[2]}.{cls.__name__}" if alike and parts[:2] == ["peft", "tuners"] else cls.__name__
+
+
+def why_unknown(cls: type, known: Mapping[type, type]) -> str:
+    """Why a class that is none of ``known`` has no fused form."""
+    bases = [base for base in cls.__mro__ if base in known]
+    if not bases:
+        return f"no fused form of {label(cls)}"
+    base = bases[0]
+    own = dict.fromkeys(
+        name
+        for kind in reversed(cls.__mro__[: cls.__mro__.index(base)])
+        for name, value in vars(kind).items()
+        if callable(value) or isinstance(value, property | classmethod | staticmethod)
+        # transformers wraps the forward of every subclass of a layer, also one that it inherits
+        if hasattr(base, name) and inspect.unwrap(getattr(cls, name)) is not inspect.unwrap(getattr(base, name))
+    )
+    what = f"overrides {', '.join(own)}" if own else "overrides none of its methods"
+    return f"a subclass of {label(base)} that {what}; only the exact class is exchanged"
+
+
+def survey(
+    model: nn.Module,
+    known: Mapping[type, type],
+    reasons: Mapping[nn.Module, str],
+    swapped: set[nn.Module],
+    computes: Mapping[type, tuple[str, ...]],
+) -> Report:
+    """The report on a model after its exchange. ``known``: class -> fused class; ``reasons``: why modules of these classes were left;
+    ``swapped``: the modules exchanged now; ``computes``: paths of modules further in that a fused class computes itself."""
+    found = _Survey(known, reasons, swapped, computes)
+    found.visit("", model, None)
+    return found.report()
+
+
+@dataclass
+class _Entry:
+    """One module that counts: ``state`` "fused", "own", or ''; ``reason`` why it is left."""
+
+    name: str
+    module: nn.Module
+    state: str
+    reason: str = ""
+    parameters: int = 0
+    shown: bool = False  # holds parameters, or is in the report without
+
+
+class _Survey:
+    def __init__(self, known, reasons, swapped, computes):
+        self.known, self.reasons, self.swapped, self.computes = known, reasons, swapped, computes
+        self.entries: list[_Entry] = []
+        self.seen: set[nn.Module] = set()
+        self.sizes: dict[int, int] = {}
+        self.linear: set[int] = set()  # ids of parameters
+        self.covered: set[int] = set()
+        self.inside: dict[nn.Module, _Entry] = {}  # what a fused module further out computes itself -> that module
+
+    def visit(self, name: str, module: nn.Module, owner: _Entry | None) -> None:
+        """Count ``module`` and all in it; ``owner`` is the entry around it."""
+        if module in self.seen:
+            return
+        self.seen.add(module)
+        entry = self.inside.get(module) or self._owner_of(module, owner) or self._entry(name, module, owner)
+        for parameter in module.parameters(recurse=False):
+            self._count(parameter, isinstance(module, nn.Linear | Conv1D), entry)
+        around = owner if entry.module is module and self._is_container(module) else entry
+        for child_name, child in module.named_children():
+            self.visit(f"{name}.{child_name}" if name else child_name, child, around)
+
+    def _is_container(self, module: nn.Module) -> bool:
+        return isinstance(module, CONTAINERS) and type(module).__module__.startswith("torch.nn.")
+
+    def _owner_of(self, module: nn.Module, owner: _Entry | None) -> _Entry | None:
+        """``owner``, where ``module`` is a part of it: a container, or a layer of PyTorch's own that it calls."""
+        if owner is None or type(module) in self.known or module in self.reasons or is_fused(module):
+            return None
+        if self._is_container(module):
+            return owner
+        layer = type(module).__module__.startswith("torch.nn.") and not list(module.children())
+        return owner if layer and not (owner.state == "fused" and watched(module)) else None
+
+    def _entry(self, name: str, module: nn.Module, owner: _Entry | None) -> _Entry:
+        cls = type(module)
+        if is_own(module):
+            entry = _Entry(name, module, "own")
+        elif is_fused(module):
+            entry = _Entry(name, module, "fused", shown=True)
+            self.inside |= {module.get_submodule(path): entry for path in self.computes.get(cls, ())}
+        elif module in self.reasons:
+            entry = _Entry(name, module, "", self.reasons[module], shown=True)
+        elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and watched(module):
+            own = "forward" in module.__dict__
+            entry = _Entry(name, module, "", f"has {'a forward of its own' if own else 'hooks'}: called as it is")
+        else:
+            subclass = any(base in self.known for base in cls.__mro__) and any(True for _ in module.parameters())
+            entry = _Entry(name, module, "", why_unknown(cls, self.known), shown=subclass)
+        self.entries.append(entry)
+        return entry
+
+    def _count(self, parameter: nn.Parameter, linear: bool, entry: _Entry) -> None:
+        """Add a parameter to the entry that holds it; one that is shared to the first."""
+        key = id(parameter)
+        if key not in self.sizes:
+            self.sizes[key] = 0 if is_lazy(parameter) else size_of(parameter)
+            entry.parameters += self.sizes[key]
+        entry.shown = True
+        if linear:
+            self.linear.add(key)
+        if entry.state:
+            self.covered.add(key)
+
+    def report(self) -> Report:
+        report, labels = Report(), self._labels()
+        entries = [entry for entry in self.entries if entry.shown]
+        for entry in entries:
+            name = labels[type(entry.module)]
+            row = report.classes.setdefault(name, ClassCount())
+            row.modules += 1
+            row.parameters += entry.parameters
+            if entry.state == "fused":
+                row.fused += 1
+                (report.swapped if entry.module in self.swapped else report.already_fused).append((entry.name, name))
+            elif entry.state == "own":
+                row.own += 1
+            else:
+                row.left[entry.reason] += 1
+                report.skipped.append((entry.name, entry.reason))
+        report.classes = dict(sorted(report.classes.items(), key=lambda item: -item[1].parameters))
+        report.parameters = sum(self.sizes.values())
+        for kind, ids in (("linear", self.linear), ("parameters", self.sizes.keys())):
+            size = sum(self.sizes[i] for i in ids)
+            report.coverage[kind] = sum(self.sizes[i] for i in ids if i in self.covered) / size if size else 0.0
+        return report
+
+    def _labels(self) -> dict[type, str]:
+        """A name for each class; the full path where two of one name differ in more than being fused."""
+        by_name: dict[str, dict[tuple[str, str], list[type]]] = {}
+        for cls in dict.fromkeys(type(entry.module) for entry in self.entries):
+            by_name.setdefault(label(cls), {}).setdefault((cls.__module__, cls.__qualname__), []).append(cls)
+        return {
+            cls: name if len(paths) == 1 else ".".join(path)
+            for name, paths in by_name.items()
+            for path, classes in paths.items()
+            for cls in classes
+        }
+
+
+def full_losses(model: nn.Module) -> list[str]:
+    """Classes of ``model`` with a language-model head whose own loss runs: it forms the logits of every position."""
+    heads = [(m, _head(m)) for m in model.modules() if isinstance(m, PreTrainedModel)]
+    ours = {id(head) for m, head in heads if is_fused(m) or is_own(m)}
+    return sorted({label(type(m)) for m, head in heads if head is not None and id(head) not in ours})
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    with suppress(AttributeError, NotImplementedError):  # models outside transformers need not have one to ask for
+        return model.get_output_embeddings()
+    return None
