@@ -175,8 +175,14 @@ class Method:
                 mine.copy_(tensors[name])
 
     def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
-        """Fold this method's parameters into the base weights of an attached part and remove them; parameters of the base itself need
-        nothing. False where some stay. ``mixtures``: [2] of each layer whose experts are mixed alike for every sample."""
+        """Fold this method's parameters into the base weights of an attached part and remove them. A method that trains the base's own
+        parameters has nothing to fold.
+
+        mixtures: the weights [2] of the two experts of each layer that mixes them alike for every sample. Returns False where some
+        parameters stay, because no weight can hold them. ValueError where the method as a whole is not ``mergeable``.
+        """
+        if not self.mergeable:
+            raise ValueError(f"no weight can take in {self}; keep the adapter beside the base")
         return True
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
