@@ -108,8 +108,8 @@ def _eviction(device: str) -> torch.Tensor:
 @functools.cache
 def roofline(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """(GB/s of a copy, read and write counted; TFLOP/s of a square product), medians. On CUDA a copy of 1 GB and a side of 8192, on the CPU
-    32 MB and 2048. Random numbers: a GPU multiplies constant ones faster, for it draws less power. Of a dtype that the CPU lacks the product
-    is float32's: its own takes 17 seconds."""
+    32 MB and 2048. Random numbers: a GPU multiplies constant ones faster, for it draws less power. Of a dtype that the CPU lacks the
+    product is float32's: its own takes 17 seconds."""
     size, side = (1 << 30, 8192) if device == "cuda" else (32 << 20, 2048)
     source = torch.randn(size // dtype.itemsize, device=device, dtype=dtype)
     wide = torch.float32 if device == "cpu" and dtype in LACKING else dtype
