@@ -164,17 +164,48 @@ def compare(
 ) -> list[Row]:
     """A row per rival. The last one is the baseline of the ratios; ``bytes_moved`` and ``flops`` are what the work needs, not what a
     rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named."""
-    peaks, rivals, ours, baseline = {}, dict(rivals), next(iter(rivals)), list(rivals)[-1]
-    for name, fn in list(rivals.items()):
+    ours, baseline = next(iter(rivals)), list(rivals)[-1]
+    rivals, peaks, told = _warmed_up(f"{op} {shape} {dtype}", rivals, settings, needed=(ours, baseline))
+    replays, untaken = _captured_all(rivals) if settings.device == "cuda" else ({}, [])
+    note = "; ".join(filter(None, (note, *told, *untaken)))
+    times, graph_times = _interleaved(rivals, replays, settings, ours)
+    rows, (bandwidth, rate) = [], roofline(settings.device, dtype)
+    for name, samples in times.items():
+        replayed = _quantiles(graph_times[name]) if name in graph_times else None
+        row = Row(op, shape, str(dtype).removeprefix("torch."), name, _quantiles(samples), replayed, note=note)
+        seconds = (replayed or row.ms)[1] / 1e3
+        row.gb_per_s = bytes_moved / seconds / 1e9 if bytes_moved else None
+        row.tflop_per_s = flops / seconds / 1e12 if flops else None
+        row.peak_mb = peaks.get(name)
+        row.roofline = max((row.gb_per_s or 0) / bandwidth, (row.tflop_per_s or 0) / rate) or None
+        rows.append(row)
+    for row in rows:
+        both = row.graph_ms and rows[-1].graph_ms
+        row.ratio = rows[-1].graph_ms[1] / row.graph_ms[1] if both else rows[-1].ms[1] / row.ms[1]
+    if settings.lines:
+        say({"case": f"{op} {shape} {dtype}", "rows": [dataclasses.asdict(row) for row in rows]})
+    return rows
+
+
+def _told(name: str, what: str, error: Exception) -> str:
+    return f"{name} {what}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
+def _warmed_up(
+    case: str, rivals: dict[str, Callable], settings: Settings, needed: tuple[str, ...]
+) -> tuple[dict[str, Callable], dict[str, float], list[str]]:
+    """(the rivals that run, the MB each allocates on CUDA, why others do not); an error of one of ``needed`` is raised."""
+    running, peaks, told = {}, {}, []
+    for name, fn in rivals.items():
         try:
-            for _ in range(1 if settings.quick else 2):  # warm up: compilation, caches, allocator
-                _check_finite(f"{op} {shape} {dtype}: {name}", fn())
+            for _ in range(1 if settings.quick else 2):  # compilation, caches, allocator
+                _check_finite(f"{case}: {name}", fn())
         except Exception as error:  # a compiler that is not there, a kernel that does not take the shape
-            if name in (ours, baseline):
+            if name in needed:
                 raise
-            note = f"{note}; {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}".removeprefix("; ")
-            del rivals[name]
+            told.append(_told(name, "left out", error))
             continue
+        running[name] = fn
         if settings.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -182,13 +213,25 @@ def compare(
             fn()
             torch.cuda.synchronize()
             peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    replays = {}
-    for name, fn in rivals.items() if settings.device == "cuda" else ():
+    return running, peaks, told
+
+
+def _captured_all(rivals: dict[str, Callable]) -> tuple[dict[str, Callable], list[str]]:
+    """(replays of the rivals' CUDA graphs, why others were not captured)."""
+    replays, told = {}, []
+    for name, fn in rivals.items():
         try:
             replays[name] = captured(fn)
         except Exception as error:
             torch.cuda.synchronize()
-            note = f"{note}; {name} not captured: {type(error).__name__}: {str(error).splitlines()[0][:120]}".removeprefix("; ")
+            told.append(_told(name, "not captured", error))
+    return replays, told
+
+
+def _interleaved(
+    rivals: dict[str, Callable], replays: dict[str, Callable], settings: Settings, ours: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of every call, one rival after the other, eager and replayed, until the time is over."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     graph_times: dict[str, list[float]] = {name: [] for name in replays}
     gc.collect()
@@ -196,31 +239,13 @@ def compare(
     try:
         stop = time.perf_counter() + settings.seconds * (0.2 if settings.quick else 1.0)
         while time.perf_counter() < stop or len(times[ours]) < (3 if settings.quick else 5):
-            for name, fn in rivals.items():
-                _eviction(settings.device).zero_()
-                times[name].append(_once(fn, settings.device))
-            for name, fn in replays.items():
-                _eviction(settings.device).zero_()
-                graph_times[name].append(_once(fn, settings.device))
+            for calls, into in ((rivals, times), (replays, graph_times)):
+                for name, fn in calls.items():
+                    _eviction(settings.device).zero_()
+                    into[name].append(_once(fn, settings.device))
     finally:
         gc.enable()
-    rows = []
-    for name, samples in times.items():
-        replayed = _quantiles(graph_times[name]) if name in graph_times else None
-        rows.append(Row(op, shape, str(dtype).removeprefix("torch."), name, _quantiles(samples), replayed, note=note))
-        seconds = (replayed or rows[-1].ms)[1] / 1e3
-        rows[-1].gb_per_s = bytes_moved / seconds / 1e9 if bytes_moved else None
-        rows[-1].tflop_per_s = flops / seconds / 1e12 if flops else None
-        rows[-1].peak_mb = peaks.get(name)
-        bandwidth, rate = roofline(settings.device, dtype)
-        reached = [(rows[-1].gb_per_s or 0) / bandwidth, (rows[-1].tflop_per_s or 0) / rate]
-        rows[-1].roofline = max(reached) or None
-    for row in rows:
-        both = row.graph_ms and rows[-1].graph_ms
-        row.ratio = rows[-1].graph_ms[1] / row.graph_ms[1] if both else rows[-1].ms[1] / row.ms[1]
-    if settings.lines:
-        say({"case": f"{op} {shape} {dtype}", "rows": [dataclasses.asdict(row) for row in rows]})
-    return rows
+    return times, graph_times
 
 
 def _quantiles(samples: list[float]) -> tuple[float, float, float]:

@@ -142,14 +142,19 @@ def _why_composite(device: str, native: bool, triton: bool) -> str:
     unfit = cuda_unfit(_native_cuda if native else (0, 0)) if device == "CUDA" and (native or triton) else ""
     if unfit and FORCED in ("", "native" if native else "triton"):
         return unfit
-    if triton and device == "CPU" and not FORCED:
-        return "tile-wise: Triton serves it on CUDA, ATen's GEMM and attention on CPU"
     if triton and FORCED in ("", "triton"):
-        return "triton runs on CPU tensors with TRITON_INTERPRET=1" if has_triton() else "triton is not installed"
+        return _why_no_triton(device)
     if native and FORCED in ("", "native"):
         return native_missing or f"csrc has no {device} form here"
-    kinds = [kind for kind, has in (("native", native), ("triton", triton)) if has]
-    return (f"FASTPEFT_BACKEND={FORCED}, and " if FORCED else "") + (f"it has {kinds[0]} only" if kinds else "it has no other form")
+    only = "it has native only" if native else "it has triton only" if triton else "it has no other form"
+    return f"FASTPEFT_BACKEND={FORCED}, and {only}" if FORCED else only
+
+
+def _why_no_triton(device: str) -> str:
+    """Why an op whose kernel is Triton's runs on ATen there."""
+    if device == "CPU" and not FORCED:
+        return "tile-wise: Triton serves it on CUDA, ATen's GEMM and attention on CPU"
+    return "triton runs on CPU tensors with TRITON_INTERPRET=1" if has_triton() else "triton is not installed"
 
 
 def has_kernel_of_ours(name: str) -> bool:
