@@ -156,6 +156,30 @@ def chat(
     emit({"turns": said, "image": shown, "generation": settings}, as_json, [])
 
 
+@app.command(context_settings=other_names(GenerationOptions))
+@with_options(GenerationOptions)
+def ask(
+    question: Annotated[list[str], typer.Argument(help="one or several, each in quotes")],
+    adapter: Annotated[str, typer.Option(help="folder of a run, an adapter, or a merged model")],
+    image: Annotated[str | None, typer.Option(help="what the questions are about")] = None,
+    model: MovedBase = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    **given,
+) -> None:
+    """Answer questions about an image."""
+    (generation,) = split(given, GenerationOptions)
+    import torch
+
+    from fastpeft.runs.ask import load
+
+    torch.manual_seed(seed)
+    beams = {} if generation.num_beams is None else {"num_beams": generation.num_beams}
+    answers = load(adapter, device, model).ask(image, question, **beams, **generation.chosen())
+    emit({"image": image, "questions": question, "answers": answers}, as_json, answers)
+
+
 @app.command()
 def estimate(
     model: Model = "miss",

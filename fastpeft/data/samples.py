@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image.
+    """One question about one image: `Sample(image, question, answer)`; the rest is what readers know beside it.
 
     `image` is an absolute, existing path; `image_name` the name the annotation file gives it. `entry` counts from 0 in `source`.
     `question_pool` holds the phrasings of an instruction data set (empty elsewhere), of which `question` is then the first.
@@ -21,13 +21,13 @@ class Sample:
     image: Path
     question: str
     answer: str
-    answer_type: str  # "OPEN" or "CLOSED"
-    qid: str
-    content_type: str
-    language: str
-    question_pool: tuple[str, ...]
-    entry: int
-    source: Path
+    answer_type: str = "OPEN"  # or "CLOSED"
+    qid: str = ""
+    content_type: str = ""
+    language: str = "en"
+    question_pool: tuple[str, ...] = ()
+    entry: int = 0
+    source: Path = Path()
     image_name: str = ""
 
 

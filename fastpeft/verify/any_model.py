@@ -15,7 +15,6 @@ from fastpeft.optimize import optimize
 from fastpeft.verify.baseline import plain, without_dropout
 from fastpeft.verify.compare import WORST, Check, Result, Step, deviation, tolerance
 
-
 SINGLE = 1e-5  # transformers' RMSNorm computes in float32 in a float64 model too: its own truth is no better
 
 
