@@ -15,7 +15,7 @@ from fastpeft.convert.clip_names import clip_from_official
 from fastpeft.convert.llama_files import no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming
 from fastpeft.convert.writing import ConversionReport, staged, write_model
-from fastpeft.models.excitor import ExcitorConfig
+from fastpeft.models.excitor import ExcitorModelConfig
 from fastpeft.models.lavin import LavinConfig, Neck
 
 
@@ -43,7 +43,7 @@ def write_clip(out: Path, source: Path, contents: Contents, vision_heads=None, l
 
 
 def _excitor(vision: CLIPVisionConfig, text, state: dict[str, Tensor]):
-    config = ExcitorConfig(vision_config=vision, text_config=text, architectures=["ExcitorForConditionalGeneration"], dtype=text.dtype)
+    config = ExcitorModelConfig(vision_config=vision, text_config=text, architectures=["ExcitorForConditionalGeneration"], dtype=text.dtype)
     return config, ((f"vision.{name}", tensor) for name, tensor in state.items())
 
 
