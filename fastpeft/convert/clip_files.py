@@ -1,4 +1,4 @@
-"""OpenAI's CLIP: a file to a folder of its image encoder, or with a LLaMA to a folder of fastpeft's models of both."""
+"""Conversion of OpenAI's CLIP: a file to a folder of its image encoder, or with a LLaMA to one of a model of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, PretrainedConfig
 
-from fastpeft.convert.clip_names import clip_from_official
+from fastpeft.convert.clip_names import clip_to_transformers
 from fastpeft.convert.llama_files import no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming
 from fastpeft.convert.writing import ConversionReport, staged, write_model
@@ -19,9 +19,10 @@ from fastpeft.models.excitor import ExcitorModelConfig
 from fastpeft.models.lavin import LavinConfig, Neck
 
 
-def write_clip(out: Path, source: Path, contents: Contents, vision_heads=None, llama=None, backbone=None, vicuna_delta=None):
+def write_clip_folder(out: Path, source: Path, contents: Contents, vision_heads=None, llama=None, backbone=None, vicuna_delta=None):
+    """CLIP's image encoder as a transformers folder, or with ``llama`` and ``backbone`` as a folder of fastpeft's model of both."""
     with naming(source):
-        config, state, notes = clip_from_official(contents.state, vision_heads)
+        config, state, notes = clip_to_transformers(contents.state, vision_heads)
     notes, tokenizer, direction = [*contents.notes(), *notes], [], "CLIP -> transformers"
     tensors: Iterator[tuple[str, Tensor]] = iter(state.items())
     if (llama is None) != (backbone is None) or backbone not in (None, *_BACKBONES):

@@ -1,4 +1,4 @@
-"""Weights and folders written whole or not at all, a large model's one shard at a time."""
+"""Atomic writer of files and folders of weights, one shard at a time."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class ConversionReport:
 
 
 def check_out(out: Path, a_file: bool, overwrite: bool) -> None:
+    """ValueError where ``out`` cannot be written: of the other kind, or there already and not to be overwritten."""
     if out.is_dir() and a_file:
         raise ValueError(f"{out} is a folder: name the file to write, such as {out / 'official.pth'}")
     if out.is_file() and not a_file:
@@ -52,7 +53,7 @@ def owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_model(stage: Path, config: PretrainedConfig, tensors, tokenizer: list[Path] = ()) -> int:
-    """A new transformers folder; how many tensors."""
+    """Write a new transformers folder; returns how many tensors it has."""
     stage.mkdir()
     config.save_pretrained(stage)
     for file in tokenizer:

@@ -14,9 +14,9 @@ from torch import nn
 
 from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.convert.clip_files import lavin_vision
-from fastpeft.convert.clip_names import clip_from_official
-from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_from_official
-from fastpeft.convert.layouts import LAYOUTS, Layout, convert
+from fastpeft.convert.clip_names import clip_to_transformers
+from fastpeft.convert.formats import FORMATS, CheckpointFormat, convert
+from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_to_fastpeft
 from fastpeft.convert.llama_files import Weights, no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming, read_file
 from fastpeft.convert.writing import ConversionReport, staged, write_model
@@ -28,10 +28,10 @@ from fastpeft.runs.options import TextOptions
 
 
 def convert_run(source: str | Path, out: str | Path, image_size: int | None = None, overwrite: bool = False, **options) -> ConversionReport:
-    """`fastpeft.convert.layouts.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
+    """`fastpeft.convert.formats.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
     and ``clip=`` (OpenAI's ViT-L-14.pt) -> a complete LaVIN. ``temperature=`` and ``adapter_scale=`` overrule what the file says of
     its adapters; ``vicuna_delta=`` is the folder of what the official code adds to LLaMA where the file says use_vicuna."""
-    return convert(source, out, image_size, overwrite, layouts=(LAVIN, *LAYOUTS), **options)
+    return convert(source, out, image_size, overwrite, formats=(LAVIN, *FORMATS), **options)
 
 
 def _write_lavin(
@@ -56,10 +56,10 @@ def _write_lavin(
     with naming(clip):
         if not clip.is_file():
             raise ValueError("no such file: give OpenAI's CLIP, such as ViT-L-14.pt")
-        vision, seen, _ = clip_from_official(read_file(clip).state, vision_heads)
+        vision, seen, _ = clip_to_transformers(read_file(clip).state, vision_heads)
     opened = open_llama(Path(llama).expanduser(), None if vicuna_delta is None else Path(vicuna_delta).expanduser())
     with naming(source):
-        lavin = lavin_from_official(contents.state, arguments, vision, opened.config, adapter_scale, temperature)
+        lavin = lavin_to_fastpeft(contents.state, arguments, vision, opened.config, adapter_scale, temperature)
         text = _text_options(arguments)
     # the tokenizer is read before gigabytes are written
     tokenizer = load_causal_tokenizer(opened.tokenizer[0].parent) if opened.tokenizer else None
@@ -109,7 +109,7 @@ def _adapted(folder: Path, lavin: Lavin) -> nn.Module:
     return model
 
 
-LAVIN = Layout(
+LAVIN = CheckpointFormat(
     "LaVIN's adapters",
     lambda path, names: is_lavin(names),
     ("llama", "clip", "vicuna_delta", "vision_heads", "adapter_scale", "temperature"),
