@@ -36,7 +36,7 @@ import fastpeft as fp
 from bench import frame
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
-from fastpeft.features.frozen_stages import QuestionStates, frozen_prefix
+from fastpeft.features.frozen_stages import QuestionStates, longest_frozen_stages
 from fastpeft.runs.train import plan_for
 from fastpeft.verify.baseline import without_dropout
 
@@ -105,7 +105,7 @@ def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple
 def kept_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What stands in for the work of a frozen prefix: the images' features, or the questions' states."""
     features = torch.cat([model.encode_images(image[None]) for image in batch["pixel_values"]])
-    if frozen_prefix(model) is not QuestionStates:
+    if longest_frozen_stages(model) is not QuestionStates:
         return {"image_embeds": features}
     return {"question_states": model.encode_questions(batch["input_ids"], batch["attention_mask"], features, batch["image_index"])}
 

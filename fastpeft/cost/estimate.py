@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastpeft.cost.profile import measure
-from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, frozen_prefix
+from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import family_of, parts_of
 from fastpeft.models.miss import MissForQuestionAnswering
@@ -125,7 +125,7 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False: the
+    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. optimized=False: the
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
     own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
@@ -309,7 +309,7 @@ def _check_lengths(network: nn.Module, is_miss: bool, length: int, answer: int |
 
 def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
     """A batch without padding: ids and indices with data, pixels and features without."""
-    kept = frozen_prefix(network) if feature_cache else None
+    kept = longest_frozen_stages(network) if feature_cache else None
     config, images, is_miss = network.config, -(-batch // per_image), isinstance(network, MissForQuestionAnswering)
     length, answer = (seq_len or 20, answer_len or 6) if is_miss else (seq_len or 512, answer_len)
     vision = getattr(config, "vision_config", None)

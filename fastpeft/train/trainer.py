@@ -28,7 +28,7 @@ from fastpeft.evaluate import answer_and_score, generation_settings, write_answe
 from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
-from fastpeft.features.frozen_stages import frozen_prefix
+from fastpeft.features.frozen_stages import longest_frozen_stages
 from fastpeft.files import recover_folder, write_json, write_text
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
@@ -93,7 +93,7 @@ class Trainer:
 
     def _feature_cache(self) -> FeatureCache | None:
         config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
-        if not (config.feature_cache and seen) or frozen_prefix(self.model, self.dataset) is None:
+        if not (config.feature_cache and seen) or longest_frozen_stages(self.model, self.dataset) is None:
             return None
         limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
         kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
