@@ -164,8 +164,8 @@ def test_faults_of_single_forms(miss, monkeypatch):
 def test_a_wrong_truth_is_noticed(miss, monkeypatch):
     """Plain PyTorch and PEFT are independent: they hold each other to account."""
     pytest.importorskip("peft")
-    branch = plain._LiteralLinear._branch
-    monkeypatch.setattr(plain._LiteralLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
+    branch = plain._PlainLinear._branch
+    monkeypatch.setattr(plain._PlainLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
     assert PEFT in failed(verify(miss.build("F/F/LoRA")))
 
 
