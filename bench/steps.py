@@ -103,7 +103,7 @@ def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple
 
 
 def kept_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What stands in for the work of a frozen prefix: the images' features, or the questions' states."""
+    """What stands in for the work of frozen stages: the images' features, or the questions' states."""
     features = torch.cat([model.encode_images(image[None]) for image in batch["pixel_values"]])
     if longest_frozen_stages(model) is not QuestionStates:
         return {"image_embeds": features}

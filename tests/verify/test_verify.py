@@ -220,7 +220,7 @@ def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
     assert not any(is_fused(m) for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
 
 
-def test_the_literal_form_reads_no_cache():
+def test_the_papers_equations_read_no_cache():
     twin = plain.plain(fp.adapt(fp.build("llama-tiny"), "Excitor")).eval()
     how = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
     with pytest.raises(ValueError, match="whole sequences: generate with use_cache=False"):
