@@ -37,6 +37,7 @@ from bench import frame
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
 from fastpeft.features.frozen_stages import QuestionStates, longest_frozen_stages
+from fastpeft.models import parts_of
 from fastpeft.runs.train import plan_for
 from fastpeft.verify.baseline import without_dropout
 
@@ -113,7 +114,7 @@ def kept_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch
 def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str, str]]:
     """Rows of one plan."""
     torch.manual_seed(0)
-    model = fp.adapt(base, plan_for(base, plan, r=args.rank))
+    model = fp.adapt(base, plan_for(parts_of(base), plan, r=args.rank))
     without_dropout(model)
     dtype = next(base.vision_model.parameters()).dtype
     held = {"model": model, "batch": batch_of(model, args)}

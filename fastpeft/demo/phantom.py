@@ -1,4 +1,4 @@
-"""A self-made medical-VQA set: procedural CT-, MR- and X-ray-like phantoms in Slake 1.0's own format.
+"""Synthetic medical-VQA data set: procedural CT-, MR- and X-ray-like phantoms in Slake 1.0's own format.
 
     make_phantoms("phantoms/a", scanner="a", images={"train": 12000, "validate": 200, "test": 400})
     python -m fastpeft.demo.phantom phantoms/b --scanner b --seed 1

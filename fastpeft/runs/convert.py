@@ -1,4 +1,4 @@
-"""LaVIN's published adapters with their LLaMA and CLIP -> one folder that `build`, `train`, `eval` and `chat` take.
+"""Conversion of LaVIN's published adapters, with their LLaMA and CLIP, to one folder that `build`, `train`, `eval` and `chat` take.
 
 The folder is a LaVIN base (transformers' layout, the trained neck in it) and in ``adapter/`` what `save_adapter` writes, its tokenizer and
 preprocessing with it. The base is on disk alone: here it is on the meta device.
@@ -30,7 +30,7 @@ from fastpeft.runs.options import TextOptions
 def convert_run(source: str | Path, out: str | Path, image_size: int | None = None, overwrite: bool = False, **options) -> ConversionReport:
     """`fastpeft.convert.formats.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
     and ``clip=`` (OpenAI's ViT-L-14.pt) -> a complete LaVIN. ``temperature=`` and ``adapter_scale=`` overrule what the file says of
-    its adapters; ``vicuna_delta=`` is the folder of what the official code adds to LLaMA where the file says use_vicuna."""
+    its adapters; ``vicuna_delta=`` is the folder of what LaVIN's code adds to LLaMA where the file says use_vicuna."""
     return convert(source, out, image_size, overwrite, formats=(LAVIN, *FORMATS), **options)
 
 
@@ -83,12 +83,13 @@ def _write_lavin(
 
 
 def _arguments(contents: Contents) -> dict[str, Any]:
+    """The training run's arguments, saved beside the tensors."""
     given = contents.beside.get("args")
     return given if isinstance(given, dict) else dict(getattr(given, "__dict__", {}))
 
 
 def _text_options(arguments: dict[str, Any]) -> TextOptions:
-    """Of the run's arguments, how it read ScienceQA; its sequences count the modality token, ours do not."""
+    """How the run read ScienceQA, from its arguments. Its sequences count the modality token, ours do not."""
     length = arguments.get("max_seq_len", SEQUENCE)
     if not isinstance(length, int) or length < 3:
         raise ValueError(f"its args give max_seq_len = {length!r}, and 3 or more is needed")
