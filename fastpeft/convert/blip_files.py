@@ -12,7 +12,8 @@ from transformers import BlipConfig
 
 from fastpeft.convert.blip_names import TIED, blip_with_notes, lost, transformers_to_blip
 from fastpeft.convert.reading import Contents, naming, read_file, read_safetensors
-from fastpeft.convert.writing import ConversionReport, owned, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, owned, write_model
+from fastpeft.files import atomic_file, atomic_folder
 
 
 def write_blip_folder(out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None) -> ConversionReport:
@@ -24,9 +25,9 @@ def write_blip_folder(out: Path, source: Path, contents: Contents, image_size=No
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.architectures = ["BlipForQuestionAnswering"]
     preprocess = {"image_size": config.vision_config.image_size, "mean": None, "std": None, "extra_255": True}
-    with staged(out) as stage:
-        count = write_model(stage, config, state.items())
-        (stage / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, config, state.items())
+        (draft / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
     more.append("fastpeft_preprocess.json holds MISS's preprocessing (divided by 255 twice, not normalised): edit it for BLIP's own")
     return ConversionReport("official -> transformers", count, [*contents.notes(), *more])
 
@@ -38,8 +39,8 @@ def write_blip_checkpoint(out: Path, source: Path, contents: None) -> Conversion
         renamed = transformers_to_blip(state, config)
     renamed |= owned({k: v for k, v in renamed.items() if k not in TIED})
     renamed |= {tied: renamed[kept] for tied, kept in TIED.items()}
-    with staged(out) as stage:
-        torch.save({"model": renamed}, stage)
+    with atomic_file(out) as draft:
+        torch.save({"model": renamed}, draft)
     return ConversionReport("transformers -> official", len(renamed) - len(TIED), lost(config))
 
 

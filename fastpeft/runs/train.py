@@ -62,8 +62,8 @@ def train_run(
 
 
 def plan_for(parts: tuple[Part, ...], plan: str | dict, **lora) -> Plan:
-    """``plan`` (notation, YAML file or mapping) for these parts, with those of ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None in all its
-    LoRA, over what it says itself. A plan without LoRA ignores them, as tables print a rank of their own for every row."""
+    """``plan`` (notation, YAML file or mapping) for these parts. Options in ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None
+    replace those of all its LoRA. A plan without LoRA ignores them, as tables print a rank for every row."""
     given = {name: value for name, value in lora.items() if value is not None}
     LoRA(**given)  # bad values are errors in any plan
     parsed = parse(plan, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastpeft.evaluate.answers import choose_device
+from fastpeft.device import choose_device
 from fastpeft.models import ModelSource, resolve
 from fastpeft.plan import Plan, adapt, build
 from fastpeft.runs.train import plan_for

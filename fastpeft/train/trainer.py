@@ -18,8 +18,8 @@ from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import answer_and_score, generation_settings, write_answers
-from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
