@@ -37,7 +37,8 @@ from bench import frame
 from bench.pieces import say
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
-from fastpeft.features.frozen_stages import QuestionStates, frozen_prefix
+from fastpeft.features.frozen_stages import QuestionStates, longest_frozen_stages
+from fastpeft.models import parts_of
 from fastpeft.runs.train import plan_for
 from fastpeft.verify.baseline import without_dropout
 
@@ -104,14 +105,14 @@ def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple
 
 
 def kept_of(model: nn.Module, batch: dict[str, torch.Tensor], device: str = "cpu") -> dict[str, torch.Tensor]:
-    """What stands in for the work of a frozen prefix: the images' features, or the questions' states; made on ``device``."""
+    """What stands in for the work of frozen stages: the images' features, or the questions' states; made on ``device``."""
     if device != "cpu":
         home = next(model.parameters()).device
         made = kept_of(model.to(device), {name: t.to(device) for name, t in batch.items()})
         model.to(home)
         return {name: t.to(home) for name, t in made.items()}
     features = torch.cat([model.encode_images(image[None]) for image in batch["pixel_values"]])
-    if frozen_prefix(model) is not QuestionStates:
+    if longest_frozen_stages(model) is not QuestionStates:
         return {"image_embeds": features}
     return {"question_states": model.encode_questions(batch["input_ids"], batch["attention_mask"], features, batch["image_index"])}
 
@@ -119,7 +120,7 @@ def kept_of(model: nn.Module, batch: dict[str, torch.Tensor], device: str = "cpu
 def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str, str]]:
     """Rows of one plan."""
     torch.manual_seed(0)
-    model = fp.adapt(base, plan_for(base, plan, r=args.rank))
+    model = fp.adapt(base, plan_for(parts_of(base), plan, r=args.rank))
     without_dropout(model)
     dtype = next(base.vision_model.parameters()).dtype
     held = {"model": model, "batch": batch_of(model, args)}

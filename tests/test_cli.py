@@ -152,7 +152,7 @@ def test_recipes_start(monkeypatch, ok, phantoms, tmp_path, recipe, trainable):
 
     def note(model, plan, data, config, **how):
         network = fp.build(model, device="meta")
-        fp.adapt(network, run.plan_for(network, plan, **{k: how[k] for k in ("r", "lora_alpha", "lora_dropout")}))
+        fp.adapt(network, run.plan_for(fp.models.parts_of(network), plan, **{k: how[k] for k in ("r", "lora_alpha", "lora_dropout")}))
         seen.update(config=config, counted=fp.count(network), network=network)
         keys = ("plan", "loss_first", "loss_last", "steps", "steady_samples_per_second", "peak_memory_bytes")
         return dict.fromkeys(keys, 0) | {"eval": None}

@@ -30,6 +30,7 @@ class ConversionReport:
 
 
 def check_out(out: Path, a_file: bool, overwrite: bool) -> None:
+    """ValueError where ``out`` cannot be written: of the other kind, or there already and not to be overwritten."""
     if out.is_dir() and a_file:
         raise ValueError(f"{out} is a folder: name the file to write, such as {out / 'official.pth'}")
     if out.is_file() and not a_file:

@@ -36,9 +36,9 @@ from torch import Tensor
 from fastpeft.files import save_tensors
 
 SHARD_BYTES = 64 << 20  # of a file: large enough that a data set takes few, small enough to lose when a process is killed
-ABANDONED = 3600  # seconds after which an unfinished file is nobody's
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+ABANDONED = 3600  # seconds after which an unfinished file is removed: its process was killed
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 class Place(NamedTuple):
@@ -72,7 +72,7 @@ def read_header(path: Path) -> tuple[str, dict[str, Place]]:
     sums, first, places = json.loads(content.pop("__metadata__")["crc32"]), 8 + length, {}
     for key, told in content.items():
         begin, end = told["data_offsets"]
-        places[key] = Place(DTYPES[told["dtype"]], tuple(told["shape"]), first + begin, first + end, sums[key])
+        places[key] = Place(SAFETENSORS_DTYPES[told["dtype"]], tuple(told["shape"]), first + begin, first + end, sums[key])
     if max((place.end for place in places.values()), default=first) != size:
         raise ValueError("its length is not what its header says")
     return hashlib.blake2b(start + raw, digest_size=16).hexdigest(), places

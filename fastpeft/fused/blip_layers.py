@@ -16,7 +16,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops._recompute import without_recipe
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
-from fastpeft.savings import on
+from fastpeft.savings import forced, on
 
 
 def reads_probabilities(module: nn.Module) -> bool:
@@ -150,6 +150,8 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
             return False
         if any(isinstance(spec.projection.weight, QuantizedWeight) for spec in specs):
             return False
+        if (use := forced("absorb")) is not None:
+            return use
         shape = (layout.tokens / max(1, layout.rows), states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
 

@@ -1,4 +1,4 @@
-"""`fastpeft eval`: a run's adapter, loaded, answers a data set and is scored."""
+"""Evaluation of a run's adapter: loads it, answers a data set, scores the answers (`fastpeft eval`)."""
 
 from __future__ import annotations
 

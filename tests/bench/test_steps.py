@@ -24,7 +24,7 @@ def held(miss, tmp_path):
 
 
 def written(miss, tmp_path, plan):
-    """An adapted model, four questions on two images, what its frozen prefix computes."""
+    """An adapted model, four questions on two images, what its frozen stages compute."""
     from bench.steps import kept_of
 
     model = without_dropout(miss.build(plan))

@@ -165,8 +165,8 @@ def test_faults_of_single_forms(miss, monkeypatch):
 def test_a_wrong_truth_is_noticed(miss, monkeypatch):
     """Plain PyTorch and PEFT are independent: they hold each other to account."""
     pytest.importorskip("peft")
-    branch = plain._LiteralLinear._branch
-    monkeypatch.setattr(plain._LiteralLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
+    branch = plain._PlainLinear._branch
+    monkeypatch.setattr(plain._PlainLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
     assert PEFT in failed(verify(miss.build("F/F/LoRA")))
 
 
@@ -221,7 +221,7 @@ def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
     assert not any(is_fused(m) for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
 
 
-def test_the_literal_form_reads_no_cache():
+def test_the_papers_equations_read_no_cache():
     twin = plain.plain(fp.adapt(fp.build("llama-tiny"), "Excitor")).eval()
     how = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
     with pytest.raises(ValueError, match="whole sequences: generate with use_cache=False"):
