@@ -70,7 +70,7 @@ def with_deferred_logits(output: ModelOutput, compute: Callable[[], Tensor], *mo
     def read() -> Tensor:
         if any(p._version != version for p, version in weights):
             raise RuntimeError("the head's weights were changed in place since this output was made: read output.logits before that")
-        with torch.set_grad_enabled(grad), torch.autocast(device, **cast):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device, **cast):
             return compute()
 
     own = type(output)
