@@ -76,8 +76,7 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         additive = mask is not None and mask.is_floating_point()
         if prefix is None and (additive or self.gives_probabilities(output_attentions)):
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
-        # l_k moves to the query and l_v to the output, except where a prefix, which IA3 does not touch, or a cache, which a caller may read,
-        # is between
+        # l_k moves to the query and l_v to the output, except over a prefix, which IA3 does not touch, or a cache, which a caller may read
         folds = prefix is None and past_key_values is None
         l_k, l_v = (output_factor(linear) if folds else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):

@@ -132,7 +132,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
                 **kwargs,
             )
         shape, tables = hidden_states.shape[:-1], tuple(t.unsqueeze(-2) for t in position_embeddings)
-        # l_v waits for the output, except where a prefix's values, which it does not touch, or a cache, which a caller may read, are between
+        # l_v moves to the output, except over a prefix, whose values it does not touch, or a cache, which a caller may read
         values_raw = prefix is None and past_key_values is None
         l_v = output_factor(self.v_proj) if values_raw else None
         if tail is None:

@@ -23,7 +23,8 @@ def blip() -> BlipForConditionalGeneration:
     torch.manual_seed(0)
     text = {"vocab_size": 96, "encoder_hidden_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
     text |= {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "max_position_embeddings": 32}
-    return BlipForConditionalGeneration(BlipConfig(text_config=SMALL | text, vision_config=SMALL | {"image_size": 32, "patch_size": 8})).double()
+    config = BlipConfig(text_config=SMALL | text, vision_config=SMALL | {"image_size": 32, "patch_size": 8})
+    return BlipForConditionalGeneration(config).double()
 
 
 def adapted(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
@@ -96,6 +97,33 @@ def test_logits_first_read_in_inference_mode_keep_their_gradient():
         assert output.logits.shape == (3, 9, 96)
     output.logits.square().mean().backward()
     assert all(p.grad is not None for p in model.model.parameters())
+
+
+def of_item(output):
+    """A method that is bound before the logits are read."""
+    output.__setitem__("logits", output["logits"] * 2)
+    return output
+
+
+def of_none(output):
+    output.logits = None
+    return output
+
+
+def without_attribute(output):
+    del output.logits
+    return output
+
+
+@pytest.mark.parametrize("change", [of_item, of_none, without_attribute])
+def test_outputs_whose_logits_are_changed_by_hand(change):
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    want, got = (change(m(input_ids=IDS, labels=IDS)) for m in (model, fused(model)))
+    assert list(got) == list(want)
+    assert hasattr(got, "logits") == hasattr(want, "logits")
+    assert (getattr(got, "logits", None) is None) == (getattr(want, "logits", None) is None)
+    torch.testing.assert_close(got["logits"], want["logits"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_copy_of_a_wrapper_is_a_wrapper():
