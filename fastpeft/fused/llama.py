@@ -138,7 +138,7 @@ class Model(modeling_llama.LlamaModel):
         if mask is not None:
             tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
             past = 0 if cache is None else cache.get_seq_length()
-            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
+            if not isinstance(mask, Tensor) or mask.shape != (tokens.shape[0], past + tokens.shape[1]):
                 return False
             if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
                 return False  # what padding attends to there is everything

@@ -61,6 +61,16 @@ def test_an_attention_of_the_users_own_in_a_llama(before):
     torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_mask_of_one_row_for_the_whole_batch(lean):
+    """transformers drops it where it masks nothing."""
+    model = llama()
+    other = fused(model)
+    fp.optimize(other, lean_logits=lean)
+    want, got = (m(input_ids=IDS, attention_mask=torch.ones(1, 9), labels=IDS).loss.float() for m in (model, other))
+    torch.testing.assert_close(got, want)
+
+
 def test_a_cache_holds_the_values_that_ia3_scaled_in_llama():
     model = adapted(llama(num_key_value_heads=2), peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]))
     want, got = (m(input_ids=IDS, use_cache=True) for m in (model, fused(model)))
