@@ -34,7 +34,7 @@ def lean_logits(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in zip(models, before):
             if value is None:
-                del module.lean_logits
+                module.__dict__.pop("lean_logits", None)  # optimize or restore may have taken it back inside
             else:
                 module.lean_logits = value
 

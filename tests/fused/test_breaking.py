@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
+from fastpeft.fused.outputs import lean_logits
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -134,6 +135,17 @@ def test_outputs_whose_logits_are_changed_by_hand(change):
     assert hasattr(got, "logits") == hasattr(want, "logits")
     assert (getattr(got, "logits", None) is None) == (getattr(want, "logits", None) is None)
     torch.testing.assert_close(got["logits"], want["logits"], atol=1e-5, rtol=1e-5)
+
+
+def test_lean_logits_of_a_model_that_is_given_back_inside():
+    model = fused(llama())
+    with lean_logits(model):
+        fp.restore(model)
+    assert model(input_ids=IDS, labels=IDS).logits is not None
+    fp.optimize(model)
+    with lean_logits(model):
+        fp.optimize(model, lean_logits=False)
+    assert model(input_ids=IDS, labels=IDS).logits is not None
 
 
 def test_a_copy_of_a_wrapper_is_a_wrapper():
