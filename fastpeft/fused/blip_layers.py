@@ -8,7 +8,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
 from fastpeft import ops
-from fastpeft.fused.attend import dense_mask_attention, key_value_rescale, output_factor, project_one, project_together, rescaled
+from fastpeft.fused.attend import dense_mask_attention, key_value_rescale, output_factor, project, project_one, project_together, rescaled
 from fastpeft.fused.layout import Layout, Tail, rows_of
 from fastpeft.fused.leaves import Dropout, Recomputes, is_layer_norm
 from fastpeft.methods.adapted import linear_spec
@@ -76,8 +76,9 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         additive = mask is not None and mask.is_floating_point()
         if prefix is None and (additive or self.gives_probabilities(output_attentions)):
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
-        # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
-        l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
+        # l_k moves to the query and l_v to the output, except over a prefix, which IA3 does not touch, or a cache, which a caller may read
+        folds = prefix is None and past_key_values is None
+        l_k, l_v = (output_factor(linear) if folds else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
             context = self._absorbed(project_one(self.query, hidden_states), encoder_hidden_states, layout, l_k)
             return context if l_v is None else ops.rescale(context, l_v), None
@@ -93,12 +94,14 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         else:
             linears = (self.query, self.key, self.value)
 
-            def project(x):
+            def heads_of(x):
                 q, k, v = project_together(linears, x)
                 q = rescaled(self.query, q)  # l_k and l_v are attention's
+                if prefix is None and not folds:
+                    k, v = rescaled(self.key, k), rescaled(self.value, v)
                 return tuple(self._heads(t if layout is None else layout.spread(t)) for t in (q, k, v))
 
-            q, k, v = self.projected(project, hidden_states, linears)
+            q, k, v = self.projected(heads_of, hidden_states, linears)
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 k, v = cache.update(k, v, self.layer_idx)
@@ -123,13 +126,15 @@ class TextSelfAttention(_Attends, Recomputes, modeling_blip_text.BlipTextSelfAtt
         return context if l_v is None else ops.rescale(context, l_v)
 
     def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, N, d] of an image or a question before IA3's factors; an EncoderDecoderCache holds them from the first token on.
+        """k, v [B, H, N, d] of an image or a question, before IA3's factors where there is no cache. An EncoderDecoderCache holds them from
+        the first token on.
         A plain cache belongs to self-attention: transformers would append the encoder's keys to it."""
         paired = isinstance(cache, EncoderDecoderCache)
         if paired and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        k, v = (self._heads(t) for t in project_together((self.key, self.value), states))
+        together = project_together if cache is None else project
+        k, v = (self._heads(t) for t in together((self.key, self.value), states))
         if paired:
             k, v = cache.cross_attention_cache.update(k, v, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
@@ -253,10 +258,10 @@ class VisionAttention(_Attends, Recomputes, modeling_blip.BlipAttention):
         if self.gives_probabilities(output_attentions):
             return super().forward(hidden_states)
 
-        def project(x):
+        def heads_of(x):
             return project_one(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
 
-        q, k, v = self.projected(project, hidden_states, (self.qkv,))
+        q, k, v = self.projected(heads_of, hidden_states, (self.qkv,))
         context = ops.attention(q, k, v, scale=self.scale, dropout_p=self._dropout_p)
         return project_one(self.projection, context.transpose(1, 2).flatten(2)), None
 

@@ -138,7 +138,7 @@ class Model(modeling_llama.LlamaModel):
         if mask is not None:
             tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
             past = 0 if cache is None else cache.get_seq_length()
-            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
+            if not isinstance(mask, Tensor) or mask.shape != (tokens.shape[0], past + tokens.shape[1]):
                 return False
             if self.config._attn_implementation == "eager" and not bool(mask.all()) and (wanted is None or _outside(wanted, mask)):
                 return False  # what padding attends to there is everything
@@ -258,16 +258,17 @@ def _outside(wanted: Tensor, mask: Tensor) -> bool:
     return wanted.shape != mask.shape or bool((wanted.cpu() & (mask.cpu() == 0)).any())
 
 
-def attentions(model: modeling_llama.LlamaModel) -> list[modeling_llama.LlamaAttention]:
-    """Of every layer, inside PEFT's adaption prompt too."""
-    return [getattr(layer.self_attn, "model", layer.self_attn) for layer in model.layers[: model.config.num_hidden_layers]]
+def attentions(model: modeling_llama.LlamaModel) -> list[nn.Module]:
+    """Of every layer that has one, inside PEFT's adaption prompt too; a user may have put a module of his own in its place."""
+    layers = model.layers[: model.config.num_hidden_layers]
+    return [getattr(layer.self_attn, "model", layer.self_attn) for layer in layers if hasattr(layer, "self_attn")]
 
 
 def is_causal(model: modeling_llama.LlamaModel) -> bool:
     """False where its configuration or one of its attention layers was told not to be."""
     if getattr(model.config, "is_causal", None) is False:
         return False
-    return all(attention.is_causal for attention in attentions(model))
+    return all(getattr(attention, "is_causal", True) for attention in attentions(model))
 
 
 def output_asked(model: nn.Module, what: str, options: dict) -> bool:

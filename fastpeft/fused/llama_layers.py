@@ -132,17 +132,19 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
                 **kwargs,
             )
         shape, tables = hidden_states.shape[:-1], tuple(t.unsqueeze(-2) for t in position_embeddings)
-        l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
+        # l_v moves to the output, except over a prefix, whose values it does not touch, or a cache, which a caller may read
+        values_raw = prefix is None and past_key_values is None
+        l_v = output_factor(self.v_proj) if values_raw else None
         if tail is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = self.projected(partial(self._tables, linears, tables, layout, prefix is None), hidden_states, linears)
+            q, k, v = self.projected(partial(self._tables, linears, tables, layout, values_raw), hidden_states, linears)
             keys = layout
         else:
             layout, keys = tail.queries, tail.keys
             asked, hidden_states = (rows_of(hidden_states, index) for index in (tail.tokens, tail.seen))
             asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (tail.tokens, tail.seen))
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
-            k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
+            k, v = self._tables((self.k_proj, self.v_proj), tables, keys, values_raw, hidden_states)
             shape = asked.shape[:-1]
         if excitor is not None:  # its gate is one number per query head: groups no longer share their keys
             if (groups := self.num_key_value_groups) > 1:
@@ -153,7 +155,7 @@ class Attention(Recomputes, modeling_llama.LlamaAttention):
             k, v = past_key_values.update(k, v, self.layer_idx)
         context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"))
         if prompted is not None:
-            context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, prefix is None, past_key_values), prompted.gate)
+            context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, values_raw, past_key_values), prompted.gate)
         context = context.transpose(1, 2).flatten(2)
         if l_v is not None:
             context = ops.rescale(context, self._per_query_head(l_v))

@@ -30,7 +30,10 @@ def register(swaps: dict[type[nn.Module], type[nn.Module]]) -> dict[type[nn.Modu
         ours.__name__, ours.__qualname__, ours.__module__ = theirs.__name__, theirs.__qualname__, theirs.__module__
         if "__firstlineno__" in theirs.__dict__:  # where inspect finds a class's source in its module, from Python 3.13 on
             ours.__firstlineno__ = theirs.__firstlineno__
-        ours.__reduce_ex__, ours.__copy__, ours.__deepcopy__ = _reduce_ex, _copy, _deepcopy
+        ours.__reduce_ex__, ours.__copy__ = _reduce_ex, _copy
+        # where copy.deepcopy looks first. A method named __deepcopy__ would also answer for wrappers that hand attributes on (PEFT's
+        # models, torch.compile's): a copy of one would be a copy of what it wraps
+        copy._deepcopy_dispatch[ours] = _deepcopy
     return swaps
 
 
