@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastpeft._when_imported import when_imported
 from fastpeft.cli_options import flag, other_names, with_options
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
@@ -323,15 +324,20 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it does without
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if (loaded := sys.modules.get("transformers")) is not None:
-        loaded.logging.set_verbosity_error()
-        loaded.logging.disable_progress_bar()
+    when_imported("transformers", _quiet_transformers)
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module="fastpeft")
             warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
         sys.exit(_run())
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _run() -> int:
