@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from fastpeft.optimize import Report, optimize, restore
     from fastpeft.peft import ExcitorConfig
     from fastpeft.plan import Plan, adapt, build, count
+    from fastpeft.runs.ask import load
     from fastpeft.savings import without
     from fastpeft.train import TrainConfig, Trainer
+    from fastpeft.verify import verify
 
 __version__ = "0.1.0"
 
@@ -50,7 +52,9 @@ _HOMES = {
     "adapters": ("load_adapter", "merge", "save_adapter"),
     "peft": ("ExcitorConfig",),
     "train": ("TrainConfig", "Trainer"),
+    "verify": ("verify",),
     "cost.estimate": ("estimate",),
+    "runs.ask": ("load",),
     "cost.memory_budget": ("MemoryBudget",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

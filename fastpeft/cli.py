@@ -1,7 +1,7 @@
-"""The command line. With ``--json`` the last line printed is one JSON object; bad input ends in one line on stderr and exit code 2.
+"""Command line. With ``--json`` the last line printed is one JSON object; bad input ends in one line on stderr and exit code 2.
 
-Options that are also a run's or a recipe's are declared once, in dataclasses (fastpeft.runs.options); the others stand here. Commands
-import what they run: help and usage errors need no torch.
+Options of a run or a recipe are declared once, in dataclasses (fastpeft.runs.options); the others are declared here. A command imports
+what it runs when it runs: help and usage errors need no torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastpeft._when_imported import when_imported
 from fastpeft.cli_options import flag, other_names, with_options
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
@@ -36,6 +37,7 @@ Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
 MovedBase = Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")]
 Seed = Annotated[int, typer.Option(help="of sampling")]
 
+
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """Print for people, then, if asked, for programs."""
     for line in lines:
@@ -47,11 +49,12 @@ def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 @app.command()
 def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
+    from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count
     from fastpeft.runs.train import plan_for
 
-    network = build(model, device="meta")
-    adapt(network, plan_for(network, plan, r=rank))
+    source = resolve(model)
+    network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
     lines = [f"{model}  {network.fastpeft_plan}", f"{'part':>10} {'base':>15} {'adapters':>13} {'trainable':>13}"]
@@ -72,18 +75,18 @@ def train(
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
-    run, data, text, how = split(given, *RECIPE)
+    run, data, text, training = split(given, *RECIPE)
     from fastpeft.runs.train import train_run
 
     more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
-        summary = train_run(run.model, run.plan, data, how, text=text, **more, **run.lora)
+        summary = train_run(run.model, run.plan, data, training, text=text, **more, **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {how.out} (report.html to look at)"])
+    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {training.out} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -121,8 +124,8 @@ def evaluate(
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
-    how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size}
-    scored = eval_run(adapter, chosen, **how, num_beams=generation.num_beams, **generation.chosen())
+    decoding = {"num_beams": generation.num_beams, **generation.chosen()}
+    scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 
 
@@ -155,6 +158,30 @@ def chat(
     emit({"turns": said, "image": shown, "generation": settings}, as_json, [])
 
 
+@app.command(context_settings=other_names(GenerationOptions))
+@with_options(GenerationOptions)
+def ask(
+    question: Annotated[list[str], typer.Argument(help="one or several, each in quotes")],
+    adapter: Annotated[str, typer.Option(help="folder of a run, an adapter, or a merged model")],
+    image: Annotated[str | None, typer.Option(help="what the questions are about")] = None,
+    model: MovedBase = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    **given,
+) -> None:
+    """Answer questions about an image."""
+    (generation,) = split(given, GenerationOptions)
+    import torch
+
+    from fastpeft.runs.ask import load
+
+    torch.manual_seed(seed)
+    beams = {} if generation.num_beams is None else {"num_beams": generation.num_beams}
+    answers = load(adapter, device, model).ask(image, question, **beams, **generation.chosen())
+    emit({"image": image, "questions": question, "answers": answers}, as_json, answers)
+
+
 @app.command()
 def estimate(
     model: Model = "miss",
@@ -174,13 +201,24 @@ def estimate(
 ) -> None:
     """FLOPs and memory of a training step, without running it."""
     from fastpeft.cost.estimate import estimate as run
-    from fastpeft.plan import build
+    from fastpeft.models import resolve
     from fastpeft.runs.train import plan_for
 
-    how = {"batch_size": batch_size, "dtype": dtype, "seq_len": seq_len, "answer_len": answer_len, "gpu_memory": gpu_memory}
-    how["quantize"] = quantize
-    how |= {"questions_per_image": questions_per_image, "gradient_accumulation": gradient_accumulation}
-    found = run(model, plan_for(build(model, device="meta"), plan, r=rank), **how, feature_cache=not no_feature_cache, optimized=not plain)
+    source = resolve(model)
+    found = run(
+        source,
+        plan_for(source.family.parts, plan, r=rank),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        answer_len=answer_len,
+        dtype=dtype,
+        questions_per_image=questions_per_image,
+        feature_cache=not no_feature_cache,
+        gradient_accumulation=gradient_accumulation,
+        optimized=not plain,
+        gpu_memory=gpu_memory,
+        quantize=quantize,
+    )
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
     rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
     lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.1f} GFLOP per sample"]
@@ -215,9 +253,10 @@ def convert(
     """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
     from fastpeft.runs.convert import convert_run
 
-    how = {"text_heads": text_heads, "vision_heads": vision_heads, "llama": llama, "clip": clip, "backbone": backbone}
-    how |= {"vicuna_delta": vicuna_delta, "temperature": temperature, "adapter_scale": adapter_scale}
-    report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **how)
+    heads = {"text_heads": text_heads, "vision_heads": vision_heads}
+    companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
+    router = {"temperature": temperature, "adapter_scale": adapter_scale}
+    report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
     about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
     emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])
 
@@ -248,24 +287,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare fused losses and gradients with plain PyTorch and PEFT; exit code 1 where they differ."""
-    import torch
+    from fastpeft.runs.verify import verify_run
 
-    from fastpeft.evaluate.answers import choose_device
-    from fastpeft.models import parts_of
-    from fastpeft.plan import adapt, build
-    from fastpeft.runs.train import plan_for
-    from fastpeft.verify.compare import DTYPES
-    from fastpeft.verify.compare import verify as run
-
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    network = build(model, device=choose_device(device), dtype=DTYPES[dtype], seed=seed)
-    torch.manual_seed(seed)
-    adapt(network, plan_for(network, plan or "/".join("LoRA" for _ in parts_of(network)), r=rank))
-    result = run(network, seed=seed)
+    result, applied = verify_run(model, plan, dtype=dtype, rank=rank, seed=seed, device=device)
     verdict = "all within tolerance" if result.ok else "DIFFERENT: " + ", ".join(dict.fromkeys(c.check for c in result.checks if not c.ok))
-    lines = [f"{model}  {network.fastpeft_plan}  {dtype}, errors relative to plain PyTorch in float64", *result.lines(), verdict]
-    emit(result.to_dict() | {"model": model, "plan": str(network.fastpeft_plan), "dtype": dtype}, as_json, lines)
+    lines = [f"{model}  {applied}  {dtype}, errors relative to plain PyTorch in float64", *result.lines(), verdict]
+    emit(result.to_dict() | {"model": model, "plan": str(applied), "dtype": dtype}, as_json, lines)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -297,15 +324,20 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it does without
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if (loaded := sys.modules.get("transformers")) is not None:
-        loaded.logging.set_verbosity_error()
-        loaded.logging.disable_progress_bar()
+    when_imported("transformers", _quiet_transformers)
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module="fastpeft")
             warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
         sys.exit(_run())
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _run() -> int:

@@ -1,4 +1,4 @@
-"""Options of the command line, made of the fields of option classes (fastpeft.options)."""
+"""Command-line options derived from the fields of option classes (fastpeft.options)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options as dataclasses, declared once: checks, other names, YAML and the command line derive from them.
+"""Option dataclasses, declared once: checks, other names, YAML and the command line derive from them.
 
     @options
     class TrainConfig:
@@ -61,7 +61,7 @@ def bytes_of(size: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", size.strip().lower())
     if found is None or found[2] not in UNITS or not float(found[1]) > 0:
         raise ValueError(f"{size!r} is no size in bytes; write it as 6GB, 800MB or 5.5GiB")
-    if found[2] == "" and float(found[1]) < 1000:  # nobody means 24 bytes
+    if found[2] == "" and float(found[1]) < 1000:  # "24" is meant as 24 GB
         raise ValueError(f"{size!r} has no unit; write it as {found[1]}GB or {found[1]}MB")
     return int(float(found[1]) * UNITS[found[2]])
 

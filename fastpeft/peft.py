@@ -5,7 +5,7 @@
     model.save_pretrained(folder)
     model = peft.PeftModel.from_pretrained(llama, folder)
 
-What is attached, and what computes, is :mod:`fastpeft.methods.excitor`. The base's parameters keep their names: an :class:`ExcitorLayer`
+The attached blocks are :mod:`fastpeft.methods.excitor`'s. The base's parameters keep their names: an :class:`ExcitorLayer`
 with the blocks of all adapters stands inside each attention (``self_attn.excitor``), and the text model's modules get fastpeft's classes,
 as these alone can run with it (``fastpeft.optimize(model)`` exchanges the rest). ``import fastpeft`` has this module follow the import of
 peft, before or after it; by itself it loads no peft.
@@ -25,20 +25,20 @@ from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
 from fastpeft.registry import has_form, make_room_for_prefix, swap_class
 
-HOW = "pip install --upgrade 'peft>=0.18'"
+INSTALL = "pip install --upgrade 'peft>=0.18'"
 
 try:
     import peft
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils import PeftType, register_peft_method
 except ImportError as error:
-    raise ImportError(f"fastpeft.peft needs peft 0.18 or newer ({error}): {HOW}") from None
+    raise ImportError(f"fastpeft.peft needs peft 0.18 or newer ({error}): {INSTALL}") from None
 
 
 def check_version(version: str) -> None:
     """ImportError for a peft that is too old."""
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (0, 18):
-        raise ImportError(f"fastpeft.peft needs peft 0.18 or newer, not {version}: {HOW}")
+        raise ImportError(f"fastpeft.peft needs peft 0.18 or newer, not {version}: {INSTALL}")
 
 
 @dataclass
@@ -165,7 +165,7 @@ class ExcitorModel(BaseTuner):
         if wrong := [name for name in chosen if name not in inside and not _inside_ours(model, name)]:
             raise ValueError(f"Excitor goes into a LLaMA's attention layers, such as {inside[-1]!r}; target_modules names {wrong[0]!r}")
         if not chosen:
-            return  # PEFT will say so
+            return  # PEFT raises its own error
         theirs = {module: type(module) for _, host in hosts for module in host.modules()}
         for _, host in hosts:
             make_room_for_prefix(host)

@@ -1,4 +1,4 @@
-"""Plans in the papers' notation: one treatment per part, "F/LoRA/LoRA"; build a model, apply a plan, count what it trains."""
+"""Plans in the papers' notation, one treatment per part ("F/LoRA/LoRA"): build a model, apply a plan, count what it trains."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def detach(model: nn.Module) -> None:
 
 
 def count(model: nn.Module) -> dict[str, Any]:
-    """Parameters by what becomes of them; tied weights count once, in the first part that holds them.
+    """Numbers of parameters: total, base, adapters, trainable; tied weights count once, in the first part that holds them.
 
     ``percent`` is 100 * trainable / (base + adapters), MILE's convention; ``percent_of_base`` the LayerNorm paper's.
     """

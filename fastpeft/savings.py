@@ -1,4 +1,4 @@
-"""One switch per saving, for comparisons and for finding faults: ``with fastpeft.without("remake"): ...``.
+"""Switches of the savings, for comparisons and for finding faults: ``with fastpeft.without("remake"): ...``.
 
 None changes a number beyond rounding; ``TrainConfig(without="remake,labelled")`` switches them off for a run.
 """
@@ -9,16 +9,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SAVINGS = {
-    "remake": "what a norm, an activation or a factor returns is formed again in backward, not kept for the linear layer after it",
+    "remake": "what a norm, an activation or a factor returns is recomputed in backward, not kept for the linear layer after it",
     "labelled": "the last decoder layer computes outputs at labelled positions only",
     "absorb": "few questions about many image tokens attend to the tokens themselves, without keys and values",
 }
 _off: set[str] = set()
+_forced: dict[str, bool] = {}
 
 
 def on(saving: str) -> bool:
+    """Whether a saving is switched on."""
     assert saving in SAVINGS, saving
     return saving not in _off
+
+
+def forced(saving: str) -> bool | None:
+    """Whether to use a saving wherever it is exact (True) or nowhere (False); None: where it pays."""
+    assert saving in SAVINGS, saving
+    return _forced.get(saving)
+
+
+@contextmanager
+def force(saving: str, use: bool) -> Iterator[None]:
+    """Inside, a saving that is chosen by its cost ("absorb") is used wherever it is exact, or nowhere."""
+    assert saving in SAVINGS, saving
+    before = _forced.get(saving)
+    _forced[saving] = use
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[saving]
+        else:
+            _forced[saving] = before
 
 
 @contextmanager

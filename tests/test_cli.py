@@ -16,6 +16,7 @@ from fastpeft import cli
 from fastpeft.data import Preprocess, save_tokenizer
 from fastpeft.files import write_json
 from fastpeft.runs.vqa import PREPROCESS
+from fastpeft.train.metrics import MetricsLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +153,7 @@ def test_recipes_start(monkeypatch, ok, phantoms, tmp_path, recipe, trainable):
 
     def note(model, plan, data, config, **how):
         network = fp.build(model, device="meta")
-        fp.adapt(network, run.plan_for(network, plan, **{k: how[k] for k in ("r", "lora_alpha", "lora_dropout")}))
+        fp.adapt(network, run.plan_for(fp.models.parts_of(network), plan, **{k: how[k] for k in ("r", "lora_alpha", "lora_dropout")}))
         seen.update(config=config, counted=fp.count(network), network=network)
         keys = ("plan", "loss_first", "loss_last", "steps", "steady_samples_per_second", "peak_memory_bytes")
         return dict.fromkeys(keys, 0) | {"eval": None}
@@ -321,14 +322,14 @@ def test_an_adapter_of_other_weights_warns_in_one_line(fastpeft, ok, train, phan
 
 
 def test_sigterm_saves_and_says_how_to_go_on(monkeypatch, fastpeft, ok, train, tmp_path):
-    log = fp.Trainer._log
+    log = MetricsLog.log
 
-    def stop_at_two(trainer, row, *rest):
-        log(trainer, row, *rest)
+    def stop_at_two(self, row, seconds):
+        log(self, row, seconds)
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(fp.Trainer, "_log", stop_at_two)
+    monkeypatch.setattr(MetricsLog, "log", stop_at_two)
     assert fastpeft(*train("--no-eval", steps=4)) == (130, "", "fastpeft: stopped after step 2; --resume goes on from there\n")
     monkeypatch.undo()
     assert ok(*train("--no-eval", "--resume", steps=4))["steps"] == 4

@@ -1,4 +1,4 @@
-"""MISS and BLIP VQA: an official checkpoint file to a transformers folder, and back."""
+"""Conversion of MISS and BLIP VQA: a checkpoint file to a transformers folder, and back."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import BlipConfig
 
-from fastpeft.convert.blip_names import TIED, from_official, lost, transformers_to_official
+from fastpeft.convert.blip_names import TIED, blip_with_notes, lost, transformers_to_blip
 from fastpeft.convert.reading import Contents, naming, read_file, read_safetensors
-from fastpeft.convert.writing import ConversionReport, owned, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, owned, write_model
+from fastpeft.files import atomic_file, atomic_folder
 
 
-def write_blip(out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None) -> ConversionReport:
+def write_blip_folder(out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None) -> ConversionReport:
+    """A checkpoint's contents as a transformers folder, with MISS's preprocessing."""
     with naming(source):
-        state, config, more = from_official(contents.state, image_size, text_heads, vision_heads)
+        state, config, more = blip_with_notes(contents.state, image_size, text_heads, vision_heads)
     state = {k: v for k, v in state.items() if k not in TIED}
     dtypes = {v.dtype for v in state.values()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.architectures = ["BlipForQuestionAnswering"]
     preprocess = {"image_size": config.vision_config.image_size, "mean": None, "std": None, "extra_255": True}
-    with staged(out) as stage:
-        count = write_model(stage, config, state.items())
-        (stage / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, config, state.items())
+        (draft / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
     more.append("fastpeft_preprocess.json holds MISS's preprocessing (divided by 255 twice, not normalised): edit it for BLIP's own")
     return ConversionReport("official -> transformers", count, [*contents.notes(), *more])
 
 
-def write_official(out: Path, source: Path, contents: None) -> ConversionReport:
+def write_blip_checkpoint(out: Path, source: Path, contents: None) -> ConversionReport:
+    """A transformers folder as a checkpoint file, its tensors under ``model``."""
     with naming(source):
         state, config = _read_folder(source)
-        official = transformers_to_official(state, config)
-    official |= owned({k: v for k, v in official.items() if k not in TIED})
-    official |= {tied: official[kept] for tied, kept in TIED.items()}
-    with staged(out) as stage:
-        torch.save({"model": official}, stage)
-    return ConversionReport("transformers -> official", len(official) - len(TIED), lost(config))
+        renamed = transformers_to_blip(state, config)
+    renamed |= owned({k: v for k, v in renamed.items() if k not in TIED})
+    renamed |= {tied: renamed[kept] for tied, kept in TIED.items()}
+    with atomic_file(out) as draft:
+        torch.save({"model": renamed}, draft)
+    return ConversionReport("transformers -> official", len(renamed) - len(TIED), lost(config))
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], BlipConfig]:

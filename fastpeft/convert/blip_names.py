@@ -1,11 +1,11 @@
-"""Official MISS and BLIP VQA state dicts <-> transformers' BlipForQuestionAnswering: names, shapes and the config they imply.
+"""State dicts of MISS and BLIP VQA checkpoints <-> transformers' BlipForQuestionAnswering: names, shapes and the implied config.
 
-Source: vit.py and med.py of https://github.com/TIMMY-CHAN/MISS and https://github.com/salesforce/BLIP. An official state dict holds
+Source: vit.py and med.py of https://github.com/TIMMY-CHAN/MISS and https://github.com/salesforce/BLIP. A checkpoint holds
 ``visual_encoder.*`` (a timm ViT), ``text_encoder.*``, ``text_decoder.*`` (BERT with cross-attention). The text names are transformers'
 own; those of the vision tower differ by ``_VISION_NAMES``. Both sides tie the head to the decoder's word embedding. So a conversion
 renames and never computes, but for position embeddings wanted in another size.
 
-What a tensor cannot tell (heads, eps, dropout) is the official code's: 64 channels a head and `miss_config`'s numbers.
+What a tensor cannot tell (heads, eps, dropout) is taken from that code: 64 channels a head and `miss_config`'s numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BlipConfig, BlipForQuestionAnswering
 
+from fastpeft.convert.tensors import check_tensors, common_size, count_layers, heads_of, listing
 from fastpeft.models.miss import miss_config
 
-_VISION_NAMES = (  # transformers, official
+_VISION_NAMES = (  # transformers' name, checkpoint's name
     ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
     ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
     ("vision_model.embeddings.patch_embedding.", "visual_encoder.patch_embed.proj."),
@@ -39,7 +40,7 @@ TIED = {  # the same tensor under two names, in both formats; transformers' file
 }
 _POSITIONS = "vision_model.embeddings.position_embedding"
 _PARTS = ("visual_encoder.", "text_encoder.", "text_decoder.")
-_EXTRAS = (  # what official files carry that answering a question does not need
+_EXTRAS = (  # tensors of a checkpoint that answering a question does not need
     ("position_ids buffers", r"(^|\.)position_ids$"),
     ("momentum copies", r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\."),
     ("queues", r"^((image|text|idx)_queue|queue_ptr|ptr_queue)$"),
@@ -51,30 +52,30 @@ _WRAPPER = re.compile(r"^(visual_encoder|text_encoder|text_decoder)\.base_model\
 _ADAPTER = re.compile(r"\.(lora_\w+|ia3_l|modules_to_save|prompt_encoder)(\.|$)|^text_(encoder|decoder)\.word_embeddings\.")
 
 
-def official_to_transformers(
+def blip_to_transformers(
     state: dict, image_size: int | None = 480, *, text_heads: int | None = None, vision_heads: int | None = None
 ) -> tuple[dict[str, Tensor], BlipConfig]:
-    """An official state dict as BlipForQuestionAnswering's (tied names included) and the config it needs.
+    """A checkpoint's state dict as BlipForQuestionAnswering's (tied names included) and its config.
 
     Sizes come from the tensors' shapes; heads are width / 64 unless given. ``image_size`` None keeps the checkpoint's; another
-    one resizes the position embeddings as the official ``interpolate_pos_embed`` does. Tensors keep their dtype, uncopied.
+    one resizes the position embeddings as BLIP's ``interpolate_pos_embed`` does. Tensors keep their dtype, uncopied.
     ValueError names every missing, unexpected, misshapen or untied tensor.
     """
-    return from_official(state, image_size, text_heads, vision_heads)[:2]
+    return blip_with_notes(state, image_size, text_heads, vision_heads)[:2]
 
 
-def transformers_to_official(state: dict, config: BlipConfig) -> dict[str, Tensor]:
-    """BlipForQuestionAnswering's state dict under the official names, with official files' tied names and position_ids."""
+def transformers_to_blip(state: dict, config: BlipConfig) -> dict[str, Tensor]:
+    """BlipForQuestionAnswering's state dict under the checkpoint's names, with its tied names and position_ids."""
     state = _tie({k: v for k, v in state.items() if not k.endswith("position_ids")})
     wanted = _shapes(config)
-    check(state, wanted)
-    out = {_official_name(name): state[name] for name in wanted}
+    check_tensors(state, wanted, TIED)
+    out = {_checkpoint_name(name): state[name] for name in wanted}
     for part in ("text_encoder", "text_decoder.bert"):
         out[f"{part}.embeddings.position_ids"] = torch.arange(config.text_config.max_position_embeddings)[None]
     return out
 
 
-def _official_name(name: str) -> str:
+def _checkpoint_name(name: str) -> str:
     if name.startswith("vision_model."):
         for ours, theirs in _VISION_NAMES:
             name = name.replace(ours, theirs)
@@ -87,13 +88,15 @@ def _shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in BlipForQuestionAnswering(config).state_dict().items()}
 
 
-def from_official(state, image_size, text_heads, vision_heads) -> tuple[dict[str, Tensor], BlipConfig, list[str]]:
-    """`official_to_transformers`, and notes on what was left out or altered."""
+def blip_with_notes(
+    state: dict, image_size: int | None, text_heads: int | None, vision_heads: int | None
+) -> tuple[dict[str, Tensor], BlipConfig, list[str]]:
+    """`blip_to_transformers`, and notes on what was left out or altered."""
     state, notes = _bare(state)
     config = _infer_config(state, text_heads, vision_heads)
     wanted, vision = _shapes(config), config.vision_config
-    check(_tie(state), {_official_name(name): shape for name, shape in wanted.items()})
-    out = {name: state[_official_name(name)] for name in wanted}
+    check_tensors(_tie(state), {_checkpoint_name(name): shape for name, shape in wanted.items()}, TIED)
+    out = {name: state[_checkpoint_name(name)] for name in wanted}
     if image_size not in (None, vision.image_size):
         if image_size < 1 or image_size % vision.patch_size:
             raise ValueError(f"image_size={image_size}: use a multiple of the patch size, {vision.patch_size}")
@@ -159,24 +162,6 @@ def _infer_config(state: dict[str, Tensor], text_heads: int | None, vision_heads
     return config
 
 
-def common_size(state: dict[str, Tensor], default: int, *places: tuple[str, int]) -> int:
-    """The size that most of the ``places``, (name, dimension), have."""
-    found = Counter(state[name].shape[dim] for name, dim in places if name in state and state[name].dim() > dim)
-    return found.most_common(1)[0][0] if found else default
-
-
-def count_layers(state: dict[str, Tensor], pattern: str, default: int = 12) -> int:
-    """Layers whose numbers ``pattern``'s group matches at the beginning of names."""
-    return max((int(m[1]) + 1 for name in state if (m := re.match(pattern, name))), default=default)
-
-
-def heads_of(width: int, given: int | None, argument: str) -> int:
-    """``given``, or as many as are 64 wide."""
-    if width % (given or 64) or (given is not None and given < 1):
-        raise ValueError(f"width {width} is not {f'a multiple of {given}' if given else 'made of heads of 64'}: give {argument}")
-    return given or width // 64
-
-
 def _tie(state: dict) -> dict:
     """Fill in a tied name that a file omits, in place."""
     for pair in TIED.items():
@@ -184,26 +169,6 @@ def _tie(state: dict) -> dict:
             if absent not in state and present in state:
                 state[absent] = state[present]
     return state
-
-
-def check(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    """ValueError names every missing, unexpected, misshapen and untied tensor."""
-    faults = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "misshapen": [
-            f"{name} {tuple(state[name].shape)} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in state and tuple(state[name].shape) != shape
-        ],
-        "untied": [a for a, b in TIED.items() if a in state and b in state and not torch.equal(state[a], state[b])],
-    }
-    if any(faults.values()):
-        raise ValueError("; ".join(f"{len(names)} {kind}: {listing(names)}" for kind, names in faults.items() if names))
-
-
-def listing(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -216,7 +181,7 @@ def _resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def lost(config: BlipConfig) -> list[str]:
-    """What the official file format cannot say and the official code would get wrong."""
+    """Settings that a checkpoint file does not hold and that MISS's and BLIP's code would get wrong, in words."""
     text, vision = config.text_config, config.vision_config
     facts = (
         ("text heads", text.num_attention_heads, text.hidden_size // 64),

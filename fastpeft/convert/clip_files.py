@@ -1,4 +1,4 @@
-"""OpenAI's CLIP: a file to a folder of its image encoder, or with a LLaMA to a folder of fastpeft's models of both."""
+"""Conversion of OpenAI's CLIP: a file to a folder of its image encoder, or with a LLaMA to one of a model of both."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, PretrainedConfig
 
-from fastpeft.convert.clip_names import clip_from_official
+from fastpeft.convert.clip_names import clip_to_transformers
 from fastpeft.convert.llama_files import no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming
-from fastpeft.convert.writing import ConversionReport, staged, write_model
-from fastpeft.models.excitor import ExcitorConfig
+from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
+from fastpeft.files import atomic_folder
+from fastpeft.models.excitor import ExcitorModelConfig
 from fastpeft.models.lavin import LavinConfig, Neck
 
 
-def write_clip(out: Path, source: Path, contents: Contents, vision_heads=None, llama=None, backbone=None, vicuna_delta=None):
+def write_clip_folder(out: Path, source: Path, contents: Contents, vision_heads=None, llama=None, backbone=None, vicuna_delta=None):
+    """CLIP's image encoder as a transformers folder, or with ``llama`` and ``backbone`` as a folder of fastpeft's model of both."""
     with naming(source):
-        config, state, notes = clip_from_official(contents.state, vision_heads)
+        config, state, notes = clip_to_transformers(contents.state, vision_heads)
     notes, tokenizer, direction = [*contents.notes(), *notes], [], "CLIP -> transformers"
     tensors: Iterator[tuple[str, Tensor]] = iter(state.items())
     if (llama is None) != (backbone is None) or backbone not in (None, *_BACKBONES):
@@ -35,15 +37,15 @@ def write_clip(out: Path, source: Path, contents: Contents, vision_heads=None, l
         notes, direction = [*notes, *no_tokenizer(tokenizer)], f"CLIP + LLaMA -> {backbone}"
         if backbone == "lavin":
             notes.append("the neck is new, its weights random: LaVIN's adapter files hold a trained one")
-    with staged(out) as stage:
-        count = write_model(stage, config, tensors, tokenizer)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, config, tensors, tokenizer)
         if backbone != "lavin":  # which squeezes images in and takes ImageNet's numbers
-            (stage / "preprocessor_config.json").write_text(json.dumps(_clip_preprocessing(config), indent=1) + "\n")
+            (draft / "preprocessor_config.json").write_text(json.dumps(_clip_preprocessing(config), indent=1) + "\n")
     return ConversionReport(direction, count, notes)
 
 
 def _excitor(vision: CLIPVisionConfig, text, state: dict[str, Tensor]):
-    config = ExcitorConfig(vision_config=vision, text_config=text, architectures=["ExcitorForConditionalGeneration"], dtype=text.dtype)
+    config = ExcitorModelConfig(vision_config=vision, text_config=text, architectures=["ExcitorForConditionalGeneration"], dtype=text.dtype)
     return config, ((f"vision.{name}", tensor) for name, tensor in state.items())
 
 

@@ -1,4 +1,4 @@
-"""The image encoder of OpenAI's CLIP -> transformers' CLIPVisionModelWithProjection: names, shapes and the config they imply.
+"""OpenAI's CLIP image encoder -> transformers' CLIPVisionModelWithProjection: names, shapes and the implied config.
 
 Source: model.py of https://github.com/openai/CLIP. A file's state dict holds ``visual.*`` (a ViT) beside the text encoder's tensors, its
 convolution, linear layers and projections in float16. One matrix holds the rows of query, key and value; ``proj`` is [C, D], a linear
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from fastpeft.convert.blip_names import check, common_size, count_layers, heads_of, listing
+from fastpeft.convert.tensors import check_tensors, common_size, count_layers, heads_of, listing
 
-_LAYER = {  # official name: transformers' name
+_LAYER = {  # OpenAI's name: transformers' name
     "ln_1": "layer_norm1",
     "attn.out_proj": "self_attn.out_proj",
     "ln_2": "layer_norm2",
@@ -40,11 +40,12 @@ _TEXT = re.compile(
 
 
 def is_clip(names) -> bool:
+    """Whether a file with tensors of these names is OpenAI's CLIP."""
     return any(str(name).startswith("visual.") for name in names)
 
 
-def clip_from_official(state: dict, vision_heads: int | None = None) -> tuple[CLIPVisionConfig, dict[str, Tensor], list[str]]:
-    """An official state dict as CLIPVisionModelWithProjection's config and state, and notes on what was left out. Sizes come from the
+def clip_to_transformers(state: dict, vision_heads: int | None = None) -> tuple[CLIPVisionConfig, dict[str, Tensor], list[str]]:
+    """OpenAI's state dict as CLIPVisionModelWithProjection's config and state, and notes on what was left out. Sizes come from the
     tensors' shapes; dtypes stay. ValueError names every missing, unexpected and misshapen tensor."""
     state = {str(name).removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     if any(name.startswith("visual.layer1.") for name in state):
@@ -52,7 +53,7 @@ def clip_from_official(state: dict, vision_heads: int | None = None) -> tuple[CL
     text = [name for name in state if _TEXT.fullmatch(name)]
     state = {name: tensor for name, tensor in state.items() if name not in set(text)}
     config = _config(state, vision_heads)
-    check(state, _shapes(config))
+    check_tensors(state, _shapes(config))
     out = {f"vision_model.{new}": state[f"visual.{name}"] for name, new in _OUTSIDE.items()}
     out["visual_projection.weight"] = state["visual.proj"].T
     for i in range(config.num_hidden_layers):
@@ -91,7 +92,7 @@ def _config(state: dict[str, Tensor], vision_heads: int | None) -> CLIPVisionCon
 
 
 def _shapes(config: CLIPVisionConfig) -> dict[str, tuple[int, ...]]:
-    """The official names and shapes."""
+    """OpenAI's names and shapes."""
     width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
     shapes: dict[str, tuple[int, ...]] = {
         "visual.class_embedding": (width,),

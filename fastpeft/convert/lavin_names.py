@@ -1,4 +1,4 @@
-"""LaVIN's published adapters -> the names of fastpeft's LaVIN, and the options of its MM-Adapters that they imply.
+"""LaVIN's published adapters -> fastpeft's LaVIN: names, shapes and the implied options of its MM-Adapters.
 
 Source: mm_adapter.py, model.py, misc.py and train.py of https://github.com/luogen1996/LaVIN. A file holds, under ``model``, the float32
 parameters of a training whose names have "adapter" in them, from a distributed run behind ``module.``; beside it the optimiser and the
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from fastpeft.convert.blip_names import check, common_size, count_layers, listing
+from fastpeft.convert.tensors import check_tensors, common_size, count_layers, listing
 from fastpeft.methods import MMAdapter
 from fastpeft.models.lavin import LavinConfig
 
-EVERY, SEQUENCE, DROPOUT = 4, 512, 0.1  # of the official code: layers between two [cls] tokens; tokens with t_m; in its adapters
-_BLOCKS = {  # part: (official names of its layers, fastpeft's)
+EVERY, SEQUENCE, DROPOUT = 4, 512, 0.1  # of LaVIN's code: layers between two [cls] tokens; tokens with t_m; in its adapters
+_BLOCKS = {  # part: (LaVIN's names of its layers, fastpeft's)
     "vision": ("backbone.visual.transformer.resblocks.", "vision.encoder.layers."),
     "llm": ("layers.", "llm.model.layers."),
 }
@@ -35,7 +35,7 @@ _NECK = {
     "adapter_proj.conv_B.bias": "neck.up.bias",
     "adapter_modality_embedding.weight": "neck.modality.weight",
 }
-_NOT_OURS = (  # what the official code can also train, and why it does not convert
+_NOT_OURS = (  # what LaVIN's code can also train, and why it does not convert
     (r"\.adapter_mlp\.", "adapters before feed-forward layers (adapter_type block or router_block), which fastpeft's LaVIN does not have"),
 )
 
@@ -53,10 +53,11 @@ class Lavin:
 
 
 def is_lavin(names) -> bool:
+    """Whether a file with tensors of these names holds LaVIN's adapters."""
     return any(re.search(r"(^|\.)adapter_(attn|mlp|proj|modality_embedding)\.", str(name)) for name in names)
 
 
-def lavin_from_official(
+def lavin_to_fastpeft(
     state: dict,
     arguments: dict[str, Any],
     vision: CLIPVisionConfig,
@@ -93,7 +94,7 @@ def lavin_from_official(
     middle = common_size(state, 128, ("adapter_proj.conv_A.weight", 0), ("adapter_proj.conv_A.bias", 0), ("adapter_proj.conv_B.weight", 1))
     width = text.hidden_size
     wanted |= dict(zip(_NECK, [(middle, vision.hidden_size), (middle,), (width, middle), (width,), (2, width)]))
-    check(state, wanted)
+    check_tensors(state, wanted)
     scale, temperature, notes = _numbers(arguments, scale, temperature, width)
     new = partial(MMAdapter, scale=scale, temperature=temperature, dropout=DROPOUT)
     config = LavinConfig(

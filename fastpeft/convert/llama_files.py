@@ -1,4 +1,4 @@
-"""A LLaMA's folder, opened: original files (params.json, consolidated.NN.pth) or transformers' own, a tensor at a time."""
+"""Reader of LLaMA folders: Meta's files (params.json, consolidated.NN.pth) or transformers' own, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastpeft.convert.blip_names import check
-from fastpeft.convert.llama_names import llama_from_official
+from fastpeft.convert.llama_names import llama_to_transformers
 from fastpeft.convert.reading import naming, read_file
-from fastpeft.convert.writing import ConversionReport, staged, write_model
+from fastpeft.convert.tensors import check_tensors
+from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
+from fastpeft.files import atomic_folder
 
 _TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -31,6 +32,7 @@ class OpenedLlama:
 
 
 def is_original(folder: Path) -> bool:
+    """Whether a folder holds LLaMA's files as Meta publishes them."""
     return (folder / "params.json").is_file()
 
 
@@ -61,19 +63,21 @@ def open_llama(folder: Path, vicuna_delta: Path | None = None) -> OpenedLlama:
         for file in files:
             with naming(Path(file.name)):
                 shards.append(read_file(file).state)
-        config, tensors = llama_from_official(shards, params, delta)
+        config, tensors = llama_to_transformers(shards, params, delta)
     tokenizer = next((f for f in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if f.is_file()), None)
     return OpenedLlama(config, tensors, [] if tokenizer is None else [tokenizer])
 
 
-def write_llama(out: Path, source: Path, contents: None, vicuna_delta: str | Path | None = None) -> ConversionReport:
+def write_llama_folder(out: Path, source: Path, contents: None, vicuna_delta: str | Path | None = None) -> ConversionReport:
+    """Meta's folder as a transformers folder, a shard in memory at a time."""
     llama = open_llama(source, None if vicuna_delta is None else Path(vicuna_delta).expanduser())
-    with staged(out) as stage:
-        count = write_model(stage, llama.config, llama.tensors, llama.tokenizer)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, llama.config, llama.tensors, llama.tokenizer)
     return ConversionReport("LLaMA -> transformers", count, no_tokenizer(llama.tokenizer))
 
 
 def no_tokenizer(files: list[Path]) -> list[str]:
+    """A note where there are no tokenizer files."""
     return [] if files else ["no tokenizer.model here or in the parent folder"]
 
 
@@ -91,10 +95,10 @@ def _from_transformers(folder: Path) -> OpenedLlama:
     names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]  # older versions saved it
     if config.tie_word_embeddings and "lm_head.weight" not in names:
         del wanted["lm_head.weight"]
-    check({name: weights.like(name) for name in names}, wanted)
+    check_tensors({name: weights.like(name) for name in names}, wanted)
     config.architectures, config.dtype = ["LlamaForCausalLM"], weights["model.embed_tokens.weight"].dtype
     tokenizer = [folder / name for name in _TOKENIZER if (folder / name).is_file()]
-    # LLaMA's own file says all: transformers' reads of it cut leading spaces otherwise than the official code
+    # LLaMA's own file says all: transformers' copies of it cut leading spaces otherwise than Meta's code
     tokenizer = tokenizer[:1] if tokenizer and tokenizer[0].suffix == ".model" else tokenizer
     return OpenedLlama(config, ((name, weights[name]) for name in wanted), tokenizer)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-_LAYER = {  # official name: (transformers' name, dimension along which shards split it)
+_LAYER = {  # Meta's name: (transformers' name, dimension along which shards split it)
     "attention.wq": ("self_attn.q_proj", 0),
     "attention.wk": ("self_attn.k_proj", 0),
     "attention.wv": ("self_attn.v_proj", 0),
@@ -27,7 +27,7 @@ _LAYER = {  # official name: (transformers' name, dimension along which shards s
 _OUTSIDE = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0)}
 
 
-def llama_from_official(
+def llama_to_transformers(
     shards: list[dict[str, Tensor]], params: dict, delta: Mapping[str, Tensor] | None = None
 ) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
     """The state dicts of all shards, in order, and params.json -> LlamaForCausalLM's config and state, each tensor joined when its turn
@@ -77,7 +77,7 @@ def llama_from_official(
 
 
 def _names(layers: int) -> dict[str, tuple[str, int | None]]:
-    """Official name: (transformers' name, dimension along which shards split it)."""
+    """Meta's name: (transformers' name, dimension along which shards split it)."""
     names = {f"{name}.weight": (f"{new}.weight", split) for name, (new, split) in _OUTSIDE.items()}
     for i in range(layers):
         names |= {f"layers.{i}.{n}.weight": (f"model.layers.{i}.{new}.weight", split) for n, (new, split) in _LAYER.items()}
@@ -97,8 +97,8 @@ def _check_shapes(config: LlamaConfig, shapes: dict[str, tuple[int, ...]], shard
     """ValueError where the joined tensors' shapes, or the delta's, are not those of transformers' model."""
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
-    official = {new: name for name, (new, _) in _names(config.num_hidden_layers).items()}
-    if wrong := [f"{official[new]} {shape}, not {wanted[new]}" for new, shape in shapes.items() if shape != wanted[new]]:
+    original = {new: name for name, (new, _) in _names(config.num_hidden_layers).items()}
+    if wrong := [f"{original[new]} {shape}, not {wanted[new]}" for new, shape in shapes.items() if shape != wanted[new]]:
         raise ValueError(f"misshapen over {shards} shard(s) (is one missing?): {'; '.join(wrong[:5])}")
     if unlike := [name for name, shape in wanted.items() if name in delta and tuple(delta[name].shape) != shape]:
         raise ValueError(f"the delta's {unlike[0]} is {tuple(delta[unlike[0]].shape)}, not {wanted[unlike[0]]}: made for another LLaMA")

@@ -1,5 +1,5 @@
-"""Files of tensors, read without running what they may hold: pickles by ``torch.load(weights_only=True)`` alone, safetensors, and
-TorchScript archives, whose tensors are read as a pickle's and whose code is not."""
+"""Safe reader of tensor files: pickles by ``torch.load(weights_only=True)`` alone, safetensors, and the tensors of TorchScript archives,
+whose code is not run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from fastpeft.convert.blip_names import listing
+from fastpeft.convert.tensors import listing
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def read_file(path: Path) -> Contents:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """ValueError for a damaged file."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -163,11 +164,12 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
     return dict(_tensors(module, "", ()))
 
 
-def _tensors(module: Attributes, prefix: str, outer: tuple) -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: Attributes, path: str, outer: tuple) -> Iterator[tuple[str, Tensor]]:
+    """Tensors inside ``module`` by dotted names that begin with ``path``; ``outer``: the modules around it."""
     if any(module is one for one in outer):
-        raise ValueError(f"a TorchScript module that holds itself, as {prefix[:-1]}")
+        raise ValueError(f"a TorchScript module that holds itself, as {path[:-1]}")
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
-            yield prefix + name, value
+            yield path + name, value
         elif isinstance(value, Attributes):
-            yield from _tensors(value, f"{prefix}{name}.", (*outer, module))
+            yield from _tensors(value, f"{path}{name}.", (*outer, module))

@@ -1,1 +1,1 @@
-"""What a training step computes and holds: measured (profile, activations), estimated, and kept within a memory budget."""
+"""Cost of a training step: measured (profile, activations), estimated, and kept within a memory budget."""

@@ -1,24 +1,24 @@
-"""What a training step would keep for backward and could compute again, layer by layer, found by one forward pass that keeps nothing."""
+"""Activation profile of a training step, layer by layer, from one forward pass that keeps nothing: saved bytes, and those that backward
+could recompute."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.cost.profile import CPU_ATTENTION
 from fastpeft.fused.flatten import sees_no_values
 from fastpeft.fused.projections import Recomputes
+from fastpeft.ops._private import StorageWeakRef, TorchDispatchMode, tree_iter
 
 RANDOM_STATE = 5056  # bytes of the CPU generator's state, which a layer's recomputation keeps
 
@@ -93,72 +93,86 @@ class _Transient(TorchDispatchMode):
         return out
 
 
-def profile_activations(model: nn.Module, run: Callable[[], Tensor]) -> ActivationProfile:
-    """What a step of ``run`` (forward to the loss) would keep and could compute again. Random state and gradients stay as they are."""
-    own, kept = _Storages(), _Storages()
-    for t in (*model.parameters(), *model.buffers()):
-        own.add(t)
-    layers, made, shared, at = defaultdict(Layer), {}, _Storages(), [""]
-    counter, transient = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION), _Transient()
+class _Recorder:
+    """Profile of one forward pass, filled in by hooks on layers, saved tensors and projections."""
 
-    def forget(tensor: Tensor) -> None:
+    def __init__(self, model: nn.Module):
+        self.own, self.kept, self.shared = _Storages(), _Storages(), _Storages()
+        for t in (*model.parameters(), *model.buffers()):
+            self.own.add(t)
+        self.layers: dict[str, Layer] = defaultdict(Layer)
+        self.projected: dict[int, tuple[RecomputablePiece, StorageWeakRef]] = {}  # address of a projection's output -> its piece
+        self.stack = [""]  # names of the layers that run now
+        self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+    def pack(self, tensor: Tensor) -> None:
+        """Counts a tensor that autograd would keep, and keeps nothing."""
         address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        piece, storage = made.get(address, (None, None))
-        if piece is not None and not storage.expired():  # kept by someone who takes no recipe: nothing is gained
+        piece, storage = self.projected.get(address, (None, None))
+        if piece is not None and not storage.expired():  # an operator keeps the projection itself: recomputing frees nothing
             piece.freed -= size
-            layers[at[-1]].saved -= size
-            del made[address]
-        if not own.holds(tensor) and kept.add(tensor):
-            layers["" if shared.holds(tensor) else at[-1]].saved += size
+            self.layers[self.stack[-1]].saved -= size
+            del self.projected[address]
+        if not self.own.holds(tensor) and self.kept.add(tensor):
+            self.layers["" if self.shared.holds(tensor) else self.stack[-1]].saved += size
 
-    def enter(name, module, args):
-        at.append(name)
-        layers[name].flops -= counter.get_total_flops()
-        layers[name].input += RANDOM_STATE + (args[0].nbytes if args else 0)
+    @staticmethod
+    def unpack(_):
+        raise RuntimeError("profile_activations keeps nothing: it has no backward")
+
+    def enter(self, name: str, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of a layer."""
+        self.stack.append(name)
+        layer = self.layers[name]
+        layer.flops -= self.counter.get_total_flops()
+        layer.input += RANDOM_STATE + (args[0].nbytes if args else 0)
         for t in args[1:]:
             if isinstance(t, Tensor):
-                shared.add(t)  # what every layer reads, such as an image's states, no layer's recomputation frees
+                self.shared.add(t)  # what every layer reads, such as an image's states, no layer's recomputation frees
 
-    def leave(module, args, output):
-        layers[at.pop()].flops += counter.get_total_flops()
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        """Forward hook of a layer."""
+        self.layers[self.stack.pop()].flops += self.counter.get_total_flops()
 
-    def projected(name, module, call, x, linears):
-        before, new = counter.get_total_flops(), _Storages()
-        outputs = type(module).projected(module, call, x, linears)
-        piece = layers[at[-1]].pieces.setdefault(name, RecomputablePiece())
-        piece.flops += counter.get_total_flops() - before
+    def observe(self, name: str, project: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``project()``, the projections of module ``name``; their FLOPs and bytes go to the layer's pieces."""
+        before, new = self.counter.get_total_flops(), _Storages()
+        outputs = project()
+        layer = self.layers[self.stack[-1]]
+        piece = layer.pieces.setdefault(name, RecomputablePiece())
+        piece.flops += self.counter.get_total_flops() - before
         for y in outputs:
             if y.requires_grad and new.add(y):
-                made[y.untyped_storage().data_ptr()] = piece, StorageWeakRef(y.untyped_storage())
+                self.projected[y.untyped_storage().data_ptr()] = piece, StorageWeakRef(y.untyped_storage())
                 piece.freed += y.untyped_storage().nbytes()
-                layers[at[-1]].saved += y.untyped_storage().nbytes()
+                layer.saved += y.untyped_storage().nbytes()
         return outputs
 
-    hooks, before = [], []
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, Recomputes):
-                before.append((module, "recompute", module.recompute))
-                module.recompute, module.projected = True, partial(projected, name, module)
-            if isinstance(module, GradientCheckpointingLayer):
-                before.append((module, "gradient_checkpointing", module.gradient_checkpointing))
-                module.gradient_checkpointing = False
-                hooks += [module.register_forward_pre_hook(sees_no_values(partial(enter, name)))]
-                hooks += [module.register_forward_hook(sees_no_values(leave))]
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices), saved_tensors_hooks(forget, _no_backward), counter, transient:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in model.modules():
-            module.__dict__.pop("projected", None)
-        for module, name, value in before:
-            setattr(module, name, value)
-    saved, flops = sum(layer.saved for layer in layers.values()), int(counter.get_total_flops())
-    layers.pop("", None)
-    return ActivationProfile(saved, transient.peak, flops, dict(layers))
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Inside, modules report here; layers run without checkpoints, projections are marked for recomputation."""
+        with ExitStack() as undo:
+            for name, module in model.named_modules():
+                if isinstance(module, Recomputes):
+                    undo.callback(setattr, module, "recompute", module.recompute)
+                    undo.callback(delattr, module, "observer")
+                    module.recompute, module.observer = True, partial(self.observe, name)
+                if isinstance(module, GradientCheckpointingLayer):
+                    undo.callback(setattr, module, "gradient_checkpointing", module.gradient_checkpointing)
+                    module.gradient_checkpointing = False
+                    undo.callback(module.register_forward_pre_hook(sees_no_values(partial(self.enter, name))).remove)
+                    undo.callback(module.register_forward_hook(sees_no_values(partial(self.leave))).remove)
+            yield
 
 
-def _no_backward(_):
-    raise RuntimeError("a survey keeps nothing: it has no backward")
+def profile_activations(model: nn.Module, run: Callable[[], Tensor]) -> ActivationProfile:
+    """Profile of a training step whose forward, to the loss, is ``run``. It keeps nothing for backward. Random state and gradients stay as
+    they are."""
+    recorder, transient = _Recorder(model), _Transient()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    keep_nothing = saved_tensors_hooks(recorder.pack, recorder.unpack)
+    with recorder.attached(model), torch.random.fork_rng(devices), keep_nothing, recorder.counter, transient:
+        run()
+    saved, flops = sum(layer.saved for layer in recorder.layers.values()), int(recorder.counter.get_total_flops())
+    recorder.layers.pop("", None)
+    return ActivationProfile(saved, transient.peak, flops, dict(recorder.layers))

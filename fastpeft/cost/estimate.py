@@ -1,4 +1,4 @@
-"""What a training step costs, without running it: the step's own code on tensors that have shapes and no data.
+"""Estimate of a training step's cost, without running it: the step's own code on tensors that have shapes and no data.
 
 Everything large (weights, activations, gradients) is fake; token ids, masks and indices, which decide what is computed, are real. So FLOPs
 and saved bytes are those of the step that the trainer measures, and the peak is followed storage by storage through forward and backward.
@@ -11,21 +11,20 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastpeft.cost.profile import measure
-from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, frozen_prefix
+from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
-from fastpeft.models import family_of, parts_of
-from fastpeft.models.miss import MissForQuestionAnswering
+from fastpeft.models import Family, ModelSource, family_of, parts_of, resolve
 from fastpeft.models.quantize import quantizable, quantized_bytes
+from fastpeft.ops._private import FakeTensor, FakeTensorMode, storage_id, tree_iter, tree_map_only, without_dispatch_modes
 from fastpeft.optimize import optimize
 from fastpeft.options import bytes_of
 from fastpeft.plan import Plan, adapt, build
@@ -63,6 +62,32 @@ class Estimate:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is estimated: arguments of :func:`estimate`, checked."""
+
+    batch_size: int
+    seq_len: int | None
+    answer_len: int | None
+    dtype: str
+    questions_per_image: int
+    feature_cache: bool
+    gradient_accumulation: int
+    optimized: bool
+    quantize: str | None
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        sizes = {name: getattr(self, name) for name in ("batch_size", "questions_per_image", "gradient_accumulation")}
+        sizes |= {name: value for name in ("seq_len", "answer_len") if (value := getattr(self, name)) is not None}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+        if self.quantize and not self.optimized:
+            raise ValueError(f"quantize={self.quantize!r} has no plain counterpart, which writes a quantised base out: leave one out")
+
+
 class _Tracker(FakeTensorMode):
     """Fake tensors, except where all operands of an operator are real; knows the bytes that fake storages hold, and the most so far."""
 
@@ -74,7 +99,7 @@ class _Tracker(FakeTensorMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         if not self.building and not any(isinstance(t, FakeTensor) for t in given):
-            with torch._C._DisableTorchDispatch():
+            with without_dispatch_modes():
                 return func(*args, **kwargs)
         if not self.building:
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
@@ -93,7 +118,7 @@ class _Tracker(FakeTensorMode):
         return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor.detach())
 
     def _follow(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_id(storage), storage.nbytes()
         if key in self.sizes:
             return
         self.sizes[key] = size
@@ -106,7 +131,7 @@ class _Tracker(FakeTensorMode):
 
 
 def estimate(
-    model: str | nn.Module,
+    model: str | Path | ModelSource | nn.Module,
     plan: str | Plan,
     *,
     batch_size: int = 20,
@@ -125,37 +150,36 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what a frozen prefix computes is kept, so it is not in the step. optimized=False: the
+    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. optimized=False: the
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
     own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
     out. ValueError names what cannot be.
     """
-    dtype = {v: k for k, v in DTYPES.items()}.get(dtype, dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    sizes = {"batch_size": batch_size, "questions_per_image": questions_per_image, "gradient_accumulation": gradient_accumulation}
-    sizes |= {name: value for name, value in (("seq_len", seq_len), ("answer_len", answer_len)) if value is not None}
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
-    how = {"seq_len": seq_len, "answer_len": answer_len, "dtype": dtype, "questions_per_image": questions_per_image}
-    how |= {"feature_cache": feature_cache, "gradient_accumulation": gradient_accumulation, "optimized": optimized}
-    how["quantize"] = quantize or getattr(model, "fastpeft_source", {}).get("quantize")
-    if how["quantize"] and not optimized:
-        raise ValueError(f"quantize={how['quantize']!r} has no plain counterpart, which writes a quantised base out: leave one out")
+    step = _Step(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        answer_len=answer_len,
+        dtype={v: k for k, v in DTYPES.items()}.get(dtype, dtype),
+        questions_per_image=questions_per_image,
+        feature_cache=feature_cache,
+        gradient_accumulation=gradient_accumulation,
+        optimized=optimized,
+        quantize=quantize or getattr(model, "fastpeft_source", {}).get("quantize"),
+    )
+    model = model if isinstance(model, nn.Module) else resolve(model)
 
-    def run(batch: int, **other) -> Estimate:
-        return _estimate(model, plan, batch, **{**how, **other}, options=options, on_cpu=gpu_memory is None)
+    def run(**change) -> Estimate:
+        return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None)
 
-    result = run(batch_size)
+    result = run()
     if gpu_memory is None:
         return result
     room = bytes_of(str(gpu_memory)) - int(RESERVE)
     result.fits = result.peak_bytes <= room
-    result.largest_batch_size = _largest(lambda n: run(n).peak_bytes, batch_size, result.peak_bytes, room)
+    result.largest_batch_size = _largest(lambda n: run(batch_size=n).peak_bytes, batch_size, result.peak_bytes, room)
     if not result.fits:
-        result.advice = _advice(run, batch_size, how, room)
+        result.advice = _advice(run, step, room)
     result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU are left for the CUDA context, workspaces and fragmentation")
     return result
 
@@ -187,35 +211,37 @@ def _largest(peak: Callable[[int], int], batch: int, known: int, room: int) -> i
     return low
 
 
-def _advice(run, batch: int, how: dict, room: int) -> list[str]:
+def _advice(run: Callable[..., Estimate], step: _Step, room: int) -> list[str]:
     """Options that cost least first, each with its own peak."""
-    tried = [
-        ("keep what the frozen image encoder, or it and the question encoder, computes (feature_cache)", batch, {"feature_cache": True}),
-        ("5 questions per image (questions_per_image)", batch, {"questions_per_image": min(5, batch)}),
-        ("bf16 weights and activations (dtype)", batch, {"dtype": "bf16"}),
+    batch = step.batch_size
+    options = [
+        ("keep what the frozen image encoder, or it and the question encoder, computes (feature_cache)", {"feature_cache": True}),
+        ("5 questions per image (questions_per_image)", {"questions_per_image": min(5, batch)}),
+        ("bf16 weights and activations (dtype)", {"dtype": "bf16"}),
     ]
     parts, n = 2, batch
     while n > 1:
         n = -(-batch // parts)
-        tried.append((f"{parts} batches of {n} per step (gradient_accumulation)", n, {"gradient_accumulation": parts}))
+        options.append((f"{parts} batches of {n} per step (gradient_accumulation)", {"batch_size": n, "gradient_accumulation": parts}))
         parts *= 2
     advice = []
-    for what, size, change in tried:
-        if all(how[name] == value for name, value in change.items()):
+    for what, change in options:
+        if replace(step, **change | {"batch_size": batch}) == step:
             continue
-        peak = run(size, **change).peak_bytes
+        peak = run(**change).peak_bytes
         advice.append(f"{what}: {peak / 1e9:.2f} GB, {'fits' if peak <= room else 'does not fit'}")
         if peak <= room:
             break
     return advice
 
 
-def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_image, feature_cache, gradient_accumulation, optimized,
-              quantize, options, on_cpu) -> Estimate:  # fmt: skip
-    tracker, (network, name) = _Tracker(), _meta_model(model, DTYPES[dtype], quantize)
+def _estimate_step(model: ModelSource | nn.Module, plan: str | Plan, step: _Step, options: dict[str, Any], on_cpu: bool) -> Estimate:
+    """The estimate of one step; ``on_cpu``: with the process around it."""
+    dtype = DTYPES[step.dtype]
+    tracker, (network, name) = _Tracker(), _meta_model(model, dtype, step.quantize)
     adapt(network, plan, **options)
-    less, written = _quantized(network, quantize, DTYPES[dtype]) if quantize else (0, 0)
-    if not optimized:
+    less, written = _quantized(network, step.quantize, dtype) if step.quantize else (0, 0)
+    if not step.optimized:
         network = plain(network, attention="eager")
     with tracker:
         _fill(network)
@@ -224,7 +250,7 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
         trained = [p for p in network.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("nothing to train: the plan freezes every part")
-        inputs = _inputs(network, batch, seq_len, answer_len, questions_per_image, feature_cache, DTYPES[dtype])
+        inputs = _inputs(network, step.batch_size, step.seq_len, step.answer_len, step.questions_per_image, step.feature_cache, dtype)
         tracker.building = False
         with _no_collection():
             before = tracker.live
@@ -235,14 +261,13 @@ def _estimate(model, plan, batch, *, seq_len, answer_len, dtype, questions_per_i
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
     optimizer = sum(8 * p.numel() for p in trained) + sum(4 * p.numel() for p in halves)
     gradients = sum(p.numel() * max(4, p.element_size()) for p in trained)
-    held = gradients if gradient_accumulation > 1 else 0
-    step = weights + optimizer + gradients
-    peak = max(weights + optimizer + held + tracker.peak - before + written, step)
+    held = gradients if step.gradient_accumulation > 1 else 0
+    peak = max(weights + optimizer + held + tracker.peak - before + written, weights + optimizer + gradients)
     process = psutil.Process().memory_info().rss if on_cpu else 0
     notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
     return Estimate(
-        name, str(network.fastpeft_plan), batch, dtype, cost.flops / batch, weights, gradients, optimizer, cost.saved_bytes,
-        peak + process, process, cost.flops_by_part, notes=notes,
+        name, str(network.fastpeft_plan), step.batch_size, step.dtype, cost.flops / step.batch_size, weights, gradients, optimizer,
+        cost.saved_bytes, peak + process, process, cost.flops_by_part, notes=notes,
     )  # fmt: skip
 
 
@@ -271,7 +296,7 @@ def _quantized(network: nn.Module, quantize: str, dtype: torch.dtype) -> tuple[i
     return less, max(blocks.values())
 
 
-def _meta_model(model: str | nn.Module, dtype: torch.dtype, quantize: str | None = None) -> tuple[nn.Module, str]:
+def _meta_model(model: ModelSource | nn.Module, dtype: torch.dtype, quantize: str | None) -> tuple[nn.Module, str]:
     """The backbone without data, and what to call it."""
     if not isinstance(model, nn.Module):
         network, name = build(model, device="meta", dtype=dtype, quantize=quantize), str(model)
@@ -297,21 +322,23 @@ def _fill(network: nn.Module) -> None:
                 table[name] = made[id(tensor)][1]
 
 
-def _check_lengths(network: nn.Module, is_miss: bool, length: int, answer: int | None) -> None:
-    room = network.config.text_config.max_position_embeddings if is_miss else None
-    for name, tokens in (("seq_len", length), ("answer_len", answer)):
-        if room is not None and tokens > room:
-            raise ValueError(f"{name}={tokens} is more than the model's {room} positions")
-    least = (answer or 1) + (0 if is_miss else family_of(network).image_tokens(network.config))
-    if not is_miss and length < least:
+def _check_lengths(config, family: Family, length: int, answer: int | None) -> None:
+    """ValueError where the model has no room for so many tokens, or a sample none for its image and answer."""
+    if family.kind == "vqa":
+        room = config.text_config.max_position_embeddings
+        for name, tokens in (("seq_len", length), ("answer_len", answer)):
+            if tokens > room:
+                raise ValueError(f"{name}={tokens} is more than the model's {room} positions")
+    elif length < (least := (answer or 1) + family.image_tokens(config)):
         raise ValueError(f"seq_len={length} leaves no room: image and answer alone take {least} tokens")
 
 
 def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
     """A batch without padding: ids and indices with data, pixels and features without."""
-    kept = frozen_prefix(network) if feature_cache else None
-    config, images, is_miss = network.config, -(-batch // per_image), isinstance(network, MissForQuestionAnswering)
-    length, answer = (seq_len or 20, answer_len or 6) if is_miss else (seq_len or 512, answer_len)
+    family = family_of(network)
+    kept = longest_frozen_stages(network) if feature_cache else None
+    config, images, is_vqa = network.config, -(-batch // per_image), family.kind == "vqa"
+    length, answer = (seq_len or 20, answer_len or 6) if is_vqa else (seq_len or 512, answer_len)
     vision = getattr(config, "vision_config", None)
     inputs: dict[str, Tensor] = {}
     if kept is QuestionStates:
@@ -323,17 +350,17 @@ def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype
                 inputs["image_embeds"] = torch.empty_like(network.encode_images(pixels))
         else:
             inputs["pixel_values"] = pixels
-    _check_lengths(network, is_miss, length, answer)
+    _check_lengths(config, family, length, answer)
     real = {"input_ids": (batch, length), "labels": (batch, length)}
-    if is_miss:
+    if is_vqa:
         real |= {"attention_mask": (batch, length), "labels": (batch, answer)}
-    with torch._C._DisableTorchDispatch():  # real: what they hold decides what is computed
+    with without_dispatch_modes():  # real: what they hold decides what is computed
         inputs |= {name: torch.ones(shape, dtype=torch.long) for name, shape in real.items()}
         if vision is not None:
             inputs["image_index"] = torch.arange(batch) // per_image
-        if not is_miss:
+        if not is_vqa:
             inputs["labels"][:, : length - (answer or max(1, length // 4))] = -100
-            tokens = family_of(network).image_tokens(config)
+            tokens = family.image_tokens(config)
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
     return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}

@@ -1,8 +1,8 @@
-"""Activation memory to order: what backward computes again, so that a training step fits a budget of bytes.
+"""Memory budget: chooses what backward recomputes so that a training step fits in so many bytes.
 
-For a layer there are, each at its own price in FLOPs per byte:
+A layer has these options, each at its own price in FLOPs per byte:
 
-| computed again | keeps                     | how                                                                                  |
+| recomputed     | keeps                     | how                                                                                  |
 |----------------|---------------------------|--------------------------------------------------------------------------------------|
 | projections    | the norm's input          | q, k, v, or the feed-forward's hidden layer, from what the norm keeps (ops/_recompute.py) |
 | layer          | the layer's input         | torch.utils.checkpoint, drawing the same random numbers                               |
@@ -12,7 +12,7 @@ memory than inference. :func:`choose` takes the cheapest FLOPs per byte first un
 
     weights + gradients + optimiser state + saved for backward + 1.5 x forward's transient + the largest piece computed again
 
-Neither Python itself, nor a data set's cache, nor CUDA's context is in it. Nothing here changes a result beyond rounding.
+The estimate leaves out Python itself, a data set's cache and CUDA's context. Recomputation changes no result beyond rounding.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def choose(found: ActivationProfile, fixed: int, budget: int) -> Recomputation:
 
     ``fixed``: bytes that do not depend on it (:func:`fixed_bytes`). ValueError, naming the least possible, where nothing suffices.
     """
-    picked, chosen = [], _estimate(found, fixed, ())
+    picked, chosen = [], _recomputation(found, fixed, ())
     least = chosen.peak
     while chosen.peak > budget:
         options = list(_options(found, picked))
@@ -84,12 +84,12 @@ def choose(found: ActivationProfile, fixed: int, budget: int) -> Recomputation:
                 f"({readable(fixed)} of it weights, gradients and optimiser state): lower batch_size, or allow as much"
             )
         picked.append(min(options)[1:])
-        chosen = _estimate(found, fixed, picked)
+        chosen = _recomputation(found, fixed, picked)
         least = min(least, chosen.peak)
     for pick in picked[::-1]:  # the last may have freed more than was missing
         without = [p for p in picked if p != pick]
-        if _estimate(found, fixed, without).peak <= budget:
-            picked, chosen = without, _estimate(found, fixed, without)
+        if _recomputation(found, fixed, without).peak <= budget:
+            picked, chosen = without, _recomputation(found, fixed, without)
     return chosen
 
 
@@ -108,7 +108,8 @@ def _options(found: ActivationProfile, picked: list[tuple[str, str]]) -> Iterabl
             yield flops / freed, name, ""
 
 
-def _estimate(found: ActivationProfile, fixed: int, picked: Iterable[tuple[str, str]]) -> Recomputation:
+def _recomputation(found: ActivationProfile, fixed: int, picked: Iterable[tuple[str, str]]) -> Recomputation:
+    """The estimate with what is picked recomputed: pairs as of :func:`_options`."""
     whole = {layer for layer, module in picked if not module}
     pieces = {module: found.layers[layer].pieces[module] for layer, module in picked if module and layer not in whole}
     layers = [found.layers[name] for name in whole]
@@ -132,7 +133,7 @@ def apply(model: nn.Module, modules: Iterable[str] = (), layers: Iterable[str] =
 
 
 class MemoryBudget:
-    """Keeps a run under ``limit`` (bytes, or text such as "6GB"): surveys its first batch, and again every batch that might not fit what
+    """Keeps a run under ``limit`` (bytes, or text such as "6GB"): profiles its first batch, and again every batch that might not fit what
     was chosen. ``fit(inputs)`` before each forward is all a training loop has to add."""
 
     def __init__(self, model: nn.Module, limit: int | str):

@@ -1,4 +1,4 @@
-"""What a step costs: FLOPs, bytes saved for backward (both exact, by part), and the memory the process holds."""
+"""Profile of a step: FLOPs and bytes saved for backward (both exact, by part), and the process's memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fastpeft.fused.flatten import sees_no_values
 from fastpeft.models import parts_of
+from fastpeft.ops._private import storage_id
 
 OUTSIDE, BACKWARD = "other", "backward"
 
@@ -59,18 +60,18 @@ CPU_ATTENTION = {
 def measure(model: nn.Module):
     """Count what runs inside, forward and backward of one step; yields a :class:`StepCost` that is filled in on exit."""
     cost, at = StepCost(), [OUTSIDE]
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept = WeakValueDictionary()  # address -> _Storage; weak, so that measuring frees memory when autograd does
+    own = {storage_id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+    kept = WeakValueDictionary()  # by storage; weak, so that measuring frees memory when autograd does
     saved, flops = defaultdict(int), defaultdict(int)
 
     def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, _Storage | None]:
         storage = tensor.untyped_storage()
-        address = storage._cdata  # of the storage, not its memory: fake tensors have none
-        if address in own:
+        identity = storage_id(storage)
+        if identity in own:
             return tensor, None
-        token = kept.get(address)
+        token = kept.get(identity)
         if token is None:
-            token = kept[address] = _Storage()
+            token = kept[identity] = _Storage()
             saved[at[-1]] += storage.nbytes()
         return tensor, token
 
@@ -126,5 +127,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
+    """Start CUDA's peak anew; a process's own cannot be."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Batches of token ids for causal language models, padded or packed, and batches of like lengths.
+"""Collator and sampler for causal language models: padded or packed batches, and batches of similar lengths.
 
 B = samples in a batch, L = tokens of the longest, T = tokens of all, U = distinct images, S = image size.
 """
@@ -11,9 +11,8 @@ from itertools import accumulate
 
 import torch
 
-from fastpeft.data.dataset import batch_images
+from fastpeft.data.dataset import IGNORE_INDEX, batch_images
 from fastpeft.data.vqa import EpochSampler
-from fastpeft.fused.layout import IGNORE_INDEX
 
 
 class CausalCollator:
@@ -57,9 +56,9 @@ class CausalCollator:
 class LengthGroupedSampler(EpochSampler):
     """An `EpochSampler` whose batches hold samples of like length, so that padding is short; for padded batches.
 
-    The epoch's order is cut into pools of `pool` batches, sorted by length within, cut into batches, and the batches shuffled:
-    the smaller `pool`, the nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes once
-    per epoch; a batch's lengths are alike, so its expected gradient isn't that of a plain batch, though the epoch's is.
+    The epoch's order is divided into pools of `pool` batches; each pool is sorted by length and divided into batches; then all batches are
+    shuffled. A smaller `pool` is nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes
+    once per epoch. Within a batch lengths are similar, so its expected gradient differs from a plain batch's; the epoch's does not.
     """
 
     def __init__(self, data, batch_size: int, seed: int = 0, pool: int = 50, drop_last: bool = False):

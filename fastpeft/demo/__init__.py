@@ -1,1 +1,1 @@
-"""`make demo` and its data: drawn images with questions about them."""
+"""Demo (`make demo`) and its data: drawn images with questions about them."""

@@ -1,4 +1,4 @@
-"""`make demo`: adapt a small medical-VQA model from one scanner to another, and see what each plan costs and gains.
+"""Demo (`make demo`): adapts a small medical-VQA model from one scanner to another, and compares plans by cost and accuracy.
 
     python -m fastpeft.demo [--plan LoRA/LoRA/LoRA] [--steps 120] [--out demo-run]
 

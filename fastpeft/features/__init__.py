@@ -1,1 +1,1 @@
-"""Outputs of frozen stages, computed once and kept: in memory or in files found by content."""
+"""Cache of frozen stages' outputs, in memory or in files keyed by content."""

@@ -1,4 +1,4 @@
-"""A frozen prefix's output is a constant of the image, or of the question about it: compute it once, and train on what is kept."""
+"""Cache of frozen stages' outputs: constants of an image, or of a question about it, are computed once and kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastpeft
-from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, frozen_prefix
+from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.features.store import FeatureStore
 from fastpeft.methods import Frozen
 from fastpeft.methods.quantized import pieces_of
@@ -24,10 +24,10 @@ from fastpeft.methods.quantized import pieces_of
 CHUNK = 16  # images encoded at a time
 
 
-def identity_of(prefix: ImageFeatures, dtype: torch.dtype) -> dict[str, Any]:
-    """What outputs depend on beside their items: every weight of the prefix, to the bit, its modules, preprocessing, dtypes, versions."""
-    model, digest = prefix.model, hashlib.blake2b(digest_size=16)
-    roots = [part.of(model) for part in prefix.parts(model)]
+def identity_of(stages: ImageFeatures, dtype: torch.dtype) -> dict[str, Any]:
+    """What outputs depend on beside their items: every weight of the stages, to the bit, their modules, preprocessing, dtypes, versions."""
+    model, digest = stages.model, hashlib.blake2b(digest_size=16)
+    roots = [part.of(model) for part in stages.parts(model)]
     for root in roots:
         for name, tensor in sorted(root.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -37,29 +37,29 @@ def identity_of(prefix: ImageFeatures, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "weights": digest.hexdigest(),
         "modules": hashlib.blake2b(modules.encode(), digest_size=16).hexdigest(),
-        "preprocess": prefix.dataset.preprocess.to_dict(),
+        "preprocess": stages.dataset.preprocess.to_dict(),
         "dtypes": [str(next(roots[0].parameters()).dtype), str(dtype)],
         "versions": [fastpeft.__version__, torch.__version__],
     }
 
 
 class FeatureCache:
-    """Outputs of the longest frozen prefix by item (``prefix``: :class:`ImageFeatures` by image, :class:`QuestionStates` by image and
+    """Outputs of the longest frozen stages by item (``stages``: :class:`ImageFeatures` by image, :class:`QuestionStates` by image and
     question): in memory up to ``limit_bytes``, what does not fit in ``folder``, and without one computed again each time.
 
     With a ``folder`` all are written there (safetensors, see :class:`fastpeft.features.store.FeatureStore`), found again by the item's
     content and :func:`identity_of`, by later runs and by other processes. Outputs are those of evaluation mode and equal those of an
     uncached step up to the rounding of another batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
-    ``computed``, ``reused`` and ``loaded`` count items. ValueError where the model has no frozen prefix.
+    ``computed``, ``reused`` and ``loaded`` count items. ValueError where the model has no frozen stage.
     """
 
     def __init__(
         self, model: nn.Module, dataset, limit_bytes: int | None = None, folder: str | Path | None = None, dtype: torch.dtype | None = None
     ):
-        found = frozen_prefix(model, dataset)
+        found = longest_frozen_stages(model, dataset)
         if found is None:
             raise ValueError(f"there are no image features to keep: {ImageFeatures.why_not(model, dataset)}")
-        self.model, self.dataset, self.prefix = model, dataset, found(model, dataset)
+        self.model, self.dataset, self.stages = model, dataset, found(model, dataset)
         self.limit_bytes = psutil.virtual_memory().available // 3 if limit_bytes is None else limit_bytes
         self.dtype = next(model.parameters()).dtype if dtype is None else dtype
         self.folder = None if folder is None else Path(folder)
@@ -73,25 +73,25 @@ class FeatureCache:
 
     def prepare(self, progress: bool = True) -> None:
         """Compute the outputs of all samples' distinct items now, saying how large they will be. ValueError names an unreadable image."""
-        prefix, items = self.prefix, list(dict.fromkeys(self.prefix.items()))
+        stages, items = self.stages, list(dict.fromkeys(self.stages.items()))
         if not items:
             return
-        one = self.read(items[:1])[0].numel() * self.dtype.itemsize // prefix.tokens(items[0])
-        size = one * sum(map(prefix.tokens, items))
+        one = self.read(items[:1])[0].numel() * self.dtype.itemsize // stages.tokens(items[0])
+        size = one * sum(map(stages.tokens, items))
         where = "memory" if size <= self.limit_bytes else "memory and computed again beyond its limit"
         if self.folder is not None:
             where = str(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
             if size > free:
-                self.notes.append(f"{self.folder} has {free / 1e9:.1f} GB free, all {prefix.what} take {size / 1e9:.1f}: kept in memory")
+                self.notes.append(f"{self.folder} has {free / 1e9:.1f} GB free, all {stages.what} take {size / 1e9:.1f}: kept in memory")
                 self.folder = self.store = None
             elif self._slower_to_load(items[0]):
-                self.notes.append(f"{prefix.what} are computed again at every visit: that is faster here than to load them")
+                self.notes.append(f"{stages.what} are computed again at every visit: that is faster here than to load them")
                 self.folder, self.store, self.limit_bytes, self.kept, self.bytes = None, None, 0, {}, 0
                 return
-        told = f"encoding {len(items)} {prefix.unit}s ({size / 1e6:.0f} MB, {where})"
-        with tqdm(total=len(items), desc=told, unit=prefix.unit, disable=not progress, leave=False) as bar:
+        told = f"encoding {len(items)} {stages.unit}s ({size / 1e6:.0f} MB, {where})"
+        with tqdm(total=len(items), desc=told, unit=stages.unit, disable=not progress, leave=False) as bar:
             for chunk in self._chunks(items):
                 self.read(chunk)
                 bar.update(len(chunk))
@@ -101,7 +101,7 @@ class FeatureCache:
         """Those of 16 images at a time, an image's together."""
         by_image: dict[Path, list[Hashable]] = {}
         for item in items:
-            by_image.setdefault(self.prefix.image(item), []).append(item)
+            by_image.setdefault(self.stages.image(item), []).append(item)
         groups = list(by_image.values())
         for at in range(0, len(groups), CHUNK):
             yield [item for group in groups[at : at + CHUNK] for item in group]
@@ -120,10 +120,10 @@ class FeatureCache:
 
     def put_in(self, inputs: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
         """The model's ``inputs`` made of ``batch``, with what is kept in place of what it was computed from."""
-        items = self.prefix.items_of(batch)
+        items = self.stages.items_of(batch)
         if not items:
             return inputs
-        return {name: t for name, t in inputs.items() if name not in self.prefix.replaced} | {self.prefix.argument: self(items)}
+        return {name: t for name, t in inputs.items() if name not in self.stages.replaced} | {self.stages.argument: self(items)}
 
     def __call__(self, items: Sequence[Hashable]) -> Tensor:
         """[U, N, C], or [B, L, C] with zeros beyond a question's end; on the model's device, in its dtype."""
@@ -138,7 +138,7 @@ class FeatureCache:
         if missing and self.folder is not None:
             self._open()
         if self.store is not None:
-            stored = {item: self.store.get(self.prefix.key(item)) for item in missing}
+            stored = {item: self.store.get(self.stages.key(item)) for item in missing}
             loaded = {item: tensor for item, tensor in stored.items() if tensor is not None}
             self.loaded += len(loaded)
             found |= loaded
@@ -147,8 +147,8 @@ class FeatureCache:
         fresh = self._encode(missing)
         found |= fresh
         if self.store is not None:  # what was read from a file that then turned out to be damaged goes into a new one
-            absent = {item: tensor for item, tensor in found.items() if self.prefix.key(item) not in self.store}
-            self._write(lambda: self.store.put({self.prefix.key(item): tensor.clone() for item, tensor in absent.items()}))
+            absent = {item: tensor for item, tensor in found.items() if self.stages.key(item) not in self.store}
+            self._write(lambda: self.store.put({self.stages.key(item): tensor.clone() for item, tensor in absent.items()}))
         self._keep(fresh)
         self.computed += len(missing)
         self.reused += len(items) - len(missing)
@@ -158,10 +158,10 @@ class FeatureCache:
         """Each of its own memory: a view would hold its whole chunk."""
         reference, found = next(self.model.parameters()), {}
         for chunk in self._chunks(items):
-            images = dict.fromkeys(map(self.prefix.image, chunk))
+            images = dict.fromkeys(map(self.stages.image, chunk))
             pixels = torch.stack([self.dataset.pixels(path) for path in images]).to(reference.device, reference.dtype)
             with torch.no_grad():
-                outputs = self.prefix.outputs(chunk, self.model.encode_images(pixels))
+                outputs = self.stages.outputs(chunk, self.model.encode_images(pixels))
                 found |= {item: tensor.to("cpu", self.dtype, copy=True) for item, tensor in zip(chunk, outputs)}
         return found
 
@@ -173,14 +173,14 @@ class FeatureCache:
 
     def _open(self) -> None:
         if self.store is None and self.folder is not None:
-            self.store = FeatureStore(self.folder, identity_of(self.prefix, self.dtype))
+            self.store = FeatureStore(self.folder, identity_of(self.stages, self.dtype))
 
     def _write(self, write) -> None:
         try:
             write()
         except OSError as error:
             warnings.warn(
-                f"{self.folder} cannot be written ({error.strerror or error}): {self.prefix.what} are kept in memory only", stacklevel=3
+                f"{self.folder} cannot be written ({error.strerror or error}): {self.stages.what} are kept in memory only", stacklevel=3
             )
             self.folder = self.store = None
 
@@ -191,7 +191,7 @@ class FeatureCache:
 
     def note(self) -> str:
         """What it did, for the summary."""
-        kept = f"{len(self.kept)} {self.prefix.unit}s, {self.bytes / 1e6:.0f} MB in memory"
+        kept = f"{len(self.kept)} {self.stages.unit}s, {self.bytes / 1e6:.0f} MB in memory"
         kept += f", all in {self.folder}" if self.store is not None else ""
         counts = f"encoded {self.computed} times, reused {self.reused} times" + (f", {self.loaded} from disk" if self.loaded else "")
-        return "; ".join([f"{self.prefix.what} kept ({kept}): {counts}; not in flops_per_sample", *self.notes])
+        return "; ".join([f"{self.stages.what} kept ({kept}): {counts}; not in flops_per_sample", *self.notes])

@@ -1,8 +1,8 @@
-"""Frozen prefixes of a network: the parts from its input on whose output is a constant of the sample.
+"""Frozen stages of a network: its first parts, where their output is a constant of the sample.
 
 MISS runs image encoder, question encoder, answer decoder. With its image encoder frozen (F/x/y) a constant belongs to each image; with its
-question encoder frozen too (F/F/x), to each pair of an image and a question. A prefix says what its outputs are, what they belong to (an
-"item") and which of the model's arguments they stand in for; :mod:`fastpeft.features.cache` computes and keeps them.
+question encoder frozen too (F/F/x), to each pair of an image and a question. A class here says what its outputs are, what they belong to
+(an "item") and which of the model's arguments they replace; :mod:`fastpeft.features.cache` computes and keeps them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ImageFeatures:
     what, unit = "image features", "image"
     argument: ClassVar[str] = "image_embeds"
     replaced: ClassVar[tuple[str, ...]] = ("pixel_values",)
-    part_names: ClassVar[tuple[tuple[str, ...], ...]] = (("vit", "vision"),)  # each part of the prefix, by any of its names
+    stage_names: ClassVar[tuple[tuple[str, ...], ...]] = (("vit", "vision"),)  # each stage's part, by any of its names
 
     def __init__(self, model: nn.Module, dataset):
         self.model, self.dataset = model, dataset
@@ -37,8 +37,8 @@ class ImageFeatures:
 
     @classmethod
     def parts(cls, model: nn.Module) -> list[Part | None]:
-        """The prefix's parts; None for one that the model has not."""
-        return [next((part for part in parts_of(model) if part.name in names), None) for names in cls.part_names]
+        """The stages' parts; None for one that the model has not."""
+        return [next((part for part in parts_of(model) if part.name in names), None) for names in cls.stage_names]
 
     @classmethod
     def why_not(cls, model: nn.Module, dataset=None) -> str:
@@ -88,7 +88,7 @@ class QuestionStates(ImageFeatures):
     what, unit = "question states", "question"
     argument = "question_states"
     replaced = ("pixel_values", "image_index", "input_ids")
-    part_names = (("vit",), ("jtm",))
+    stage_names = (("vit",), ("jtm",))
 
     @classmethod
     def why_not(cls, model: nn.Module, dataset=None) -> str:
@@ -132,6 +132,6 @@ def _pairs(paths: Sequence[Path], encoded: dict[str, Tensor]) -> list[tuple[Path
     return [(path, tuple(ids[mask.bool()].tolist())) for path, ids, mask in rows]
 
 
-def frozen_prefix(model: nn.Module, dataset=None) -> type[ImageFeatures] | None:
-    """The longest prefix whose outputs are constants; None where there is none."""
-    return next((prefix for prefix in (QuestionStates, ImageFeatures) if not prefix.why_not(model, dataset)), None)
+def longest_frozen_stages(model: nn.Module, dataset=None) -> type[ImageFeatures] | None:
+    """The longest run of stages whose outputs are constants; None where there is none."""
+    return next((stages for stages in (QuestionStates, ImageFeatures) if not stages.why_not(model, dataset)), None)

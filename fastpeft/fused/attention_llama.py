@@ -79,17 +79,19 @@ class FusedLlamaAttention(Recomputes):
                 **kwargs,
             )
         shape, tables = hidden_states.shape[:-1], tuple(t.unsqueeze(-2) for t in position_embeddings)
-        l_v = output_factor(self.v_proj) if prefix is None else None  # a prefix's values l_v does not touch: it cannot wait for the output
+        # l_v moves to the output, except over a prefix, whose values it does not touch, or a cache, which a caller may read
+        values_raw = prefix is None and past_key_values is None
+        l_v = output_factor(self.v_proj) if values_raw else None
         if labelled is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = self.projected(partial(self._tables, linears, tables, layout, prefix is None), hidden_states, linears)
+            q, k, v = self.projected(partial(self._tables, linears, tables, layout, values_raw), hidden_states, linears)
             keys = layout
         else:
             layout, keys = labelled.queries, labelled.keys
             asked, hidden_states = (rows_of(hidden_states, index) for index in (labelled.tokens, labelled.seen))
             asking, tables = (tuple(t if index is None else t[index] for t in tables) for index in (labelled.tokens, labelled.seen))
             (q,) = self._tables((self.q_proj,), asking, layout, True, asked)
-            k, v = self._tables((self.k_proj, self.v_proj), tables, keys, prefix is None, hidden_states)
+            k, v = self._tables((self.k_proj, self.v_proj), tables, keys, values_raw, hidden_states)
             shape = asked.shape[:-1]
         if excitor is not None:
             k, v, prefix = self._with_excitor(excitor, k, v, prefix, hidden_states, keys, visual, tables)
@@ -97,7 +99,7 @@ class FusedLlamaAttention(Recomputes):
             k, v = past_key_values.update(k, v, self.layer_idx)
         context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"))
         if prompted is not None:
-            context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, prefix is None, past_key_values), prompted.gate)
+            context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, values_raw, past_key_values), prompted.gate)
         output = self._output(context, l_v, layout, shape)
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt

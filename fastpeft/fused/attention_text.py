@@ -9,12 +9,12 @@ from transformers.cache_utils import EncoderDecoderCache
 from fastpeft import ops
 from fastpeft.fused.attention import Attends, dense_mask_attention, reads_probabilities
 from fastpeft.fused.layout import LabelledQueries, Layout, rows_of
-from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project_one, project_together, rescaled
+from fastpeft.fused.projections import Recomputes, key_value_rescale, output_factor, project, project_one, project_together, rescaled
 from fastpeft.methods.adapted import linear_spec
 from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops.absorbed_attention import absorbed_attention, absorbed_pays
 from fastpeft.registry import fuses
-from fastpeft.savings import on
+from fastpeft.savings import forced, on
 
 
 @fuses("transformers.models.blip.modeling_blip_text.BlipTextSelfAttention", layout_aware=True)
@@ -46,8 +46,9 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         additive = mask is not None and mask.is_floating_point()
         if prefix is None and (additive or self.gives_probabilities(output_attentions)):
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
-        # where there is no prefix, which IA3 does not touch, l_k moves to the query and l_v to the output: it is then kept once, as it is
-        l_k, l_v = (output_factor(linear) if prefix is None else None for linear in (self.key, self.value))
+        # l_k moves to the query and l_v to the output, except over a prefix, which IA3 does not touch, or a cache, which a caller may read
+        folds = prefix is None and past_key_values is None
+        l_k, l_v = (output_factor(linear) if folds else None for linear in (self.key, self.value))
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
             context = self._absorbed(project_one(self.query, hidden_states), encoder_hidden_states, layout, l_k)
             return context if l_v is None else ops.rescale(context, l_v), None
@@ -63,12 +64,14 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         else:
             linears = (self.query, self.key, self.value)
 
-            def project(x):
+            def heads_of(x):
                 q, k, v = project_together(linears, x)
                 q = rescaled(self.query, q)  # l_k and l_v are attention's
+                if prefix is None and not folds:
+                    k, v = rescaled(self.key, k), rescaled(self.value, v)
                 return tuple(self._heads(t if layout is None else layout.pad(t)) for t in (q, k, v))
 
-            q, k, v = self.projected(project, hidden_states, linears)
+            q, k, v = self.projected(heads_of, hidden_states, linears)
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 k, v = cache.update(k, v, self.layer_idx)
@@ -96,13 +99,14 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         return context if l_v is None else ops.rescale(context, l_v)
 
     def _encoder_keys_values(self, states: Tensor, cache) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, N, d] of an image or a question before IA3's factors; an EncoderDecoderCache holds them from the first token on.
-        A plain cache belongs to self-attention: transformers would append the encoder's keys to it."""
+        """k, v [B, H, N, d] of an image or a question, before IA3's factors where there is no cache. An EncoderDecoderCache holds them from
+        the first token on. A plain cache belongs to self-attention: transformers would append the encoder's keys to it."""
         paired = isinstance(cache, EncoderDecoderCache)
         if paired and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        k, v = (self._heads(t) for t in project_together((self.key, self.value), states))
+        together = project_together if cache is None else project
+        k, v = (self._heads(t) for t in together((self.key, self.value), states))
         if paired:
             k, v = cache.cross_attention_cache.update(k, v, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
@@ -123,6 +127,8 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
             return False
         if any(isinstance(spec.projection.weight, QuantizedWeight) for spec in specs):
             return False
+        if (use := forced("absorb")) is not None:
+            return use
         shape = (layout.tokens / max(1, layout.rows), states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
 

@@ -34,7 +34,7 @@ def lean_logits(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in zip(models, before):
             if value is None:
-                del module.lean_logits
+                module.__dict__.pop("lean_logits", None)  # optimize or restore may have taken it back inside
             else:
                 module.lean_logits = value
 
@@ -70,7 +70,7 @@ def with_deferred_logits(output: ModelOutput, compute: Callable[[], Tensor], *mo
     def read() -> Tensor:
         if any(p._version != version for p, version in weights):
             raise RuntimeError("the head's weights were changed in place since this output was made: read output.logits before that")
-        with torch.set_grad_enabled(grad), torch.autocast(device, **cast):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device, **cast):
             return compute()
 
     own = type(output)
@@ -86,9 +86,11 @@ def _deferred(own: type[ModelOutput]) -> type[ModelOutput]:
 
     def settle(output: ModelOutput, *value: Tensor) -> ModelOutput:
         """``output`` as one of ``own``, with the logits given, or computed."""
+        if type(output) is own:  # a method bound before, or another thread's
+            return output
         logits = value[0] if value else object.__getattribute__(output, "_read_logits")()
         output.__class__ = own
-        del output._read_logits
+        output.__dict__.pop("_read_logits", None)
         if logits is None:
             object.__setattr__(output, "logits", None)
         else:
@@ -115,13 +117,12 @@ def _deferred(own: type[ModelOutput]) -> type[ModelOutput]:
         return self[key] if key in list(self) else default
 
     def set_item(self, key, value):
-        (settle(self, value) if key == "logits" else own).__setitem__(*(() if key == "logits" else (self,)), key, value)
+        own.__setitem__(settle(self, value) if key == "logits" else self, key, value)
 
     def set_attribute(self, name, value):
-        if name == "logits":
-            settle(self, value)
-        else:
-            own.__setattr__(self, name, value)
+        if name == "logits":  # None leaves the item, as ModelOutput does
+            self = settle(self) if value is None else settle(self, value)
+        own.__setattr__(self, name, value)
 
     def get_attribute(self, name):
         return vars(settle(self)) if name == "__dict__" else object.__getattribute__(self, name)
@@ -137,6 +138,6 @@ def _deferred(own: type[ModelOutput]) -> type[ModelOutput]:
 
 # what reads values without asking for one by its name
 READ_EVERYTHING = (
-    "__reduce__", "__reduce_ex__", "__eq__", "__ne__", "__repr__", "__or__", "__ror__", "__ior__",
+    "__reduce__", "__reduce_ex__", "__delattr__", "__eq__", "__ne__", "__repr__", "__or__", "__ror__", "__ior__",
     "copy", "items", "values", "popitem", "move_to_end", "to_tuple",
 )  # fmt: skip

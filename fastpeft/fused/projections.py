@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,20 @@ from fastpeft.ops.lora_linear import lora_linears
 
 
 class Recomputes:
-    """A module that can compute its projections again in backward instead of keeping them.
+    """A module that can recompute its projections in backward instead of saving them.
 
-    fastpeft.cost.memory_budget sets ``recompute``."""
+    fastpeft.cost.memory_budget sets ``recompute``. ``observer``, set by fastpeft.cost.activations, runs the projections and records
+    their cost."""
 
     recompute = False
+    observer: Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]] | None = None
 
     def projected(self, call: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, linears: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
         """``call(x)``, which runs ``linears``."""
+        run = partial(self._projected, call, x, linears)
+        return run() if self.observer is None else self.observer(run)
+
+    def _projected(self, call: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, linears: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
         if not self.recompute:
             return call(x)
         random = any(getattr(linear, "active_dropout", 0.0) > 0 for linear in linears)

@@ -151,7 +151,7 @@ class FusedLlamaModel:
         if mask is not None:
             tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
             past = 0 if cache is None else cache.get_seq_length()
-            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != past + tokens.shape[1]:
+            if not isinstance(mask, Tensor) or mask.shape != (tokens.shape[0], past + tokens.shape[1]):
                 return False
             if (
                 self.config._attn_implementation == "eager"
@@ -279,15 +279,16 @@ def _outside(output_mask: Tensor, mask: Tensor) -> bool:
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """Of every layer, inside PEFT's adaption prompt too."""
-    return [getattr(layer.self_attn, "model", layer.self_attn) for layer in model.layers[: model.config.num_hidden_layers]]
+    """Of every layer that has one, inside PEFT's adaption prompt too; a user may have put a module of his own in its place."""
+    layers = model.layers[: model.config.num_hidden_layers]
+    return [getattr(layer.self_attn, "model", layer.self_attn) for layer in layers if hasattr(layer, "self_attn")]
 
 
 def is_causal(model: nn.Module) -> bool:
     """False where its configuration or one of its attention layers was told not to be."""
     if getattr(model.config, "is_causal", None) is False:
         return False
-    return all(attention.is_causal for attention in attentions(model))
+    return all(getattr(attention, "is_causal", True) for attention in attentions(model))
 
 
 def output_asked(model: nn.Module, what: str, options: dict) -> bool:

@@ -22,27 +22,27 @@ SIZES = {"excitor-7b": ("L/14", "llama-7b"), "excitor-13b": ("L/14", "llama-13b"
 PARTS = (vision_part(), llama_part("llm", "llm"))
 
 
-class ExcitorConfig(VisionLanguageConfig):
+class ExcitorModelConfig(VisionLanguageConfig):
     """``vision_config.projection_dim`` is the width of what Excitor sees of an image."""
 
     model_type = "fastpeft-excitor"
 
 
-def excitor_config(name: str, **overrides) -> ExcitorConfig:
+def excitor_config(name: str, **overrides) -> ExcitorModelConfig:
     """``overrides``: ``vision_config`` and ``text_config``, mappings of what differs."""
     vision, text = SIZES[name]
     seen, read = vision_config(vision, **overrides.pop("vision_config", {})), llama_config(text, **overrides.pop("text_config", {}))
     if overrides:
         raise ValueError(f"an {name} has no {', '.join(overrides)}; overrides are vision_config and text_config")
-    return ExcitorConfig(vision_config=seen, text_config=read, architectures=["ExcitorForConditionalGeneration"])
+    return ExcitorModelConfig(vision_config=seen, text_config=read, architectures=["ExcitorForConditionalGeneration"])
 
 
 class ExcitorForConditionalGeneration(VisionLanguageModel):
     """``vision``: CLIP's image encoder with its projection; ``llm``: LlamaForCausalLM, with or without Excitors (plans over vision/llm)."""
 
-    config_class = ExcitorConfig
+    config_class = ExcitorModelConfig
 
-    def __init__(self, config: ExcitorConfig):
+    def __init__(self, config: ExcitorModelConfig):
         super().__init__(config)
         self.vision = CLIPVisionModelWithProjection(config.vision_config)
         for layer in self.llm.model.layers:
@@ -86,7 +86,7 @@ FAMILY = Family(
     kind="causal",
     known=ExcitorForConditionalGeneration,
     model=ExcitorForConditionalGeneration,
-    config=ExcitorConfig,
+    config=ExcitorModelConfig,
     parts=PARTS,
     configs={name: partial(excitor_config, name) for name in SIZES},
     template="alpaca",

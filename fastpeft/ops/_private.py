@@ -1,13 +1,19 @@
-"""PyTorch's private interfaces that the ops use, all in one place."""
+"""PyTorch's private interfaces that fastpeft uses, all in one place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
 
+__all__ = ["FakeTensor", "FakeTensorMode", "StorageWeakRef", "TorchDispatchMode", "tree_iter", "tree_map_only"]  # for fastpeft.cost
+
+without_dispatch_modes = torch._C._DisableTorchDispatch  # a context in which operators run as if no mode were on
 assert_async = torch._assert_async  # an assertion on the device, which the host does not wait for
 
 
@@ -16,6 +22,11 @@ def in_forward_mode(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """An identity of a storage while it lives; fake storages, which have no address, have one too."""
+    return storage._cdata
 
 
 def under_func_grad() -> bool:

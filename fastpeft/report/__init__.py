@@ -1,1 +1,1 @@
-"""A run's report.html."""
+"""HTML report of a run."""

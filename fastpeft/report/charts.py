@@ -1,4 +1,4 @@
-"""Curves of a training run as SVG paths, ticks and words; report.html.j2 draws them."""
+"""Charts of a training run: SVG paths, ticks and captions for report.html.j2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's report: one HTML file that needs nothing else, from what training leaves in its folder.
+"""HTML report of a run: one self-contained file, from the files in the run's folder.
 
     write_report("runs/a")                      # after training, which does so itself
     python -m fastpeft.report.report runs/a      # again, from the same files

@@ -1,1 +1,1 @@
-"""What each command does, from a model's name and a data folder to a run's files."""
+"""Bodies of the commands, from a model's name and a data folder to a run's files."""

@@ -1,4 +1,4 @@
-"""Runs on causal language models: their tokenizer, preprocessing, data (with images or without) and responses."""
+"""Causal language models in runs: their tokenizer, preprocessing, data (with images or without) and responses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
     """The samples of one split."""
-    how = {"languages": data.languages, "skip_bad": data.skip_bad, **text.reading()}
-    return load_instructions(data.data, split=split, split_file=split_file, **how)
+    reading = {"languages": data.languages, "skip_bad": data.skip_bad, **text.reading()}
+    return load_instructions(data.data, split=split, split_file=split_file, **reading)
 
 
 def model_for(
@@ -39,7 +39,8 @@ def model_for(
 ) -> tuple[nn.Module, Any, Preprocess | None]:
     """A backbone, its tokenizer, and its images' preprocessing (None where it sees none). The tokenizer is ``vocab``'s, else the model
     folder's, else learnt from the data. ``base``: more that :func:`fastpeft.build` takes (quantize, dtype)."""
-    source = resolve(model) if pretrained else resolve(model).without_weights()
+    source = resolve(model)
+    source = source if pretrained else source.without_weights()
     folder = source.folder
     if vocab is not None:
         tokenizer = load_causal_tokenizer(vocab)
@@ -72,8 +73,8 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
     vision = getattr(network.config, "vision_config", None)
     if vision is None:
         return None
-    whole = family_of(network).template == "lavin"
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if whole else (CLIP_MEAN, CLIP_STD)
+    squeezed = family_of(network).template == "lavin"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if squeezed else (CLIP_MEAN, CLIP_STD)
     path = None if folder is None else folder / "preprocessor_config.json"
     if path is not None and path.is_file():
         try:
@@ -81,7 +82,7 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
             mean, std = content.get("image_mean", mean), content.get("image_std", std)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
-    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not whole)
+    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not squeezed)
 
 
 def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
@@ -105,9 +106,9 @@ def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOption
     )
 
 
-def answer(network: nn.Module, asked: CausalDataset, tokenizer, **how) -> tuple[list[str], dict[str, Any]]:
-    """(responses, scores)."""
-    return respond_and_score(network, asked, **how)
+def answer(network: nn.Module, asked: CausalDataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:
+    """(responses, scores). ``generation``: batch_size, progress, and options of transformers' ``generate``."""
+    return respond_and_score(network, asked, **generation)
 
 
 def options_of(about: dict[str, Any]) -> TextOptions:

@@ -1,4 +1,4 @@
-"""`fastpeft chat`: a dialogue with a run's adapter."""
+"""Dialogue with a run's adapter (`fastpeft chat`)."""
 
 from __future__ import annotations
 

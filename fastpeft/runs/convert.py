@@ -1,4 +1,4 @@
-"""LaVIN's published adapters with their LLaMA and CLIP -> one folder that `build`, `train`, `eval` and `chat` take.
+"""Conversion of LaVIN's published adapters, with their LLaMA and CLIP, to one folder that `build`, `train`, `eval` and `chat` take.
 
 The folder is a LaVIN base (transformers' layout, the trained neck in it) and in ``adapter/`` what `save_adapter` writes, its tokenizer and
 preprocessing with it. The base is on disk alone: here it is on the meta device.
@@ -14,23 +14,24 @@ from torch import nn
 
 from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.convert.clip_files import lavin_vision
-from fastpeft.convert.clip_names import clip_from_official
-from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_from_official
-from fastpeft.convert.layouts import FORMATS, CheckpointFormat, convert
+from fastpeft.convert.clip_names import clip_to_transformers
+from fastpeft.convert.formats import FORMATS, CheckpointFormat, convert
+from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_to_fastpeft
 from fastpeft.convert.llama_files import Weights, no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming, read_file
-from fastpeft.convert.writing import ConversionReport, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
 from fastpeft.data import load_causal_tokenizer, save_tokenizer
 from fastpeft.data.causal import describe_prompts
+from fastpeft.files import atomic_folder
 from fastpeft.plan import adapt, build
 from fastpeft.runs.causal import clip_preprocess
 from fastpeft.runs.options import TextOptions
 
 
 def convert_run(source: str | Path, out: str | Path, image_size: int | None = None, overwrite: bool = False, **options) -> ConversionReport:
-    """`fastpeft.convert.layouts.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
+    """`fastpeft.convert.formats.convert`, and: a LaVIN adapter file, with ``llama=`` (LLaMA's original folder, or transformers' of one)
     and ``clip=`` (OpenAI's ViT-L-14.pt) -> a complete LaVIN. ``temperature=`` and ``adapter_scale=`` overrule what the file says of
-    its adapters; ``vicuna_delta=`` is the folder of what the official code adds to LLaMA where the file says use_vicuna."""
+    its adapters; ``vicuna_delta=`` is the folder of what LaVIN's code adds to LLaMA where the file says use_vicuna."""
     return convert(source, out, image_size, overwrite, formats=(LAVIN, *FORMATS), **options)
 
 
@@ -56,25 +57,25 @@ def _write_lavin(
     with naming(clip):
         if not clip.is_file():
             raise ValueError("no such file: give OpenAI's CLIP, such as ViT-L-14.pt")
-        vision, seen, _ = clip_from_official(read_file(clip).state, vision_heads)
+        vision, seen, _ = clip_to_transformers(read_file(clip).state, vision_heads)
     opened = open_llama(Path(llama).expanduser(), None if vicuna_delta is None else Path(vicuna_delta).expanduser())
     with naming(source):
-        lavin = lavin_from_official(contents.state, arguments, vision, opened.config, adapter_scale, temperature)
+        lavin = lavin_to_fastpeft(contents.state, arguments, vision, opened.config, adapter_scale, temperature)
         text = _text_options(arguments)
     # the tokenizer is read before gigabytes are written
     tokenizer = load_causal_tokenizer(opened.tokenizer[0].parent) if opened.tokenizer else None
     llm = ((f"llm.{name}", tensor) for name, tensor in opened.tensors)
-    with staged(out) as stage:
-        count = write_model(stage, lavin.config, chain(lavin_vision(seen), lavin.base.items(), llm), opened.tokenizer)
-        model = _adapted(stage, lavin)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, lavin.config, chain(lavin_vision(seen), lavin.base.items(), llm), opened.tokenizer)
+        model = _adapted(draft, lavin)
         about = {
             "base": {"model": str(out), "dtype": str(opened.config.dtype).removeprefix("torch.")},
-            "base_fingerprint": fingerprint(model, Weights(stage)),
+            "base_fingerprint": fingerprint(model, Weights(draft)),
         }
         if tokenizer is not None:
             about |= describe_prompts("lavin", text.max_length, lavin.config.visual_tokens, clip_preprocess(None, model), text.reading())
         write_more = None if tokenizer is None else (lambda folder: save_tokenizer(tokenizer, folder / "tokenizer"))
-        save_adapter(model, stage / "adapter", description=about, write_more=write_more)
+        save_adapter(model, draft / "adapter", description=about, write_more=write_more)
     count += sum(map(len, lavin.adapters.values()))
     notes = [*contents.notes("args"), *lavin.notes, *no_tokenizer(opened.tokenizer)]
     method = lavin.methods["llm"]
@@ -83,12 +84,13 @@ def _write_lavin(
 
 
 def _arguments(contents: Contents) -> dict[str, Any]:
+    """The training run's arguments, saved beside the tensors."""
     given = contents.beside.get("args")
     return given if isinstance(given, dict) else dict(getattr(given, "__dict__", {}))
 
 
 def _text_options(arguments: dict[str, Any]) -> TextOptions:
-    """Of the run's arguments, how it read ScienceQA; its sequences count the modality token, ours do not."""
+    """How the run read ScienceQA, from its arguments. Its sequences count the modality token, ours do not."""
     length = arguments.get("max_seq_len", SEQUENCE)
     if not isinstance(length, int) or length < 3:
         raise ValueError(f"its args give max_seq_len = {length!r}, and 3 or more is needed")

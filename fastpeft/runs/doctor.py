@@ -1,4 +1,4 @@
-"""What is here, and which backend serves each operator: for `fastpeft doctor`."""
+"""Environment report: versions, devices, and the backend of each operator (`fastpeft doctor`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def diagnose() -> dict[str, dict]:
     }
     environment["forced attention"] = attention_backends.CHOICE or "none"
     environment |= {name: "installed" if importlib.util.find_spec(name) else "not installed" for name in OPTIONAL}
-    # no operator of its own: it surrounds kernels of others
+    # attention registers no operator: it calls kernels of others
     attention = {"CPU": "composite (ATen's flash attention)", "CUDA": attention_backends.serving()}
     attention["CUDA"] += "; with a prefix, ATen's kernels and prefix_attention" if attention_backends.CHOICE in ("", "sdpa") else ""
     return {"environment": environment, "operators": {"attention": attention} | _library.backend_of()}

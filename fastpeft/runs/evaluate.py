@@ -1,4 +1,4 @@
-"""`fastpeft eval`: a run's adapter, loaded, answers a data set and is scored."""
+"""Evaluation of a run's adapter: loads it, answers a data set, scores the answers (`fastpeft eval`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
+from fastpeft.device import choose_device
 from fastpeft.evaluate import generation_settings, write_answers
-from fastpeft.evaluate.answers import choose_device
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of

@@ -1,4 +1,4 @@
-"""`fastpeft merge`: an adapter folded into its base, as a plain transformers folder."""
+"""Merging of an adapter into its base, as a plain transformers folder (`fastpeft merge`)."""
 
 from __future__ import annotations
 

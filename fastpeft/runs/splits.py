@@ -1,4 +1,4 @@
-"""Which samples a run trains on, and which it scores."""
+"""Splits of a run: the samples to train on, and those to score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastpeft train`: load, adapt, train, score."""
+"""Training run: load, adapt, train, score (`fastpeft train`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastpeft.files import write_json
-from fastpeft.methods import LoRA
-from fastpeft.models import ModelSource, parts_of, resolve
+from fastpeft.methods import LoRA, Part
+from fastpeft.models import ModelSource, resolve
 from fastpeft.models.family import Kind
 from fastpeft.models.quantize import check_quantize
 from fastpeft.plan import Plan, adapt, parse
@@ -42,17 +41,17 @@ def train_run(
     """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``quantize``: as
     :func:`fastpeft.build` takes it, from weights in the run's dtype. ``lora``: as :func:`plan_for`."""
     source, text = resolve(model), text or TextOptions()
-    run, how = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
+    run, model_options = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
     if quantize is not None:
         check_quantize(quantize, DTYPES[config.dtype], source)
-        how["base"] = {"quantize": quantize, "dtype": DTYPES[config.dtype]}
+        model_options["base"] = {"quantize": quantize, "dtype": DTYPES[config.dtype]}
     samples, held = load_splits(data, evaluate, read=run.read, text=text)
-    network, tokenizer, preprocess = run.model_for(source, samples, **how)
+    network, tokenizer, preprocess = run.model_for(source, samples, **model_options)
     torch.manual_seed(config.seed)  # new adapters are drawn at random
-    adapt(network, plan_for(network, plan, **lora))
-    read = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
-    dataset = run.dataset(network, samples, seed=config.seed, **read)
-    eval_dataset = run.dataset(network, held, prompts_only=True, **read) if evaluate and held is not None else None
+    adapt(network, plan_for(source.family.parts, plan, **lora))
+    reading = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
+    dataset = run.dataset(network, samples, seed=config.seed, **reading)
+    eval_dataset = run.dataset(network, held, prompts_only=True, **reading) if evaluate and held is not None else None
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
     trainer.notes += data_notes(samples) + dataset.notes
     trainer.notes += [f"to score: {note}" for note in (eval_dataset.notes if eval_dataset is not None else ())]
@@ -62,14 +61,14 @@ def train_run(
     return summary
 
 
-def plan_for(network: nn.Module, plan: str | dict, **lora) -> Plan:
-    """``plan`` (notation, YAML file or mapping), with those of ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None in all its
-    LoRA, over what it says itself. A plan without LoRA ignores them, as tables print a rank of their own for every row."""
+def plan_for(parts: tuple[Part, ...], plan: str | dict, **lora) -> Plan:
+    """``plan`` (notation, YAML file or mapping) for these parts. Options in ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None
+    replace those of all its LoRA. A plan without LoRA ignores them, as tables print a rank for every row."""
     given = {name: value for name, value in lora.items() if value is not None}
     LoRA(**given)  # bad values are errors in any plan
-    parsed = parse(plan, parts_of(network))
+    parsed = parse(plan, parts)
 
-    def told(method):
+    def with_options(method):
         return dataclasses.replace(method, **given) if isinstance(method, LoRA) else method
 
-    return Plan({part: tuple(map(told, methods)) for part, methods in parsed.treatments.items()})
+    return Plan({part: tuple(map(with_options, methods)) for part, methods in parsed.treatments.items()})

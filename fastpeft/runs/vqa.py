@@ -1,4 +1,4 @@
-"""Runs on models of visual question answering: their tokenizer, preprocessing, data and answers."""
+"""Visual question answering in runs: the models' tokenizer, preprocessing, data and answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def model_for(
     model: str | ModelSource, samples: SampleList, *, vocab: str | None = None, pretrained: bool = True, seed: int = 0
 ) -> tuple[nn.Module, Any, Preprocess]:
     """A backbone, its tokenizer and its preprocessing. The vocabulary is ``vocab``, else the model folder's, else learnt from the data."""
-    source = resolve(model) if pretrained else resolve(model).without_weights()
+    source = resolve(model)
+    source = source if pretrained else source.without_weights()
     folder = source.folder
     if vocab is not None:
         tokenizer = load_tokenizer(vocab)
@@ -91,7 +92,7 @@ def dataset(
     return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad)
 
 
-def answer(network: nn.Module, asked: VQADataset, tokenizer, **how) -> tuple[list[str], dict[str, Any]]:
-    """(answers, scores)."""
-    answers = answer_questions(network, asked, tokenizer, **how)
+def answer(network: nn.Module, asked: VQADataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:
+    """(answers, scores). ``generation``: batch_size, num_beams, progress."""
+    answers = answer_questions(network, asked, tokenizer, **generation)
     return answers, score(answers, asked.samples)

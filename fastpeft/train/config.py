@@ -1,4 +1,4 @@
-"""What a training run can be told."""
+"""Options of a training run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TrainConfig:
     feature_dtype: Annotated[Dtype | None, MEMORY] = None
     "fp32 or bf16, kept so (default: as computed)"
     memory_budget: Annotated[Size | None, MEMORY] = None
-    "such as 6GB: compute activations again in backward to keep weights, gradients, optimiser state and activations below it"
+    "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
     without: Annotated[Text | None, MEMORY] = None
     "savings to switch off: remake, labelled, absorb (see fastpeft.without)"
     num_workers: Annotated[CountOrZero, RUN, Option(names=("workers", "dataloader_num_workers"))] = 0

@@ -1,4 +1,4 @@
-"""AdamW over what a plan trains, with float32 masters under a bfloat16 base, and a warm-up and cosine schedule."""
+"""AdamW with float32 master weights under a half-precision base, and a warm-up and cosine schedule."""
 
 from __future__ import annotations
 

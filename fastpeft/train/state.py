@@ -1,4 +1,4 @@
-"""A run's checkpoint: trained parameters as safetensors, optimiser and random state, and where in the data it stands."""
+"""Checkpoint of a run: trained parameters as safetensors, optimiser and random state, and the position in the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save_state(folder: Path, model: nn.Module, optimizer, progress: dict[str, An
         state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
         try:
             torch.save(state, draft / "optimizer.pt")
-        except RuntimeError as error:  # how torch says that the disk is full
+        except RuntimeError as error:  # torch's error for a full disk
             raise OSError(f"{folder} cannot be written: {' '.join(str(error).split())[:200]}") from None
         (draft / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
 
@@ -43,7 +43,7 @@ def check_done(folder: Path, done: dict[str, Any], fresh: dict[str, Any]) -> Non
     """ValueError where what a run has done is not of the kinds that a fresh run starts with."""
     for name, first in fresh.items():
         value = done.get(name, first)
-        if first is None:  # what the first batch cost
+        if first is None:  # the cost of the first batch
             good = value is None or (isinstance(value, dict) and {"flops", "saved_bytes", "samples"} <= value.keys())
         elif isinstance(first, list):
             good = isinstance(value, list) and all(isinstance(v, int | float) for v in value)

@@ -1,46 +1,40 @@
-"""The training loop: one process, one device, nothing hidden."""
+"""Training loop: one process, one device."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import signal
-import statistics
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import fastpeft
 from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
-from fastpeft.cost.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
+from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import answer_and_score, generation_settings, write_answers
-from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
-from fastpeft.features.frozen_stages import frozen_prefix
-from fastpeft.files import recover_folder, write_json, write_text
+from fastpeft.features.frozen_stages import longest_frozen_stages
+from fastpeft.files import recover_folder, write_json
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
-from fastpeft.plan import count
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.interrupts import StopBetweenSteps
+from fastpeft.train.metrics import MetricsLog, keep_lines
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
-
-WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
+from fastpeft.train.summary import WINDOW, summary_of
 
 
 class Trainer:
@@ -72,7 +66,6 @@ class Trainer:
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
         self._plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
-        self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
@@ -93,7 +86,7 @@ class Trainer:
 
     def _feature_cache(self) -> FeatureCache | None:
         config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
-        if not (config.feature_cache and seen) or frozen_prefix(self.model, self.dataset) is None:
+        if not (config.feature_cache and seen) or longest_frozen_stages(self.model, self.dataset) is None:
             return None
         limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
         kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
@@ -112,41 +105,43 @@ class Trainer:
         left = self.total_batches - self.done["batches"]
         if self.features is not None and left >= len(self.sampler):  # every sample is visited: all at once, in full batches
             self.features.prepare(self.config.progress)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(without(*self.config.savings_off))
-            stack.enter_context(lean_logits(self.model))
-            self.metrics = stack.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
-            self.board = self._tensorboard(stack)
-            bar = stack.enter_context(
-                tqdm(total=self.total_steps, initial=self.done["step"], desc="training", unit="step", disable=not self.config.progress)
-            )
-            tracer = stack.enter_context(self._tracer())
-            stop = stack.enter_context(StopBetweenSteps())
+        with without(*self.config.savings_off), lean_logits(self.model):
+            self._train()
+        if self.features is not None:
+            self.features.flush()
+        if self.out:
+            self.save()
+        return self._finish()
+
+    def _train(self) -> None:
+        """Steps from where the run stands to its last."""
+        config, done = self.config, self.done
+        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
+        with log, self._tracer() as tracer, StopBetweenSteps() as stop:
             try:
                 began = time.perf_counter()
                 for batches in self._batches():
                     with stop.later():
                         row = self._step(batches)
-                        self._log(row, time.perf_counter() - began, bar)
+                        log.log(row, time.perf_counter() - began)
                         if tracer is not None:
                             tracer.step()
-                        every = self.config.save_every
-                        if self.out and every and self.done["step"] % every == 0 and self.done["step"] < self.total_steps:
+                        due = config.save_every and done["step"] % config.save_every == 0
+                        if self.out and due and done["step"] < self.total_steps:
                             self.save()
                     began = time.perf_counter()
             except KeyboardInterrupt:
-                if self.out and self.done["step"] and not stop.busy:
+                if self.out and done["step"] and not stop.busy:
                     self.save()
-                    raise KeyboardInterrupt(f"stopped after step {self.done['step']}; --resume goes on from there") from None
+                    raise KeyboardInterrupt(f"stopped after step {done['step']}; --resume goes on from there") from None
                 raise
-        if self.features is not None:
-            self.features.flush()
-        if self.out:
-            self.save()
+
+    def _finish(self) -> dict[str, Any]:
+        """Score and write summary, predictions and report. An error of scoring is raised after the summary is written."""
         failure, scored = None, None
         try:
             scored = self.evaluate()
-        except Exception as error:  # what was trained is told all the same, and then why it could not be scored
+        except Exception as error:
             failure = error
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
         summary = self.summary(scored)
@@ -189,7 +184,6 @@ class Trainer:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
         done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
         terms = sum(map(self.dataset.weight, batches))
-        self.first_step = self.first_step or done["step"] + 1
         for batch in batches:
             inputs = to_device(batch, self.inputs, self.device, self.dtype, self.model)
             if self.features is not None:
@@ -218,25 +212,6 @@ class Trainer:
         done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
         return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
 
-    def _log(self, row: dict[str, float], seconds: float, bar: tqdm) -> None:
-        """``seconds`` since the step before: a step's own time, and what it waited for its data."""
-        done = self.done
-        done["seconds"] += seconds
-        if done["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
-            done["steady_samples"] += row["samples"]
-            done["steady_seconds"] += seconds
-        done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
-        row |= {"seconds": seconds, "samples_per_second": row["samples"] / seconds, "memory_bytes": memory_bytes(self.device)}
-        shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-        if self.metrics is not None:
-            self.metrics.write(json.dumps(row) + "\n")
-            self.metrics.flush()
-        if self.board is not None:
-            for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes"):
-                self.board.add_scalar(name, row[name], row["step"])
-
     def evaluate(self) -> dict[str, Any] | None:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
         if self.eval_dataset is None:
@@ -245,54 +220,11 @@ class Trainer:
         return scores
 
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        """The fields of ``summary.json``; bytes, seconds, FLOPs. Cost fields are of the run's first batch.
-
-        ``loss_first`` and ``loss_last`` are means over 20 steps, or a fifth of a run of under 100.
-        ``samples_per_second`` is over all steps, waiting for data included; the steady one leaves out each process's first steps.
-        """
-        done = self.done
-        cost = done["cost"] or asdict(StepCost()) | {"samples": 1}
-        steady = ("steady_samples", "steady_seconds") if done["steady_seconds"] else ("samples", "seconds")
-        parts = {
-            name: {
-                "flops_per_sample": cost["flops_by_part"].get(name, 0) / cost["samples"],
-                "saved_bytes": cost["saved_by_part"].get(name, 0),
-            }
-            for name in dict.fromkeys([*cost["flops_by_part"], *cost["saved_by_part"]])
-        }
-        window = max(1, min(WINDOW, done["step"] // 5))
-        return {
-            "steps": done["step"],
-            "samples": done["samples"],
-            "samples_per_second": done["samples"] / max(done["seconds"], 1e-9),
-            "steady_samples_per_second": done[steady[0]] / max(done[steady[1]], 1e-9),
-            "tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
-            "peak_memory_bytes": done["peak_memory_bytes"],
-            "saved_bytes_per_step": cost["saved_bytes"],
-            "flops_per_sample": cost["flops"] / cost["samples"],
-            "loss_first": statistics.fmean(done["first_losses"][:window]) if done["step"] else None,
-            "loss_last": statistics.fmean(done["last_losses"][-window:]) if done["step"] else None,
-            "eval": evaluation,
-            "generation": None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer),
-            "model": self.model.fastpeft_source.get("model") if hasattr(self.model, "fastpeft_source") else type(self.model).__name__,
-            "plan": str(self.model.fastpeft_plan),
-            "dtype": self.config.dtype,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
-            "batch_size": self.config.batch_size,
-            "seed": self.config.seed,
-            "seconds": done["seconds"],
-            "parameters": count(self.model),
-            "parts": parts,
-            **self._routing(),
-            "notes": self.notes + [kept.note() for kept in (self.features, self.budget) if kept is not None],
-            "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        }
-
-    def _routing(self) -> dict[str, Any]:
-        """Of a model with MM-Adapters: what each layer mixes, by modality."""
-        found = self.model.mixtures() if hasattr(self.model, "mixtures") else {}
-        lists = {name: [weights.tolist() for weights in layers.values()] for name, layers in found.items() if layers}
-        return {"routing": lists} if lists else {}
+        """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns."""
+        generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
+        notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        scored = {"eval": evaluation, "generation": generation}
+        return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
     def save(self) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
@@ -333,17 +265,6 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
 
-    def _tensorboard(self, stack: contextlib.ExitStack):
-        if not self.config.tensorboard:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("tensorboard is not installed: pip install 'fastpeft[tensorboard]'") from None
-        board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done["step"] + 1)
-        stack.callback(board.close)
-        return board
-
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
         if not self.config.trace:
@@ -356,47 +277,3 @@ class Trainer:
             on_trace_ready=lambda p: p.export_chrome_trace(path),
             profile_memory=True,
         )
-
-
-class StopBetweenSteps:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt, at once while waiting for data, but only after a step that has begun: weights, optimiser
-    and random state then belong together. Outside the main thread, where Python sets no handlers, it does nothing."""
-
-    def __init__(self):
-        self.busy = self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopBetweenSteps:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        if not self.busy or self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextlib.contextmanager
-    def later(self):
-        """What runs inside is not interrupted, except by a second signal; ``busy`` then stays, as it does on any error."""
-        self.busy = True
-        yield
-        self.busy = False
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-def keep_lines(path: Path, last_step: int) -> None:
-    """Drop metrics past ``last_step`` (and a torn last line): a resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))

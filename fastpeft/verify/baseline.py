@@ -1,6 +1,6 @@
-"""The same model and plan without fastpeft's operators: what `fastpeft verify`, `fastpeft estimate --plain` and bench/ compare with.
+"""Baseline without fastpeft's operators: the same model and plan for `fastpeft verify`, `fastpeft estimate --plain` and bench/.
 
-:func:`plain` runs transformers' own modules, and every method as its paper writes it: in a line of PyTorch here, or in
+:func:`plain` runs transformers' own modules and every method as its paper writes it, in PyTorch: LoRA and IA3 here, the others in
 paper_equations.py. :func:`with_peft` runs transformers' own modules wrapped by PEFT. Both are copies with the same weights,
 quantised ones written out. transformers' one error here is put right in both (BLIP's cross-attention loses the mask of its states, 4.57
 to 5.23), so that padded batches compare too.
@@ -28,10 +28,10 @@ from fastpeft.models.miss import DropPath
 from fastpeft.optimize import restore
 from fastpeft.plan import detach
 from fastpeft.registry import swap_class
-from fastpeft.verify import paper_equations as literal
+from fastpeft.verify.paper_equations import PAPER_CLASSES, with_modality_token
 
 
-class _Literal:
+class _PlainAdapted:
     """LoRA and IA3 as in their papers. What is in float32 under a half-precision base computes in float32, as in PEFT."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _Literal:
         return y if self.ia3_l is None or self.ia3_feedforward else (y * self.ia3_l).to(y.dtype)
 
 
-class _LiteralLinear(_Literal, AdaptedLinear):
+class _PlainLinear(_PlainAdapted, AdaptedLinear):
     def _base(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -51,7 +51,7 @@ class _LiteralLinear(_Literal, AdaptedLinear):
         return F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-class _LiteralConv2d(_Literal, AdaptedConv2d):
+class _PlainConv2d(_PlainAdapted, AdaptedConv2d):
     def _base(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight, self.bias)
 
@@ -59,7 +59,7 @@ class _LiteralConv2d(_Literal, AdaptedConv2d):
         return F.conv2d(F.conv2d(x, self.lora_A, None, self.stride, self.padding, self.dilation), self.lora_B)
 
 
-class _LiteralLlavaMed(LlavaMedForConditionalGeneration):
+class _PlainLlavaMed(LlavaMedForConditionalGeneration):
     """LLaVA-Med as transformers' LLaVA computes it: logits of every token, then their loss."""
 
     def forward(
@@ -73,10 +73,10 @@ class _LiteralLlavaMed(LlavaMedForConditionalGeneration):
         return LlavaForConditionalGeneration.forward(self, inputs_embeds=inputs_embeds, **kwargs)
 
 
-LITERAL = {
-    AdaptedLinear: _LiteralLinear,
-    AdaptedConv2d: _LiteralConv2d,
-    LlavaMedForConditionalGeneration: _LiteralLlavaMed,
+PLAIN_CLASSES = {
+    AdaptedLinear: _PlainLinear,
+    AdaptedConv2d: _PlainConv2d,
+    LlavaMedForConditionalGeneration: _PlainLlavaMed,
 }
 
 
@@ -103,22 +103,23 @@ def plain(model: nn.Module, attention: str | None = None) -> nn.Module:
             setattr(host, kind, adapter)
             if kind == "prefix_encoder":
                 host.register_forward_pre_hook(_prefixed, with_kwargs=True)
-            elif type(host) in literal.LITERAL:
-                swap_class(host, literal.LITERAL[type(host)])
+            elif type(host) in PAPER_CLASSES:
+                swap_class(host, PAPER_CLASSES[type(host)])
     if isinstance(twin, LavinForConditionalGeneration) and twin.config.modality is None:
-        twin.llm.register_forward_pre_hook(literal.with_modality_token, with_kwargs=True)
-    return mask_cross_attention(_literal(twin))
+        twin.llm.register_forward_pre_hook(with_modality_token, with_kwargs=True)
+    return mask_cross_attention(_exchange(twin))
 
 
-def _literal(twin: nn.Module) -> nn.Module:
+def _exchange(twin: nn.Module) -> nn.Module:
+    """Gives fastpeft's own modules their plain classes, in place."""
     for module in twin.modules():
-        if type(module) in LITERAL:
-            swap_class(module, LITERAL[type(module)])
+        if type(module) in PLAIN_CLASSES:
+            swap_class(module, PLAIN_CLASSES[type(module)])
     return twin
 
 
 def _prefixed(host: nn.Module, args: tuple, kwargs: dict):
-    """Hands a text model its prefix as keys and values of earlier tokens: positions then start after it."""
+    """Forward pre-hook: hands a text model its prefix as keys and values of earlier tokens: positions then start after it."""
     given = [t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None]
     pairs = [tuple(t.to(host.dtype).expand(len(given[0]), -1, -1, -1) for t in pair) for pair in host.prefix_encoder()]
     prefix, mask = DynamicCache(pairs), kwargs.get("attention_mask")
@@ -152,7 +153,7 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     twin, names = dequantize(copy.deepcopy(model)), {}
     detach(twin)
     restore(twin)
-    _literal(twin)
+    _exchange(twin)
     for part, methods in zip(parts_of(model), model.fastpeft_plan.treatments.values()):
         kinds = [m for m in methods if m.peft_type is not None]
         if len(kinds) > 1 or (kinds and len(methods) > 1):

@@ -1,9 +1,8 @@
-"""What :mod:`fastpeft.verify` runs: a family's small samples, each alone and together, in every form that saves work."""
+"""Verification cases: small samples of each family, to run one by one and together, in every form that saves work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipForQuestionAnswering, LlamaForCausalLM
 
-from fastpeft.fused import attention_text
 from fastpeft.methods import is_adapter
 from fastpeft.models.excitor import ExcitorForConditionalGeneration
 from fastpeft.models.lavin import LavinForConditionalGeneration
 from fastpeft.models.vision_language import VisionLanguageModel
+from fastpeft.savings import force
 
 Batch = dict[str, Tensor]
 
@@ -31,7 +30,7 @@ class Form:
 
 @dataclass
 class Case:
-    """What a family of models gives: samples to run alone, each with its weight in the loss of a batch, and forms to run them together."""
+    """Samples of one family: to run alone, each with its weight in the loss of a batch, and forms to run them together."""
 
     alone: list[Batch]
     weights: list[float]
@@ -41,7 +40,7 @@ class Case:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """What activations come in: adapters stay in float32 under a half-precision base."""
+    """Dtype of the base's activations: adapters stay in float32 under a half-precision base."""
     return next(p.dtype for name, p in model.named_parameters() if not is_adapter(name))
 
 
@@ -80,8 +79,8 @@ def blip_case(model: BlipForQuestionAnswering, generator: torch.Generator, devic
     forms = [
         Form("one padded batch", lambda model: together | {"pixel_values": images[index]}),
         Form("questions grouped by image", lambda model: grouped),
-        Form("attention to states, absorbed", lambda model: grouped, lambda: absorbing(True)),
-        Form("attention to keys and values", lambda model: grouped, lambda: absorbing(False)),
+        Form("attention to states, absorbed", lambda model: grouped, lambda: force("absorb", True)),
+        Form("attention to keys and values", lambda model: grouped, lambda: force("absorb", False)),
     ]
     skipped = []
     if any(p.requires_grad for p in model.vision_model.parameters()):
@@ -151,16 +150,6 @@ def vision_language_case(model: VisionLanguageModel, generator: torch.Generator,
 
         forms.append(Form("image features kept", kept))
     return Case(alone, [3.0] * len(alone), forms, skipped, floor=LLAMA_FLOOR)
-
-
-@contextmanager
-def absorbing(pays: bool) -> Iterator[None]:
-    """Cross-attention to an image's states themselves, or to their keys and values, whichever would be chosen."""
-    chosen, attention_text.absorbed_pays = attention_text.absorbed_pays, lambda *args, **kwargs: pays
-    try:
-        yield
-    finally:
-        attention_text.absorbed_pays = chosen
 
 
 FAMILIES: dict[type[nn.Module], Callable[..., Case]] = {

@@ -1,7 +1,7 @@
-"""`fastpeft verify`: does a fused training step compute what plain PyTorch computes?
+"""Comparison of a fused training step with plain PyTorch: losses and gradients (`fastpeft verify`).
 
 The truth is the model on transformers' own modules and methods in plain PyTorch (baseline.py), in float64, each sample alone,
-without padding: nothing can leak there. Plain PyTorch in the dtype asked for tells what that dtype can do. Fused execution, in that dtype
+without padding, so that nothing can leak. Plain PyTorch in the dtype asked for gives that dtype's own error. Fused execution, in that dtype
 and in every form that saves work, must come as near to the truth, up to a factor.
 
 An error is relative: of the loss; of all gradients together, as one vector; and of the worst parameter's gradient, to its own length or
@@ -146,7 +146,7 @@ def run_alone(model: nn.Module, case: Case) -> Step:
 
 
 def deviation(step: Step, truth: Step) -> tuple[dict[str, float], str]:
-    """(relative errors of the loss, of all gradients together and of the worst, whose the worst is)."""
+    """(relative errors of the loss, of all gradients together and of the worst parameter, that parameter's name)."""
     (loss, gradients), (want, wanted) = step, truth
     assert gradients.keys() == wanted.keys(), gradients.keys() ^ wanted.keys()
     lengths = {name: float(t.norm()) for name, t in wanted.items()}

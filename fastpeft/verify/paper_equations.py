@@ -1,5 +1,5 @@
-"""Methods of the language models as their papers write them, on transformers' own modules: Excitor's two score matrices, LLaMA-Adapter's
-two softmaxes, LaVIN's modality token in the text. baseline.py puts them in place; nothing here runs an operator of fastpeft.
+"""Papers' equations of the language models' methods, on transformers' own modules: Excitor's two score matrices, LLaMA-Adapter's two
+softmaxes, LaVIN's modality token in the text. baseline.py puts them in place; none runs an operator of fastpeft.
 
 Whole sequences only: the one cache that is read is a prefix. What is in float32 under a 16-bit base computes in float32, as in PEFT.
 """
@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb, repeat_kv
 
 
-class LiteralAttention(LlamaAttention):
+class PaperAttention(LlamaAttention):
     """A LLaMA's attention with ``excitor`` (Zou et al., 2024, equations 1-9) and/or ``adaption`` (Zhang et al., 2024, section 3.2)."""
 
     def forward(
@@ -25,7 +25,7 @@ class LiteralAttention(LlamaAttention):
         image of each sample, -1 for none."""
         prefix = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         if prefix != getattr(past_key_values, "prefix_tokens", 0):
-            raise ValueError("the literal form reads whole sequences: generate with use_cache=False")
+            raise ValueError("the papers' equations read whole sequences: generate with use_cache=False")
         q, k, v = (self._heads(linear(hidden_states)) for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
@@ -93,7 +93,7 @@ def adapted_by(block: nn.Module, x: Tensor, routed_by: Tensor) -> Tensor:
     return (x + block.scale * (weights[..., :1] * up[0] + weights[..., 1:] * up[1])).to(dtype)
 
 
-class LiteralDecoderLayer(LlamaDecoderLayer):
+class PaperDecoderLayer(LlamaDecoderLayer):
     """A LLaMA's layer with an adapter before its attention, routed by the token at position 0."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
@@ -104,7 +104,7 @@ class LiteralDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class LiteralEncoderLayer(CLIPEncoderLayer):
+class PaperEncoderLayer(CLIPEncoderLayer):
     """CLIP's layer with an adapter before its attention: every token is routed by itself."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
@@ -115,7 +115,7 @@ class LiteralEncoderLayer(CLIPEncoderLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-LITERAL = {LlamaAttention: LiteralAttention, LlamaDecoderLayer: LiteralDecoderLayer, CLIPEncoderLayer: LiteralEncoderLayer}
+PAPER_CLASSES = {LlamaAttention: PaperAttention, LlamaDecoderLayer: PaperDecoderLayer, CLIPEncoderLayer: PaperEncoderLayer}
 
 
 def with_modality_token(llm: nn.Module, args: tuple, kwargs: dict):

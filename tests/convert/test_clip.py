@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from fastpeft.convert import clip_names as module
-from fastpeft.convert.layouts import convert
+from fastpeft.convert.formats import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -145,7 +145,7 @@ def test_faults_are_all_named():
     state["visual.transformer.resblocks.1.attn.in_proj_weight"] = torch.ones(3, 128)
     state["visual.class_embedding"] = torch.ones(5)
     with pytest.raises(ValueError) as error:
-        module.clip_from_official(state)
+        module.clip_to_transformers(state)
     for text in (
         "2 missing: visual.ln_post.weight, visual.transformer.resblocks.2.ln_1.bias",
         "1 unexpected: visual.transformer.resblocks.0.attn.gate",

@@ -27,7 +27,7 @@ from transformers import BlipForQuestionAnswering
 
 import fastpeft
 from fastpeft.convert import blip_names as official
-from fastpeft.convert.layouts import convert, official_to_transformers, transformers_to_official
+from fastpeft.convert.formats import blip_to_transformers, convert, transformers_to_blip
 from fastpeft.models.miss import miss_config
 
 
@@ -97,7 +97,7 @@ def test_folder_records_miss(checkpoint, tmp_path):
 def test_full_size_config_is_miss():
     """Shapes of the published size, without its memory."""
     state = {name: torch.zeros(()).expand(shape) for name, shape in official._shapes(miss_config()).items()}
-    back, config = official_to_transformers(transformers_to_official(state, miss_config()))
+    back, config = blip_to_transformers(transformers_to_blip(state, miss_config()))
     assert facts(config) == facts(miss_config()) and set(back) == set(state)
     text, vision = config.text_config, config.vision_config
     assert (text.vocab_size, text.bos_token_id, text.sep_token_id, text.eos_token_id, text.pad_token_id) == (30_524, 30_522, 102, 102, 0)
@@ -125,7 +125,7 @@ def test_build_computes_the_official_loss(tmp_path):
 
 def test_known_extras_are_left_out():
     state, width = official_state(), WIDTH
-    bare = official_to_transformers(state, None)[0]
+    bare = blip_to_transformers(state, None)[0]
     state |= {k.replace("visual_encoder.", "visual_encoder_m."): v for k, v in state.items() if k.startswith("visual_encoder.")}
     state |= {
         "image_queue": torch.zeros(8, 16),
@@ -138,7 +138,7 @@ def test_known_extras_are_left_out():
         "text_proj_m.bias": torch.zeros(8),
         "text_encoder.pooler.dense.bias": torch.zeros(width),
     }
-    same(official_to_transformers(state, None)[0], bare)
+    same(blip_to_transformers(state, None)[0], bare)
     notes = " / ".join(official._bare(state)[1])
     for note in ("momentum copies", "2 queues", "3 pretraining heads", "1 poolers", "2 position_ids buffers"):
         assert note in notes
@@ -155,7 +155,7 @@ def test_faults_are_all_named():
     state["visual_encoder.cls_token"] = torch.zeros(1, 1, 11)  # a tensor sizes are read from: the others still outvote it
     state["visual_encoder.pos_embed"] = torch.zeros(1, 16, WIDTH)
     with pytest.raises(ValueError) as error:
-        official_to_transformers(state)
+        blip_to_transformers(state)
     text = str(error.value)
     assert "12 missing" in text and "and 2 more" in text and sum(name in text for name in missing) == 10
     assert "1 unexpected: visual_encoder.blocks.0.norm3.weight" in text
@@ -167,38 +167,38 @@ def test_untied_head_is_refused():
     state = official_state()
     state["text_decoder.cls.predictions.decoder.weight"] = torch.randn(VOCAB, WIDTH)
     with pytest.raises(ValueError, match=r"1 untied: text_decoder\.cls\.predictions\.decoder\.weight"):
-        official_to_transformers(state, None)
+        blip_to_transformers(state, None)
 
 
 def test_one_tied_name_is_enough():
     state = official_state()
     del state["text_decoder.bert.embeddings.word_embeddings.weight"], state["text_decoder.cls.predictions.decoder.bias"]
-    same(transformers_to_official(*official_to_transformers(state, None)), official_state())
+    same(transformers_to_blip(*blip_to_transformers(state, None)), official_state())
 
 
 def test_transformers_faults_are_named():
-    state, config = official_to_transformers(official_state(), None)
+    state, config = blip_to_transformers(official_state(), None)
     del state["vision_model.post_layernorm.bias"]
     state["vision_model.head.weight"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"1 missing: vision_model\.post_layernorm\.bias; 1 unexpected: vision_model\.head\.weight"):
-        transformers_to_official(state, config)
+        transformers_to_blip(state, config)
 
 
 def test_unequal_widths_and_odd_heads_are_refused():
     with pytest.raises(ValueError, match="give text_heads"):
-        official_to_transformers(official_state(width=48), None)
-    config = official_to_transformers(official_state(width=48), None, text_heads=3, vision_heads=4)[1]
+        blip_to_transformers(official_state(width=48), None)
+    config = blip_to_transformers(official_state(width=48), None, text_heads=3, vision_heads=4)[1]
     assert (config.text_config.num_attention_heads, config.vision_config.num_attention_heads) == (3, 4)
     large = {k: v for k, v in official_state(width=192).items() if k.startswith("visual_encoder.")}
     with pytest.raises(ValueError, match="vision width 192 and text width 128 differ"):
-        official_to_transformers(official_state() | large, None)
+        blip_to_transformers(official_state() | large, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", [3, 7])
 def test_position_embeddings_are_resized(dtype, grid):
     state = official_state(dtype=dtype)
-    converted, config = official_to_transformers(state, grid * PATCH)
+    converted, config = blip_to_transformers(state, grid * PATCH)
     ours, theirs = converted["vision_model.embeddings.position_embedding"], state["visual_encoder.pos_embed"]
     assert config.vision_config.image_size == grid * PATCH and ours.shape == (1, grid * grid + 1, WIDTH) and ours.dtype == dtype
     assert torch.equal(ours[:, 0], theirs[:, 0])

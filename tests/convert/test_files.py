@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import BlipForQuestionAnswering
 
 from fastpeft.convert import writing as writing
-from fastpeft.convert.layouts import convert, official_to_transformers
+from fastpeft.convert.formats import blip_to_transformers, convert
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_sharded_and_bin_folders(checkpoint, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "ia3", "prefix"])
 def test_peft_wrapper_is_stripped(tmp_path, method):
     peft = pytest.importorskip("peft")
-    state, config = official_to_transformers(official_state(), None)
+    state, config = blip_to_transformers(official_state(), None)
     model = BlipForQuestionAnswering(config)
     model.load_state_dict(state)
     sizes = {"num_layers": LAYERS, "token_dim": WIDTH, "num_attention_heads": HEADS, "encoder_hidden_size": WIDTH}
@@ -104,7 +104,7 @@ def test_wrong_sources(checkpoint, tmp_path):
         convert(write(tmp_path / "a.pth", {"fc.weight": torch.zeros(2)}), tmp_path / "hf")
     with pytest.raises(ValueError, match="holds a list"):
         convert(write(tmp_path / "a.pth", [1]), tmp_path / "hf")
-    vision = {k: v for k, v in official_to_transformers(official_state(), None)[0].items() if k.startswith("vision")}
+    vision = {k: v for k, v in blip_to_transformers(official_state(), None)[0].items() if k.startswith("vision")}
     with pytest.raises(ValueError, match="transformers' names: give the folder"):
         convert(write(tmp_path / "a.pth", vision), tmp_path / "hf")
     folder = tmp_path / "folder"
@@ -154,9 +154,7 @@ def test_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, fault)
     if fault == "save_file":
         monkeypatch.setattr(writing, "save_tensors", full_disk)
     else:  # the new folder cannot take the name: the old one gets it back
-        monkeypatch.setattr(
-            writing.os, "replace", lambda a, b: replace(a, b) if str(a).endswith("hf") or ".before" in str(a) else full_disk()
-        )
+        monkeypatch.setattr("os.replace", lambda a, b: full_disk() if b == out and "-new-" in str(a) else replace(a, b))
     with pytest.raises(OSError, match="No space"):
         convert(checkpoint, out, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fastpeft.convert.layouts import convert
+from fastpeft.convert.formats import convert
 
 DIM, HEADS, GROUPS, LAYERS, FFN, VOCAB, EPS, THETA = 32, 4, 2, 2, 48, 50, 1e-5, 500.0
 SPLIT = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}

@@ -11,7 +11,7 @@ import torch
 from official_miss import official_again, official_state, same, write
 
 from fastpeft.convert import reading as reading
-from fastpeft.convert.layouts import convert
+from fastpeft.convert.formats import convert
 
 
 class Payload:

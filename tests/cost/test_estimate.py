@@ -1,7 +1,6 @@
 """Estimates against what the same step measures when it runs."""
 
 import json
-import time
 from pathlib import Path
 
 import psutil
@@ -47,9 +46,9 @@ def test_within_five_percent_of_the_step(name, plan, how, dtype):
 
 
 def test_full_size_allocates_nothing():
-    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    before = psutil.Process().memory_info().rss
     e = fp.estimate("llama-7b", "Excitor", batch_size=4, dtype=torch.bfloat16, gpu_memory="24GB")
-    assert psutil.Process().memory_info().rss - before < 500e6 and time.perf_counter() - began < 60
+    assert psutil.Process().memory_info().rss - before < 500e6
     assert e.weight_bytes == pytest.approx(13.5e9, rel=0.01) and e.fits and e.peak_bytes < 20.5e9
 
 

@@ -6,7 +6,7 @@ import torch
 import fastpeft as fp
 from fastpeft.cost.profile import measure
 from fastpeft.features.cache import FeatureCache
-from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, frozen_prefix
+from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from tests.features.test_cache import samples, trainer  # noqa: F401
 
 
@@ -88,15 +88,15 @@ def test_training_is_the_same_with_and_without(samples, one_thread):  # noqa: F8
 
 
 @pytest.mark.parametrize("plan, kept", [("F/F/LoRA", QuestionStates), ("F/LoRA/LoRA", ImageFeatures), ("LoRA/F/LoRA", None)])
-def test_the_longest_frozen_prefix(samples, plan, kept):  # noqa: F811
+def test_the_longest_frozen_stages(samples, plan, kept):  # noqa: F811
     run = trainer(samples, plan)
-    assert frozen_prefix(run.model, run.dataset) is kept
+    assert longest_frozen_stages(run.model, run.dataset) is kept
 
 
 def test_dropout_that_was_asked_for_is_kept_out(samples):  # noqa: F811
     run = trainer(samples, "F/F/LoRA")
     run.model.fastpeft_plan.treatments["jtm"] = (fp.methods.Frozen(True),)
-    assert frozen_prefix(run.model, run.dataset) is ImageFeatures
+    assert longest_frozen_stages(run.model, run.dataset) is ImageFeatures
     assert (
         "question states are not kept: the frozen part jtm was asked to keep its dropout" in FeatureCache(run.model, run.dataset).notes[0]
     )
@@ -106,7 +106,7 @@ def test_dropout_that_was_asked_for_is_kept_out(samples):  # noqa: F811
 def test_files_serve_again_until_a_weight_changes(samples, tmp_path, part):  # noqa: F811
     run = trainer(samples, "F/F/LoRA")
     first = FeatureCache(run.model, run.dataset, folder=tmp_path)
-    items = first.prefix.items()
+    items = first.stages.items()
     want = first(items)
     first.flush()
     again = FeatureCache(run.model, run.dataset, folder=tmp_path)

@@ -19,15 +19,15 @@ from official_lavin import (
     llama_state,
     write_adapter,
     write_all,
-    write_llama,
+    write_llama_folder,
 )
 from transformers import LlamaForCausalLM
 
 import fastpeft as fp
 from fastpeft.adapters import describe
 from fastpeft.convert import writing as writing
-from fastpeft.convert.lavin_names import lavin_from_official
-from fastpeft.convert.layouts import convert
+from fastpeft.convert.formats import convert
+from fastpeft.convert.lavin_names import lavin_to_fastpeft
 from fastpeft.models.clip import vision_config
 from fastpeft.models.llama import llama_config
 from fastpeft.runs.convert import convert_run
@@ -127,7 +127,7 @@ def test_the_fingerprint_is_the_models(complete, tmp_path, recwarn):
 
 def test_float16_stays_and_adapters_stay_float32(official, tmp_path):
     """As published: the bases in float16, what was trained in float32."""
-    write_llama(tmp_path / "7B", {n: t.half() for n, t in llama_state().items()})
+    write_llama_folder(tmp_path / "7B", {n: t.half() for n, t in llama_state().items()})
     torch.save({n: t.half() for n, t in clip().items()}, tmp_path / "ViT.pt")
     write_adapter(tmp_path / "lavin.pth", {n: t.float() for n, t in adapter_state().items()})
     convert_run(tmp_path / "lavin.pth", tmp_path / "out", llama=tmp_path / "7B", clip=tmp_path / "ViT.pt")
@@ -212,7 +212,7 @@ def test_published_sizes(size, count, temperature):
         one |= {"conv_B.weight": (width, 4, 1), "conv_D.weight": (width, 4, 1), "conv_B.bias": (width,), "conv_D.bias": (width,)}
         shapes |= {f"{name}.{i}.adapter_attn.{leaf}": shape for i in range(layers) for leaf, shape in one.items()}
     state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-    lavin = lavin_from_official(state, {}, vision, text)
+    lavin = lavin_to_fastpeft(state, {}, vision, text)
     held = [*lavin.base.values(), *(t for part in lavin.adapters.values() for t in part.values())]
     assert sum(t.numel() for t in held) == count and lavin.methods["llm"].temperature == temperature and lavin.config.visual_tokens == 6
     assert lavin.methods["vision"] == fp.MMAdapter(temperature=temperature)

@@ -15,7 +15,7 @@ from official_lavin import (
 )
 
 from fastpeft.convert import writing as writing
-from fastpeft.convert.layouts import convert
+from fastpeft.convert.formats import convert
 from fastpeft.runs.convert import convert_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

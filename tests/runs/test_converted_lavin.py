@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from official_lavin import adapter_state, arguments, clip, embedded, forward, llama_state, write_adapter, write_llama
+from official_lavin import adapter_state, arguments, clip, embedded, forward, llama_state, write_adapter, write_llama_folder
 from PIL import Image
 from sentencepiece_model import write_sentencepiece
 
@@ -22,7 +22,7 @@ PROBLEM |= {"topic": "physics", "category": "Light", "skill": "Colours", "lectur
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("official")
-    write_llama(root / "LLaMA/7B", {n: t.float() for n, t in llama_state().items()})
+    write_llama_folder(root / "LLaMA/7B", {n: t.float() for n, t in llama_state().items()})
     write_sentencepiece(root / "LLaMA/tokenizer.model")
     torch.save({n: t.float() for n, t in clip().items()}, root / "ViT.pt")
     write_adapter(root / "lavin.pth", {n: t.float() for n, t in adapter_state().items()}, arguments(max_seq_len=300))

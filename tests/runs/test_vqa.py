@@ -11,6 +11,7 @@ import fastpeft as fp
 from fastpeft.data import Preprocess, VQADataset, load_samples, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.evaluate import answer_questions, score
 from fastpeft.methods import LoRA
+from fastpeft.models import parts_of
 from fastpeft.runs.evaluate import load_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import DataOptions
@@ -121,17 +122,17 @@ def test_options_of_lora_reach_all_lora_and_win(tmp_path):
     network = fp.build("miss-tiny", device="meta")
     file = tmp_path / "lora.yaml"
     file.write_text("plan: {vit: F, jtm: {LoRA: {r: 16, lora_dropout: 0.5}}, dec: LoRA+LayerNorm}\n")
-    plan = plan_for(network, str(file), r=2, lora_alpha=None, lora_dropout=0.1).treatments
+    plan = plan_for(parts_of(network), str(file), r=2, lora_alpha=None, lora_dropout=0.1).treatments
     assert plan["jtm"] == (LoRA(r=2, lora_dropout=0.1),) and plan["dec"][0] == LoRA(r=2, lora_dropout=0.1)
-    assert str(plan_for(network, str(file))) == "F/LoRA/LoRA+LayerNorm"
-    assert plan_for(network, str(file)).treatments["jtm"] == (LoRA(r=16, lora_dropout=0.5),)
+    assert str(plan_for(parts_of(network), str(file))) == "F/LoRA/LoRA+LayerNorm"
+    assert plan_for(parts_of(network), str(file)).treatments["jtm"] == (LoRA(r=16, lora_dropout=0.5),)
 
 
 def test_a_plan_without_lora_ignores_its_rank_but_not_a_wrong_one():
     network = fp.build("miss-tiny", device="meta")
-    assert str(plan_for(network, "F/T/IA3", r=8)) == "F/T/IA3"
+    assert str(plan_for(parts_of(network), "F/T/IA3", r=8)) == "F/T/IA3"
     with pytest.raises(ValueError, match="r must be a positive integer, not 0"):
-        plan_for(network, "F/T/IA3", r=0)
+        plan_for(parts_of(network), "F/T/IA3", r=0)
 
 
 # models, vocabularies, preprocessing --------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def arguments(**changes):
     return argparse.Namespace(**given | changes)
 
 
-def write_llama(folder, state, shards=1, **changes):
+def write_llama_folder(folder, state, shards=1, **changes):
     folder.mkdir(parents=True)
     params = {"dim": DIM, "multiple_of": 32, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": EPS, "vocab_size": -1} | changes
     (folder / "params.json").write_text(json.dumps(params))
@@ -139,8 +139,8 @@ def clip():
 
 def write_all(folder):
     """7B/ (one shard), 13B/ (two, the same weights), ViT.pt and lavin.pth."""
-    write_llama(folder / "7B", llama_state())
-    write_llama(folder / "13B", llama_state(), shards=2)
+    write_llama_folder(folder / "7B", llama_state())
+    write_llama_folder(folder / "13B", llama_state(), shards=2)
     torch.save(clip(), folder / "ViT.pt")
     write_adapter(folder / "lavin.pth", adapter_state())
     return folder

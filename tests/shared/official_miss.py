@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BlipConfig, BlipForQuestionAnswering
 
-from fastpeft.convert.layouts import transformers_to_official
+from fastpeft.convert.formats import transformers_to_blip
 
 WIDTH, HEADS, DEPTH, LAYERS, VOCAB, PATCH, GRID, POSITIONS = 128, 2, 3, 2, 97, 8, 4, 24
 SIZE = PATCH * GRID
@@ -132,7 +132,7 @@ def load(folder):
 
 
 def official_again(folder):
-    return transformers_to_official(load_file(folder / "model.safetensors"), BlipConfig.from_pretrained(folder))
+    return transformers_to_blip(load_file(folder / "model.safetensors"), BlipConfig.from_pretrained(folder))
 
 
 def same(a, b):

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from fastpeft.files import atomic_folder, recover_folder
+from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import differences
-from fastpeft.train.trainer import keep_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,12 +11,12 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft import cli
-from fastpeft import verify as verifying
 from fastpeft.fused import attention_llama, attention_text, projections, stack_blip
 from fastpeft.methods import adaption_prompt, excitor
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.registry import is_fused
 from fastpeft.verify import baseline as plain
+from fastpeft.verify import compare as verifying
 from fastpeft.verify.compare import DTYPES, Check, Result, tolerance, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,9 +153,8 @@ def test_faults_of_single_forms(miss, monkeypatch):
         patch.setattr(stack_blip, "as_key_mask", lambda mask: None)
         assert failed(verify(model, peft=False)) == [*FORMS[1:], "image features kept"]
     with monkeypatch.context() as patch:  # questions see each other's images
-        patch.setattr(
-            stack_blip, "image_layout", lambda tokens, index, *rest, real=stack_blip.image_layout: real(tokens, index.roll(1), *rest)
-        )
+        real = stack_blip.image_layout
+        patch.setattr(stack_blip, "image_layout", lambda tokens, index, *rest: real(tokens, index.roll(1), *rest))
         assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
     with monkeypatch.context() as patch:
         patch.setattr(attention_text, "absorbed_attention", faulty(attention_text.absorbed_attention, lambda out: 1.01 * out))
@@ -166,8 +165,8 @@ def test_faults_of_single_forms(miss, monkeypatch):
 def test_a_wrong_truth_is_noticed(miss, monkeypatch):
     """Plain PyTorch and PEFT are independent: they hold each other to account."""
     pytest.importorskip("peft")
-    branch = plain._LiteralLinear._branch
-    monkeypatch.setattr(plain._LiteralLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
+    branch = plain._PlainLinear._branch
+    monkeypatch.setattr(plain._PlainLinear, "_branch", lambda self, x: 1.001 * branch(self, x))
     assert PEFT in failed(verify(miss.build("F/F/LoRA")))
 
 
@@ -222,7 +221,7 @@ def test_plain_language_models_run_nothing_of_ours(name, plan, monkeypatch):
     assert not any(is_fused(m) for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
 
 
-def test_the_literal_form_reads_no_cache():
+def test_the_papers_equations_read_no_cache():
     twin = plain.plain(fp.adapt(fp.build("llama-tiny"), "Excitor")).eval()
     how = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
     with pytest.raises(ValueError, match="whole sequences: generate with use_cache=False"):

@@ -1,0 +1,78 @@
+"""Metrics of a run, a row per step: metrics.jsonl, TensorBoard, the progress bar, and what the run adds up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastpeft.cost.profile import memory_bytes, peak_memory_bytes
+from fastpeft.files import write_text
+
+SCALARS = ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes")  # for TensorBoard
+
+
+class MetricsLog(contextlib.ExitStack):
+    """Writers of one process's steps; to be entered. ``done``: the run's totals, which :meth:`log` adds to. ``out`` None: no files."""
+
+    def __init__(
+        self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, tensorboard: bool, progress: bool
+    ):
+        super().__init__()
+        self.out, self.done, self.device, self.total_steps = out, done, device, total_steps
+        self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
+        self.tensorboard, self.progress = tensorboard, progress
+
+    def __enter__(self) -> MetricsLog:
+        super().__enter__()
+        self.board = self._tensorboard() if self.tensorboard else None  # first: it may be missing
+        self.file = self.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
+        shown = {"desc": "training", "unit": "step", "disable": not self.progress}
+        self.bar = self.enter_context(tqdm(total=self.total_steps, initial=self.done["step"], **shown))
+        return self
+
+    def _tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("tensorboard is not installed: pip install 'fastpeft[tensorboard]'") from None
+        board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done["step"] + 1)
+        self.callback(board.close)
+        return board
+
+    def log(self, row: dict[str, float], seconds: float) -> None:
+        """A step's ``row`` (step, loss, learning_rate, grad_norm, samples), and the ``seconds`` since the step before: its own time and the
+        wait for its data."""
+        done = self.done
+        self.first_step = self.first_step or done["step"]
+        done["seconds"] += seconds
+        if done["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
+            done["steady_samples"] += row["samples"]
+            done["steady_seconds"] += seconds
+        done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
+        row |= {"seconds": seconds, "samples_per_second": row["samples"] / seconds, "memory_bytes": memory_bytes(self.device)}
+        shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            for name in SCALARS:
+                self.board.add_scalar(name, row[name], row["step"])
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop metrics past ``last_step`` (and a torn last line): a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))

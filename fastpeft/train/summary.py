@@ -1,0 +1,66 @@
+"""Summary of a run: the fields of summary.json."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import fastpeft
+from fastpeft.cost.profile import StepCost
+from fastpeft.plan import count
+from fastpeft.train.config import TrainConfig
+
+WINDOW = 20  # steps, or a fifth of a shorter run: one batch's loss says how long its answers are more than how well the model does
+
+
+def summary_of(model: nn.Module, config: TrainConfig, device: torch.device, done: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ``summary.json`` but for scores and notes; bytes, seconds, FLOPs. ``done``: the run's totals.
+
+    Cost fields are of the run's first batch. ``loss_first`` and ``loss_last`` are means over 20 steps, or a fifth of a run of under 100.
+    ``samples_per_second`` is over all steps, waiting for data included; the steady one leaves out each process's first steps.
+    """
+    cost = done["cost"] or asdict(StepCost()) | {"samples": 1}
+    steady = ("steady_samples", "steady_seconds") if done["steady_seconds"] else ("samples", "seconds")
+    parts = {
+        name: {
+            "flops_per_sample": cost["flops_by_part"].get(name, 0) / cost["samples"],
+            "saved_bytes": cost["saved_by_part"].get(name, 0),
+        }
+        for name in dict.fromkeys([*cost["flops_by_part"], *cost["saved_by_part"]])
+    }
+    window = max(1, min(WINDOW, done["step"] // 5))
+    return {
+        "steps": done["step"],
+        "samples": done["samples"],
+        "samples_per_second": done["samples"] / max(done["seconds"], 1e-9),
+        "steady_samples_per_second": done[steady[0]] / max(done[steady[1]], 1e-9),
+        "tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
+        "peak_memory_bytes": done["peak_memory_bytes"],
+        "saved_bytes_per_step": cost["saved_bytes"],
+        "flops_per_sample": cost["flops"] / cost["samples"],
+        "loss_first": statistics.fmean(done["first_losses"][:window]) if done["step"] else None,
+        "loss_last": statistics.fmean(done["last_losses"][-window:]) if done["step"] else None,
+        "model": model.fastpeft_source.get("model") if hasattr(model, "fastpeft_source") else type(model).__name__,
+        "plan": str(model.fastpeft_plan),
+        "dtype": config.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "seconds": done["seconds"],
+        "parameters": count(model),
+        "parts": parts,
+        **_routing(model),
+        "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _routing(model: nn.Module) -> dict[str, Any]:
+    """Weights of each layer's experts by modality, of a model with MM-Adapters."""
+    found = model.mixtures() if hasattr(model, "mixtures") else {}
+    lists = {name: [weights.tolist() for weights in layers.values()] for name, layers in found.items() if layers}
+    return {"routing": lists} if lists else {}
