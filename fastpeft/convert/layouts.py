@@ -17,7 +17,7 @@ from fastpeft.convert.llama_files import is_original, write_llama
 from fastpeft.convert.reading import naming, read_file
 from fastpeft.convert.writing import ConversionReport, check_out
 
-__all__ = ["FORMATS", "ConversionReport", "CheckpointFormat", "convert", "official_to_transformers", "transformers_to_official"]
+__all__ = ["FORMATS", "CheckpointFormat", "ConversionReport", "convert", "official_to_transformers", "transformers_to_official"]
 
 
 @dataclass(frozen=True)

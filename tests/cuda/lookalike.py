@@ -19,7 +19,6 @@ if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
 import torch
-import torch.distributed.tensor  # its annotations read torch.Generator, which is replaced below by a function
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
@@ -256,7 +255,8 @@ def install() -> None:
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)
     Tensor.pin_memory, Tensor.is_pinned = lambda self, device=None: self, lambda self, device=None: True
-    torch.Generator = lambda device="cpu": generator("cpu")  # draws what the CPU's would
+    # draws what the CPU's would; a class, as modules that are imported later write torch.Generator | None
+    torch.Generator = type("Generator", (), {"__new__": lambda cls, device="cpu": generator("cpu")})
     _flash.SDPAParams = lambda *args: args
     _flash.can_use_flash_attention = lambda params, debug=False: _choice(*params[:3], attn_mask=params[3]) == 1
     _flash.can_use_efficient_attention = lambda params, debug=False: params[0].dtype != torch.float64
