@@ -237,6 +237,7 @@ class Device(TorchDispatchMode):
 
 def install() -> None:
     """The device for this process, as torch.cuda's functions see it."""
+    import fastpeft.runs.train  # noqa: F401 - what it imports could ask the lookalike for more than it knows
     from fastpeft.ops import _flash
 
     cuda, generator = torch.cuda, torch.Generator
@@ -255,8 +256,7 @@ def install() -> None:
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)
     Tensor.pin_memory, Tensor.is_pinned = lambda self, device=None: self, lambda self, device=None: True
-    # draws what the CPU's would; a class, as modules that are imported later write torch.Generator | None
-    torch.Generator = type("Generator", (), {"__new__": lambda cls, device="cpu": generator("cpu")})
+    torch.Generator = lambda device="cpu": generator("cpu")  # draws what the CPU's would
     _flash.SDPAParams = lambda *args: args
     _flash.can_use_flash_attention = lambda params, debug=False: _choice(*params[:3], attn_mask=params[3]) == 1
     _flash.can_use_efficient_attention = lambda params, debug=False: params[0].dtype != torch.float64
