@@ -237,6 +237,7 @@ class Device(TorchDispatchMode):
 
 def install() -> None:
     """The device for this process, as torch.cuda's functions see it."""
+    import fastpeft.runs.train  # noqa: F401 - what it imports could ask the lookalike for more than it knows
     from fastpeft.ops import _flash
 
     cuda, generator = torch.cuda, torch.Generator
