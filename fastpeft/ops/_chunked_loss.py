@@ -116,7 +116,7 @@ def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoo
         h = rows.take(hidden, chunk).to(work)
         z = mm_wide(h, weight.t(), bias)
         chunk_scale = None if scale is None else scale[chunk]
-        rows.put(loss, chunk, rows_op(z, y[chunk], smoothing, chunk_scale, need_dhidden or need_dweight or need_dbias))
+        rows.put(loss, chunk, rows_op(z, y[chunk], smoothing, chunk_scale, any((need_dhidden, need_dweight, need_dbias))))
         if need_dbias:
             dbias += z.sum(0)
         if not (need_dhidden or need_dweight):

@@ -333,8 +333,7 @@ def attention(
     strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
     if strategy in ("dropout", "sdpa"):
         q = q if lk is None else rescaled(q, _per_query_head(lk, q))
-        call = _with_dropout if strategy == "dropout" else around_sdpa
-        o = call(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
+        o = {"dropout": _with_dropout, "sdpa": around_sdpa}[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
         return o if lv is None else rescaled(o, _per_query_head(lv, o))
     how = (causal, scale, key_padding_mask)
     if strategy == "plain":
