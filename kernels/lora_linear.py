@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels.card import padded, shared_memory
-from fastpeft.kernels.lora_branch import along, down, dropped, grads
+from fastpeft.kernels.lora_branch import branch_pass, dropped, project_down, reduce_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
 
@@ -35,7 +35,7 @@ TMA_SHARED = 200 << 10  # bytes that it takes, with what its epilogue needs: sm_
 
 
 def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
-    """Who makes a product and how its branch joins it: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
+    """Selects the GEMM strategy: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
     Hopper's tiles; no answer of this rule yet), "cublas".
 
     Modelled for an H100 (3 TB/s; cuBLAS 650 TFLOP/s in bfloat16, Triton's GEMM 0.88 of it), not measured: bench lora_linear prints all
@@ -156,7 +156,7 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
     parts = s.split(ranks)
     how = form(x2.shape[1], sum(weights[i].shape[0] for i in branches), max(ranks), x2.element_size())
     if how != "loop" and p == 0.0 and branches:  # branches that see the same x share one pass over it
-        down(x2, _stacked([As[i] for i in branches]), s)
+        project_down(x2, _stacked([As[i] for i in branches]), s)
     ys = []
     for i, (W, b, A, B, scaling, part) in enumerate(zip(weights, biases, As, Bs, scalings, parts)):
         if not ranks[i]:
@@ -164,9 +164,9 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
             continue
         y, b = x2.new_empty(x2.shape[0], W.shape[0]), None if b is None else b.contiguous()
         if how != "loop" and p > 0.0:
-            down(x2, A, part, 1.0, p, seed, i)
+            project_down(x2, A, part, 1.0, p, seed, i)
         if how == "cublas":
-            along(None, part, B.t(), up=y, bias=b, scaling=scaling)
+            branch_pass(None, part, B.t(), up=y, bias=b, scaling=scaling)
             y.addmm_(x2, W.t())
         elif how == "loop":
             _gemm(x2, W, y, B, part, a=A, bias=b, scaling=scaling, p=p, seed=seed, index=i)
@@ -187,10 +187,10 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
     for i, dy in flat.items():
         need_db, ds = bool(needs[i] & DLB), dS.get(i)
         if ds is not None and (dy.element_size() != 2 or not need_db):  # float32 in one pass with dB spilled a thousand registers
-            down(dy, Bs[i].t(), ds, scalings[i])
+            project_down(dy, Bs[i].t(), ds, scalings[i])
             ds = None
         if need_db:
-            dbs[i] = along(dy, S[i], Bs[i].t(), outer=True, down=ds, scaling=scalings[i])
+            dbs[i] = branch_pass(dy, S[i], Bs[i].t(), outer=True, down=ds, scaling=scalings[i])
 
     dx = first.new_empty(M, K) if need_dx else None
     how = form(max(dy.shape[1] for dy in flat.values()), K, max(ranks), first.element_size())
@@ -201,7 +201,7 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
         need_da, up = any(needs[i] & DLA for i in group), dx if need_dx and how == "cublas" else None
         if need_da or up is not None:
             drop = {"p": p, "seed": seed, "index": group[0]}
-            da = along(x2 if need_da else None, t, A, outer=need_da, up=up, accumulate=begun, **drop)
+            da = branch_pass(x2 if need_da else None, t, A, outer=need_da, up=up, accumulate=begun, **drop)
             das |= dict(zip(group, da.split([ranks[i] for i in group], 1))) if need_da else {}
         begun |= up is not None
     for i, dy in flat.items() if need_dx else ():
@@ -213,7 +213,7 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
 
     out = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
     for i, dy in flat.items():
-        dA, dB = grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if ranks[i] else (None, None)
+        dA, dB = reduce_grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if ranks[i] else (None, None)
         out += [dy.t() @ x2] if needs[i] & DW else []
         out += [dy.sum(0)] if needs[i] & DB else []
         out += [d for d in (dA, dB) if d is not None]
