@@ -214,6 +214,17 @@ def _add_products(dx, flat, weights, As, dS, strategy, begun, p, seed):
         begun = True
 
 
+def _parameter_grads(flat, x2, As, Bs, das, dbs, needs):
+    """The needed ones of each projection, in the order dW, db, dA, dB; ``das`` and ``dbs`` are parts still to be summed."""
+    out = []
+    for i, dy in flat.items():
+        out += [dy.t() @ x2] if needs[i] & DW else []
+        out += [dy.sum(0)] if needs[i] & DB else []
+        if As[i] is not None and As[i].shape[0]:
+            out += [d for d in reduce_grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if d is not None]
+    return out
+
+
 def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
     flat = {i: _rows(dy) for i, dy in enumerate(dys) if dy is not None}
     ranks, x2 = [0 if A is None else A.shape[0] for A in As], None if x is None else _rows(x)
@@ -231,12 +242,7 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
         _add_products(dx, flat, weights, As, dS, strategy, strategy == "cublas" and bool(branches), p, seed)
 
     out = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
-    for i, dy in flat.items():
-        out += [dy.t() @ x2] if needs[i] & DW else []
-        out += [dy.sum(0)] if needs[i] & DB else []
-        if ranks[i]:
-            out += [d for d in reduce_grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if d is not None]
-    return out
+    return out + _parameter_grads(flat, x2, As, Bs, das, dbs, needs)
 
 
 def aot_cases(shared: int):
