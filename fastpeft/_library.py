@@ -36,6 +36,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
 _served: dict[str, dict[str, str]] = {}  # op -> device -> why that backend
+_forms: dict[str, tuple[str, ...]] = {}  # op -> the backends it has beside composite, whether or not they serve here
 _ours: dict[str, bool] = {}  # op -> whether it has a kernel of ours
 
 
@@ -113,6 +114,7 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     served = _served.setdefault(name, {})
     native = triton is None if native is None else native
+    _forms[name] = tuple(form for form, has in (("native", native), ("triton", triton is not None)) if has)
     _ours[name] = native or triton is not None
 
     if _has_kernel(name, "CPU"):
@@ -174,3 +176,8 @@ def leave_to_composite(name: str, device: torch.device, reason: str) -> bool:
 def backend_of() -> dict[str, dict[str, str]]:
     """Which backend serves each defined op on each device, with the reason: ``{op: {"CPU": ..., "CUDA": ...}}``."""
     return {name: dict(devices) for name, devices in sorted(_served.items())}
+
+
+def forms_of() -> dict[str, tuple[str, ...]]:
+    """The backends that each defined op has beside composite, whether or not they serve here."""
+    return dict(sorted(_forms.items()))

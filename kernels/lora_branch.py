@@ -148,7 +148,7 @@ def _down_blocks(M: int, R: int, itemsize: int, shared: int) -> dict:
     return tile | {"num_warps": 4, "num_stages": stages(4, columns * both, shares * rows * padded(R) * 4, shared)}
 
 
-def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
+def project_down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
     """s [R, M] = scaling A D(x)^T."""
     (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size(), shared_memory(x))
     if M:
@@ -170,7 +170,7 @@ def _pass_blocks(C: int, R: int, x_size: int, t_size: int, shared: int, *, outer
     return blocks | {"STAGES": stages(4, tile, fixed, shared)}
 
 
-def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
+def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
     """One pass over x [M, C], or over up alone. ``down`` [R, M] and ``up`` [M, C] are filled; if ``outer``, T^T x comes back in parts
     [spans, R, C]."""
     x = up if x is None else x
@@ -195,7 +195,7 @@ def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, a
     return sums if outer else None
 
 
-def grads(da, A, db, B):
+def reduce_grads(da, A, db, B):
     """The gradients of A [R, K] and B [N, R], in their dtypes, from parts as :func:`along` leaves them; None for None."""
     dA, dB = (None if t is None else torch.empty_like(like, memory_format=torch.contiguous_format) for t, like in ((da, A), (db, B)))
     chosen = [t for t in (da, db) if t is not None]

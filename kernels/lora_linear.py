@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels.card import padded, shared_memory
-from fastpeft.kernels.lora_branch import along, down, dropped, grads
+from fastpeft.kernels.lora_branch import branch_pass, dropped, project_down, reduce_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
 
@@ -35,7 +35,7 @@ TMA_SHARED = 200 << 10  # bytes that it takes, with what its epilogue needs: sm_
 
 
 def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
-    """Who makes a product and how its branch joins it: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
+    """Selects the GEMM strategy: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
     Hopper's tiles; no answer of this rule yet), "cublas".
 
     Modelled for an H100 (3 TB/s; cuBLAS 650 TFLOP/s in bfloat16, Triton's GEMM 0.88 of it), not measured: bench lora_linear prints all
@@ -156,7 +156,7 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
     parts = s.split(ranks)
     how = form(x2.shape[1], sum(weights[i].shape[0] for i in branches), max(ranks), x2.element_size())
     if how != "loop" and p == 0.0 and branches:  # branches that see the same x share one pass over it
-        down(x2, _stacked([As[i] for i in branches]), s)
+        project_down(x2, _stacked([As[i] for i in branches]), s)
     ys = []
     for i, (W, b, A, B, scaling, part) in enumerate(zip(weights, biases, As, Bs, scalings, parts)):
         if not ranks[i]:
@@ -164,9 +164,9 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
             continue
         y, b = x2.new_empty(x2.shape[0], W.shape[0]), None if b is None else b.contiguous()
         if how != "loop" and p > 0.0:
-            down(x2, A, part, 1.0, p, seed, i)
+            project_down(x2, A, part, 1.0, p, seed, i)
         if how == "cublas":
-            along(None, part, B.t(), up=y, bias=b, scaling=scaling)
+            branch_pass(None, part, B.t(), up=y, bias=b, scaling=scaling)
             y.addmm_(x2, W.t())
         elif how == "loop":
             _gemm(x2, W, y, B, part, a=A, bias=b, scaling=scaling, p=p, seed=seed, index=i)
@@ -176,48 +176,73 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
     return [*ys, s]
 
 
-def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
-    flat = {i: _rows(dy) for i, dy in enumerate(dys) if dy is not None}
-    ranks, x2 = [0 if A is None else A.shape[0] for A in As], None if x is None else _rows(x)
-    S = {} if s is None else dict(enumerate(s.split(ranks)))
-    first, branches = next(iter(flat.values())), [i for i in flat if ranks[i] and (need_dx or needs[i] & DLA)]
-    M, K = first.shape[0], weights[0].shape[1]
-    stack = first.new_empty(sum(ranks[i] for i in branches), M, dtype=torch.float32)
-    dS, das, dbs = dict(zip(branches, stack.split([ranks[i] for i in branches]))), {}, {}
+def _branch_grads(flat, Bs, S, dS, scalings, needs):
+    """Fills dS and returns the parts of dB, both by branch; in 16 bit one pass over dy serves both."""
+    dbs = {}
     for i, dy in flat.items():
         need_db, ds = bool(needs[i] & DLB), dS.get(i)
         if ds is not None and (dy.element_size() != 2 or not need_db):  # float32 in one pass with dB spilled a thousand registers
-            down(dy, Bs[i].t(), ds, scalings[i])
+            project_down(dy, Bs[i].t(), ds, scalings[i])
             ds = None
         if need_db:
-            dbs[i] = along(dy, S[i], Bs[i].t(), outer=True, down=ds, scaling=scalings[i])
+            dbs[i] = branch_pass(dy, S[i], Bs[i].t(), outer=True, down=ds, scaling=scalings[i])
+    return dbs
 
-    dx = first.new_empty(M, K) if need_dx else None
-    how = form(max(dy.shape[1] for dy in flat.values()), K, max(ranks), first.element_size())
-    begun = False  # dx holds a part of its sum
-    # without dropout the branches' rows of dS and A lie together: one pass over x, or over dx, serves them all
-    for group in ([branches] if p == 0.0 else [[i] for i in branches]) if branches else ():
+
+def _lora_A_grads(x2, dx, stack, dS, As, needs, p, seed):
+    """The parts of dA by branch; where dx is given it becomes D'(dS A), which cuBLAS adds to.
+
+    Without dropout the branches' rows of dS and A lie together: one pass over x, or over dx, serves them all."""
+    das, groups = {}, [list(dS)] if p == 0.0 else [[i] for i in dS]
+    for done, group in enumerate(groups if dS else ()):
         t, A = (stack, _stacked([As[i] for i in group])) if p == 0.0 else (dS[group[0]], As[group[0]])
-        need_da, up = any(needs[i] & DLA for i in group), dx if need_dx and how == "cublas" else None
-        if need_da or up is not None:
-            drop = {"p": p, "seed": seed, "index": group[0]}
-            da = along(x2 if need_da else None, t, A, outer=need_da, up=up, accumulate=begun, **drop)
-            das |= dict(zip(group, da.split([ranks[i] for i in group], 1))) if need_da else {}
-        begun |= up is not None
-    for i, dy in flat.items() if need_dx else ():
-        if how == "cublas" or not ranks[i]:
+        need_da = any(needs[i] & DLA for i in group)
+        if need_da or dx is not None:
+            how = {"up": dx, "accumulate": dx is not None and done > 0, "p": p, "seed": seed, "index": group[0]}
+            da = branch_pass(x2 if need_da else None, t, A, outer=need_da, **how)
+            das |= dict(zip(group, da.split([As[i].shape[0] for i in group], 1))) if need_da else {}
+    return das
+
+
+def _add_products(dx, flat, weights, As, dS, strategy, begun, p, seed):
+    """dx (+)= dy W of each projection, by Triton together with its branch. ``begun``: dx already holds a part of the sum."""
+    for i, dy in flat.items():
+        if strategy == "cublas" or As[i] is None or not As[i].shape[0]:
             dx.addmm_(dy, weights[i], beta=int(begun))
         else:
-            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i, tma=how == "tma")
+            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i, tma=strategy == "tma")
         begun = True
 
-    out = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
+
+def _parameter_grads(flat, x2, As, Bs, das, dbs, needs):
+    """The needed ones of each projection, in the order dW, db, dA, dB; ``das`` and ``dbs`` are parts still to be summed."""
+    out = []
     for i, dy in flat.items():
-        dA, dB = grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if ranks[i] else (None, None)
         out += [dy.t() @ x2] if needs[i] & DW else []
         out += [dy.sum(0)] if needs[i] & DB else []
-        out += [d for d in (dA, dB) if d is not None]
+        if As[i] is not None and As[i].shape[0]:
+            out += [d for d in reduce_grads(das.get(i) if needs[i] & DLA else None, As[i], dbs.get(i), Bs[i]) if d is not None]
     return out
+
+
+def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
+    flat = {i: _rows(dy) for i, dy in enumerate(dys) if dy is not None}
+    ranks, x2 = [0 if A is None else A.shape[0] for A in As], None if x is None else _rows(x)
+    S = () if s is None else s.split(ranks)
+    first, branches = next(iter(flat.values())), [i for i in flat if ranks[i] and (need_dx or needs[i] & DLA)]
+    M, K = first.shape[0], weights[0].shape[1]
+    stack = first.new_empty(sum(ranks[i] for i in branches), M, dtype=torch.float32)
+    dS = dict(zip(branches, stack.split([ranks[i] for i in branches])))
+    dbs = _branch_grads(flat, Bs, S, dS, scalings, needs)
+
+    dx = first.new_empty(M, K) if need_dx else None
+    strategy = form(max(dy.shape[1] for dy in flat.values()), K, max(ranks), first.element_size())
+    das = _lora_A_grads(x2, dx if strategy == "cublas" else None, stack, dS, As, needs, p, seed)
+    if need_dx:
+        _add_products(dx, flat, weights, As, dS, strategy, strategy == "cublas" and bool(branches), p, seed)
+
+    out = [dx.view(*next(dy for dy in dys if dy is not None).shape[:-1], K)] if need_dx else []
+    return out + _parameter_grads(flat, x2, As, Bs, das, dbs, needs)
 
 
 def aot_cases(shared: int):

@@ -291,6 +291,30 @@ def norm_mm_adapter_fwd(x, gamma, eps, w_down, b_down, w_up, b_up, routing, scal
     return out, a, rstd
 
 
+def _weight_grads(g2, x2, rstd, a, da, routing, gamma, grads, scale, common, need_up, need_t, need_gamma):
+    """Fills ``grads``, the parameters' gradients, by partial sums over spans of rows; returns dgamma's part of each span, [spans, C]."""
+    dw_up, db_up, dw_down, db_down = grads
+    (M, C), H, per, norm = g2.shape, da.shape[1], common["PER"], rstd is not None
+    width, rows = _dw_columns(H, g2.element_size()), triton.cdiv(M, DW_ROWS)
+    columns = triton.cdiv(C, width)
+    steps = max(1, triton.cdiv(rows, max(1, PROGRAMS // columns)))
+    spans, size = triton.cdiv(rows, steps), (2 * per + 2 + H) * C + H
+    sums = g2.new_empty(spans, size, dtype=torch.float32)
+    dgamma = g2.new_empty(spans if need_gamma else 0, C, dtype=torch.float32)
+    flags = {"NEED_UP": need_up, "NEED_DOWN": need_t, "NORM": norm}
+    if spans:
+        _mm_adapter_dw_kernel[(columns, spans)](
+            g_ptr=g2, x_ptr=x2, rstd_ptr=rstd, a_ptr=a, da_ptr=da, route_ptr=routing, sums_ptr=sums, gamma_ptr=dgamma, M=M, C=C,
+            stride_xm=x2.stride(0), STEPS=steps, scale=scale, NEED_GAMMA=need_gamma, BLOCK_M=DW_ROWS, BLOCK_C=width,
+            num_warps=WARPS, num_stages=STAGES if H <= 32 else 2, **flags, **common | {"BLOCK_K": padded(2 * H + 2)},
+        )  # fmt: skip
+    _mm_adapter_sum_kernel[(triton.cdiv(size, SUM),)](
+        sums_ptr=sums, gamma_ptr=gamma, up_ptr=dw_up, up_bias_ptr=db_up, down_ptr=dw_down, down_bias_ptr=db_down, C=C,
+        SPANS=spans, H=H, PER=per, BLOCK=SUM, num_warps=4, **flags | {"NORM": norm and not need_gamma},
+    )  # fmt: skip
+    return dgamma
+
+
 def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed,
                         need_x, need_gamma, need_down, need_up, need_routing):  # fmt: skip
     """(dx, dgamma, dw_down, db_down, dw_up, db_up, drouting); empty where not needed. gamma None: no norm."""
@@ -298,7 +322,7 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
     g2, norm = _rows(g).contiguous(), rstd is not None
     gamma, w_down, b_down, w_up, b_up, routing = _dense(gamma, w_down, b_down, w_up, b_up, routing)
     common = _common(w_down, w_up, groups, routing, g)
-    (M, C), H, per, itemsize = g2.shape, w_down.shape[0], w_up.shape[2], g.element_size()
+    (M, C), H, itemsize = g2.shape, w_down.shape[0], g.element_size()
     x2 = g2 if x is None else _rows(x)
     need_t = need_down or need_gamma
     new = lambda need, like, dtype=None: g.new_empty(like.shape if need and like is not None else 0, dtype=dtype or like.dtype)
@@ -314,23 +338,8 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
         )  # fmt: skip
     dgamma = g.new_empty(0)
     if need_t or need_up:
-        width, rows = _dw_columns(H, itemsize), triton.cdiv(M, DW_ROWS)
-        columns = triton.cdiv(C, width)
-        steps = max(1, triton.cdiv(rows, max(1, PROGRAMS // columns)))
-        spans, size = triton.cdiv(rows, steps), (2 * per + 2 + H) * C + H
-        sums = g.new_empty(spans, size, dtype=torch.float32)
-        dgamma = g.new_empty(spans if need_gamma else 0, C, dtype=torch.float32)
-        flags = {"NEED_UP": need_up, "NEED_DOWN": need_t, "NORM": norm}
-        if spans:
-            _mm_adapter_dw_kernel[(columns, spans)](
-                g_ptr=g2, x_ptr=x2, rstd_ptr=rstd, a_ptr=a, da_ptr=da, route_ptr=routing, sums_ptr=sums, gamma_ptr=dgamma, M=M, C=C,
-                stride_xm=x2.stride(0), STEPS=steps, scale=scale, NEED_GAMMA=need_gamma, BLOCK_M=DW_ROWS, BLOCK_C=width,
-                num_warps=WARPS, num_stages=STAGES if H <= 32 else 2, **flags, **common | {"BLOCK_K": padded(2 * H + 2)},
-            )  # fmt: skip
-        _mm_adapter_sum_kernel[(triton.cdiv(size, SUM),)](
-            sums_ptr=sums, gamma_ptr=gamma, up_ptr=dw_up, up_bias_ptr=db_up, down_ptr=dw_down, down_bias_ptr=db_down, C=C,
-            SPANS=spans, H=H, PER=per, BLOCK=SUM, num_warps=4, **flags | {"NORM": norm and not need_gamma},
-        )  # fmt: skip
+        dgamma = _weight_grads(g2, x2, rstd, a, da, routing, gamma, (dw_up, db_up, dw_down, db_down), scale, common,
+                               need_up, need_t, need_gamma)  # fmt: skip
     if need_gamma:
         dgamma = (dgamma.sum(0) + (w_down * dw_down).sum(0)).to(gamma.dtype)
         dw_down = (dw_down * gamma).to(w_down.dtype)

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastpeft import _library
+from fastpeft import _library, ops
+from fastpeft.runs.doctor import diagnose
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,3 +75,18 @@ def test_python_m_fastpeft():
     """As the installed command."""
     shell = run("-m", "fastpeft", "doctor", "--json")
     assert shell.returncode == 0 and "operators" in json.loads(shell.stdout.splitlines()[-1])
+
+
+def test_the_table_of_backends():
+    """The table in fastpeft.ops' docstring names every operator once with the form it has, and that form's source has the operator."""
+    diagnose()  # defines them all
+    table = {}
+    for row in ops.__doc__.splitlines():
+        cells = [cell.strip() for cell in row.strip("| ").split("|")]
+        if len(cells) == 3 and cells[1] in ("native", "triton", "none"):
+            for name in filter(None, (part.strip() for part in cells[0].split(","))):
+                assert name not in table
+                table[name] = () if cells[1] == "none" else (cells[1],)
+    assert table == _library.forms_of()
+    csrc = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cpp"))
+    assert {name for name in table if re.search(rf'"{name}[("]', csrc)} == {name for name, form in table.items() if form == ("native",)}

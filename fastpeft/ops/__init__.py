@@ -1,4 +1,21 @@
-"""Operators: one file per op, backends meet here and nowhere else. What `fastpeft.ops` names is the public surface."""
+"""Operators: one file per op, backends meet here and nowhere else. What `fastpeft.ops` names is the public surface.
+
+Every operator has a composite form, on ATen. An operator has at most one other form, so that nothing is written twice:
+
+| operators                                                             | form beside ATen's | why                                     |
+|-----------------------------------------------------------------------|--------------------|-----------------------------------------|
+| layer_norm_fwd, layer_norm_bwd, rms_norm_fwd, rms_norm_bwd            | native             | row-wise: memory decides, one pass      |
+|                                                                       |                    | serves, on CPU and CUDA alike           |
+| gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd                            | native             | likewise                                |
+| rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| lora_linears_fwd, lora_linears_bwd                                    | triton             | a skinny product joins a wide one in    |
+|                                                                       |                    | its tiles; on a CPU ATen's GEMMs serve  |
+| mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
+| norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
+| prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
+| attention_dq                                                          | none               | three of ATen's products, by blocks     |
+| keep_mask                                                             | none               | PyTorch's own generator                 |
+"""
 
 from fastpeft.ops.absorbed_attention import absorbed_attention
 from fastpeft.ops.activations import gelu, swiglu

@@ -5,6 +5,8 @@ Equations, shapes and what is saved: linear_cross_entropy.py.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -73,48 +75,57 @@ def select_rows(t: Tensor, index: Tensor | None) -> Tensor:
     return t if index is None else t.index_select(0, to_device_async(index, t.device))
 
 
+class _LabelledRows(NamedTuple):
+    """Reads and writes labelled rows, a chunk at a time. ``index`` [n]: where they are; None where every row is labelled."""
+
+    index: Tensor | None
+
+    def take(self, t: Tensor, chunk: slice) -> Tensor:
+        return t[chunk] if self.index is None else t.index_select(0, self.index[chunk])
+
+    def put(self, target: Tensor, chunk: slice, values: Tensor) -> None:
+        if self.index is None:
+            target[chunk] = values
+        else:
+            target.index_copy_(0, self.index[chunk], values)
+
+
+def _add_product(total: Tensor, g: Tensor, h: Tensor) -> Tensor:
+    """``total += g^T h`` in total's dtype, the accumulator's."""
+    return total.addmm_(g.t(), h) if g.dtype == total.dtype else total.add_(mm_wide(g.t(), h))
+
+
 def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
     acc, work, device = accumulator(hidden.dtype), work_dtype(hidden), hidden.device
     _check_labels(labels, ignore_index, weight.shape[0])
     index = labelled_rows(labels, ignore_index)
-    whole = index is None  # then rows are slices of what is there
-    new = hidden.new_empty if whole else hidden.new_zeros
+    new = hidden.new_empty if index is None else hidden.new_zeros
     loss, dhidden = new(labels.shape[0], dtype=acc), new(hidden.shape if need_dhidden else 0)
     dbias = hidden.new_zeros(weight.shape[0] if need_dbias else 0, dtype=acc)
     y = to_device_async(select_rows(labels, index), device).contiguous()  # the kernel reads both by address
     scale = None if row_scale is None else to_device_async(select_rows(row_scale, index), device).to(acc).contiguous()
-    index, n = None if whole else to_device_async(index, device), y.shape[0]
+    rows, n = _LabelledRows(None if index is None else to_device_async(index, device)), y.shape[0]
     size = chunk_rows(weight.shape[0], n, weight.numel() * 4 * need_dweight, device.type)
     # summed over chunks in the accumulator's dtype: in bfloat16 each sum would round again
     several = need_dweight and n > size
     dweight = weight.new_zeros(weight.shape if several or (need_dweight and n == 0) else 0, dtype=acc if several else weight.dtype)
 
-    def put(target, rows, value):
-        if whole:
-            target[rows] = value
-        else:
-            target.index_copy_(0, index[rows], value)
-
     for start in range(0, n, size):
-        rows = slice(start, start + size)
-        h = (hidden[rows] if whole else hidden.index_select(0, index[rows])).to(work)
+        chunk = slice(start, start + size)
+        h = rows.take(hidden, chunk).to(work)
         z = mm_wide(h, weight.t(), bias)
-        row_loss = rows_op(z, y[rows], smoothing, None if scale is None else scale[rows], need_dhidden or need_dweight or need_dbias)
-        put(loss, rows, row_loss)
+        chunk_scale = None if scale is None else scale[chunk]
+        rows.put(loss, chunk, rows_op(z, y[chunk], smoothing, chunk_scale, any((need_dhidden, need_dweight, need_dbias))))
         if need_dbias:
             dbias += z.sum(0)
         if not (need_dhidden or need_dweight):
             continue
         g = z.to(work)
         if need_dhidden:
-            put(dhidden, rows, mm(g, weight).to(dhidden.dtype))
-        if several and g.dtype == acc:
-            dweight.addmm_(g.t(), h)
-        elif several:
-            dweight += mm_wide(g.t(), h)
-        elif need_dweight:
-            dweight = g.t() @ h
+            rows.put(dhidden, chunk, mm(g, weight).to(dhidden.dtype))
+        if need_dweight:
+            dweight = _add_product(dweight, g, h) if several else g.t() @ h
     return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype if bias is None else bias.dtype)
 
 

@@ -258,6 +258,14 @@ class _Split(Function):
         return None, None, None, dq, dk, dv, dpk, dpv
 
 
+def _with_dropout(q, k, v, causal, padding, scale, prefix, dropout_p) -> Tensor:
+    """The strategy "dropout", which takes its allowed keys with the prefix before them."""
+    allowed = allowed_keys(q, k, causal, padding)
+    if allowed is not None and prefix is not None:
+        allowed = torch.nn.functional.pad(allowed, (prefix[0].shape[1], 0), value=True)
+    return attention_with_dropout(q, k, v, allowed, scale, prefix, dropout_p)
+
+
 def _dense(t: Tensor) -> Tensor:
     """ATen's flash reads the last dimension as if it were dense."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -277,12 +285,16 @@ def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
             f"attention: key_padding_mask is {padding.dtype} {tuple(padding.shape)}; pass bool [B, N] ="
             f" [{k.shape[0]}, {k.shape[2]}], True = attend"
         )
+    _check_method_parameters(k, prefix, rescale)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"attention: dropout_p is {dropout_p}; it must lie in [0, 1)")
+
+
+def _check_method_parameters(k, prefix, rescale) -> None:
     if prefix is not None and any(p.dim() != 3 or p.shape[::2] != k.shape[1::2] or p.shape != prefix[0].shape for p in prefix):
         raise ValueError(f"attention: prefix shapes {[tuple(p.shape) for p in prefix]}; pass (P_k, P_v), each [H_kv, n, d]")
     if rescale is not None and any(l.shape != k.shape[1::2] for l in rescale):
         raise ValueError(f"attention: rescale shapes {[tuple(l.shape) for l in rescale]}; pass (l_k, l_v), each [H_kv, d]")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"attention: dropout_p is {dropout_p}; it must lie in [0, 1)")
 
 
 @under_autocast("lower")
@@ -321,13 +333,7 @@ def attention(
     strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
     if strategy in ("dropout", "sdpa"):
         q = q if lk is None else times(q, _per_query_head(lk, q))
-        if strategy == "dropout":
-            allowed = allowed_keys(q, k, causal, key_padding_mask)
-            if allowed is not None and prefix is not None:
-                allowed = torch.nn.functional.pad(allowed, (pk.shape[1], 0), value=True)
-            o = attention_with_dropout(q, k, v, allowed, scale, prefix, dropout_p)
-        else:
-            o = around_sdpa(q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
+        o = {"dropout": _with_dropout, "sdpa": around_sdpa}[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
         return o if lv is None else times(o, _per_query_head(lv, o))
     how = (causal, scale, key_padding_mask)
     if strategy == "plain":

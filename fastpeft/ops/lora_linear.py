@@ -18,9 +18,10 @@ images meet x, their gradients come back in float32.
 | B                   | S: R elements a token, not x                           | dB                          |
 | W                   | x (likewise)                                           | dW                          |
 | b                   | nothing                                                | db                          |
-| any, with dropout   | also a seed of 8 bytes: masks are drawn again, not kept |                            |
+| any, with dropout   | also a seed of 8 bytes: masks are drawn again, not saved |                            |
 
-W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised weight: forward and backward each form it, nobody keeps it.
+W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised weight: forward and backward each
+dequantize it, and no copy is saved.
 
 Projections sharing x (q, k, v; gate, up) go through :func:`lora_linears` together: one GEMM for all S, one dx, x saved once.
 """
@@ -108,43 +109,56 @@ def _fwd_fake(x, weights, biases, As, Bs, scalings, p, seed):
     return [*(x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights), x.new_empty(sum(_ranks(As)), rows)]
 
 
+def _branch_grads(flat, Bs, scalings, ranks, branches):
+    """dS of all ``branches``, [R, M], and its rows by branch. They lie together, so that dx and dA take one GEMM each."""
+    first = next(iter(flat.values()))
+    stack = first.new_empty(sum(ranks[i] for i in branches), first.shape[0])
+    ds = dict(zip(branches, stack.split([ranks[i] for i in branches])))
+    for i, rows in ds.items():
+        torch.mm(Bs[i].to(stack.dtype).t().contiguous(), flat[i].t(), out=rows)
+        rows.mul_(scalings[i])
+    return stack, ds
+
+
+def _input_grad(flat, weights, As, stack, ds, p, seed):
+    """dx [M, in], in the working dtype."""
+    first, *others = flat
+    dx = _gemm.mm(flat[first], weights[first])
+    for i in others:
+        _gemm.addmm_(dx, flat[i], weights[i])
+    if ds and p == 0.0:
+        dx.addmm_(stack.t(), _images([As[i] for i in ds], dx.dtype))
+    for i in ds if p > 0.0 else ():
+        dx += dropped(ds[i].t() @ As[i].to(dx.dtype), p, seed, i)
+    return dx
+
+
+def _lora_A_grads(trained, x2, stack, ds, p, seed):
+    """dA of each branch in ``trained``, in the working dtype."""
+    if p > 0.0 or not trained:
+        return {i: ds[i] @ dropped(x2, p, seed, i) for i in trained}
+    rows = stack if trained == list(ds) else torch.cat([ds[i] for i in trained])  # dx alone may need some of the branches
+    parts = (rows @ x2).split([ds[i].shape[0] for i in trained])
+    return dict(zip(trained, parts if len(parts) == 1 else [part.clone() for part in parts]))  # an op's outputs share no storage
+
+
 def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
     """The needed gradients only, in the order dx, then of each projection dW, db, dA, dB."""
     ranks = _ranks(As)
     live = [i for i, dy in enumerate(dys) if dy is not None]
     like = dys[live[0]]
-    shape, work = like.shape[:-1], work_dtype(like)
+    work = work_dtype(like)
     x2 = None if x is None else x.reshape(-1, x.shape[-1]).to(work)
     flat = {i: dys[i].reshape(-1, dys[i].shape[-1]).to(work) for i in live}
-    ds = {}
     branches = [i for i in live if ranks[i] and (need_dx or needs[i] & DLA)]
-    if branches:  # the rows of all dS lie together: dx and dA then take one GEMM each
-        stack = flat[live[0]].new_empty(sum(ranks[i] for i in branches), flat[live[0]].shape[0])
-        ds = dict(zip(branches, stack.split([ranks[i] for i in branches])))
-        for i in branches:
-            torch.mm(Bs[i].to(stack.dtype).t().contiguous(), flat[i].t(), out=ds[i])
-            ds[i].mul_(scalings[i])
+    stack, ds = _branch_grads(flat, Bs, scalings, ranks, branches) if branches else (None, {})
 
     grads = []
     if need_dx:
-        dx = _gemm.mm(flat[live[0]], weights[live[0]])
-        for i in live[1:]:
-            _gemm.addmm_(dx, flat[i], weights[i])
-        if branches and p == 0.0:
-            dx.addmm_(stack.t(), _images([As[i] for i in branches], dx.dtype))
-        for i in branches if p > 0.0 else ():
-            dx += dropped(ds[i].t() @ As[i].to(dx.dtype), p, seed, i)
-        grads.append(dx.to(like.dtype).view(*shape, dx.shape[-1]))
-
-    das = {i: None for i in live if needs[i] & DLA}
-    if das and p == 0.0:
-        whole = das.keys() == set(branches)  # some branch may be here for dx alone
-        picked = stack if whole else torch.cat([ds[i] for i in das])
-        parts = (picked @ x2).split([ranks[i] for i in das])
-        das = dict(zip(das, parts if len(parts) == 1 else [part.clone() for part in parts]))  # an op's outputs share no storage
-    for i in das if p > 0.0 else ():
-        das[i] = ds[i] @ dropped(x2, p, seed, i)
-    starts = torch.tensor([0, *ranks]).cumsum(0).tolist()
+        dx = _input_grad(flat, weights, As, stack, ds, p, seed)
+        grads.append(dx.to(like.dtype).view(*like.shape[:-1], dx.shape[-1]))
+    das = _lora_A_grads([i for i in live if needs[i] & DLA], x2, stack, ds, p, seed)
+    parts = () if s is None else s.split(ranks)
     for i in live:
         if needs[i] & DW:
             grads.append((flat[i].t() @ x2).to(like.dtype))
@@ -153,7 +167,7 @@ def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
         if needs[i] & DLA:
             grads.append(das[i].to(As[i].dtype))
         if needs[i] & DLB:
-            db = s[starts[i] : starts[i + 1]].to(work) @ flat[i]
+            db = parts[i].to(work) @ flat[i]
             grads.append(Bs[i].new_empty(Bs[i].shape).copy_(db.t()).mul_(scalings[i]))
     return grads
 
