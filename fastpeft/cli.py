@@ -19,7 +19,7 @@ import typer
 
 from fastpeft.cli_options import flag, other_names, with_options
 from fastpeft.options import OptionError, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
@@ -72,12 +72,12 @@ def train(
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
-    run, data, text, how = split(given, *RECIPE)
+    run, data, text, metrics, how = split(given, *RECIPE)
     from fastpeft.runs.train import train_run
 
     more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
-        summary = train_run(run.model, run.plan, data, how, text=text, **more, **run.lora)
+        summary = train_run(run.model, run.plan, data, how, text=text, metrics=metrics, **more, **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
@@ -94,10 +94,14 @@ def _accuracy(scored: dict | None) -> list[str]:
     if scored["closed"] is not None:
         always, verdict = scored["always_no_closed"], "beats" if scored["closed"] > scored["always_no_closed"] else "does NOT beat"
         lines.append(f"on closed questions it {verdict} always answering 'no' ({always:.1%})")
-    return lines
+    found = scored.get("metrics", {})
+    means = {name: v if name == "tokens" else v.get("f1", v.get("score")) for name, v in found.items() if name != "missing"}
+    text = [f"{v:.1f} tokens" if name == "tokens" else f"{name} {v:.3f}" for name, v in means.items()]
+    lines += [f"text: {', '.join(text)}"] if text else []
+    return lines + [f"no {name}: {reason}" for name, reason in found.get("missing", {}).items()]
 
 
-EVAL = (DataOptions, GenerationOptions)
+EVAL = (DataOptions, GenerationOptions, MetricOptions)
 
 
 @app.command("eval", context_settings=other_names(*EVAL))
@@ -115,13 +119,13 @@ def evaluate(
     **given,
 ) -> None:
     """Answer a data set's questions with an adapter and score the answers."""
-    chosen, generation = split({"data": data, **given}, *EVAL)
+    chosen, generation, metrics = split({"data": data, **given}, *EVAL)
     import torch
 
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
-    how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size}
+    how = {"device": device, "model": model, "out": out, "progress": not quiet, "batch_size": batch_size, "metrics": metrics}
     scored = eval_run(adapter, chosen, **how, num_beams=generation.num_beams, **generation.chosen())
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 

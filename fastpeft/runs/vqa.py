@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.data import Preprocess, SampleList, VQADataset, load_samples, load_tokenizer, train_tokenizer
-from fastpeft.evaluate import answer_questions, score
+from fastpeft.evaluate import answer_and_score
 from fastpeft.models import ModelSource, resolve
 from fastpeft.plan import build
 from fastpeft.runs.options import DataOptions, TextOptions
@@ -93,5 +93,4 @@ def dataset(
 
 def answer(network: nn.Module, asked: VQADataset, tokenizer, **how) -> tuple[list[str], dict[str, Any]]:
     """(answers, scores)."""
-    answers = answer_questions(network, asked, tokenizer, **how)
-    return answers, score(answers, asked.samples)
+    return answer_and_score(network, asked, tokenizer, **how)
