@@ -87,6 +87,7 @@ class NoSynonyms:
 
 def open_wordnet(folder: str | Path):
     """nltk's reader of a WordNet folder (data.noun, index.noun, ...)."""
+    import nltk.data
     from nltk.corpus.reader import WordNetCorpusReader
 
     class English(WordNetCorpusReader):
@@ -95,9 +96,11 @@ def open_wordnet(folder: str | Path):
         def map_wn(self, version="wordnet"):
             return None
 
-    root = Path(folder).expanduser().absolute()
+    root = Path(folder).expanduser().resolve()
     if lacking := [name for name in WORDNET_FILES if not (root / name).is_file()]:
         raise Missing(f"{root} is no WordNet folder, as it has no {lacking[0]}: give the unpacked corpora/wordnet of nltk_data (wordnet)")
+    if str(root) not in nltk.data.path:
+        nltk.data.path.append(str(root))  # nltk opens files below its own paths only
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is for English alone
@@ -160,7 +163,9 @@ def bertscore(
         if baseline is not None:
             base = _baseline(baseline, layer)
             rows = (rows - base) / (1 - base)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # transformers' and bert_score's of a folder
+    except Missing:
+        raise
+    except Exception as error:  # of a folder's config, tokenizer or weights: transformers, tokenizers, safetensors, each with its own types
         raise Missing(f"{folder}: no BERTScore with this model ({' '.join(str(error).split())[:300]})") from None
     about = {"model": str(folder), "layer": layer, "idf": idf, "rescaled": False if baseline is None else str(baseline)}
     return dict(zip(("precision", "recall", "f1"), rows.double().mean(0).tolist())) | about
