@@ -98,8 +98,8 @@ def _accuracy(scored: dict | None) -> list[str]:
     means = {name: v if name == "tokens" else v.get("f1", v.get("score")) for name, v in found.items() if name != "missing"}
     text = [f"{v:.1f} tokens" if name == "tokens" else f"{name} {v:.3f}" for name, v in means.items()]
     lines += [f"text: {', '.join(text)}"] if text else []
-    lacking = {name: reason for name, reason in found.get("missing", {}).items() if not reason.startswith("no model folder")}  # nobody asked
-    return lines + [f"no {name}: {reason}" for name, reason in lacking.items()]
+    asked = {name: reason for name, reason in found.get("missing", {}).items() if not reason.startswith("no model folder")}
+    return lines + [f"no {name}: {reason}" for name, reason in asked.items()]
 
 
 EVAL = (DataOptions, GenerationOptions, MetricOptions)

@@ -74,8 +74,8 @@ def rouge_l(responses: Sequence[str], references: Sequence[Sequence[str]]) -> di
         raise Missing(f"rouge_score is not installed: {INSTALL}") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rows = [scorer.score_multi(list(texts), response)["rougeL"] for response, texts in zip(responses, references)]
-    means = {name: _mean([getattr(row, at) for row in rows]) for name, at in (("precision", "precision"), ("recall", "recall"), ("f1", "fmeasure"))}
-    return means | {"stemming": False}
+    means = [_mean(column) for column in zip(*rows)]  # a row: precision, recall, fmeasure
+    return dict(zip(("precision", "recall", "f1"), means)) | {"stemming": False}
 
 
 class NoSynonyms:
