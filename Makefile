@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make gpu | make venv | make wheel | make clean
+# make demo | make test | make lint | make bench | make gpu | make gpu-{right,kernels,steps} | make venv | make wheel | make clean
 # `demo`, `test` and `lint` set up everything they need in .venv; `gpu` uses the python3 and packages already on the machine.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -6,7 +6,7 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow aot lint bench gpu wheel clean
+.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow aot lint bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
@@ -41,8 +41,16 @@ test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest $(PYTEST) -m slow
 
-aot: $(VENV)/.built
+# two versions of Triton: the one installed, and that of torch 2.11, laid over it
+OLD_TRITON = build/triton-3.6.0
+$(OLD_TRITON)/.done: $(VENV)/.built
+	rm -rf $(OLD_TRITON)
+	$(PIP) install -q --no-deps --target $(OLD_TRITON) triton==3.6.0
+	touch $@
+
+aot: $(VENV)/.built $(OLD_TRITON)/.done
 	$(PY) bench/aot.py --check bench/aot_limits.json
+	PYTHONPATH=$(OLD_TRITON) $(PY) bench/aot.py --check bench/aot_limits.json
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
@@ -51,11 +59,17 @@ lint: $(VENV)/.built
 bench: $(VENV)/.built
 	$(PY) -m bench
 
-# on a machine with a GPU: its own python3 and packages, nothing installed; csrc built in place for that GPU alone, where it compiles
+# on a machine with a GPU: its own python3 and packages, nothing installed; csrc built in place for that GPU alone, where it compiles and
+# is not up to date. Three calls of at most 8 minutes, or all of it within 10
 GPU_ARCH = $(shell $(PYTHON) -c "import torch; print('%d%d' % torch.cuda.get_device_capability())" 2>/dev/null || echo 90)
-gpu:
+gpu-build:
 	-FASTPEFT_CUDA_ARCHS=$(GPU_ARCH) timeout 150 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m bench gpu --minutes 7.3
+
+gpu: gpu-build
+	PYTHONPATH=. $(PYTHON) -m bench gpu --minutes 7
+
+gpu-right gpu-kernels gpu-steps: gpu-%: gpu-build
+	PYTHONPATH=. $(PYTHON) -m bench gpu $* --minutes 5.2
 
 wheel: $(VENV)/.built
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .

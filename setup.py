@@ -3,11 +3,17 @@
 Environment:
     FASTPEFT_NO_EXT=1              pure Python install; everything still works, on PyTorch's own operators
     FASTPEFT_CUDA=auto|0|1         compile csrc/*.cu (auto: where nvcc is found; needs neither a GPU nor a CUDA torch)
-    FASTPEFT_CUDA_ARCHS=80;90;100  real architectures; PTX of the last one is added
+    FASTPEFT_CUDA_ARCHS=80;90;100  real architectures; PTX of the last one is added, which newer cards compile for themselves
+    FASTPEFT_NVCC=/path/to/nvcc    another nvcc than PATH's. The library needs a driver for its CUDA: what is published is built with 12.8
+                                   (any driver from 525 on); CUDA 13 asks for 580. Elsewhere ATen serves, and `fastpeft doctor` says why
+
+The library says what it was made from (fastpeft_build): it is not made again from the same.
 """
 
+import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -44,12 +50,17 @@ class build_ext(_build_ext):
         include = [f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         cxx = os.environ.get("CXX", "g++")
 
+        nvcc = find_nvcc()
+        made_from = build_stamp(cxx, nvcc)
+        if not self.force and out.is_file() and made_from.encode() in out.read_bytes():
+            return
+        stamp = tmp / "build.cpp"
+        stamp.write_text(f'extern "C" __attribute__((visibility("default"))) const char* fastpeft_build() {{ return "{made_from}"; }}\n')
         jobs, objects, link = [], [], []
-        for source in ext.sources:
+        for source in [*ext.sources, str(stamp)]:
             objects.append(str(tmp / (Path(source).stem + ".cpp.o")))
             flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
             jobs.append([cxx, *flags, *include, "-c", source, "-o", objects[-1]])
-        nvcc = find_nvcc()
         if nvcc:
             for source in sorted(Path("csrc").glob("*.cu")):
                 objects.append(str(tmp / (source.stem + ".cu.o")))
@@ -66,9 +77,18 @@ class build_ext(_build_ext):
         subprocess.check_call([cxx, "-shared", "-s", "-o", str(out), *objects, *torch_libs, "-Wl,--exclude-libs,ALL", *link])
 
 
+def build_stamp(cxx, nvcc):
+    """What the library is made from: its CUDA (0.0: none), and a hash of sources, this file, compilers and flags."""
+    said = [subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout for compiler in (cxx, nvcc) if compiler]
+    cuda = re.search(r"release (\d+\.\d+)", said[1])[1] if nvcc else "0.0"
+    files = [Path("setup.py"), *sorted(Path("csrc").glob("*"))]
+    told = [*said, STABLE_ABI, *(cuda_architectures() if nvcc else ()), *(file.read_text() for file in files)]
+    return f"cuda {cuda} sources {hashlib.sha256(chr(0).join(told).encode()).hexdigest()}"
+
+
 def find_nvcc():
     want = os.environ.get("FASTPEFT_CUDA", "auto")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = os.environ.get("FASTPEFT_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if want == "1" and not nvcc:
         raise RuntimeError("FASTPEFT_CUDA=1 but nvcc was not found on PATH or in /usr/local/cuda/bin")
     return nvcc if want != "0" and any(Path("csrc").glob("*.cu")) else None

@@ -2,13 +2,14 @@
 
 Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify runs the ops' tests first: no speed figure on a red test.
 `python -m bench steps ...` measures whole training steps (bench/steps.py), `python -m bench convergence ...` whole trainings;
-`python -m bench gpu` runs all that needs a GPU.
+`python -m bench gpu` runs all that needs a GPU, in three calls.
 `python -m bench mixed ...` compares what LaVIN reaches on fastpeft and written straightforwardly (bench/mixed.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -22,8 +23,10 @@ from pathlib import Path
 import torch
 
 from bench import timing
+from bench.pieces import say
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def found() -> dict[str, Path]:
@@ -57,6 +60,8 @@ def ops(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for all rivals of one case together")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, a fifth of the time")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
+    parser.add_argument("--dtype", choices=DTYPES, help="one alone; fp32 and bf16 by default")
+    parser.add_argument("--lines", action="store_true", help="tell each case as a line of JSON at once, and write no file")
     parser.add_argument("--verify", action="store_true", help="run the ops' tests first")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(benches):
@@ -68,22 +73,29 @@ def ops(argv: list[str]) -> int:
         print("tests are red: nothing is measured", file=sys.stderr)
         return 1
 
-    settings, rows, failed = timing.Settings(args.device, args.seconds, args.quick), [], []
+    settings, rows, failed = timing.Settings(args.device, args.seconds, args.quick, lines=args.lines), [], []
+    settings.dtypes = [DTYPES[args.dtype]] if args.dtype else settings.dtypes
     for name in names:
         begin = time.perf_counter()
         try:
-            rows += load(benches[name]).run(settings)
+            with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else contextlib.nullcontext():  # see timing.captured
+                rows += load(benches[name]).run(settings)
         except Exception as error:  # one broken bench must not cost the others their figures; the exit status tells
             failed.append(f"{name}: {type(error).__name__}: {error}")
+            if args.lines:
+                say({"case": name, "failed": failed[-1]})
         print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
 
     environment = timing.environment()
     print(", ".join(f"{key} {value}" for key, value in environment.items()) + "\n\n" + timing.markdown(rows))
+    print("\n".join(failed), file=sys.stderr)
+    if args.lines:
+        say({"case": "environment", **environment})
+        return bool(failed)
     folder = Path(os.environ.get("OUT") or ROOT / "bench/results")
     folder.mkdir(parents=True, exist_ok=True)
     report = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows], "failed": failed}
     (folder / f"ops-{args.device}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print("\n".join(failed), file=sys.stderr)
     return bool(failed)
 
 

@@ -1,13 +1,16 @@
 """Compile every Triton kernel for GPUs that are not here, and hold its resources to recorded limits; and look at csrc's CUDA kernels, as
 they were built: none may keep anything on a stack.
 
-    python bench/aot.py [--arch 80 90 100] [--only lora] [--check bench/aot_limits.json | --write bench/aot_limits.json]
+    python bench/aot.py [--arch 80 86 90 100 120] [--only lora] [--check bench/aot_limits.json | --write bench/aot_limits.json]
 
-Each kernels/<op>.py yields (name, kernel, signature, constexprs, options) from ``aot_cases()``; options may hold "since", the first
-architecture that a case is for. Arguments that are 1 at every launch of a case belong into its constexprs: Triton's launcher makes them
-constants, and a stride that is not known to be 1 makes narrow loads. Registers, stack, shared memory, spills
-and tensor-core instructions are read from the machine code. Counts differ between versions of Triton: limits hold for the version that
-wrote them; with another one the kernels must still compile, and nothing else is checked.
+Each kernels/<op>.py yields (name, kernel, signature, constexprs, options) from ``aot_cases(shared)``, as it would launch on a card whose
+blocks may have so many bytes of shared memory; options may hold "since", the first architecture that a case is for. Arguments that are 1
+at every launch of a case belong into its constexprs: Triton's launcher makes them constants, and a stride that is not known to be 1 makes
+narrow loads. Registers, stack, shared memory, spills and tensor-core instructions are read from the machine code.
+
+sm_80, sm_90 and sm_100 are compiled to the end. sm_86 (whose shared memory sm_89 has too) is lowered as sm_80: where a case launches there
+as on sm_80, sm_80's numbers count, else it is compiled. sm_120 is lowered until its shared memory is known. Counts differ between versions
+of Triton: the file has limits for each version that `make aot` runs, and "spills" says of every case that spills why it may.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+ARCHS = (80, 86, 90, 100, 120)
+LOWERED = 120  # from here on to LLVM's IR only
 # sizes a launch has in multiples of 16 (channels, vocabulary, strides of them): what Triton's launcher would find out
 DIVISIBLE = re.compile(r"stride_\w+|[NKCDV]")
 RESOURCES = ("registers", "stack", "shared", "spills")
@@ -42,9 +47,28 @@ def modules() -> list[str]:
     return sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 
-def cases(module: str):
+def cases(module: str, arch: int):
+    """The module's cases on that architecture."""
     sys.path.insert(0, str(ROOT))
-    yield from getattr(importlib.import_module(f"fastpeft.kernels.{module}"), "aot_cases", tuple)()
+    shared = importlib.import_module("fastpeft.kernels.card").SHARED[arch]
+    for case in getattr(importlib.import_module(f"fastpeft.kernels.{module}"), "aot_cases", lambda shared: ())(shared):
+        if arch >= case[4].get("since", 0):
+            yield case
+
+
+class Lowered(Exception):
+    """The shared memory of a kernel whose compilation ends here."""
+
+
+def end_before_ptx(*args):
+    """Triton's hook on its stages. Without arguments it is asked for a key of what it does, and a hash."""
+    if not args:
+        return "end before ptx", "end before ptx"
+
+    def stop(source, metadata):
+        raise Lowered(metadata["shared"])
+
+    args[1]["ptx"] = stop
 
 
 def compile_one(kernel, signature: dict, constexprs: dict, options: dict, arch: int):
@@ -54,7 +78,8 @@ def compile_one(kernel, signature: dict, constexprs: dict, options: dict, arch: 
     unknown = (set(signature) | set(constexprs)) - set(names)
     assert not unknown, f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}"
     types = {name: signature.get(name, "constexpr") for name in names}
-    aligned = [i for i, n in enumerate(names) if types[n][0] == "*" or (types[n] == "i32" and DIVISIBLE.fullmatch(n))]
+    specialised = [not param.do_not_specialize for param in kernel.params]
+    aligned = [i for i, n in enumerate(names) if types[n][0] == "*" or (types[n] == "i32" and DIVISIBLE.fullmatch(n) and specialised[i])]
     source = ASTSource(
         kernel,
         types,
@@ -82,12 +107,31 @@ def work(job: tuple[str, str, int]) -> tuple[str, dict, float]:
     """One case on one architecture, found by name: kernels themselves do not travel between processes."""
     module, name, arch = job
     begin = time.perf_counter()
-    case = next(case for case in cases(module) if case[0] == name)
+    case = next(case for case in cases(module, arch) if case[0] == name)
+    triton.knobs.runtime.add_stages_inspection_hook = end_before_ptx if arch >= LOWERED else None
     try:
         found = resources(compile_one(*case[1:], arch))
+    except Lowered as ended:
+        found = {"shared": ended.args[0]}
     except Exception as error:  # every compiler error is a result: all of them are reported, then the run fails
         found = {"error": f"{type(error).__name__}: {error}"}
     return f"{name}/sm_{arch}", found, time.perf_counter() - begin
+
+
+def jobs_of(archs: list[int], only: str) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """What to compile, and the names of cases that launch on sm_86 as on sm_80."""
+    jobs, as_on_80 = [], []
+    for module in modules():
+        on_80 = {case[0]: case[3:] for case in cases(module, 80)} if {80, 86} <= set(archs) else {}
+        for arch in archs:
+            for name, _, _, *how in cases(module, arch):
+                if only not in name:
+                    continue
+                if arch == 86 and on_80.get(name) == tuple(how):
+                    as_on_80.append(name)
+                else:
+                    jobs.append((module, name, arch))
+    return jobs, as_on_80
 
 
 def csrc_kernels(library: Path) -> tuple[int, list[str]]:
@@ -97,10 +141,25 @@ def csrc_kernels(library: Path) -> tuple[int, list[str]]:
     return len(usage), [f"csrc: {name} keeps {stack} bytes on a stack" for name, _, stack in usage if int(stack)]
 
 
-def violations(found: dict[str, dict], limits: dict) -> list[str]:
+def too_large(found: dict[str, dict], as_on_80: list[str]) -> list[str]:
+    """Cases that cannot be launched: a block of theirs takes more shared memory than the card has for one."""
+    from fastpeft.kernels.card import SHARED
+
+    taken = [(key, int(key.rpartition("_")[2]), got["shared"]) for key, got in found.items() if "shared" in got]
+    taken += [(f"{name}/sm_86", 86, found[f"{name}/sm_80"].get("shared", 0)) for name in as_on_80]
+    told = "{}: {} bytes of shared memory, where a block may have {}"
+    return [told.format(key, took, SHARED[arch]) for key, arch, took in taken if took > SHARED[arch]]
+
+
+def violations(found: dict[str, dict], limits: dict[str, dict], excused: dict[str, str]) -> list[str]:
+    """Cases above their limits, and those that spill without a reason on record (``excused``: part of a name -> why)."""
     bad = []
     for key, got in found.items():
-        limit = limits["kernels"].get(key)
+        if "registers" not in got:
+            continue
+        limit = limits.get(key)
+        if got["spills"] and not any(part in key for part in excused):
+            bad.append(f'{key}: {got["spills"]} spills; mend it, or give a reason under "spills" in the file of limits')
         if limit is None:
             bad.append(f"{key}: no limit recorded; run python bench/aot.py --write bench/aot_limits.json")
             continue
@@ -110,16 +169,25 @@ def violations(found: dict[str, dict], limits: dict) -> list[str]:
     return bad
 
 
+def write(file: Path, found: dict[str, dict], add: bool) -> None:
+    """This version's limits into the file, a kernel a line; ``add``: to those that are there."""
+    told = json.loads(file.read_text()) if file.exists() else {"spills": {}, "triton": {}}
+    kept = told["triton"].get(triton.__version__, {}) if add else {}
+    found = {key: got for key, got in found.items() if "registers" in got}
+    told["triton"][triton.__version__] = dict(sorted((kept | found).items()))
+    text = json.dumps(told | {"triton": dict(sorted(told["triton"].items()))}, indent=1)
+    file.write_text(re.sub(r"\{\s+(\"registers[^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=[80, 90, 100])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--check", type=Path, metavar="FILE")
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args()
 
-    chosen = [(m, case[0], case[4].get("since", 0)) for m in modules() for case in cases(m) if args.only in case[0]]
-    jobs = [(module, name, arch) for module, name, since in chosen for arch in args.arch if arch >= since]
+    jobs, as_on_80 = jobs_of(args.arch, args.only)
     found = {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for key, got, seconds in pool.map(work, jobs):
@@ -128,23 +196,21 @@ def main() -> int:
             print(f"{key:44s} {shown}  ({seconds:.1f} s)", flush=True)
 
     bad = [f"{key}: does not compile: {got['error'].splitlines()[0]}" for key, got in found.items() if "error" in got]
+    bad += too_large(found, as_on_80)
     if args.write and not bad:
-        kept = json.loads(args.write.read_text())["kernels"] if args.only and args.write.exists() else {}
-        text = json.dumps({"triton": triton.__version__, "kernels": dict(sorted((kept | found).items()))}, indent=1)
-        # one kernel a line
-        text = re.sub(r"\{\s+(\"registers[^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text)
-        args.write.write_text(text + "\n")
+        write(args.write, found, add=bool(args.only))
     if args.check:
-        limits = json.loads(args.check.read_text())
-        if limits["triton"] == triton.__version__:
-            bad += violations({key: got for key, got in found.items() if "error" not in got}, limits)
+        told = json.loads(args.check.read_text())
+        if limits := told["triton"].get(triton.__version__):
+            bad += violations(found, limits, told["spills"])
         else:
-            print(f"limits are those of triton {limits['triton']}; with {triton.__version__} only compilation is checked")
+            print(f"limits are those of triton {', '.join(told['triton'])}; with {triton.__version__} only compilation is checked")
     built = 0
     for library in sorted((ROOT / "fastpeft").glob("_C*.so")) if args.check else ():
         built, spilling = csrc_kernels(library)
         bad += spilling
-    print("\n".join(bad) or f"{len(found)} compilations and {built} built CUDA kernels, all within limits")
+    told = f"{len(found)} compilations ({len(as_on_80)} more on sm_86 as on sm_80) and {built} built CUDA kernels, all within limits"
+    print(f"triton {triton.__version__}:", "\n".join(bad) or told)
     return bool(bad)
 
 

@@ -1,79 +1,128 @@
-"""Everything that needs a GPU, within 10 minutes: tests, every op, LLaMA-shaped and MISS's steps. `make gpu` builds csrc, then runs this.
+"""What needs a GPU, in three calls of at most 8 minutes, each useful alone: right, kernels, steps.
 
-    python -m bench gpu [--minutes 9.5]
+    python -m bench gpu [right] [kernels] [steps] [--minutes 7.5]
 
-Each piece is a process of its own with a limit of time: one that fails, or lacks a package, costs the others nothing. What a piece prints
-goes to gpu-PIECE.txt, the summary to gpu.json, figures to their own JSON files, all in $OUT (or bench/results). Exit status 1 where a piece
-failed, 2 without a GPU. It needs torch, triton, transformers and pytest, and what fastpeft itself imports; nothing is installed.
+right: which backend serves each operator, then every test marked gpu, in 8 processes; and compute-sanitizer, where it is installed.
+kernels: every operator against its peers, bfloat16 first. steps: whole steps of MISS and of a LLaMA-shaped stack.
+
+Each call leaves two files in $OUT (or bench/results): gpu-CALL.json, written after every case, and gpu-CALL.log; tables of whole steps are
+in the JSON too. What matters most runs first, and what has no time left is left out and said. Exit status 1 where something failed, 2
+without a GPU. It needs torch, triton, transformers and pytest, and what fastpeft imports; nothing is installed. `make gpu` builds csrc
+where it is not up to date, then makes all three calls within 10 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
-import subprocess
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from bench.pieces import Report
+
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--import-mode=importlib", "-m", "gpu"]
+PROCESSES = 8
+CALLS = {"right": 0.4, "kernels": 0.3, "steps": 0.3}  # and their shares of the time, where several are made
+# the order in which operators are measured
+OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "linear_cross_entropy")
+LEAST = 10.0  # seconds: a piece with less than that is not begun
+BACKENDS = "from bench.gpu import tell_backends; raise SystemExit(tell_backends())"
 
 
-def pieces(out: Path) -> dict[str, tuple[list[str], float]]:
-    """name: (arguments of python, seconds it may take), the most telling first."""
+def tell_backends() -> int:
+    """Says which backend serves each operator on CUDA: ATen is a failure where a kernel of ours was meant."""
+    import fastpeft.ops  # noqa: F401 - defines the operators
+    from bench.pieces import say
+    from fastpeft._library import backend_of, has_kernel_of_ours
+
+    bad = 0
+    for name, served in backend_of().items():
+        case = {"case": name, "backend": served["CUDA"]}
+        if has_kernel_of_ours(name) and served["CUDA"].startswith("composite"):
+            case["failed"], bad = f"runs on ATen: {served['CUDA']}", bad + 1
+        say(case)
+    return bool(bad)
+
+
+def right() -> list[tuple[str, list[str], float]]:
+    python = sys.executable
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    pytest = ["-m", "pytest", "-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "bench.pytest_cases"]
+    pytest += ["--import-mode=importlib", "-m", "gpu"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", str(PROCESSES)]
+    pieces = [("backends", [python, "-c", BACKENDS], 60.0), ("tests", [python, *pytest, *marked], 360.0)]
+    if sanitizer := shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"):
+        few = "test_norms and 768 and bfloat16 or test_every_form_of_lora_linear and 33 and cublas"
+        twins = [python, *pytest[:-2], "-m", "gpu", "-k", few, str(ROOT / "tests/ops/test_cuda_twins.py")]
+        twins = [argument for argument in twins if argument not in ("-n", str(PROCESSES))]
+        for tool in ("memcheck", "racecheck"):
+            pieces.append((tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *twins], 120.0))
+    return pieces
+
+
+def kernels() -> list[tuple[str, list[str], float]]:
+    found = [path.stem.removeprefix("bench_") for path in sorted((ROOT / "bench/ops").glob("bench_*.py"))]
+    names = [*OPS, *(name for name in found if name not in OPS)]
+    ops = [sys.executable, "-m", "bench", "ops", *names, "--device", "cuda", "--quick", "--lines", "--dtype"]
+    return [("bfloat16", [*ops, "bf16"], 300.0), ("float32", [*ops, "fp32"], 180.0)]
+
+
+def steps() -> list[tuple[str, list[str], float]]:
     rivals = ["peft", "sdpa", "fastpeft", "off"] if importlib.util.find_spec("peft") else ["fastpeft", "off", "frozen"]
-    steps = ["--plans", "F/LoRA/LoRA", "LoRA/LoRA/LoRA", "--batch-size", "20", "--rivals", *rivals, "--rounds", "5"]
-    return {
-        "doctor": (["-m", "fastpeft", "doctor"], 60),
-        "tests": ([*PYTEST, *marked], 240),
-        "ops": (["-m", "bench", "ops", "--device", "cuda", "--quick"], 180),
-        "llama": (["bench/steps_llama.py", "--device", "cuda", "--dtype", "bf16", "--size", "7b", "--tokens", "512"], 120),
-        "miss": (["-m", "bench", "steps", *steps, "--device", "cuda", "--dtype", "bf16", "--out", str(out / "steps_miss_cuda.json")], 150),
-    }
+    miss = ["--batch-size", "20", "--rounds", "5", "--rivals", *rivals, "--device", "cuda", "--dtype", "bf16", "--lines"]
+    llama = ["--device", "cuda", "--dtype", "bf16", "--size", "7b", "--tokens", "512", "--lines"]
+    python = sys.executable
+    return [
+        *((f"miss {plan}", [python, "-m", "bench", "steps", "--plans", plan, *miss], 150.0) for plan in ("F/LoRA/LoRA", "LoRA/LoRA/LoRA")),
+        ("llama", [python, "bench/steps_llama.py", *llama], 180.0),
+    ]
 
 
-def run(name: str, arguments: list[str], seconds: float, out: Path) -> dict:
-    began, file = time.perf_counter(), out / f"gpu-{name}.txt"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(out)}
-    with file.open("w") as log:
-        try:
-            status = subprocess.run(
-                [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = 124
-    return {"status": status, "seconds": round(time.perf_counter() - began, 1), "tail": file.read_text()[-2000:]}
+PIECES = {"right": right, "kernels": kernels, "steps": steps}
+
+
+def make(call: str, seconds: float, out: Path) -> bool:
+    """One call; whether all of it went well."""
+    stop = time.perf_counter() + seconds
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "left_out": []}
+    report = Report(out, call, about)
+    for name, command, most in PIECES[call]():
+        left = stop - time.perf_counter()
+        if left < LEAST:
+            report.told["left_out"].append(name)
+            report.write()
+            continue
+        # OUT is not handed on: pieces say what they found, and one process writes it
+        environment = {"PYTHONPATH": str(ROOT), "OUT": os.devnull, "PYTHONUNBUFFERED": "1"}
+        status = report.run(name, command, min(most, left), environment, ROOT)
+        piece = report.told["pieces"][name]
+        print(f"{call} {name}: status {status}, {piece['seconds']} s, {len(piece['cases'])} cases", flush=True)
+    print("\n".join(report.told["failed"][:20]), flush=True)
+    return not report.told["failed"]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it; pieces that do not fit any more are left out")
-    parser.add_argument("pieces", nargs="*", help="of them; all by default")
+    parser.add_argument("calls", nargs="*", help=f"of {', '.join(CALLS)}; all by default")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for all calls together")
     args = parser.parse_args(argv)
+    if unknown := sorted(set(args.calls) - CALLS.keys()):
+        parser.error(f"no call {', '.join(unknown)}; there are {', '.join(CALLS)}")
     if not torch.cuda.is_available():
         print("bench gpu: torch sees no CUDA device here", file=sys.stderr)
         return 2
     out = Path(os.environ.get("OUT") or ROOT / "bench/results").resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    stop, found = time.perf_counter() + 60 * args.minutes, {}
-    known = pieces(out)
-    if unknown := sorted(set(args.pieces) - known.keys()):
-        parser.error(f"no piece called {', '.join(unknown)}; there are {', '.join(known)}")
-    for name, (arguments, seconds) in known.items():
-        left = stop - time.perf_counter()
-        if (args.pieces and name not in args.pieces) or left < 10:
-            continue
-        found[name] = run(name, arguments, min(seconds, left), out)
-        print(f"{name}: status {found[name]['status']}, {found[name]['seconds']} s\n{found[name]['tail'][-600:]}", flush=True)
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "pieces": found}
-        (out / "gpu.json").write_text(json.dumps(about, indent=1) + "\n")  # after each: a run cut off leaves what it had
-    return int(any(piece["status"] for piece in found.values()))
+    calls, stop, good = args.calls or list(CALLS), time.perf_counter() + 60 * args.minutes, True
+    for i, call in enumerate(calls):
+        share = CALLS[call] / sum(CALLS[other] for other in calls[i:])  # what an earlier call left over is the next one's
+        good &= make(call, (stop - time.perf_counter()) * share, out)
+    return int(not good)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from bench.frame import about_machine
 from fastpeft.data import load_instructions
 from fastpeft.demo.phantom_images import SCANNERS, Canvas
 from fastpeft.demo.phantom_questions import Scene, draw_scene, phrase, questions_of
-from fastpeft.evaluate.answers import to_device
+from fastpeft.device import to_device
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.responses import model_inputs, respond
 from fastpeft.runs.causal import dataset as causal_dataset

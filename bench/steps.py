@@ -34,6 +34,7 @@ from torch import nn
 
 import fastpeft as fp
 from bench import frame
+from bench.pieces import say
 from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
 from fastpeft.features.frozen_stages import QuestionStates, frozen_prefix
@@ -102,8 +103,13 @@ def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple
     return rivals, left_out
 
 
-def kept_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What stands in for the work of a frozen prefix: the images' features, or the questions' states."""
+def kept_of(model: nn.Module, batch: dict[str, torch.Tensor], device: str = "cpu") -> dict[str, torch.Tensor]:
+    """What stands in for the work of a frozen prefix: the images' features, or the questions' states; made on ``device``."""
+    if device != "cpu":
+        home = next(model.parameters()).device
+        made = kept_of(model.to(device), {name: t.to(device) for name, t in batch.items()})
+        model.to(home)
+        return {name: t.to(home) for name, t in made.items()}
     features = torch.cat([model.encode_images(image[None]) for image in batch["pixel_values"]])
     if frozen_prefix(model) is not QuestionStates:
         return {"image_embeds": features}
@@ -123,7 +129,7 @@ def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str
         rivals, left_out = chosen(plan, held["batch"], args, file)
         if any(rival.options["cached"] for rival in rivals):
             with torch.no_grad():
-                held["kept"] = kept_of(model, held["batch"])
+                held["kept"] = kept_of(model, held["batch"], args.device)
         torch.save(held, file)
         held.clear()
         tolerance = 1e-4 if dtype != torch.bfloat16 else 3e-2
@@ -155,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, help="GB a step may take before it runs in micro-batches (default: half of what is free)")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds that torch.compile may take")
     parser.add_argument("--out", type=Path, help="JSON file to write; a Markdown file of the same name beside it")
+    parser.add_argument("--lines", action="store_true", help="tell each plan's rows as a line of JSON at once")
     parser.add_argument("--json", action="store_true", help="print the JSON object as the last line")
     args = parser.parse_args(argv)
     if args.threads:
@@ -162,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     args.memory = args.memory or psutil.virtual_memory().available / 2e9
     overrides = {} if args.image_size is None else {"image_size": args.image_size}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in ("out", "json")}
+    hidden = ("out", "json", "lines")
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in hidden}
     report, tables = {"options": told, "machine": frame.about_machine(), "rows": [], "left_out": {}}, []
     try:
         for plan in args.plans:
@@ -171,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
             rows, left_out = compare(base, plan, args)
             report["rows"] += [{"plan": plan} | row.to_dict() for row in rows]
             report["left_out"][plan] = left_out
+            if args.lines:
+                say({"case": plan, "rows": [row.to_dict() for row in rows], "left_out": left_out})
             notes = [f"- left out: {name}: {why}" for name, why in left_out.items()]
             title = f"**{args.model}, {plan}**, {args.batch_size} questions, {args.questions_per_image} per image, {args.dtype}"
             tables.append("\n".join([title, "", frame.markdown(rows), "", *notes]))

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fastpeft as fp
+from bench.pieces import say
 from fastpeft.cost.profile import measure
 from fastpeft.files import write_json
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--lines", action="store_true", help="tell each row as a line of JSON, and write no file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -137,9 +139,13 @@ def main() -> None:
         row["over_frozen"] = min(row["seconds"]) / frozen
         told = f"{min(row['seconds']):7.2f} {row['over_frozen']:12.3f} {row['flops'] / 1e9:9.1f} {row['saved_bytes'] / 1e6:9.1f}"
         print(f"{name:>22} {told}")
+        if args.lines:
+            say({"case": name, **row})
     about = {"date": str(datetime.date.today()), "cpu": platform.processor() or platform.machine(), "threads": 1, "shape": shape}
     about |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
     about |= {"batch": args.batch, "tokens": args.tokens, "dtype": args.dtype, "torch": torch.__version__, "rows": rows}
+    if args.lines:
+        return say({"case": "about", **{name: value for name, value in about.items() if name != "rows"}})
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     write_json(folder / f"steps_llama_{args.device}_{args.tokens}.json", about)
 

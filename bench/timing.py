@@ -2,12 +2,17 @@
 
 Interleaving matters more than repetition: on a shared machine a rival measured a minute later meets another machine. Nothing is timed
 before its results were seen to be finite. Before each call a buffer larger than most caches is written, so that inputs come from memory.
-The roofline, a copy and a square product, is measured in the same run. On one CPU thread the clock is the thread's own: other
-processes do not count.
+The roofline, a copy and a square product of random numbers, is measured in the same run. On one CPU thread the clock is the thread's own:
+other processes do not count.
+
+On CUDA each rival has two times. ``ms``, eager: events around the Python call, so that a small operator's is its host's. ``graph_ms``: the
+call captured once in a CUDA graph and replayed, so that nothing but the GPU's own work counts; ratios and rooflines are of these where
+there are some. A call that cannot be captured says why in the note.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib
@@ -20,6 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench.pieces import say
 from fastpeft.ops._gemm import LACKING
 
 QUANTILES = (0.2, 0.5, 0.8)
@@ -34,6 +40,7 @@ class Row:
     dtype: str
     provider: str
     ms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # 20, 50, 80 percent
+    graph_ms: tuple[float, float, float] | None = None  # CUDA only: replay of the call as a captured graph
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
     ratio: float | None = None  # baseline's median over ours: above 1, ours is faster
@@ -48,6 +55,7 @@ class Settings:
     seconds: float = 1.0  # for all rivals of a case together
     quick: bool = False
     dtypes: list[torch.dtype] = field(default_factory=lambda: [torch.float32, torch.bfloat16])
+    lines: bool = False  # tell each case's rows as a line of JSON, at once
 
 
 def environment() -> dict:
@@ -99,15 +107,33 @@ def _eviction(device: str) -> torch.Tensor:
 
 @functools.cache
 def roofline(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(GB/s of a copy of 32 MB, read and write counted; TFLOP/s of a product of side 2048, on CUDA 8192): the better of a few. Of a dtype
-    that the CPU lacks the product is float32's: its own takes 17 seconds."""
-    source = torch.ones((32 << 20) // dtype.itemsize, dtype=dtype, device=device)
-    side = 8192 if device == "cuda" else 2048
+    """(GB/s of a copy, read and write counted; TFLOP/s of a square product), medians. On CUDA a copy of 1 GB and a side of 8192, on the CPU
+    32 MB and 2048. Random numbers: a GPU multiplies constant ones faster, for it draws less power. Of a dtype that the CPU lacks the
+    product is float32's: its own takes 17 seconds."""
+    size, side = (1 << 30, 8192) if device == "cuda" else (32 << 20, 2048)
+    source = torch.randn(size // dtype.itemsize, device=device, dtype=dtype)
     wide = torch.float32 if device == "cpu" and dtype in LACKING else dtype
-    a, target = torch.ones(side, side, dtype=wide, device=device), torch.empty_like(source)
-    copy, product = (lambda: target.copy_(source)), (lambda: a @ a)
-    best = [min(_once(fn, device) for _ in range(7)) / 1e3 for fn in (copy, product)]
-    return 2 * source.nbytes / best[0] / 1e9, 2 * side**3 / best[1] / 1e12
+    target, (a, b) = torch.empty_like(source), torch.randn(2, side, side, device=device, dtype=wide).unbind(0)
+    out = torch.empty_like(a)
+    seconds = []
+    for fn in (lambda: target.copy_(source), lambda: torch.mm(a, b, out=out)):
+        fn()
+        seconds.append(sorted(_once(fn, device) for _ in range(9))[4] / 1e3)
+    return 2 * source.nbytes / seconds[0] / 1e9, 2 * side**3 / seconds[1] / 1e12
+
+
+def captured(fn: Callable) -> Callable:
+    """``fn`` as a CUDA graph's replay; it has been called before, on the current stream, which is not the default one: backward runs on its
+    forward's stream, and the default one cannot be captured. RuntimeError where ``fn`` waits for the device."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = fn()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _check_finite(what: str, result) -> None:
@@ -138,17 +164,48 @@ def compare(
 ) -> list[Row]:
     """A row per rival. The last one is the baseline of the ratios; ``bytes_moved`` and ``flops`` are what the work needs, not what a
     rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named."""
-    peaks, rivals, ours, baseline = {}, dict(rivals), next(iter(rivals)), list(rivals)[-1]
-    for name, fn in list(rivals.items()):
+    ours, baseline = next(iter(rivals)), list(rivals)[-1]
+    rivals, peaks, told = _warmed_up(f"{op} {shape} {dtype}", rivals, settings, needed=(ours, baseline))
+    replays, untaken = _captured_all(rivals) if settings.device == "cuda" else ({}, [])
+    note = "; ".join(filter(None, (note, *told, *untaken)))
+    times, graph_times = _interleaved(rivals, replays, settings, ours)
+    rows, (bandwidth, rate) = [], roofline(settings.device, dtype)
+    for name, samples in times.items():
+        replayed = _quantiles(graph_times[name]) if name in graph_times else None
+        row = Row(op, shape, str(dtype).removeprefix("torch."), name, _quantiles(samples), replayed, note=note)
+        seconds = (replayed or row.ms)[1] / 1e3
+        row.gb_per_s = bytes_moved / seconds / 1e9 if bytes_moved else None
+        row.tflop_per_s = flops / seconds / 1e12 if flops else None
+        row.peak_mb = peaks.get(name)
+        row.roofline = max((row.gb_per_s or 0) / bandwidth, (row.tflop_per_s or 0) / rate) or None
+        rows.append(row)
+    for row in rows:
+        both = row.graph_ms and rows[-1].graph_ms
+        row.ratio = rows[-1].graph_ms[1] / row.graph_ms[1] if both else rows[-1].ms[1] / row.ms[1]
+    if settings.lines:
+        say({"case": f"{op} {shape} {dtype}", "rows": [dataclasses.asdict(row) for row in rows]})
+    return rows
+
+
+def _told(name: str, what: str, error: Exception) -> str:
+    return f"{name} {what}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
+def _warmed_up(
+    case: str, rivals: dict[str, Callable], settings: Settings, needed: tuple[str, ...]
+) -> tuple[dict[str, Callable], dict[str, float], list[str]]:
+    """(the rivals that run, the MB each allocates on CUDA, why others do not); an error of one of ``needed`` is raised."""
+    running, peaks, told = {}, {}, []
+    for name, fn in rivals.items():
         try:
-            for _ in range(1 if settings.quick else 2):  # warm up: compilation, caches, allocator
-                _check_finite(f"{op} {shape} {dtype}: {name}", fn())
+            for _ in range(1 if settings.quick else 2):  # compilation, caches, allocator
+                _check_finite(f"{case}: {name}", fn())
         except Exception as error:  # a compiler that is not there, a kernel that does not take the shape
-            if name in (ours, baseline):
+            if name in needed:
                 raise
-            note = f"{note}; {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}".removeprefix("; ")
-            del rivals[name]
+            told.append(_told(name, "left out", error))
             continue
+        running[name] = fn
         if settings.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -156,31 +213,43 @@ def compare(
             fn()
             torch.cuda.synchronize()
             peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return running, peaks, told
+
+
+def _captured_all(rivals: dict[str, Callable]) -> tuple[dict[str, Callable], list[str]]:
+    """(replays of the rivals' CUDA graphs, why others were not captured)."""
+    replays, told = {}, []
+    for name, fn in rivals.items():
+        try:
+            replays[name] = captured(fn)
+        except Exception as error:
+            torch.cuda.synchronize()
+            told.append(_told(name, "not captured", error))
+    return replays, told
+
+
+def _interleaved(
+    rivals: dict[str, Callable], replays: dict[str, Callable], settings: Settings, ours: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of every call, one rival after the other, eager and replayed, until the time is over."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
+    graph_times: dict[str, list[float]] = {name: [] for name in replays}
     gc.collect()
     gc.disable()
     try:
         stop = time.perf_counter() + settings.seconds * (0.2 if settings.quick else 1.0)
         while time.perf_counter() < stop or len(times[ours]) < (3 if settings.quick else 5):
-            for name, fn in rivals.items():
-                _eviction(settings.device).zero_()
-                times[name].append(_once(fn, settings.device))
+            for calls, into in ((rivals, times), (replays, graph_times)):
+                for name, fn in calls.items():
+                    _eviction(settings.device).zero_()
+                    into[name].append(_once(fn, settings.device))
     finally:
         gc.enable()
-    rows = []
-    for name, samples in times.items():
-        quantiles = tuple(torch.tensor(samples).quantile(torch.tensor(QUANTILES)).tolist())
-        rows.append(Row(op, shape, str(dtype).removeprefix("torch."), name, quantiles, note=note))
-        seconds = quantiles[1] / 1e3
-        rows[-1].gb_per_s = bytes_moved / seconds / 1e9 if bytes_moved else None
-        rows[-1].tflop_per_s = flops / seconds / 1e12 if flops else None
-        rows[-1].peak_mb = peaks.get(name)
-        bandwidth, rate = roofline(settings.device, dtype)
-        reached = [(rows[-1].gb_per_s or 0) / bandwidth, (rows[-1].tflop_per_s or 0) / rate]
-        rows[-1].roofline = max(reached) or None
-    for row in rows:
-        row.ratio = rows[-1].ms[1] / row.ms[1]
-    return rows
+    return times, graph_times
+
+
+def _quantiles(samples: list[float]) -> tuple[float, float, float]:
+    return tuple(torch.tensor(samples).quantile(torch.tensor(QUANTILES)).tolist())
 
 
 def _leaves(inputs) -> list[torch.Tensor]:
@@ -247,9 +316,13 @@ def markdown(rows: list[Row]) -> str:
     def number(value, digits=2):
         return "" if value is None else f"{value:.{digits}f}"
 
-    head = "| op | shape | dtype | provider | ms 20% | ms 50% | ms 80% | GB/s | TFLOP/s | roofline | ratio | peak MB |\n|" + "---|" * 12
+    head = (
+        "| op | shape | dtype | provider | ms 20% | ms 50% | ms 80% | graph ms 50% | GB/s | TFLOP/s | roofline | ratio | peak MB |\n|"
+        + "---|" * 13
+    )
     lines = [
-        f"| {r.op} | {r.shape} | {r.dtype} | {r.provider} | {' | '.join(number(m, 3) for m in r.ms)} | {number(r.gb_per_s, 1)} |"
+        f"| {r.op} | {r.shape} | {r.dtype} | {r.provider} | {' | '.join(number(m, 3) for m in r.ms)} |"
+        f" {number(r.graph_ms and r.graph_ms[1], 3)} | {number(r.gb_per_s, 1)} |"
         f" {number(r.tflop_per_s, 3)} | {number(r.roofline)} | {number(r.ratio)} | {number(r.peak_mb, 1)} |"
         for r in rows
     ]

@@ -5,25 +5,59 @@
 namespace fastpeft::cuda_activations {
 
 // Each gives the activation of g, and its slope where that is asked for: the forms of activations.cpp, whose tails keep their digits.
-template <class A>
+// APPROXIMATE, for 16 bit: exp and division by the GPU's own instructions, within 2^-21 or so, and the normal distribution as on the CPU;
+// erfc takes 952 instructions for 8 elements.
+template <bool APPROXIMATE, class A>
+__device__ A exponential(A x) {
+  if constexpr (APPROXIMATE) return __expf(x);
+  else return exp(x);
+}
+template <bool APPROXIMATE, class A>
+__device__ A reciprocal(A x) {
+  if constexpr (APPROXIMATE) return __fdividef(1.0f, x);
+  else return A(1) / x;
+}
+
+template <bool APPROXIMATE, class A>
 __device__ A silu(A g, A* slope) {
-  const A sigma = A(1) / (A(1) + exp(-g));
-  if (slope) *slope = sigma * (1 + g * (1 - sigma));
+  const A e = exponential<APPROXIMATE>(-g), sigma = reciprocal<APPROXIMATE>(A(1) + e);
+  if (slope && APPROXIMATE) {
+    const A side = sigma * (e * sigma);  // 1 - sigma, of an approximate quotient, times a gate of 1e38; nan where e is inf
+    *slope = sigma + (side > A(1e-37) ? g * side : A(0));
+  } else if (slope) {
+    *slope = sigma * (1 + g * (1 - sigma));
+  }
   return g * sigma;
 }
-template <class A>
+template <bool APPROXIMATE, class A>
 __device__ A gelu(A g, A* slope) {
-  const A cdf = A(0.5) * erfc(-g * A(0.70710678118654752440));
-  if (slope) {
-    const A bell = exp(A(-0.5) * g * g);
-    *slope = cdf + (bell > A(1e-37) ? g * A(0.39894228040143267794) * bell : A(0));
+  A cdf, bell;
+  if constexpr (APPROXIMATE) {  // the tail exp(-g^2 / 2) t P(t), t = 1 / (1 + |g| / 4): see activations.cpp
+    const float z = fabsf(g), t = reciprocal<true>(1.0f + 0.25f * z);
+    float p = 1.65063304e-2f;
+    p = p * t - 6.23418503e-2f;
+    p = p * t + 5.04533325e-2f;
+    p = p * t + 3.02492756e-2f;
+    p = p * t + 1.09982192e-2f;
+    p = p * t + 8.77039373e-2f;
+    p = p * t + 7.15866040e-2f;
+    p = p * t + 9.56167923e-2f;
+    p = p * t + 9.94786355e-2f;
+    p = p * t + 9.97487236e-2f;
+    bell = exponential<true>(-0.5f * z * z);
+    const float tail = bell * t * p;
+    cdf = g < 0 ? tail : 1.0f - tail;
+  } else {
+    cdf = A(0.5) * erfc(-g * A(0.70710678118654752440));
+    if (slope) bell = exp(A(-0.5) * g * g);
   }
+  if (slope) *slope = cdf + (bell > A(1e-37) ? g * A(0.39894228040143267794) * bell : A(0));
   return g * cdf;
 }
-template <class A>
+template <bool APPROXIMATE, class A>
 __device__ A gelu_tanh(A g, A* slope) {  // (1 + tanh u) / 2 is the sigmoid of 2 u
   const A beta = A(1.59576912160573071176), kappa = A(0.044715);  // 2 sqrt(2 / pi)
-  const A e = exp(-beta * (g + kappa * g * g * g)), sigma = A(1) / (A(1) + e);
+  const A e = exponential<APPROXIMATE>(-beta * (g + kappa * g * g * g)), sigma = reciprocal<APPROXIMATE>(A(1) + e);
   if (slope) {
     const A side = sigma * (e * sigma);  // 1 - sigma would cancel; nan where e is inf
     *slope = sigma + (side > A(1e-37) ? g * side * beta * (1 + 3 * kappa * g * g) : A(0));
@@ -32,11 +66,12 @@ __device__ A gelu_tanh(A g, A* slope) {  // (1 + tanh u) / 2 is the sigmoid of 2
 }
 
 enum Kind { kSwiGLU, kGELU, kGELUTanh };
-template <Kind KIND, class A>
-__device__ A act(A g, A* slope) {
-  if constexpr (KIND == kSwiGLU) return silu(g, slope);
-  else if constexpr (KIND == kGELU) return gelu(g, slope);
-  else return gelu_tanh(g, slope);
+template <Kind KIND, class T>
+__device__ acc_t<T> act(acc_t<T> g, acc_t<T>* slope) {
+  constexpr bool approximate = sizeof(T) == 2;
+  if constexpr (KIND == kSwiGLU) return silu<approximate>(g, slope);
+  else if constexpr (KIND == kGELU) return gelu<approximate>(g, slope);
+  else return gelu_tanh<approximate>(g, slope);
 }
 
 template <class T>
@@ -65,7 +100,7 @@ __global__ void forward_kernel(Args<T> a) {
     if (a.up) up = P::load(a.up + r * a.up_stride + j);
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      const A y = act<KIND, A>(static_cast<A>(gate.v[e]), nullptr) * scale[e];
+      const A y = act<KIND, T>(static_cast<A>(gate.v[e]), nullptr) * scale[e];
       gate.v[e] = static_cast<T>(a.up ? y * static_cast<A>(up.v[e]) : y);
     }
     gate.store(a.y + r * a.n + j);
@@ -86,7 +121,7 @@ __global__ void backward_kernel(Args<T> a) {
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       A slope;
-      const A d = static_cast<A>(dy.v[e]), y = act<KIND, A>(static_cast<A>(gate.v[e]), &slope), u = a.up ? static_cast<A>(up.v[e]) : A(1);
+      const A d = static_cast<A>(dy.v[e]), y = act<KIND, T>(static_cast<A>(gate.v[e]), &slope), u = a.up ? static_cast<A>(up.v[e]) : A(1);
       sum[e] += d * y * u;
       dy.v[e] = static_cast<T>(d * scale[e] * u * slope);
       up.v[e] = static_cast<T>(d * scale[e] * y);

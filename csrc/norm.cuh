@@ -135,10 +135,13 @@ __global__ void norm_fwd_any_kernel(NormFwd<T> a) {
   keep_statistics<CENTER>(a, r, mean, rstd, group);
 }
 
-template <bool CENTER, int K, bool DX, bool PARAMS, class T>
-__global__ void __launch_bounds__(kThreads<T>, K == 1 ? 2 : 1) norm_bwd_kernel(NormBwd<T> a, unsigned per_row) {
+// Two blocks a multiprocessor, so that one reads while the other waits: of 384 threads where K = 1, of 256 where K = 2, which 16 bit takes up
+// to 4096 elements (WIDE: more threads, one block).
+template <bool CENTER, int K, bool DX, bool PARAMS, bool WIDE, class T>
+__global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && WIDE ? 1 : 2) norm_bwd_kernel(NormBwd<T> a, unsigned per_row) {
   using A = acc_t<T>;
   constexpr int V = 16 / sizeof(T);
+  constexpr bool early = K == 1 || WIDE;  // dh is read with the row; where registers are few, when it is added
   using P = Pack<T, V>;
   const Group group(per_row);
   const int64_t packs = a.n / V, step = int64_t(gridDim.x) * group.count;
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(kThreads<T>, K == 1 ? 2 : 1) norm_bwd_kernel(N
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int64_t i = group.lane + k * per_row;
-      if (DX && a.dh && i < packs) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
+      if (DX && early && a.dh && i < packs) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         d[k][e] = i < packs ? static_cast<A>(dy[k].v[e]) : A(0);
@@ -196,6 +199,7 @@ __global__ void __launch_bounds__(kThreads<T>, K == 1 ? 2 : 1) norm_bwd_kernel(N
         const int64_t i = group.lane + k * per_row;
         if (i >= packs) continue;
         P out;
+        if (!early && a.dh) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           A dx = rstd * (d[k][e] - c1 - x_hat[k][e] * c2);
@@ -276,6 +280,12 @@ Deal deal(int64_t n, bool packs) {
   return {};
 }
 
+// Blocks that sum `rounds` rounds of rows. A partial sum is written and read in float32, 16 bytes a column of both parameters, where a row of
+// 16 bit moves 6: two blocks a multiprocessor from 16 rounds each on, else one, and of few rows four rounds at least (modelled, not measured).
+inline unsigned parts_of(unsigned rounds) {
+  return rounds >= 16u * kParts ? kParts : std::max(1u, std::min(unsigned(kParts / 2), (rounds + 3) / 4));
+}
+
 inline unsigned blocks_of(int64_t rows, unsigned groups) { return unsigned((rows + groups - 1) / groups); }
 
 template <bool CENTER>
@@ -307,7 +317,9 @@ void norm_fwd_cuda(
 
 template <bool CENTER, bool DX, bool PARAMS, class T>
 void norm_bwd_packs(const NormBwd<T>& a, const Deal& d, unsigned blocks, const Launch& launch) {
-  auto kernel = d.K == 1 ? norm_bwd_kernel<CENTER, 1, DX, PARAMS, T> : norm_bwd_kernel<CENTER, 2, DX, PARAMS, T>;
+  auto kernel = d.K == 1              ? norm_bwd_kernel<CENTER, 1, DX, PARAMS, false, T>
+                : d.per_row * d.groups <= 256 ? norm_bwd_kernel<CENTER, 2, DX, PARAMS, false, T>
+                                              : norm_bwd_kernel<CENTER, 2, DX, PARAMS, true, T>;
   launch(kernel, blocks, d.per_row * d.groups, a, d.per_row);
 }
 
@@ -333,8 +345,8 @@ void norm_bwd_cuda(
                  nullptr};
     const bool whole = packs<T, V>(a.dy, a.dy_stride) && packs<T, V>(a.h, a.h_stride) && packs<T, V>(a.dh, a.dh_stride) && a.weight.packs();
     const Deal d = deal<T>(in.n, whole);
-    // with nothing to sum up there may be more blocks, eight for a multiprocessor
-    const unsigned blocks = unsigned(std::min<int64_t>(blocks_of(in.count, d.groups), params ? kParts : 4 * kParts));
+    const unsigned most = blocks_of(in.count, d.groups);
+    const unsigned blocks = std::min(most, params ? parts_of(most) : 4 * kParts);  // with nothing to sum up eight for a multiprocessor
     const Tensor part = torch::stable::new_empty(h, {params ? blocks * 2 * in.n : 0}, acc_type(h));
     if (params) a.part = write<A>(part);
     bool done = false;

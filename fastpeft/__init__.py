@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fastpeft.plan import Plan, adapt, build, count
     from fastpeft.savings import without
     from fastpeft.train import TrainConfig, Trainer
+    from fastpeft.verify import verify
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _HOMES = {
     "adapters": ("load_adapter", "merge", "save_adapter"),
     "peft": ("ExcitorConfig",),
     "train": ("TrainConfig", "Trainer"),
+    "verify": ("verify",),
     "cost.estimate": ("estimate",),
     "cost.memory_budget": ("MemoryBudget",),
 }

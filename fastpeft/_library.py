@@ -8,12 +8,16 @@ Backends: ``native`` (csrc, row-wise ops), ``triton`` (kernels/, tile-wise ops),
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from fastpeft._cards import cards
 
 NAMESPACE = "fastpeft"
 BACKENDS = ("native", "triton", "composite")
@@ -32,14 +36,50 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
 _served: dict[str, dict[str, str]] = {}  # op -> device -> why that backend
+_ours: dict[str, bool] = {}  # op -> whether it has a kernel of ours
 
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+OLDEST = (8, 0)  # compute capability: what our CUDA and Triton kernels are written, compiled and checked for
+_native_cuda = (0, 0)  # the CUDA that csrc's library was built with
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def cuda_unfit(built: tuple[int, int]) -> str:
+    """Why kernels of ours that need ``built``'s CUDA ((0, 0): any) cannot run on this machine's cards, "" where they can or where there is
+    no card to ask."""
+    if torch.version.hip:
+        return "a ROCm build of torch: our kernels are for NVIDIA's cards"
+    if (found := cards()) is None:
+        return ""
+    driver, capabilities = found
+    if min(capabilities) < OLDEST:
+        return f"a card of compute capability {_dotted(min(capabilities))}: our kernels need {_dotted(OLDEST)}"
+    if driver < built:
+        return f"csrc was built with CUDA {_dotted(built)}, and the driver serves {_dotted(driver)}"
+    return ""
+
+
+def _built_with(path) -> tuple[int, int]:
+    """The CUDA version of a library (setup.py's fastpeft_build); within a major version every driver serves every minor one."""
+    try:
+        build = ctypes.CDLL(str(path)).fastpeft_build
+    except (OSError, AttributeError):  # the emulator's
+        return (0, 0)
+    build.restype = ctypes.c_char_p
+    found = re.match(rb"cuda (\d+)\.\d+ ", build() or b"")
+    return (int(found[1]), 0) if found else (0, 0)
+
+
 def _load_native() -> str:
     """Load csrc's library once; returns '' or the reason it is not there."""
+    global _native_cuda
     if FORCED not in ("", "native"):
         return f"FASTPEFT_BACKEND={FORCED}"
     path = os.environ.get("FASTPEFT_LIBRARY") or next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
@@ -49,6 +89,7 @@ def _load_native() -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"csrc did not load: {str(error).splitlines()[0]}"
+    _native_cuda = _built_with(path)
     return ""
 
 
@@ -64,13 +105,15 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
 
     C++ implementations register themselves when the library loads; ``triton`` is a launcher that imports triton when called.
     ``native``: whether csrc has this op, which can only be told when the library is there (None: where there is no ``triton``).
-    CPU order: native, composite (triton under the interpreter when forced). CUDA order: triton, native, composite.
+    CPU order: native, composite (triton under the interpreter when forced). CUDA order: triton, native, composite; composite where
+    the machine's cards cannot run the others.
     """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     served = _served.setdefault(name, {})
     native = triton is None if native is None else native
+    _ours[name] = native or triton is not None
 
     if _has_kernel(name, "CPU"):
         served["CPU"] = "native"
@@ -81,13 +124,13 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
         library.impl(name, composite, "CPU")
         served["CPU"] = f"composite ({_why_composite('CPU', native, triton is not None)})"
 
-    if triton and has_triton() and FORCED in ("", "triton"):
+    if triton and has_triton() and FORCED in ("", "triton") and (FORCED or not cuda_unfit((0, 0))):
         library.impl(name, triton, "CUDA", allow_override=True)
         served["CUDA"] = "triton"
-    elif _has_kernel(name, "CUDA"):
+    elif _has_kernel(name, "CUDA") and not cuda_unfit(_native_cuda):
         served["CUDA"] = "native"
     else:
-        library.impl(name, composite, "CUDA")
+        library.impl(name, composite, "CUDA", allow_override=True)
         served["CUDA"] = f"composite ({_why_composite('CUDA', native, triton is not None)})"
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -96,14 +139,36 @@ def _why_composite(device: str, native: bool, triton: bool) -> str:
     """Why an op with these backends runs on ATen there."""
     if FORCED == "composite":
         return "FASTPEFT_BACKEND=composite"
-    if triton and device == "CPU" and not FORCED:
-        return "tile-wise: Triton serves it on CUDA, ATen's GEMM and attention on CPU"
+    unfit = cuda_unfit(_native_cuda if native else (0, 0)) if device == "CUDA" and (native or triton) else ""
+    if unfit and FORCED in ("", "native" if native else "triton"):
+        return unfit
     if triton and FORCED in ("", "triton"):
-        return "triton runs on CPU tensors with TRITON_INTERPRET=1" if has_triton() else "triton is not installed"
+        return _why_no_triton(device)
     if native and FORCED in ("", "native"):
         return native_missing or f"csrc has no {device} form here"
-    kinds = [kind for kind, has in (("native", native), ("triton", triton)) if has]
-    return (f"FASTPEFT_BACKEND={FORCED}, and " if FORCED else "") + (f"it has {kinds[0]} only" if kinds else "it has no other form")
+    only = "it has native only" if native else "it has triton only" if triton else "it has no other form"
+    return f"FASTPEFT_BACKEND={FORCED}, and {only}" if FORCED else only
+
+
+def _why_no_triton(device: str) -> str:
+    """Why an op whose kernel is Triton's runs on ATen there."""
+    if device == "CPU" and not FORCED:
+        return "tile-wise: Triton serves it on CUDA, ATen's GEMM and attention on CPU"
+    return "triton runs on CPU tensors with TRITON_INTERPRET=1" if has_triton() else "triton is not installed"
+
+
+def has_kernel_of_ours(name: str) -> bool:
+    """Whether an op has more than its ATen form: ATen on CUDA is then a fallback."""
+    return _ours[name]
+
+
+def leave_to_composite(name: str, device: torch.device, reason: str) -> bool:
+    """Notes that some calls of an op run on ATen, for :func:`backend_of`; whether this was not known yet."""
+    served, key = _served.setdefault(name, {}), device.type.upper()
+    told = f"triton; composite for some shapes ({reason})"
+    known = served.get(key, "").startswith("triton; composite")
+    served[key] = served[key] if known else told
+    return not known
 
 
 def backend_of() -> dict[str, dict[str, str]]:

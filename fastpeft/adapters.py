@@ -24,11 +24,8 @@ from torch import nn
 
 from fastpeft.files import atomic_folder, save_tensors
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
-from fastpeft.methods.adapted import Adapted, AdaptedLinear
+from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import shorten
-from fastpeft.methods.ia3 import merge_ia3
-from fastpeft.methods.lora import merge_lora
-from fastpeft.methods.mm_adapter import merge_adapter
 from fastpeft.methods.quantized import dequantize, is_quantized
 from fastpeft.models import parts_of
 from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
@@ -255,36 +252,30 @@ def merge(model: nn.Module, modality: str | None = None) -> nn.Module:
     adapters away. ValueError for Prefix, PTv2 and Excitor, whose keys and values no weight can hold.
     """
     plan = _plan_of(model)
-    stuck = [f"{m} of {part}" for part, methods in plan.treatments.items() for m in methods if not m.mergeable]
-    if stuck:
+    found = [(method, part) for part in parts_of(model) for method in plan.treatments[part.name]]
+    if stuck := [f"{method} of {part.name}" for method, part in found if not method.mergeable]:
         raise ValueError(f"no weight can take in {', '.join(stuck)}; keep the adapter beside the base")
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = [name for name, m in model.named_modules() if isinstance(m, Adapted) and owners[id(m.weight)] > 1]
-    if shared:
-        raise ValueError(f"{', '.join(shared)} shares its weight with another module, which merging would change too; untie it first")
+    _refuse_shared(model)
     dequantize(model)
-    layers = [module for module in model.modules() if getattr(module, "mm_adapter", None) is not None]
-    mixtures = _mixtures(model, modality, any(layer.mm_adapter.routed for layer in layers))
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            if module.lora_A is not None:
-                merge_lora(module)
-            if isinstance(module, AdaptedLinear) and module.ia3_l is not None:
-                merge_ia3(module)
-    for layer in layers:
-        if not layer.mm_adapter.routed or layer in mixtures:
-            merge_adapter(layer, mixtures.get(layer))
-    if modality != "image" or not any(getattr(layer, "mm_adapter", None) is not None for layer in layers):
+    mixtures = _mixtures(model, modality, any(method.by_modality for method, _ in found))
+    found.sort(key=lambda pair: pair[0].merge_order)
+    stay = [(method, part.name) for method, part in found if not method.merge(part.of(model), part, mixtures)]
+    if not stay or modality != "image":  # a model of text alone never runs what its image encoder holds
         detach(model)
         return model
     for module in list(model.modules()):
         if isinstance(module, Adapted):
             module.remove()
-    parts = parts_of(model)
-    left = {p.name: any("mm_adapter" in n.split(".") for n, _ in p.of(model).named_parameters() if p.holds(n)) for p in parts}
-    model.fastpeft_plan = Plan({part: methods if left[part] else (Frozen(),) for part, methods in plan.treatments.items()})
+    model.fastpeft_plan = Plan({name: tuple(m for m, part in stay if part == name) or (Frozen(),) for name in plan.treatments})
     model.requires_grad_(False)
     return model
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """ValueError where merging would change a weight that another module uses too."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if shared := [name for name, m in model.named_modules() if isinstance(m, Adapted) and owners[id(m.weight)] > 1]:
+        raise ValueError(f"{', '.join(shared)} shares its weight with another module, which merging would change too; untie it first")
 
 
 def _mixtures(model: nn.Module, modality: str | None, routed: bool) -> dict[nn.Module, torch.Tensor]:

@@ -36,6 +36,7 @@ Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
 MovedBase = Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")]
 Seed = Annotated[int, typer.Option(help="of sampling")]
 
+
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """Print for people, then, if asked, for programs."""
     for line in lines:
@@ -255,7 +256,7 @@ def verify(
     """Compare fused losses and gradients with plain PyTorch and PEFT; exit code 1 where they differ."""
     import torch
 
-    from fastpeft.evaluate.answers import choose_device
+    from fastpeft.device import choose_device
     from fastpeft.models import parts_of
     from fastpeft.plan import adapt, build
     from fastpeft.runs.train import plan_for

@@ -1,13 +1,15 @@
-"""Files and folders that appear whole or not at all, whoever is killed while writing them."""
+"""Atomic writes: files and folders that appear whole or not at all, whoever is killed while writing them."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,8 @@ from safetensors.torch import save_file
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, making the folder where absent; half a surrogate pair, which no UTF-8 holds, becomes "?"."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_file(path) as draft:
         draft.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -34,46 +30,120 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def save_tensors(tensors: dict[str, Any], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Contiguous CPU tensors as a safetensors file. OSError, as of any file, where the disk is full or the folder read-only."""
+    path = Path(path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata=metadata)
+        path.chmod(mode)  # safetensors lets none but its owner read a file, whatever the umask
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary sibling to write in, which becomes ``folder`` on success and vanishes on failure; what stood there is replaced.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A path beside ``path`` to write a file at, which takes its name on success and vanishes on failure; a file there is replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = _beside(path, "new")
+    try:
+        yield draft
+        _sync(draft)
+        os.replace(draft, path)
+        _sync(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
-    Two renames replace a folder: a process killed between them leaves it under another name, and :func:`recover_folder` finds it.
+
+@contextmanager
+def atomic_folder(
+    folder: str | Path, *, keep: Callable[[str], bool] | None = None, replace: bool = True, durable: bool = True
+) -> Iterator[Path]:
+    """A new folder beside ``folder`` to write in, which takes its name on success and vanishes on failure; what stood there is replaced.
+
+    keep: by name, which entries of the replaced folder the new one keeps where it has none of that name (None: no entry).
+    replace: False raises OSError where anything but an empty folder stands there by then.
+    durable: reach the disk before the rename, so that power may fail; not for what can be made again.
+
+    Two renames replace a folder: a process killed between them leaves it under another name, and the next writer of it, or
+    :func:`recover_folder`, puts it back.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-new-", dir=folder.parent))
-    draft.chmod(0o755)
-    old = None
+    _put_back(folder)
+    draft, old = _beside(folder, "new"), _beside(folder, "old")
+    draft.mkdir()  # with the permissions that the umask leaves
     try:
         yield draft
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / "old"
-            os.replace(folder, old)
+        mode = stat.S_IMODE(draft.stat().st_mode) & 0o666
+        for file in (path for path in draft.rglob("*") if path.is_file() and not path.is_symlink()):
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | mode)  # as in save_tensors, for what transformers wrote
+        if keep is not None and folder.is_dir():
+            _keep_entries(folder, draft, keep)
+        if durable:
+            for path in [*draft.rglob("*"), draft]:
+                _sync(path)
+        if replace and folder.exists():
+            old.mkdir()
+            os.replace(folder, old / folder.name)
         os.replace(draft, folder)
+        if durable:
+            _sync(folder.parent)
     except BaseException:
-        if old is not None and old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(draft, ignore_errors=True)
+        _put_back(folder)
         raise
     finally:
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
+        for left in (draft, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def recover_folder(folder: str | Path) -> None:
     """Clear up after a process that was killed in :func:`atomic_folder`: put the folder back where it was being replaced, and remove
     unfinished drafts. Not for a folder that another process is writing."""
     folder = Path(folder)
-    for left in folder.parent.glob(f".{folder.name}-old-*/old"):
+    _put_back(folder)
+    for kind in ("new", "old"):
+        for left in folder.parent.glob(f".{escape(folder.name)}-{kind}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def _put_back(folder: Path) -> None:
+    """Give a folder that was moved aside, and not replaced, its name again."""
+    for left in folder.parent.glob(f".{escape(folder.name)}-old-*/*"):
         if not folder.exists():
             os.replace(left, folder)
-    for kind in ("new", "old"):
-        for left in folder.parent.glob(f".{folder.name}-{kind}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+
+
+def _keep_entries(folder: Path, draft: Path, keep: Callable[[str], bool]) -> None:
+    for entry in folder.iterdir():
+        if keep(entry.name) and not os.path.lexists(draft / entry.name):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, draft / entry.name, symlinks=True, copy_function=_link)
+            else:
+                _link(entry, draft / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """The same file under another name, whatever its size; a copy where the file system has no such names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk. Not every system can do the latter."""
+    if os.name == "nt" or path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(number)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from fastpeft.kernels.card import ieee, padded, shared_memory, stages
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ CONFIGS = {
     (True, 4): Merge(BLOCK_C=32, STEPS=16, num_warps=8),
 }
 # partial sums, K (columns M + spans C) floats for some 128 programs, are the fewest about here; three tiles of 16 KB under way in each
-BWD_ROWS, BWD_COLS, BWD_PROGRAMS = 32, {2: 256, 4: 128}, 128
-BWD_OPTIONS = {"num_warps": 8, "num_stages": 4}
+BWD_ROWS, BWD_BYTES, BWD_PROGRAMS, BWD_STAGES = 32, 512, 128, 4
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _keys(k_ptr, offs_m, mask_m, offs_c, end, D, stride_kh, stride_km, stride_kd
     return tl.load(k_ptrs, mask=mask_m[:, None] & (offs_c < end), other=0.0)  # [BLOCK_M, BLOCK_C]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _excitor_merge_fwd_kernel(
     k_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, out_ptr,
     M, C, D, K, V, R, stride_kb, stride_kh, stride_km, stride_kd, stride_nb,
@@ -102,7 +102,7 @@ def _excitor_merge_fwd_kernel(
         tl.store(out_ptrs, merged, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "STEPS"])
 def _excitor_merge_bwd_kernel(
     g_ptr, l_ptr, r_ptr, dl_ptr, y_ptr, M, C, K, STEPS,
     NEED_DL: tl.constexpr, NEED_Y: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -129,12 +129,20 @@ def _excitor_merge_bwd_kernel(
         tl.store(y_ptr + (pid_s * K + offs_k[:, None]) * C + offs_c, y, mask=mask_k[:, None] & mask_c)
 
 
-def _pad(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+def _bwd_blocks(K: int, g_size: int, l_size: int, shared: int) -> dict:
+    """The widest block of columns whose sums stay in registers, 32,768 in 16 bit, and which leaves room for two tiles under way; a quarter
+    of it elsewhere (half of it, at K = 128, spilled). Products of float32 without tensor cores hold more than their sums."""
+    rows = padded(K)
 
+    def fitting(columns):
+        tile = BWD_ROWS * (columns * g_size + rows * l_size)
+        return stages(BWD_STAGES, tile, rows * (columns * g_size + BWD_ROWS * 4), shared)
 
-def _ieee() -> bool:
-    return not torch.backends.cuda.matmul.allow_tf32
+    sums = 32768 if g_size == 2 else 8192 if rows <= 64 else 4096
+    columns = max(32, min(BWD_BYTES // g_size, sums // rows))
+    if fitting(columns) < 3:
+        columns = max(32, columns // 4)
+    return {"BLOCK_M": BWD_ROWS, "BLOCK_C": columns, "BLOCK_K": rows, "num_warps": 8, "num_stages": fitting(columns)}
 
 
 def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
@@ -150,8 +158,8 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
         up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
         stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
-        stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=_ieee(), STEPS=config.STEPS,
-        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=_pad(K), BLOCK_V=min(32, _pad(V)), BLOCK_R=_pad(R),
+        stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STEPS=config.STEPS,
+        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R),
         num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return out
@@ -161,8 +169,8 @@ def excitor_merge_bwd(g, L, rows, need_dl, need_y):
     C = g.shape[-1]
     g, L, rows, K = g.reshape(-1, C).contiguous(), L.contiguous(), rows.contiguous(), rows.shape[0]
     M = g.shape[0]
-    cols = BWD_COLS[g.element_size()]
-    columns = triton.cdiv(C, cols)
+    blocks = _bwd_blocks(K, g.element_size(), L.element_size(), shared_memory(g))
+    columns = triton.cdiv(C, blocks["BLOCK_C"])
     steps = max(1, triton.cdiv(triton.cdiv(M, BWD_ROWS), max(1, BWD_PROGRAMS // columns)))
     spans = triton.cdiv(M, BWD_ROWS * steps)
     dl = g.new_empty(columns if need_dl else 0, M, K, dtype=torch.float32)
@@ -170,12 +178,12 @@ def excitor_merge_bwd(g, L, rows, need_dl, need_y):
     if spans:
         _excitor_merge_bwd_kernel[(columns, spans)](
             g_ptr=g, l_ptr=L, r_ptr=rows, dl_ptr=dl, y_ptr=y, M=M, C=C, K=K, STEPS=steps, NEED_DL=need_dl, NEED_Y=need_y,
-            IEEE=_ieee(), BLOCK_M=BWD_ROWS, BLOCK_C=cols, BLOCK_K=_pad(K), **BWD_OPTIONS,
+            IEEE=ieee(), **blocks,
         )  # fmt: skip
     return dl.sum(0) if need_dl else dl.view(-1), y.sum(0) if need_y else y.view(-1)
 
 
-def aot_cases():
+def aot_cases(shared: int):
     for dtype, size in (("fp32", 4), ("bf16", 2)):
         for image in (False, True):
             config, name = CONFIGS[image, size], f"excitor_merge/fwd/{'image' if image else 'text'}/{dtype}"
@@ -187,5 +195,8 @@ def aot_cases():
             yield name, _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
         pointers = {"g_ptr": f"*{dtype}", "l_ptr": "*fp32", "r_ptr": f"*{dtype}", "dl_ptr": "*fp32", "y_ptr": "*fp32"}
         signature = pointers | dict.fromkeys(("M", "C", "K", "STEPS"), "i32")
-        blocks = {"BLOCK_M": BWD_ROWS, "BLOCK_C": BWD_COLS[size], "BLOCK_K": 32, "NEED_DL": True, "NEED_Y": True, "IEEE": True}
-        yield f"excitor_merge/bwd/{dtype}", _excitor_merge_bwd_kernel, signature, blocks, BWD_OPTIONS
+        for K in (32, 64, 128):
+            blocks = _bwd_blocks(K, size, 4, shared)
+            options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+            blocks |= {"NEED_DL": True, "NEED_Y": True, "IEEE": True}
+            yield f"excitor_merge/bwd/{f'r{K}/' if K > 32 else ''}{dtype}", _excitor_merge_bwd_kernel, signature, blocks, options

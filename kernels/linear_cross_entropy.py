@@ -103,7 +103,7 @@ def cross_entropy_rows(
     return loss
 
 
-def aot_cases():
+def aot_cases(shared: int):
     """(name, kernel, signature, constexprs, options) for bench/aot.py."""
     signature = {
         "z_ptr": "*fp32",

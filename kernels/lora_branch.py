@@ -17,18 +17,28 @@ Shapes: x [M, C]; T (S, dS) [R, M]; F (A, B^T) [R, C]. Accumulation in float32; 
 import torch
 import triton
 import triton.language as tl
+from fastpeft.kernels.card import ieee, padded, shared_memory, stages
 
 SUM = {"BLOCK_S": 16, "BLOCK": 256}
 PROGRAMS = 128  # one for each multiprocessor of an H100, each with 48 to 64 KB of loads under way: 3 TB/s at 700 ns ask for 16
 
 
 @triton.jit
-def dropped(x, seed_ptr, index, offs, p):
-    u = tl.rand(tl.load(seed_ptr) + index, offs)
-    return tl.where(u >= p, x.to(tl.float32) / (1.0 - p), 0.0)
+def kept(seed, counters, p, shape: tl.constexpr):
+    """Which elements of a tile of this shape dropout keeps. One call of Philox gives four neighbouring columns their numbers: ``counters``
+    has a quarter of the tile's columns, each row's own numbers. Compared as integers: p 2^32 against all 32 bits."""
+    a, b, c, d = tl.randint4x(seed, counters)
+    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), shape)
+    return bits.to(tl.uint32, bitcast=True) >= tl.cast(p * 4294967296.0, tl.uint32)
 
 
 @triton.jit
+def dropped(x, seed_ptr, index, counters, p):
+    keep = kept(tl.load(seed_ptr) + index, counters, p, x.shape)
+    return tl.where(keep, x.to(tl.float32) * (1.0 / (1.0 - p)), 0.0)
+
+
+@triton.jit(do_not_specialize=["M", "index"])
 def _lora_down_kernel(
     x_ptr, a_ptr, seed_ptr, s_ptr, M, K, R, stride_xm, stride_ar, stride_ak, stride_sr, scaling, p, index,
     DROP: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
@@ -39,6 +49,7 @@ def _lora_down_kernel(
     mask_m, mask_r = offs_m < M, offs_r < R
     # a batch of products, each over a share of the columns: as one of 16 x 16 outputs, four warps would repeat two warps' work
     offs_w = tl.arange(0, SHARES)[:, None] * (BLOCK_K // SHARES) + tl.arange(0, BLOCK_K // SHARES)  # [SHARES, columns]
+    quarter = tl.arange(0, SHARES)[:, None] * (BLOCK_K // SHARES // 4) + tl.arange(0, BLOCK_K // SHARES // 4)
     s = tl.zeros((SHARES, BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + offs_w
@@ -48,13 +59,14 @@ def _lora_down_kernel(
         a_ptrs = a_ptr + offs_r * stride_ar + offs_k[:, :, None] * stride_ak
         a = tl.load(a_ptrs, mask=mask_k[:, :, None] & mask_r, other=0.0).to(dtype)
         if DROP:
-            x = dropped(x, seed_ptr, index, offs_m[None, :, None] * K + offs_k[:, None, :], p).to(dtype)
+            counters = offs_m[None, :, None] * tl.cdiv(K, 4) + k // 4 + quarter[:, None, :]
+            x = dropped(x, seed_ptr, index, counters, p).to(dtype)
         s = tl.dot(x, a, s, input_precision=precision)
     s = (tl.sum(s, 0) * scaling).to(s_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
     tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], s, mask=mask_m[:, None] & mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "STEPS", "index"])
 def _lora_pass_kernel(
     x_ptr, t_ptr, f_ptr, bias_ptr, seed_ptr, outer_ptr, down_ptr, up_ptr,
     M, C, R, STEPS, stride_xm, stride_tr, stride_fr, stride_fc, scaling, p, index,
@@ -74,6 +86,7 @@ def _lora_pass_kernel(
         offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_c
+        counters = offs_m[:, None] * tl.cdiv(C, 4) + pid_c * (BLOCK_C // 4) + tl.arange(0, BLOCK_C // 4)
         if OUTER or DOWN:
             x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
         if OUTER:
@@ -86,7 +99,7 @@ def _lora_pass_kernel(
             rows = tl.load(t_ptr + offs_r * stride_tr + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0).to(dtype)
             up = tl.dot(rows, f, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_C]
             if DROP:
-                up = dropped(up, seed_ptr, index, offs_m[:, None] * C + offs_c, p)
+                up = dropped(up, seed_ptr, index, counters, p)
             if HAS_BIAS:
                 up += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
             up_ptrs = up_ptr + offs_m[:, None] * C + offs_c
@@ -95,7 +108,7 @@ def _lora_pass_kernel(
             tl.store(up_ptrs, up.to(dtype), mask=mask)
         if OUTER:
             if DROP:
-                x = dropped(x, seed_ptr, index, offs_m[:, None] * C + offs_c, p).to(dtype)
+                x = dropped(x, seed_ptr, index, counters, p).to(dtype)
             outer = tl.dot(t, x, outer, input_precision=precision)  # [BLOCK_R, BLOCK_C]
     if OUTER:
         tl.store(outer_ptr + (pid_s * R + offs_r[:, None]) * C + offs_c, outer * scaling, mask=mask_r[:, None] & mask_c)
@@ -112,7 +125,7 @@ def _sum(parts_ptr, out_ptr, offs, SPANS, stride_s, R, C, stride_r, stride_c, BL
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=offs < R * C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPANS_A", "SPANS_B"])
 def _lora_sum_kernel(
     da_ptr, db_ptr, a_ptr, b_ptr, SPANS_A, SPANS_B, stride_as, stride_bs, R, K, N,
     FIRST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
@@ -125,40 +138,36 @@ def _lora_sum_kernel(
         _sum(db_ptr, b_ptr, offs, SPANS_B, stride_bs, R, N, 1, R, BLOCK_S, BLOCK)
 
 
-def block_r(R: int) -> int:
-    return max(16, triton.next_power_of_2(R))
-
-
-def _ieee() -> bool:
-    return not torch.backends.cuda.matmul.allow_tf32  # the user's choice for float32 matmuls holds here too
-
-
-def _down_blocks(M: int, R: int, itemsize: int) -> dict:
-    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way."""
+def _down_blocks(M: int, R: int, itemsize: int, shared: int) -> dict:
+    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way. tl.dot
+    takes no share of fewer than 16 columns."""
     rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
-    columns = 20480 // ((rows + block_r(R)) * itemsize)
-    tile = {"BLOCK_M": rows, "BLOCK_K": 1 << (columns.bit_length() - 1), "BLOCK_R": block_r(R), "SHARES": 64 // rows}
-    return tile | {"num_warps": 4, "num_stages": 4}
+    shares, both = 64 // rows, (rows + padded(R)) * itemsize
+    columns = max(16 * shares, 1 << ((20480 // both).bit_length() - 1))
+    tile = {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": padded(R), "SHARES": shares}
+    return tile | {"num_warps": 4, "num_stages": stages(4, columns * both, shares * rows * padded(R) * 4, shared)}
 
 
 def down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
     """s [R, M] = scaling A D(x)^T."""
-    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size())
+    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size(), shared_memory(x))
     if M:
         _lora_down_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
             x_ptr=x, a_ptr=A, seed_ptr=seed, s_ptr=s, M=M, K=K, R=R, stride_xm=x.stride(0), stride_ar=A.stride(0),
-            stride_ak=A.stride(1), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0, IEEE=_ieee(), **blocks,
+            stride_ak=A.stride(1), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0, IEEE=ieee(), **blocks,
         )  # fmt: skip
 
 
-def _pass_blocks(C: int, R: int, itemsize: int, down: bool = False, crowded: bool = False) -> dict:
-    """Tiles of 16 KB, four stages; 32 KB and three for dy, whose partial sums of dS are fewer the wider its blocks are.
-
-    ``crowded``: UP with dropout, or in float32, which spilled at 256 columns.
-    """
-    wide = down and C >= 2048 and R <= 32
-    columns = 64 if R > 64 else 128 if R > 32 or crowded else 512 if wide else 256
-    return {"BLOCK_M": 32, "BLOCK_C": columns * 2 // itemsize, "BLOCK_R": block_r(R), "num_warps": 8, "STAGES": 3 if wide else 4}
+def _pass_blocks(C: int, R: int, x_size: int, t_size: int, shared: int, *, outer=False, down=False, up=False, drop=False) -> dict:
+    """Tiles of 16 KB, four stages. DOWN's are wide and low where they may be: the wider, the fewer partial sums of dS (32 rows of 512
+    columns kept 255 registers and spilled 200 under Triton 3.6). UP with dropout, or in float32, spilled at 256 columns."""
+    wide, crowded = down and C >= 2048 and R <= 32, up and (drop or x_size > 2)
+    columns, rows = 64 if R > 64 else 128 if R > 32 or crowded else 512 if wide else 256, 16 if wide else 32
+    columns = columns * 2 // x_size
+    tile = (outer or down) * rows * columns * x_size + (outer + up) * padded(R) * rows * t_size  # of x, and of T in each of its layouts
+    fixed = (down or up) * padded(R) * columns * x_size + up * rows * columns * x_size + down * rows * padded(R) * 4
+    blocks = {"BLOCK_M": rows, "BLOCK_C": columns, "BLOCK_R": padded(R), "num_warps": 8}
+    return blocks | {"STAGES": stages(4, tile, fixed, shared)}
 
 
 def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
@@ -167,7 +176,8 @@ def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, a
     x = up if x is None else x
     M, C = x.shape
     R = (f if t is None else t).shape[0]
-    blocks = _pass_blocks(C, R, x.element_size(), down is not None, up is not None and (p > 0.0 or x.element_size() > 2))
+    t_size, flags = 4 if t is None else t.element_size(), {"outer": outer, "down": down is not None, "up": up is not None, "drop": p > 0.0}
+    blocks = _pass_blocks(C, R, x.element_size(), t_size, shared_memory(x), **flags)
     columns, row_blocks = triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
     steps = max(1, triton.cdiv(row_blocks, max(1, PROGRAMS // columns * (1 if outer or down is not None else 4))))
     spans = triton.cdiv(row_blocks, steps)
@@ -178,7 +188,7 @@ def along(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, a
             x_ptr=x, t_ptr=t, f_ptr=f, bias_ptr=bias, seed_ptr=seed, outer_ptr=sums, down_ptr=parts, up_ptr=up, M=M, C=C, R=R, STEPS=steps,
             stride_xm=x.stride(0), stride_tr=0 if t is None else t.stride(0), stride_fr=0 if f is None else f.stride(0),
             stride_fc=1 if f is None else f.stride(1), scaling=scaling, p=p, index=index, OUTER=outer, DOWN=down is not None,
-            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, IEEE=_ieee(), **blocks,
+            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, IEEE=ieee(), **blocks,
         )  # fmt: skip
     if parts is not down:
         torch.sum(parts, 0, out=down)
@@ -200,7 +210,7 @@ def grads(da, A, db, B):
     return dA, dB
 
 
-def aot_cases():
+def aot_cases(shared: int):
     """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
     for dtype, size in (("fp32", 4), ("bf16", 2)):
         types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "bias", "s", "t", "f", "up")} | {"seed_ptr": "*i64"}
@@ -208,17 +218,23 @@ def aot_cases():
         strides = (f"stride_{n}" for n in ("xm", "ar", "sr", "tr", "fr", "fc"))
         types |= dict.fromkeys(("M", "K", "C", "R", "STEPS", "index", *strides), "i32")
         off = dict.fromkeys(("DROP", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP"), False) | {"IEEE": True}
-        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
-        cases += [
-            (f"dy/{C}", _lora_pass_kernel, _pass_blocks(C, 16, size, down=True) | {"stride_fr": 1, "OUTER": True, "DOWN": True}, {})
-            for C in (768, 4096)
-        ] * (size == 2)
-        blocks, crowded = _pass_blocks(4096, 16, size), _pass_blocks(4096, 16, size, crowded=size == 4)
-        cases += [
-            ("x", _lora_pass_kernel, blocks | {"stride_fc": 1, "OUTER": True}, {"t_ptr": "*fp32"}),
-            ("x and dx", _lora_pass_kernel, crowded | {"stride_fc": 1, "OUTER": True, "UP": True}, {"t_ptr": "*fp32"}),
-            ("y", _lora_pass_kernel, crowded | {"stride_fr": 1, "UP": True, "HAS_BIAS": True}, {}),
-        ]
+        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size, shared) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
+        cases.append(("down/drop", _lora_down_kernel, _down_blocks(8192, 16, size, shared) | {"stride_ak": 1, "DROP": True}, {}))
+        cases.append(("down/r128", _lora_down_kernel, _down_blocks(8192, 128, size, shared) | {"stride_ak": 1}, {}))
+
+        def along_case(name, C, R, t_size, special, dtype=dtype, size=size, **flags):
+            blocks = _pass_blocks(C, R, size, t_size, shared, **flags)
+            blocks |= {flag.upper(): on for flag, on in flags.items()} | special
+            return name, _lora_pass_kernel, blocks, {"t_ptr": "*fp32"} if t_size == 4 else {}
+
+        sizes = ((768, 16), (4096, 16), (4096, 128)) if size == 2 else ()
+        rank = lambda R: f"/r{R}" if R > 16 else ""
+        cases += [along_case(f"dy/{C}{rank(R)}", C, R, size, {"stride_fr": 1}, outer=True, down=True) for C, R in sizes]
+        for R in (16, 128):
+            cases.append(along_case("x and dx" + rank(R), 4096, R, 4, {"stride_fc": 1}, outer=True, up=True))
+        cases.append(along_case("x and dx/drop", 4096, 16, 4, {"stride_fc": 1}, outer=True, up=True, drop=True))
+        cases.append(along_case("x", 4096, 16, 4, {"stride_fc": 1}, outer=True))
+        cases.append(along_case("y", 4096, 16, size, {"stride_fr": 1, "HAS_BIAS": True}, up=True))
         parts = {"a_ptr": "*fp32", "b_ptr": "*fp32"} | dict.fromkeys(("SPANS_A", "SPANS_B", "N"), "i32")
         parts |= dict.fromkeys(("stride_as", "stride_bs"), "i32") | dict.fromkeys(("da_ptr", "db_ptr"), "*fp32")
         cases += [("sum", _lora_sum_kernel, SUM | {"FIRST": 0, "num_warps": 4}, parts)] * (size == 4)

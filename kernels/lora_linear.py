@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels.lora_branch import along, block_r, down, dropped, grads
+from fastpeft.kernels.card import padded, shared_memory
+from fastpeft.kernels.lora_branch import along, down, dropped, grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
 
@@ -29,7 +30,8 @@ class Gemm:
 
 
 GEMM = Gemm()
-TMA_GEMM = Gemm(BLOCK_N=256, num_stages=4)  # 197 KB: Hopper's own shape, its tiles fetched by descriptor
+TMA_GEMM = Gemm(BLOCK_N=256, num_stages=4)  # Hopper's own shape, its tiles fetched by descriptor
+TMA_SHARED = 200 << 10  # bytes that it takes, with what its epilogue needs: sm_120 has TMA, but half of this
 
 
 def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
@@ -46,10 +48,10 @@ def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
     """
     if itemsize != 2 or contracted > 2048 or rank > 64:
         return "cublas"
-    return "loop" if outputs * block_r(rank) <= 2048 * 16 else "given"
+    return "loop" if outputs * padded(rank) <= 2048 * 16 else "given"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "index"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, seed_ptr, y_ptr,
     M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sr,
@@ -81,7 +83,8 @@ def _lora_gemm_kernel(
         if not LOAD_S:
             a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None] * stride_ak, mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
             if DROP_IN:
-                x = dropped(x, seed_ptr, index, offs_m[:, None] * K + offs_k, p).to(dtype)
+                counters = offs_m[:, None] * tl.cdiv(K, 4) + k // 4 + tl.arange(0, BLOCK_K // 4)
+                x = dropped(x, seed_ptr, index, counters, p).to(dtype)
             s = tl.dot(x, a, s)  # [BLOCK_M, BLOCK_R]
     s_ptrs = s_ptr + offs_r * stride_sr + offs_m[:, None]
     if LOAD_S:
@@ -91,7 +94,8 @@ def _lora_gemm_kernel(
     b = tl.load(b_ptr + offs_n * stride_bn + offs_r[:, None] * stride_br, mask=mask_r[:, None] & mask_n, other=0.0).to(dtype)
     s = (s * scaling).to(dtype)
     if DROP_OUT:
-        acc += dropped(tl.dot(s, b), seed_ptr, index, offs_m[:, None] * N + offs_n, p)  # [BLOCK_M, BLOCK_N]
+        counters = offs_m[:, None] * tl.cdiv(N, 4) + pid_n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        acc += dropped(tl.dot(s, b), seed_ptr, index, counters, p)  # [BLOCK_M, BLOCK_N]
     else:  # into the same accumulator: a second one was as many registers again
         acc = tl.dot(s, b, acc)
     if HAS_BIAS:
@@ -115,7 +119,8 @@ def _described(x, w, config):
     w = w.t() if turned else w
     tile = (config.BLOCK_K, config.BLOCK_N) if turned else (config.BLOCK_N, config.BLOCK_K)
     aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
-    if not aligned or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0)):
+    capable = shared_memory(x) >= TMA_SHARED and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0))
+    if not aligned or not capable:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor  # not in every Triton that the rest runs with
 
@@ -136,7 +141,7 @@ def _gemm(x, w, y, b, s, a=None, bias=None, scaling=1.0, accumulate=False, p=0.0
         stride_ak=1 if a is None else a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1), stride_sr=s.stride(0),
         scaling=scaling, p=p, index=index, HAS_BIAS=bias is not None, LOAD_S=a is None, DROP_IN=p > 0.0 and a is not None,
         DROP_OUT=p > 0.0 and a is None, ACCUMULATE=accumulate, TMA=described is not None, TURNED=turned, BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=block_r(R), num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=padded(R), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -215,7 +220,7 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
     return out
 
 
-def aot_cases():
+def aot_cases(shared: int):
     """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
     types = {f"{n}_ptr": "*bf16" for n in ("x", "w", "bias", "a", "b", "s", "y")} | {"seed_ptr": "*i64", "scaling": "fp32", "p": "fp32"}
     types |= dict.fromkeys(("M", "N", "K", "R", "index", *(f"stride_{n}" for n in ("xm", "wn", "wk", "ar", "bn", "br", "sr"))), "i32")
@@ -227,10 +232,15 @@ def aot_cases():
     for name, special, others, config in (
         ("loop", fwd | {"HAS_BIAS": True, "LOAD_S": False}, {}, GEMM),
         ("given", fwd | {"HAS_BIAS": True, "LOAD_S": True}, {}, GEMM),
+        ("given/r64", fwd | {"HAS_BIAS": True, "LOAD_S": True, "BLOCK_R": 64}, {}, GEMM),
+        ("loop/drop", fwd | {"HAS_BIAS": True, "LOAD_S": False, "DROP_IN": True}, {}, GEMM),
         ("dx", dx | {"LOAD_S": True}, {"s_ptr": "*fp32"}, GEMM),
+        ("dx/drop", dx | {"LOAD_S": True, "DROP_OUT": True}, {"s_ptr": "*fp32"}, GEMM),
         ("tma", fwd | {"HAS_BIAS": True, "LOAD_S": True, "TMA": True}, tiles, TMA_GEMM),
         ("tma dx", dx | {"LOAD_S": True, "TMA": True, "TURNED": True}, turned, TMA_GEMM),
     ):
+        if config is TMA_GEMM and shared < TMA_SHARED:
+            continue
         signature = {n: t for n, t in (types | others).items() if n not in special}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "since": 90 if config is TMA_GEMM else 80}
         yield f"lora_gemm/{name}/bf16", _lora_gemm_kernel, signature, constants | shape(config) | special, options

@@ -18,6 +18,8 @@ of a it sees. A row of B sees the columns of its own group alone. In dB's produc
 import torch
 import triton
 import triton.language as tl
+from fastpeft.kernels.card import ieee, padded, shared_memory, stages
+from fastpeft.kernels.lora_branch import kept
 
 PROGRAMS = 128  # a launch's least, where the rows give it: one for each multiprocessor of an H100
 BLOCK_M, DW_ROWS, WARPS, STAGES, SUM = 16, 32, 4, 4, 1024
@@ -43,7 +45,7 @@ def _routes(route_ptr, offs_m, mask_m, TOKENS, scale):
     return w0[:, None], w1[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TOKENS"])
 def _mm_adapter_fwd_kernel(
     x_ptr, gamma_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, route_ptr, seed_ptr, out_ptr, a_ptr, rstd_ptr,
     M, C, TOKENS, stride_xm, scale, p, eps,
@@ -75,8 +77,8 @@ def _mm_adapter_fwd_kernel(
         a *= rstd[:, None]
     a += tl.load(down_bias_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
     if DROP:
-        u = tl.rand(tl.load(seed_ptr), offs_m[:, None] * H + offs_h)
-        a = tl.where(u >= p, a / (1.0 - p), 0.0)
+        counters = offs_m[:, None] * (BLOCK_H // 4) + tl.arange(0, BLOCK_H // 4)
+        a = tl.where(kept(tl.load(seed_ptr), counters, p, a.shape), a / (1.0 - p), 0.0)
     tl.store(a_ptr + offs_m[:, None] * H + offs_h, a.to(dtype), mask=mask_m[:, None] & mask_h)
     w0, w1 = _routes(route_ptr, offs_m, mask_m, TOKENS, scale)
     select = (offs_h[:, None] == _entry(offs_k, PER)).to(tl.float32)
@@ -97,7 +99,7 @@ def _mm_adapter_fwd_kernel(
         tl.store(out_ptr + offs_m[:, None] * C + offs_c, y.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TOKENS"])
 def _mm_adapter_dx_kernel(
     g_ptr, x_ptr, gamma_ptr, rstd_ptr, a_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, route_ptr, seed_ptr, dx_ptr, da_ptr, dw_ptr,
     M, C, TOKENS, stride_xm, scale, p,
@@ -136,8 +138,8 @@ def _mm_adapter_dx_kernel(
     select = (offs_h == _entry(offs_k, PER)[:, None]).to(tl.float32)
     da = tl.dot(e * tl.where(first, w0, w1), select, input_precision="ieee")  # [BLOCK_M, BLOCK_H]
     if DROP:
-        u = tl.rand(tl.load(seed_ptr), offs_m[:, None] * H + offs_h)
-        da = tl.where(u >= p, da / (1.0 - p), 0.0)
+        counters = offs_m[:, None] * (BLOCK_H // 4) + tl.arange(0, BLOCK_H // 4)
+        da = tl.where(kept(tl.load(seed_ptr), counters, p, da.shape), da / (1.0 - p), 0.0)
     if NORM:
         a = tl.load(a_ptr + offs_m[:, None] * H + offs_h, mask=mask_m[:, None] & mask_h, other=0.0).to(tl.float32)
         if DROP:
@@ -162,7 +164,7 @@ def _mm_adapter_dx_kernel(
             tl.store(dx_ptr + offs_m[:, None] * C + offs_c, dx.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TOKENS", "STEPS"])
 def _mm_adapter_dw_kernel(
     g_ptr, x_ptr, rstd_ptr, a_ptr, da_ptr, route_ptr, sums_ptr, gamma_ptr,
     M, C, TOKENS, stride_xm, STEPS, scale,
@@ -219,7 +221,7 @@ def _mm_adapter_dw_kernel(
         tl.store(gamma_ptr + pid_s * C + offs_c, dgamma, mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPANS"])
 def _mm_adapter_sum_kernel(
     sums_ptr, gamma_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, C, SPANS,
     NEED_UP: tl.constexpr, NEED_DOWN: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
@@ -243,23 +245,24 @@ def _mm_adapter_sum_kernel(
         tl.store(down_ptr + offs_d, total.to(down_ptr.dtype.element_ty), mask=mask)
 
 
-def _pad(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
-
-
 def _common(w_down, w_up, groups, routing, x):
     H = w_down.shape[0]
-    return {"PER": w_up.shape[2], "GROUPS": groups, "BLOCK_H": _pad(H), "BLOCK_K": _pad(2 * H),
-            "TOKENS": x.shape[1] if routing.dim() == 2 else 1, "IEEE": not torch.backends.cuda.matmul.allow_tf32}  # fmt: skip
+    return {"PER": w_up.shape[2], "GROUPS": groups, "BLOCK_H": padded(H), "BLOCK_K": padded(2 * H),
+            "TOKENS": x.shape[1] if routing.dim() == 2 else 1, "IEEE": ieee()}  # fmt: skip
 
 
-def _tiles(H: int, itemsize: int) -> dict:
+def _tiles(H: int, itemsize: int, norm: bool, shared: int) -> dict:
     """At h = 8 12 KB a stage of x and weights together."""
-    return {"BLOCK_M": BLOCK_M, "BLOCK_C": max(64, 8192 // (_pad(2 * H) * itemsize)), "WARPS": WARPS, "STAGES": STAGES, "num_warps": WARPS}
+    rows = padded(2 * H)
+    columns = max(64, 8192 // (rows * itemsize))
+    tile = (BLOCK_M * (1 + norm) + rows + 3) * columns * itemsize  # x, with a norm in backward dx' too, weights, three parameters
+    fixed = 4 * (padded(H) + BLOCK_M) * rows  # SELECT, and what meets it
+    most = stages(STAGES, tile, fixed, shared)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_C": columns, "WARPS": WARPS, "STAGES": most, "num_warps": WARPS}
 
 
 def _dw_columns(H: int, itemsize: int) -> int:
-    return max(32, min(256, 8192 // _pad(2 * H + 2)) // itemsize)
+    return max(32, min(256, 8192 // padded(2 * H + 2)) // itemsize)
 
 
 def _rows(t):
@@ -282,7 +285,8 @@ def norm_mm_adapter_fwd(x, gamma, eps, w_down, b_down, w_up, b_up, routing, scal
         _mm_adapter_fwd_kernel[(triton.cdiv(M, BLOCK_M),)](
             x_ptr=x2, gamma_ptr=gamma, down_ptr=w_down, down_bias_ptr=b_down, up_ptr=w_up, up_bias_ptr=b_up, route_ptr=routing,
             seed_ptr=seed, out_ptr=out, a_ptr=a, rstd_ptr=rstd, M=M, C=C, stride_xm=x2.stride(0), scale=scale, p=p, eps=eps,
-            NORM=gamma is not None, DROP=p > 0.0, **_tiles(a.shape[1], x2.element_size()), **_common(w_down, w_up, groups, routing, x),
+            NORM=gamma is not None, DROP=p > 0.0, **_tiles(a.shape[1], x2.element_size(), gamma is not None, shared_memory(x2)),
+            **_common(w_down, w_up, groups, routing, x),
         )  # fmt: skip
     return out, a, rstd
 
@@ -306,7 +310,7 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
         _mm_adapter_dx_kernel[(triton.cdiv(M, BLOCK_M),)](
             g_ptr=g2, x_ptr=x2, gamma_ptr=gamma, rstd_ptr=rstd, a_ptr=a, down_ptr=w_down, down_bias_ptr=b_down, up_ptr=w_up,
             up_bias_ptr=b_up, route_ptr=routing, seed_ptr=seed, dx_ptr=dx, da_ptr=da, dw_ptr=dw, M=M, C=C, stride_xm=x2.stride(0),
-            scale=scale, p=p, NEED_DX=need_x, NORM=norm, DROP=p > 0.0, **_tiles(H, itemsize), **common,
+            scale=scale, p=p, NEED_DX=need_x, NORM=norm, DROP=p > 0.0, **_tiles(H, itemsize, norm, shared_memory(g2)), **common,
         )  # fmt: skip
     dgamma = g.new_empty(0)
     if need_t or need_up:
@@ -321,7 +325,7 @@ def norm_mm_adapter_bwd(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routin
             _mm_adapter_dw_kernel[(columns, spans)](
                 g_ptr=g2, x_ptr=x2, rstd_ptr=rstd, a_ptr=a, da_ptr=da, route_ptr=routing, sums_ptr=sums, gamma_ptr=dgamma, M=M, C=C,
                 stride_xm=x2.stride(0), STEPS=steps, scale=scale, NEED_GAMMA=need_gamma, BLOCK_M=DW_ROWS, BLOCK_C=width,
-                num_warps=WARPS, num_stages=STAGES if H <= 32 else 2, **flags, **common | {"BLOCK_K": _pad(2 * H + 2)},
+                num_warps=WARPS, num_stages=STAGES if H <= 32 else 2, **flags, **common | {"BLOCK_K": padded(2 * H + 2)},
             )  # fmt: skip
         _mm_adapter_sum_kernel[(triton.cdiv(size, SUM),)](
             sums_ptr=sums, gamma_ptr=gamma, up_ptr=dw_up, up_bias_ptr=db_up, down_ptr=dw_down, down_bias_ptr=db_down, C=C,
@@ -350,20 +354,30 @@ def mm_adapter_bwd(g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed,
     return dx, *rest
 
 
-def aot_cases():
+def aot_cases(shared: int):
     for dtype, size in (("fp32", 4), ("bf16", 2)):
         names = ("x", "g", "gamma", "down", "down_bias", "up", "up_bias", "route", "out", "a", "dx")
         types = {f"{n}_ptr": f"*{dtype}" for n in names} | {f"{n}_ptr": "*fp32" for n in ("rstd", "da", "dw", "sums")}
         types |= {"seed_ptr": "*i64"} | dict.fromkeys(("M", "C", "TOKENS", "stride_xm", "STEPS", "SPANS"), "i32")
         types |= dict.fromkeys(("scale", "p", "eps"), "fp32")
-        blocks = {"GROUPS": 2, "PER": 4, "H": 8, "IEEE": True, "BLOCK_H": 16, "NEED_UP": True, "NEED_DOWN": True, "num_stages": STAGES}
-        rows = blocks | _tiles(8, size) | {"BLOCK_K": 16, "DROP": False, "NEED_DX": True}
-        columns = blocks | {"BLOCK_M": DW_ROWS, "BLOCK_C": _dw_columns(8, size), "BLOCK_K": 32, "NEED_GAMMA": False, "num_warps": WARPS}
-        cases = [(f"norm={norm}/{name}", kernel, constants | {"NORM": norm}, types) for norm in (False, True)
-                 for name, kernel, constants in (("fwd", _mm_adapter_fwd_kernel, rows), ("dx", _mm_adapter_dx_kernel, rows),
-                                                 ("dw", _mm_adapter_dw_kernel, columns))]  # fmt: skip
-        cases.append(("sum", _mm_adapter_sum_kernel, columns | {"NORM": True, "BLOCK": SUM}, types))
-        for name, kernel, constants, types_of in cases:
-            signature = {n: types_of[n] for n in kernel.arg_names if n in types_of}
-            options = {"num_warps": WARPS, "num_stages": constants["num_stages"]}
-            yield f"mm_adapter/{name}/{dtype}", kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, options
+
+        def constants(H, norm, drop=False, size=size):
+            blocks = {"GROUPS": 2, "PER": H // 2, "H": H, "BLOCK_H": padded(H), "NORM": norm}
+            blocks |= dict.fromkeys(("IEEE", "NEED_UP", "NEED_DOWN"), True)
+            rows = blocks | _tiles(H, size, norm, shared) | {"BLOCK_K": padded(2 * H), "DROP": drop, "NEED_DX": True}
+            columns = {"BLOCK_M": DW_ROWS, "BLOCK_C": _dw_columns(H, size), "BLOCK_K": padded(2 * H + 2), "NEED_GAMMA": False}
+            return rows, blocks | columns | {"STAGES": STAGES if H <= 32 else 2}
+
+        cases = []
+        for norm in (False, True):
+            rows, columns = constants(8, norm)
+            cases += [(f"norm={norm}/fwd", _mm_adapter_fwd_kernel, rows), (f"norm={norm}/dx", _mm_adapter_dx_kernel, rows)]
+            cases.append((f"norm={norm}/dw", _mm_adapter_dw_kernel, columns))
+        cases.append(("sum", _mm_adapter_sum_kernel, columns | {"BLOCK": SUM}))
+        rows, columns = constants(64, True, drop=True)
+        cases += [("h64/fwd", _mm_adapter_fwd_kernel, rows), ("h64/dx", _mm_adapter_dx_kernel, rows)]
+        cases.append(("h64/dw", _mm_adapter_dw_kernel, columns))
+        for name, kernel, given in cases:
+            signature = {n: types[n] for n in kernel.arg_names if n in types}
+            options = {"num_warps": WARPS, "num_stages": given["STAGES"]}
+            yield f"mm_adapter/{name}/{dtype}", kernel, signature, {n: given[n] for n in kernel.arg_names if n in given}, options

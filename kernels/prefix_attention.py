@@ -13,12 +13,13 @@ which sees all keys, and one for dP, which splits them. Softmax and accumulation
 import torch
 import triton
 import triton.language as tl
+from fastpeft.kernels.card import ieee, padded
 
 BLOCK = {2: (32, 32), 4: (16, 16)}  # BLOCK_M, BLOCK_N by bytes of an element: float32 at 32 spilled thousands of registers
 BWD_PROGRAMS = 512  # about two waves on 132 multiprocessors at two programs each: more would only be more partials
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "ROWS", "stride_lb", "stride_lh"])
 def _prefix_attention_fwd_kernel(
     q_ptr, o_ptr, lse_ptr, pk_ptr, pv_ptr, out_ptr, joint_ptr,
     ROWS, M, GROUPS, KEYS, D, stride_qb, stride_qh, stride_qm, stride_ob, stride_oh, stride_om, stride_lb, stride_lh, stride_lm,
@@ -55,7 +56,7 @@ def _prefix_attention_fwd_kernel(
     tl.store(joint_ptr + l_offs, top + tl.log(total), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "ROWS", "STEPS", "stride_lb", "stride_lh"])
 def _prefix_attention_bwd_kernel(
     do_ptr, q_ptr, o_ptr, lse_ptr, pk_ptr, pv_ptr, dq_ptr, out_ptr, dpk_ptr, dpv_ptr,
     ROWS, M, GROUPS, KEYS, D, STEPS, stride_qb, stride_qh, stride_qm, stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
@@ -128,15 +129,15 @@ def _strides(name, t):
 
 def _options(itemsize, D):
     warps = 4 if D * itemsize <= 256 else 8
-    return {"BLOCK_M": BLOCK[itemsize][0], "BLOCK_D": max(16, triton.next_power_of_2(D))}, {"num_warps": warps, "num_stages": 2}
+    return {"BLOCK_M": BLOCK[itemsize][0], "BLOCK_D": padded(D)}, {"num_warps": warps, "num_stages": 2}
 
 
 def _common(q, pk, pv):
     """Every argument that both kernels take by the same name, but for tensors of the call's own."""
     keys, (blocks, options) = pk.shape[1], _options(q.element_size(), q.shape[3])
     blocks |= {
-        "BLOCK_N": min(BLOCK[q.element_size()][1], max(16, triton.next_power_of_2(keys))),
-        "IEEE": not torch.backends.cuda.matmul.allow_tf32,
+        "BLOCK_N": min(BLOCK[q.element_size()][1], padded(keys)),
+        "IEEE": ieee(),
     }
     return _sizes(q, pk) | _prefix(pk, pv) | _strides("q", q) | blocks | options
 
@@ -177,11 +178,11 @@ def prefix_attention_bwd(do, q, o, lse, pk, pv, dq, scale, need_dp):
     return out, dpk.sum(0).to(pk.dtype), dpv.sum(0).to(pv.dtype)
 
 
-def aot_cases():
+def aot_cases(shared: int):
     for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
         for D, keys in ((64, 32), (128, 32), (256, 32), *[(64, 10)] * (itemsize == 2)):  # ten keys: a narrower block
             blocks, options = _options(itemsize, D)
-            blocks |= {"BLOCK_N": min(BLOCK[itemsize][1], max(16, triton.next_power_of_2(keys))), "IEEE": True}
+            blocks |= {"BLOCK_N": min(BLOCK[itemsize][1], padded(keys)), "IEEE": True}
             size = f"d{D}" + (f"/n{keys}" if keys < 32 else "")
             sizes = dict.fromkeys(("ROWS", "M", "GROUPS", "KEYS", "D", "stride_ph", "stride_pn"), "i32") | {"scale": "fp32"}
             strides = {f"stride_{name}{axis}": "i32" for name in "qol" for axis in "bhm"}

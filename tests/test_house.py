@@ -52,3 +52,12 @@ def test_a_reader_can_hold_it_in_mind(path):
 @pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_says_what_it_is(path):
     assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip()
+
+
+def test_the_map_names_every_module():
+    """CONTRIBUTING's table of rooms: each file by its name, in the row of its room."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = text[text.index("### What each file is") : text.index("### Words")]
+    ops = {p.stem for p in (ROOT / "fastpeft" / "ops").glob("[a-z]*.py")}  # one file per operator
+    missing = [p for p in FILES if p.is_relative_to(ROOT / "fastpeft") and p.name != "__init__.py" and f"`{p.name}`" not in rows]
+    assert [str(p.relative_to(ROOT)) for p in missing if p.stem not in ops] == []

@@ -7,6 +7,7 @@ from bench.timing import Row, Settings, compiled, liger, measure
 from fastpeft.ops import add_layer_norm, layer_norm
 
 SHAPES = [(2048, 768), (4096, 1024), (2048, 2048), (1024, 4096)]
+GPU_SHAPES = [(8192, 4096), (65536, 768)]  # 64 MB and more: beyond a GPU's caches
 GRADIENTS = {"all": (True, True, True), "dx": (True, False, False), "params": (False, True, True)}
 
 
@@ -22,7 +23,7 @@ def plain_sum(x, residual, weight, bias):
 def run(settings: Settings) -> list[Row]:
     rows = []
     for dtype in settings.dtypes:
-        for m, n in SHAPES[:1] if settings.quick else SHAPES:
+        for m, n in GPU_SHAPES if settings.device == "cuda" else SHAPES[:1] if settings.quick else SHAPES:
             x, dy, residual = torch.randn(3, m, n, device=settings.device).to(dtype).unbind(0)
             params, size = torch.randn(2, n, device=settings.device).to(dtype).unbind(0), x.nbytes
             for name, needs in GRADIENTS.items():

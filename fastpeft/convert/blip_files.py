@@ -12,7 +12,8 @@ from transformers import BlipConfig
 
 from fastpeft.convert.blip_names import TIED, from_official, lost, transformers_to_official
 from fastpeft.convert.reading import Contents, naming, read_file, read_safetensors
-from fastpeft.convert.writing import ConversionReport, owned, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, owned, write_model
+from fastpeft.files import atomic_file, atomic_folder
 
 
 def write_blip(out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None) -> ConversionReport:
@@ -23,9 +24,9 @@ def write_blip(out: Path, source: Path, contents: Contents, image_size=None, tex
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.architectures = ["BlipForQuestionAnswering"]
     preprocess = {"image_size": config.vision_config.image_size, "mean": None, "std": None, "extra_255": True}
-    with staged(out) as stage:
-        count = write_model(stage, config, state.items())
-        (stage / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, config, state.items())
+        (draft / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
     more.append("fastpeft_preprocess.json holds MISS's preprocessing (divided by 255 twice, not normalised): edit it for BLIP's own")
     return ConversionReport("official -> transformers", count, [*contents.notes(), *more])
 
@@ -36,8 +37,8 @@ def write_official(out: Path, source: Path, contents: None) -> ConversionReport:
         official = transformers_to_official(state, config)
     official |= owned({k: v for k, v in official.items() if k not in TIED})
     official |= {tied: official[kept] for tied, kept in TIED.items()}
-    with staged(out) as stage:
-        torch.save({"model": official}, stage)
+    with atomic_file(out) as draft:
+        torch.save({"model": official}, draft)
     return ConversionReport("transformers -> official", len(official) - len(TIED), lost(config))
 
 

@@ -14,7 +14,8 @@ from transformers import CLIPVisionConfig, PretrainedConfig
 from fastpeft.convert.clip_names import clip_from_official
 from fastpeft.convert.llama_files import no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming
-from fastpeft.convert.writing import ConversionReport, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
+from fastpeft.files import atomic_folder
 from fastpeft.models.excitor import ExcitorConfig
 from fastpeft.models.lavin import LavinConfig, Neck
 
@@ -35,10 +36,10 @@ def write_clip(out: Path, source: Path, contents: Contents, vision_heads=None, l
         notes, direction = [*notes, *no_tokenizer(tokenizer)], f"CLIP + LLaMA -> {backbone}"
         if backbone == "lavin":
             notes.append("the neck is new, its weights random: LaVIN's adapter files hold a trained one")
-    with staged(out) as stage:
-        count = write_model(stage, config, tensors, tokenizer)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, config, tensors, tokenizer)
         if backbone != "lavin":  # which squeezes images in and takes ImageNet's numbers
-            (stage / "preprocessor_config.json").write_text(json.dumps(_clip_preprocessing(config), indent=1) + "\n")
+            (draft / "preprocessor_config.json").write_text(json.dumps(_clip_preprocessing(config), indent=1) + "\n")
     return ConversionReport(direction, count, notes)
 
 

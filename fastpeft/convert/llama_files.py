@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastpeft.convert.blip_names import check
 from fastpeft.convert.llama_names import llama_from_official
 from fastpeft.convert.reading import naming, read_file
-from fastpeft.convert.writing import ConversionReport, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
+from fastpeft.files import atomic_folder
 
 _TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -68,8 +69,8 @@ def open_llama(folder: Path, vicuna_delta: Path | None = None) -> OpenedLlama:
 
 def write_llama(out: Path, source: Path, contents: None, vicuna_delta: str | Path | None = None) -> ConversionReport:
     llama = open_llama(source, None if vicuna_delta is None else Path(vicuna_delta).expanduser())
-    with staged(out) as stage:
-        count = write_model(stage, llama.config, llama.tensors, llama.tokenizer)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, llama.config, llama.tensors, llama.tokenizer)
     return ConversionReport("LLaMA -> transformers", count, no_tokenizer(llama.tokenizer))
 
 

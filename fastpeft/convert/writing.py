@@ -1,14 +1,13 @@
-"""Weights and folders written whole or not at all, a large model's one shard at a time."""
+"""Weights of converted models as transformers folders, a large model's one shard at a time."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -51,13 +50,12 @@ def owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def write_model(stage: Path, config: PretrainedConfig, tensors, tokenizer: list[Path] = ()) -> int:
-    """A new transformers folder; how many tensors."""
-    stage.mkdir()
-    config.save_pretrained(stage)
+def write_model(folder: Path, config: PretrainedConfig, tensors, tokenizer: list[Path] = ()) -> int:
+    """A transformers folder's files, in an empty one; how many tensors."""
+    config.save_pretrained(folder)
     for file in tokenizer:
-        shutil.copyfile(file, stage / file.name)
-    return write_tensors(stage, tensors)
+        shutil.copyfile(file, folder / file.name)
+    return write_tensors(folder, tensors)
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int | None = None) -> int:
@@ -89,30 +87,6 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     return len(where)
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A sibling path to write to, which takes ``out``'s name when the block ends well and vanishes when it does not. Of a folder that
-    stood there, what has no new version stays, weights apart: old ones beside new ones would be loaded."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    before = stage.with_name(stage.name + ".before")
-    try:
-        yield stage
-        if not out.is_dir():
-            os.replace(stage, out)
-            return
-        os.replace(out, before)
-        try:
-            os.replace(stage, out)
-        except BaseException:
-            os.replace(before, out)
-            raise
-        for other in before.iterdir():
-            if not (out / other.name).exists() and not any(other.match(pattern) for pattern in _WEIGHTS):
-                os.replace(other, out / other.name)
-        shutil.rmtree(before)
-    finally:
-        if stage.is_dir():
-            shutil.rmtree(stage, ignore_errors=True)
-        else:
-            stage.unlink(missing_ok=True)
+def besides_weights(name: str) -> bool:
+    """What a folder that is converted into once more keeps where it has no new version: old weights beside new ones would be loaded."""
+    return not any(fnmatch(name, pattern) for pattern in _WEIGHTS)

@@ -1,4 +1,4 @@
-"""Data sets as published, to batches: formats, images, tokens, samplers."""
+"""Data sets: published formats, image preprocessing, tokenizers, batches and samplers."""
 
 from fastpeft.data.causal import CausalDataset
 from fastpeft.data.causal_batches import CausalCollator, LengthGroupedSampler

@@ -1,38 +1,26 @@
-"""Files of a data set, for `formats`: which annotation file serves a split, how it is parsed, where an entry's image lies."""
+"""Files of a data set: parsing annotations, checking fields and image marks, finding images by name."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-_SUFFIXES = (".json", ".jsonl", ".jsol", ".ndjson")
-_KINDS = {  # the last word or words of a file's name, without its suffix, in lower case
-    "train": ("train", "trainset", "training"),
-    "val": ("val", "valid", "validate", "validation", "valset"),
-    "test": ("test", "testset", "testing"),
-    "both": ("dataset public", "rad dataset"),
-    "instructions": ("instruction data",),
-}
-_LOOKED_FOR = (
-    "train.json, validate.json, test.json (Slake), trainset.json, testset.json, VQA_RAD Dataset Public.json (VQA-RAD), "
-    "instruction_data.json (MILE), or names that end so, such as slake_train.jsonl"
-)
+SUFFIXES = (".json", ".jsonl", ".jsol", ".ndjson")
 _IMAGE_FOLDERS = ("imgs", "images", "image", "img", "vqa_rad image folder", "vqa_rad images")
 
 
-class Refused(ValueError):
-    """An entry that can't be used: `reason` is what `skip_bad` counts it under."""
+class BadEntry(ValueError):
+    """An entry that can't be used. `skip_bad` counts it under `reason`."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
 
 
-def field(entry: dict, name: str):
+def value_of(entry: dict, name: str):
     """A field's value; None also for NaN, which an empty cell of a table turns into."""
     value = entry.get(name)
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -41,78 +29,20 @@ def field(entry: dict, name: str):
 IMAGE_MARK = "<image>"  # LLaVA's, for an image's place in a question
 
 
-def place_image(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
-    """The questions of a sample without the mark of its image's place, which is always before the first.
+def without_image_mark(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
+    """The questions of a sample without "<image>": models here always read the image before the first question.
 
-    `Refused` where a mark stands in a text without an image, in a later question, more than once, or in one of `others` (answers).
+    `BadEntry` where the mark is in a text without an image, in a later question, there more than once, or in one of `others` (answers).
     """
     marks = [text.count(IMAGE_MARK) for text in texts]
     if not has_image and (any(marks) or any(IMAGE_MARK in text for text in others)):
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands in a text without an image")
+        raise BadEntry("stray <image>", f"{IMAGE_MARK} stands in a text without an image")
     if any(IMAGE_MARK in text for text in others):
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands in an answer")
+        raise BadEntry("stray <image>", f"{IMAGE_MARK} stands in an answer")
     if sum(marks) > 1 or any(marks[1:]):
-        how = f"{sum(marks)} times" if sum(marks) > 1 else "in a later question"
-        raise Refused("stray <image>", f"{IMAGE_MARK} stands {how}: one image is read, before the first question")
+        where = f"{sum(marks)} times" if sum(marks) > 1 else "in a later question"
+        raise BadEntry("stray <image>", f"{IMAGE_MARK} stands {where}: one image is read, before the first question")
     return [text.replace(IMAGE_MARK, "").strip() if n else text for text, n in zip(texts, marks)]
-
-
-def _words(file: Path) -> str:
-    return re.sub(r"[\s_.-]+", " ", file.stem).lower().strip()
-
-
-def _kind(file: Path) -> str | None:
-    words = _words(file)
-    if file.suffix.lower() not in _SUFFIXES or file.name.startswith("."):  # macOS archives carry a ._train.json
-        return None
-    return next((kind for kind, ends in _KINDS.items() if any(words == e or words.endswith(f" {e}") for e in ends)), None)
-
-
-def choose_files(folder: Path, split: str | None) -> tuple[list[Path], str]:
-    """(annotation files, note) of a split of a folder. The note says so where the split has no file of its own.
-
-    train: the training file, else the one that marks both splits, else the instruction file. test: the test file, else the one
-    that marks both, else the validation file, else the only one. None: training, validation and test files, else the others.
-    """
-    found: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        kind = _kind(file)
-        if kind and file.is_file():
-            found.setdefault(kind, []).append(file)
-    if not found:
-        raise ValueError(_none_found(folder))
-    if split is None:
-        named = [file for kind in ("train", "val", "test") for file in found.get(kind, ())]
-        return named or found.get("both") or found["instructions"], ""
-    order = {"train": ("train", "both", "instructions"), "val": ("val",), "test": ("test", "both", "val")}[split]
-    for kind in order:
-        if kind in found:
-            file = _only(folder, found[kind], split)
-            return [file], f"no test file: {file.name} is used" if split == "test" and kind == "val" else ""
-    files = sorted(file for kind in found.values() for file in kind)
-    if split == "test" and len(files) == 1:
-        return files, f"no test file: {files[0].name} is used, the only one; a model trained on it is tested on what it has seen"
-    raise ValueError(f"{folder}: no {split} file among {_names(files)}; name the file to use as split_file")
-
-
-def _names(files) -> str:
-    return ", ".join(file.name for file in files)
-
-
-def _only(folder: Path, files: list[Path], split: str) -> Path:
-    files = [file for file in files if " " not in _words(file)] or files  # train.json goes before slake_train.json
-    if len(files) > 1:
-        raise ValueError(f"{folder}: several {split} files ({_names(files)}); name the one to use as split_file")
-    return files[0]
-
-
-def _none_found(folder: Path) -> str:
-    message = f"{folder}: no annotation file found; looked for {_LOOKED_FOR}"
-    for inner in sorted(d for d in folder.iterdir() if d.is_dir()):
-        if any(_kind(file) for file in inner.iterdir()):
-            return f"{message}; did you mean {inner}?"
-    other = next((f.name for f in sorted(folder.iterdir()) if f.suffix.lower() in _SUFFIXES), None)
-    return f"{message}; to use {other}, name it as split_file" if other else message
 
 
 def find_split_file(folder: Path, split_file) -> Path:
@@ -169,7 +99,7 @@ def read_json(file: Path) -> list:
 def read_split_file(file: Path) -> tuple[list, list[str]]:
     """(entries, qids) of a split file, one of them empty: annotations, or a JSON list or a text file of qids, each taken once."""
     entries: list = []
-    if file.suffix.lower() in _SUFFIXES or _read_text(file).lstrip().startswith(("[", "{")):
+    if file.suffix.lower() in SUFFIXES or _read_text(file).lstrip().startswith(("[", "{")):
         entries = read_json(file)
         if not all(isinstance(entry, (str, int)) for entry in entries):
             return entries, []
@@ -201,7 +131,7 @@ class ImageFinder:
         return self._bases[folder]
 
     def __call__(self, name: str) -> Path:
-        """The absolute path of an image. `Refused` where it is absent or outside, or, with `check`, damaged."""
+        """The absolute path of an image. `BadEntry` where it is absent or outside, or, with `check`, damaged."""
         if name not in self._known:
             self._known[name] = self._find(name)
         path = self._known[name]
@@ -214,16 +144,16 @@ class ImageFinder:
             except ValueError as error:
                 self._faults[path] = str(error)
         if self._faults.get(path):
-            raise Refused("corrupt image", self._faults[path])
+            raise BadEntry("corrupt image", self._faults[path])
         return path
 
     def _find(self, name: str) -> Path:
         refused = f"image path {name!r} is refused: "
         if "\0" in name or name.startswith("/") or PureWindowsPath(name).drive or PureWindowsPath(name).root:
-            raise Refused("unsafe image path", refused + "give it relative to the data folder")
+            raise BadEntry("unsafe image path", refused + "give it relative to the data folder")
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or not parts:
-            raise Refused("unsafe image path", refused + "it may not leave the data folder through '..'")
+            raise BadEntry("unsafe image path", refused + "it may not leave the data folder through '..'")
         places = [base.joinpath(*parts) for base in self._folders(self.root)]
         if len(parts) > 1:
             own = [base / parts[0] for base in self._folders(self.root) if (base / parts[0]).is_dir()]
@@ -234,7 +164,7 @@ class ImageFinder:
                 continue
             path = place.resolve()
             if not path.is_relative_to(self.root):
-                raise Refused("unsafe image path", refused + "it leaves the data folder through a symbolic link")
+                raise BadEntry("unsafe image path", refused + "it leaves the data folder through a symbolic link")
             return path
         looked = ", ".join(dict.fromkeys(str(place.parent.relative_to(self.root)) for place in places))
-        raise Refused("missing image", f"image {name!r} not found in {self.root} (looked in {looked})")
+        raise BadEntry("missing image", f"image {name!r} not found in {self.root} (looked in {looked})")

@@ -1,9 +1,10 @@
-"""Shorter side to S, then the middle S x S square, as CLIP has it: Pillow's values to the bit, without the image in between.
+"""CLIP's resize and centre crop, with Pillow's values to the bit, without the whole resized image in memory.
 
-Pillow resizes along the rows, then along the columns, each time to 8 bits. Where an image is enlarged and its longer side many times the
-shorter, nearly all that it makes is cut off again (6000 x 1 at S = 224: an image of 1,344,000 x 224, 1.2 GB). There the longer side is
-resampled here, and only the S pixels that stay, by the arithmetic of Pillow's Resample.c: coefficients in double, rounded to 22 binary
-places, summed as integers. (Where it makes a tall image smaller, the order of Pillow's passes depends on its version; that is left to it.)
+The shorter side becomes S, then the middle S x S square is cut out. Pillow resizes along the rows, then along the columns, each time to
+8 bits. For an enlarged image with a very long side, the crop discards nearly all of the result (6000 x 1 at S = 224: an image of
+1,344,000 x 224, 1.2 GB). For such images this module computes only the S pixels of the longer side that stay, with the arithmetic of
+Pillow's Resample.c: coefficients in double, rounded to 22 binary places, summed as integers. (When a tall image is made smaller, the
+order of Pillow's passes depends on its version; Pillow itself resizes those.)
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def resize_and_crop(image, size: int, interpolation: str) -> np.ndarray:
     """
     from PIL import Image
 
-    how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     short, long = sorted(image.size)
     scaled = size * long // short
     first = (scaled - size) // 2
@@ -70,11 +71,11 @@ def resize_and_crop(image, size: int, interpolation: str) -> np.ndarray:
     if scaled <= max(long, ELONGATED * size):
         wide, high = (size, scaled) if upright else (scaled, size)
         left, top = (0, first) if upright else (first, 0)
-        return np.array(image.resize((wide, high), how).crop((left, top, left + size, top + size)))
+        return np.array(image.resize((wide, high), resample).crop((left, top, left + size, top + size)))
     taps = _taps(long, scaled, first, size, interpolation)
     begin, end = taps[0][0], max(start + len(weights) for start, weights in taps)
     if upright:
-        across = np.asarray(image.crop((0, begin, short, end)).resize((size, end - begin), how))
+        across = np.asarray(image.crop((0, begin, short, end)).resize((size, end - begin), resample))
         return np.ascontiguousarray(_resample(across.swapaxes(0, 1), taps, begin).swapaxes(0, 1))
     along = _resample(np.asarray(image.crop((begin, 0, end, short))), taps, begin)
-    return np.array(Image.fromarray(along).resize((size, size), how))
+    return np.array(Image.fromarray(along).resize((size, size), resample))

@@ -1,4 +1,4 @@
-"""LLaMA's tokenizer.model, read without the sentencepiece package.
+"""Reader of LLaMA's tokenizer.model that does not need the sentencepiece package.
 
 The file is a protocol buffer message of which three things count: field 1, repeated, a piece (1 its text, 2 its score, 3 its
 type); field 2, the trainer's settings, whose field 3 is the algorithm (2: byte-pair encoding).

@@ -1,4 +1,4 @@
-"""Instructions to tokens of a causal language model, labels on responses only. n = tokens of a sample, S = image size."""
+"""Data set of instructions for causal language models, with labels on responses only. n = tokens of a sample, S = image size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.causal_batches import IGNORE, CausalCollator
+from fastpeft.data.causal_batches import CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.data.dataset import SampleDataset
+from fastpeft.data.dataset import IGNORE_INDEX, SampleDataset
 from fastpeft.data.images import Preprocess
 from fastpeft.data.prompts import IMAGE, frame, render
 from fastpeft.data.samples import Instruction, Turns
@@ -33,18 +33,19 @@ class CausalDataset(SampleDataset):
         tokenizer: with bos, eos and padding tokens, of `load_causal_tokenizer` or `train_causal_tokenizer`.
         template: see `prompts`.
         max_length: longer samples are cut at the end, eos and all (LaVIN's 512 include its modality token: 511 here), as published.
-            One that is left no response is refused. An image's places are never cut.
-        image_tokens: N > 0 leaves N places for an image's tokens where the template has them, marked in "image_mask"; their ids
-            are the padding token's. 0: the model puts the image in, or its prompts, by itself.
-        packed: batches end to end instead of padded, see `CausalCollator`.
-        prompts_only: for generation: ids end where the last response would begin, and there are no labels. A longer prompt loses
-            the beginning of its context, then that of its question (of a dialogue, the oldest turns), so that the template and
-            the image's places stay whole; where that is not enough, all text after bos or the image's places but the last.
+            A sample whose response is cut off entirely is refused. Places of image tokens are never cut.
+        image_tokens: N > 0 reserves N places for an image's tokens where the template has them, marked in "image_mask"; their ids
+            are the padding token's. 0: the model itself inserts the image.
+        packed: batches join samples end to end instead of padding them, see `CausalCollator`.
+        prompts_only: for generation: ids end where the last response would begin, and there are no labels. A prompt longer than
+            `max_length` loses the beginning of its context, then of its question (in a dialogue, the oldest turns), so that the
+            template and the image's places stay complete. Where that is not enough, it keeps bos, or all up to the image's last
+            place, and the last tokens of its text.
         skip_bad: leave out samples that are refused, and count them in `.skipped`, instead of ValueError.
-        reading: how the samples were read, for the description alone.
+        reading: options that the samples were read with, for `describe()`.
 
-    `cut`: how many samples or prompts lost tokens. ValueError, saying how many and naming the first, where `max_length` has no room for a
-    response, or in a prompt for the image's places and the template's last words.
+    `cut`: number of samples or prompts that lost tokens. ValueError, with the number of such samples and the first one's place, where
+    `max_length` has no room for a response, or in a prompt for the image's places and the template's last words.
     """
 
     def __init__(
@@ -116,11 +117,11 @@ class CausalDataset(SampleDataset):
         texts = list({text for text in (*openings, before, before_context, after) if text is not None})
         tokens = dict(zip(texts, encode_texts(self.tokenizer, texts)))
         start = 1 + sum(self.image_tokens if piece is IMAGE else len(tokens[piece]) for piece in openings)
-        asked = start + _shared(tokens[before], ids[start:])  # where the question begins
-        end = max(asked, len(ids) - _shared(tokens[after][::-1], ids[::-1]))
+        asked = start + _common_prefix(tokens[before], ids[start:])  # where the question begins
+        end = max(asked, len(ids) - _common_prefix(tokens[after][::-1], ids[::-1]))
         given = end  # where its context begins
         if before_context is not None and len(turns) == 1:
-            given = min(max(asked, start + _shared(tokens[before_context], ids[start:])), end)
+            given = min(max(asked, start + _common_prefix(tokens[before_context], ids[start:])), end)
         over = len(ids) - self.max_length
         if over <= end - asked:
             of_context = min(over, end - given)
@@ -166,7 +167,7 @@ class CausalDataset(SampleDataset):
             if self.prompts_only and number == len(turns):
                 add(prompt, _PROMPT)
                 return ids, kinds
-            same = _shared(prompt, whole)
+            same = _common_prefix(prompt, whole)
             add(whole[:same], _PROMPT)
             add([*whole[same:], self.tokenizer.eos_token_id], _RESPONSE)
         return ids, kinds
@@ -190,7 +191,7 @@ class CausalDataset(SampleDataset):
         ids, kinds = (torch.tensor(values, dtype=torch.int64) for values in self._encoded[index][self._drawn(index)])
         item = {"sample": self.samples[index], "input_ids": ids}
         if not self.prompts_only:
-            item["labels"] = ids.masked_fill(kinds != _RESPONSE, IGNORE)
+            item["labels"] = ids.masked_fill(kinds != _RESPONSE, IGNORE_INDEX)
         if self.image_tokens:
             item["image_mask"] = kinds == _IMAGE
         return item
@@ -201,7 +202,7 @@ class CausalDataset(SampleDataset):
     @staticmethod
     def weight(batch: dict) -> int:
         """Labelled tokens: what a causal model's loss is a mean over (a sample's first token never is one)."""
-        return int((batch["labels"] != IGNORE).sum())
+        return int((batch["labels"] != IGNORE_INDEX).sum())
 
     @staticmethod
     def tokens(batch: dict) -> int:
@@ -214,15 +215,15 @@ class CausalDataset(SampleDataset):
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
 
-def _shared(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
+    """Length of the longest common prefix of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))
 
 
 def describe_prompts(
     template: str, max_length: int, image_tokens: int, preprocess: Preprocess | None = None, reading: dict | None = None
 ) -> dict:
-    """What an adapter's description says of the samples it was trained on."""
+    """The entries of an adapter's description about the samples it was trained on."""
     images = {} if preprocess is None else {"preprocess": preprocess.to_dict()}
     prompt = {"template": template, "max_length": max_length, "image_tokens": image_tokens} | (reading or {})
     return {**images, "tokenizer": "tokenizer", "prompt": prompt}

@@ -1,4 +1,4 @@
-"""Batches of token ids for causal language models, padded or packed, and batches of like lengths.
+"""Collator and sampler for causal language models: padded or packed batches, and batches of similar lengths.
 
 B = samples in a batch, L = tokens of the longest, T = tokens of all, U = distinct images, S = image size.
 """
@@ -11,10 +11,8 @@ from itertools import accumulate
 
 import torch
 
-from fastpeft.data.dataset import batch_images
+from fastpeft.data.dataset import IGNORE_INDEX, batch_images
 from fastpeft.data.vqa import EpochSampler
-
-IGNORE = -100  # the label that no loss counts
 
 
 class CausalCollator:
@@ -35,13 +33,13 @@ class CausalCollator:
 
     def __call__(self, items: Sequence[dict]) -> dict:
         lengths = [len(item["input_ids"]) for item in items]
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE, "image_mask": False}
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_mask": False}
         columns = {name: [item[name] for item in items] for name in fills if name in items[0]}
         if self.packed:
             batch = {name: torch.cat(rows)[None] for name, rows in columns.items()}
             starts = [0, *accumulate(lengths)]
             if "labels" in batch:
-                batch["labels"][0, starts[:-1]] = IGNORE
+                batch["labels"][0, starts[:-1]] = IGNORE_INDEX
             batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
             batch |= {"cu_seqlens": torch.tensor(starts, dtype=torch.int32), "max_seqlen": max(lengths)}
         else:
@@ -58,9 +56,9 @@ class CausalCollator:
 class LengthGroupedSampler(EpochSampler):
     """An `EpochSampler` whose batches hold samples of like length, so that padding is short; for padded batches.
 
-    The epoch's order is cut into pools of `pool` batches, sorted by length within, cut into batches, and the batches shuffled:
-    the smaller `pool`, the nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes once
-    per epoch; a batch's lengths are alike, so its expected gradient isn't that of a plain batch, though the epoch's is.
+    The epoch's order is divided into pools of `pool` batches; each pool is sorted by length and divided into batches; then all batches are
+    shuffled. A smaller `pool` is nearer to plain shuffling. `data` is a data set with `samples` and `lengths`. Each sample comes
+    once per epoch. Within a batch lengths are similar, so its expected gradient differs from a plain batch's; the epoch's does not.
     """
 
     def __init__(self, data, batch_size: int, seed: int = 0, pool: int = 50, drop_last: bool = False):

@@ -1,13 +1,12 @@
-"""Tokenizers of causal language models: a local folder's, LLaMA's tokenizer.model, or a small one learnt from the data."""
+"""Tokenizers of causal language models: a local folder's, LLaMA's tokenizer.model, or a small one trained on the data."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastpeft.data._sentencepiece import BYTE, CONTROL, UNKNOWN, byte_pair_merges, read_pieces
-from fastpeft.data.tokenizer import merge_pairs, refuse_own_code
+from fastpeft.data.tokenizer import refuse_own_code
 
 _ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -71,33 +70,23 @@ def train_causal_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_fre
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from texts: same texts, same ids, on every run.
 
     Ids: <unk> 0, <s> 1 (bos), </s> 2 (eos), <pad> 3; the 256 bytes, so that any text can be encoded and decoded again without
-    loss; then merges of the commonest neighbours within words (ties: alphabetical), seen `min_frequency` times or more.
-    ValueError where there are no texts, or no room for the bytes.
+    loss; then merges of the most frequent neighbours within words, seen `min_frequency` times or more. Among pairs of one frequency, the
+    one whose pieces have the lower ids goes first. ValueError where there are no texts, or no room for the bytes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     if isinstance(texts, str):
         raise ValueError("texts must be several texts, not one string")
-    roles = {**_ROLES, "pad_token": "<pad>"}
-    base = [*roles.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    if vocab_size < len(base):
-        raise ValueError(f"vocab_size={vocab_size}: the special tokens and the 256 bytes alone need {len(base)}")
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in split.pre_tokenize_str(text))
-    if not words:
+    roles, alphabet, texts = {**_ROLES, "pad_token": "<pad>"}, sorted(pre_tokenizers.ByteLevel.alphabet()), list(texts)
+    if vocab_size < len(roles) + len(alphabet):
+        raise ValueError(f"vocab_size={vocab_size}: the special tokens and the 256 bytes alone need {len(roles) + len(alphabet)}")
+    if not any(texts):
         raise ValueError("no texts to learn a vocabulary from")
-    spelt = {word: list(word) for word in sorted(words)}
-    vocab, merges = dict.fromkeys(base), []
-    for pair, token in merge_pairs(list(spelt.values()), [words[word] for word in spelt], min_frequency):
-        if len(vocab) == vocab_size:
-            break
-        merges.append(pair)
-        vocab[token] = None
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=merges))
-    backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    options = {"special_tokens": list(roles.values()), "initial_alphabet": alphabet, "show_progress": False}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, **options))
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles)
 
 

@@ -1,4 +1,4 @@
-"""What every data set of samples shares: the epoch its random choices are drawn for, and decoded images in a bounded cache."""
+"""Base class of data sets: random choices by seed and epoch, and a bounded cache of decoded images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from fastpeft.data.images import ImageCache, Preprocess
+
+IGNORE_INDEX = -100  # the label of positions that no loss counts, PyTorch's default
 
 
 class SampleDataset(Dataset):
@@ -31,16 +33,16 @@ class SampleDataset(Dataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose choices are drawn."""
+        """The epoch that random choices are drawn for."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the choices of another epoch from now on."""
+        """Draws random choices for another epoch from now on."""
         self._epoch.fill_(epoch)
 
     @property
     def notes(self) -> list[str]:
-        """What was done to the samples, in words."""
+        """Messages about samples that were left out or cut."""
         return [f"{count} samples left out: {reason}" for reason, count in self.skipped.items()]
 
     def __len__(self) -> int:

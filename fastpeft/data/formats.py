@@ -1,4 +1,4 @@
-"""Visual question answering data sets, read as they are published.
+"""Readers of visual question answering data sets as published.
 
 - slake: train.json, validate.json, test.json with img_name, question, answer, answer_type, content_type, q_lang, qid;
   images as imgs/xmlab1/source.jpg.
@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, choose_files, field, find_split_file, place_image, read_json, read_split_file
+from fastpeft.data._files import BadEntry, ImageFinder, find_split_file, read_json, read_split_file, value_of, without_image_mark
+from fastpeft.data._splits import AnnotationFile, Format, QuestionNaming, names, nothing_left, read_entries, resolve
 from fastpeft.data.samples import Sample, SampleList, hold_out, normalise_answer
 
 __all__ = ["Sample", "SampleList", "hold_out", "load_samples"]
 
-_FORMATS = "slake (img_name, question, answer), vqa-rad (image_name, question, answer), mile (img_name, question_pool, answer)"
+_KNOWN = "slake (img_name, question, answer), vqa-rad (image_name, question, answer), mile (img_name, question_pool, answer)"
 
 
 def load_samples(data, split_file=None, split="train", *, languages=("en",), skip_bad=False, check_images=None) -> SampleList:
@@ -50,141 +53,126 @@ def load_samples(data, split_file=None, split="train", *, languages=("en",), ski
         raise ValueError(f"{folder}: {what}")
     if split not in ("train", "val", "test", None):
         raise ValueError(f'split={split!r}: use "train", "val", "test", or None for everything')
-    languages = (languages,) if isinstance(languages, str) else languages
 
-    ids, note = [], ""
+    ids: list[str] = []
     if split_file is None:
-        files, note = choose_files(folder, split)
-        pages = {file: read_json(file) for file in files}
+        sources, note = resolve(folder, split, QuestionNaming(read_json))
     else:
-        file = find_split_file(folder, split_file)
+        file, note = find_split_file(folder, split_file), ""
         entries, ids = read_split_file(file)
-        pages = {page: read_json(page) for page in choose_files(folder, None)[0]} if ids else {file: entries}
+        sources = resolve(folder, None, QuestionNaming(read_json))[0] if ids else [AnnotationFile(file, read=lambda _: entries)]
 
-    reader = _Reader(ImageFinder(folder, skip_bad if check_images is None else check_images), languages)
-    samples, formats, skipped, wanted_ids = [], [], Counter(), set(ids)
-    for page, entries in pages.items():
-        formats.append(_format(page, entries))
-        for index in range(len(entries)) if ids else _of_split(entries, split, split_file is not None):
-            if ids and not (isinstance(entries[index], dict) and _qid(entries[index], index) in wanted_ids):
-                continue
-            try:
-                sample = reader.sample(page, index, entries[index], formats[-1])
-            except Refused as bad:
-                if not skip_bad:
-                    raise ValueError(f"{page}: entry {index}: {bad}") from None
-                skipped[bad.reason] += 1
-            else:
-                samples += [sample] if sample else []
-    if ids:
-        unknown = _unknown_ids(file, ids, pages)
-        if unknown and not skip_bad:
+    reader = QuestionReader(ImageFinder(folder, skip_bad if check_images is None else check_images), languages)
+    samples, used, skipped, wanted = [], [], Counter(), set(ids)
+    for source in sources:
+        form = format_of(source)
+        entries = source.entries(None if ids else split, whole=split_file is not None)
+        if ids:
+            entries = [(index, e) for index, e in entries if isinstance(e, dict) and qid_of(e, index) in wanted]
+        samples += read_entries(source, entries, partial(form.read, reader), skipped if skip_bad else None)
+        used.append(form.name)
+    if ids and (unknown := _unknown_ids(file, ids, sources)):
+        if not skip_bad:
             some = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-            where = ", ".join(page.name for page in pages)
-            raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {where}: {some}")
-        skipped.update({"unknown qid": len(unknown)} if unknown else {})
+            raise ValueError(f"{file}: {len(unknown)} of {len(ids)} qids are in none of {names(sources)}: {some}")
+        skipped["unknown qid"] = len(unknown)
     if not samples:
-        raise ValueError(_nothing_left(pages, split, languages, reader.filtered, skipped))
-    return SampleList(samples, dict(skipped), dict(reader.filtered), "+".join(dict.fromkeys(formats)), tuple(pages), note)
+        raise ValueError(nothing_left(sources, split, reader, skipped))
+    files = tuple(source.path for source in sources)
+    return SampleList(samples, dict(skipped), dict(reader.filtered), "+".join(dict.fromkeys(used)), files, note)
 
 
-def _format(file: Path, entries: list) -> str:
-    fields = [set(entry) for entry in entries if isinstance(entry, dict)]
-    for names in fields:  # the first entry that shows its kind speaks for the file
-        for name, kind in (("question_pool", "mile"), ("image_name", "vqa-rad"), ("img_name", "slake")):
-            if name in names:
-                return kind
+def format_of(source: AnnotationFile) -> Format:
+    """Which of QUESTION_FORMATS a source of questions is in. ValueError for none, naming the fields."""
+    if (form := source.format(QUESTION_FORMATS)) is not None:
+        return form
+    fields = [entry for _, _, entry in source.all_entries if isinstance(entry, dict)]
     if not fields:
-        what = f"entry 0: expected an object with fields, not {type(entries[0]).__name__}"
+        what = f"entry 0: expected an object with fields, not {type(source.value[0]).__name__}"
     else:
         what = f"unknown format: entries have the fields {', '.join(sorted(fields[0])) or '(none)'}"
-    raise ValueError(f"{file}: {what}; supported formats: {_FORMATS}")
+    raise ValueError(f"{source.path}: {what}; supported formats: {_KNOWN}")
 
 
-def _of_split(entries: list, split: str | None, explicit: bool) -> list[int]:
-    """Indices of a split's entries: all, unless some are marked as test ones. An explicit file of nothing else is taken whole."""
-    test = _marks(entries)
-    if split is None or not any(test) or (explicit and all(test)):
-        return list(range(len(entries)))
-    return [i for i, marked in enumerate(test) if marked is (split == "test")]
-
-
-def _marks(entries: list) -> list[bool]:
-    return [isinstance(e, dict) and str(e.get("phrase_type", "")).strip().lower().startswith("test_") for e in entries]
-
-
-def marks_test(entries: list) -> bool:
-    """Whether some of a file's entries say of themselves that they are for testing."""
-    return any(_marks(entries))
-
-
-def _qid(entry: dict, index: int) -> str:
-    qid = field(entry, "qid")
+def qid_of(entry: dict, index: int) -> str:
+    qid = value_of(entry, "qid")
     return str(index if qid is None or str(qid).strip() == "" else qid).strip()
 
 
-def _unknown_ids(file: Path, ids: list[str], pages: dict[Path, list]) -> list[str]:
+def _unknown_ids(file: Path, ids: list[str], sources: list[AnnotationFile]) -> list[str]:
     """The qids no entry has. ValueError where one has several: taking both, or either, would be a guess."""
     places: dict[str, list[str]] = {qid: [] for qid in ids}
-    for page, entries in pages.items():
-        for index, entry in enumerate(entries):
-            if isinstance(entry, dict) and _qid(entry, index) in places:
-                places[_qid(entry, index)].append(f"{page.name} entry {index}")
+    for source in sources:
+        for index, entry in source.entries(None):
+            if isinstance(entry, dict) and qid_of(entry, index) in places:
+                places[qid_of(entry, index)].append(f"{source.path.name} entry {index}")
     for qid, found in places.items():
         if len(found) > 1:
             raise ValueError(f"{file}: qid {qid} is ambiguous ({', '.join(found)}); give the entries themselves as split_file")
     return [qid for qid, found in places.items() if not found]
 
 
-class _Reader:
-    """Entries to samples; counts those in other languages."""
+class QuestionReader:
+    """Entries to samples; counts those in other languages in `filtered`."""
 
     def __init__(self, find_image: ImageFinder, languages):
         self.find_image, self.filtered = find_image, Counter()
-        self.languages = None if languages is None else {str(x).strip().lower() for x in languages}
+        self.asked_for = (languages,) if isinstance(languages, str) else languages
+        self.languages = None if languages is None else {str(x).strip().lower() for x in self.asked_for}
 
-    def sample(self, file: Path, index: int, entry, kind: str) -> Sample | None:
-        """None for an entry in a language that wasn't asked for; `Refused` for a bad one."""
-        if not isinstance(entry, dict):
-            raise Refused("not an object", f"expected an object with fields, not {type(entry).__name__}")
-        language = str(field(entry, "q_lang") or "en").strip().lower()
+    def sample(self, source: AnnotationFile, index: int, entry: dict, image_field: str) -> Iterator[Sample]:
+        """None of an entry in a language that wasn't asked for; `BadEntry` for a bad one."""
+        language = str(value_of(entry, "q_lang") or "en").strip().lower()
         if self.languages is not None and language not in self.languages:
             self.filtered[language] += 1
-            return None
-        name = _text(entry, "image_name" if kind == "vqa-rad" else "img_name")
+            return
+        name = _text(entry, image_field)
         pool = _pool(entry["question_pool"]) if "question_pool" in entry else ()
         question = pool[0] if pool and "question" not in entry else _line(entry, "question")
         answer = _line(entry, "answer")
         for phrasing in pool or (question,):
-            place_image([phrasing], True, answer)
-        answer_type = field(entry, "answer_type")
+            without_image_mark([phrasing], True, answer)
+        answer_type = value_of(entry, "answer_type")
         if answer_type is None or str(answer_type).strip() == "":
             answer_type = "CLOSED" if normalise_answer(answer) in ("yes", "no") else "OPEN"
         answer_type = str(answer_type).strip().upper()
         if answer_type not in ("OPEN", "CLOSED"):
-            raise Refused("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
+            raise BadEntry("unknown answer_type", f"answer_type {entry['answer_type']!r} is neither OPEN nor CLOSED")
         image = self.find_image(name)
-        content = " ".join(str(field(entry, "content_type") or field(entry, "question_type") or "").split())
-        return Sample(image, question, answer, answer_type, _qid(entry, index), content, language, pool, index, file, name)
+        content = " ".join(str(value_of(entry, "content_type") or value_of(entry, "question_type") or "").split())
+        yield Sample(image, question, answer, answer_type, qid_of(entry, index), content, language, pool, index, source.path, name)
+
+
+def _format(name: str, shown_by: str, image_field: str) -> Format:
+    return Format(
+        name, lambda fields: shown_by in fields, lambda reader, source, index, entry: reader.sample(source, index, entry, image_field)
+    )
+
+
+QUESTION_FORMATS = (
+    _format("mile", "question_pool", "img_name"),
+    _format("vqa-rad", "image_name", "image_name"),
+    _format("slake", "img_name", "img_name"),
+)
 
 
 def _text(entry: dict, name: str) -> str:
     """A field as text, stripped: numbers as written, true and false as yes and no."""
     if name not in entry:
-        raise Refused(f"missing {name}", f"no field {name!r} (it has {', '.join(sorted(entry)) or 'none'})")
-    value = field(entry, name)
+        raise BadEntry(f"missing {name}", f"no field {name!r} (it has {', '.join(sorted(entry)) or 'none'})")
+    value = value_of(entry, name)
     if isinstance(value, bool):
         value = "yes" if value else "no"
     elif isinstance(value, float) and math.isfinite(value):
         value = int(value) if value.is_integer() else value
     elif not isinstance(value, (str, int, type(None))):
         what = value if isinstance(value, float) else type(value).__name__
-        raise Refused(f"bad {name}", f"{name} must be text or a number, not {what}")
+        raise BadEntry(f"bad {name}", f"{name} must be text or a number, not {what}")
     text = "" if value is None else str(value).strip()
     if not text:
-        raise Refused(f"empty {name}", f"{name} is empty")
+        raise BadEntry(f"empty {name}", f"{name} is empty")
     if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise Refused(f"bad {name}", f"{name} holds half a surrogate pair, which is no character")
+        raise BadEntry(f"bad {name}", f"{name} holds half a surrogate pair, which is no character")
     return text
 
 
@@ -194,12 +182,5 @@ def _line(entry: dict, name: str) -> str:
 
 def _pool(pool) -> tuple[str, ...]:
     if not isinstance(pool, list) or not pool:
-        raise Refused("bad question_pool", "question_pool must be a list of one or more questions")
+        raise BadEntry("bad question_pool", "question_pool must be a list of one or more questions")
     return tuple(_line({"question": question}, "question") for question in pool)
-
-
-def _nothing_left(pages, split, languages, filtered, skipped) -> str:
-    left_out = [f"{n} in language {name!r}, of languages={languages!r}" for name, n in filtered.items()]
-    left_out += [f"{n} skipped for {reason}" for reason, n in skipped.items()]
-    what = f"no {split} samples left" if split else "no samples left"
-    return f"{', '.join(str(page) for page in pages)}: {what}" + (f" ({'; '.join(left_out)})" if left_out else "")

@@ -1,4 +1,4 @@
-"""Images: decoded, brought to three channels of 8 bits, resized, scaled; the arithmetic of torchvision's `Resize` and `ToTensor`.
+"""Image preprocessing: decode, convert to 8-bit RGB, resize and scale, with the arithmetic of torchvision's `Resize` and `ToTensor`.
 
 S = image_size. Pixels are kept as uint8 until the last step, so that a cache of them takes a quarter of the memory.
 """
@@ -82,7 +82,7 @@ def load_image(image, max_pixels: int = MAX_PIXELS):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image to what a vision tower reads; JSON-able, so that an adapter can carry it.
+    """Settings of image preprocessing, from an image to a vision tower's input. JSON-able: an adapter stores them.
 
     image_size: S, for a square resize (antialiased). mean, std: per channel, or None for no normalisation.
     interpolation: "bilinear", or "bicubic", as CLIP and LaVIN have it. crop: the shorter side to S and the middle square, as CLIP,
@@ -131,12 +131,12 @@ class Preprocess:
         from PIL import Image
 
         loaded, S = load_image(image), self.image_size
-        how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
+        resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
         try:
             if self.crop:
                 resized = resize_and_crop(loaded, S, self.interpolation)
             else:
-                resized = np.array(loaded.resize((S, S), how))
+                resized = np.array(loaded.resize((S, S), resample))
             return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
         except MemoryError:
             size = f"{loaded.width} x {loaded.height}"

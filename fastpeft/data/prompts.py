@@ -1,4 +1,4 @@
-"""Prompt templates of instruction tuning: what a language model reads before each response, word for word as published.
+"""Prompt templates of instruction tuning, word for word as published.
 
 - alpaca: Stanford Alpaca's train.py, with and without input; paper 003 prints the same words.
 - lavin: LaVIN's data_processing.py and base_prompt.py, after "Image: " and the image's tokens, or "Image: N/A".
@@ -65,9 +65,9 @@ TEMPLATES = tuple(_TEMPLATES)
 def render(template: str, sample: Instruction, turns: Turns | None = None, image_tokens: bool = False) -> list[tuple[list[Piece], str]]:
     """(pieces of the prompt, response) of each turn; `turns` instead of the sample's own, where given.
 
-    Pieces are tokenised apart, except that the last and the response are one text: a token may reach across, and
-    "...Response:" and "The answer" have no space between them. With `image_tokens`, `IMAGE` stands where the image's tokens
-    go: as lavin and llava have it, else before all text; without, the text is what a model reads that sees the image otherwise.
+    Each piece is tokenised on its own. The last piece and the response are tokenised as one text, since a token may span both:
+    "...Response:" and "The answer" have no space between them. With `image_tokens`, `IMAGE` marks the place of the image's
+    tokens: where lavin and llava put them, and before all text in other templates. Without, no piece is `IMAGE`.
 
     ValueError for an unknown template.
     """
@@ -90,8 +90,10 @@ def render(template: str, sample: Instruction, turns: Turns | None = None, image
 
 
 def frame(template: str, sample: Instruction, question: str, image_tokens: bool = False) -> tuple[str, str | None, str]:
-    """(what stands before the question, what before the context or None where it isn't said, what after both) in the last piece of a
-    first prompt: the template's words, the second with the question in them."""
+    """The template's words in the last piece of a first prompt, as (before the question, before the context, after both).
+
+    The second contains the question; it is None where the prompt has no context.
+    """
 
     def last_piece(question: str, context: str) -> str:
         return render(template, replace(sample, context=context), ((question, ""),), image_tokens)[0][0][-1]
@@ -101,10 +103,3 @@ def frame(template: str, sample: Instruction, question: str, image_tokens: bool 
     if given not in after:
         return before, None, after
     return before, last_piece(question, given).split(given)[0], after.split(given)[1]
-
-
-def prompt_text(template: str, sample: Instruction) -> str:
-    """The text before the last response, without an image's place, earlier responses in it: for looking at, and for generation
-    by models that tokenise for themselves."""
-    *earlier, (pieces, _) = render(template, sample)
-    return "".join("".join(p) + answer for p, answer in earlier) + "".join(pieces)

@@ -1,4 +1,4 @@
-"""What every reader of `fastpeft.data` gives: questions about images, or instructions, in a list with its origin."""
+"""Sample types that all readers return: `Sample`, a question about an image; `Instruction`; and `SampleList`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Instruction:
     """An instruction and its response, or a conversation, with an image or without.
 
     `image` is an absolute, existing path or None; `image_name` the name the file gives it. `context` is what the first question
-    is about (Alpaca's "input"). `alternatives` are other turns for the same sample, one of all drawn in each epoch. `kind` is the
-    format it was read from; `entry` its place in `source` (a list's index, a problem's id). `facts` are what a format says
-    beside the text, such as a problem's subject and grade.
+    is about (Alpaca's "input"). `alternatives` are other turns of the same sample; each epoch draws one of all. `kind` is the
+    name of its format; `entry` its place in `source` (an index in a list, or a problem's id). `facts` holds what the format
+    says beside the text, such as a problem's subject and grade.
     """
 
     turns: Turns
@@ -57,7 +57,7 @@ class Instruction:
 
     @property
     def question(self) -> str:
-        """What is asked first."""
+        """The first question."""
         return self.turns[0][0]
 
     @property
@@ -68,12 +68,12 @@ class Instruction:
 
 @dataclass
 class SampleList(Sequence):
-    """Samples or instructions, and what was left out on the way: a sequence that can be read like a list.
+    """A sequence of samples or instructions, with a record of where they came from and which entries were left out.
 
     skipped: reason -> count of bad entries left out (`skip_bad`). filtered: language -> count of entries in languages not
     asked for.
-    format: "slake", "vqa-rad", "mile", or several joined by "+". files: the annotation files read. note: how the file was
-    chosen, where that wasn't the obvious choice, else "".
+    format: the name of their format, or several joined by "+". files: the annotation files read. note: which file was chosen
+    instead of the expected one, else "".
     """
 
     samples: list[Sample] | list[Instruction]
@@ -96,7 +96,7 @@ class SampleList(Sequence):
 
 
 def normalise_answer(text) -> str:
-    """The form in which two answers are compared: what an uncased WordPiece tokenizer can't express is dropped, and nothing else.
+    """The normal form of an answer, in which two answers are compared. It drops only what an uncased WordPiece tokenizer can't express.
 
     Lower case; accents removed; white space collapsed; no space beside punctuation, since decoding turns "x-ray" into "x -
     ray"; no full stop at the end. Articles, plurals and synonyms count: "the left lung" isn't "left lung".

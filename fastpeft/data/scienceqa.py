@@ -1,12 +1,14 @@
-"""ScienceQA as published: problems.json, pid_splits.json, captions.json and images/SPLIT/ID/image.png; its family of prompts.
+"""Reader of ScienceQA as published, and its family of prompt formats.
 
-A prompt format is INPUT-OUTPUT. INPUT: CQM, QCM, and with lecture (L) or solution (E, the explanation) given away QCML, QCME,
-QCMLE, QCLM, QCEM, QCLEM. OUTPUT: A alone, or with L and E before or after it, or L and E without it. The words are those of
-ScienceQA's models/base_prompt.py, which LaVIN's training uses too, to the letter where there are a lecture and a solution.
-Where there is neither, nothing follows the answer (LaVIN leaves a "BECAUSE:" there, ScienceQA deletes all of the prompt's).
+Files: problems.json, pid_splits.json, captions.json and images/SPLIT/ID/image.png.
 
-One of its ways is kept though it looks like a slip: "AL" puts the solution after the answer and "AE" the lecture, the other
-way round than "LA" and "EA"; the results printed for these formats were made so.
+A prompt format is INPUT-OUTPUT. INPUT is CQM or QCM, or, with the lecture (L) or the solution (E, the explanation) in the prompt,
+QCML, QCME, QCMLE, QCLM, QCEM, QCLEM. OUTPUT is A alone, A with L and E before or after it, or L and E without A. The words are
+those of ScienceQA's models/base_prompt.py, which LaVIN's training uses too, to the letter where a problem has a lecture and a
+solution. Where it has neither, nothing follows the answer (LaVIN leaves a "BECAUSE:" there; ScienceQA deletes every one in the prompt).
+
+"AL" puts the solution after the answer and "AE" the lecture, unlike "LA" and "EA". This looks like a mistake of the official code; it
+is kept because the published results of these formats were made with it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from fastpeft.data._files import ImageFinder, Refused, field, place_image, read_value
+from fastpeft.data._files import BadEntry, ImageFinder, read_value, value_of, without_image_mark
 from fastpeft.data._instruction_formats import text_of
 from fastpeft.data.samples import Instruction, SampleList
 
@@ -101,10 +103,10 @@ def load_scienceqa(
         try:
             problem, image = _read(problems.get(qid), qid, split, finder)
             texts = [scienceqa_prompt({**problem, "caption": captions.get(qid, "")}, each, use_caption) for each in formats]
-            turns = [((place_image([asked], image["image"] is not None, answer)[0], answer),) for asked, answer in texts]
+            turns = [((without_image_mark([asked], image["image"] is not None, answer)[0], answer),) for asked, answer in texts]
             if not all(turn[0][1] for turn in turns):
-                raise Refused("empty response", f"nothing to respond in {'/'.join(formats)}: neither lecture nor solution")
-        except Refused as bad:
+                raise BadEntry("empty response", f"nothing to respond in {'/'.join(formats)}: neither lecture nor solution")
+        except BadEntry as bad:
             if not skip_bad:
                 raise ValueError(f"{file}: problem {qid}: {bad}") from None
             skipped[bad.reason] += 1
@@ -123,19 +125,19 @@ def load_scienceqa(
 def _read(entry, qid: str, split: str | None, finder: ImageFinder) -> tuple[dict, dict]:
     """(the problem's fields, its image's) of an entry of problems.json."""
     if not isinstance(entry, dict):
-        raise Refused("unknown problem", "not among the problems" if entry is None else "expected an object with fields")
+        raise BadEntry("unknown problem", "not among the problems" if entry is None else "expected an object with fields")
     problem = {name: text_of(entry, name, required=False) for name in ("hint", "lecture", "solution", "subject", "grade", "topic")}
     problem["question"] = text_of(entry, "question")
     choices, answer = entry.get("choices"), entry.get("answer")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(OPTIONS) or not all(isinstance(c, str) for c in choices):
-        raise Refused("bad choices", f"choices must be a list of 2 to {len(OPTIONS)} texts")
+        raise BadEntry("bad choices", f"choices must be a list of 2 to {len(OPTIONS)} texts")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise Refused("bad answer", f"answer {answer!r} is none of the {len(choices)} choices, counted from 0")
+        raise BadEntry("bad answer", f"answer {answer!r} is none of the {len(choices)} choices, counted from 0")
     problem |= {"choices": choices, "answer": answer}
     if entry.get("image") in (None, ""):
         return problem, {"image": None}
     if not isinstance(entry["image"], str):
-        raise Refused("bad image", f"the image must be a file's name, not {entry['image']!r}")
+        raise BadEntry("bad image", f"the image must be a file's name, not {entry['image']!r}")
     name = f"images/{entry.get('split') or split}/{qid}/{entry['image']}"
     return problem, {"image": finder(name), "image_name": name}
 
@@ -160,4 +162,4 @@ def _captions(folder: Path) -> dict:
     captions = _object(file).get("captions")
     if not isinstance(captions, dict):
         raise ValueError(f"{file}: no field 'captions' with a text for each problem")
-    return {qid: str(field(captions, qid) or "") for qid in captions}
+    return {qid: str(value_of(captions, qid) or "") for qid in captions}

@@ -1,16 +1,16 @@
-"""Text to ids as the MISS family reads it: BERT WordPiece, [ENC] opens a question and [DEC] an answer. B = texts, L = tokens."""
+"""Tokenizer of the MISS family: BERT WordPiece, where [ENC] opens a question and [DEC] an answer. B = texts, L = tokens."""
 
 from __future__ import annotations
 
-import heapq
 import json
 import string
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+
+from fastpeft.data.dataset import IGNORE_INDEX
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_QUESTION = 35
@@ -108,72 +108,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency:
     """A lower-case WordPiece tokenizer of at most `vocab_size` tokens, learnt from texts: same texts, same ids, on every run.
 
     Ids: [PAD] 0, [UNK], [CLS], [SEP], [MASK], [DEC], [ENC]; ASCII punctuation, letters and digits, so that any English text
-    can be encoded; the texts' other characters; then merges of the commonest neighbours (ties: alphabetical), seen
-    `min_frequency` times or more. The trainer of the `tokenizers` library isn't used because its ties fall differently in
-    each process (five runs, five vocabularies). ValueError where there are no texts, or no room for the characters.
+    can be encoded; the texts' other characters; then merges of the most frequent neighbours, seen `min_frequency` times or more.
+    Among pairs of one frequency, characters go first, in alphabetical order, then pieces in the order they were learnt.
+    ValueError where there are no texts, or no room for the characters.
     """
+    from tokenizers import Tokenizer, models, trainers
     from transformers import BertTokenizer
 
     if isinstance(texts, str):
         raise ValueError("texts must be several texts, not one string")
-    backend = BertTokenizer().backend_tokenizer
-    words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)))
+    bert, texts = BertTokenizer().backend_tokenizer, list(texts)
+    split, normalise = bert.pre_tokenizer.pre_tokenize_str, bert.normalizer.normalize_str
+    words = {word for text in texts for word, _ in split(normalise(text))}
     if not words:
         raise ValueError("no texts to learn a vocabulary from")
     inner = string.ascii_lowercase + string.digits
-    spelt = {word: [word[0], *(f"##{c}" for c in word[1:])] for word in sorted(words)}
     base = [*SPECIALS, "[DEC]", "[ENC]", *string.punctuation, *inner, *(f"##{c}" for c in inner)]
-    vocab = dict.fromkeys(base + sorted({piece for pieces in spelt.values() for piece in pieces}))
-    if len(vocab) > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size}: the characters of these texts alone need {len(vocab)}")
-    for _, token in merge_pairs(list(spelt.values()), [words[word] for word in spelt], min_frequency, inner_mark="##"):
-        if len(vocab) == vocab_size:
-            break
-        vocab[token] = None
-    return _add_roles(BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}))
-
-
-def merge_pairs(words: list[list[str]], counts: list[int], min_frequency: int, inner_mark: str = ""):
-    """Yields (pair, its token) of each byte-pair merge, commonest pair first; `words` are rewritten on the way.
-
-    `inner_mark` opens the pieces within a word, as WordPiece's "##" does.
-    """
-    pairs: Counter[tuple[str, str]] = Counter()
-    where: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
-            pairs[pair] += counts[i]
-            where[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    while heap:
-        n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:  # counted again since: its present count is in the heap too
-            continue
-        if -n < max(1, min_frequency):
-            return
-        token = pair[0] + pair[1].removeprefix(inner_mark)
-        yield pair, token
-        changed = set()
-        for i in where.pop(pair):
-            word = words[i]
-            for old in pairwise(word):
-                pairs[old] -= counts[i]
-                changed.add(old)
-            j = 0
-            while j < len(word) - 1:
-                if (word[j], word[j + 1]) == pair:
-                    word[j : j + 2] = [token]
-                j += 1
-            for new in pairwise(word):
-                pairs[new] += counts[i]
-                where[new].add(i)
-                changed.add(new)
-        for p in changed:
-            if pairs[p] > 0:
-                heapq.heappush(heap, (-pairs[p], p))
+    base = list(dict.fromkeys(base + sorted({piece for word in words for piece in (word[0], *(f"##{c}" for c in word[1:]))})))
+    if len(base) > vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: the characters of these texts alone need {len(base)}")
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = bert.normalizer, bert.pre_tokenizer
+    # All characters are given: those the trainer finds by itself get their ids, and so their place among ties, in a hash map's order.
+    options = {"special_tokens": sorted(base), "continuing_subword_prefix": "##", "show_progress": False}
+    backend.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=min_frequency, **options))
+    vocab = backend.get_vocab()
+    learnt = sorted(vocab, key=vocab.__getitem__)[len(base) :]
+    return _add_roles(BertTokenizer(vocab={token: i for i, token in enumerate(base + learnt)}))
 
 
 def _ids(tokenizer, texts: Sequence[str], first: str, max_length: int | None) -> dict[str, torch.Tensor]:
@@ -195,7 +156,7 @@ def encode_questions(tokenizer, questions: Sequence[str], max_length: int = MAX_
 def encode_answers(tokenizer, answers: Sequence[str], max_length: int | None = None) -> dict[str, torch.Tensor]:
     """{"input_ids", "attention_mask", "labels"}, int64 [B, L]: [DEC] answer [SEP]; labels, not shifted, are -100 at padding."""
     encoded = _ids(tokenizer, answers, "[DEC]", max_length)
-    return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)}
+    return {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORE_INDEX)}
 
 
 def decode(tokenizer, ids) -> list[str]:

@@ -1,4 +1,4 @@
-"""Batches of questions about images: each distinct image of a batch is decoded once and there once.
+"""Data set, collator and sampler for visual question answering, where a batch holds each distinct image once.
 
 B = questions in a batch, U = distinct images among them, S = image size, L_q, L_a = tokens of the longest question and answer.
 """
@@ -29,9 +29,9 @@ class VQADataset(SampleDataset):
     single one. `tokenizer` is what a trainer makes batches with. `max_answer`: positions of the decoder. ValueError names a sample
     whose answer has more tokens, with `skip_bad` it is left out and counted in `.skipped`.
 
-    What a trainer asks of any data set: `inputs`, the names in a batch that the model takes; `collator()`; `weight(batch)`,
-    the number of terms that the model's loss is a mean of; `tokens(batch)`; `describe()` and `save(folder)`, what an adapter needs
-    to be used without the data.
+    The interface of any data set for a trainer: `inputs`, the names in a batch that the model takes; `collator()`; `weight(batch)`,
+    the number of terms that the model's loss is a mean of; `tokens(batch)`; `describe()` and `save(folder)`, which store what an
+    adapter needs to be used without the data.
     """
 
     inputs = ("input_ids", "attention_mask", "pixel_values", "image_index", "decoder_input_ids", "decoder_attention_mask", "labels")

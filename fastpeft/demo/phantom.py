@@ -1,4 +1,4 @@
-"""A self-made medical-VQA set: procedural CT-, MR- and X-ray-like phantoms in Slake 1.0's own format.
+"""Synthetic medical VQA data set: procedural CT-, MR- and X-ray-like phantoms in the format of Slake 1.0.
 
     make_phantoms("phantoms/a", scanner="a", images={"train": 12000, "validate": 200, "test": 400})
     python -m fastpeft.demo.phantom phantoms/b --scanner b --seed 1
@@ -10,8 +10,6 @@ equal scenes under any scanner: take another seed for another set.
 
 import argparse
 import json
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from fastpeft.demo.phantom_images import SCANNERS, Canvas, Scanner
 from fastpeft.demo.phantom_questions import KINDS, LOCATIONS, Balancer, draw_scene, phrase
+from fastpeft.files import atomic_folder
 
 VERSION = 3  # of what the same parameters draw; a set of another version is not reused
 IMAGES = {"train": 1200, "validate": 100, "test": 200}
@@ -56,19 +55,13 @@ def make_phantoms(
     wanted = json.loads(json.dumps(wanted | {"questions_per_image": questions_per_image, "image_size": image_size}))
     if _stands(folder, wanted):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        built = work / "set"  # inside: mkdtemp's own folder is private to the user
-        _write(built, Canvas(image_size, scanner), images, questions_per_image, seed, progress)
-        (built / "phantom.json").write_text(json.dumps(wanted, indent=1))
-        try:
-            built.replace(folder)
-        except OSError:  # another process finished first
-            if not _stands(folder, wanted):
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with atomic_folder(folder, replace=False, durable=False) as draft:
+            _write(draft, Canvas(image_size, scanner), images, questions_per_image, seed, progress)
+            (draft / "phantom.json").write_text(json.dumps(wanted, indent=1))
+    except OSError:
+        if not _stands(folder, wanted):  # else another process finished first
+            raise
     return folder
 
 

@@ -1,4 +1,4 @@
-"""How a phantom looks: the scanners, the anatomy, and the canvas that draws a scene.
+"""Renderer of phantoms: scanners, anatomy, and the canvas that draws a scene.
 
 Shapes are ellipses and rounded boxes with anti-aliased edges (coverage from a signed distance in pixels), in coordinates from -1
 to 1. The order is anatomy, scanner grays, lesions, uneven light, blur, marker, frame, noise: lesions and marker are never hidden.

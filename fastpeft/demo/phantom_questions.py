@@ -1,4 +1,4 @@
-"""What a phantom shows and what can be asked about it: scenes, questions, and a choice of questions with balanced answers.
+"""Scenes of phantoms and the questions about them, chosen so that answers are balanced.
 
 A `Scene` is the truth behind one image: modality, plane, region, lesions, and a coloured bar along one edge, the marker. Positions
 are the image's own (its left is left). `questions_of` lists all that can be asked of a scene; `Balancer.pick` takes those whose

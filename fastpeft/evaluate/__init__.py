@@ -1,4 +1,4 @@
-"""Answers generated and scored."""
+"""Evaluation: answers, responses and captions, generated and scored."""
 
 from fastpeft.data import VQADataset
 from fastpeft.evaluate.answers import answer_questions

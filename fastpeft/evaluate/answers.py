@@ -1,4 +1,4 @@
-"""Answers to questions about images: batched beam search, each image encoded once."""
+"""Generation of answers to questions about images: batched beam search, each image encoded once."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, decode
+from fastpeft.device import to_device
 from fastpeft.evaluate.decoding import answer_settings, callers_settings_only
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_index")
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """The device called ``name``; None: CUDA where there is one. ValueError where it cannot be used."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as error:  # each backend raises another type
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
-
-
-def to_device(batch: dict, names, device: torch.device, dtype: torch.dtype, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of ``names`` that the batch has, on ``device``; floating ones in ``dtype``. Those that ``model`` reads on the host (its
-    ``host_inputs``: masks, labels, indices) stay there, so that a step does not wait for the device to hand them back."""
-    stay = getattr(model, "host_inputs", ())
-    moved = {n: batch[n] if n in stay else batch[n].to(device, non_blocking=True) for n in names if batch.get(n) is not None}
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in moved.items()}
 
 
 @torch.no_grad()
@@ -46,7 +28,7 @@ def answer_questions(
     """One answer per sample, in the data set's order. Defaults are the papers': beams of 3, at most 10 tokens. What the model's
     ``generation_config`` says beside token ids does not count.
 
-    A batch gathers questions on the same images; padding is masked, so an answer does not depend on its neighbours.
+    A batch gathers questions on the same images; padding is masked, so an answer does not depend on the other samples of its batch.
     """
     was_training, first = model.training, next(model.parameters())
     images = len({sample.image for sample in dataset.samples})

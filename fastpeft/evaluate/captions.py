@@ -1,7 +1,7 @@
-"""Scores of captions and reports against reference texts: BLEU-1 to 4, ROUGE-L and CIDEr-D, as COCO's evaluation defines them.
+"""Caption metrics as COCO's evaluation defines them: BLEU-1 to 4, ROUGE-L and CIDEr-D.
 
-Texts are lower-cased and split into words, punctuation dropped; COCO's own uses the Stanford tokenizer, which differs in details
-(contractions, hyphens), so that figures near it, not equal to it, come out.
+Texts are lower-cased and split into words without punctuation. COCO's evaluation uses the Stanford tokenizer, which differs in details
+(contractions, hyphens), so scores here are close to its scores, not equal to them.
 
 BLEU (Papineni 2002) is of the whole corpus, its brevity penalty against the nearest reference length. ROUGE-L (Lin 2004) has
 beta = 1.2 and takes best precision and best recall over the references. CIDEr-D (Vedantam 2015): n = 1 to 4, sigma = 6, document

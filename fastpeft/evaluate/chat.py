@@ -1,4 +1,4 @@
-"""A dialogue with a causal language model, over one image or none, in the prompt template it was trained with."""
+"""Dialogue with a causal language model, about one image or none, in the prompt template of its training."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from pathlib import Path
 from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction
-from fastpeft.data._files import place_image
+from fastpeft.data._files import without_image_mark
 from fastpeft.data.images import load_image
 from fastpeft.evaluate.responses import respond
 
 
 class Chat:
-    """The turns so far and the image they are about. read: makes the model's data set of prompts from a list of samples;
-    ``how`` goes to transformers' ``generate``."""
+    """A dialogue: its turns so far, and the image they are about.
 
-    def __init__(self, model: nn.Module, read: Callable[[list[Instruction]], CausalDataset], image: str | None = None, **how):
-        self.model, self.read, self.how = model, read, how
+    read: makes the model's data set of prompts from a list of samples. generation: arguments of transformers' ``generate``.
+    """
+
+    def __init__(self, model: nn.Module, read: Callable[[list[Instruction]], CausalDataset], image: str | None = None, **generation):
+        self.model, self.read, self.generation = model, read, generation
         self.turns: list[tuple[str, str]] = []
         self.image: Path | None = None
         if image is not None:
             self.show(image)
 
     def show(self, image: str) -> None:
-        """Begin anew over an image. ValueError or OSError where it cannot be read, ValueError where the model sees none."""
+        """Start a new dialogue about an image. ValueError or OSError where it cannot be read, ValueError where the model sees none."""
         if getattr(self.model.config, "vision_config", None) is None:
             raise ValueError(f"a {self.model.config.model_type} sees no images: leave --image and /image out, or choose a model that does")
         path = Path(image).expanduser().resolve()
@@ -34,12 +36,12 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """The response to ``question`` after the turns so far. ValueError where they no longer fit."""
-        *_, question = place_image([*(asked for asked, _ in self.turns), question], self.image is not None)
+        *_, question = without_image_mark([*(asked for asked, _ in self.turns), question], self.image is not None)
         turns = (*self.turns, (question, ""))
         dataset = self.read([Instruction(turns, self.image, "chat", "chat", 0, Path("chat"))])
         if dataset.cut:
             raise ValueError(f"the dialogue takes more than {dataset.max_length} tokens, as many as the model reads: /reset begins anew")
-        (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.how)
+        (response,) = respond(self.model, dataset, batch_size=1, progress=False, **self.generation)
         self.turns.append((question, response))
         return response
 

@@ -1,4 +1,4 @@
-"""Scores of predicted answers: exact match after `normalise_answer`, open and closed apart, beside what guessing gets."""
+"""Accuracy of answers: exact match after `normalise_answer`, for open and closed questions, with majority baselines."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
 
     open, closed, global: exact match after `normalise_answer`, by the samples' answer_type and over all; n_open, n_closed, n:
     how many.
-    majority_closed, majority: what always giving the commonest answer of the closed questions, or of all, would score on
-    these samples.
-    always_no_closed: what "no" to every closed question would score. A model that has learnt to look is above all three.
+    majority_closed, majority: the score of always giving the most frequent answer of the closed questions, or of all.
+    always_no_closed: the score of answering "no" to every closed question. A model that uses the image scores above all three.
 
     ValueError unless there is one text per sample.
     """
@@ -59,8 +58,8 @@ def score(predictions: Sequence[str], samples: Sequence[Sample]) -> dict:
 def score_responses(responses: Sequence[str], samples: Sequence[Instruction]) -> dict:
     """Exact match after `normalise_answer`, as fractions of 1 (None where there are no such samples).
 
-    global, n: over all samples; open, closed, n_open, n_closed: over those whose data say which they are; majority: what always giving
-    the commonest answer would score. Of free text an exact match says little: the predictions are written beside it.
+    global, n: over all samples; open, closed, n_open, n_closed: over those whose data say which they are; majority: the score of always
+    giving the most frequent answer. For free text an exact match says little: read the predictions, too.
 
     ValueError unless there is one text per sample.
     """

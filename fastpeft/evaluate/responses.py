@@ -1,4 +1,4 @@
-"""Responses of causal language models: generated in batches, and scored."""
+"""Batched generation and scoring of the responses of causal language models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
-from fastpeft.evaluate.answers import to_device
+from fastpeft.device import to_device
 from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.decoding import callers_settings_only, response_settings
 from fastpeft.evaluate.metrics import score_responses
@@ -20,7 +20,7 @@ from fastpeft.files import write_json
 
 
 def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
-    """What of a data set's batches ``model`` takes. ValueError where there are images and it sees none."""
+    """Names of the batch entries that ``model`` takes. ValueError where the data have images and the model takes none."""
     taken = inspect.signature(model.forward).parameters
     if "pixel_values" not in taken and any(sample.image is not None for sample in dataset.samples):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -32,13 +32,13 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
 
 @torch.no_grad()
 def respond(
-    model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **how
+    model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **generation
 ) -> list[str]:
-    """One response per sample, in the data set's order; ``how`` goes to transformers' ``generate`` (greedy by default). What the
+    """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default). What the
     model's ``generation_config`` says beside token ids does not count.
 
-    dataset: of prompts (``prompts_only``). Prompts of like length are batched, padded on the left and masked: a response does not
-    depend on its neighbours.
+    dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
+    depend on the other samples of its batch.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
@@ -47,7 +47,7 @@ def respond(
     order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     names = model_inputs(model, dataset)
-    settings = response_settings(tokenizer, max_new_tokens, **how)
+    settings = response_settings(tokenizer, max_new_tokens, **generation)
     responses: dict[int, str] = {}
     model.eval()
     try:
@@ -63,11 +63,12 @@ def respond(
 
 
 def respond_and_score(
-    model: nn.Module, dataset: CausalDataset, *, progress: bool = True, scoring: Scoring | None = None, **how
+    model: nn.Module, dataset: CausalDataset, *, progress: bool = True, scoring: Scoring | None = None, **generation
 ) -> tuple[list[str], dict]:
-    """(responses, scores): accuracies of free text (`score_free_text`) and text metrics, with ``scoring``; of ScienceQA the columns of its table, with their average as "global"; of captions and reports
-    their measures against all references of an image."""
-    responses, samples = respond(model, dataset, progress=progress, **how), dataset.samples
+    """(responses, scores). Scores are accuracies of free text (:func:`score_free_text`) and text metrics, with ``scoring``; for ScienceQA
+    also the columns of its table, with their average as "global"; for captions and reports also caption metrics against all references of
+    an image."""
+    responses, samples = respond(model, dataset, progress=progress, **generation), dataset.samples
     scores, kinds = score_responses(responses, samples), {sample.kind for sample in samples}
     device = next(model.parameters()).device
     scores |= (scoring or Scoring()).score(responses, samples, dataset.tokenizer, sentences=True, device=device)

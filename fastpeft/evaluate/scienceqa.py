@@ -1,4 +1,4 @@
-"""ScienceQA scores: the letter found in a response, and accuracy by subject, context and grade, the columns of paper 004's table 1."""
+"""ScienceQA accuracy by subject, context and grade: the columns of paper 004's table 1."""
 
 from __future__ import annotations
 

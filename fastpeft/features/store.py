@@ -1,19 +1,20 @@
-"""Tensors by key in a folder of safetensors files, which appear whole or not at all and which several processes may share.
+"""Store of tensors by key: a folder of safetensors files with checksums, which several processes may share.
 
     store = FeatureStore("features", {"weights": "1f3c...", "preprocess": {...}})
     store.put({"a": torch.randn(5, 8)}); store.flush()
-    store.get("a")                                    # read from its place in the file; None where nothing whole is kept
+    store.get("a")                                    # reads it from its file; None where no undamaged copy exists
 
-A file lies in ``folder/<digest of the identity>/<digest of its header>.safetensors``: another identity is another folder, so it never
-meets these tensors. The header names every tensor with its place and its CRC-32, and the file's name is the header's checksum; so a file
-that was cut, torn or written to is known: the header when the folder is read, a tensor when it is first asked for. Such a file is removed
-with a warning that names it, and its tensors count as absent.
+Files are ``folder/<digest of the identity>/<digest of the header>.safetensors``. Each identity has its own folder, so tensors of
+different identities never mix. The header holds each tensor's offset and CRC-32, and the file name is the header's checksum. A truncated
+or altered header is detected when the folder is read, an altered tensor when it is first asked for. The damaged file is then removed with
+a warning that names it, and its tensors count as absent.
 
-Files are read, not mapped: touching a mapping of a file that someone has cut since ends the process (SIGBUS), where reading comes up short.
-A 480-pixel image's features (2.8 MB) take 1 to 2 ms to read from the page cache and 0.7 to check, in a step of 100 ms per image.
+Files are read, not mapped: if another process truncates a mapped file, touching it ends the process (SIGBUS), while a read returns fewer
+bytes. A 480-pixel image's features (2.8 MB) take 1 to 2 ms to read from the page cache and 0.7 to check, in a step of 100 ms per image.
 
-Writers never wait for each other: each writes files of its own under a hidden name and renames them when they are whole. Two that compute
-the same tensor at the same time keep it twice.
+Writers do not wait for each other. Each writes its own files under a hidden name and renames them when they are complete. Two writers that
+compute the same tensor at the same time store it twice. Files are not synced to the disk before the rename: their checksums detect what a
+power failure tears.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -148,6 +148,8 @@ class Method:
     peft_fields: ClassVar[dict[str, str | Refused]] = {}  # PEFT's configuration: field -> READ, NEUTRAL or Refused
     old_file: ClassVar[str | None] = None  # what its tensors were saved in before it had PEFT's format
     mergeable: ClassVar[bool] = True  # whether weights of the base can take its parameters in
+    merge_order: ClassVar[int] = 0  # lower first: IA3 rescales what LoRA adds, and an adapter's output is the input of both
+    by_modality: ClassVar[bool] = False  # whether what it computes depends on a sample's modality
     needs_fused_attention: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
 
     def attach(self, root: nn.Module, part: Part) -> None:
@@ -171,6 +173,17 @@ class Method:
         with torch.no_grad():
             for name, mine in self.tensors(root, part).items():
                 mine.copy_(tensors[name])
+
+    def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
+        """Fold this method's parameters into the base weights of an attached part and remove them. A method that trains the base's own
+        parameters has nothing to fold.
+
+        mixtures: the weights [2] of the two experts of each layer that mixes them alike for every sample. Returns False where some
+        parameters stay, because no weight can hold them. ValueError where the method as a whole is not ``mergeable``.
+        """
+        if not self.mergeable:
+            raise ValueError(f"no weight can take in {self}; keep the adapter beside the base")
+        return True
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         """The part's ``adapter_config.json``."""

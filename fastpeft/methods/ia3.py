@@ -7,6 +7,7 @@ feed-forward module. All start at one, so a fresh adapter changes nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,7 @@ class IA3(Method):
     """
 
     name: ClassVar[str] = "IA3"
+    merge_order: ClassVar[int] = 1
     peft_type: ClassVar[str] = "IA3"
     peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     target_modules: tuple[str, ...] | str | None = None
@@ -74,6 +76,12 @@ class IA3(Method):
             for name, module in root.named_modules()
             if isinstance(module, AdaptedLinear) and module.ia3_l is not None
         }
+
+    def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
+        for module in root.modules():
+            if isinstance(module, AdaptedLinear) and module.ia3_l is not None:
+                merge_ia3(module)
+        return True
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         targets, feedforward = (t if isinstance(t, str) else list(t) for t in self._targets(part))

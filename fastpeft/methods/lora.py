@@ -6,6 +6,7 @@ On a convolution the factors are PEFT's: A is the base's kernel with r outputs, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastpeft.methods.adapted import adapted, new_parameter
+from fastpeft.methods.adapted import Adapted, adapted, new_parameter
 from fastpeft.methods.base import Method, Part, check_targets, find, targets_read
 from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, WITH_PEFT, Refused, check_fields
 
@@ -118,6 +119,12 @@ class LoRA(Method):
         return {
             f"base_model.model.{name}.weight": p.detach() for name, p in root.named_parameters() if name.endswith((".lora_A", ".lora_B"))
         }
+
+    def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
+        for module in root.modules():
+            if isinstance(module, Adapted) and module.lora_A is not None:
+                merge_lora(module)
+        return True
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
         targets = self.target_modules or part.lora

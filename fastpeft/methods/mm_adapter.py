@@ -8,6 +8,7 @@ w = softmax(router(t_m) / t) for the modality token t_m, read after the layer's 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -109,6 +110,7 @@ class RepAdapter(Method):
 
     name: ClassVar[str] = "RepAdapter"
     needs_fused_attention: ClassVar[bool] = True
+    merge_order: ClassVar[int] = 2
     experts: ClassVar[int] = 1
     h: int = 8
     groups: int = 2
@@ -136,6 +138,14 @@ class RepAdapter(Method):
     def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in root.named_parameters() if "mm_adapter" in name.split(".")}
 
+    def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, Tensor]) -> bool:
+        """False where a layer is not in ``mixtures`` and routes every token by itself: no weight can hold that."""
+        layers = [m for n, m in root.named_modules() if part.holds(n) and getattr(m, "mm_adapter", None) is not None]
+        foldable = [layer for layer in layers if layer in mixtures or not layer.mm_adapter.routed]
+        for layer in foldable:
+            merge_adapter(layer, mixtures.get(layer))
+        return len(foldable) == len(layers)
+
 
 @dataclass(frozen=True)
 class MMAdapter(RepAdapter):
@@ -145,6 +155,7 @@ class MMAdapter(RepAdapter):
     """
 
     name: ClassVar[str] = "MMAdapter"
+    by_modality: ClassVar[bool] = True
     experts: ClassVar[int] = 2
 
 

@@ -192,13 +192,7 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
             asked = {"input_ids": input_ids, "pixel_values": pixel_values, "image_embeds": image_embeds, "image_index": image_index}
             if given := [name for name, tensor in asked.items() if tensor is not None]:
                 raise ValueError(f"question_states stand in for {', '.join(given)}: give one or the other")
-            shape = tuple(question_states.shape)
-            if len(shape) != 3 or len(decoder_input_ids) != shape[0]:
-                raise ValueError(f"question_states are {list(shape)}: give [{len(decoder_input_ids)}, M, C], one question for each answer")
-            if attention_mask is not None and attention_mask.shape != shape[:2]:
-                raise ValueError(
-                    f"attention_mask is {list(attention_mask.shape)}, and question_states are {list(shape)}: give [B, M] of them"
-                )
+            _check_question_states(question_states, attention_mask, len(decoder_input_ids))
         if decoder_input_ids.shape[1] > (room := self.config.text_config.max_position_embeddings):
             raise ValueError(f"an answer of {decoder_input_ids.shape[1]} tokens, and the decoder has {room} positions")
         answer = self.text_decoder(
@@ -244,6 +238,15 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
             encoder_attention_mask=attention_mask if attention_mask is not None else torch.ones_like(input_ids),
             **generate_kwargs,
         )
+
+
+def _check_question_states(states: Tensor, mask: Tensor | None, samples: int) -> None:
+    """ValueError unless states are [samples, M, C] and their mask [samples, M]."""
+    shape = tuple(states.shape)
+    if len(shape) != 3 or samples != shape[0]:
+        raise ValueError(f"question_states are {list(shape)}: give [{samples}, M, C], one question for each answer")
+    if mask is not None and mask.shape != shape[:2]:
+        raise ValueError(f"attention_mask is {list(mask.shape)}, and question_states are {list(shape)}: give [B, M] of them")
 
 
 class DropPath:

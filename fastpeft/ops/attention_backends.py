@@ -4,18 +4,21 @@
 |------------|------------------------------------------------------------|--------------|---------------------|-----------------|
 | flash-attn | flash_attn_func(q, k, v, dropout_p, softmax_scale, causal) | [B, M, H, d] | last query and key  | 16-bit, d <= 256|
 | flash-attn | flash_attn_varlen_func, for padding without causality      | [T, H, d]    |                     | likewise        |
+| flash-attn | flash_attn.cute.flash_attn_func: version 4, no dropout     | [B, M, H, d] | last query and key  | 16-bit, d <= 128|
 | xformers   | memory_efficient_attention(q, k, v, attn_bias, p, scale)   | [B, M, H, d] | first query and key | 16-bit          |
 | SDPA       | scaled_dot_product_attention                               | [B, H, M, d] | first query and key | everything      |
 
 xformers takes grouped heads as [B, M, H_kv, H / H_kv, d], without a backward: where a gradient is asked for, SDPA serves them. So it does
 whatever needs a mask: padding under causality; in xformers also padding, a prefix under causality, M != N under causality.
+A package counts as installed where its functions are: FlashAttention-4 alone leaves a ``flash_attn`` without any (its own are in
+``flash_attn.cute``, for cards from sm_90 on), and xformers may come without its attention, which newer ones keep in the package ``mslk``.
 ``FASTPEFT_ATTENTION=sdpa|flash-attn|xformers`` restricts the choice; neither package is imported before a tensor could use it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -25,22 +28,51 @@ from fastpeft import _library
 CHOICE = _library.chosen("FASTPEFT_ATTENTION", ("sdpa", "flash-attn", "xformers"))
 
 
-def _installed(package: str, name: str) -> bool:
-    return CHOICE in ("", name) and importlib.util.find_spec(package) is not None
+# name: modules that may hold the function, the best first
+FUNCTIONS = {
+    "flash-attn": (("flash_attn", "flash_attn_func"), ("flash_attn.cute", "flash_attn_func")),
+    "xformers": (("xformers.ops", "memory_efficient_attention"), ("mslk.attention.fmha", "memory_efficient_attention")),
+}
+
+
+@functools.cache
+def _module(name: str):
+    """The module with this backend's functions, None where there is none: imported once, when a tensor could first use it."""
+    for module, function in FUNCTIONS[name]:
+        try:
+            found = importlib.import_module(module)
+        except Exception:  # a package built for another torch fails in ways of its own
+            continue
+        if callable(getattr(found, function, None)):
+            return found
+    return None
+
+
+def _installed(name: str) -> bool:
+    return CHOICE in ("", name) and _module(name) is not None
+
+
+def _widest(device: torch.device) -> int:
+    """Channels of a head that flash-attn takes on this device; 0: none."""
+    if not _installed("flash-attn"):
+        return 0
+    if _module("flash-attn").__name__ == "flash_attn":
+        return 256
+    return 128 if torch.cuda.get_device_capability(device) >= (9, 0) else 0
 
 
 def fits(q: Tensor, k: Tensor) -> str:
     """The backend that will serve these tensors: "flash-attn", "xformers" or "sdpa"."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8:
         return "sdpa"
-    if q.shape[-1] <= 256 and _installed("flash_attn", "flash-attn"):
+    if q.shape[-1] <= _widest(q.device):
         return "flash-attn"
-    return "xformers" if _installed("xformers", "xformers") else "sdpa"
+    return "xformers" if _installed("xformers") else "sdpa"
 
 
 def serving() -> str:
     """What serves CUDA tensors here, and why: for ``fastpeft doctor``."""
-    found = [name for package, name in (("flash_attn", "flash-attn"), ("xformers", "xformers")) if _installed(package, name)]
+    found = [name for name in FUNCTIONS if _installed(name)]
     if found:
         return f"{found[0]} in 16 bit, sdpa elsewhere" + (f" (FASTPEFT_ATTENTION={CHOICE})" if CHOICE else "")
     if CHOICE == "sdpa":
@@ -49,17 +81,21 @@ def serving() -> str:
     return f"sdpa ({missing} not installed)"
 
 
+def _version_4() -> bool:
+    return _module("flash-attn").__name__ == "flash_attn.cute"
+
+
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor:
-    function = importlib.import_module("flash_attn").flash_attn_func
     how = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # of the backward, as PyTorch's own kernels ask
-    o = function(*(t.transpose(1, 2) for t in (q, k, v)), dropout_p=dropout_p, softmax_scale=scale, causal=causal, **how)
-    return o.transpose(1, 2)
+    how |= {} if _version_4() else {"dropout_p": dropout_p}
+    o = _module("flash-attn").flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=causal, **how)
+    return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)  # version 4 gives the log-sum-exp, too
 
 
 def flash_attn_varlen(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float, dropout_p: float) -> Tensor:
     """Keys that are padding go behind all the others, where no sample's length reaches. How many there are stays on the device: tables
     keep their size, and nothing waits."""
-    function = importlib.import_module("flash_attn").flash_attn_varlen_func
+    function = _module("flash-attn").flash_attn_varlen_func
     (B, _, M, _), N, device = q.shape, k.shape[2], q.device
     order = padding.flatten().logical_not().to(torch.uint8).argsort(stable=True)  # [B N]
     starts = torch.nn.functional.pad(padding.sum(1).cumsum(0), (1, 0)).to(torch.int32)  # [B + 1]
@@ -82,7 +118,7 @@ def flash_attn_varlen(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: f
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor:
-    ops = importlib.import_module("xformers.ops")
+    ops = _module("xformers")
     heads, groups = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if heads != groups:  # grouped heads: a fifth dimension, k and v expanded over it without a copy
@@ -97,6 +133,8 @@ def beside_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor |
     """The output [B, H, M, d], or None where SDPA should serve. The first ``n`` keys are a prefix, seen by every query."""
     backend, M, N = fits(q, k), q.shape[2], k.shape[2] - n
     if backend == "flash-attn":
+        if _version_4() and (dropout_p or padding is not None):
+            return None
         if padding is not None:
             return None if causal else flash_attn_varlen(q, k, v, padding, scale, dropout_p)
         # aligned at the last key, causality leaves the prefix to every query that sees a key at all

@@ -39,6 +39,7 @@ from fastpeft.ops._chunked_loss import chunked, labelled_rows, rows_of_aten, sel
 from fastpeft.ops._common import accumulator, check_floating, to_device_async, wants_grad
 from fastpeft.ops._private import graph_is_kept, is_fake
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
+from fastpeft.ops._tiled import on_device_of
 from fastpeft.ops.rescale import _forward as scaled
 
 
@@ -65,7 +66,8 @@ def _composite(*args):
 def _triton(*args):
     from fastpeft.kernels.linear_cross_entropy import cross_entropy_rows
 
-    return chunked(cross_entropy_rows, *args)
+    with on_device_of(args[:1]):
+        return chunked(cross_entropy_rows, *args)
 
 
 def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):

@@ -149,7 +149,9 @@ def define_adapter(name: str, forward: tuple, backward: tuple, *, normed: bool):
         " Tensor drouting)",
     )
     return tuple(
-        _library.define(schema, fake=fake, composite=composite, triton=triton_launcher("mm_adapter", f"{name}_{way}", composite))
+        _library.define(
+            schema, fake=fake, composite=composite, triton=triton_launcher("mm_adapter", f"{name}_{way}", composite, draws=True)
+        )
         for way, schema, (composite, fake) in zip(("fwd", "bwd"), schemas, (forward, backward))
     )
 

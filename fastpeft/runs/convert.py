@@ -19,9 +19,10 @@ from fastpeft.convert.lavin_names import SEQUENCE, Lavin, is_lavin, lavin_from_o
 from fastpeft.convert.layouts import LAYOUTS, Layout, convert
 from fastpeft.convert.llama_files import Weights, no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming, read_file
-from fastpeft.convert.writing import ConversionReport, staged, write_model
+from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
 from fastpeft.data import load_causal_tokenizer, save_tokenizer
 from fastpeft.data.causal import describe_prompts
+from fastpeft.files import atomic_folder
 from fastpeft.plan import adapt, build
 from fastpeft.runs.causal import clip_preprocess
 from fastpeft.runs.options import TextOptions
@@ -64,17 +65,17 @@ def _write_lavin(
     # the tokenizer is read before gigabytes are written
     tokenizer = load_causal_tokenizer(opened.tokenizer[0].parent) if opened.tokenizer else None
     llm = ((f"llm.{name}", tensor) for name, tensor in opened.tensors)
-    with staged(out) as stage:
-        count = write_model(stage, lavin.config, chain(lavin_vision(seen), lavin.base.items(), llm), opened.tokenizer)
-        model = _adapted(stage, lavin)
+    with atomic_folder(out, keep=besides_weights) as draft:
+        count = write_model(draft, lavin.config, chain(lavin_vision(seen), lavin.base.items(), llm), opened.tokenizer)
+        model = _adapted(draft, lavin)
         about = {
             "base": {"model": str(out), "dtype": str(opened.config.dtype).removeprefix("torch.")},
-            "base_fingerprint": fingerprint(model, Weights(stage)),
+            "base_fingerprint": fingerprint(model, Weights(draft)),
         }
         if tokenizer is not None:
             about |= describe_prompts("lavin", text.max_length, lavin.config.visual_tokens, clip_preprocess(None, model), text.reading())
         write_more = None if tokenizer is None else (lambda folder: save_tokenizer(tokenizer, folder / "tokenizer"))
-        save_adapter(model, stage / "adapter", description=about, write_more=write_more)
+        save_adapter(model, draft / "adapter", description=about, write_more=write_more)
     count += sum(map(len, lavin.adapters.values()))
     notes = [*contents.notes("args"), *lavin.notes, *no_tokenizer(opened.tokenizer)]
     method = lavin.methods["llm"]

@@ -12,8 +12,8 @@ from torch import nn
 
 from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
+from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
-from fastpeft.evaluate.answers import choose_device
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of

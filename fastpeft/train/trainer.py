@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import statistics
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +22,8 @@ from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import StepCost, measure, memory_bytes, peak_memory_bytes, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
-from fastpeft.evaluate.answers import choose_device, to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import frozen_prefix
@@ -37,6 +35,7 @@ from fastpeft.options import bytes_of
 from fastpeft.plan import count
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.interrupt import StopBetweenSteps
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
 
@@ -367,38 +366,6 @@ class Trainer:
             on_trace_ready=lambda p: p.export_chrome_trace(path),
             profile_memory=True,
         )
-
-
-class StopBetweenSteps:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt, at once while waiting for data, but only after a step that has begun: weights, optimiser
-    and random state then belong together. Outside the main thread, where Python sets no handlers, it does nothing."""
-
-    def __init__(self):
-        self.busy = self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopBetweenSteps:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        if not self.busy or self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextlib.contextmanager
-    def later(self):
-        """What runs inside is not interrupted, except by a second signal; ``busy`` then stays, as it does on any error."""
-        self.busy = True
-        yield
-        self.busy = False
-        if self.asked:
-            raise KeyboardInterrupt
 
 
 def keep_lines(path: Path, last_step: int) -> None:

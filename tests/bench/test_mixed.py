@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.evaluate.answers import to_device
+from fastpeft.device import to_device
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.optimize import SWAPS
 from fastpeft.runs.causal import dataset as causal_dataset

@@ -1,12 +1,14 @@
-"""bench's own workings: ops measured phase by phase, rivals that fail left out, and the GPU's pieces each within its time."""
+"""bench's own workings: ops measured phase by phase, rivals that fail left out, and the GPU's calls, written as they run."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import gpu, timing
+from bench import gpu, pytest_cases, timing
+from fastpeft import _library
 
 
 @pytest.fixture
@@ -51,17 +53,48 @@ def test_without_a_gpu(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_pieces_each_within_its_time(out, monkeypatch):
-    """One that fails and one that hangs cost the next nothing; what was found is written after each."""
+def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
+    """A piece that fails and one that hangs cost the next nothing; a hanging one is interrupted and what it had found stays."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    real = gpu.pieces(out)
-    assert {"tests", "ops", "llama", "miss"} <= set(real) and any("test_cuda_twins" in argument for argument in real["tests"][0])
-    say = "import os; print(os.environ['OUT'])"
-    tried = {"bad": (["-c", "raise SystemExit(3)"], 30), "slow": (["-c", "import time; time.sleep(60)"], 0.5), "good": (["-c", say], 30)}
-    monkeypatch.setattr(gpu, "pieces", lambda out: tried)
-    assert gpu.main([]) == 1
-    found = json.loads((out / "gpu.json").read_text())
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
+    say = "from bench.pieces import say; say({'case': 'a', 'seconds': 1}); say({'case': 'b', 'failed': 'wrong by 1'})"
+    hang = f"{say}; import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('was asleep')"
+    python = sys.executable
+    tried = [("bad", [python, "-c", "raise SystemExit(3)"], 30.0), ("slow", [python, "-c", hang], 5.0), ("good", [python, "-c", say], 30.0)]
+    monkeypatch.setitem(gpu.PIECES, "right", lambda: tried)
+    assert bench.main(["gpu", "right"]) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["gpu-right.json", "gpu-right.log"]
+    found = json.loads((out / "gpu-right.json").read_text())
     assert {name: piece["status"] for name, piece in found["pieces"].items()} == {"bad": 3, "slow": 124, "good": 0}
-    assert found["pieces"]["good"]["tail"].strip() == str(out) and found["gpu"] == "a GPU"
-    assert gpu.main(["good"]) == 0
+    assert [case["case"] for case in found["pieces"]["slow"]["cases"]] == ["a", "b"] and found["gpu"] == "a GPU"
+    assert "was asleep" in (out / "gpu-right.log").read_text()
+    assert found["failed"] == ["bad: status 3", "slow: b: wrong by 1", "slow: status 124", "good: b: wrong by 1"]
+    monkeypatch.setattr(gpu, "LEAST", 1e9)
+    assert bench.main(["gpu", "right"]) == 0
+    assert json.loads((out / "gpu-right.json").read_text())["left_out"] == ["bad", "slow", "good"]
+
+
+def test_the_calls_and_their_files_fit():
+    """Three calls, two files each, of the eight that come back; the backends and the twins come first."""
+    assert list(gpu.PIECES) == list(gpu.CALLS) == ["right", "kernels", "steps"]
+    right = gpu.right()
+    assert [name for name, *_ in right][:2] == ["backends", "tests"] and any("test_cuda_twins" in argument for argument in right[1][1])
+    assert gpu.kernels()[0][1][-1] == "bf16" and gpu.kernels()[0][1][4:7] == ["lora_linear", "layer_norm", "rms_norm"]
+    for call in gpu.PIECES.values():
+        assert all(command[0] and seconds <= 480 for _, command, seconds in call())
+
+
+def test_the_most_important_tests_come_first():
+    names = [f"t.py::test_{name}" for name in ("norms[768-float32]", "linear_cross_entropy", "norms[768-bfloat16]", "lora[bfloat16]")]
+    assert sorted(names, key=pytest_cases.rank) == [names[3], names[2], names[1], names[0]]
+
+
+def test_aten_where_a_kernel_of_ours_was_meant_is_a_failure(monkeypatch, capfd):
+    told = {"gelu_fwd": {"CUDA": "native"}, "keep_mask": {"CUDA": "composite (it has no other form)"}}
+    monkeypatch.setattr(_library, "backend_of", lambda: told)
+    monkeypatch.setattr(_library, "has_kernel_of_ours", lambda name: name != "keep_mask")
+    assert gpu.tell_backends() == 0
+    told["rotary"] = {"CUDA": "composite (csrc was not built)"}
+    assert gpu.tell_backends() == 1
+    assert "csrc was not built" in capfd.readouterr().out.splitlines()[-1]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastpeft as fp
-import fastpeft.verify.baseline
+from fastpeft.verify.baseline import without_dropout
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +27,7 @@ def written(miss, tmp_path, plan):
     """An adapted model, four questions on two images, what its frozen prefix computes."""
     from bench.steps import kept_of
 
-    model = fp.plain.without_dropout(miss.build(plan))
+    model = without_dropout(miss.build(plan))
     batch = miss.batch(4, padded=True)
     batch |= {"pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([0, 0, 1, 1])}
     file = tmp_path / "step.pt"

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
 from fastpeft import cli
-from fastpeft import verify as verifying
 from fastpeft.cost import estimate as module
 from fastpeft.cost.profile import measure
 from fastpeft.optimize import SWAPS
+from fastpeft.verify import compare as verifying
 from fastpeft.verify.baseline import plain, scatter_adapters, with_peft, without_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")

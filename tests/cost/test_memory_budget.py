@@ -12,6 +12,7 @@ from fastpeft.cost.memory_budget import MemoryBudget, apply, choose, fixed_bytes
 from fastpeft.cost.profile import measure
 from fastpeft.fused.leaves import Recomputes
 from fastpeft.options import bytes_of
+from fastpeft.train.optimizer import Optimizer
 
 PLANS = ("T/T/T", "F/LoRA/LoRA", "LoRA/LoRA/LoRA", "IA3/IA3/IA3", "F/Prefix/PTv2", "T/Attention/FFN", "LoRA+LayerNorm/LoRA+IA3/IA3+Prefix")
 
@@ -124,7 +125,7 @@ def test_fixed_bytes_are_those_of_a_step(miss):
     """Weights, and for what is trained a gradient and AdamW's two moments, as the optimiser really holds them."""
     for dtype in (torch.float32, torch.bfloat16):
         model = miss.build("F/T/LoRA", dtype=dtype)
-        optimizer = fp.train.trainer.Optimizer(model, fp.TrainConfig(steps=1, progress=False), 1)
+        optimizer = Optimizer(model, fp.TrainConfig(steps=1, progress=False), 1)
         for _, master in optimizer.pairs:
             master.grad = torch.zeros_like(master)
         optimizer.adamw.step()

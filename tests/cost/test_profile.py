@@ -9,7 +9,8 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure, memory_bytes, peak_memory_bytes
-from fastpeft.evaluate.answers import MODEL_INPUTS, to_device
+from fastpeft.device import to_device
+from fastpeft.evaluate.answers import MODEL_INPUTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prompt_text import prompt_text
 from torch.utils.data import DataLoader
 
 from fastpeft.data import (
@@ -17,7 +18,7 @@ from fastpeft.data import (
     train_causal_tokenizer,
 )
 from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.data.prompts import TEMPLATES, prompt_text, render
+from fastpeft.data.prompts import TEMPLATES, render
 
 BOS, EOS, PAD = 1, 2, 3
 

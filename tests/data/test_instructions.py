@@ -114,6 +114,9 @@ def test_vqa_as_instructions(slake):
 def test_languages_of_questions(slake):
     assert {s.answer for s in load_instructions(slake, languages=("zh",))}.isdisjoint(s.answer for s in load_instructions(slake))
     assert len(load_instructions(slake, languages=None)) == len(load_instructions(slake)) + 1
+    assert [s.turns for s in load_instructions(slake, languages="zh")] == [s.turns for s in load_instructions(slake, languages=("zh",))]
+    with raises(r"no train samples left \(3 in language 'en', of languages=\('de',\); 1 in language 'zh'"):
+        load_instructions(slake, languages="de")
 
 
 def test_a_file_that_marks_its_test_entries_has_a_test_split(tmp_path, make):
@@ -129,6 +132,34 @@ def test_a_file_that_marks_its_test_entries_has_a_test_split(tmp_path, make):
     assert [s.qid for s in named] == ["0", "2"]  # naming it does not train on its test entries
     with raises("no val annotations: VQA_RAD Dataset Public.json is for another split"):
         load_instructions(tmp_path, split="val")
+
+
+def test_a_file_of_test_entries_is_never_trained_on_by_itself(tmp_path, make):
+    make.image(tmp_path / "images" / "synpic1.jpg")
+    file = make.json(tmp_path / "VQA_RAD Dataset Public.json", [make.rad_entry(1, phrase_type="test_para")])
+    with raises("no train samples left"):
+        load_instructions(tmp_path)
+    held = load_instructions(tmp_path, split="test")
+    assert len(held) == 1 and held.note == ""
+    for named in (load_instructions(file), load_instructions(tmp_path, split_file=file)):
+        assert len(named) == 1
+
+
+def test_questions_in_lists_by_split(slake, make):
+    for file in slake.glob("*.json"):
+        file.unlink()
+    make.json(slake / "slake.json", {"val": [], "train": [make.slake_entry(1), make.slake_entry(2)], "test": [make.slake_entry(4)]})
+    assert [s.qid for s in load_instructions(slake)] == ["101", "102"]
+    assert [s.qid for s in load_instructions(slake, split="test")] == ["104"]
+    with raises("no val samples left"):
+        load_instructions(slake, split="val")
+
+
+def test_one_file_of_questions_may_be_in_another_language(slake, make):
+    """What counts is that samples are left, not that each file has some."""
+    make.json(slake / "validate.json", [make.slake_entry(3, q_lang="zh")])
+    samples = load_instructions(slake, split=None)
+    assert len(samples) == 4 and samples.filtered == {"zh": 2}
 
 
 @pytest.mark.parametrize("name", ["trainset.json", "RAD_instruction_data.json"])

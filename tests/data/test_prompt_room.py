@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from prompt_text import prompt_text
 
 from fastpeft.data import CausalDataset, Instruction, load_causal_tokenizer, train_causal_tokenizer
 from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.data.prompts import TEMPLATES, frame, prompt_text
+from fastpeft.data.prompts import TEMPLATES, frame
 
 BOS, PLACES = 1, 6
 CLOSING = {"alpaca": "### Response:", "lavin": "Response:", "llava": "ASSISTANT:", "plain": "\n", "scienceqa": "Answer:"}

@@ -1,9 +1,10 @@
 """ScienceQA: the published folder, and prompts word for word."""
 
 import pytest
+from prompt_text import prompt_text
 
 from fastpeft.data import load_instructions, load_scienceqa
-from fastpeft.data.prompts import prompt_text, render
+from fastpeft.data.prompts import render
 from fastpeft.data.scienceqa import scienceqa_prompt
 
 

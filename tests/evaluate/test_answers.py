@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastpeft.data import VQACollator, VQADataset, decode
+from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import answer_questions
-from fastpeft.evaluate.answers import choose_device, to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

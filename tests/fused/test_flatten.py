@@ -100,4 +100,3 @@ def test_peft_layers(model):
     made.add_adapter("arrow", peft.LoraConfig(target_modules=["v_proj"], alora_invocation_tokens=[1]))
     fp.optimize(made)
     assert "layers.0.self_attn.v_proj has a LoRA of its own kind" in reason(model)
-

@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 import fastpeft as fp
 from fastpeft.cost.profile import measure
 from fastpeft.fused import llama, llama_layers
+from fastpeft.models.llama import PARTS
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}
 METHOD = fp.AdaptionPrompt(adapter_len=5, adapter_layers=3)
@@ -174,7 +175,7 @@ def test_peft_reads_what_fastpeft_writes(batch, tmp_path):
     model = scattered(fp.adapt(base(), llm=METHOD)).eval()
     fp.save_adapter(model, tmp_path)
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "llm").eval()
-    mine = {name: t.view(-1) for name, t in METHOD.tensors(model, llama.PARTS[0]).items()}
+    mine = {name: t.view(-1) for name, t in METHOD.tensors(model, PARTS[0]).items()}
     found = {n: p.detach().view(-1) for n, p in again.named_parameters() if "adaption" in n}
     assert mine.keys() == found.keys() and all(torch.equal(mine[name], found[name]) for name in mine)
     torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)

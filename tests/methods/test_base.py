@@ -120,3 +120,14 @@ def test_keys_that_do_not_fit_are_named():
     check_keys(expected, {name: torch.ones(2) for name in expected}, "here")
     with pytest.raises(ValueError, match=r"here does not fit .* 12 missing: k0, k1, k10, .* and 4 more; 1 unexpected: x"):
         check_keys(expected, {"x": torch.zeros(2)}, "here")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_merges_or_says_that_it_cannot(name):
+    method = METHODS[name]()
+    part, root = parts_of(fp.build("miss-tiny"))[0], nn.Linear(2, 2)
+    if method.mergeable:
+        assert method.merge(root, part, {}) is True  # nothing of it is attached here
+    else:
+        with pytest.raises(ValueError, match=f"no weight can take in {name}"):
+            method.merge(root, part, {})

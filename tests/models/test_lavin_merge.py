@@ -51,6 +51,16 @@ def test_merged_for_a_modality(plan, modality, tmp_path):
         assert fp.count(model)["adapters"] == 0
 
 
+@pytest.mark.parametrize("methods", ["MMAdapter+LoRA+IA3", "IA3+LoRA+MMAdapter"])
+def test_methods_of_one_part_are_merged_from_the_inside_whatever_their_order(methods):
+    model, given = build(f"{methods}/T/{methods}", **SHAPE), batch(image=True)
+    with torch.no_grad():
+        want = model(**given).logits
+        torch.testing.assert_close(fp.merge(model, modality="image")(**given).logits, want, rtol=1e-9, atol=1e-9)
+    assert str(model.fastpeft_plan) == "MMAdapter/F/F"  # what no weight can hold, and nothing else
+    assert fp.count(model)["trainable"] == 0 and not any("lora" in name or "ia3" in name for name, _ in model.named_parameters())
+
+
 def test_merging_while_training_takes_the_mixture_without_dropout():
     model = build("F/F/MMAdapter", **SHAPE)
     for layer in model.llm.model.layers:

@@ -295,6 +295,14 @@ class FlashAttn(types.ModuleType):
         return out
 
 
+class FlashAttn4(types.ModuleType):
+    """flash_attn.cute's function: no dropout, and the log-sum-exp beside the output."""
+
+    def flash_attn_func(self, q, k, v, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, deterministic=False):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention_reference(q, k, v, causal=causal, scale=softmax_scale).transpose(1, 2), None
+
+
 class XFormers(types.ModuleType):
     """memory_efficient_attention as published: [B, M, H, K], or [B, M, G, H, K] with k and v expanded over H, forward only."""
 
@@ -318,18 +326,29 @@ def optional_backend(monkeypatch):
     """Puts a stand-in where a package would be."""
 
     def install(name, module, stand_in):
+        for there in ("flash_attn", "flash_attn.cute", "xformers", "xformers.ops", "mslk.attention.fmha"):
+            monkeypatch.setitem(sys.modules, there, None)
+        parent = module.partition(".")[0]
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))  # without functions, as a namespace package
         monkeypatch.setitem(sys.modules, module, package := stand_in(module))
-        monkeypatch.setitem(sys.modules, "xformers.ops", stand_in("xformers.ops"))
+        backends._module.cache_clear()
         monkeypatch.setattr(backends, "fits", lambda q, k: name)
         return package
 
-    return install
+    yield install
+    monkeypatch.undo()
+    backends._module.cache_clear()
 
 
-BACKENDS = [("flash-attn", "flash_attn", FlashAttn), ("xformers", "xformers", XFormers)]
+BACKENDS = [
+    ("flash-attn", "flash_attn", FlashAttn),
+    ("flash-attn", "flash_attn.cute", FlashAttn4),
+    ("xformers", "xformers.ops", XFormers),
+    ("xformers", "mslk.attention.fmha", XFormers),
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend[0])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend[1])
 def test_optional_backends(check, optional_backend, backend):
     """Against stand-ins with the published signatures: layouts, grouped heads, lengths, scale and causality arrive as they should."""
     optional_backend(*backend)
@@ -359,21 +378,31 @@ def test_which_calls_flash_attn_takes(optional_backend):
     assert asked[-1] is False
 
 
-def test_backend_fits(monkeypatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: True if package == "xformers" else None)
+def test_backend_fits(monkeypatch, optional_backend):
+    """A package counts where its functions are: FlashAttention-4 alone leaves a namespace package, and serves from sm_90 on."""
+    fits = backends.fits
     cpu = torch.randn(1, 2, 4, 64, dtype=torch.bfloat16)
     cuda = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), dtype=torch.bfloat16, shape=(1, 2, 4, 64))
     wide = types.SimpleNamespace(device=cuda.device, dtype=torch.float32, shape=cuda.shape)
-    assert backends.fits(cpu, cpu) == backends.fits(wide, wide) == "sdpa"
-    assert backends.fits(cuda, cuda) == "xformers"
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: True)
-    assert backends.fits(cuda, cuda) == "flash-attn"
-    assert backends.serving() == "flash-attn in 16 bit, sdpa elsewhere"
-    monkeypatch.setattr(backends, "CHOICE", "sdpa")
-    assert backends.fits(cuda, cuda) == "sdpa" and backends.serving() == "sdpa (FASTPEFT_ATTENTION=sdpa)"
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: None)
+    large = types.SimpleNamespace(device=cuda.device, dtype=torch.bfloat16, shape=(1, 2, 4, 256))
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    for name, module, stand_in in BACKENDS:
+        optional_backend(name, module, stand_in)
+        assert fits(cpu, cpu) == fits(wide, wide) == "sdpa" and fits(cuda, cuda) == name
+        assert backends.serving() == f"{name} in 16 bit, sdpa elsewhere"
+        assert fits(large, large) == ("sdpa" if stand_in is FlashAttn4 else name)
+    optional_backend(*BACKENDS[1])
+    capability[0] = (8, 0)
+    assert fits(cuda, cuda) == "sdpa"
+    optional_backend("flash-attn", "flash_attn.none", types.ModuleType)
+    capability[0] = (9, 0)
+    assert fits(cuda, cuda) == "sdpa" and "are not installed" in backends.serving()
     monkeypatch.setattr(backends, "CHOICE", "xformers")
-    assert backends.fits(cuda, cuda) == "sdpa" and "not installed" in backends.serving()
+    assert fits(cuda, cuda) == "sdpa" and "not installed" in backends.serving()
+    optional_backend(*BACKENDS[0])
+    monkeypatch.setattr(backends, "CHOICE", "sdpa")
+    assert fits(cuda, cuda) == "sdpa" and backends.serving() == "sdpa (FASTPEFT_ATTENTION=sdpa)"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import fastpeft as fp
-from fastpeft.evaluate.answers import to_device
+from fastpeft.device import to_device
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
 from fastpeft.train import trainer

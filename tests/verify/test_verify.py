@@ -11,12 +11,12 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft import cli
-from fastpeft import verify as verifying
-from fastpeft.fused import attend, blip, blip_layers, llama_layers
+from fastpeft.fused import attend, blip_layers, blip_stack, llama_layers
 from fastpeft.methods import adaption_prompt, excitor
 from fastpeft.methods.replacement import is_fused
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.verify import baseline as plain
+from fastpeft.verify import compare as verifying
 from fastpeft.verify.compare import DTYPES, Check, Result, tolerance, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,10 +150,11 @@ def test_a_fault_in_a_backward_alone_fails(miss, monkeypatch):
 def test_faults_of_single_forms(miss, monkeypatch):
     model = miss.build("F/LoRA/LoRA", dtype=torch.float32)
     with monkeypatch.context() as patch:  # a question's padding leaks into the decoder
-        patch.setattr(blip, "as_key_mask", lambda mask: None)
+        patch.setattr(blip_stack, "as_key_mask", lambda mask: None)
         assert failed(verify(model, peft=False)) == [*FORMS[1:], "image features kept"]
     with monkeypatch.context() as patch:  # questions see each other's images
-        patch.setattr(blip, "image_layout", lambda tokens, index, *rest, real=blip.image_layout: real(tokens, index.roll(1), *rest))
+        real = blip_stack.image_layout
+        patch.setattr(blip_stack, "image_layout", lambda tokens, index, *rest: real(tokens, index.roll(1), *rest))
         assert failed(verify(model, peft=False)) == [*FORMS[2:], "image features kept"]
     with monkeypatch.context() as patch:
         patch.setattr(blip_layers, "absorbed_attention", faulty(blip_layers.absorbed_attention, lambda out: 1.01 * out))

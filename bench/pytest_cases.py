@@ -1,0 +1,32 @@
+"""pytest plugin of `bench gpu right`: the most important tests first, each result told as it comes (bench/pieces.py)."""
+
+from __future__ import annotations
+
+import os
+
+from bench.pieces import say
+
+# of a test's name, from the most important on
+ORDER = ("lora", "norm", "prefix", "attention", "adapter", "cross_entropy")
+
+
+def rank(nodeid: str) -> tuple[int, int]:
+    """bfloat16 before what names no dtype, before other dtypes; within that by operator."""
+    name = nodeid.rpartition("/")[2]
+    other = any(dtype in name for dtype in ("float64", "float32", "float16"))
+    dtype = 0 if "bfloat16" in name else 2 if other else 1
+    return dtype, next((i for i, part in enumerate(ORDER) if part in name), len(ORDER))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: rank(item.nodeid))  # stable: every process of xdist collects the same
+
+
+def pytest_runtest_logreport(report) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the process that deals the tests out hears of each, too
+        return
+    if report.when == "call" or report.outcome != "passed":
+        case = {"case": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.outcome == "failed":
+            case["failed"] = str(report.longrepr).strip().splitlines()[-1][:300]
+        say(case)

@@ -1,0 +1,37 @@
+"""The machine's NVIDIA cards, asked of NVML: no CUDA context is made, so that a process may still fork."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+
+
+@functools.cache
+def cards() -> tuple[tuple[int, int], list[tuple[int, int]]] | None:
+    """(CUDA version that the driver serves, compute capability of each visible card); None where there is no driver or no card."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2():
+            return None
+    except (OSError, AttributeError):
+        return None
+    try:
+        version, count = ctypes.c_int(), ctypes.c_uint()
+        if nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return None
+        found = []
+        for index in range(count.value):
+            device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+            if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+                continue
+            if nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) == 0:
+                found.append((major.value, minor.value))
+    except AttributeError:
+        return None
+    finally:
+        nvml.nvmlShutdown()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(found) > 1 and all(entry.strip().isdigit() and int(entry) < len(found) for entry in visible):  # else names: all of them count
+        found = [found[int(entry)] for entry in visible]
+    return ((version.value // 1000, version.value % 1000 // 10), found) if found else None

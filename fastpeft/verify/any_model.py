@@ -1,0 +1,60 @@
+"""Comparison of any model, on a batch of the caller's, with itself fused: loss and every gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.fused.outputs import lean_logits
+from fastpeft.optimize import optimize
+from fastpeft.verify.baseline import plain, without_dropout
+from fastpeft.verify.compare import WORST, Check, Result, Step, deviation, tolerance
+
+
+SINGLE = 1e-5  # transformers' RMSNorm computes in float32 in a float64 model too: its own truth is no better
+
+
+def compare_on(model: nn.Module, batch: Mapping[str, Any]) -> Result:
+    """Loss and gradients of ``model(**batch)``, fused against the model's own modules; the worst gradient is named.
+
+    model: fused already or not; it is not changed, nor are its gradients. Dropout is off in the copies that run. The truth is the model's
+    own modules in float64; what they are off in the model's dtype tells what that dtype can do. "fused" returns logits that can be read,
+    "fused, lean logits" is what a training loop of ours runs. ValueError where the batch gives no loss, or nothing is trained.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"verify: the batch is a {type(batch).__name__}; give the keywords of the model's forward, labels among them")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("verify: nothing of this model is trained, so there are no gradients to compare")
+    still = without_dropout(copy.deepcopy(model)).train()
+    own, fused = plain(still), copy.deepcopy(still)
+    optimize(fused)
+    dtype = next(p.dtype for p in still.parameters() if p.requires_grad)
+    truth = _step(copy.deepcopy(own).double(), batch)
+    own_errors, result = deviation(_step(own, batch), truth)[0], Result()
+    floor = SINGLE if any("RMSNorm" in type(module).__name__ for module in own.modules()) else 0.0
+    for name, context in (("fused", nullcontext), ("fused, lean logits", lambda: lean_logits(fused))):
+        with context():
+            errors, worst = deviation(_step(fused, batch), truth)
+        for quantity, error in errors.items():
+            allowed = max(floor, tolerance(own_errors[quantity], dtype))
+            result.checks.append(Check(name, quantity, error, own_errors[quantity], allowed, worst if quantity == WORST else ""))
+    return result
+
+
+def _step(model: nn.Module, batch: Mapping[str, Any]) -> Step:
+    """Loss and gradients of what is trained (zeros where a parameter got none); floating inputs in the model's dtype."""
+    model.zero_grad(set_to_none=True)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    floating = {n: t.to(dtype) for n, t in batch.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    output = model(**{**batch, **floating})
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError("verify: this batch gives no single loss: put labels (or what the model makes its loss of) into it")
+    loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return float(loss.detach()), {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}

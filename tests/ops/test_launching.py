@@ -1,0 +1,162 @@
+"""How Triton's kernels are launched: on their tensors' device, within the card's shared memory, compiled once for all lengths."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpeft import _cards, _library
+from fastpeft.ops import _tiled
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+OP = "launching_probe"
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A module of kernels with a launcher ``probe``, and what it was called with."""
+    module, calls = types.ModuleType("fastpeft.kernels.probe"), []
+    module.probe = lambda *args: calls.append(args) or "triton"
+    monkeypatch.setitem(sys.modules, "fastpeft.kernels.probe", module)
+    monkeypatch.setattr(_library, "_served", {"probe": {"CPU": "triton"}})
+    return module, calls
+
+
+class Tensor(torch.Tensor):
+    """Says that it lies on cuda:1."""
+
+    device = torch.device("cuda", 1)
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
+    module, current, seen = kernels[0], [0], []
+
+    class Guard:
+        def __init__(self, device):
+            self.index = torch.device(device).index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    module.probe = lambda *args: seen.append(current[0])
+    launch = _tiled.triton_launcher("probe", "probe", None)
+    launch([None, torch.ones(2).as_subclass(Tensor)], 3)
+    launch(torch.ones(2))
+    assert seen == [1, 0] and current == [0]
+    with _tiled.on_device_of([torch.ones(1), torch.ones(1).as_subclass(Tensor)]):
+        assert current == [1]
+
+
+def test_float64_and_what_does_not_fit_run_on_aten(kernels):
+    module, calls = kernels
+    card = importlib.import_module("fastpeft.kernels.card")
+    launch = _tiled.triton_launcher("probe", "probe", lambda *args: "aten", draws=True)
+    seed = torch.zeros(1, dtype=torch.int64)
+    assert launch([None, torch.ones(1).double()]) == "aten" and launch(torch.ones(1), seed) == "triton" and len(calls) == 1
+
+    def too_large(*args):
+        raise card.OutOfResources(114688, 101376, "shared memory")
+
+    module.probe = too_large
+    with pytest.warns(RuntimeWarning, match=r"probe runs on ATen here: out of resource: shared memory, Required: 114688"):
+        assert launch(torch.ones(1)) == "aten"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launch(torch.ones(1)) == "aten"  # said once
+    assert "composite for some shapes (out of resource" in _library.backend_of()["probe"]["CPU"]
+    with pytest.raises(RuntimeError, match="set dropout to 0"):  # ATen's backward would draw another mask
+        launch(torch.ones(1), seed)
+
+
+def test_float32_products_follow_either_of_pytorchs_settings():
+    code = """
+import torch
+from fastpeft.kernels.card import ieee
+m = torch.backends.cuda.matmul
+found = [ieee()]
+m.allow_tf32 = True; found.append(ieee())
+m.allow_tf32 = False; found.append(ieee())
+m.fp32_precision = "tf32"; found.append(ieee())
+m.fp32_precision = "ieee"; found.append(ieee())
+print(found)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[True, False, True, False, True]"], done.stderr
+
+
+LENGTHS = """
+import importlib, json, pathlib
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+found = {}
+for file in sorted(pathlib.Path("kernels").glob("*.py")):
+    for name, kernel in vars(importlib.import_module(f"fastpeft.kernels.{file.stem}")).items():
+        if not (isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")):
+            continue
+        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        varying = {"M", "ROWS", "TOKENS", "STEPS", "SPANS", "SPANS_A", "SPANS_B", "index", "stride_lb", "stride_lh"}
+        names = [p.name for p in kernel.params if not p.is_constexpr and p.name in varying]
+        forms = {str(bind(*[n if p.name in names else 48 for p in kernel.params])[1]) for n in (1, 16, 17, 4096)}
+        found[name] = [names, len(forms)]
+print(json.dumps(found))
+"""
+
+
+def test_no_kernel_is_compiled_again_for_another_length():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", LENGTHS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "M" in found["_lora_pass_kernel"][0] and "STEPS" in found["_excitor_merge_bwd_kernel"][0]
+    assert {name: forms for name, (_, forms) in found.items() if forms != 1} == {}
+
+
+@pytest.mark.parametrize("limit", [99, 163, 227])
+def test_blocks_leave_room_on_small_cards(limit):
+    """At every rank, Excitor's and LoRA's loops keep two tiles under way within the card's shared memory (bench/aot.py checks the sums)."""
+    excitor, branch = (importlib.import_module(f"fastpeft.kernels.{name}") for name in ("excitor_keys", "lora_branch"))
+    for rank in (4, 16, 46, 64, 100, 128):
+        assert excitor._bwd_blocks(rank, 2, 4, limit << 10)["num_stages"] >= 3
+        for flags in ({"outer": True, "down": True}, {"outer": True, "up": True}):
+            assert branch._pass_blocks(4096, rank, 2, 4, limit << 10, **flags)["STAGES"] >= 3
+
+
+@pytest.mark.parametrize(
+    "hip, found, built, reason",
+    [
+        (None, None, (13, 0), ""),
+        (None, ((12, 8), [(9, 0)]), (12, 0), ""),
+        (None, ((12, 8), [(9, 0)]), (13, 0), "csrc was built with CUDA 13.0, and the driver serves 12.8"),
+        (None, ((13, 0), [(9, 0), (7, 5)]), (12, 0), "a card of compute capability 7.5"),
+        ("6.2", None, (0, 0), "a ROCm build of torch"),
+    ],
+)
+def test_kernels_of_ours_serve_only_cards_that_run_them(monkeypatch, hip, found, built, reason):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(_library, "cards", lambda: found)
+    said = _library.cuda_unfit(built)
+    assert said.startswith(reason) and bool(said) == bool(reason)
+    monkeypatch.setattr(_library, "_native_cuda", built)
+    monkeypatch.setattr(_library, "FORCED", "")
+    assert not reason or _library._why_composite("CUDA", native=True, triton=False) == said
+
+
+def test_the_machines_cards():
+    found = _cards.cards()
+    assert found is None or (len(found[0]) == 2 and all(len(capability) == 2 for capability in found[1]))

@@ -1,0 +1,106 @@
+"""Atomic writes: what a killed writer leaves, what a replacement keeps, permissions, and the order in which things reach the disk."""
+
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastpeft import files
+from fastpeft.files import atomic_file, atomic_folder, recover_folder, save_tensors, write_text
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_the_next_writer_puts_back_what_a_killed_one_moved_aside(tmp_path):
+    folder, other, aside = tmp_path / "a[b]", tmp_path / ".a[b]-new-other", tmp_path / ".a[b]-old-x" / "a[b]"
+    aside.mkdir(parents=True)
+    (aside / "kept").write_text("one")
+    other.mkdir()
+    with pytest.raises(Killed), atomic_folder(folder):
+        raise Killed
+    assert (folder / "kept").read_text() == "one" and other.is_dir()  # another process may be writing there
+    recover_folder(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_replacement_keeps_what_it_is_asked_to(tmp_path):
+    folder = tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("gone", "both", "kept", "deep/er"):
+        (folder / name).write_text("old")
+    (folder / "link").symlink_to("nowhere")
+    with atomic_folder(folder, keep=lambda name: name != "gone") as draft:
+        (draft / "both").write_text("new")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == ["both", "deep", "deep/er", "kept", "link"]
+    assert (folder / "both").read_text() == "new" and (folder / "kept").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+    with atomic_folder(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_failure_leaves_the_folder_whole_although_something_of_it_was_to_be_kept(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "out", os.replace
+    folder.mkdir()
+    (folder / "kept").write_text("old")
+
+    def full(source, target):
+        if target == folder and "-new-" in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"), atomic_folder(folder, keep=lambda name: True):
+        pass
+    assert (folder / "kept").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_must_not_be_replaced(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with atomic_folder(folder, replace=False) as draft:  # an empty one may
+        (draft / "a").write_text("one")
+    with pytest.raises(OSError), atomic_folder(folder, replace=False) as draft:
+        (draft / "a").write_text("two")
+    assert (folder / "a").read_text() == "one" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.pth"
+    with atomic_file(path) as draft:
+        draft.write_text("one")
+    with pytest.raises(Killed), atomic_file(path) as draft:
+        draft.write_text("two")
+        raise Killed
+    assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    said, replace, sync = [], os.replace, files._sync
+    monkeypatch.setattr("os.replace", lambda source, target: (said.append("renamed"), replace(source, target)))
+    monkeypatch.setattr(files, "_sync", lambda path: (said.append(path.name), sync(path)))
+    with atomic_folder(tmp_path / "out") as draft:
+        (draft / "inner").mkdir()
+        (draft / "inner" / "file").write_text("a")
+    assert sorted(said[:3]) == sorted(["file", "inner", draft.name]) and said[3:] == ["renamed", tmp_path.name]
+    said.clear()
+    with atomic_file(tmp_path / "a.txt") as draft:
+        draft.write_text("a")
+    assert said == [draft.name, "renamed", tmp_path.name]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "out") as draft:
+            save_file({"a": torch.zeros(1)}, draft / "of_others")  # whose own permissions are 0600
+        write_text(tmp_path / "text", "a")
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "tensors")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "out/of_others", "text", "tensors")]
+    assert modes == [0o777 & ~mask, *[0o666 & ~mask] * 3]
