@@ -10,6 +10,8 @@ from fastpeft.evaluate.captions import references_of
 from fastpeft.evaluate.free_text import Candidates, score_free_text
 from fastpeft.evaluate.text_metrics import text_metrics
 
+QUESTIONS = {"vqa", "llava"}  # of other kinds an answer is a text of its own, near to no other's
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -27,9 +29,11 @@ class Scoring:
     def score(self, responses: Sequence[str], samples: Sequence, tokenizer, *, sentences: bool, device="cpu") -> dict[str, Any]:
         """Fields of `score_free_text` and "metrics"; ``sentences``: the model answers in sentences. Captions and reports are compared with
         all references of their image."""
-        found: dict[str, Any] = score_free_text(responses, samples, Candidates(self.training), sentences)
+        kinds = {getattr(sample, "kind", "vqa") for sample in samples}
+        candidates = Candidates(self.training if kinds & QUESTIONS else ())
+        found: dict[str, Any] = score_free_text(responses, samples, candidates, sentences)
         chosen, references = list(responses), [[sample.answer] for sample in samples]
-        if samples and {getattr(sample, "kind", "") for sample in samples} <= {"coco", "reports"}:
+        if samples and kinds <= {"coco", "reports"}:
             first, references = references_of(samples)
             chosen = [responses[i] for i in first]
         return found | {"metrics": text_metrics(chosen, references, tokenizer=tokenizer, device=device, **self.metrics)}

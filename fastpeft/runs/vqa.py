@@ -18,9 +18,10 @@ PREPROCESS = "fastpeft_preprocess.json"
 BEAMS = 3  # of the papers
 
 
-def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
+def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None, check_images: bool | None = None) -> SampleList:
     """The samples of one split."""
-    return load_samples(data.data, split_file, split=split, languages=data.languages, skip_bad=data.skip_bad)
+    how = {"languages": data.languages, "skip_bad": data.skip_bad, "check_images": check_images}
+    return load_samples(data.data, split_file, split=split, **how)
 
 
 def model_for(

@@ -226,3 +226,22 @@ def test_importing_the_metrics_imports_no_library_and_says_nothing():
     code = "import sys, fastpeft.evaluate; print(sorted({'nltk', 'rouge_score', 'bert_score', 'matplotlib', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_bertscore_of_a_roberta(tmp_path):
+    """Its positions begin after the padding's: two fewer than the configuration has."""
+    from bert_score import score
+    from tokenizers import pre_tokenizers
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+
+    folder = tmp_path / "some-roberta"
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    RobertaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=512).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 42}
+    RobertaModel(RobertaConfig(vocab_size=len(pieces), initializer_range=0.5, **size)).save_pretrained(folder)
+    how = {"metrics": ["bertscore"], "bertscore_model": str(folder)}
+    got = text_metrics(["a big cat"], [["the cat"]], **how)["BERTScore"]
+    theirs = score(["a big cat"], ["the cat"], model_type=str(folder), num_layers=2, device="cpu")
+    assert [got[name] for name in ("precision", "recall", "f1")] == pytest.approx([t.item() for t in theirs], abs=1e-6)
+    assert text_metrics(["lung " * 60], [["the cat"]], **how)["missing"] == {}

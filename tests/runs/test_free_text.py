@@ -44,17 +44,18 @@ def said(monkeypatch):
 def test_answers_in_sentences_are_scored(slake, said, tmp_path, capsys):
     out = tmp_path / "run"
     config = TrainConfig(steps=1, batch_size=2, out=str(out), progress=False)
-    summary = train_run("llava-med-tiny", "F/F/LoRA/F", DataOptions(str(slake)), config, metrics=MetricOptions(metrics="rouge,meteor,tokens"))
+    metrics = MetricOptions(metrics="rouge,meteor,tokens")
+    summary = train_run("llava-med-tiny", "F/F/LoRA/F", DataOptions(str(slake)), config, metrics=metrics)
     scores = json.loads((out / "summary.json").read_text())["eval"]
     assert scores == summary["eval"] and (scores["open"], scores["closed"], scores["global"]) == (1 / 2, 1 / 2, 1 / 2)
     assert scores["filled_by"]["open"] == "candidate" and scores["free_text"]["exact"]["global"] == 0.0
     assert scores["free_text"]["contains"] == {"open": 1 / 2, "closed": 1 / 2, "global": 1 / 2}
-    assert 0 < scores["metrics"]["ROUGE-L"]["recall"] and scores["metrics"]["METEOR"]["synonyms"] == "without synonyms"
+    assert scores["metrics"]["ROUGE-L"]["recall"] > 0 and scores["metrics"]["METEOR"]["synonyms"] == "without synonyms"
     assert scores["metrics"]["tokens"] > 5 and scores["metrics"]["missing"] == {}
     page = (out / "report.html").read_text()
     assert "Answers as free text" in page and "Open questions are right by candidate." in page and "without synonyms" in page
 
-    again = eval_run(out / "adapter", DataOptions(str(slake)), progress=False, metrics=MetricOptions(metrics="rouge,meteor,tokens"))
+    again = eval_run(out / "adapter", DataOptions(str(slake)), progress=False, metrics=metrics)
     assert {name: again[name] for name in scores} == scores
     capsys.readouterr()
     app(["eval", "--adapter", str(out / "adapter"), "--data", str(slake), "--quiet", "--json", "--metrics", "rouge,bertscore",
