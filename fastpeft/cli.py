@@ -20,7 +20,7 @@ import typer
 from fastpeft._when_imported import when_imported
 from fastpeft.cli_options import flag, other_names, with_options
 from fastpeft.options import OptionError, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, RunOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
@@ -75,12 +75,12 @@ def train(
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
         if not given.get(name):
             raise ValueError(f"--{name} is missing: give {what}")
-    run, data, text, training = split(given, *RECIPE)
+    run, data, text, metrics, training = split(given, *RECIPE)
     from fastpeft.runs.train import train_run
 
     more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
-        summary = train_run(run.model, run.plan, data, training, text=text, **more, **run.lora)
+        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **more, **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
@@ -97,10 +97,15 @@ def _accuracy(scored: dict | None) -> list[str]:
     if scored["closed"] is not None:
         always, verdict = scored["always_no_closed"], "beats" if scored["closed"] > scored["always_no_closed"] else "does NOT beat"
         lines.append(f"on closed questions it {verdict} always answering 'no' ({always:.1%})")
-    return lines
+    found = scored.get("metrics", {})
+    means = {name: v if name == "tokens" else v.get("f1", v.get("score")) for name, v in found.items() if name != "missing"}
+    text = [f"{v:.1f} tokens" if name == "tokens" else f"{name} {v:.3f}" for name, v in means.items()]
+    lines += [f"text: {', '.join(text)}"] if text else []
+    asked = {name: reason for name, reason in found.get("missing", {}).items() if not reason.startswith("no model folder")}
+    return lines + [f"no {name}: {reason}" for name, reason in asked.items()]
 
 
-EVAL = (DataOptions, GenerationOptions)
+EVAL = (DataOptions, GenerationOptions, MetricOptions)
 
 
 @app.command("eval", context_settings=other_names(*EVAL))
@@ -118,13 +123,13 @@ def evaluate(
     **given,
 ) -> None:
     """Answer a data set's questions with an adapter and score the answers."""
-    chosen, generation = split({"data": data, **given}, *EVAL)
+    chosen, generation, metrics = split({"data": data, **given}, *EVAL)
     import torch
 
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
-    decoding = {"num_beams": generation.num_beams, **generation.chosen()}
+    decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 
 from fastpeft.options import Count, FilePath, Fraction, Number, Option, OptionError, Size, canonical, fields, options, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, TextOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, TextOptions, read_yaml
 from fastpeft.train import TrainConfig
 
 
@@ -111,7 +111,7 @@ def test_no_name_means_two_options():
 
 
 def test_every_option_of_a_run_is_described_and_has_a_heading():
-    for field in (field for cls in (DataOptions, TextOptions, TrainConfig, GenerationOptions) for field in fields(cls)):
+    for field in (field for cls in (DataOptions, TextOptions, MetricOptions, TrainConfig, GenerationOptions) for field in fields(cls)):
         assert field.description and field.option.panel, field.name
 
 
@@ -164,3 +164,15 @@ def test_importing_fastpeft_imports_neither_torch_nor_transformers_nor_peft():
 def test_functions_keep_their_names_beside_modules_of_the_same_name():
     code = "import fastpeft, fastpeft.optimize; from fastpeft.optimize import Report; print(callable(fastpeft.optimize))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_metrics_are_chosen_alike_everywhere(tmp_path):
+    assert MetricOptions().metrics == ("rouge", "meteor", "bertscore", "tokens")
+    assert MetricOptions(metrics="rouge,tokens").metrics == MetricOptions(metrics=["rouge", "tokens"]).metrics == ("rouge", "tokens")
+    with pytest.raises(ValueError, match="no metric is called bleu; there are rouge, meteor, bertscore, tokens"):
+        MetricOptions(metrics="bleu")
+    file = tmp_path / "a.yaml"
+    file.write_text("metrics: [rouge, bertscore]\nbertscore_model: bert\nbertscore_layer: 9\nbertscore_idf: true\nwordnet: wn\n")
+    (chosen,) = split(read_yaml(file), MetricOptions)
+    given = {"metrics": ("rouge", "bertscore"), "bertscore_model": "bert", "bertscore_layer": 9, "bertscore_idf": True, "wordnet": "wn"}
+    assert chosen.chosen() == given | {"bertscore_baseline": None}

@@ -7,14 +7,17 @@ from fastpeft.evaluate.decoding import answer_settings, response_settings
 from fastpeft.evaluate.metrics import normalise_answer, score, score_responses, write_predictions
 from fastpeft.evaluate.responses import respond, respond_and_score, write_responses
 from fastpeft.evaluate.scienceqa import parse_answer, score_scienceqa
+from fastpeft.evaluate.scoring import Scoring
 
 
-def answer_and_score(model, dataset, tokenizer, *, progress: bool = True) -> tuple[list[str], dict]:
-    """(answers, scores) of a model on a data set, as the papers generate and score that kind of data."""
+def answer_and_score(model, dataset, tokenizer, *, progress: bool = True, scoring: Scoring | None = None, **how) -> tuple[list[str], dict]:
+    """(answers, scores) of a model on a data set, as the papers generate and score that kind of data; ``how``: of generation."""
+    scoring = scoring or Scoring()
     if not isinstance(dataset, VQADataset):
-        return respond_and_score(model, dataset, progress=progress)
-    answers = answer_questions(model, dataset, tokenizer, progress=progress)
-    return answers, score(answers, dataset.samples)
+        return respond_and_score(model, dataset, progress=progress, scoring=scoring, **how)
+    answers, device = answer_questions(model, dataset, tokenizer, progress=progress, **how), next(model.parameters()).device
+    more = scoring.score(answers, dataset.samples, tokenizer, sentences=False, device=device)
+    return answers, score(answers, dataset.samples) | more
 
 
 def generation_settings(dataset, tokenizer, **given) -> dict:
@@ -28,6 +31,7 @@ def write_answers(path, dataset, answers: list[str]) -> None:
 
 
 __all__ = [
+    "Scoring",
     "answer_and_score",
     "answer_questions",
     "generation_settings",

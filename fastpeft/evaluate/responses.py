@@ -15,6 +15,7 @@ from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.decoding import callers_settings_only, response_settings
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
+from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
 
 
@@ -61,14 +62,19 @@ def respond(
     return [responses[i].strip() for i in range(len(dataset))]
 
 
-def respond_and_score(model: nn.Module, dataset: CausalDataset, *, progress: bool = True, **generation) -> tuple[list[str], dict]:
-    """(responses, scores). Scores are exact matches; for ScienceQA also the columns of its table, with their average as "global"; for
-    captions and reports also caption metrics against all references of an image."""
+def respond_and_score(
+    model: nn.Module, dataset: CausalDataset, *, progress: bool = True, scoring: Scoring | None = None, **generation
+) -> tuple[list[str], dict]:
+    """(responses, scores). Scores are accuracies of free text (:func:`score_free_text`) and text metrics, with ``scoring``; for ScienceQA
+    also the columns of its table, with their average as "global"; for captions and reports also caption metrics against all references of
+    an image."""
     responses, samples = respond(model, dataset, progress=progress, **generation), dataset.samples
     scores, kinds = score_responses(responses, samples), {sample.kind for sample in samples}
+    device = next(model.parameters()).device
+    scores |= (scoring or Scoring()).score(responses, samples, dataset.tokenizer, sentences=True, device=device)
     if kinds == {"scienceqa"}:
         columns = score_scienceqa(responses, samples)
-        scores |= {"global": columns["Avg"], "scienceqa": columns}
+        scores |= {"global": columns["Avg"], "filled_by": {"global": "scienceqa"}, "scienceqa": columns}
     elif kinds <= {"coco", "reports"}:
         first, references = references_of(samples)
         scores["captions"] = score_captions([responses[i] for i in first], references)

@@ -64,9 +64,8 @@ class FusedLlamaAttention(Recomputes):
         position_embeddings (cos, sin), each [B or 1, M, d] or [T, d]. ``causal`` None: called as transformers' model calls it, with its
         mask; True or False: by our own stack, attention_mask [B, N] bool over keys. ``layout`` with hidden_states [B, M, C]: samples are
         packed. visual: images' features for Excitor; prompted: an adaption prompt, where it is not this module's own."""
-        adaption, excitor = getattr(self, "adaption", None), getattr(self, "excitor", None)
+        adaption, excitor = getattr(self, "adaption", None), self._active_excitor()
         prompted = prompted if adaption is None else adaption.prompted
-        excitor = excitor if excitor is not None and excitor.active else None
         reason = self.why_not_now(attention_mask, kwargs) if causal is None else self.why_not(self)
         if reason:
             if causal is not None or any(attached is not None for attached in (prefix, excitor, prompted)):
@@ -104,6 +103,10 @@ class FusedLlamaAttention(Recomputes):
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None
+
+    def _active_excitor(self) -> nn.Module | None:
+        excitor = getattr(self, "excitor", None)
+        return excitor if excitor is not None and excitor.active else None
 
     def _output(self, context: Tensor, l_v: Tensor | None, layout: Layout | None, shape: torch.Size) -> Tensor:
         """Context [B, H, M, d], times IA3's l_v, through the output projection -> [*shape, C]."""

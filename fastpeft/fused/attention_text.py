@@ -46,9 +46,8 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         additive = mask is not None and mask.is_floating_point()
         if prefix is None and (additive or self.gives_probabilities(output_attentions)):
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values)
-        # l_k moves to the query and l_v to the output, except over a prefix, which IA3 does not touch, or a cache, which a caller may read
         folds = prefix is None and past_key_values is None
-        l_k, l_v = (output_factor(linear) if folds else None for linear in (self.key, self.value))
+        l_k, l_v = self._folded_factors(folds)
         if cross and layout is not None and self._absorbs(encoder_hidden_states, mask, layout):
             context = self._absorbed(project_one(self.query, hidden_states), encoder_hidden_states, layout, l_k)
             return context if l_v is None else ops.rescale(context, l_v), None
@@ -67,8 +66,7 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
             def heads_of(x):
                 q, k, v = project_together(linears, x)
                 q = rescaled(self.query, q)  # l_k and l_v are attention's
-                if prefix is None and not folds:
-                    k, v = rescaled(self.key, k), rescaled(self.value, v)
+                k, v = self._scaled_for_cache(k, v, prefix is None and not folds)
                 return tuple(self._heads(t if layout is None else layout.pad(t)) for t in (q, k, v))
 
             q, k, v = self.projected(heads_of, hidden_states, linears)
@@ -78,6 +76,14 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
         rescale = None if prefix is None else key_value_rescale(self.key, self.value, self.num_attention_heads)
         context = self._attend(self._times(q, l_k), k, v, mask, causal, prefix=prefix, rescale=rescale, dropout_p=self._dropout_p)
         return self._output(context, layout, l_v), None
+
+    def _folded_factors(self, folds: bool) -> tuple[Tensor | None, Tensor | None]:
+        """IA3's (l_k, l_v), which move to the query and to the output, except over a prefix, which IA3 does not touch, or a cache, which a
+        caller may read."""
+        return (output_factor(self.key), output_factor(self.value)) if folds else (None, None)
+
+    def _scaled_for_cache(self, k: Tensor, v: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
+        return (rescaled(self.key, k), rescaled(self.value, v)) if scaled else (k, v)
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, **options) -> Tensor:

@@ -13,6 +13,7 @@ from fastpeft.adapters import describe
 from fastpeft.data import Instruction, Sample, load_causal_tokenizer, load_tokenizer
 from fastpeft.data.images import Preprocess, load_image
 from fastpeft.device import choose_device
+from fastpeft.evaluate import answer_questions, respond
 from fastpeft.models import family_of, resolve
 from fastpeft.plan import build
 from fastpeft.runs import causal, vqa
@@ -49,7 +50,11 @@ class Loaded:
         with tempfile.TemporaryDirectory() as folder:
             samples = [self._sample(path, q) for path, q in zip(_paths(images, Path(folder)), questions)]
             asked = run.dataset(self.model, samples, self.tokenizer, self.preprocess, self.text, prompts_only=True)
-            answers, _ = run.answer(self.model, asked, self.tokenizer, progress=False, **{"num_beams": run.BEAMS, **generation})
+            generation = {"num_beams": run.BEAMS, "progress": False, **generation}
+            if self.kind == "vqa":
+                answers = answer_questions(self.model, asked, self.tokenizer, **generation)
+            else:
+                answers = respond(self.model, asked, **generation)
         return answers[0] if isinstance(question, str) else answers
 
     def _sample(self, image: Path | None, question: str) -> Sample | Instruction:

@@ -22,9 +22,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
+def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None, check_images: bool | None = None) -> SampleList:
     """The samples of one split."""
-    reading = {"languages": data.languages, "skip_bad": data.skip_bad, **text.reading()}
+    reading = {"languages": data.languages, "skip_bad": data.skip_bad, "check_images": check_images, **text.reading()}
     return load_instructions(data.data, split=split, split_file=split_file, **reading)
 
 

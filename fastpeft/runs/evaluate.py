@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ from torch import nn
 from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.device import choose_device
-from fastpeft.evaluate import generation_settings, write_answers
+from fastpeft.evaluate import Scoring, generation_settings, write_answers
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of
-from fastpeft.runs.options import DataOptions
+from fastpeft.runs.options import DataOptions, MetricOptions
 from fastpeft.runs.splits import data_notes
 from fastpeft.runs.train import RUNS
 
@@ -56,12 +58,14 @@ def eval_run(
     progress: bool = True,
     batch_size: int = 32,
     num_beams: int | None = None,
+    metrics: MetricOptions | None = None,
     **generation,
 ) -> dict[str, Any]:
     """Answer a data set's test split with an adapter and score the answers; the scores, with ``generation`` (the decoding settings) and
     ``notes``. The base folder's generation_config.json does not count. ``out``: a file for the predictions. num_beams: the papers' by
     default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
-    (top_p=0.75, temperature=0.1, do_sample=True)."""
+    (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text. The candidates
+    of free-text answers are those of the data's training split, the questions that are asked apart."""
     if out and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: give a file for the predictions")
     network, tokenizer, preprocess = load_run(adapter, device, model)
@@ -72,8 +76,19 @@ def eval_run(
     samples = run.read(data, text, "test", data.split_file)
     dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True, skip_bad=data.skip_bad)
     generation["num_beams"] = num_beams or run.BEAMS
-    answers, scored = run.answer(network, dataset, tokenizer, batch_size=batch_size, progress=progress, **generation)
+    training, notes = training_split(run, data, text)
+    scoring = Scoring(training, (metrics or MetricOptions()).chosen()).apart_from(dataset.samples)
+    how = {"batch_size": batch_size, "progress": progress, "scoring": scoring}
+    answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
     if out:
         write_answers(out, dataset, answers)
     settings = generation_settings(dataset, tokenizer, **generation)
-    return scored | {"generation": settings, "notes": data_notes(samples) + dataset.notes}
+    return scored | {"generation": settings, "notes": data_notes(samples) + dataset.notes + notes}
+
+
+def training_split(run, data: DataOptions, text) -> tuple[Sequence, list[str]]:
+    """(training samples, whose answers are candidates; notes): none where the data have no training split."""
+    try:
+        return run.read(dataclasses.replace(data, skip_bad=True), text, "train", check_images=False), []  # their images are not looked at
+    except ValueError as error:
+        return (), [f"no candidate accuracy: the data have no training split ({error})"]

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from fastpeft import options as declared
-from fastpeft.options import FilePath, Fraction, Option, Text, options
+from fastpeft.options import Count, FilePath, Fraction, Option, Text, options
 from fastpeft.train.config import TrainConfig
 
 METHOD, READ, PROMPT, SCORE = (Option(panel=name) for name in ("Model and method", "Data", "Language models", "Generation"))
+MEASURE = Option(panel="Metrics of text")
+METRICS = ("rouge", "meteor", "bertscore", "tokens")
 Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Formats = Annotated[Text | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
@@ -109,7 +111,33 @@ class GenerationOptions:
         return given | ({"do_sample": True} if given.keys() & {"top_p", "temperature"} else {})
 
 
-RECIPE = (RunOptions, DataOptions, TextOptions, TrainConfig)  # what a YAML file of `fastpeft train` may hold
+@options
+class MetricOptions:
+    """Metrics of generated text, reported beside the accuracies; what one lacks is said, the others are reported."""
+
+    metrics: Annotated[Names, MEASURE, Option(must="a list of metrics: rouge, meteor, bertscore, tokens")] = METRICS
+    "comma-separated: rouge, meteor, bertscore, tokens"
+    bertscore_model: Annotated[FilePath | None, MEASURE] = None
+    "local model folder of BERTScore, such as a copy of roberta-large; without it there is no BERTScore"
+    bertscore_layer: Annotated[Count | None, MEASURE] = None
+    "whose output BERTScore compares (default: bert_score's for a model of the folder's name, else the last)"
+    bertscore_idf: Annotated[bool, MEASURE] = False
+    "weigh BERTScore's words by their rarity among the references"
+    bertscore_baseline: Annotated[FilePath | None, MEASURE] = None
+    "rescale BERTScore with this file of baselines by layer (of bert_score's rescale_baseline/)"
+    wordnet: Annotated[FilePath | None, MEASURE] = None
+    "WordNet folder of METEOR (corpora/wordnet of nltk_data); without it METEOR has no synonyms"
+
+    def __post_init__(self):
+        if unknown := [name for name in self.metrics or () if name not in METRICS]:
+            raise ValueError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}")
+
+    def chosen(self) -> dict[str, Any]:
+        """Arguments of :func:`fastpeft.evaluate.text_metrics.text_metrics`."""
+        return {field.name: getattr(self, field.name) for field in declared.fields(MetricOptions)} | {"metrics": self.metrics or ()}
+
+
+RECIPE = (RunOptions, DataOptions, TextOptions, MetricOptions, TrainConfig)  # what a YAML file of `fastpeft train` may hold
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastpeft.evaluate import Scoring
 from fastpeft.files import write_json
 from fastpeft.methods import LoRA, Part
 from fastpeft.models import ModelSource, resolve
@@ -16,7 +17,7 @@ from fastpeft.models.family import Kind
 from fastpeft.models.quantize import check_quantize
 from fastpeft.plan import Plan, adapt, parse
 from fastpeft.runs import causal, vqa
-from fastpeft.runs.options import DataOptions, TextOptions
+from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
 from fastpeft.runs.splits import data_notes, load_splits
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
@@ -32,13 +33,15 @@ def train_run(
     config: TrainConfig,
     *,
     text: TextOptions | None = None,
+    metrics: MetricOptions | None = None,
     vocab: str | None = None,
     pretrained: bool = True,
     evaluate: bool = True,
     quantize: str | None = None,
     **lora,
 ) -> dict[str, Any]:
-    """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``quantize``: as
+    """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``metrics``: of
+    generated text, with the scores. ``quantize``: as
     :func:`fastpeft.build` takes it, from weights in the run's dtype. ``lora``: as :func:`plan_for`."""
     source, text = resolve(model), text or TextOptions()
     run, model_options = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
@@ -52,7 +55,8 @@ def train_run(
     reading = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
     dataset = run.dataset(network, samples, seed=config.seed, **reading)
     eval_dataset = run.dataset(network, held, prompts_only=True, **reading) if evaluate and held is not None else None
-    trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset)
+    scoring = Scoring(samples, (metrics or MetricOptions()).chosen())
+    trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset, scoring=scoring)
     trainer.notes += data_notes(samples) + dataset.notes
     trainer.notes += [f"to score: {note}" for note in (eval_dataset.notes if eval_dataset is not None else ())]
     summary = trainer.fit()

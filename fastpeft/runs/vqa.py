@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.data import Preprocess, SampleList, VQADataset, load_samples, load_tokenizer, train_tokenizer
-from fastpeft.evaluate import answer_questions, score
+from fastpeft.evaluate import answer_and_score
 from fastpeft.models import ModelSource, resolve
 from fastpeft.plan import build
 from fastpeft.runs.options import DataOptions, TextOptions
@@ -18,9 +18,10 @@ PREPROCESS = "fastpeft_preprocess.json"
 BEAMS = 3  # of the papers
 
 
-def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None) -> SampleList:
+def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None, check_images: bool | None = None) -> SampleList:
     """The samples of one split."""
-    return load_samples(data.data, split_file, split=split, languages=data.languages, skip_bad=data.skip_bad)
+    how = {"languages": data.languages, "skip_bad": data.skip_bad, "check_images": check_images}
+    return load_samples(data.data, split_file, split=split, **how)
 
 
 def model_for(
@@ -93,6 +94,5 @@ def dataset(
 
 
 def answer(network: nn.Module, asked: VQADataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:
-    """(answers, scores). ``generation``: batch_size, num_beams, progress."""
-    answers = answer_questions(network, asked, tokenizer, **generation)
-    return answers, score(answers, asked.samples)
+    """(answers, scores). ``generation``: batch_size, num_beams, progress, scoring."""
+    return answer_and_score(network, asked, tokenizer, **generation)

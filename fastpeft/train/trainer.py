@@ -19,7 +19,7 @@ from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
 from fastpeft.device import choose_device, to_device
-from fastpeft.evaluate import answer_and_score, generation_settings, write_answers
+from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
@@ -41,10 +41,20 @@ class Trainer:
     """Trains what the model's plan says, measures what it costs, and leaves a run's files in ``config.out``.
 
     ``Trainer(model, dataset, TrainConfig(steps=200)).fit()`` returns the summary (the fields of ``summary.json``). ``dataset`` is a
-    :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end.
+    :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
+    ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs).
     """
 
-    def __init__(self, model: nn.Module, dataset: VQADataset, config: TrainConfig | None = None, *, eval_dataset: VQADataset | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: VQADataset,
+        config: TrainConfig | None = None,
+        *,
+        eval_dataset: VQADataset | None = None,
+        scoring: Scoring | None = None,
+    ):
+        self.scoring = scoring or Scoring(dataset.samples)
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
         config = self.config
         if dataset.tokenizer is None:
@@ -216,7 +226,8 @@ class Trainer:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
         if self.eval_dataset is None:
             return None
-        self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, progress=self.config.progress)
+        how = {"progress": self.config.progress, "scoring": self.scoring}
+        self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
         return scores
 
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:

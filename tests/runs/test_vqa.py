@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.data import Preprocess, VQADataset, load_samples, load_tokenizer, save_tokenizer, train_tokenizer
-from fastpeft.evaluate import answer_questions, score
+from fastpeft.data import Preprocess, load_samples, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.methods import LoRA
 from fastpeft.models import parts_of
-from fastpeft.runs.evaluate import load_run
+from fastpeft.runs.evaluate import eval_run, load_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.splits import data_notes, load_splits
@@ -39,9 +38,8 @@ def copy_adapter(finished, tmp_path):
 
 
 def rescored(adapter, data, split_file, model=None):
-    network, tokenizer, preprocess = load_run(adapter, "cpu", model)
-    samples = load_samples(data, split_file, split="test")
-    return score(answer_questions(network, VQADataset(samples, preprocess), tokenizer, progress=False), samples)
+    scores = eval_run(adapter, DataOptions(str(data), split_file=split_file), device="cpu", model=model, progress=False)
+    return {name: value for name, value in scores.items() if name not in ("generation", "notes")}
 
 
 # splits -------------------------------------------------------------------------------------------------------------------------
