@@ -39,7 +39,7 @@ from bench.rivals import MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
 from fastpeft.features.frozen_stages import QuestionStates, longest_frozen_stages
 from fastpeft.models import parts_of
-from fastpeft.runs.train import plan_for
+from fastpeft.plan import plan_for
 from fastpeft.verify.baseline import without_dropout
 
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "pixel_values", "image_index")

@@ -50,8 +50,7 @@ def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
-    from fastpeft.plan import adapt, build, count
-    from fastpeft.runs.train import plan_for
+    from fastpeft.plan import adapt, build, count, plan_for
 
     source = resolve(model)
     network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
@@ -207,7 +206,7 @@ def estimate(
     """FLOPs and memory of a training step, without running it."""
     from fastpeft.cost.estimate import estimate as run
     from fastpeft.models import resolve
-    from fastpeft.runs.train import plan_for
+    from fastpeft.plan import plan_for
 
     source = resolve(model)
     found = run(

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from fastpeft.fused.stack_llama import FusedLlamaModel
-from fastpeft.methods import METHODS, Frozen, Method, Part, is_adapter
+from fastpeft.methods import METHODS, Frozen, LoRA, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import ADAPTER_MODULES
 from fastpeft.methods.quantized import size_of
@@ -110,6 +110,19 @@ def _method(name: str, own: Mapping[str, Any] | None, options: Mapping[str, Any]
     shared = {k: v for k, v in options.items() if k in fields}
     used.update(shared)
     return cls(**(shared | dict(own)))
+
+
+def plan_for(parts: tuple[Part, ...], plan: str | dict, **lora) -> Plan:
+    """``plan`` (notation, YAML file or mapping) for these parts. Options in ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None
+    replace those of all its LoRA. A plan without LoRA ignores them, as tables print a rank for every row."""
+    given = {name: value for name, value in lora.items() if value is not None}
+    LoRA(**given)  # bad values are errors in any plan
+    parsed = parse(plan, parts)
+
+    def with_options(method):
+        return dataclasses.replace(method, **given) if isinstance(method, LoRA) else method
+
+    return Plan({part: tuple(map(with_options, methods)) for part, methods in parsed.treatments.items()})
 
 
 def build(

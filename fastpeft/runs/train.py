@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 
 from fastpeft.evaluate import Scoring
 from fastpeft.files import write_json
-from fastpeft.methods import LoRA, Part
 from fastpeft.models import ModelSource, resolve
 from fastpeft.models.family import Kind
 from fastpeft.models.quantize import check_quantize
-from fastpeft.plan import Plan, adapt, parse
+from fastpeft.plan import adapt, plan_for
 from fastpeft.runs import causal, vqa
 from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
 from fastpeft.runs.splits import data_notes, load_splits
@@ -63,16 +61,3 @@ def train_run(
     if data.hold_out and config.out:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
     return summary
-
-
-def plan_for(parts: tuple[Part, ...], plan: str | dict, **lora) -> Plan:
-    """``plan`` (notation, YAML file or mapping) for these parts. Options in ``lora`` (r=, lora_alpha=, lora_dropout=) that are not None
-    replace those of all its LoRA. A plan without LoRA ignores them, as tables print a rank for every row."""
-    given = {name: value for name, value in lora.items() if value is not None}
-    LoRA(**given)  # bad values are errors in any plan
-    parsed = parse(plan, parts)
-
-    def with_options(method):
-        return dataclasses.replace(method, **given) if isinstance(method, LoRA) else method
-
-    return Plan({part: tuple(map(with_options, methods)) for part, methods in parsed.treatments.items()})

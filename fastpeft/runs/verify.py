@@ -6,8 +6,7 @@ import torch
 
 from fastpeft.device import choose_device
 from fastpeft.models import ModelSource, resolve
-from fastpeft.plan import Plan, adapt, build
-from fastpeft.runs.train import plan_for
+from fastpeft.plan import Plan, adapt, build, plan_for
 from fastpeft.verify.compare import DTYPES, Result, verify
 
 

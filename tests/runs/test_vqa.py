@@ -11,11 +11,12 @@ import fastpeft as fp
 from fastpeft.data import Preprocess, load_samples, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.methods import LoRA
 from fastpeft.models import parts_of
+from fastpeft.plan import plan_for
 from fastpeft.runs.evaluate import eval_run, load_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.splits import data_notes, load_splits
-from fastpeft.runs.train import plan_for, train_run
+from fastpeft.runs.train import train_run
 from fastpeft.runs.vqa import PREPROCESS, model_for, preprocess_for
 from fastpeft.runs.vqa import read as read_vqa
 from fastpeft.train import TrainConfig
