@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn.functional import pad
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from fastpeft import _library
 from fastpeft.ops._gemm import work_dtype
 
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -107,12 +107,12 @@ def _count(query, key, products: int) -> int:
     return products * 2 * query[0] * query[1] * query[2] * key[2] * query[3]
 
 
-if flop_registry.get(_cpu) is None:  # torch counts SDPA's CUDA kernels only; like it, causality is not discounted
+# torch counts SDPA's CUDA kernels only; like it, causality is not discounted
+@_library.flop_formula(_cpu)
+def _flash_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return _count(query, key, 2)
 
-    @register_flop_formula(_cpu)
-    def _flash_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
-        return _count(query, key, 2)
 
-    @register_flop_formula(_cpu_bwd)
-    def _flash_bwd_flops(grad_out, query, key, *args, out_shape=None, **kwargs) -> int:
-        return _count(query, key, 5)
+@_library.flop_formula(_cpu_bwd)
+def _flash_bwd_flops(grad_out, query, key, *args, out_shape=None, **kwargs) -> int:
+    return _count(query, key, 5)

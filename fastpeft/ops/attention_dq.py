@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 
@@ -59,7 +58,7 @@ dq_alone = _library.define(
 )
 
 
-@register_flop_formula(torch.ops.fastpeft.attention_dq)
+@_library.flop_formula(torch.ops.fastpeft.attention_dq)
 def _flops(do, q, k, v, o, lse, causal, *args, out_shape=None, **kwargs) -> int:
     pairs = sum((rows.stop - rows.start) * seen.stop for rows, seen in _blocks(q[2], k[2], causal))
     return 3 * 2 * q[0] * q[1] * pairs * q[3]

@@ -28,7 +28,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
@@ -113,13 +112,13 @@ _merge_bwd = _library.define(
 )
 
 
-@register_flop_formula(torch.ops.fastpeft.excitor_merge_fwd)
+@_library.flop_formula(torch.ops.fastpeft.excitor_merge_fwd)
 def _fwd_flops(k, u, n, z, prompt, wv_up, gate, *args, out_shape=None, **kwargs) -> int:
     (B, M, r), keys, (K, C) = u, n[2], prompt
     return 2 * B * M * (r * keys + K * C + (0 if z is None else r * (keys - K) + r * C))
 
 
-@register_flop_formula(torch.ops.fastpeft.excitor_merge_bwd)
+@_library.flop_formula(torch.ops.fastpeft.excitor_merge_bwd)
 def _bwd_flops(g, L, rows, need_dl, need_y, *args, out_shape=None, **kwargs) -> int:
     return 2 * L[0] * rows[0] * rows[1] * (need_dl + need_y)
 

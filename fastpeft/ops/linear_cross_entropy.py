@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
@@ -89,7 +88,7 @@ _op = _library.define(
 )
 
 
-@register_flop_formula(torch.ops.fastpeft.linear_cross_entropy, get_raw=True)
+@_library.flop_formula(torch.ops.fastpeft.linear_cross_entropy, get_raw=True)
 def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, **_):
     """Labelled rows only; all of them where labels have no values."""
     known = ignore_index is not None and _has_values(labels)

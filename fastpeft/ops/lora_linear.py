@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops import _gemm
@@ -203,13 +202,13 @@ _backward = _library.define(
 )
 
 
-@register_flop_formula(torch.ops.fastpeft.lora_linears_fwd)
+@_library.flop_formula(torch.ops.fastpeft.lora_linears_fwd)
 def _fwd_flops(x, weights, biases, As, Bs, scalings, p, seed, *args, out_shape=None, **kwargs) -> int:
     rows = torch.Size(x[:-1]).numel()
     return sum(2 * rows * (W[0] * W[1] + (0 if A is None else A[0] * (W[0] + W[1]))) for W, A in zip(weights, As))
 
 
-@register_flop_formula(torch.ops.fastpeft.lora_linears_bwd)
+@_library.flop_formula(torch.ops.fastpeft.lora_linears_bwd)
 def _bwd_flops(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs, *args, out_shape=None, **kwargs) -> int:
     total = 0
     for dy, W, A, need in zip(dys, weights, As, needs):

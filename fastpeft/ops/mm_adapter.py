@@ -29,7 +29,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
@@ -165,12 +164,12 @@ def _flops(x, w_down, w_up) -> tuple[int, int]:
     return 2 * tokens * C * w_down[0], 2 * tokens * C * (2 * w_up[2] + 2)
 
 
-@register_flop_formula(torch.ops.fastpeft.mm_adapter_fwd)
+@_library.flop_formula(torch.ops.fastpeft.mm_adapter_fwd)
 def _fwd_flops(x, w_down, b_down, w_up, *args, out_shape=None, **kwargs) -> int:
     return sum(_flops(x, w_down, w_up))
 
 
-@register_flop_formula(torch.ops.fastpeft.mm_adapter_bwd)
+@_library.flop_formula(torch.ops.fastpeft.mm_adapter_bwd)
 def _bwd_flops(
     g, x, a, w_down, w_up, b_up, routing, scale, groups, p, seed, need_x, need_down, need_up, need_routing, *args, **kwargs
 ) -> int:

@@ -20,8 +20,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils.flop_counter import register_flop_formula
 
+from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, wants_grad
 from fastpeft.ops.dropout import new_seed
@@ -67,12 +67,12 @@ def _bwd_fake(g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routing, scale, 
 _forward, _backward = adapter.define_adapter("norm_mm_adapter", (_fwd, _fwd_fake), (_bwd, _bwd_fake), normed=True)
 
 
-@register_flop_formula(torch.ops.fastpeft.norm_mm_adapter_fwd)
+@_library.flop_formula(torch.ops.fastpeft.norm_mm_adapter_fwd)
 def _fwd_flops(x, gamma, eps, w_down, b_down, w_up, *args, out_shape=None, **kwargs) -> int:
     return adapter._fwd_flops(x, w_down, b_down, w_up)
 
 
-@register_flop_formula(torch.ops.fastpeft.norm_mm_adapter_bwd)
+@_library.flop_formula(torch.ops.fastpeft.norm_mm_adapter_bwd)
 def _bwd_flops(
     g, x, gamma, rstd, a, w_down, b_down, w_up, b_up, routing, scale, groups, p, seed, need_x, need_gamma, *needs, **kwargs
 ) -> int:

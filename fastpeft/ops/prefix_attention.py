@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastpeft import _library
 from fastpeft.ops._common import accumulator
@@ -84,11 +83,11 @@ join_prefix_bwd = _library.define(
 )
 
 
-@register_flop_formula(torch.ops.fastpeft.prefix_attention_fwd)
+@_library.flop_formula(torch.ops.fastpeft.prefix_attention_fwd)
 def _fwd_flops(q, o, lse, pk, *args, out_shape=None, **kwargs) -> int:
     return 2 * 2 * q[0] * q[1] * q[2] * q[3] * pk[1]
 
 
-@register_flop_formula(torch.ops.fastpeft.prefix_attention_bwd)
+@_library.flop_formula(torch.ops.fastpeft.prefix_attention_bwd)
 def _bwd_flops(do, q, o, lse, pk, *args, out_shape=None, **kwargs) -> int:
     return 5 * 2 * q[0] * q[1] * q[2] * q[3] * pk[1]  # ATen's forms all three gradients; the kernel leaves out what is not needed
