@@ -143,7 +143,7 @@ class Naming:
 
     def sources(self, folder: Path) -> list[AnnotationFile]:
         """The files that may serve, in the order in which they are read."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say which files may serve")
 
     def usable(self, sources: list[AnnotationFile], split: str | None) -> list[AnnotationFile]:
         """Those whose content serves the split. The names of `sources` say this split, or none."""
@@ -159,7 +159,7 @@ class Naming:
 
     def none_found(self, folder: Path, split: str | None, named: list[AnnotationFile], sources: list[AnnotationFile]) -> str:
         """The message where no file serves a split."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what is missing where no file serves a split")
 
 
 def resolve(folder: Path, split: str | None, naming: Naming) -> tuple[list[AnnotationFile], str]:

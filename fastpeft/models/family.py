@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fastpeft._when_imported import loaded
 from fastpeft.methods import Part
 
 if TYPE_CHECKING:
@@ -125,11 +124,6 @@ def family_of(model: nn.Module) -> Family:
 def parts_of(model: nn.Module) -> tuple[Part, ...]:
     """The parts of a backbone, in the order of the papers' plans; ValueError for a model that fastpeft does not know."""
     return family_of(model).parts
-
-
-def loaded_families() -> tuple[Family, ...]:
-    """Families whose modules are imported: no model of any other can be there."""
-    return tuple(entry.family() for entry in _ENTRIES if loaded(f"fastpeft.models.{entry.module}") is not None)
 
 
 def new_model(source: ModelSource, *, device: torch.device, seed: int, **overrides) -> nn.Module:

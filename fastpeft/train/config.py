@@ -74,7 +74,7 @@ class TrainConfig:
     "write event files for TensorBoard"
     trace: Annotated[bool, OUTPUT] = False
     "torch.profiler's trace of three steps"
-    progress: Annotated[bool, OUTPUT, Option(off="quiet", names=())] = True
+    progress: Annotated[bool, OUTPUT, Option(off="quiet")] = True
     "show progress bars"
 
     def __post_init__(self):
