@@ -144,13 +144,14 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
   constexpr bool early = K == 1 || WIDE;  // dh is read with the row; where registers are few, when it is added
   using P = Pack<T, V>;
   const Group group(per_row);
-  const int64_t packs = a.n / V, step = int64_t(gridDim.x) * group.count;
+  const unsigned packs = a.n / V;  // 32 bit within a row: registers are few
+  const int64_t step = int64_t(gridDim.x) * group.count;
   A dweight[K][V] = {}, dbias[K][V] = {};
   P dy[K], h[K], dh[K];
   auto read = [&](int64_t r) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t i = group.lane + k * per_row;
+      const unsigned i = group.lane + k * per_row;
       if (i >= packs) continue;
       dy[k] = P::load(a.dy + r * a.dy_stride + i * V);
       h[k] = P::load(a.h + r * a.h_stride + i * V);
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
     Two<A> sums{0, 0};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t i = group.lane + k * per_row;
+      const unsigned i = group.lane + k * per_row;
       if (DX && early && a.dh && i < packs) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
     if (r + step < a.rows) read(r + step);  // under way while this row is computed
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t i = group.lane + k * per_row;
+      const unsigned i = group.lane + k * per_row;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         if (PARAMS) dweight[k][e] += d[k][e] * x_hat[k][e];
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
       const A c1 = sums.a / a.n, c2 = sums.b / a.n;
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const int64_t i = group.lane + k * per_row;
+        const unsigned i = group.lane + k * per_row;
         if (i >= packs) continue;
         P out;
         if (!early && a.dh) dh[k] = P::load(a.dh + r * a.dh_stride + i * V);
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(K == 1 || WIDE ? kThreads<T> : 256, K == 2 && 
     __shared__ Two<A> others[kThreads<T>];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t i = group.lane + k * per_row;
+      const unsigned i = group.lane + k * per_row;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         Two<A> sum{dweight[k][e], dbias[k][e]};
