@@ -48,8 +48,15 @@ $(OLD_TRITON)/.done: $(VENV)/.built
 	$(PIP) install -q --no-deps --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
-aot: $(VENV)/.built $(OLD_TRITON)/.done
-	$(PY) bench/aot.py --check bench/aot_limits.json
+# csrc with its CUDA kernels, for the check alone where torch is a CPU build
+NVCC         = $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+CUDA_LIBRARY = build/cuda-library/fastpeft/_C.abi3.so
+$(CUDA_LIBRARY): $(VENV)/.built $(SRC)
+	FASTPEFT_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/cuda-library --build-temp build/cuda-objects
+	touch $@
+
+aot: $(VENV)/.built $(OLD_TRITON)/.done $(if $(NVCC),$(CUDA_LIBRARY))
+	$(PY) bench/aot.py --check bench/aot_limits.json $(if $(NVCC),--library $(CUDA_LIBRARY))
 	PYTHONPATH=$(OLD_TRITON) $(PY) bench/aot.py --check bench/aot_limits.json
 
 lint: $(VENV)/.built
@@ -71,11 +78,21 @@ gpu: gpu-build
 gpu-right gpu-kernels gpu-steps: gpu-%: gpu-build
 	PYTHONPATH=. $(PYTHON) -m bench gpu $* --minutes 5.2
 
+# dist/: the pure wheel, one with csrc for CPUs, and, where nvcc is found, one with its CUDA kernels too
+CUDA_LABEL = cu$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1\2/p')
 wheel: $(VENV)/.built
-	$(PIP) wheel --no-deps --no-build-isolation -w dist .
+	rm -rf build/lib* build/bdist* build/temp*
+	FASTPEFT_NO_EXT=1 $(WHEEL)
+	rm -rf build/lib*
+	FASTPEFT_CUDA=0 FASTPEFT_LABEL=cpu $(WHEEL)
+	$(if $(NVCC),rm -rf build/lib* && FASTPEFT_CUDA=1 FASTPEFT_LABEL=$(CUDA_LABEL) $(WHEEL))
+	rm -rf build/lib* build/bdist* build/temp*
+	ls -l dist
+WHEEL = $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 
 # torch alone at its pin, so that no other package can choose it; then the rest; then our package
 $(VENV)/.deps: requirements.txt constraints.txt
+	@echo "an environment in $(VENV), about 3 GB: torch and what the tests need, then csrc compiled; two minutes or more"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q 'torch==$(shell sed -n 's/^torch==//p' constraints.txt)'
 	@# a CUDA torch brings its own exact triton: drop our pin then

@@ -1,9 +1,14 @@
 """Build: Python packages, and one C++/CUDA library on LibTorch's stable ABI (no Python symbols, loads without a GPU).
 
+It needs a C++ compiler, and torch in the environment that it is installed into (its headers and libraries; it is not imported, so a build
+in isolation finds it too). Where one is missing, the install is pure Python, and says so: everything works, on PyTorch's own operators.
+
 Environment:
-    FASTPEFT_NO_EXT=1              pure Python install; everything still works, on PyTorch's own operators
-    FASTPEFT_CUDA=auto|0|1         compile csrc/*.cu (auto: where nvcc is found; needs neither a GPU nor a CUDA torch)
+    FASTPEFT_NO_EXT=1              pure Python, asked for
+    CXX=g++                        the C++ compiler (default: the first of g++, clang++, c++)
+    FASTPEFT_CUDA=auto|0|1         compile csrc/*.cu (auto: where torch is a CUDA build and nvcc is found; 1 needs no GPU and no CUDA torch)
     FASTPEFT_CUDA_ARCHS=80;90;100  real architectures; PTX of the last one is added, which newer cards compile for themselves
+    FASTPEFT_LABEL=cpu             a local version, 0.1.0+cpu, as `make wheel` names its wheels
     FASTPEFT_NVCC=/path/to/nvcc    another nvcc than PATH's. The library needs a driver for its CUDA: what is published is built with 12.8
                                    (any driver from 525 on); CUDA 13 asks for 580. Elsewhere ATen serves, and `fastpeft doctor` says why
 
@@ -11,11 +16,12 @@ The library says what it was made from (fastpeft_build): it is not made again fr
 """
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,10 +30,16 @@ from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.command.build_py import build_py as _build_py
 
 STABLE_ABI = "0x020a000000000000"  # 2.10: the oldest torch the binary must load in
+COMPILERS = ("g++", "clang++", "c++")
 
 
 class build_py(_build_py):
     """Ship the top-level kernels/*.py as fastpeft/kernels/*.py."""
+
+    def run(self):
+        super().run()
+        if pure and os.environ.get("FASTPEFT_NO_EXT") != "1":
+            print(f"fastpeft: warning: a pure Python install, on PyTorch's own operators: {pure}", file=sys.stderr, flush=True)
 
     def find_package_modules(self, package, package_dir):
         modules = super().find_package_modules(package, package_dir)
@@ -40,19 +52,16 @@ class build_ext(_build_ext):
     """Call g++ and nvcc directly: torch.utils.cpp_extension cannot build CUDA on a CPU torch."""
 
     def build_extension(self, ext):
-        spec = importlib.util.find_spec("torch")  # not imported: only its headers and libraries are needed
-        if spec is None:
-            raise RuntimeError("torch is needed to build: install it first and use --no-build-isolation, or set FASTPEFT_NO_EXT=1")
-        torch = Path(spec.submodule_search_locations[0])
+        torch = find_torch()
         tmp, out = Path(self.build_temp), Path(self.get_ext_fullpath(ext.name))
         tmp.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         include = [f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-        cxx = os.environ.get("CXX", "g++")
-
-        nvcc = find_nvcc()
+        cxx = find_compiler()
+        nvcc = find_nvcc(torch)
         made_from = build_stamp(cxx, nvcc)
         if not self.force and out.is_file() and made_from.encode() in out.read_bytes():
+            print(f"fastpeft: {out.name} is up to date", flush=True)
             return
         stamp = tmp / "build.cpp"
         stamp.write_text(f'extern "C" __attribute__((visibility("default"))) const char* fastpeft_build() {{ return "{made_from}"; }}\n')
@@ -69,9 +78,9 @@ class build_ext(_build_ext):
             # the CUDA runtime goes inside: the library then loads on machines without CUDA
             link = [f"-L{static_cudart(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for result in pool.map(subprocess.run, jobs):
+            for result in pool.map(compiled, jobs):
                 if result.returncode:
-                    raise RuntimeError(f"compilation failed: {' '.join(map(str, result.args))}")
+                    raise RuntimeError(f"compilation failed: {' '.join(map(str, result.args))}\nwithout it: FASTPEFT_NO_EXT=1")
         # libtorch.so must stay in DT_NEEDED: through it the weak CUDA symbol is found on a GPU machine
         torch_libs = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
         subprocess.check_call([cxx, "-shared", "-s", "-o", str(out), *objects, *torch_libs, "-Wl,--exclude-libs,ALL", *link])
@@ -86,8 +95,43 @@ def build_stamp(cxx, nvcc):
     return f"cuda {cuda} sources {hashlib.sha256(chr(0).join(told).encode()).hexdigest()}"
 
 
-def find_nvcc():
+def compiled(command):
+    """Run one compiler, said before, as a CUDA file takes a minute."""
+    print(f"fastpeft: {Path(command[0]).name} {command[-3]}", flush=True)
+    return subprocess.run(command)
+
+
+def find_torch():
+    """Folder of the torch in the environment that is installed into; pip's isolated build does not see it on sys.path. None: there is none."""
+    places = [*sys.path, *(sysconfig.get_path(kind) for kind in ("platlib", "purelib"))]
+    return next((torch for place in places if (torch := Path(place or ".") / "torch") and (torch / "include").is_dir()), None)
+
+
+def find_compiler():
+    asked = os.environ.get("CXX")
+    return shutil.which(asked) if asked else next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def built_for_cuda(torch):
+    said = re.search(r"^cuda\b[^=]*=\s*(.+)$", (torch / "version.py").read_text(), re.MULTILINE)
+    return said is not None and said[1].strip() != "None"
+
+
+def why_pure():
+    """'' or why csrc is not compiled."""
+    if os.environ.get("FASTPEFT_NO_EXT") == "1":
+        return "FASTPEFT_NO_EXT=1"
+    if find_torch() is None:
+        return "torch is not installed here; install it first, then fastpeft once more"
+    if find_compiler() is None:
+        return f"no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)}) on PATH"
+    return ""
+
+
+def find_nvcc(torch):
     want = os.environ.get("FASTPEFT_CUDA", "auto")
+    if want == "auto" and not built_for_cuda(torch):
+        return None
     nvcc = os.environ.get("FASTPEFT_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if want == "1" and not nvcc:
         raise RuntimeError("FASTPEFT_CUDA=1 but nvcc was not found on PATH or in /usr/local/cuda/bin")
@@ -111,11 +155,19 @@ def static_cudart(nvcc):
     raise RuntimeError(f"libcudart_static.a not found under {top}; set FASTPEFT_CUDA=0 to build without CUDA")
 
 
+def version():
+    """fastpeft/__init__.py's, with FASTPEFT_LABEL as the local part."""
+    number = re.search(r'^__version__ = "(.+)"$', Path("fastpeft/__init__.py").read_text(), re.MULTILINE)[1]
+    label = os.environ.get("FASTPEFT_LABEL")
+    return f"{number}+{label}" if label else number
+
+
 sources = sorted(map(str, Path("csrc").glob("*.cpp")))
 headers = sorted(map(str, Path("csrc").glob("*")))
-native = bool(sources) and os.environ.get("FASTPEFT_NO_EXT") != "1"
+pure = why_pure() if sources else "csrc is not here"
 setup(
+    version=version(),
     cmdclass={"build_py": build_py, "build_ext": build_ext},
-    ext_modules=[Extension("fastpeft._C", sources, depends=headers, py_limited_api=True)] if native else [],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
+    ext_modules=[] if pure else [Extension("fastpeft._C", sources, depends=headers, py_limited_api=True)],
+    options={} if pure else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

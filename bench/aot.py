@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and hold its resources to recorded limits; and look at csrc's CUDA kernels, as
 they were built: none may keep anything on a stack.
 
-    python bench/aot.py [--arch 80 86 90 100 120] [--only lora] [--check bench/aot_limits.json | --write bench/aot_limits.json]
+    python bench/aot.py [--arch 80 86 90 100 120] [--only lora] [--check FILE | --write FILE] [--library FILE]
 
 Each kernels/<op>.py yields (name, kernel, signature, constexprs, options) from ``aot_cases(shared)``, as it would launch on a card whose
 blocks may have so many bytes of shared memory; options may hold "since", the first architecture that a case is for. Arguments that are 1
@@ -185,6 +185,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--check", type=Path, metavar="FILE")
     parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="csrc as it was built with nvcc: its CUDA kernels are looked at too")
     args = parser.parse_args()
 
     jobs, as_on_80 = jobs_of(args.arch, args.only)
@@ -205,10 +206,10 @@ def main() -> int:
             bad += violations(found, limits, told["spills"])
         else:
             print(f"limits are those of triton {', '.join(told['triton'])}; with {triton.__version__} only compilation is checked")
-    built = 0
-    for library in sorted((ROOT / "fastpeft").glob("_C*.so")) if args.check else ():
-        built, spilling = csrc_kernels(library)
-        bad += spilling
+    built, spilling = csrc_kernels(args.library) if args.library else (0, [])
+    if args.library and not built:
+        bad.append(f"{args.library} holds no CUDA kernel: build it with FASTPEFT_CUDA=1")
+    bad += spilling
     told = f"{len(found)} compilations ({len(as_on_80)} more on sm_86 as on sm_80) and {built} built CUDA kernels, all within limits"
     print(f"triton {triton.__version__}:", "\n".join(bad) or told)
     return bool(bad)

@@ -86,7 +86,7 @@ def _load_native() -> str:
         return f"FASTPEFT_BACKEND={FORCED}"
     path = os.environ.get("FASTPEFT_LIBRARY") or next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
     if path is None:
-        return "csrc was not built (FASTPEFT_NO_EXT=1, or no compiler at install)"
+        return "csrc was not built (FASTPEFT_NO_EXT=1, or no compiler or no torch at install)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

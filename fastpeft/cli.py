@@ -22,9 +22,7 @@ from fastpeft.cli_options import flag, other_names, with_options
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning that is efficient."
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
@@ -36,6 +34,21 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA 
 Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
 MovedBase = Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")]
 Seed = Annotated[int, typer.Option(help="of sampling")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from fastpeft import __version__
+
+        print(f"fastpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastpeft(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")] = False,
+) -> None:
+    """Parameter-efficient fine-tuning that is efficient."""
 
 
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:

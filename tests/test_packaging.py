@@ -2,14 +2,17 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
@@ -110,6 +113,32 @@ def test_a_pure_python_install_runs(wheel, tmp_path):
     assert package == str(tmp_path / "site" / "fastpeft" / "__init__.py")
     assert kernel == str(tmp_path / "site" / "fastpeft" / "kernels" / "lora_linear.py")
     assert backend.startswith("composite (csrc was not built")
+
+
+@pytest.mark.slow
+def test_what_an_install_from_source_compiles(checkout, tmp_path):
+    """In an environment that has torch, csrc, although pip's isolated build does not see torch; without torch or without a compiler,
+    nothing, and the build says why."""
+    venv.create(tmp_path / "env", with_pip=True)
+    packages = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    pip = [str(tmp_path / "env" / "bin" / "pip"), "--disable-pip-version-check", "install", "-v", "--no-deps", "--force-reinstall"]
+
+    def install(**env: str) -> str:
+        done = subprocess.run([*pip, str(checkout)], env=os.environ | env, capture_output=True, text=True)
+        if "No matching distribution found for setuptools" in done.stdout + done.stderr:
+            pytest.skip("pip's isolated build needs a package index for setuptools")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    assert "torch is not installed here" in install()
+    assert not list(packages.glob("fastpeft/_C*"))
+    (packages / "torch").symlink_to(Path(torch.__file__).parent)
+    assert "no C++ compiler (nowhere-to-be-found)" in install(CXX="nowhere-to-be-found")
+    assert not list(packages.glob("fastpeft/_C*"))
+    said = install(FASTPEFT_CUDA="auto")
+    compiled = [path.name for path in (ROOT / "csrc").iterdir() if path.suffix == ".cpp" or (path.suffix == ".cu" and torch.version.cuda)]
+    assert sorted(re.findall(r"csrc/(\S+)", said)) == sorted(compiled)
+    assert list(packages.glob("fastpeft/_C.abi3.so")) and "warning: a pure Python install" not in said
 
 
 @pytest.mark.slow
