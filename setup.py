@@ -102,7 +102,7 @@ def compiled(command):
 
 
 def find_torch():
-    """Folder of the torch in the environment that is installed into, which pip's isolated build has not on sys.path; None: there is none."""
+    """Folder of torch in the environment that is installed into, which pip's isolated build has not on sys.path; None: there is none."""
     places = [*sys.path, *(sysconfig.get_path(kind) for kind in ("platlib", "purelib"))]
     return next((torch for place in places if (torch := Path(place or ".") / "torch") and (torch / "include").is_dir()), None)
 
