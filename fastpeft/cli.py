@@ -95,7 +95,7 @@ def train(
         summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **more, **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {training.out} (report.html to look at)"])

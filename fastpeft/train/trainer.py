@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fastpeft.adapters import fingerprint, save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.data.tokenizer import tokenizer_digest
 from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
@@ -29,11 +32,11 @@ from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
 from fastpeft.savings import without
-from fastpeft.train.config import TrainConfig
-from fastpeft.train.interrupts import StopBetweenSteps
+from fastpeft.train.config import FREE, TrainConfig
+from fastpeft.train.interrupts import Interrupted, StopBetweenSteps, locked
 from fastpeft.train.metrics import MetricsLog, keep_lines
 from fastpeft.train.optimizer import Optimizer
-from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
+from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote, random_state, save_state
 from fastpeft.train.summary import WINDOW, summary_of
 
 
@@ -76,6 +79,8 @@ class Trainer:
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
         self._plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
+        self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
+        self._saved_step: int | None = None
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
@@ -105,46 +110,68 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
 
-        Ctrl-C and SIGTERM let the step end and save a checkpoint; KeyboardInterrupt then says how to go on.
+        SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 let the step end and save a checkpoint; :class:`Interrupted`, a KeyboardInterrupt, then
+        says how to go on. A run that ends by an error between two steps, or before a step's update, saves one too. Another process cannot
+        run in ``out`` meanwhile. A finished run that is resumed changes no file, and returns the summary that is there.
         """
         torch.manual_seed(self.config.seed)
         if self.out is not None:
-            self._open_out()
-        reset_peak(self.device)
-        self.model.train()
-        left = self.total_batches - self.done["batches"]
-        if self.features is not None and left >= len(self.sampler):  # every sample is visited: all at once, in full batches
-            self.features.prepare(self.config.progress)
-        with without(*self.config.savings_off), lean_logits(self.model):
-            self._train()
+            self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out), StopBetweenSteps() as stop:
+            if self.out is not None and (finished := self._open_out()) is not None:
+                return finished
+            reset_peak(self.device)
+            self.model.train()
+            try:
+                self._train(stop)
+            except Interrupted as error:
+                raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
+            except Exception as error:
+                if (said := self._saved_at_end(stop, "")) and type(error) in (RuntimeError, ValueError, OSError):
+                    raise type(error)(f"{error}; {said}") from error
+                raise
+            try:
+                return self._finish()
+            except Interrupted as error:
+                said = "stopped when all steps were done" + (" and saved; --resume scores them" if self.out else "")
+                raise Interrupted(said, error.number) from None
+
+    def _train(self, stop: StopBetweenSteps) -> None:
+        """Steps from where the run stands to its last, and the last checkpoint."""
+        config, done = self.config, self.done
+        if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
+            self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
+        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
+        with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
+            began = time.perf_counter()
+            for batches in self._batches():
+                with stop.later():
+                    row = self._step(batches)
+                    log.log(row, time.perf_counter() - began)
+                    if tracer is not None:
+                        tracer.step()
+                    due = config.save_every and done["step"] % config.save_every == 0
+                    if self.out and due and done["step"] < self.total_steps:
+                        self.save()
+                began = time.perf_counter()
         if self.features is not None:
             self.features.flush()
         if self.out:
-            self.save()
-        return self._finish()
+            with stop.later():
+                self.save()
 
-    def _train(self) -> None:
-        """Steps from where the run stands to its last."""
-        config, done = self.config, self.done
-        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
-        with log, self._tracer() as tracer, StopBetweenSteps() as stop:
-            try:
-                began = time.perf_counter()
-                for batches in self._batches():
-                    with stop.later():
-                        row = self._step(batches)
-                        log.log(row, time.perf_counter() - began)
-                        if tracer is not None:
-                            tracer.step()
-                        due = config.save_every and done["step"] % config.save_every == 0
-                        if self.out and due and done["step"] < self.total_steps:
-                            self.save()
-                    began = time.perf_counter()
-            except KeyboardInterrupt:
-                if self.out and done["step"] and not stop.busy:
-                    self.save()
-                    raise KeyboardInterrupt(f"stopped after step {done['step']}; --resume goes on from there") from None
-                raise
+    def _saved_at_end(self, stop: StopBetweenSteps, how: str) -> str:
+        """Save a checkpoint of where the run was stopped, if its weights, optimiser and random state belong together; returns what to say
+        of it, '' where there is nothing to say but ``how``."""
+        step = self.done["step"]
+        if not (self.out and step and (self._before is not None or not stop.busy)):
+            return how
+        try:
+            if self._saved_step != step:
+                self.save(rng=self._before if stop.busy else None)
+        except OSError as error:
+            return f"{how or 'stopped'} after step {step}, which could not be saved: {error}"
+        return f"{how or 'stopped'} after step {step}; --resume goes on from there"
 
     def _finish(self) -> dict[str, Any]:
         """Score and write summary, predictions and report. An error of scoring is raised after the summary is written."""
@@ -192,6 +219,7 @@ class Trainer:
 
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
+        self._before = random_state() if self.out else None
         done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
         terms = sum(map(self.dataset.weight, batches))
         for batch in batches:
@@ -208,6 +236,7 @@ class Trainer:
                 done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
             loss += float(part.detach())
         try:
+            self._before = None
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
             rate, norm = self.optimizer.step(done["step"])
@@ -237,44 +266,92 @@ class Trainer:
         scored = {"eval": evaluation, "generation": generation}
         return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
-    def save(self) -> None:
-        """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
+    def save(self, rng: dict[str, Any] | None = None) -> None:
+        """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
         save_adapter(self.model, self.out / "adapter", description=self.dataset.describe(), write_more=self.dataset.save)
-        progress = {"done": self.done, "identity": self._identity(), "config": asdict(self.config)}
-        save_state(self.out / "checkpoint", self.model, self.optimizer, progress)
+        progress = {"done": self.done, "identity": self.identity, "config": asdict(self.config)}
+        save_state(self.out / "checkpoint", self.model, self.optimizer, progress, rng=rng, keep=self.config.keep_checkpoints)
+        self._saved_step = self.done["step"]
 
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption."""
-        return self.sampler.identity() | {
-            "plan": self.model.fastpeft_plan.to_dict(),
-            "gradient_accumulation": self.config.gradient_accumulation,
-            "dtype": self.config.dtype,
-            "base": fingerprint(self.model),
-        }
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption, unless ``allow_change`` names it: plan, base, data, tokenizer,
+        preprocessing, and every option of :class:`TrainConfig` that bears on the result."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        return json.loads(
+            json.dumps(
+                config
+                | self.sampler.identity()
+                | {
+                    "plan": self.model.fastpeft_plan.to_dict(),
+                    "base": fingerprint(self.model),
+                    "images": self.dataset.image_digest(),
+                    "tokenizer": tokenizer_digest(self.dataset.tokenizer),
+                    "reading": self.dataset.describe(),
+                }
+            )
+        )
 
-    def _open_out(self) -> None:
-        """Make ``out`` ready: resume from its checkpoint, or refuse to write over another run."""
+    def _open_out(self) -> dict[str, Any] | None:
+        """Make ``out`` ready: resume from its newest intact checkpoint, or refuse to write over another run. The summary of a run that is
+        resumed although it is finished, else None."""
         checkpoint, metrics = self.out / "checkpoint", self.out / "metrics.jsonl"
-        if self.config.resume:
-            for folder in (checkpoint, self.out / "adapter"):
-                recover_folder(folder)
-        if self.config.resume and checkpoint.is_dir():
-            progress = read_progress(checkpoint)
-            mine = json.loads(json.dumps(self._identity()))
-            changed = [text for k, was in progress["identity"].items() for text in differences(k, was, mine.get(k))]
-            if changed:
-                raise ValueError(f"cannot resume {self.out}: " + "; ".join(changed))
-            check_done(checkpoint, progress["done"], self.done)
-            self.done |= progress["done"]
-            self._plan_steps()
-            self.optimizer.schedule(self.total_steps)
-            load_state(checkpoint, self.model, self.optimizer)
-            keep_lines(metrics, self.done["step"])
-            return
-        if not self.config.resume and (checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size)):
-            raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        if not self.config.resume:
+            if checkpoints(checkpoint) or checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size):
+                raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
+            metrics.unlink(missing_ok=True)
+            return None
+        for folder in (checkpoint, self.out / "adapter"):
+            recover_folder(folder)
+        found, progress, damaged = newest_intact(checkpoint, self.done)
+        if found is None:
+            self._say(f"{checkpoint} is not there, so nothing is resumed: the run starts at step 0")
+            metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            return None
+        self._compare(progress["identity"])
+        self.done |= progress["done"]
+        self._plan_steps()
+        self.optimizer.schedule(self.total_steps)
+        load_state(found, self.model, self.optimizer)
+        self._saved_step = self.done["step"]
+        if not damaged and (finished := self._finished()) is not None:
+            return finished
+        for problem in damaged:
+            self._say(f"{problem.partition(': remove')[0]}; going on from step {self.done['step']}, the newest intact one")
+        promote(found, checkpoint)
+        if missing := keep_lines(metrics, self.done["step"]):
+            self._say(f"{metrics} has no line for {missing} of the {self.done['step']} steps done; the report leaves them out")
+        return None
+
+    def _compare(self, was: dict[str, Any]) -> None:
+        """ValueError where what makes the run is not what it ``was``, unless it may change."""
+        allowed = set(self.config.allow_change or ())
+        if unknown := sorted(allowed - self.identity.keys()):
+            known = ", ".join(self.identity)
+            raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {known}")
+        changed = {name: differences(name, then, self.identity.get(name)) for name, then in was.items()}
+        if refused := {name: said for name, said in changed.items() if said and name not in allowed}:
+            how = f"; --allow-change {','.join(refused)} goes on all the same" if not {"n", "samples"} & refused.keys() else ""
+            raise ValueError(f"cannot resume {self.out}: " + "; ".join(text for said in refused.values() for text in said) + how)
+        for said in changed.values():
+            self.notes += [f"changed when it was resumed: {text}" for text in said]
+
+    def _finished(self) -> dict[str, Any] | None:
+        """summary.json of a run that has nothing left to do."""
+        if self.total_batches > self.done["batches"]:
+            return None
+        try:
+            summary = json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        scored = self.eval_dataset is None or (isinstance(summary, dict) and summary.get("eval") is not None)
+        whole = isinstance(summary, dict) and summary.get("steps") == self.done["step"] and (self.out / "report.html").is_file() and scored
+        return summary if whole else None
+
+    def _say(self, note: str) -> None:
+        """A note for the summary, and on the console now."""
+        self.notes.append(note)
+        warnings.warn(note, stacklevel=3)
 
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
