@@ -11,8 +11,6 @@ from torch.utils.data import Dataset
 
 from fastpeft.data.images import ImageCache, Preprocess
 
-IGNORE_INDEX = -100  # the label of positions that no loss counts, PyTorch's default
-
 
 class SampleDataset(Dataset):
     """Samples, whose `image` is a path or None, and what turns them into batches.

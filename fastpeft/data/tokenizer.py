@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.dataset import IGNORE_INDEX
+from fastpeft.labels import IGNORE_INDEX
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_QUESTION = 35

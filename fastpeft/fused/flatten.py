@@ -1,5 +1,5 @@
-"""Whether a stack may run on flattened tokens: [T, C] in place of [B, L, C], with padding left out, and with a last layer that computes
-labelled positions only.
+"""The check whether a stack may run on flattened tokens: [T, C] in place of [B, L, C], without padding, its last layer at labelled
+positions only.
 
 Every module in the stack then sees other shapes than in transformers, and fewer tokens. That is sound where each is row-wise (what it
 returns for a token depends on that token alone) or one of ours that is told the layout. A hook, a probe, a method of PEFT's that mixes

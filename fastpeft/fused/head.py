@@ -9,11 +9,11 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Cau
 from transformers.utils import ModelOutput, can_return_tuple
 
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, labelled_loss, loss_of_logits, slice_logits_to_keep
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.fused.stack_blip import FusedBlipTextModel
 from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.ops._common import to_device_async

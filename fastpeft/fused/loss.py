@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
-from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.outputs import can_defer
 from fastpeft.fused.projections import project_one
+from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._common import accumulator, to_device_async

@@ -1,9 +1,9 @@
 """Model outputs whose logits are computed when they are read.
 
-A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and mostly nobody looks at them. Some callers
+A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and most callers never read them. Some
 do: a ``compute_loss`` of one's own, PEFT's CPT, ``return_dict=False``. :func:`with_deferred_logits` returns an output of the model's own
-class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` nobody reads any: ``logits``
-are None in training, and what only they need (other positions than labelled ones) is not computed.
+class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` the caller
+promises to read none: ``logits`` are None in training, and what only they need (other positions than labelled ones) is not computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastpeft.methods.base import has_hooks
 
 @contextmanager
 def lean_logits(model: nn.Module) -> Iterator[None]:
-    """Inside, nobody reads the logits of a training step of ``model``, or of the models in it: sets their ``lean_logits``."""
+    """The caller promises to read no logits of a training step of ``model``, or of the models in it: sets their ``lean_logits``."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [module.__dict__.get("lean_logits") for module in models]
     for module in models:

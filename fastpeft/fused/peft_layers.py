@@ -117,7 +117,7 @@ class FusedAdaptedAttention:
 
     def forward(self, hidden_states: Tensor, **kwargs):
         """As :class:`fastpeft.fused.attention_llama.FusedLlamaAttention`."""
-        given_back = not isinstance(self.model, FusedLlamaAttention)  # its own class again
+        given_back = not isinstance(self.model, FusedLlamaAttention)  # restored to its own class
         own_way = kwargs.get("causal") is None and self.model.why_not_now(kwargs.get("attention_mask"), kwargs)
         if given_back or has_hooks(self.model) or own_way:
             return super().forward(hidden_states=hidden_states, **kwargs)

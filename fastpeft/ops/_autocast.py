@@ -1,4 +1,4 @@
-"""What surrounds every op: ``torch.autocast`` before it, and a backward that is neither under autocast nor differentiable again.
+"""Decorators of every op: ``torch.autocast``'s casts of its arguments, and a backward without autocast, differentiable once.
 
 Under an active ``torch.autocast`` a public op first casts its floating tensors, float64 apart (as PyTorch does), then runs as if there
 were none:
@@ -42,7 +42,7 @@ def _cast(value, dtype: torch.dtype):
     if isinstance(value, Tensor):
         if not _castable(value) or value.dtype == dtype:
             return value
-        cast = value.to(dtype)  # what backward can form again, it can form and cast again
+        cast = value.to(dtype)  # what backward can recompute, it can recompute and cast
         return cast if recipe_of(value) is None else mark_recomputable(cast, lambda t: t.to(dtype), value)
     if isinstance(value, (tuple, list)):
         items = [_cast(item, dtype) for item in value]

@@ -1,4 +1,4 @@
-"""What both backends of linear_cross_entropy share: labelled rows, logits formed a chunk at a time, gradients formed beside them.
+"""Cross entropy in chunks of rows, shared by both backends of linear_cross_entropy: logits and gradients of one chunk at a time.
 
 Equations, shapes and what is saved: linear_cross_entropy.py.
 """

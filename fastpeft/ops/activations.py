@@ -13,7 +13,7 @@ Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for
 | up only             |               | gate, scale; up is let go   |
 | none                | nothing       | nothing                     |
 
-The activation itself is never saved: backward remakes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
+The activation itself is never saved: backward recomputes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
 that follows save it (see _recompute.py).
 """
 
@@ -87,7 +87,7 @@ class _GELU(Function):
     @staticmethod
     def forward(ctx, x, scale, approximate):
         ctx.approximate = approximate
-        ctx.remake, kept = to_save(x)
+        ctx.recipe, kept = to_save(x)
         ctx.save_for_backward(scale, *kept)
         return _gelu_forward(x, scale, approximate)
 
@@ -96,7 +96,7 @@ class _GELU(Function):
     def backward(ctx, dy):
         need_dx, need_dscale, _ = ctx.needs_input_grad
         scale, *kept = ctx.saved_tensors
-        dx, dscale = _gelu_backward(dy, recompute(ctx.remake, kept), scale, ctx.approximate, need_dx, need_dscale)
+        dx, dscale = _gelu_backward(dy, recompute(ctx.recipe, kept), scale, ctx.approximate, need_dx, need_dscale)
         return dx if need_dx else None, dscale if need_dscale else None, None
 
 
@@ -155,7 +155,7 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up, scale):
         need_dgate, _, need_dscale = ctx.needs_input_grad
-        ctx.remake, kept = to_save_all(gate, up if need_dgate or need_dscale else None)
+        ctx.recipe, kept = to_save_all(gate, up if need_dgate or need_dscale else None)
         ctx.save_for_backward(scale, *kept)
         return _swiglu_forward(gate, up, scale)
 
@@ -163,7 +163,7 @@ class _SwiGLU(Function):
     @first_order
     def backward(ctx, dy):
         scale, *kept = ctx.saved_tensors
-        grads = _swiglu_backward(dy, *recompute_all(ctx.remake, kept), scale, *ctx.needs_input_grad)
+        grads = _swiglu_backward(dy, *recompute_all(ctx.recipe, kept), scale, *ctx.needs_input_grad)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 

@@ -57,7 +57,7 @@ FEW = 1 << 18
 
 
 def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=None, prefix=None, rescale=None) -> Tensor:
-    """The definition, with every matrix formed."""
+    """The definition, every matrix computed in full."""
     B, H, _, d = q.shape
     groups = H // k.shape[1]
     if rescale is not None:
@@ -128,7 +128,7 @@ def _before(p: Tensor, t: Tensor) -> Tensor:
 
 
 def _join(q, k, v, pk, pv, causal, padding):
-    """[P_k; K], [P_v; V] and their additive mask; made again in backward rather than kept."""
+    """[P_k; K], [P_v; V] and their additive mask; recomputed in backward, not saved."""
     mask = allowed_keys(q, k, causal, padding)
     if mask is not None:
         mask = torch.nn.functional.pad(mask, (pk.shape[1], 0), value=True)
@@ -168,7 +168,7 @@ class _Plain(Function):
         need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[3:]
         o, lse = _plain(causal, scale, padding, q, k, v, lk)
         ctx.causal, ctx.scale, ctx.inner = causal, scale, need_q or need_k or need_v or need_lk
-        ctx.remake, kept = to_save_all(*((q, k, v) if ctx.inner else ()))
+        ctx.recipe, kept = to_save_all(*((q, k, v) if ctx.inner else ()))
         inner = (lse, padding) if ctx.inner else (None, None)
         ctx.save_for_backward(o if ctx.inner or need_lv else None, *inner, lk, lv, *kept)
         return o if lv is None else o * _per_query_head(lv, q)
@@ -183,7 +183,7 @@ class _Plain(Function):
             dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
             do = do * _per_query_head(lv, do)
         if ctx.inner:
-            q, k, v = recompute_all(ctx.remake, kept)
+            q, k, v = recompute_all(ctx.recipe, kept)
             is_causal, mask = _plan(q, k, ctx.causal, padding)
             scaled = q if lk is None else q * _per_query_head(lk, q)
             if not (need_k or need_v) and dq_alone_pays(q, k, mask):
@@ -207,7 +207,7 @@ class _Joined(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
         o, lse = _with_joined(causal, scale, padding, q, k, v, pk, pv)
         ctx.causal, ctx.scale = causal, scale
-        ctx.remake, kept = to_save_all(q, k, v)
+        ctx.recipe, kept = to_save_all(q, k, v)
         ctx.save_for_backward(o, lse, padding, pk, pv, *kept)
         return o
 
@@ -215,7 +215,7 @@ class _Joined(Function):
     @first_order
     def backward(ctx, do):
         o, lse, padding, pk, pv, *kept = ctx.saved_tensors
-        q, k, v = recompute_all(ctx.remake, kept)
+        q, k, v = recompute_all(ctx.recipe, kept)
         n = pk.shape[1]
         k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
         dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
@@ -237,7 +237,7 @@ class _Split(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
         o, lse = _split(causal, scale, padding, q, k, v, pk, pv)
         ctx.causal, ctx.scale, ctx.tokens = causal, scale, any(ctx.needs_input_grad[3:6])
-        ctx.remake, kept = to_save_all(q, *((k, v) if ctx.tokens else ()))
+        ctx.recipe, kept = to_save_all(q, *((k, v) if ctx.tokens else ()))
         ctx.save_for_backward(o, lse, padding if ctx.tokens else None, pk, pv, *kept)
         return o
 
@@ -245,7 +245,7 @@ class _Split(Function):
     @first_order
     def backward(ctx, do):
         o, lse, padding, pk, pv, *kept = ctx.saved_tensors
-        q, *tokens = recompute_all(ctx.remake, kept)
+        q, *tokens = recompute_all(ctx.recipe, kept)
         need_q, need_prefix = ctx.needs_input_grad[3], any(ctx.needs_input_grad[6:])
         dq = dk = dv = dpk = dpv = None
         if ctx.tokens:
@@ -335,11 +335,11 @@ def attention(
         q = q if lk is None else times(q, _per_query_head(lk, q))
         o = {"dropout": _with_dropout, "sdpa": around_sdpa}[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
         return o if lv is None else times(o, _per_query_head(lv, o))
-    how = (causal, scale, key_padding_mask)
+    options = (causal, scale, key_padding_mask)
     if strategy == "plain":
         if wants_grad(q, k, v, lk, lv):
-            return _Plain.apply(*how, q, k, v, lk, lv)
-        o, _ = _plain(*how, q, k, v, lk)
+            return _Plain.apply(*options, q, k, v, lk, lv)
+        o, _ = _plain(*options, q, k, v, lk)
         return o if lv is None else o * _per_query_head(lv, o)
     function, forward = (_Joined, _with_joined) if strategy == "joined" else (_Split, _split)
-    return function.apply(*how, q, k, v, pk, pv) if wants_grad(q, k, v, pk, pv) else forward(*how, q, k, v, pk, pv)[0]
+    return function.apply(*options, q, k, v, pk, pv) if wants_grad(q, k, v, pk, pv) else forward(*options, q, k, v, pk, pv)[0]

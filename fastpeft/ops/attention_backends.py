@@ -86,9 +86,9 @@ def _version_4() -> bool:
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor:
-    how = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # of the backward, as PyTorch's own kernels ask
-    how |= {} if _version_4() else {"dropout_p": dropout_p}
-    o = _module("flash-attn").flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=causal, **how)
+    options = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # of the backward, as PyTorch's own kernels ask
+    options |= {} if _version_4() else {"dropout_p": dropout_p}
+    o = _module("flash-attn").flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=causal, **options)
     return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)  # version 4 gives the log-sum-exp, too
 
 

@@ -8,7 +8,7 @@ products in float32 (float64 for float64). A query without any key gives 0 and g
 
 | gradient needed for        | saved                                                                          |
 |----------------------------|--------------------------------------------------------------------------------|
-| q, k or P_k                | q, k, v (or what remakes them), the boolean mask and a seed; P is formed again |
+| q, k or P_k                | q, k, v (or what recomputes them), the boolean mask and a seed; P is recomputed   |
 | v or P_v alone             | the same without v                                                             |
 | none                       | nothing                                                                        |
 """
@@ -51,7 +51,7 @@ class _DroppedAttention(Function):
     def forward(ctx, scale, p, seed, allowed, q, k, v, pk, pv):
         ctx.scale, ctx.p = scale, p
         need_q, need_k, _, need_pk, _ = ctx.needs_input_grad[4:]
-        ctx.remake, kept = to_save_all(q, k, v if need_q or need_k or need_pk else None)
+        ctx.recipe, kept = to_save_all(q, k, v if need_q or need_k or need_pk else None)
         ctx.save_for_backward(seed, allowed, pk, pv, *kept)
         return _forward(scale, p, seed, allowed, q, k, v, pk, pv)
 
@@ -59,7 +59,7 @@ class _DroppedAttention(Function):
     @first_order
     def backward(ctx, do):
         seed, allowed, pk, pv, *kept = ctx.saved_tensors
-        (q, k, v), H = recompute_all(ctx.remake, kept), do.shape[1]
+        (q, k, v), H = recompute_all(ctx.recipe, kept), do.shape[1]
         wide, do, keys = q.to(accumulator(q.dtype)), do.to(accumulator(q.dtype)), _all_keys(k, pk, H)
         P = _probabilities(wide, keys, allowed, ctx.scale)
         mask = keep_mask(P, ctx.p, seed)

@@ -1,9 +1,9 @@
-"""Linear head and cross entropy in one op: logits only where labels are, in chunks, gradients formed in the forward pass.
+"""Linear head and cross entropy in one op: logits only where labels are, in chunks, gradients computed in the forward pass.
 
     z = h W^T + b        loss = lse(z) - (1 - e) z_y - (e / V) sum_v z_v        e: label smoothing
     G = softmax(z) - (1 - e) onehot(y) - e / V        dh = g G W        dW = (g G)^T h        db = sum_rows g G
 
-Source: the softmax's own derivative; forming gradients chunk by chunk in forward follows Wijmans et al., "Cut Your Losses in
+Source: the softmax's own derivative; computing gradients chunk by chunk in forward follows Wijmans et al., "Cut Your Losses in
 Large-Vocabulary Language Models" (2024), section 4, without their filtering of small entries, which would change the result.
 Shapes: hidden h [..., C]; weight W [V, C]; bias b [V]; labels y [...] int64; M rows, of which n are labelled.
 Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (float64 for float64).
@@ -14,8 +14,8 @@ Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (
 |                                    | gradient; where n < M also their index, 8 n bytes         |                     |
 | weight, bias; reduction mean, sum  | dW [V, C], db [V], likewise before the upstream gradient  | +1 for dW           |
 | weight, bias; reduction none       | h and y (their labelled rows and the index where n < M;   | 2 + 1 + 1           |
-|                                    | what remakes h, if anything does): rows of G scale apart, |                     |
-|                                    | so backward forms z again                                 |                     |
+|                                    | or h's recipe): rows of G scale apart,                    |                     |
+|                                    | so backward recomputes z                                  |                     |
 | none                               | nothing                                                   | 1                   |
 
 A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; with a trained head
@@ -112,13 +112,13 @@ class _LinearCrossEntropy(Function):
             labels, rows = select_rows(labels, index), select_rows(rows, index)
         index = None if index is None else to_device_async(index, rows.device)
         ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing)
-        ctx.remake = reduction == "none" and (need_dweight or need_dbias)
-        needs = (False,) * 3 if ctx.remake else (need_dhidden, need_dweight, need_dbias)
+        ctx.recomputes_logits = reduction == "none" and (need_dweight or need_dbias)
+        needs = (False,) * 3 if ctx.recomputes_logits else (need_dhidden, need_dweight, need_dbias)
         factor = _share(rows, labels, ignore_index) if reduction == "mean" else None
         late = factor is not None and hidden.dtype == torch.float16
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
         loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs)
-        if ctx.remake:
+        if ctx.recomputes_logits:
             ctx.recipe, kept = to_save(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
             ctx.save_for_backward(index, weight, bias, labels, *kept)
         else:
@@ -134,7 +134,7 @@ class _LinearCrossEntropy(Function):
         index, *saved = ctx.saved_tensors
         if grad.dim():  # reduction none: rows scale apart
             grad = select_rows(grad, index)
-        if ctx.remake:
+        if ctx.recomputes_logits:
             weight, bias, labels, *kept = saved
             hidden = recompute(ctx.recipe, kept).reshape(-1, ctx.shape[-1])
             rows = hidden if ctx.recipe is None else select_rows(hidden, index)
