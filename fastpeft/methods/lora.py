@@ -157,9 +157,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def merge_lora(module: nn.Module) -> None:
-    """W += scaling * B A, computed in float32 (float64 for float64) and rounded once; the factors are removed."""
+def lora_update(module: nn.Module, scaling: float) -> torch.Tensor:
+    """W + scaling * B A, computed in float32 (float64 for float64) and rounded once to W's dtype."""
     acc = torch.promote_types(module.weight.dtype, torch.float32)
     A, B, weight = (p.detach().to(acc) for p in (module.lora_A, module.lora_B, module.weight))
-    module.weight.copy_(weight + module.scaling * (B.flatten(1) @ A.flatten(1)).view(weight.shape))
+    return (weight + scaling * (B.flatten(1) @ A.flatten(1)).view(weight.shape)).to(module.weight.dtype)
+
+
+def merge_lora(module: nn.Module) -> None:
+    """W += scaling * B A, rounded once; the factors are removed."""
+    module.weight.copy_(lora_update(module, module.scaling))
     module.lora_A = module.lora_B = None
