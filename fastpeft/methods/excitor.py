@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part, shorten
-from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
+from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops.excitor_keys import merge_keys
 from fastpeft.ops.lora_linear import linear
@@ -25,8 +25,7 @@ from fastpeft.ops.lora_linear import linear
 PEFT_FIELDS = {
     **COMMON,
     **dict.fromkeys(("layers", "num_prompts", "r", "gate", "gate_std", "prompt_std", "excitor_scale", "rotary"), READ),
-    "target_modules": NEUTRAL,  # the tensors' names say which layers have one: they must be the topmost ``layers``
-    "exclude_modules": EXCLUDE_MODULES,
+    **dict.fromkeys(("target_modules", "exclude_modules"), NEUTRAL),  # the tensors' names say which layers have one: the topmost ``layers``
     "modules_to_save": MODULES_TO_SAVE,
 }
 
