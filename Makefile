@@ -50,7 +50,7 @@ $(OLDEST)/.done: $(VENV)/.built
 
 DROP_IN = tests/surroundings tests/nn tests/fused tests/test_optimize.py tests/test_optimize_names.py tests/test_peft.py tests/test_peft_fields.py tests/verify/test_any_model.py
 test-oldest: $(OLDEST)/.done
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PY) -m pytest $(PYTEST) -n 2 -p no:cacheprovider $(DROP_IN)
+	OMP_NUM_THREADS=1 FASTPEFT_TESTS_WITHOUT_TORCHAO=1 PYTHONPATH=$(OLDEST) $(PY) -m pytest $(PYTEST) -n 2 -p no:cacheprovider $(DROP_IN)
 
 # Trainers of others, which few need: TRL, Lightning, Hugging Face's kernels. datasets takes what lies in no site-packages for the user's own
 TRAINERS = build/trainers/site-packages
