@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 import fastpeft.fused  # noqa: F401  its modules register what they replace
-from fastpeft.caching.images import forget_images, keep_images, place_of
+from fastpeft.caching.attach import forget_images, keep_images, place_of
 from fastpeft.coverage import Report, full_losses, measure_coverage
 from fastpeft.registry import exchange, form_of, give_back, is_fused, known_names, why_not_inside
 

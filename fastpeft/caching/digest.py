@@ -6,7 +6,8 @@ modulo 2^64, lane l of four is
     H_l = sum_c sum_j b_l[c, j] h_cj,   h_c = the 32-bit halves of (sum_i a_k[i] w[c, i])_k=0..3
 
 a multilinear hash: two different rows agree in a lane with a chance of at most 2^-32 over the choice of a and b, in all with 2^-128.
-Zeros at the end of a row change nothing, so an image padded to its batch's tiles has the digest it has alone. The host reads 32 bytes a row.
+Zeros at the end of a row change nothing, so an image padded to its batch's tiles has the digest it has alone. The host reads 32 bytes
+a row.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastpeft.methods.base import ADAPTER_MODULES, has_hooks, is_adapter
 from fastpeft.methods.quantized import pieces_of
 
 HARMLESS = ("config", "dtype", "device", "training", "loss_function")  # attributes of a model that hold no module; all are in a state
+NO_MATHEMATICS = ("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "transformers_version", "dtype", "use_cache")
 SAMPLE = 64  # bytes read at a tensor's start, middle and end
 
 
@@ -151,7 +151,7 @@ def _why_random(module: nn.Module) -> str:
 def state_of(owner: nn.Module, names: list[str]) -> tuple:
     """Equal as long as nothing below was changed: identity, place, version, dtype of every tensor, modules, configuration, and on the
     host some of the bytes, because edits through ``.data`` raise no version. Waits for no device."""
-    state: list[Any] = [type(owner), str(getattr(owner, "dtype", "")), _config(owner)]
+    state: list[Any] = [type(owner), str(getattr(owner, "dtype", "")), configuration_of(owner)]
     state += [(id(module), type(module)) for _, module in modules_below(owner, names)]
     for _, tensor in tensors_below(owner, names):
         version = None if tensor.is_inference() else tensor._version
@@ -169,9 +169,11 @@ def _sample(tensor: Tensor) -> bytes:
     return b"".join(ctypes.string_at(at + begin, SAMPLE) for begin in (0, size // 2, size - SAMPLE))
 
 
-def _config(owner: nn.Module) -> str:
+def configuration_of(owner: nn.Module) -> str:
+    """The model's configuration as text, without what names a file, a task or a loss (transformers sets ``problem_type`` in a step)."""
     config = getattr(owner, "config", None)
-    return json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    return json.dumps({name: value for name, value in told.items() if name not in NO_MATHEMATICS}, sort_keys=True, default=str)
 
 
 class Wrapper:

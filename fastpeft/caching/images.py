@@ -16,151 +16,32 @@ known by the digest of its pixels as they are given and of every other argument 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from torch import Tensor, nn
 from torch._C._functorch import get_interpreter_stack
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastpeft.caching.digest import digest_of_weights, row_digests
-from fastpeft.caching.frozen import (
-    NotUnderstood,
-    Wrapper,
-    calls,
-    delegates,
-    names_below,
-    state_of,
-    tensors_below,
-    why_not_constant,
-)
+from fastpeft.caching.calls import Call, digest_of_text
+from fastpeft.caching.digest import digest_of_weights
+from fastpeft.caching.frozen import Wrapper, configuration_of, state_of, tensors_below, why_not_constant
 from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
-from fastpeft.fused.loss import OF_THE_LOSS
-from fastpeft.options import bytes_of
-
-FEATURES = "get_image_features"
-GRIDS = ("image_grid_thw", "grid_thw")  # of flat patches: time, height, width of each image
-OF_AN_IMAGE = ("image_sizes", "pixel_attention_mask", "pixel_mask", "patch_attention_mask", "spatial_shapes")  # [N, ...] beside pixels
-NOT_READ = (*OF_THE_LOSS, "labels", "logits_to_keep", "use_cache")  # handed down by models, of the text
 
 
-@dataclass
-class Call:
-    """One call, by image. ``values``: arguments by name; ``rows``: names of those that hold an entry for each image; ``sizes``: rows of
-    the flat patches that each image has, or ones; ``tiled``: see :meth:`Pattern.split`; ``whole``: kept as one."""
-
-    values: dict[str, Any]
-    pixels: str
-    rows: tuple[str, ...]
-    sizes: list[int]
-    flat: bool = False
-    tiled: bool = False
-    whole: bool = False
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Call | None:
-        """None where there is nothing to cache."""
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor) and name not in NOT_READ}
-        name = next((name for name in values if name.startswith("pixel_values")), next(iter(tensors), None))
-        if name is None or any(t.requires_grad and torch.is_grad_enabled() for t in tensors.values()):
-            return None
-        whole = cls(values, name, (), [1], whole=True)
-        pixels, grid = values[name], next((values[grid] for grid in GRIDS if isinstance(values.get(grid), Tensor)), None)
-        if name not in tensors:  # a list of images, say
-            return whole
-        others = tensors.keys() - {name}
-        if grid is not None and grid.dim() == 2 and others <= set(GRIDS):
-            sizes = grid.prod(-1).tolist()
-            return cls(values, name, (name, *others), sizes, flat=True) if sum(sizes) == len(pixels) and min(sizes) > 0 else whole
-        one_each = {"batch_num_images"} & others if bool((tensors.get("batch_num_images", pixels[:0]) == 1).all()) else set()
-        aligned = all(tensors[other].dim() > 0 and len(tensors[other]) == len(pixels) for other in others)
-        if pixels.dim() < 3 or not len(pixels) or not aligned or not others <= {*OF_AN_IMAGE, *one_each}:
-            return whole
-        return cls(values, name, (name, *sorted(others)), [1] * len(pixels), tiled=pixels.dim() == 5)
-
-    def constants(self) -> str | None:
-        """What enters beside the images' own tensors. None where something cannot be told."""
-        told = []
-        for name, value in sorted(self.values.items()):
-            if name in self.rows or name in NOT_READ:
-                continue
-            if (text := _told(value)) is None:
-                return None
-            told.append(f"{name}={text}")
-        kind = "cuda" if self._device().type == "cuda" else self._device().type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return f"{told} {cast} {self.pixels if self.whole else ''}"
-
-    def _device(self) -> torch.device:
-        return next((value.device for value in self.values.values() if isinstance(value, Tensor)), torch.device("cpu"))
-
-    def keys(self, constants: str) -> list[str]:
-        """One for each image. The host waits for the digests, if a device computes them."""
-        if self.whole:
-            return [_hash(constants)]
-        drop = 2 if self.tiled else 1
-        parts = []
-        for name in self.rows:
-            value, grids = self.values[name], name in GRIDS
-            about = f"{name} {value.dtype} {tuple(value.shape[1 if self.flat or grids else min(drop, value.dim()) :])}"
-            digests = row_digests(value if grids or not self.flat else self._by_image(value))
-            parts.append([about.encode() + digest for digest in digests])
-        return [_hash(constants, *parts_of_one) for parts_of_one in zip(*parts)]
-
-    def _by_image(self, patches: Tensor) -> Tensor:
-        """[images, most patches, ...]: zeros at the end enter no digest, sizes do."""
-        return nn.utils.rnn.pad_sequence(patches.split(self.sizes), batch_first=True)
-
-    def only(self, images: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """(the arguments, the sizes) for some of the images."""
-        index = torch.tensor(images)
-        values = dict(self.values)
-        for name in self.rows:
-            value = values[name]
-            if self.flat and name == self.pixels:
-                pieces = value.split(self.sizes)
-                values[name] = torch.cat([pieces[i] for i in images])
-            else:
-                values[name] = value[index.to(value.device)]
-        return values, [self.sizes[i] for i in images]
-
-
-def _told(value: Any) -> str | None:
-    """Text that tells ``value``; None where no text does."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {row_digests(value.reshape(1, -1))[0].hex()}"
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        parts = [_told(part) for part in value]
-        return None if None in parts else f"{type(value).__name__}{parts}"
-    return None
-
-
-def _hash(text: str, *more: bytes) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=20)
-    for part in more:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-class _Filled(BaseException):  # noqa: N818  not an error: a forward that went far enough
+class _Filled(BaseException):
     """The images of a batch are kept."""
 
 
@@ -229,46 +110,50 @@ class ImageCache(Wrapper):
 
     def _identity(self) -> dict[str, Any]:
         cls = type(self.owner)
-        config = getattr(self.owner, "config", None)
         return {
             "weights": digest_of_weights(sorted(tensors_below(self.owner, self.below), key=lambda named: named[0])),
             "code": [cls.__module__, cls.__qualname__, self.method, transformers.__version__, torch.__version__],
-            "config": _hash(str(config.to_dict() if hasattr(config, "to_dict") else "")),
+            "config": digest_of_text(configuration_of(self.owner)),
         }
 
     def _serve(self, call: Call, constants: str, run: Callable[[Mapping[str, Any]], Any]) -> Any:
         pattern = self._patterns.get(constants)
         if pattern is not None and pattern.whole and not call.whole:
-            call = Call(call.values, call.pixels, (), [1], whole=True)
+            call = call.as_whole()
             if (constants := call.constants()) is None:
                 return run(call.values)
             pattern = self._patterns.get(constants)
         keys = call.keys(constants)
         paths = None if pattern is None else list(pattern.kept(pattern.output))
-        entries = [None if paths is None else self.kept.get(key, paths) for key in keys]
-        missing = [i for i, entry in enumerate(entries) if entry is None]
-        first = list({keys[i]: i for i in reversed(missing)}.values())[::-1]  # an image that a batch holds twice is computed once
-        known = pattern is not None and (len(keys) == 1 or pattern.compared)
-        if not known or len(missing) == len(keys) == len(first):
+        found = {key: None if paths is None else self.kept.get(key, paths) for key in keys}
+        missing = [key for key, entry in found.items() if entry is None]  # an image that a batch holds twice is computed once
+        if pattern is None or len(missing) == len(keys) or (len(keys) > 1 and not pattern.compared):
             output = self._run(run, call.values)
-            if not self._varies:
-                self._learn(call, constants, keys, output, run)
-            return output
+            if self._varies:
+                return output
+            self._learn(call, constants, keys, output, run)
+            return self._watched(output, call, constants, keys, run)
         if missing:
-            values, sizes = call.only(first)
-            part = self._run(run, values)
-            try:
-                fresh = pattern.split(part, sizes, call.tiled)
-            except (ValueError, TypeError, KeyError):
-                fresh = []
-            if self._varies or len(fresh) != len(first):
+            made = self._made(pattern, call, keys, missing, run)
+            if made is None:
                 return run(call.values)
-            made = {keys[i]: entry for i, entry in zip(first, fresh)}
-            self._put(made)
-            entries = [made[key] if entry is None else entry for key, entry in zip(keys, entries)]
-        self.computed += len(first)
-        self.reused += len(keys) - len(first)
-        return self._output(pattern, entries, call, run)
+            found |= made
+        self.computed += len(missing)
+        self.reused += len(keys) - len(missing)
+        return self._output(pattern, [found[key] for key in keys], call, constants, keys, run)
+
+    def _made(self, pattern: Pattern, call: Call, keys: list[str], missing: list[str], run: Callable) -> dict[str, Entry] | None:
+        """The entries of some of the images, computed and kept; None where nothing can be kept after all."""
+        values, sizes = call.only([keys.index(key) for key in missing])
+        part = self._run(run, values)
+        if self._varies:
+            return None
+        try:
+            made = dict(zip(missing, pattern.split(part, sizes, call.tiled)))
+        except (ValueError, TypeError, KeyError):
+            return None
+        self._put(made)
+        return made
 
     def _run(self, run: Callable[[Mapping[str, Any]], Any], values: Mapping[str, Any]) -> Any:
         """Compute, and see whether random numbers were drawn or a gradient would flow: then nothing is kept."""
@@ -301,7 +186,7 @@ class ImageCache(Wrapper):
             self._patterns[constants] = pattern
         if pattern.whole and not call.whole:
             self.passed[f"kept by call, not by image: {pattern.whole}"] += 1
-            whole = Call(call.values, call.pixels, (), [1], whole=True)
+            whole = call.as_whole()
             if (constants := whole.constants()) is not None:
                 self._learn(whole, constants, whole.keys(constants), output, run)
             return
@@ -317,12 +202,20 @@ class ImageCache(Wrapper):
         for key, entry in made.items():
             self.kept.put(key, entry)
 
-    def _output(self, pattern: Pattern, entries: list[Entry], call: Call, run: Callable) -> Any:
+    def _watched(self, output: Any, call: Call, constants: str, keys: list[str], run: Callable) -> Any:
+        """``output``; if a field that is not kept is read, it will be."""
+        pattern = self._patterns.get(constants)
+        if pattern is None or pattern.whole or not pattern.unkept or not isinstance(output, ModelOutput):
+            return output
+        shell = pattern.without_unkept(output)
+        return computed_when_read(shell, pattern.unkept, lambda: output, self._keeper(call, constants, keys, run))
+
+    def _output(self, pattern: Pattern, entries: list[Entry], call: Call, constants: str, keys: list[str], run: Callable) -> Any:
+        """What is kept, put together; other fields are computed when they are read, and kept from then on."""
         output = pattern.join(entries)
         if not pattern.unkept or not isinstance(output, ModelOutput):
             return output
-        state, grad = self._state, torch.is_grad_enabled()
-        kind = call._device().type
+        state, grad, kind = self._state, torch.is_grad_enabled(), call.device.type
         cast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
 
         def compute() -> ModelOutput:
@@ -331,13 +224,21 @@ class ImageCache(Wrapper):
             with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(kind, **cast):
                 return run(call.values)
 
-        return computed_when_read(output, pattern.unkept, compute, self._keep_too)
+        return computed_when_read(output, pattern.unkept, compute, self._keeper(call, constants, keys, run))
 
-    def _keep_too(self, names: Iterable[str]) -> None:
-        """Somebody reads these fields: from now on they are kept."""
-        if not self._read.issuperset(names):
-            self._read.update(names)
-            self._patterns = {}
+    def _keeper(self, call: Call, constants: str, keys: list[str], run: Callable) -> Callable[[Iterable[str], ModelOutput], None]:
+        state = self._state
+
+        def keep(names: Iterable[str], output: ModelOutput) -> None:
+            """These fields of ``output`` were read: keep them too."""
+            with self._lock:
+                if state is self._state and not self._read.issuperset(names):
+                    self._read.update(names)
+                    self._patterns = {}
+                    self.computed -= len(keys)
+                    self._learn(call, constants, keys, output, run)
+
+        return keep
 
     def flush(self) -> None:
         """Write what waits, so that other processes see it."""
@@ -354,81 +255,6 @@ class ImageCache(Wrapper):
 def image_caches(model: nn.Module) -> list[ImageCache]:
     """The caches in ``model``."""
     return [value for module in model.modules() for value in list(module.__dict__.values()) if isinstance(value, ImageCache)]
-
-
-def forget_images(model: nn.Module) -> None:
-    """Take the caches in ``model`` away."""
-    for cache in image_caches(model):
-        cache.flush()
-        cache.owner.__dict__.pop(cache.method, None)
-
-
-def place_of(where: str | Path) -> tuple[int, Path | None]:
-    """(bytes of host memory, folder) of "4GB" or of a folder, which gets a third of the free memory. ValueError or TypeError for others."""
-    if not isinstance(where, (str, Path)) or not str(where).strip():
-        raise TypeError(f"optimize: cache_images must be a size such as '4GB', or a folder, not {where!r}")
-    text = str(where).strip()
-    if isinstance(where, str) and text[0] in "0123456789.-+" and "/" not in text and text not in (".", "..") and not Path(text).is_dir():
-        try:
-            return bytes_of(text), None
-        except ValueError as error:
-            raise ValueError(f"optimize: cache_images: {error}; or give a folder that exists, or a path with a slash") from None
-    folder = Path(text).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"optimize: cache_images={text!r} is a file: give a folder, or a size such as '4GB'")
-    return psutil.virtual_memory().available // 3, folder
-
-
-def keep_images(model: nn.Module, limit: int, folder: Path | None) -> list[str]:
-    """Put caches where ``model``, which has none, computes features of images; notes for the report. ``limit``: bytes, of all together."""
-    points, reasons = _points(model)
-    names = {module: name for name, module in model.named_modules()}
-    for owner, method, below in points:
-        owner.__dict__[method] = ImageCache(owner, method, below, limit // len(points), folder)
-    notes = [f"image features: what {'.'.join(filter(None, (names[owner], method)))} returns is kept" for owner, method, _ in points]
-    if not points and not reasons:
-        reasons = ["no module here encodes images"]
-    return notes + [f"image features are not kept: {reason}" for reason in reasons]
-
-
-def _points(model: nn.Module) -> tuple[list[tuple[nn.Module, str, list[str]]], list[str]]:
-    """(module, method, names below) of what is kept, and the reasons for what is not: get_image_features where all below it is constant and
-    the model's forward calls it, else image encoders."""
-    points, reasons, covered = [], [], set()
-    for name, owner in model.named_modules():
-        if not callable(getattr(type(owner), FEATURES, None)) or delegates(owner, FEATURES) or not calls(owner, "forward", FEATURES):
-            continue
-        try:
-            below = names_below(owner, FEATURES)
-            reason = why_not_constant(owner, below)
-        except NotUnderstood as error:
-            reason = str(error)
-        if reason:
-            reasons.append(f"{'.'.join(filter(None, (name, FEATURES)))}: {reason}")
-            continue
-        points.append((owner, FEATURES, below))
-        covered |= {id(module) for part in below for root in [getattr(owner, part)] if isinstance(root, nn.Module) for module in root.modules()}
-    for name, module in model.named_modules():
-        if id(module) in covered or not _encodes_images(module, model):
-            continue
-        covered |= {id(inside) for inside in module.modules()}
-        if reason := why_not_constant(module, [""]):
-            reasons.append(f"{name}: {reason}")
-        else:
-            points.append((module, "forward", [""]))
-    return points, reasons
-
-
-def _encodes_images(module: nn.Module, model: nn.Module) -> bool:
-    """Whether ``module``, inside ``model``, is an image encoder."""
-    if not isinstance(module, PreTrainedModel) or module is model or not any(True for _ in module.parameters()):
-        return False
-    config = getattr(module, "config", None)
-    if any(getattr(config, name, None) is not None for name in ("text_config", "vision_config", "qformer_config")):
-        return False
-    modalities = getattr(module, "input_modalities", ())
-    named = getattr(type(config), "base_config_key", "") == "vision_config"
-    return named or (module.main_input_name == "pixel_values" and "text" not in modalities)
 
 
 def fill(model: nn.Module, batches: Iterable[Mapping[str, Any]], progress: bool = True) -> int:

@@ -78,6 +78,9 @@ class Pattern:
     def kept(self, output: Any) -> dict[Path, Tensor]:
         return {path: t for path, t in leaves(output).items() if not path or path[0] not in self.unkept}
 
+    def without_unkept(self, output: ModelOutput) -> ModelOutput:
+        return _rebuilt(output, [(name, value) for name, value in output.items() if name not in self.unkept])
+
     def compare(self, one: Any, batch: Any, sizes: Sequence[int], tiled: bool) -> None:
         """Learn how a batch holds its images from its last one's own output. Sets ``whole`` where it cannot be told, or where an image's
         values depend on the others."""
@@ -167,7 +170,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def computed_when_read(output: ModelOutput, unkept: frozenset[str], compute: Callable[[], ModelOutput], told: Callable) -> ModelOutput:
-    """``output`` as one whose ``unkept`` fields are ``compute()``'s at the first read; ``told(names)`` learns which were read."""
+    """``output`` as one whose ``unkept`` fields are ``compute()``'s at the first read; ``told(names, output)`` learns which were read."""
     own = type(output)
     output.__class__ = _unread(own)
     object.__setattr__(output, "_unread", (unkept, compute, told))
@@ -182,14 +185,14 @@ def _unread(own: type[ModelOutput]) -> type[ModelOutput]:
         if type(self) is not own:
             unkept, compute, told = object.__getattribute__(self, "_unread")
             full = compute()
-            self.__class__ = own
+            object.__setattr__(self, "__class__", own)
             del self.__dict__["_unread"]
             values = {name: full[name] if name in unkept else OrderedDict.get(self, name) for name in full}
             OrderedDict.clear(self)  # in the class's order of fields
             for name, value in values.items():
                 setattr(self, name, value)
                 OrderedDict.__setitem__(self, name, value)
-            told(unkept if names is None else names & unkept)
+            told(unkept if names is None else names & unkept, full)
         return self
 
     def reading(name: str) -> Callable:

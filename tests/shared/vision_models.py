@@ -42,7 +42,9 @@ def text(rows: int, image_tokens: int | list[int], seed: int = 0) -> dict[str, t
 
 
 def llava():
-    config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**SEEN), text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE, image_seq_length=4)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**SEEN), text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE, image_seq_length=4
+    )
     return tf.LlavaForConditionalGeneration(config), lambda pixels: {"pixel_values": pixels, **text(len(pixels), 4)}
 
 
@@ -59,7 +61,7 @@ def llava_onevision():
 
     def batch(pixels):  # 2 or 3 tiles: the whole, and one or two of it; the last is padding in a smaller image
         sizes, tiles, tokens = [], [], []
-        for i, image in enumerate(pixels):
+        for image in pixels:
             wide = bool(image[0, 0, 0] > 0)
             sizes.append([16, 32] if wide else [16, 16])
             own = [image, image.flip(-1), *([image.flip(-2)] if wide else [torch.zeros_like(image)])]
