@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import warnings
 
@@ -194,7 +195,7 @@ PATTERNS = {
     "exclude_modules": {"exclude_modules": ["layers.0.self_attn.q_proj", "1.mlp.down_proj"]},
     "exclude_modules, an expression": {"exclude_modules": r".*\.1\..*", "target_modules": r".*(q|v)_proj"},
     "layers_to_transform": {"layers_to_transform": [1]},
-    "layers_to_transform, one of a kind": {"layers_to_transform": 0, "layers_pattern": "layers", "exclude_modules": ["q_proj"]},
+    "layers_to_transform, one of a kind": {"layers_to_transform": 1, "layers_pattern": "layers", "exclude_modules": ["q_proj"]},
     "layers_to_transform, a whole name": {
         "layers_to_transform": [1], "layers_pattern": ["h", "layers"], "target_modules": ["model.layers.0.mlp.up_proj", "v_proj"]
     },
@@ -206,6 +207,8 @@ def configs():
     import peft
 
     lora = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
+    neutral = {"qalora_group_size": 8, "megatron_core": "other", "corda_config": {}, "lora_ga_config": {}}
+    known = {f.name for f in dataclasses.fields(peft.LoraConfig)}  # an older peft has fewer
     bookkeeping = {"revision": "main", "auto_mapping": {"base_model_class": "X"}, "peft_version": "9.9", "base_model_name_or_path": "x"}
     return {
         "LoRA": peft.LoraConfig(**lora),
@@ -214,7 +217,7 @@ def configs():
         "LoRA, regular expression": peft.LoraConfig(r=2, lora_alpha=3, target_modules=r".*layers\.[02]\..*_proj"),
         "LoRA, dropout": peft.LoraConfig(**lora, lora_dropout=0.4, task_type="CAUSAL_LM", **bookkeeping),
         **{f"LoRA, {s}": peft.LoraConfig(**lora | {"r": 4}, init_lora_weights=s) for s in (False, "gaussian", "orthogonal", "eva", "mica")},
-        "LoRA, neutral": peft.LoraConfig(**lora, qalora_group_size=8, megatron_core="other", corda_config={}, lora_ga_config={}),
+        "LoRA, neutral": peft.LoraConfig(**lora, **{name: value for name, value in neutral.items() if name in known}),
         **{f"LoRA, {name}": peft.LoraConfig(**lora | more) for name, more in PATTERNS.items()},
         "IA3, excluding": peft.IA3Config(
             target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], exclude_modules=["layers.0.mlp.down_proj"]
@@ -244,10 +247,9 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_llama_computes_what_peft_computes(tmp_path, kind):
     peft = pytest.importorskip("peft")
-    try:
-        config = configs()[kind]
-    except (TypeError, ValueError) as error:
-        pytest.skip(f"this peft has not all of it: {error}")
+    config = configs()[kind]
+    if kind == "LoRA, mica" and "mica" not in inspect.getsource(peft.LoraConfig):
+        pytest.skip("this peft has no such start")
     base = llama(torch.float32 if kind == "LoRA, mica" else torch.float64)  # it starts from float32 alone
     ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
     own = copy.deepcopy(base)

@@ -126,6 +126,7 @@ def test_resume_and_the_best_model(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path):
     """As Trainer's torch_compile does, with a backend that traces and compiles nothing."""
     _, fused, _ = compare("llama", tmp_path, torch_compile=True, torch_compile_backend="aot_eager")

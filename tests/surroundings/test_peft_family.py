@@ -175,6 +175,8 @@ def test_several_adapters(kind, tmp_path):
     other.save_pretrained(tmp_path)
     for one in (model, fused):
         hotswap_adapter(one, tmp_path, adapter_name="default")
+        for name, p in one.named_parameters():  # peft 0.18 leaves them frozen when another was deleted
+            p.requires_grad_(".default." in name)
     losses.append(both())
     assert losses[0] == losses[2] and len({round(float(loss), 6) for loss in losses}) == len(losses) - 1
 
