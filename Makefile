@@ -48,7 +48,7 @@ $(OLDEST)/.done: $(VENV)/.built
 	$(PIP) install -q --no-deps --target $(OLDEST) transformers==5.17.0 peft==0.18.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 	touch $@
 
-DROP_IN = tests/surroundings tests/nn tests/fused tests/test_optimize.py tests/test_optimize_names.py tests/test_peft.py tests/test_peft_fields.py tests/verify/test_any_model.py
+DROP_IN = $(addprefix tests/,surroundings nn caching verify/test_any_model.py $(addprefix test_,$(addsuffix .py,examples optimize optimize_names peft peft_fields registry)))
 test-oldest: $(OLDEST)/.done
 	OMP_NUM_THREADS=1 FASTPEFT_TESTS_WITHOUT_TORCHAO=1 PYTHONPATH=$(OLDEST) $(PY) -m pytest $(PYTEST) -n 2 -p no:cacheprovider $(DROP_IN)
 

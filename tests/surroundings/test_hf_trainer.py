@@ -74,8 +74,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("setting", SETTINGS)
+ENCODERS = ("plain", "evaluation", "checkpointing")
+
+
+@pytest.mark.parametrize(("setting", "kind"), [*((name, "llama") for name in SETTINGS), *((name, "bert") for name in ENCODERS)])
 def test_a_run(setting, kind, tmp_path):
     compare(kind, tmp_path, **SETTINGS[setting])
 
