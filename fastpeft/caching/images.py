@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput
 
 from fastpeft.caching.calls import Call, digest_of_text
 from fastpeft.caching.digest import digest_of_weights
-from fastpeft.caching.frozen import Wrapper, configuration_of, state_of, tensors_below, why_not_constant
+from fastpeft.caching.frozen import Wrapper, asks_for_gradients, configuration_of, state_of, tensors_below, why_not_constant
 from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
@@ -158,7 +158,8 @@ class ImageCache(Wrapper):
     def _run(self, run: Callable[[Mapping[str, Any]], Any], values: Mapping[str, Any]) -> Any:
         """Compute, and see whether random numbers were drawn or a gradient would flow: then nothing is kept."""
         before = torch.get_rng_state()
-        output = run(values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not asks_for_gradients(self.owner, self.below)):
+            output = run(values)
         drew = not torch.equal(before, torch.get_rng_state())
         try:
             why = "something it uses is trained" if any(tensor.requires_grad for tensor in leaves(output).values()) else ""

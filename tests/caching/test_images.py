@@ -206,6 +206,45 @@ def test_unfreezing_hooks_and_dropout_hand_the_call_over():
     assert cache.reused > reused
 
 
+def test_writes_to_fixed_buffers_empty_nothing():
+    model, plain, batch = cached()
+    (cache,) = image_caches(model)
+    for _ in range(3):
+        agree(model, plain, batch, images(2))
+        for buffer in model.buffers():
+            buffer.copy_(buffer.clone())  # as DistributedDataParallel does before every forward
+    assert (cache.computed, cache.reused) == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "paligemma2", "blip2"])
+def test_with_everything_fused(name):
+    model, batch = build(name)
+    plain, pixels = copy.deepcopy(model), images(4)
+    for _ in range(2):  # and once more, on a fused model with a cache
+        fp.optimize(model, cache_images="1GB")
+        for mix in ([0, 1], [2, 0], [1, 2, 3]):
+            mine, theirs = results(model, batch(pixels[mix])), results(plain, batch(pixels[mix]))
+            torch.testing.assert_close(mine[0], theirs[0], rtol=1e-9, atol=1e-10)
+            for key, gradient in theirs[1].items():
+                torch.testing.assert_close(mine[1][key], gradient, rtol=1e-7, atol=1e-9)
+        (cache,) = image_caches(model)
+        assert (cache.computed, cache.reused) == (4, 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, plain, batch = cached("internvl")
+    (cache,) = image_caches(model)
+    for one in (model, plain):
+        one.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        one.enable_input_require_grads()  # hooks on the image encoder's embeddings too
+    for _ in range(2):
+        mine, theirs = results(model, batch(images(2))), results(plain, batch(images(2)))
+        same(mine[0], theirs[0])
+        same(mine[1], dict(theirs[1]))
+    assert (cache.computed, cache.reused, dict(cache.passed)) == (2, 2, {})
+
+
 def test_unknown_randomness_is_noticed():
     model, _, batch = cached()
     (cache,), tower = image_caches(model), model.model.vision_tower
