@@ -9,8 +9,10 @@ known by the digest of its pixels as they are given and of every other argument 
   Edits through ``.data`` raise no version: on the host, bytes at the start, middle and end of each tensor are compared as well; on a
   device call ``optimize(model, cache_images=...)`` again.
 - Kept features are bits of the model's own results, in the batch in which an image first came: another batch size rounds differently.
-- The first batch shows whether an image's features depend on the others: its last image is computed alone too. If they do, or if a model's
-  arguments cannot be taken apart, whole calls are kept.
+- The first call in a process, and the first of several images, are computed whatever is kept: they show how an output looks and how images
+  share it. The last image of a batch is then computed alone too: if its features depend on the others, or if a model's arguments cannot be
+  taken apart, whole calls are kept.
+- The host waits once a call for the digests (32 bytes an image), nowhere else; what fills the cache is copied beside the device's work.
 - Pickles hold no cache and load without fastpeft; a copy of a model has an empty cache of its own.
 """
 
