@@ -13,6 +13,7 @@ known by the digest of its pixels as they are given and of every other argument 
   share it. The last image of a batch is then computed alone too: if its features depend on the others, or if a model's arguments cannot be
   taken apart, whole calls are kept.
 - The host waits once a call for the digests (32 bytes an image), nowhere else; what fills the cache is copied beside the device's work.
+- torch.compile, torch.func and inference mode run the model's own method. Compile the language model alone to have both.
 - Pickles hold no cache and load without fastpeft; a copy of a model has an empty cache of its own.
 """
 
@@ -74,9 +75,9 @@ class ImageCache(Wrapper):
         return getattr, (self.owner, self.method)
 
     def __call__(self, *args, **kwargs):
-        own = getattr(type(self.owner), self.method).__get__(self.owner)
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or get_interpreter_stack():
-            return own(*args, **kwargs)
+            return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)  # Dynamo takes a bound method for this attribute
+        own = getattr(type(self.owner), self.method).__get__(self.owner)
         with self._lock:
             reason = why_not_constant(self.owner, self.below)
             call = None if reason else Call.of(self._bound(own, args, kwargs))

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 from vision_models import MODELS, SEEN, build, images
 
 import fastpeft as fp
@@ -372,6 +372,39 @@ def test_hugging_face_trainer(tmp_path):
     # once one by one, and once where evaluation first shows how several share an output
     assert (cache.computed, cache.reused, dict(cache.passed)) == (2 * len(rows), 4 * len(rows), {})
     same(*ends)
+
+
+class Tower(PreTrainedModel):
+    config_class = ViTConfig
+    main_input_name, input_modalities = "pixel_values", ("image",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = nn.Linear(3, 4).requires_grad_(False)
+
+    def forward(self, pixel_values):
+        return self.linear(pixel_values.mean((-1, -2)))
+
+
+def test_torch_compile_traces_the_models_own():
+    model = nn.Sequential(Tower(ViTConfig()), nn.Linear(4, 2)).double()
+    fp.optimize(model, lambda module, name: False, cache_images="1MB")
+    (cache,), pixels = image_caches(model), images(3)
+    expected = model[1](model[0](pixels))
+    same(torch.compile(model, backend="eager", fullgraph=True)(pixels), expected)
+    assert (cache.computed, cache.reused) == (3, 0)
+    same(model(pixels), expected)
+    assert cache.reused == 3
+
+
+def test_generation_takes_what_is_kept():
+    model, plain, batch = cached("gemma3")
+    (cache,), given = image_caches(model), batch(images(2))
+    model.eval(), plain.eval()
+    asked = {name: value for name, value in given.items() if name != "labels"}
+    for _ in range(2):
+        same(*(one.generate(**asked, max_new_tokens=3, do_sample=False) for one in (model, plain)))
+    assert (cache.computed, cache.reused) == (2, 2)
 
 
 def test_loss_arguments_are_no_part_of_an_image():
