@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import functools
 import inspect
 import json
 import textwrap
@@ -19,6 +20,9 @@ HARMLESS = ("config", "dtype", "device", "training", "loss_function")  # attribu
 NO_MATHEMATICS = ("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "transformers_version", "dtype", "use_cache")
 ASK_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' hook, and PEFT's
 SAMPLE = 64  # bytes read at a tensor's start, middle and end
+
+
+_is_adapter = functools.lru_cache(maxsize=1 << 16)(is_adapter)  # asked of every name at every call
 
 
 class NotUnderstood(ValueError):
@@ -114,7 +118,7 @@ def why_not_constant(owner: nn.Module, names: list[str]) -> str:
     for name, tensor in tensors_below(owner, names):
         if tensor.requires_grad:
             return f"{name} is trained"
-        if is_adapter(name):
+        if _is_adapter(name):
             return f"{name} belongs to an adapter"
         if tensor.device.type == "meta":
             return f"{name} has no data"
@@ -122,7 +126,7 @@ def why_not_constant(owner: nn.Module, names: list[str]) -> str:
             return f"{name} is sharded: processes would wait for each other where one has met an image and another has not"
     for name, module in modules_below(owner, names):
         cls = type(module)
-        if cls.__module__.startswith("peft.tuners.") or any(getattr(module, kind, None) is not None for kind in ADAPTER_MODULES):
+        if cls.__module__.startswith("peft.tuners.") or any(module._modules.get(kind) is not None for kind in ADAPTER_MODULES):
             return f"an adapter is on {name}"
         if _is_watched(module):
             return f"{name or cls.__name__} has hooks"
