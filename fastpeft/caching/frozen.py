@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import functools
 import inspect
 import json
 import textwrap
@@ -12,12 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastpeft.methods.base import ADAPTER_MODULES, has_hooks, is_adapter
+from fastpeft.methods.base import ADAPTER_MODULES, is_adapter, sees_values, watched_globally
 from fastpeft.methods.quantized import pieces_of
 
 HARMLESS = ("config", "dtype", "device", "training", "loss_function")  # attributes of a model that hold no module; all are in a state
 NO_MATHEMATICS = ("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "transformers_version", "dtype", "use_cache")
+ASK_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' hook, and PEFT's
 SAMPLE = 64  # bytes read at a tensor's start, middle and end
+
+
+_is_adapter = functools.lru_cache(maxsize=1 << 16)(is_adapter)  # asked of every name at every call
 
 
 class NotUnderstood(ValueError):
@@ -113,28 +118,36 @@ def why_not_constant(owner: nn.Module, names: list[str]) -> str:
     for name, tensor in tensors_below(owner, names):
         if tensor.requires_grad:
             return f"{name} is trained"
-        if is_adapter(name):
+        if _is_adapter(name):
             return f"{name} belongs to an adapter"
         if tensor.device.type == "meta":
             return f"{name} has no data"
+        if type(tensor).__name__ == "DTensor":
+            return f"{name} is sharded: processes would wait for each other where one has met an image and another has not"
     for name, module in modules_below(owner, names):
         cls = type(module)
-        if cls.__module__.startswith("peft.tuners.") or any(getattr(module, kind, None) is not None for kind in ADAPTER_MODULES):
+        if cls.__module__.startswith("peft.tuners.") or any(module._modules.get(kind) is not None for kind in ADAPTER_MODULES):
             return f"an adapter is on {name}"
-        own_forward = name == "" and isinstance(module.__dict__.get("forward"), Wrapper)
-        if has_hooks(module) if not own_forward else _has_hooks_but_ours(module):
+        if _is_watched(module):
             return f"{name or cls.__name__} has hooks"
         if module.training and (why := _why_random(module)):
             return f"{name or cls.__name__} {why}"
     return ""
 
 
-def _has_hooks_but_ours(module: nn.Module) -> bool:
-    ours = module.__dict__.pop("forward")
-    try:
-        return has_hooks(module)
-    finally:
-        module.__dict__["forward"] = ours
+def _is_watched(module: nn.Module) -> bool:
+    """As ``has_hooks``, but for an image cache of ours and for hooks that only ask for gradients."""
+    if not isinstance(module.__dict__.get("forward", WRAPPED), Wrapper):
+        return True
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    return any(getattr(hook, "__name__", "") not in ASK_FOR_GRADIENTS and sees_values(hook) for hook in hooks) or watched_globally()
+
+
+def asks_for_gradients(owner: nn.Module, names: list[str]) -> bool:
+    """Whether a hook below makes outputs require gradients that no parameter does: ``enable_input_require_grads``, for checkpointing."""
+    hooks = (hook for _, module in modules_below(owner, names) for hook in module._forward_hooks.values())
+    return any(getattr(hook, "__name__", "") in ASK_FOR_GRADIENTS for hook in hooks)
 
 
 def _why_random(module: nn.Module) -> str:
@@ -152,12 +165,20 @@ def state_of(owner: nn.Module, names: list[str]) -> tuple:
     """Equal as long as nothing below was changed: identity, place, version, dtype of every tensor, modules, configuration, and on the
     host some of the bytes, because edits through ``.data`` raise no version. Waits for no device."""
     state: list[Any] = [type(owner), str(getattr(owner, "dtype", "")), configuration_of(owner)]
-    state += [(id(module), type(module)) for _, module in modules_below(owner, names)]
+    modules = [module for _, module in modules_below(owner, names)]
+    state += [(id(module), type(module)) for module in modules]
+    fixed = {id(buffer) for module in modules for name, buffer in module._buffers.items() if _is_fixed(module, name)}
     for _, tensor in tensors_below(owner, names):
-        version = None if tensor.is_inference() else tensor._version
+        version = None if tensor.is_inference() or id(tensor) in fixed else tensor._version
         state.append((id(tensor), tensor.dtype, tensor.device, version))
         state += [(piece.data_ptr(), _sample(piece)) for piece in pieces_of(tensor)]
     return tuple(state)
+
+
+def _is_fixed(module: nn.Module, name: str) -> bool:
+    """Whether a buffer follows from the configuration (positions, rotary frequencies): DDP writes to these before every forward."""
+    buffer = module._buffers[name]
+    return buffer is not None and (name in module._non_persistent_buffers_set or not buffer.is_floating_point())
 
 
 def _sample(tensor: Tensor) -> bytes:
@@ -178,3 +199,6 @@ def configuration_of(owner: nn.Module) -> str:
 
 class Wrapper:
     """A callable that stands in a module's ``__dict__`` over a method of the module's class."""
+
+
+WRAPPED = Wrapper()

@@ -9,8 +9,11 @@ known by the digest of its pixels as they are given and of every other argument 
   Edits through ``.data`` raise no version: on the host, bytes at the start, middle and end of each tensor are compared as well; on a
   device call ``optimize(model, cache_images=...)`` again.
 - Kept features are bits of the model's own results, in the batch in which an image first came: another batch size rounds differently.
-- The first batch shows whether an image's features depend on the others: its last image is computed alone too. If they do, or if a model's
-  arguments cannot be taken apart, whole calls are kept.
+- The first call in a process, and the first of several images, are computed whatever is kept: they show how an output looks and how images
+  share it. The last image of a batch is then computed alone too: if its features depend on the others, or if a model's arguments cannot be
+  taken apart, whole calls are kept.
+- The host waits once a call for the digests (32 bytes an image), nowhere else; what fills the cache is copied beside the device's work.
+- torch.compile, torch.func and inference mode run the model's own method. Compile the language model alone to have both.
 - Pickles hold no cache and load without fastpeft; a copy of a model has an empty cache of its own.
 """
 
@@ -35,7 +38,7 @@ from transformers.utils import ModelOutput
 
 from fastpeft.caching.calls import Call, digest_of_text
 from fastpeft.caching.digest import digest_of_weights
-from fastpeft.caching.frozen import Wrapper, configuration_of, state_of, tensors_below, why_not_constant
+from fastpeft.caching.frozen import Wrapper, asks_for_gradients, configuration_of, state_of, tensors_below, why_not_constant
 from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
@@ -72,9 +75,9 @@ class ImageCache(Wrapper):
         return getattr, (self.owner, self.method)
 
     def __call__(self, *args, **kwargs):
-        own = getattr(type(self.owner), self.method).__get__(self.owner)
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or get_interpreter_stack():
-            return own(*args, **kwargs)
+            return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)  # Dynamo takes a bound method for this attribute
+        own = getattr(type(self.owner), self.method).__get__(self.owner)
         with self._lock:
             reason = why_not_constant(self.owner, self.below)
             call = None if reason else Call.of(self._bound(own, args, kwargs))
@@ -158,7 +161,8 @@ class ImageCache(Wrapper):
     def _run(self, run: Callable[[Mapping[str, Any]], Any], values: Mapping[str, Any]) -> Any:
         """Compute, and see whether random numbers were drawn or a gradient would flow: then nothing is kept."""
         before = torch.get_rng_state()
-        output = run(values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not asks_for_gradients(self.owner, self.below)):
+            output = run(values)
         drew = not torch.equal(before, torch.get_rng_state())
         try:
             why = "something it uses is trained" if any(tensor.requires_grad for tensor in leaves(output).values()) else ""

@@ -127,14 +127,14 @@ def has_hooks(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return True
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(any(map(_sees_values, hooks.values())) for hooks in kinds if hooks) or watched_globally()
+    return any(any(map(sees_values, hooks.values())) for hooks in kinds if hooks) or watched_globally()
 
 
 def watched_globally() -> bool:
     """Whether a hook on every module there is (torch.nn.modules.module.register_module_forward_hook and its like) sees values."""
     every = torch.nn.modules.module
     kinds = (every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks, every._global_backward_pre_hooks)
-    return any(any(map(_sees_values, hooks.values())) for hooks in kinds if hooks)
+    return any(any(map(sees_values, hooks.values())) for hooks in kinds if hooks)
 
 
 def sees_no_values(hook: Callable) -> Callable:
@@ -143,7 +143,8 @@ def sees_no_values(hook: Callable) -> Callable:
     return hook
 
 
-def _sees_values(hook: Callable) -> bool:
+def sees_values(hook: Callable) -> bool:
+    """Whether a hook may read or change what its module computes."""
     where = getattr(hook, "__module__", None)
     if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
         collector = getattr(loaded(where), "_active_collector", None)

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 from vision_models import MODELS, SEEN, build, images
 
 import fastpeft as fp
@@ -206,6 +206,45 @@ def test_unfreezing_hooks_and_dropout_hand_the_call_over():
     assert cache.reused > reused
 
 
+def test_writes_to_fixed_buffers_empty_nothing():
+    model, plain, batch = cached()
+    (cache,) = image_caches(model)
+    for _ in range(3):
+        agree(model, plain, batch, images(2))
+        for buffer in model.buffers():
+            buffer.copy_(buffer.clone())  # as DistributedDataParallel does before every forward
+    assert (cache.computed, cache.reused) == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "paligemma2", "blip2"])
+def test_with_everything_fused(name):
+    model, batch = build(name)
+    plain, pixels = copy.deepcopy(model), images(4)
+    fp.optimize(plain)
+    for _ in range(2):  # and once more, on a fused model with a cache
+        fp.optimize(model, cache_images="1GB")
+        for mix in ([0, 1], [2, 0], [1, 2, 3]):
+            mine, theirs = results(model, batch(pixels[mix])), results(plain, batch(pixels[mix]))
+            same(mine[0], theirs[0])
+            same(mine[1], dict(theirs[1]))
+        (cache,) = image_caches(model)
+        assert (cache.computed, cache.reused) == (4, 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, plain, batch = cached("internvl")
+    (cache,) = image_caches(model)
+    for one in (model, plain):
+        one.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        one.enable_input_require_grads()  # hooks on the image encoder's embeddings too
+    for _ in range(2):
+        mine, theirs = results(model, batch(images(2))), results(plain, batch(images(2)))
+        same(mine[0], theirs[0])
+        same(mine[1], dict(theirs[1]))
+    assert (cache.computed, cache.reused, dict(cache.passed)) == (2, 2, {})
+
+
 def test_unknown_randomness_is_noticed():
     model, _, batch = cached()
     (cache,), tower = image_caches(model), model.model.vision_tower
@@ -314,6 +353,58 @@ def test_gradients_to_the_pixels_and_torch_func_run_the_models_own():
     same(*gradients)
     with torch.inference_mode():
         same(model.model.get_image_features(pixels).pooler_output, plain.model.get_image_features(pixels).pooler_output)
+
+
+def test_hugging_face_trainer(tmp_path):
+    """Its own batches, num_items_in_batch, accumulation and evaluation: the weights that training without the cache gives."""
+    ends, pixels = [], images(4)
+    for where in (None, "1GB"):
+        model, batch = build("llava_onevision")
+        fp.optimize(model, cache_images=where)
+        rows = [{key: value[0] for key, value in batch(pixels[i : i + 1]).items()} for i in (0, 1, 2, 3)]
+        rows = [row for row in rows if row["pixel_values"].shape == rows[0]["pixel_values"].shape]
+        assert len(rows) > 1
+        how = {"num_train_epochs": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "report_to": "none"}
+        args = TrainingArguments(str(tmp_path), **how, use_cpu=True, seed=1, save_strategy="no", eval_strategy="epoch", disable_tqdm=True)
+        Trainer(model, args, train_dataset=rows, eval_dataset=rows).train()
+        ends.append({name: p.detach() for name, p in model.named_parameters()})
+    (cache,) = image_caches(model)
+    # once one by one, and once where evaluation first shows how several share an output
+    assert (cache.computed, cache.reused, dict(cache.passed)) == (2 * len(rows), 4 * len(rows), {})
+    same(*ends)
+
+
+class Tower(PreTrainedModel):
+    config_class = ViTConfig
+    main_input_name, input_modalities = "pixel_values", ("image",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = nn.Linear(3, 4).requires_grad_(False)
+
+    def forward(self, pixel_values):
+        return self.linear(pixel_values.mean((-1, -2)))
+
+
+def test_torch_compile_traces_the_models_own():
+    model = nn.Sequential(Tower(ViTConfig()), nn.Linear(4, 2)).double()
+    fp.optimize(model, lambda module, name: False, cache_images="1MB")
+    (cache,), pixels = image_caches(model), images(3)
+    expected = model[1](model[0](pixels))
+    same(torch.compile(model, backend="eager", fullgraph=True)(pixels), expected)
+    assert (cache.computed, cache.reused) == (3, 0)
+    same(model(pixels), expected)
+    assert cache.reused == 3
+
+
+def test_generation_takes_what_is_kept():
+    model, plain, batch = cached("gemma3")
+    (cache,), given = image_caches(model), batch(images(2))
+    model.eval(), plain.eval()
+    asked = {name: value for name, value in given.items() if name != "labels"}
+    for _ in range(2):
+        same(*(one.generate(**asked, max_new_tokens=3, do_sample=False) for one in (model, plain)))
+    assert (cache.computed, cache.reused) == (2, 2)
 
 
 def test_loss_arguments_are_no_part_of_an_image():
