@@ -157,7 +157,8 @@ def test_what_transformers_looks_up_by_class(ids):
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    assert _CAN_RECORD_REGISTRY.get(model.model).keys() == {"hidden_states", "attentions"}
+    recorded = _CAN_RECORD_REGISTRY.get(model.model) or _CAN_RECORD_REGISTRY.get(str(type(model.model)))  # transformers 5.17: by name
+    assert recorded.keys() == {"hidden_states", "attentions"}
     hidden = model.eval()(ids, output_hidden_states=True).hidden_states
     assert len(hidden) == 3
     model.train().gradient_checkpointing_enable()

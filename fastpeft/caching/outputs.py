@@ -6,6 +6,7 @@ them in proportion to its size), or in lists with one entry for each image.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, tor
 
 def children(node: Any) -> list[tuple[Any, Any]] | None:
     """(key, value) of a container; None of a leaf."""
+    if isinstance(node, ModelOutput):  # also what a model hangs on it beside its fields, as transformers 5.17's Idefics3 does
+        return [*node.items(), *((name, value) for name, value in vars(node).items() if value is not None and name not in node)]
     if isinstance(node, Mapping):
         return list(node.items())
     return list(enumerate(node)) if isinstance(node, (list, tuple)) else None
@@ -44,9 +47,12 @@ def leaves(node: Any, path: Path = ()) -> dict[Path, Tensor]:
 
 def _rebuilt(node: Any, values: list[tuple[Any, Any]]) -> Any:
     if isinstance(node, ModelOutput):
-        made = type(node)(**dict(values))
+        names = {f.name for f in dataclasses.fields(node)}
+        made = type(node)(**{key: value for key, value in values if key in names})
         for key, value in values:  # in the order of ``node``: transformers may set fields later than their class names them
-            if value is not None:
+            if key not in names:
+                setattr(made, key, value)
+            elif value is not None:
                 OrderedDict.move_to_end(made, key)
         return made
     if isinstance(node, Mapping):
@@ -71,7 +77,7 @@ class Pattern:
     def of(cls, output: Any, read: set[str]) -> Pattern:
         """``read``: fields that callers have read."""
         unkept = set()
-        if isinstance(output, ModelOutput) and output.get("pooler_output") is not None:
+        if isinstance(output, ModelOutput) and getattr(output, "pooler_output", None) is not None:
             unkept = {name for name in UNREAD if output.get(name) is not None} - read
         return cls(_emptied(output), frozenset(unkept))
 
@@ -79,7 +85,7 @@ class Pattern:
         return {path: t for path, t in leaves(output).items() if not path or path[0] not in self.unkept}
 
     def without_unkept(self, output: ModelOutput) -> ModelOutput:
-        return _rebuilt(output, [(name, value) for name, value in output.items() if name not in self.unkept])
+        return _rebuilt(output, [(name, value) for name, value in children(output) if name not in self.unkept])
 
     def compare(self, one: Any, batch: Any, sizes: Sequence[int], tiled: bool) -> None:
         """Learn how a batch holds its images from its last one's own output. Sets ``whole`` where it cannot be told, or where an image's
