@@ -42,7 +42,7 @@ test-slow: $(VENV)/.built
 	$(PY) -m pytest $(PYTEST) -m slow
 
 # The oldest transformers and peft that pyproject.toml allows, with what they need, laid over the installed ones
-OLDEST = build/oldest
+OLDEST = $(CURDIR)/build/oldest
 $(OLDEST)/.done: $(VENV)/.built
 	rm -rf $(OLDEST)
 	$(PIP) install -q --no-deps --target $(OLDEST) transformers==5.17.0 peft==0.18.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
@@ -53,7 +53,7 @@ test-oldest: $(OLDEST)/.done
 	OMP_NUM_THREADS=1 FASTPEFT_TESTS_WITHOUT_TORCHAO=1 PYTHONPATH=$(OLDEST) $(PY) -m pytest $(PYTEST) -n 2 -p no:cacheprovider $(DROP_IN) -k "not (no_image_is_computed_twice and idefics3)"  # 5.17 tells no image's rows there: kept by call
 
 # Trainers of others, which few need: TRL, Lightning, Hugging Face's kernels. datasets takes what lies in no site-packages for the user's own
-TRAINERS = build/trainers/site-packages
+TRAINERS = $(CURDIR)/build/trainers/site-packages
 $(TRAINERS)/.done: $(VENV)/.built
 	rm -rf $(TRAINERS)
 	$(PIP) install -q --no-deps --target $(TRAINERS) trl==1.16.0 datasets==5.2.0 pyarrow==26.0.1 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0
