@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import size_of
-from fastpeft.registry import form_of, form_of_class, is_fused, is_own
+from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -170,7 +170,7 @@ class _Survey:
         entry = self.inside.get(module) or self._owner_of(module, owner) or self._entry(name, module, owner)
         for parameter in module.parameters(recurse=False):
             self._count(parameter, isinstance(module, nn.Linear | Conv1D), entry)
-        around = owner if entry.module is module and self._is_container(module) else entry
+        around = owner if entry.module is module and self._is_container(module) else self._rest_of(entry) if entry.module is module else entry
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child, around)
 
@@ -193,7 +193,8 @@ class _Survey:
         elif is_fused(module):
             entry = _Entry(name, module, "fused", shown=True)
             form = form_of(module)
-            self.inside |= {module.get_submodule(path): entry for path in (form.computes if form else ())}
+            for part in _computed(form, module):
+                self.inside.setdefault(part, entry)
         elif module in self.reasons:
             entry = _Entry(name, module, "", self.reasons[module], shown=True)
         elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and has_hooks(module):
@@ -204,6 +205,15 @@ class _Survey:
             entry = _Entry(name, module, "", why_unknown(cls), shown=subclass)
         self.entries.append(entry)
         return entry
+
+    def _rest_of(self, entry: _Entry) -> _Entry:
+        """What owns the layers in ``entry``'s module: ``entry``, or one for others' code that runs around the one module it computes."""
+        form = form_of(entry.module) if entry.state == "fused" else None
+        if form is None or form.computes_only is None:
+            return entry
+        rest = _Entry(entry.name, entry.module, "", "its forward is its own; its head and loss are fastpeft's")
+        self.entries.append(rest)
+        return rest
 
     def _count(self, parameter: nn.Parameter, linear: bool, entry: _Entry) -> None:
         """Add a parameter to the entry that holds it; one that is shared to the first."""
@@ -219,11 +229,12 @@ class _Survey:
 
     def report(self) -> Report:
         report, labels = Report(), self._labels()
-        entries = [entry for entry in self.entries if entry.shown]
+        entries, counted = [entry for entry in self.entries if entry.shown], set()
         for entry in entries:
             name = labels[type(entry.module)]
             row = report.classes.setdefault(name, ClassCount())
-            row.modules += 1
+            row.modules += entry.module not in counted
+            counted.add(entry.module)
             row.parameters += entry.parameters
             if entry.state == "fused":
                 row.fused += 1
@@ -251,6 +262,14 @@ class _Survey:
             for path, classes in paths.items()
             for cls in classes
         }
+
+
+def _computed(form: Form | None, module: nn.Module) -> list[nn.Module]:
+    """The modules in a fused one whose layers it computes itself, although they are not its own."""
+    if form is None:
+        return []
+    only = [] if form.computes_only is None else [form.computes_only(module)]
+    return [module.get_submodule(path) for path in form.computes] + [part for part in only if part is not None]
 
 
 def full_losses(model: nn.Module) -> list[str]:

@@ -38,7 +38,7 @@ class Form:
     ``fused``: the mixin; ``classes``: dotted paths of the classes known to have the form; ``layout_aware``: takes and hands on layouts,
     key masks and prefixes, so every layout-aware module inside must be exchanged with it; ``note``: a change of behaviour that the report
     mentions; ``computes``: paths of modules inside whose layers it computes itself; ``applies``: of modules of these classes, which have
-    the form (None: all).
+    the form (None: all); ``computes_only``: of a module around which others' code runs, the one module inside that it computes.
     """
 
     fused: type
@@ -47,6 +47,7 @@ class Form:
     note: str = ""
     computes: tuple[str, ...] = ()
     applies: Callable[[nn.Module], bool] | None = None
+    computes_only: Callable[[nn.Module], nn.Module | None] | None = None
 
     def why_not(self, module: nn.Module) -> str:
         """'' or why ``module``, of one of the known classes, cannot be exchanged with its present settings."""
@@ -55,6 +56,7 @@ class Form:
 
 
 _FORMS: dict[str, Form] = {}  # dotted path of a known class -> its form
+_WHERE: list[tuple[Callable[[type[nn.Module]], bool], Form]] = []  # forms of classes that are known by what they are
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {}  # a known class -> the class that replaces it, made when first needed
 _REPLACED: dict[type[nn.Module], type[nn.Module]] = {}  # and back
 
@@ -74,6 +76,22 @@ def fuses(
         for path in classes:
             assert path not in _FORMS, f"{path} has two fused forms"
             _FORMS[path] = form
+        return fused
+
+    return register
+
+
+def fuses_where(
+    known: Callable[[type[nn.Module]], bool],
+    *,
+    applies: Callable[[nn.Module], bool] | None = None,
+    computes: Callable[[nn.Module], nn.Module | None] | None = None,
+) -> Callable[[Mixin], Mixin]:
+    """Register the decorated mixin for every class of which ``known`` is true and that no path names. computes: of a module, the one inside
+    that it computes, where the rest runs as it is (:class:`Form`'s ``computes_only``)."""
+
+    def register(fused: Mixin) -> Mixin:
+        _WHERE.append((known, Form(fused, (), applies=applies, computes_only=computes)))
         return fused
 
     return register
@@ -102,7 +120,10 @@ def path_of(cls: type) -> str | None:
 
 def form_of_class(cls: type) -> Form | None:
     """The form of exactly this class, or of the class it replaces."""
-    return _FORMS.get(path_of(cls))
+    theirs = _REPLACED.get(cls, cls)
+    if (form := _FORMS.get(path_of(cls))) is not None:
+        return form
+    return next((form for known, form in _WHERE if known(theirs)), None)
 
 
 def form_of(module: nn.Module) -> Form | None:
