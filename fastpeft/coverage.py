@@ -170,7 +170,7 @@ class _Survey:
         entry = self.inside.get(module) or self._owner_of(module, owner) or self._entry(name, module, owner)
         for parameter in module.parameters(recurse=False):
             self._count(parameter, isinstance(module, nn.Linear | Conv1D), entry)
-        around = owner if entry.module is module and self._is_container(module) else self._rest_of(entry) if entry.module is module else entry
+        around = owner if entry.module is module and self._is_container(module) else self._owner_for(entry, module)
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child, around)
 
@@ -206,14 +206,10 @@ class _Survey:
         self.entries.append(entry)
         return entry
 
-    def _rest_of(self, entry: _Entry) -> _Entry:
-        """What owns the layers in ``entry``'s module: ``entry``, or one for others' code that runs around the one module it computes."""
-        form = form_of(entry.module) if entry.state == "fused" else None
-        if form is None or form.computes_only is None:
-            return entry
-        rest = _Entry(entry.name, entry.module, "", "its forward is its own; its head and loss are fastpeft's")
-        self.entries.append(rest)
-        return rest
+    def _owner_for(self, entry: _Entry, module: nn.Module) -> _Entry | None:
+        """Who owns layers in ``module``: ``entry``, or None where others' code runs in it around the one module that is computed."""
+        form = form_of(module) if entry.module is module and entry.state == "fused" else None
+        return None if form is not None and form.computes_only is not None else entry
 
     def _count(self, parameter: nn.Parameter, linear: bool, entry: _Entry) -> None:
         """Add a parameter to the entry that holds it; one that is shared to the first."""
@@ -229,12 +225,11 @@ class _Survey:
 
     def report(self) -> Report:
         report, labels = Report(), self._labels()
-        entries, counted = [entry for entry in self.entries if entry.shown], set()
+        entries = [entry for entry in self.entries if entry.shown]
         for entry in entries:
             name = labels[type(entry.module)]
             row = report.classes.setdefault(name, ClassCount())
-            row.modules += entry.module not in counted
-            counted.add(entry.module)
+            row.modules += 1
             row.parameters += entry.parameters
             if entry.state == "fused":
                 row.fused += 1

@@ -5,6 +5,7 @@ Equations, shapes and what is saved: linear_cross_entropy.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,11 +96,22 @@ def _add_product(total: Tensor, g: Tensor, h: Tensor) -> Tensor:
     return total.addmm_(g.t(), h) if g.dtype == total.dtype else total.add_(mm_wide(g.t(), h))
 
 
+def _capped(rows_op, softcap: float, z, labels, smoothing, row_scale, form):
+    """``rows_op`` of ``softcap tanh(z / softcap)``; z becomes the gradient of what came before the cap."""
+    z.div_(softcap).tanh_()
+    slope = 1 - z.square() if form else None
+    losses = rows_op(z.mul_(softcap), labels, smoothing, row_scale, form)
+    if form:
+        z.mul_(slope)
+    return losses
+
+
 def chunked(
-    rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, softcap, need_dhidden, need_dweight, need_dbias
+    rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0
 ):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
     acc, work, device = accumulator(hidden.dtype), work_dtype(hidden), hidden.device
+    rows_op = partial(_capped, rows_op, softcap) if softcap else rows_op
     _check_labels(labels, ignore_index, weight.shape[0])
     index = labelled_rows(labels, ignore_index)
     new = hidden.new_empty if index is None else hidden.new_zeros
@@ -113,18 +125,12 @@ def chunked(
     several = need_dweight and n > size
     dweight = weight.new_zeros(weight.shape if several or (need_dweight and n == 0) else 0, dtype=acc if several else weight.dtype)
 
-    form = any((need_dhidden, need_dweight, need_dbias))
     for start in range(0, n, size):
         chunk = slice(start, start + size)
         h = rows.take(hidden, chunk).to(work)
         z = mm_wide(h, weight.t(), bias)
-        chunk_scale, capped = None if scale is None else scale[chunk], None
-        if softcap:
-            capped = z.div_(softcap).tanh_()
-            z = capped * softcap
-        rows.put(loss, chunk, rows_op(z, y[chunk], smoothing, chunk_scale, form))
-        if softcap and form:
-            z.mul_(capped.square_().neg_().add_(1))  # d tanh
+        chunk_scale = None if scale is None else scale[chunk]
+        rows.put(loss, chunk, rows_op(z, y[chunk], smoothing, chunk_scale, any((need_dhidden, need_dweight, need_dbias))))
         if need_dbias:
             dbias += z.sum(0)
         if not (need_dhidden or need_dweight):

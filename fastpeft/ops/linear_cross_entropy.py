@@ -46,7 +46,14 @@ from fastpeft.ops.rescale import _forward as scaled
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index=-100, label_smoothing=0.0, reduction="mean", softcap=0.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    reduction="mean",
+    softcap=0.0,
 ) -> Tensor:
     """PyTorch's own two calls, in the accumulator's dtype."""
     acc = accumulator(hidden.dtype)
@@ -74,7 +81,7 @@ def _triton(*args):
         return chunked(cross_entropy_rows, *args)
 
 
-def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, softcap, need_dhidden, need_dweight, need_dbias):
+def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0):
     return (
         hidden.new_empty(labels.shape, dtype=accumulator(hidden.dtype)),
         hidden.new_empty(hidden.shape if need_dhidden else 0),
@@ -85,7 +92,7 @@ def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, soft
 
 _op = _library.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_scale, int? ignore_index,"
-    " float label_smoothing, float softcap, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " float label_smoothing, bool need_dhidden, bool need_dweight, bool need_dbias, float softcap=0.0)"
     " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
     composite=_composite,
@@ -94,7 +101,7 @@ _op = _library.define(
 
 
 @_library.flop_formula(torch.ops.fastpeft.linear_cross_entropy, get_raw=True)
-def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, softcap, need_dhidden, need_dweight, need_dbias, **_):
+def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0, **_):
     """Labelled rows only; all of them where labels have no values."""
     known = ignore_index is not None and _has_values(labels)
     n = int((labels != ignore_index).sum()) if known else labels.shape[0]
@@ -122,7 +129,7 @@ class _LinearCrossEntropy(Function):
         factor = _share(rows, labels, ignore_index) if reduction == "mean" else None
         late = factor is not None and hidden.dtype == torch.float16
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
-        loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, softcap, *needs)
+        loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs, softcap)
         if ctx.remake:
             ctx.recipe, kept = to_save(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
             ctx.save_for_backward(index, weight, bias, labels, *kept)
@@ -143,7 +150,7 @@ class _LinearCrossEntropy(Function):
             weight, bias, labels, *kept = saved
             hidden = recompute(ctx.recipe, kept).reshape(-1, ctx.shape[-1])
             rows = hidden if ctx.recipe is None else select_rows(hidden, index)
-            _, *grads = _op(rows, weight, bias, labels, grad, *ctx.config, *needs)
+            _, *grads = _op(rows, weight, bias, labels, grad, *ctx.config[:2], *needs, ctx.config[2])
             grads = [d if need else None for d, need in zip(grads, needs)]
         else:
             factor, *grads = saved
@@ -244,6 +251,6 @@ def linear_cross_entropy(
         loss = _LinearCrossEntropy.apply(hidden, weight, bias, y, ignore_index, label_smoothing, reduction, softcap)
     else:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss = _op(flat, weight, bias, y, None, ignore_index, label_smoothing, softcap, False, False, False)[0]
+        loss = _op(flat, weight, bias, y, None, ignore_index, label_smoothing, False, False, False, softcap)[0]
         loss = _reduce(loss, y, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
