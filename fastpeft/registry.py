@@ -21,7 +21,7 @@ import copy
 import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 from torch import nn
@@ -55,6 +55,7 @@ class Form:
 
 
 _FORMS: dict[str, Form] = {}  # dotted path of a known class -> its form
+_BY_CODE: list[tuple[Callable[[type], bool], Form]] = []  # (what the code of a class must be, its form)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {}  # a known class -> the class that replaces it, made when first needed
 _REPLACED: dict[type[nn.Module], type[nn.Module]] = {}  # and back
 
@@ -102,7 +103,15 @@ def path_of(cls: type) -> str | None:
 
 def form_of_class(cls: type) -> Form | None:
     """The form of exactly this class, or of the class it replaces."""
-    return _FORMS.get(path_of(cls))
+    path = path_of(cls)
+    if (form := _FORMS.get(path)) is not None or path is None:
+        return form
+    return _form_by_code(_REPLACED.get(cls, cls))
+
+
+@cache
+def _form_by_code(cls: type) -> Form | None:
+    return next((form for applies, form in _BY_CODE if issubclass(cls, nn.Module) and applies(cls)), None)
 
 
 def form_of(module: nn.Module) -> Form | None:
@@ -127,19 +136,32 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": fused.__doc__}
     if "__firstlineno__" in cls.__dict__:  # where inspect finds a class's source in its module, from Python 3.13 on
         names["__firstlineno__"] = cls.__firstlineno__
-    if getattr(fused.forward, "signature_of_replaced", False):
+    if getattr(getattr(fused, "forward", None), "signature_of_replaced", False):
 
         @wraps(cls.forward)
         def forward(self, *args, **kwargs):
             return fused.forward(self, *args, **kwargs)
 
         names["forward"] = forward
+    if (make := getattr(fused, "forward_of", None)) is not None:
+        names["forward"] = make(cls)
     _FUSED[cls] = ours = type(cls)(cls.__name__, (fused, cls), names | {"__reduce_ex__": _reduce_ex, "__copy__": _copy})
     # where copy.deepcopy looks first. A method named __deepcopy__ would also answer for wrappers that hand attributes on (PEFT's models,
     # torch.compile's): a copy of one would be a copy of what it wraps
     copy._deepcopy_dispatch[ours] = _deepcopy
     _REPLACED[ours] = cls
     return ours
+
+
+def fuses_code(applies: Callable[[type[nn.Module]], bool]) -> Callable[[Mixin], Mixin]:
+    """Register the decorated mixin for every class of transformers' without a form of its own for which ``applies(cls)``. A ``forward_of``
+    of the mixin makes the forward of each replacing class from the class it replaces."""
+
+    def register(fused: Mixin) -> Mixin:
+        _BY_CODE.append((applies, Form(fused, ())))
+        return fused
+
+    return register
 
 
 def signature_of_replaced(forward: Callable) -> Callable:

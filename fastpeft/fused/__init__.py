@@ -2,6 +2,7 @@
 (:mod:`fastpeft.registry`); no file imports the classes that its modules replace."""
 
 from fastpeft.fused import (  # noqa: F401
+    attention_interface,
     attention_llama,
     attention_text,
     attention_vision,
