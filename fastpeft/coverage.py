@@ -6,7 +6,6 @@ is neither such a layer nor a container. What is left is every module that holds
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import size_of
-from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own
+from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own, overridden, why_changed, why_wrapped
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -116,20 +115,14 @@ def _is_known(cls: type) -> bool:
 
 def why_unknown(cls: type) -> str:
     """Why a class without a fused form has none."""
-    bases = [base for base in cls.__mro__ if _is_known(base)]
-    if not bases:
+    if reason := why_wrapped(cls) or why_changed(cls):
+        return reason
+    base = next((base for base in cls.__mro__ if _is_known(base)), None)
+    if base is None:
         return f"no fused form of {label(cls)}"
-    base = bases[0]
-    own = dict.fromkeys(
-        name
-        for kind in reversed(cls.__mro__[: cls.__mro__.index(base)])
-        for name, value in vars(kind).items()
-        if callable(value) or isinstance(value, property | classmethod | staticmethod)
-        # transformers wraps the forward of every subclass of a layer, also one that it inherits
-        if hasattr(base, name) and inspect.unwrap(getattr(cls, name)) is not inspect.unwrap(getattr(base, name))
-    )
-    what = f"overrides {', '.join(own)}" if own else "overrides none of its methods"
-    return f"a subclass of {label(base)} that {what}; only the exact class is exchanged"
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    own = overridden(cls, form_of_class(base), between, base) or sorted(kind.__name__ for kind in between[1:] if not issubclass(kind, base))
+    return f"a subclass of {label(base)} that overrides {', '.join(own)}"
 
 
 def measure_coverage(model: nn.Module, reasons: Mapping[nn.Module, str], swapped: set[nn.Module]) -> Report:

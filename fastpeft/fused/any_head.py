@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
-from fastpeft.registry import fuses_where, replaced_class, signature_of_replaced
+from fastpeft.registry import fuses_code, replaced_class, signature_of_replaced
 
 
 def takes_labels(cls: type[nn.Module]) -> bool:
@@ -42,7 +42,7 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-@fuses_where(takes_labels, applies=lambda module: output_head(module) is not None, computes=output_head)
+@fuses_code(takes_labels, applies=lambda module: output_head(module) is not None, computes_only=output_head)
 class FusedLanguageModel:
     """transformers' own forward, inside which the head's logits are lazy (:mod:`fastpeft.fused.lazy_logits`): the loss forms them at labelled
     positions, and the others are formed when somebody reads them. ``lean_logits``: nobody does; then logits are None."""

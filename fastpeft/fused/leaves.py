@@ -16,9 +16,9 @@ class FusedDropout:
 
     takes_flat_tokens = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
-        return ops.dropout(x, self.p, self.training)
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.dropout(input, self.p, self.training)
 
     @staticmethod
     def why_not(module: nn.Dropout) -> str:
@@ -32,9 +32,9 @@ class FusedGELU:
 
     takes_flat_tokens = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
-        return ops.gelu(x) if self.act is F.gelu else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.gelu(input) if self.act is F.gelu else super().forward(input)
 
     @staticmethod
     def why_not(module: GELUActivation) -> str:

@@ -19,7 +19,7 @@ from fastpeft.registry import fuses
 SILU = (nn.SiLU, SiLUActivation)
 
 
-@fuses("transformers.models.llama.modeling_llama.LlamaMLP")
+@fuses("transformers.models.llama.modeling_llama.LlamaMLP", code="5ec354412f05")
 class FusedLlamaMLP(Recomputes):
     """down(silu(gate(x)) * up(x)), the activation in one pass with IA3's factor on it."""
 
@@ -39,7 +39,7 @@ class FusedLlamaMLP(Recomputes):
         return down._replace(input_scale=None)(ops.swiglu(gate, up, down.input_scale))
 
 
-@fuses("transformers.models.clip.modeling_clip.CLIPMLP")
+@fuses("transformers.models.clip.modeling_clip.CLIPMLP", code="f36d700d254b")
 class FusedCLIPMLP:
     """fc2(act(fc1(x))); what backward needs of the activation is its input alone."""
 
@@ -68,7 +68,7 @@ class FusedBlipMLP(Recomputes):
         return project_one(self.fc2, self.activation_fn(hidden))
 
 
-@fuses("transformers.models.blip.modeling_blip_text.BlipTextIntermediate")
+@fuses("transformers.models.blip.modeling_blip_text.BlipTextIntermediate", code="c488880e1596")
 class FusedBlipTextIntermediate(Recomputes):
     """The feed-forward's first half; keeps its linear layer's output and neither input nor activation."""
 

@@ -15,9 +15,9 @@ class FusedLayerNorm:
 
     takes_flat_tokens = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C]."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., C]."""
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
     @staticmethod
     def why_not(module: nn.LayerNorm) -> str:
@@ -32,7 +32,7 @@ def is_layer_norm(module: nn.Module) -> bool:
     return has_form(module, FusedLayerNorm) and not FusedLayerNorm.why_not(module) and not has_hooks(module)
 
 
-@fuses("transformers.models.llama.modeling_llama.LlamaRMSNorm")
+@fuses("transformers.models.llama.modeling_llama.LlamaRMSNorm", code="3a80c0bc46ca")
 class FusedLlamaRMSNorm:
     """RMSNorm with one rounding, at the end; saves its input and one number a row."""
 

@@ -117,10 +117,10 @@ class DequantizingLinear:
     plain_class = nn.Linear  # what it is once its weight stays dequantised
     why_not = staticmethod(why_not)  # '' or why a layer stays as it is
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out]."""
         spec = self.linear_spec()
-        return super().forward(x) if spec is None else spec(x)
+        return super().forward(input) if spec is None else spec(input)
 
     def linear_spec(self) -> LinearSpec | None:
         """None for a layer that is not quantised."""

@@ -237,7 +237,7 @@ def _blip2():
         qformer_config=T.Blip2QFormerConfig(
             **TEXT | {"num_hidden_layers": 2}, encoder_hidden_size=24, cross_attention_frequency=1
         ).to_dict(),
-        text_config=T.OPTConfig(**TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 32}).to_dict(),
+        text_config=T.OPTConfig(**TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}).to_dict(),
         num_query_tokens=4,
         image_token_index=IMAGE,
     )
@@ -253,7 +253,7 @@ def _florence2():
         "patch_size": [7, 3],
         "projection_dim": 32,
     }
-    vision |= {"patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 2}
+    vision |= {"patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 2, "drop_path_rate": 0.0}
     text = {"vocab_size": V, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "dropout": 0.0}
     text |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "pad_token_id": PAD}
     text |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
