@@ -3,6 +3,7 @@
 
 from fastpeft.fused import (  # noqa: F401
     any_head,
+    any_stack,
     attention_interface,
     attention_llama,
     attention_text,

@@ -9,12 +9,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._functorch import get_interpreter_stack
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from fastpeft.fused.any_stack import read_at
 from fastpeft.fused.flatten import why_not_flat
+from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
 from fastpeft.registry import fuses_code, replaced_class, signature_of_replaced
@@ -59,14 +61,15 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        with lazy_head(head):
+        positions = _positions_read(_given(self, args, kwargs)) if self.lean_logits else None
+        with lazy_head(head), read_at(_decoder_of(self), positions):
             output = super().forward(*args, **kwargs)
         return _handed_out(output, self.lean_logits)
 
     def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
         """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
         nobody reads the logits or they can still be computed."""
-        if not self.training or not _has_labels(replaced_class(type(self)) or type(self), self, args, kwargs):
+        if not self.training or _given(self, args, kwargs).get("labels") is None:
             return None
         head = output_head(self)
         if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
@@ -76,13 +79,36 @@ class FusedLanguageModel:
         return head
 
 
-def _has_labels(cls: type[nn.Module], model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _given(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; only those that have one where they do not fit: the model then says what is wrong."""
     if not args:
-        return kwargs.get("labels") is not None
+        return kwargs
     try:
-        return _signature(cls).bind(model, *args, **kwargs).arguments.get("labels") is not None
-    except TypeError:  # the model says what is wrong
-        return False
+        named = dict(_signature(replaced_class(type(model)) or type(model)).bind(model, *args, **kwargs).arguments)
+    except TypeError:
+        return kwargs
+    return named | named.pop("kwargs", {})
+
+
+def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """The stack of layers whose last hidden states the head gets."""
+    with suppress(AttributeError, NotImplementedError):
+        return model.get_decoder()
+    return None
+
+
+def _positions_read(given: dict[str, Any]) -> Tensor | None:
+    """[B, L] bool: tokens that are no padding, and positions that have a label, or whose next has one; None where that cannot be told."""
+    mask, labels, shifted = given.get("attention_mask"), given["labels"], given.get("shift_labels")
+    if mask is None:
+        return torch.ones(labels.shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or labels.shape != mask.shape:
+        return None
+    ignored, mask = given.get("ignore_index", IGNORE_INDEX), mask.to(labels.device)
+    read = (mask != 0) | (labels != ignored) | (next_labels(labels, ignore_index=ignored) != ignored)
+    if shifted is None:
+        return read
+    return read | (shifted.to(read.device).view_as(read) != ignored) if shifted.numel() == read.numel() else None
 
 
 def _loss_is_known(model: nn.Module) -> bool:

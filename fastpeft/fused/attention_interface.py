@@ -30,9 +30,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpeft import ops
 from fastpeft.fused.attention import why_not_fused
+from fastpeft.fused.layout import Layout
 from fastpeft.registry import fuses_code
 
 NAME = "_fastpeft_attention_functions"
+LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
 
 
@@ -82,7 +84,8 @@ class Functions:
     def get_interface(self, name: str | None, default: Callable) -> Callable:
         """The attention function for an implementation's name; ``default`` is the model file's eager one."""
         theirs = self.theirs.get_interface(name, default)
-        return partial(attention_forward, otherwise=theirs) if theirs is sdpa_attention_forward else theirs
+        ours = partial(attention_forward, otherwise=theirs) if theirs is sdpa_attention_forward else theirs
+        return partial(of_real_tokens, ours)
 
     def __getattr__(self, name: str):
         return getattr(self.theirs, name)
@@ -92,6 +95,24 @@ class Functions:
 
     def __contains__(self, name: str) -> bool:
         return name in self.theirs
+
+
+def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    """``function``, an attention function, where ``fastpeft_layout`` among the keyword arguments says that query, key and value [1, H, T, d]
+    are those of real tokens only: they are padded for it, as the mask is."""
+    layout = kwargs.pop(LAYOUT, None)
+    if layout is None:
+        return function(module, query, key, value, *args, **kwargs)
+    padded = [_pad(layout, x) for x in (query, key, value)]
+    output, weights = function(module, *padded, *args, **kwargs)
+    B, L, H, d = output.shape
+    return layout.unpad(output.reshape(B, L, H * d)).view(1, -1, H, d), weights
+
+
+def _pad(layout: Layout, x: Tensor) -> Tensor:
+    """[1, H, T, d] -> [B, H, L, d]."""
+    _, H, T, d = x.shape
+    return layout.pad(x.transpose(1, 2).reshape(T, H * d)).view(layout.rows, layout.columns, H, d).transpose(1, 2)
 
 
 def attention_forward(
