@@ -1,4 +1,4 @@
-"""Digests of classes, as ``@fuses(..., code=...)`` records them: ``python -m bench.forms transformers.models.llama.modeling_llama.LlamaMLP``.
+"""Digests of classes, as ``@fuses(..., code=...)`` records them: ``python -m bench.forms PATH ...``.
 
 Without a path: every recorded example of the installed packages, with what its code is now and whether that is recorded. Exit 1 where one
 is not.

@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import size_of
-from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own, overridden, why_changed, why_wrapped
+from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own, original_class, overridden, why_changed, why_wrapped
 
+LINEAR = (nn.Linear, Conv1D)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -53,7 +54,8 @@ class Report:
 
     ``swapped``: (name, class) of modules exchanged now; ``already_fused``: of those exchanged before; ``skipped``: (name, reason) of
     modules left as they are; ``notes``: changes of behaviour, and losses that stay as they are. ``classes``: by class, all of these;
-    ``coverage``: {"linear", "parameters"}, the share (of 1) of the parameters of linear layers, and of all, that fused modules hold.
+    ``coverage``, shares of 1 that fused modules compute: {"layers": of linear layers, "linear": of their parameters, which is the share of
+    their FLOPs per token, "parameters": of all parameters}.
     """
 
     swapped: list[tuple[str, str]] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     already_fused: list[tuple[str, str]] = field(default_factory=list)
     classes: dict[str, ClassCount] = field(default_factory=dict)
-    coverage: dict[str, float] = field(default_factory=lambda: {"linear": 0.0, "parameters": 0.0})
+    coverage: dict[str, float] = field(default_factory=lambda: {"layers": 0.0, "linear": 0.0, "parameters": 0.0})
     parameters: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +81,8 @@ class Report:
         """A line for each class, not for each module."""
         head = f"{len(self.swapped)} modules swapped, {len(self.skipped)} skipped"
         head += f"; already fused: {len(self.already_fused)}" if self.already_fused else ""
-        shares = f"on fused modules: {self.coverage['linear']:.1%} of linear layers' parameters, {self.coverage['parameters']:.1%} of all"
+        shares = f"on fused modules: {self.coverage['layers']:.1%} of linear layers, {self.coverage['linear']:.1%} of their parameters (and "
+        shares += f"FLOPs per token), {self.coverage['parameters']:.1%} of all parameters"
         rows = [
             (name, f"{row.modules:,}", f"{row.parameters:,}", f"{row.parameters / max(1, self.parameters):.1%}", row.state)
             for name, row in self.classes.items()
@@ -118,7 +121,7 @@ def why_unknown(cls: type) -> str:
     if reason := why_wrapped(cls) or why_changed(cls):
         return reason
     base = next((base for base in cls.__mro__ if _is_known(base)), None)
-    if base is None:
+    if base is None or cls.__module__.startswith("torch."):
         return f"no fused form of {label(cls)}"
     between = cls.__mro__[: cls.__mro__.index(base)]
     own = overridden(cls, form_of_class(base), between, base) or sorted(kind.__name__ for kind in between[1:] if not issubclass(kind, base))
@@ -143,6 +146,7 @@ class _Entry:
     reason: str = ""
     parameters: int = 0
     shown: bool = False  # holds parameters, or is in the report without
+    around_fused: bool = False  # calls linear layers that are fused
 
 
 class _Survey:
@@ -153,6 +157,7 @@ class _Survey:
         self.sizes: dict[int, int] = {}
         self.linear: set[int] = set()  # ids of parameters
         self.covered: set[int] = set()
+        self.layers = [0, 0]  # linear layers that are not covered, and those that are
         self.inside: dict[nn.Module, _Entry] = {}  # what a fused module further out computes itself -> that module
 
     def visit(self, name: str, module: nn.Module, owner: _Entry | None) -> None:
@@ -161,11 +166,24 @@ class _Survey:
             return
         self.seen.add(module)
         entry = self.inside.get(module) or self._owner_of(module, owner) or self._entry(name, module, owner)
+        linear = isinstance(module, nn.Linear | Conv1D)
+        holder = self._holder(module, entry, owner) if linear else entry
+        if linear:
+            self.layers[bool(holder.state)] += 1
         for parameter in module.parameters(recurse=False):
-            self._count(parameter, isinstance(module, nn.Linear | Conv1D), entry)
+            self._count(parameter, linear, holder)
         around = owner if entry.module is module and self._is_container(module) else self._owner_for(entry, module)
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child, around)
+
+    def _holder(self, module: nn.Module, entry: _Entry, owner: _Entry | None) -> _Entry:
+        """The entry that a linear layer's parameters count with: a fused module around it that computes it."""
+        if owner is None or entry is owner or entry.state != "fused" or original_class(module) not in LINEAR:
+            return entry
+        if not owner.state:
+            owner.shown = owner.around_fused = True
+            return entry
+        return entry if has_hooks(module) else owner
 
     def _is_container(self, module: nn.Module) -> bool:
         return isinstance(module, CONTAINERS) and type(module).__module__.startswith("torch.nn.")
@@ -230,13 +248,17 @@ class _Survey:
             elif entry.state == "own":
                 row.own += 1
             else:
-                row.left[entry.reason] += 1
-                report.skipped.append((entry.name, entry.reason))
+                reason = entry.reason
+                if entry.around_fused and not entry.parameters:
+                    reason += "; its linear layers are fused"
+                row.left[reason] += 1
+                report.skipped.append((entry.name, reason))
         report.classes = dict(sorted(report.classes.items(), key=lambda item: -item[1].parameters))
         report.parameters = sum(self.sizes.values())
         for kind, ids in (("linear", self.linear), ("parameters", self.sizes.keys())):
             size = sum(self.sizes[i] for i in ids)
             report.coverage[kind] = sum(self.sizes[i] for i in ids if i in self.covered) / size if size else 0.0
+        report.coverage["layers"] = self.layers[1] / sum(self.layers) if any(self.layers) else 0.0
         return report
 
     def _labels(self) -> dict[type, str]:

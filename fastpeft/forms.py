@@ -64,6 +64,16 @@ def digest(cls: type, method: str = "forward") -> str | None:
     return None if code is None else code.digest
 
 
+def function_digest(function: FunctionType) -> str | None:
+    """As :func:`digest`, of a function of a module."""
+    found = Code()
+    try:
+        _Reader(object, found).function(function)
+    except _NoSource:
+        return None
+    return found.digest
+
+
 def code_of(cls: type, method: str = "forward") -> Code | None:
     """What :func:`digest` is of; None where its source cannot be had."""
     kept = _CODE.setdefault(cls, {})

@@ -305,6 +305,11 @@ def replaced_class(cls: type) -> type | None:
     return _REPLACED.get(cls)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, and of a fused one the class it was."""
+    return _REPLACED.get(type(module), type(module))
+
+
 def exchange(module: nn.Module) -> None:
     """Give ``module``, which has a form, its fused class."""
     if type(module) not in _REPLACED:

@@ -10,32 +10,82 @@ so nothing of it can be saved, copied or pickled to where fastpeft is not, ``set
 for "sdpa" or "eager" (masks, generation, capture of attentions) finds it. The same function is registered under the name "fastpeft", for
 those who set it themselves.
 
-The function saves q, k, v, o and lse: neither keys and values once more for every query head, nor an additive mask for each layer. A mask
-[B, 1, M, N] that is causality or nothing besides key padding is taken as that. What it does not do exactly it hands on to the function that
-was set (:func:`why_not_here`).
+The function saves q, k, v, o and lse: neither keys and values once more for every query head, nor scores and probabilities, nor an additive
+mask for each layer. A mask [B, 1, M, N] that is causality or nothing besides key padding is taken as that. With soft caps, sinks and
+trained biases it saves q, k and v. What it does not do exactly it hands on to the function that was set (:func:`why_not_here`).
+
+An "eager" function is part of the model's file, and reads what it likes: it is known by its code (:data:`EAGER`).
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 from fastpeft import ops
+from fastpeft.forms import function_digest
 from fastpeft.fused.attention import why_not_fused
+from fastpeft.fused.attention_masks import MaskContent, read_mask
 from fastpeft.fused.layout import Layout
+from fastpeft.methods.base import has_hooks
+from fastpeft.ops.attention_backends import allowed_keys
+from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.registry import fuses_code
 
 NAME = "_fastpeft_attention_functions"
 LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
+
+
+class Kind(NamedTuple):
+    """What an attention function computes besides softmax(scaling Q K^T + mask) V: of its keywords, or of its module, it reads these."""
+
+    eager: bool = True
+    grouped: bool = False  # keys serve module.num_key_value_groups query heads each
+    softcap: bool = False
+    position_bias: bool = False
+    sinks: bool = False
+
+
+SDPA = Kind(eager=False, grouped=True, position_bias=True)
+# Digests (fastpeft.forms.function_digest) of the eager functions in transformers' model files, each with a file that has it.
+EAGER = {
+    "0c7ae4c17c1c": Kind(grouped=True),  # llama
+    "fdeeffa4309e": Kind(grouped=True),  # evolla
+    "76bd5c1a51ba": Kind(grouped=True),  # llama4
+    "b0fd333eb9d5": Kind(),  # bert
+    "aa486789e4ef": Kind(),  # siglip
+    "697938f829f9": Kind(),  # clip
+    "82de0788fe75": Kind(),  # vit
+    "a8fcd00e6f3d": Kind(),  # blip_2
+    "c7cd3b05e737": Kind(),  # gpt2
+    "cc6b017c42c9": Kind(),  # internvl
+    "392a7e982980": Kind(),  # bigbird_pegasus
+    "d6630e5a24e2": Kind(position_bias=True),  # t5
+    "8956242eae18": Kind(grouped=True, softcap=True),  # gemma2
+    "bc8c3e065f77": Kind(grouped=True, sinks=True),  # gpt_oss
+    "90634b7d9cb4": Kind(grouped=True, sinks=True),  # openai_privacy_filter
+}
+
+
+@cache
+def kind_of(function: Callable) -> Kind | None:
+    """What an attention function computes; None where that is not known."""
+    if function is sdpa_attention_forward:
+        return SDPA
+    return EAGER.get(function_digest(function)) if isinstance(function, FunctionType) else None
 
 
 def reads_interface(cls: type) -> bool:
@@ -55,7 +105,9 @@ class FusedInterfaceAttention:
         if config is None:
             return "it has no configuration that names its attention function"
         name = config._attn_implementation or "eager"
-        return why_not_fused(module) or ("" if name in ("sdpa", "eager") else f"its attention function is {name!r}, which stays")
+        if reason := why_not_fused(module):
+            return reason
+        return "" if name in ("sdpa", "eager") else f"its attention function is {name!r}, which stays"
 
     @staticmethod
     def forward_of(cls: type) -> FunctionType:
@@ -84,8 +136,9 @@ class Functions:
     def get_interface(self, name: str | None, default: Callable) -> Callable:
         """The attention function for an implementation's name; ``default`` is the model file's eager one."""
         theirs = self.theirs.get_interface(name, default)
-        ours = partial(attention_forward, otherwise=theirs) if theirs is sdpa_attention_forward else theirs
-        return partial(of_real_tokens, ours)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or (kind := kind_of(theirs)) is None:
+            return partial(of_real_tokens, theirs)
+        return partial(of_real_tokens, partial(attention_forward, otherwise=theirs, kind=kind))
 
     def __getattr__(self, name: str):
         return getattr(self.theirs, name)
@@ -127,88 +180,122 @@ def attention_forward(
     position_bias: Tensor | None = None,
     *,
     otherwise: Callable = sdpa_attention_forward,
+    kind: Kind = SDPA,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function as transformers calls it: query [B, H, M, d], key and value [B, H_kv, N, d] -> ([B, M, H, d], None).
 
-    The mathematics of transformers' "sdpa"; ``otherwise`` computes what :func:`why_not_here` names."""
-    mask, causal = attention_mask, getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if why_not_here(module, query, key, value, mask, scaling, causal, position_bias, kwargs):
+    Computes what ``otherwise``, of this ``kind``, does, but saves less; what :func:`why_not_here` names ``otherwise`` computes itself."""
+    causal = not kind.eager and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    bias = position_bias if kind.position_bias else None
+    if why_not_here(kind, module, query, key, value, attention_mask, scaling, causal, bias, kwargs):
         kwargs |= {} if is_causal is None else {"is_causal": is_causal}
         kwargs |= {} if position_bias is None else {"position_bias": position_bias}
         return otherwise(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    M, N = query.shape[2], key.shape[2]
-    causal = bool(causal) and M > 1 and mask is None
+    M, N, content = query.shape[2], key.shape[2], MaskContent() if attention_mask is None else read_mask(attention_mask)
+    causal = bool(causal) and M > 1 and attention_mask is None
     if causal and N > M:  # a cache of fixed size, not yet filled: causality is aligned at the first key
         key, value = key[:, :, :M], value[:, :, :M]
-        position_bias = None if position_bias is None else position_bias[..., :M]
-    given: dict[str, Any] = {"causal": causal, "bias": position_bias}
-    if mask is not None:
-        given |= pattern_of(mask, query)
-    return ops.attention(query, key, value, scale=scaling, dropout_p=dropout, **given).transpose(1, 2).contiguous(), None
+        bias = None if bias is None else bias[..., :M]
+    if content.bias is not None:
+        added = attention_mask.to(query.dtype)
+        bias = added if bias is None else bias + added
+    if scaling is None:
+        scaling = (module.head_dim if kind.softcap else query.shape[3]) ** -0.5
+    options = {"bias": bias, "dropout_p": dropout if module.training or not kind.eager else 0.0}
+    softcap, sinks = kwargs.get("softcap") if kind.softcap else None, module.sinks if kind.sinks else None
+    uniform = kind.eager and content.dead
+    if softcap is not None or sinks is not None or uniform or (bias is not None and bias.requires_grad):
+        allowed = allowed_keys(query, key, causal, content.allowed)
+        output = attention_with_scores(query, key, value, allowed, scaling, softcap=softcap, sinks=sinks, uniform=uniform, **options)
+    elif content.causal is None:
+        output = ops.attention(query, key, value, causal=causal, attn_mask=content.allowed, scale=scaling, **options)
+    else:
+        padding = content.padding if content.padding is None else content.padding.expand(len(query), -1)
+        output = ops.attention(query, key, value, causal=content.causal, key_padding_mask=padding, scale=scaling, **options)
+    return output.transpose(1, 2).contiguous(), None
 
 
-def why_not_here(module, query, key, value, mask, scaling, causal, position_bias, options) -> str:
-    """'' or why this call is for the function that was set. Where no gradient is asked for, and under torch.compile, whose partitioner
-    chooses what is kept, nothing is gained."""
+def why_not_here(kind, module, query, key, value, mask, scaling, causal, bias, options) -> str:
+    """'' or why this call is for the function that was set."""
+    return (
+        _why_not_such_tensors(kind, module, query, key, value, mask, causal, bias)
+        or _why_not_such_options(kind, scaling, causal, options)
+        or (_why_not_such_reader(module, options) if kind.eager else "")
+        or _why_not_such_mask(kind, query, mask, bias)
+    )
+
+
+def _why_not_such_tensors(kind, module, query, key, value, mask, causal, bias) -> str:
     tensors = (query, key, value)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return "nothing is kept for backward"
-    if given := [name for name in ("softcap", "s_aux", "cache") if options.get(name) is not None]:
-        return f"{given[0]} is given"
-    if any(t.dim() != 4 for t in tensors) or key.shape != value.shape or query.shape[::3] != key.shape[::3]:
+    if any(t.dim() != 4 for t in tensors) or key.shape != value.shape or query.shape[::3] != key.shape[::3] or 0 in key.shape:
         return "its queries, keys and values differ in width or batch"
-    if query.shape[1] != key.shape[1] * getattr(module, "num_key_value_groups", 1) or len({t.dtype for t in tensors}) > 1:
+    groups = getattr(module, "num_key_value_groups", 1) if kind.grouped else 1
+    if query.shape[1] != key.shape[1] * groups or len({t.dtype for t in tensors}) > 1:
         return "its heads or dtypes do not match"
-    if not isinstance(scaling, int | float | None) or not isinstance(causal, bool):
-        return "its scaling or causality is a tensor"
     if causal and mask is None and key.shape[2] < query.shape[2] > 1:
         return "causality over fewer keys than queries"
-    on_cpu = query.device.type == "cpu"
-    if (mask is not None or position_bias is not None) and not on_cpu:
-        return "SDPA takes masks and biases here as they are"
-    if mask is not None and (mask.dtype != torch.bool or not _broadcasts(mask, query, key)):
-        return "its mask is added to the scores"
-    if position_bias is not None and (position_bias.requires_grad or not _broadcasts(position_bias, query, key)):
-        return "its position bias is trained"
+    scores = (*query.shape[:3], key.shape[2])
+    for added in (mask, bias):
+        if added is not None and (added.dim() != 4 or any(n not in (1, size) for n, size in zip(added.shape, scores))):
+            return "its mask does not fit its scores"
+        if added is not None and added.shape[3] != scores[3]:
+            return "its mask is one for all keys"
+    # PyTorch's kernels for CUDA take masks as they are; the rest has not been measured there
+    return "" if query.device.type == "cpu" or (not kind.eager and mask is None and bias is None) else "its device has kernels for this"
+
+
+def _why_not_such_options(kind, scaling, causal, options) -> str:
+    if options.get("cache") is not None:
+        return "its cache is paged"
+    if not kind.eager and options.get("softcap") is not None:
+        return "SDPA has no soft cap, and says so"
+    if not isinstance(scaling, int | float | None) or not isinstance(options.get("softcap"), int | float | None):
+        return "its scaling is a tensor"
+    return "" if isinstance(causal, bool) else "its causality is a tensor"
+
+
+def _why_not_such_reader(module, options) -> str:
+    """'' or who reads the probabilities that an eager function returns."""
+    captured = output_capturing._active_collector.get() or ()
+    if options.get("output_attentions") or module.config.output_attentions or any("attention" in name for name in captured):
+        return "its probabilities are asked for"
+    if not returns_probabilities_only(type(module)):
+        return "its own forward reads its probabilities"
+    return "a hook sees its probabilities" if has_hooks(module) else ""
+
+
+def _why_not_such_mask(kind, query, mask, bias) -> str:
+    if mask is None:
+        return ""
+    content, trained = read_mask(mask), mask.requires_grad
+    if trained and content.bias is None:
+        return "its mask is trained, and has but two values"
+    if content.dead and content.least == -torch.inf:
+        return "a query without any key becomes NaN"
+    if content.dead and (content.bias is not None or query.dtype == torch.float16):
+        return "a query without any key sees the differences between numbers near the least"
+    if content.dead and not kind.eager and (bias is not None or mask.dtype != torch.bool):
+        return "a query without any key attends to all"
     return ""
 
 
-def _broadcasts(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    scores = (*query.shape[:3], key.shape[2])
-    return mask.dim() == 4 and mask.shape[3] == scores[3] and all(n in (1, size) for n, size in zip(mask.shape, scores))
-
-
-def pattern_of(mask: Tensor, query: Tensor) -> dict[str, Any]:
-    """``mask`` [B or 1, H or 1, M or 1, N] bool, True = attend, as arguments of :func:`fastpeft.ops.attention`: causality and key padding
-    where it says no more than these, else itself. A model's layers share one mask: it is read once, and notes what it says."""
-    noted = getattr(mask, "_fastpeft_pattern", None)
-    if noted is None or noted[0] != mask._version:
-        noted = mask._fastpeft_pattern = (mask._version, _read_pattern(mask))
-    causal, padding = noted[1]
-    if causal is None:
-        return {"attn_mask": mask}
-    if padding is not None and len(padding) != len(query):
-        padding = padding.expand(len(query), -1)
-    return {"causal": causal, "key_padding_mask": padding}
-
-
-def _read_pattern(mask: Tensor) -> tuple[bool | None, Tensor | None]:
-    """(causal, key padding [B or 1, N]); causal None: neither."""
-    if mask.shape[1] != 1:
-        return None, None
-    rows = mask[:, 0]
-    padding = rows.any(1)  # keys that some query sees
-    square = rows.shape[1] == rows.shape[2]
-    if bool(rows.eq(padding[:, None]).all()):
-        return False, None if bool(padding.all()) else padding
-    if square and bool(rows.eq(padding[:, None] & _triangle(rows)).all()):
-        return True, None if bool(padding.all()) else padding
-    return None, None
-
-
-def _triangle(rows: Tensor) -> Tensor:
-    return torch.ones(rows.shape[1:], dtype=torch.bool, device=rows.device).tril()
+@cache
+def returns_probabilities_only(cls: type) -> bool:
+    """Whether the forward of ``cls`` does nothing with an eager function's probabilities but return them."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.value, ast.Call)]
+    names = {
+        target.elts[1].id
+        for call in calls
+        if isinstance(call.value.func, ast.Name) and "attention" in call.value.func.id
+        for target in call.targets
+        if isinstance(target, ast.Tuple) and len(target.elts) == 2 and isinstance(target.elts[1], ast.Name)
+    }
+    returned = {id(n) for r in ast.walk(tree) if isinstance(r, ast.Return) for n in ast.walk(r)}
+    return not any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in names and id(n) not in returned for n in ast.walk(tree))
 
 
 ALL_ATTENTION_FUNCTIONS.register("fastpeft", attention_forward)

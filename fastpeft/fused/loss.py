@@ -17,6 +17,7 @@ from fastpeft.fused.projections import project_one
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._common import accumulator, to_device_async
+from fastpeft.registry import original_class
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -73,7 +74,7 @@ def causal_loss(
     head = model.lm_head
     if lean:
         return asked.loss(head, hidden), None, None
-    if asked is not None and type(head) is nn.Linear and not is_quantized(head.weight) and can_defer(head):
+    if asked is not None and original_class(head) is nn.Linear and not is_quantized(head.weight) and can_defer(head):
         return asked.loss(head, hidden), hidden.new_empty(0), partial(project_one, head, hidden)
     logits, loss = project_one(head, slice_logits_to_keep(hidden, logits_to_keep)), None
     if labels is not None and model.loss_function is ForCausalLMLoss:
@@ -98,7 +99,7 @@ def labelled_loss(
     """Cross entropy of hidden [..., C] under ``head`` with targets [...], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``; reduction "none": of each of N tokens. Logits exist at labelled positions only."""
     reduced, options = _reduced(reduction, items), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if type(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
+    if original_class(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, targets, reduction=reduced, **options)
         return _over(items, reduction, loss)
     # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes

@@ -18,7 +18,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.linear_spec import LinearSpec
 from fastpeft.methods.quantized import DequantizingLinear, is_quantized, plain_linear_spec, weight_of
 from fastpeft.ops.lora_linear import Projection
-from fastpeft.registry import form_of_class, fused_class, replaced_class, swap_class
+from fastpeft.registry import form_of_class, fused_class, give_back, original_class, replaced_class, swap_class
 
 
 class Adapted:
@@ -70,7 +70,8 @@ def linear_spec(module: nn.Module) -> LinearSpec | None:
         return None
     if type(module) is nn.Linear:
         return plain_linear_spec(module)
-    return module.linear_spec() if hasattr(module, "linear_spec") else None
+    # the class's own: a wrapper such as PEFT's for modules to save hands its module's attributes on
+    return module.linear_spec() if hasattr(type(module), "linear_spec") else None
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):
@@ -117,6 +118,8 @@ def adapted(module: nn.Module) -> nn.Module:
     """``module`` itself, made able to carry adapters. TypeError where its class cannot, and for a layer that is not quantised yet."""
     if isinstance(module, Adapted):
         return module
+    if original_class(module) in _ADAPTED:
+        give_back(module)
     cls = type(module)
     if cls not in _ADAPTED:
         form = form_of_class(cls)

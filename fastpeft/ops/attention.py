@@ -25,7 +25,7 @@ One strategy is chosen for a call (:func:`_strategy`), each with its own autogra
 |          | in backward                                                      |                                                         |
 | split    | a prefix, on CUDA, and on the CPU where it alone is trained      | q, o, lse, P_k, P_v; for q, k or v also k and v         |
 |          | (float32, float64): parts that meet by their lse                 |                                                         |
-| dropout  | CPU, dropout on the probabilities                                | attention_dropout.py: a seed in place of o and lse      |
+| dropout  | CPU, dropout on the probabilities                                | attention_scores.py: a seed in place of o and lse       |
 | sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
 |          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
 
@@ -47,7 +47,7 @@ from fastpeft.ops._gemm import widened
 from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
-from fastpeft.ops.attention_dropout import attention_with_dropout
+from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
 from fastpeft.ops.rescale import rescale as times
 
@@ -262,23 +262,12 @@ class _Split(Function):
         return None, None, None, dq, dk, dv, dpk, dpv
 
 
-def _with_dropout(q, k, v, causal, padding, scale, prefix, dropout_p) -> Tensor:
+def _with_dropout(q, k, v, causal, padding, scale, prefix, dropout_p, bias=None) -> Tensor:
     """The strategy "dropout", which takes its allowed keys with the prefix before them."""
     allowed = allowed_keys(q, k, causal, padding)
     if allowed is not None and prefix is not None:
         allowed = torch.nn.functional.pad(allowed, (prefix[0].shape[1], 0), value=True)
-    return attention_with_dropout(q, k, v, allowed, scale, prefix, dropout_p)
-
-
-def _with_bias(q, k, v, causal, padding, bias, scale, rescale, dropout_p) -> Tensor:
-    """Attention with ``bias`` where ATen's CPU kernel does not serve: SDPA under one additive mask."""
-    allowed, bias = allowed_keys(q, k, causal, padding), bias.to(q.dtype)
-    mask = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
-    if rescale is not None:
-        k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
-    return o if allowed is None else o.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    return attention_with_scores(q, k, v, allowed, scale, dropout_p=dropout_p, prefix=prefix, bias=bias)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -366,7 +355,9 @@ def attention(
     lk, lv = rescale or (None, None)
     strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
     if bias is not None and strategy != "plain":
-        return _with_bias(q, k, v, causal, key_padding_mask, bias, scale, rescale, dropout_p)
+        if rescale is not None:
+            k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))
+        return _with_dropout(q, k, v, causal, key_padding_mask, scale, None, dropout_p, bias)
     if strategy in ("dropout", "sdpa"):
         q = q if lk is None else times(q, _per_query_head(lk, q))
         o = {"dropout": _with_dropout, "sdpa": around_sdpa}[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
