@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, self_layout
+from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses_code, replaced_class, signature_of_replaced
 
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
@@ -113,12 +115,12 @@ class _Flat(Tensor):
     tokens: Tensor
     place: Layout
 
-    @staticmethod
-    def __new__(cls, tokens: Tensor, layout: Layout) -> _Flat:
-        shape = (layout.rows, layout.columns, tokens.shape[-1])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=tokens.dtype, device=tokens.device)
-        self.tokens, self.place = tokens, layout
-        return self
+    @classmethod
+    def of(cls, tokens: Tensor, layout: Layout) -> _Flat:
+        """Padded ``tokens``, attached to autograd, for those who differentiate it behind PyTorch's functions: an autograd Function."""
+        flat = _Padded.apply(tokens, layout)
+        flat.tokens, flat.place = tokens, layout
+        return flat
 
     def read(self) -> Tensor:
         return self.place.pad(self.tokens)
@@ -133,6 +135,19 @@ class _Flat(Tensor):
         raise RuntimeError(f"{func} got hidden states without padding; please report this, and call fastpeft.restore(model)")
 
     __repr__ = object.__repr__
+
+
+class _Padded(Function):
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: Layout) -> _Flat:
+        ctx.layout = layout
+        shape = (layout.rows, layout.columns, tokens.shape[-1])
+        return Tensor._make_wrapper_subclass(_Flat, shape, dtype=tokens.dtype, device=tokens.device)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        return ctx.layout.unpad(grad)[None], None
 
 
 @contextmanager
@@ -210,8 +225,8 @@ class _OnTokens:
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
         output = layer(tokens, *given[0], **given[1], **{LAYOUT: call.layout})
         if isinstance(output, Tensor):
-            return _Flat(output, call.layout)
-        return (_Flat(output[0], call.layout), *output[1:])
+            return _Flat.of(output, call.layout)
+        return (_Flat.of(output[0], call.layout), *output[1:])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)

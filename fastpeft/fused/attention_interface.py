@@ -136,7 +136,9 @@ class Functions:
     def get_interface(self, name: str | None, default: Callable) -> Callable:
         """The attention function for an implementation's name; ``default`` is the model file's eager one."""
         theirs = self.theirs.get_interface(name, default)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or (kind := kind_of(theirs)) is None:
+        if torch.compiler.is_compiling():
+            return theirs
+        if not torch.is_grad_enabled() or (kind := kind_of(theirs)) is None:
             return partial(of_real_tokens, theirs)
         return partial(of_real_tokens, partial(attention_forward, otherwise=theirs, kind=kind))
 

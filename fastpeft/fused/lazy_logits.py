@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function
 from torch.utils._pytree import tree_map_only
 
 from fastpeft import ops
@@ -26,6 +27,7 @@ from fastpeft.fused.outputs import as_of_now
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._common import accumulator, to_device_async
+from fastpeft.registry import original_class
 
 
 class Transform(NamedTuple):
@@ -49,12 +51,12 @@ class LazyLogits(Tensor):
     compute: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, width: int, dtype: torch.dtype, **fields: Any) -> LazyLogits:
-        self = Tensor._make_wrapper_subclass(cls, (*hidden.shape[:-1], width), dtype=dtype, device=hidden.device)
-        self.hidden, self.value = hidden, None
+    def of(hidden: Tensor, width: int, dtype: torch.dtype, **fields: Any) -> LazyLogits:
+        logits = _Anchored.apply(hidden, width, dtype)
+        logits.hidden, logits.value = hidden, None
         for name, value in fields.items():
-            setattr(self, name, value)
-        return self
+            setattr(logits, name, value)
+        return logits
 
     def read(self) -> Tensor:
         """Their values, with autograd attached."""
@@ -71,7 +73,7 @@ class LazyLogits(Tensor):
         """``func(self, *args, **kwargs)``, lazily; changes: the fields that differ."""
         fields = {name: getattr(self, name) for name in ("hidden", "head", "steps", "transform")}
         fields |= {"width": self.shape[-1], "dtype": self.dtype} | changes
-        return LazyLogits(**fields, parent=self, compute=lambda: func(self.read(), *args, **kwargs))
+        return LazyLogits.of(**fields, parent=self, compute=lambda: func(self.read(), *args, **kwargs))
 
     def applied(self, step: Callable[[Tensor], Tensor], func: Callable, args: tuple, kwargs: dict, **changes: Any) -> LazyLogits:
         """The same for a ``func`` that treats each row by itself, as ``step`` does."""
@@ -96,6 +98,18 @@ class LazyLogits(Tensor):
         raise RuntimeError(f"{func} got logits that are not computed yet; please report this, and call fastpeft.restore(model)")
 
     __repr__ = object.__repr__
+
+
+class _Anchored(Function):
+    """Attaches lazy logits to autograd, so that who differentiates them behind PyTorch's functions gets an error, and no wrong gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, width: int, dtype: torch.dtype) -> LazyLogits:
+        return Tensor._make_wrapper_subclass(LazyLogits, (*hidden.shape[:-1], width), dtype=dtype, device=hidden.device)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError("an autograd Function of somebody else's took logits that were not computed: call fastpeft.restore on the model")
 
 
 METADATA = {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.__len__} | {
@@ -129,12 +143,12 @@ def _first(own: Callable[[Tensor], Tensor], head: nn.Module, hidden: Tensor) -> 
         with torch.no_grad():
             empty = own(hidden.reshape(-1, hidden.shape[-1])[:0])
         width, dtype = empty.shape[-1], empty.dtype
-    return LazyLogits(hidden, width, dtype, head=head, steps=(own,), transform=Transform(), parent=None, compute=compute)
+    return LazyLogits.of(hidden, width, dtype, head=head, steps=(own,), transform=Transform(), parent=None, compute=compute)
 
 
 def is_plain(head: nn.Module) -> bool:
     """Whether a head computes what its weight and bias say, and no more."""
-    return type(head) is nn.Linear and not is_quantized(head.weight)
+    return original_class(head) is nn.Linear and not is_quantized(head.weight)
 
 
 # -- what models do to logits: rules by function, NotImplemented where a call needs values --
