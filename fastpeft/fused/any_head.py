@@ -14,7 +14,7 @@ from torch._C._functorch import get_interpreter_stack
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastpeft.fused.any_stack import read_at
+from fastpeft.fused.any_stack import Read, read_at
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
@@ -61,8 +61,8 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        positions = _positions_read(_given(self, args, kwargs)) if self.lean_logits else None
-        with lazy_head(head), read_at(_decoder_of(self), positions):
+        read = _read_by_loss(_given(self, args, kwargs)) if self.lean_logits else None
+        with lazy_head(head), read_at(_decoder_of(self), read):
             output = super().forward(*args, **kwargs)
         return _handed_out(output, self.lean_logits)
 
@@ -97,18 +97,20 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-def _positions_read(given: dict[str, Any]) -> Tensor | None:
-    """[B, L] bool: tokens that are no padding, and positions that have a label, or whose next has one; None where that cannot be told."""
+def _read_by_loss(given: dict[str, Any]) -> Read | None:
+    """Tokens that are no padding, and positions that have a label, or whose next has one; None where that cannot be told."""
     mask, labels, shifted = given.get("attention_mask"), given["labels"], given.get("shift_labels")
     if mask is None:
-        return torch.ones(labels.shape, dtype=torch.bool)
+        return Read(torch.ones(labels.shape, dtype=torch.bool), False)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or labels.shape != mask.shape:
         return None
-    ignored, mask = given.get("ignore_index", IGNORE_INDEX), mask.to(labels.device)
-    read = (mask != 0) | (labels != ignored) | (next_labels(labels, ignore_index=ignored) != ignored)
-    if shifted is None:
-        return read
-    return read | (shifted.to(read.device).view_as(read) != ignored) if shifted.numel() == read.numel() else None
+    ignored, real = given.get("ignore_index", IGNORE_INDEX), mask.to(labels.device) != 0
+    labelled = (labels != ignored) | (next_labels(labels, ignore_index=ignored) != ignored)
+    if shifted is not None:
+        if shifted.numel() != labelled.numel():
+            return None
+        labelled = labelled | (shifted.to(labels.device).view_as(labelled) != ignored)
+    return Read(real | labelled, bool((labelled & ~real).any()))
 
 
 def _loss_is_known(model: nn.Module) -> bool:

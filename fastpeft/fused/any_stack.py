@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +30,32 @@ FULL = 0.95  # of a batch: with more real tokens than that, laying them out cost
 _reading = threading.local()
 
 
+class Read(NamedTuple):
+    """Where the last hidden state of a stack is read: ``positions`` [B, L] bool; ``on_padding``: some of these are padding."""
+
+    positions: Tensor
+    on_padding: bool
+
+
 @contextmanager
-def read_at(stack: nn.Module | None, positions: Tensor | None) -> Iterator[None]:
-    """Inside, and on this thread, the last hidden state of ``stack`` is read at ``positions`` [B, L] bool alone. None: at all."""
+def read_at(stack: nn.Module | None, read: Read | None) -> Iterator[None]:
+    """Inside, and on this thread, the last hidden state of ``stack`` is read where ``read`` says; None: anywhere."""
     before = getattr(_reading, "now", None)
-    _reading.now = None if stack is None or positions is None else (stack, positions)
+    _reading.now = None if stack is None or read is None else (stack, read)
     try:
         yield
     finally:
         _reading.now = before
 
 
-def positions_read(stack: nn.Module, given: dict[str, Any]) -> Tensor | None:
-    """[B, L] bool: where the last hidden state of ``stack`` is read in this call, with ``input_ids`` or ``inputs_embeds`` ``given``; None:
-    anywhere, as far as is known."""
+def read_of(stack: nn.Module, given: dict[str, Any]) -> Read | None:
+    """Where the last hidden state of ``stack`` is read in this call, with ``input_ids`` or ``inputs_embeds`` ``given``; None: anywhere, as
+    far as is known."""
     now = getattr(_reading, "now", None)
     if now is None or now[0] is not stack:
         return None
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    return now[1] if tokens is not None and tokens.shape[:2] == now[1].shape else None
+    return now[1] if tokens is not None and tokens.shape[:2] == now[1].positions.shape else None
 
 
 def loops_over_layers(cls: type[nn.Module]) -> bool:
@@ -75,14 +82,14 @@ class FusedTextStack:
 
     @signature_of_replaced
     def forward(self, *args, **kwargs):
-        positions = None if args or torch.compiler.is_compiling() else positions_read(self, kwargs)
-        layout = None if positions is None else self._layout(positions, kwargs)
+        read = None if args or torch.compiler.is_compiling() else read_of(self, kwargs)
+        layout = None if read is None else self._layout(read, kwargs)
         if layout is None:
             return super().forward(*args, **kwargs)
         with _on_tokens(self, layout):
             return super().forward(**kwargs | {"use_cache": False})
 
-    def _layout(self, positions: Tensor, options: dict[str, Any]) -> Layout | None:
+    def _layout(self, read: Read, options: dict[str, Any]) -> Layout | None:
         """Where the real tokens lie; None where every token is computed."""
         if options.get("past_key_values") is not None or options.get("use_cache"):
             return None
@@ -90,13 +97,15 @@ class FusedTextStack:
             return None
         if any(_asked(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
             return None
+        if read.on_padding and self.config._attn_implementation != "sdpa":
+            return None  # what is padding on the left attends to nothing, which is every key in "eager"
         layers = _layers_of(self)
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
             return None
-        host = positions.cpu()
+        host = read.positions.cpu()
         if not 0 < int(host.sum()) <= FULL * host.numel():
             return None
-        return self_layout(tuple(positions.shape), host, next(self.parameters()).device)
+        return self_layout(tuple(host.shape), host, next(self.parameters()).device)
 
 
 def _asked(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
