@@ -296,8 +296,10 @@ def returns_probabilities_only(cls: type) -> bool:
         for target in call.targets
         if isinstance(target, ast.Tuple) and len(target.elts) == 2 and isinstance(target.elts[1], ast.Name)
     }
-    returned = {id(n) for r in ast.walk(tree) if isinstance(r, ast.Return) for n in ast.walk(r)}
-    return not any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in names and id(n) not in returned for n in ast.walk(tree))
+    returned = [r.value for r in ast.walk(tree) if isinstance(r, ast.Return)]
+    passed_on = {id(n) for value in returned for n in (value.elts if isinstance(value, ast.Tuple) else (value,))}
+    loaded = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in names]
+    return all(id(n) in passed_on for n in loaded)
 
 
 ALL_ATTENTION_FUNCTIONS.register("fastpeft", attention_forward)
