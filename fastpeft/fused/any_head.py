@@ -61,10 +61,22 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        read = _read_by_loss(_given(self, args, kwargs)) if self.lean_logits else None
+        given = _given(self, args, kwargs)
+        read = _read_by_loss(given) if self.lean_logits and self._has_one_mask() else None
+        if read is not None and read.mask is not None and not args and self._may_leave_out_cache(given):
+            kwargs["use_cache"] = False
         with lazy_head(head), read_at(_decoder_of(self), read):
             output = super().forward(*args, **kwargs)
         return _handed_out(output, self.lean_logits)
+
+    def _has_one_mask(self) -> bool:
+        """Whether ``attention_mask`` is of the tokens that have labels, and not of an encoder's."""
+        return "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
+
+    def _may_leave_out_cache(self, given: dict[str, Any]) -> bool:
+        """Whether the model would fill a cache although nobody asks for one, as nobody reads it here."""
+        takes = "use_cache" in _signature(replaced_class(type(self)) or type(self)).parameters
+        return takes and given.get("use_cache") is None and given.get("past_key_values") is None
 
     def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
         """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
@@ -98,19 +110,17 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _read_by_loss(given: dict[str, Any]) -> Read | None:
-    """Tokens that are no padding, and positions that have a label, or whose next has one; None where that cannot be told."""
+    """Positions that have a label, or whose next has one; None where that cannot be told."""
     mask, labels, shifted = given.get("attention_mask"), given["labels"], given.get("shift_labels")
-    if mask is None:
-        return Read(torch.ones(labels.shape, dtype=torch.bool), False)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or labels.shape != mask.shape:
+    if labels.dim() != 2 or (mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)):
         return None
-    ignored, real = given.get("ignore_index", IGNORE_INDEX), mask.to(labels.device) != 0
+    ignored = given.get("ignore_index", IGNORE_INDEX)
     labelled = (labels != ignored) | (next_labels(labels, ignore_index=ignored) != ignored)
     if shifted is not None:
         if shifted.numel() != labelled.numel():
             return None
         labelled = labelled | (shifted.to(labels.device).view_as(labelled) != ignored)
-    return Read(real | labelled, bool((labelled & ~real).any()))
+    return Read(mask, labelled)
 
 
 def _loss_is_known(model: nn.Module) -> bool:

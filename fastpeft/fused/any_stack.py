@@ -31,10 +31,22 @@ _reading = threading.local()
 
 
 class Read(NamedTuple):
-    """Where the last hidden state of a stack is read: ``positions`` [B, L] bool; ``on_padding``: some of these are padding."""
+    """Where the last hidden state of a stack is read: at tokens, 1 in ``mask`` [B, L] (None: all are), and where ``labelled`` [B, L]."""
 
-    positions: Tensor
-    on_padding: bool
+    mask: Tensor | None
+    labelled: Tensor
+
+    def under(self, mask: Any) -> Read:
+        """The same with the mask that the stack itself gets, where that is one over tokens; models with images may have made it."""
+        return self._replace(mask=mask) if isinstance(mask, Tensor) and mask.shape == self.labelled.shape else self
+
+    def positions(self) -> Tensor:
+        """[B, L] bool, on the CPU."""
+        labelled = self.labelled.cpu()
+        return torch.ones_like(labelled) if self.mask is None else labelled | (self.mask.cpu() != 0)
+
+    def on_padding(self) -> bool:
+        return self.mask is not None and bool((self.labelled.cpu() & (self.mask.cpu() == 0)).any())
 
 
 @contextmanager
@@ -55,7 +67,9 @@ def read_of(stack: nn.Module, given: dict[str, Any]) -> Read | None:
     if now is None or now[0] is not stack:
         return None
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    return now[1] if tokens is not None and tokens.shape[:2] == now[1].positions.shape else None
+    if tokens is None or tokens.shape[:2] != now[1].labelled.shape:
+        return None
+    return now[1].under(given.get("attention_mask"))
 
 
 def loops_over_layers(cls: type[nn.Module]) -> bool:
@@ -97,12 +111,12 @@ class FusedTextStack:
             return None
         if any(_asked(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
             return None
-        if read.on_padding and self.config._attn_implementation != "sdpa":
+        if self.config._attn_implementation != "sdpa" and read.on_padding():
             return None  # what is padding on the left attends to nothing, which is every key in "eager"
         layers = _layers_of(self)
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
             return None
-        host = read.positions.cpu()
+        host = read.positions()
         if not 0 < int(host.sum()) <= FULL * host.numel():
             return None
         return self_layout(tuple(host.shape), host, next(self.parameters()).device)

@@ -41,7 +41,7 @@ def both(name="mistral", filter_fn=stacks_and_attentions):
 
 def read(given):
     """How many tokens the loss may read: those that are no padding, and one before that on whose position the first of them is predicted."""
-    return int(any_head._read_by_loss(given).positions.sum())
+    return int(any_head._read_by_loss(given).positions().sum())
 
 
 @pytest.fixture
@@ -305,6 +305,22 @@ def test_code_of_others_is_not_read():
             return hidden_states
 
     assert not is_row_wise_code(Mine())
+
+
+def test_an_encoders_mask_is_not_the_decoders(tokens_seen):
+    """BART, whose texts and answers are of one length: each stack has a mask of its own."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": V}
+    config = T.BartConfig(**sizes, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0, pad_token_id=0, decoder_start_token_id=2)
+    torch.manual_seed(0)
+    plain = T.BartForConditionalGeneration(config).double().train()
+    model = copy.deepcopy(plain)
+    fp.optimize(model, stacks_and_attentions, lean_logits=True)
+    _, batch = tiny("mistral")
+    given = batch("padded")
+    mask = torch.ones_like(given["attention_mask"])
+    for decoder_mask in (None, mask, given["attention_mask"].flip(0)):
+        assert_same_step(plain, model, given | {"decoder_attention_mask": decoder_mask})
+    assert not tokens_seen
 
 
 def test_every_name_is_a_model():
