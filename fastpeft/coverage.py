@@ -146,7 +146,6 @@ class _Entry:
     reason: str = ""
     parameters: int = 0
     shown: bool = False  # holds parameters, or is in the report without
-    around_fused: bool = False  # calls linear layers that are fused
 
 
 class _Survey:
@@ -178,12 +177,12 @@ class _Survey:
 
     def _holder(self, module: nn.Module, entry: _Entry, owner: _Entry | None) -> _Entry:
         """The entry that a linear layer's parameters count with: a fused module around it that computes it."""
-        if owner is None or entry is owner or entry.state != "fused" or original_class(module) not in LINEAR:
+        if owner is None or entry is owner or original_class(module) not in LINEAR or has_hooks(module):
             return entry
-        if not owner.state:
-            owner.shown = owner.around_fused = True
-            return entry
-        return entry if has_hooks(module) else owner
+        if owner.state == "fused":
+            return owner
+        owner.shown = True
+        return entry
 
     def _is_container(self, module: nn.Module) -> bool:
         return isinstance(module, CONTAINERS) and type(module).__module__.startswith("torch.nn.")
@@ -248,11 +247,8 @@ class _Survey:
             elif entry.state == "own":
                 row.own += 1
             else:
-                reason = entry.reason
-                if entry.around_fused and not entry.parameters:
-                    reason += "; its linear layers are fused"
-                row.left[reason] += 1
-                report.skipped.append((entry.name, reason))
+                row.left[entry.reason] += 1
+                report.skipped.append((entry.name, entry.reason))
         report.classes = dict(sorted(report.classes.items(), key=lambda item: -item[1].parameters))
         report.parameters = sum(self.sizes.values())
         for kind, ids in (("linear", self.linear), ("parameters", self.sizes.keys())):

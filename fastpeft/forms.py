@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,7 +44,7 @@ class Code:
     resolved: list[tuple[Any, str, Any]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha256("\n".join(self.text).encode()).hexdigest()[:LENGTH]
 

@@ -37,6 +37,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from fastpeft._when_imported import loaded
@@ -77,6 +78,7 @@ _FOUND: WeakKeyDictionary[type, tuple[str | None, Form | None]] = WeakKeyDiction
 _RULES: list[tuple[Callable[[type], bool], Form]] = []  # (whether a class has the form, the form)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {}  # a known class -> the class that replaces it, made when first needed
 _REPLACED: dict[type[nn.Module], type[nn.Module]] = {}  # and back
+_FORM_OF: dict[type[nn.Module], Form] = {}  # a class that replaces one -> its form
 
 
 def fuses(
@@ -147,10 +149,14 @@ def path_of(cls: type) -> str | None:
 
 def form_of_class(cls: type) -> Form | None:
     """The form of this class, or of the class it replaces."""
+    if (form := _FORM_OF.get(cls)) is not None:
+        return form
     theirs = _REPLACED.get(cls, cls)
     form = _FORMS.get(path_of(theirs))
     if form is not None and not form.code:
         return form
+    if torch.compiler.is_compiling():  # a graph has no use for source files: what is not exchanged is called
+        return None
     if theirs.__module__.split(".")[0] in ("torch", "builtins") or not issubclass(theirs, nn.Module):
         return None
     code = digest(theirs)
@@ -249,7 +255,8 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that replaces ``cls``, which has a form; made at the first call."""
     if (ours := _FUSED.get(cls)) is not None:
         return ours
-    fused = form_of_class(cls).fused
+    form = form_of_class(cls)
+    fused = form.fused
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": fused.__doc__}
     if "__firstlineno__" in cls.__dict__:  # where inspect finds a class's source in its module, from Python 3.13 on
         names["__firstlineno__"] = cls.__firstlineno__
@@ -259,7 +266,7 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     # where copy.deepcopy looks first. A method named __deepcopy__ would also answer for wrappers that hand attributes on (PEFT's models,
     # torch.compile's): a copy of one would be a copy of what it wraps
     copy._deepcopy_dispatch[ours] = _deepcopy
-    _REPLACED[ours] = cls
+    _REPLACED[ours], _FORM_OF[ours] = cls, form
     return ours
 
 

@@ -46,7 +46,7 @@ def test_only_the_models_own_modules_are_imported(what, there, absent):
 @pytest.fixture
 def forms(monkeypatch):
     """Registrations that end with the test."""
-    for name in ("_FORMS", "_CODES", "_FUSED", "_REPLACED"):
+    for name in ("_FORMS", "_CODES", "_FUSED", "_REPLACED", "_FORM_OF"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     monkeypatch.setattr(registry, "_FOUND", WeakKeyDictionary())
 
@@ -128,12 +128,10 @@ def test_subclasses_and_namesakes():
     assert registry.form_of_class(wrapped) is None
 
 
-def test_a_form_may_apply_to_some_modules_only():
-    """A linear layer has a form where its weight is quantised."""
-    linear = nn.Linear(4, 4)
-    form = registry.form_of_class(nn.Linear)
-    assert form.applies is not None and form_of(linear) is None and not {"Linear"} & set(registry.known_names())
-    assert {"lora.Linear", "ia3.Linear", "LayerNorm"} <= set(registry.known_names())
+def test_a_form_may_apply_to_some_modules_only(forms):
+    fuses(f"{Doubling.__module__}.Doubling", applies=lambda module: module.training)(type("Fused", (), {"forward": Doubling.forward}))
+    assert form_of(Doubling()).applies is not None and form_of(Doubling().eval()) is None
+    assert "Doubling" not in registry.known_names() and {"lora.Linear", "ia3.Linear", "Linear", "LayerNorm"} <= set(registry.known_names())
 
 
 READ = """

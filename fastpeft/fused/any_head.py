@@ -46,8 +46,8 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
 
 @fuses_code(takes_labels, applies=lambda module: output_head(module) is not None, computes_only=output_head)
 class FusedLanguageModel:
-    """transformers' own forward, inside which the head's logits are lazy (:mod:`fastpeft.fused.lazy_logits`): the loss forms them at labelled
-    positions, and the others are formed when somebody reads them. ``lean_logits``: nobody does; then logits are None."""
+    """transformers' own forward, inside which the head's logits are lazy (:mod:`fastpeft.fused.lazy_logits`): the loss forms them at
+    labelled positions, and the others are formed when somebody reads them. ``lean_logits``: nobody does; then logits are None."""
 
     lean_logits = False
 
@@ -154,5 +154,3 @@ def _handed_out(output: Any, lean: bool) -> Any:
         items = [_handed_out(item, lean) for item in output]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     return output
-
-

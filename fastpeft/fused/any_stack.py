@@ -1,9 +1,9 @@
 """Any stack of decoder layers of transformers, its padding left out while the layers run.
 
 Where nobody reads a stack's output at padding, its layers see real tokens alone, [1, T, C] in place of [B, L, C]. The model's own forward
-runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`_OnTokens`, which call them on
-real tokens. Attention functions get padded queries, keys and values, as the masks are (:mod:`fastpeft.fused.attention_interface`), so whatever
-a mask says is as it was.
+runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`_OnTokens`, which call them
+on real tokens. Attention functions get padded queries, keys and values, as the masks are (:mod:`fastpeft.fused.attention_interface`), so
+whatever a mask says is as it was.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ signature, masks. Only the function that it looks up is another one, where the o
 
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
-In the replacing class, that line reads :data:`NAME`, a :class:`Functions`, in place of ``ALL_ATTENTION_FUNCTIONS``: no configuration changes,
+In the replacing class, that line reads a :class:`Functions` in place of ``ALL_ATTENTION_FUNCTIONS``: no configuration changes,
 so nothing of it can be saved, copied or pickled to where fastpeft is not, ``set_attn_implementation`` means what it meant, and code that asks
 for "sdpa" or "eager" (masks, generation, capture of attentions) finds it. The same function is registered under the name "fastpeft", for
 those who set it themselves.
@@ -13,6 +13,8 @@ those who set it themselves.
 The function saves q, k, v, o and lse: neither keys and values once more for every query head, nor scores and probabilities, nor an additive
 mask for each layer. A mask [B, 1, M, N] that is causality or nothing besides key padding is taken as that. With soft caps, sinks and
 trained biases it saves q, k and v. What it does not do exactly it hands on to the function that was set (:func:`why_not_here`).
+
+The function that turns queries and keys (rotary embedding) is exchanged in the same way (:mod:`fastpeft.fused.attention_rotary`).
 
 An "eager" function is part of the model's file, and reads what it likes: it is known by its code (:data:`EAGER`).
 """
@@ -38,15 +40,17 @@ from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.fused.attention import why_not_fused
 from fastpeft.fused.attention_masks import MaskContent, read_mask
+from fastpeft.fused.attention_rotary import Rotary
+from fastpeft.fused.attention_rotary import kind_of as rotary_kind
 from fastpeft.fused.layout import Layout
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.registry import fuses_code
 
-NAME = "_fastpeft_attention_functions"
 LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
+OURS = "_fastpeft_{}".format  # the name, in the same file, of what stands in place of a name
 
 
 class Kind(NamedTuple):
@@ -113,10 +117,12 @@ class FusedInterfaceAttention:
     def forward_of(cls: type) -> FunctionType:
         """The forward of ``cls``, with the function looked up here."""
         theirs = cls.forward
-        code = theirs.__code__
-        names = tuple(NAME if name == THEIRS else name for name in code.co_names)
-        theirs.__globals__.setdefault(NAME, Functions(theirs.__globals__))
-        ours = FunctionType(code.replace(co_names=names), theirs.__globals__, theirs.__name__, theirs.__defaults__, theirs.__closure__)
+        code, namespace = theirs.__code__, theirs.__globals__
+        others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
+        for name, make in (others := {THEIRS: Functions} | others).items():
+            namespace.setdefault(OURS(name), make(namespace, name))
+        names = tuple(OURS(name) if name in others else name for name in code.co_names)
+        ours = FunctionType(code.replace(co_names=names), namespace, theirs.__name__, theirs.__defaults__, theirs.__closure__)
         ours.__kwdefaults__, ours.__doc__, ours.__module__ = theirs.__kwdefaults__, theirs.__doc__, theirs.__module__
         ours.__annotations__, ours.__qualname__ = theirs.__annotations__, theirs.__qualname__
         ours.__dict__.update(theirs.__dict__)
@@ -126,12 +132,12 @@ class FusedInterfaceAttention:
 class Functions:
     """``ALL_ATTENTION_FUNCTIONS`` of one model file, but for the function that :meth:`get_interface` gives."""
 
-    def __init__(self, namespace: dict[str, Any]):
-        self.namespace = namespace
+    def __init__(self, namespace: dict[str, Any], name: str):
+        self.namespace, self.name = namespace, name
 
     @property
     def theirs(self):
-        return self.namespace[THEIRS]
+        return self.namespace[self.name]
 
     def get_interface(self, name: str | None, default: Callable) -> Callable:
         """The attention function for an implementation's name; ``default`` is the model file's eager one."""
@@ -153,8 +159,8 @@ class Functions:
 
 
 def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-    """``function``, an attention function, where ``fastpeft_layout`` among the keyword arguments says that query, key and value [1, H, T, d]
-    are those of real tokens only: they are padded for it, as the mask is."""
+    """``function``, an attention function, where ``fastpeft_layout`` among the keyword arguments says that query, key and value
+    [1, H, T, d] are those of real tokens only: they are padded for it, as the mask is."""
     layout = kwargs.pop(LAYOUT, None)
     if layout is None:
         return function(module, query, key, value, *args, **kwargs)

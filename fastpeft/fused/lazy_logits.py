@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_map_only
 
 from fastpeft import ops
 from fastpeft.fused.outputs import as_of_now
-from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import original_class
@@ -209,7 +208,7 @@ def _flatten(func, x: LazyLogits, start_dim=0, end_dim=-1):
 
 def _index(func, x: LazyLogits, index):
     parts = list(index) if isinstance(index, tuple) else [index]
-    if not all(part is Ellipsis or isinstance(part, int | slice | Tensor) and not isinstance(part, bool | LazyLogits) for part in parts):
+    if not all(part is Ellipsis or (isinstance(part, int | slice | Tensor) and not isinstance(part, bool | LazyLogits)) for part in parts):
         return NotImplemented
     used = sum(_dims_used(part) for part in parts)
     dots = [i for i, part in enumerate(parts) if part is Ellipsis]

@@ -35,6 +35,8 @@ class _Gated(Recomputes):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
         act = getattr(self, self.act) if self.act else None
+        if act is not None and has_hooks(act):
+            return super().forward(x)
         if self.joint:
             linear = getattr(self, self.joint)
             gate, up = self.projected(lambda x: project_one(linear, x).chunk(2, dim=-1), x, (linear,))
@@ -44,7 +46,7 @@ class _Gated(Recomputes):
             gate, up = self.projected(partial(project, linears), x, linears)
         linear = getattr(self, self.down)
         drop = getattr(self, self.drop) if self.drop else None
-        if act is not None and (original_class(act) not in SILU or has_hooks(act)):
+        if act is not None and original_class(act) not in SILU:
             product = multiply(act(gate), up)
         elif drop is None and (spec := linear_spec(linear)) is not None:
             return spec._replace(input_scale=None)(ops.swiglu(gate, up, spec.input_scale))

@@ -1,9 +1,9 @@
 """Whether the code of a class treats every token by itself: what it returns for a token depends on that token, and on nothing else.
 
-A forward is read as a tree. It may call its own modules (which are looked at for themselves), add, multiply, cast, reshape, and reduce or
-cut over the last dimension, in its own methods and in functions of its file too. An attention layer may call its attention function once,
-with the mask that it was given and all its keyword arguments: that function is told where tokens lie. Anything else, a loop, an ``arange``, a
-mean over positions, makes a class unknown.
+A forward is read as a tree. It may call its own modules (which are looked at for themselves), add, multiply, cast, and reduce or cut over
+the last dimension, in its own methods and in functions of its file too. An attention layer may call its attention function once, with the
+mask that it was given and all its keyword arguments: that function is told where tokens lie. Anything else, a loop, an ``arange``, a mean
+over positions, makes a class unknown.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import nn
 from fastpeft.registry import replaced_class
 
 ANYWHERE = frozenset((
-    "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp",
-    "clone", "size", "get_interface", "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "dropout",
+    "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp", "clone", "size", "get_interface",
+    "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "dropout",
 ))  # fmt: skip
 IN_ATTENTION = ANYWHERE | {"view", "reshape", "transpose", "flatten"}  # elsewhere they may put tokens where channels were
 LAST = frozenset(("mean", "sum", "cat", "chunk", "split", "softmax", "norm", "var", "stack"))  # need dim=-1

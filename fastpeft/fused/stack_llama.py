@@ -83,8 +83,9 @@ class FusedLlamaModel:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
-        if output_mask is None and (read := read_of(self, given | {"attention_mask": attention_mask})) is not None:  # by a model around it, with images say
-            output_mask = read.positions()
+        if output_mask is None:  # a model around this one, with images say, may know
+            read = read_of(self, given | {"attention_mask": attention_mask})
+            output_mask = None if read is None else read.positions()
         ours = getattr(self, "prefix_encoder", None) is not None or modality is not None or kwargs.get("visual") is not None
         alone = self.alone or ours
         asked, use_cache = use_cache, self._uses_cache(use_cache, alone)

@@ -5,16 +5,16 @@ import inspect
 import pickle
 
 import pytest
+import tiny_models
 import torch
 import transformers as T
+from tiny_models import DECODERS, GROUPED, NO_DROPOUT, TEXT, VISION_LANGUAGE, V, kinds, tiny
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastpeft as fp
 from fastpeft.fused import lazy_logits
 from fastpeft.fused.lazy_logits import LazyLogits
 from fastpeft.fused.outputs import is_deferred
-import tiny_models
-from tiny_models import DECODERS, GROUPED, NO_DROPOUT, TEXT, VISION_LANGUAGE, V, kinds, tiny
 
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
 BART |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": V, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}
@@ -74,7 +74,9 @@ def assert_same_step(plain, model, batch):
     theirs, ours = gradients(plain, want.loss), gradients(model, got.loss)
     assert theirs.keys() == ours.keys()
     for name, grad in theirs.items():
-        torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-11 * (1 + float(grad.abs().max())), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], grad, rtol=1e-9, atol=1e-11 * (1 + float(grad.abs().max())), msg=lambda m, n=name: f"{n}: {m}"
+        )
     return got, want
 
 
@@ -163,7 +165,9 @@ def test_labels_by_position():
     assert model(*args).logits is None
 
 
-@pytest.mark.parametrize("how", ["evaluation", "no labels", "hook on the head", "forward of the head", "loss set later", "compiling", "functorch"])
+@pytest.mark.parametrize(
+    "how", ["evaluation", "no labels", "hook on the head", "forward of the head", "loss set later", "compiling", "functorch"]
+)
 def test_calls_that_stay_the_models_own(how, monkeypatch):
     plain, model, batch = both(lean_logits=True)
     given = batch("full")
@@ -193,7 +197,9 @@ def test_calls_that_stay_the_models_own(how, monkeypatch):
 @pytest.mark.parametrize("kind", ["LoRA", "modules_to_save"])
 def test_an_adapter_on_the_head(kind):
     peft = pytest.importorskip("peft")
-    options = {"target_modules": ["q_proj", "lm_head"]} if kind == "LoRA" else {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    options = (
+        {"target_modules": ["q_proj", "lm_head"]} if kind == "LoRA" else {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    )
     base, batch = make("granite")
     plain = peft.get_peft_model(base, peft.LoraConfig(r=2, **options)).double().train()
     for name, p in plain.named_parameters():
@@ -378,6 +384,7 @@ def test_saved_bytes():
         sizes = kept.setdefault(name, [])
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.shape), t)[1], lambda t: t):
             each(**batch("full"))
+
     def wide(shapes):
         return [shape for shape in shapes if shape[-1:] == (V,)]
 

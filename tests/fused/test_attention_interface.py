@@ -16,7 +16,7 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 import fastpeft as fp
-from fastpeft.fused.attention_interface import EAGER, NAME, FusedInterfaceAttention, kind_of, returns_probabilities_only
+from fastpeft.fused.attention_interface import EAGER, OURS, THEIRS, FusedInterfaceAttention, kind_of, returns_probabilities_only
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 peft = pytest.importorskip("peft")
@@ -196,7 +196,7 @@ def test_nothing_of_it_can_be_read(tmp_path):
     with Double():
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-9, atol=1e-9)
     fp.restore(model)
-    assert type(attention).forward is forward and NAME not in forward.__code__.co_names
+    assert type(attention).forward is forward and OURS(THEIRS) not in forward.__code__.co_names
 
 
 def test_implementation_set_later():
