@@ -20,8 +20,8 @@ from torch import nn
 from fastpeft.registry import replaced_class
 
 ANYWHERE = frozenset((
-    "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp", "clone", "size", "get_interface",
-    "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "dropout",
+    "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp", "clone", "size",
+    "get_interface", "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "dropout",
 ))  # fmt: skip
 IN_ATTENTION = ANYWHERE | {"view", "reshape", "transpose", "flatten"}  # elsewhere they may put tokens where channels were
 LAST = frozenset(("mean", "sum", "cat", "chunk", "split", "softmax", "norm", "var", "stack"))  # need dim=-1

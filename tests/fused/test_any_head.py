@@ -111,7 +111,7 @@ def test_logits_that_somebody_reads():
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=0)
     assert type(got.logits) is torch.Tensor and not is_deferred(got)
     torch.testing.assert_close(model(**batch("full"))[1].argmax(-1), want.logits.argmax(-1))
-    loss, logits, *_ = model(**batch("full"), return_dict=False)
+    _, logits, *_ = model(**batch("full"), return_dict=False)
     torch.testing.assert_close(logits, want.logits, rtol=0, atol=0)
     again = pickle.loads(pickle.dumps(model(**batch("full"))))
     torch.testing.assert_close(again.logits, want.logits, rtol=0, atol=0)

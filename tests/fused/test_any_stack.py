@@ -40,7 +40,7 @@ def both(name="mistral", filter_fn=stacks_and_attentions):
 
 
 def read(given):
-    """How many tokens the loss may read: those that are no padding, and one before that on whose position the first of them is predicted."""
+    """How many tokens the loss may read: those that are no padding, and padding on which the first of them is predicted."""
     return int(any_head._read_by_loss(given).positions().sum())
 
 
@@ -139,7 +139,8 @@ class Doubled(nn.Module):
 
 
 KEEPS = [
-    "hook", "hidden states", "cache", "labels on padding", "4-D mask", "module of one's own", "not lean", "evaluation", "attention of one's own",
+    "hook", "hidden states", "cache", "labels on padding", "4-D mask", "module of one's own", "not lean", "evaluation",
+    "attention of one's own",
     "hardly any padding", "eager, and read on padding",
 ]  # fmt: skip
 
@@ -226,8 +227,7 @@ def test_other_threads_get_layers():
 
 def test_what_a_layer_may_be_told():
     """An argument of no known kind: the layers see the padded batch."""
-    _, model, batch = both()
-    given = batch("padded")
+    given = tiny("mistral")[1]("padded")
     layout = any_stack.self_layout((3, 12), given["attention_mask"].bool(), torch.device("cpu"))
     call = any_stack._Call(layout)
     table, ids = torch.randn(1, 12, 8), torch.arange(36).view(3, 12)
