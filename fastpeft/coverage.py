@@ -81,8 +81,9 @@ class Report:
         """A line for each class, not for each module."""
         head = f"{len(self.swapped)} modules swapped, {len(self.skipped)} skipped"
         head += f"; already fused: {len(self.already_fused)}" if self.already_fused else ""
-        shares = f"on fused modules: {self.coverage['layers']:.1%} of linear layers, {self.coverage['linear']:.1%} of their parameters (and "
-        shares += f"FLOPs per token), {self.coverage['parameters']:.1%} of all parameters"
+        layers, linear, parameters = (self.coverage[kind] for kind in ("layers", "linear", "parameters"))
+        shares = f"on fused modules: {layers:.1%} of linear layers, {linear:.1%} of their FLOPs per token, "
+        shares += f"{parameters:.1%} of all parameters"
         rows = [
             (name, f"{row.modules:,}", f"{row.parameters:,}", f"{row.parameters / max(1, self.parameters):.1%}", row.state)
             for name, row in self.classes.items()

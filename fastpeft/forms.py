@@ -218,7 +218,8 @@ def _same(value: Any, function: FunctionType) -> bool:
 def _is_computing(function: FunctionType) -> bool:
     """Whether a function has code of the model's: logging and the standard library have none."""
     home = function.__module__.split(".")
-    return home[:2] not in (["transformers", "utils"], ["transformers", "integrations"]) and home[0] not in ("logging", "warnings", "typing")
+    aside = home[:2] in (["transformers", "utils"], ["transformers", "integrations"])
+    return not aside and home[0] not in ("logging", "warnings", "typing")
 
 
 def _constant(value: Any) -> str:

@@ -68,6 +68,9 @@ class Form:
 
     def why_not(self, module: nn.Module) -> str:
         """'' or why ``module``, of one of the known classes, cannot be exchanged with its present settings."""
+        shadowed = next((name for name in (*module._modules, *module._parameters, *module._buffers) if hasattr(self.fused, name)), None)
+        if shadowed is not None:
+            return f"its {shadowed} has a name of the fused module's own"
         check = getattr(self.fused, "why_not", None)
         return "" if check is None else check(module)
 

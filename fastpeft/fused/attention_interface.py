@@ -278,6 +278,8 @@ def _why_not_such_reader(module, options) -> str:
 def _why_not_such_mask(kind, query, mask, bias) -> str:
     if mask is None:
         return ""
+    if not mask.is_floating_point() and (kind.eager or mask.dtype != torch.bool):
+        return "its mask's True is a number, added to the scores"
     content, trained = read_mask(mask), mask.requires_grad
     if trained and content.bias is None:
         return "its mask is trained, and has but two values"

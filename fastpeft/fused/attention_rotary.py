@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.ops._common import accumulator
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 
 
 class Kind(NamedTuple):
@@ -55,7 +56,21 @@ class Rotary:
         cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
         if not all(_broadcasts(cos, t) for t in (q, k)):
             return theirs(q, k, cos.squeeze(dim), sin.squeeze(dim), *args, **kwargs)
-        return ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        return ops.rotary(_recomputable(q), cos, sin), ops.rotary(_recomputable(k), cos, sin)
+
+
+def _recomputable(x: Tensor) -> Tensor:
+    """``x`` with the recipe of the tensor whose heads it has moved before its tokens: norms of queries and keys come before that."""
+    base = x._base
+    if base is None or recipe_of(base) is None or base.dim() != 4:
+        return x
+    moved = base.transpose(1, 2)
+    same = (x.shape, x.stride(), x.storage_offset()) == (moved.shape, moved.stride(), moved.storage_offset())
+    return mark_recomputable(x, _heads_first, base) if same else x
+
+
+def _heads_first(base: Tensor) -> Tensor:
+    return base.transpose(1, 2)
 
 
 def _fits(kind: Kind, x: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -8,7 +8,9 @@ a product, is formed again.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
@@ -23,38 +25,48 @@ from fastpeft.registry import fuses, original_class
 SILU = (nn.SiLU, SiLUActivation)
 
 
-class _Gated(Recomputes):
-    """down(drop(act(gate(x)) * up(x))), the product in one pass, with IA3's factor on it where there is no dropout.
+class Gate(NamedTuple):
+    """Names of a gated unit's modules, '' for none. ``joint``: of one layer that gives both halves, in place of gate and up, the gate first
+    unless ``gate_last``. Without ``act`` the activation is SiLU."""
 
-    ``gate``, ``up``, ``down``, ``act``, ``drop``: names of the modules, '' for none; ``joint``: of one layer that gives both halves,
-    in place of gate and up, the gate first unless ``gate_last``. Without ``act`` the activation is SiLU."""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    act: str = "act_fn"
+    drop: str = ""
+    joint: str = ""
+    gate_last: bool = False
+
+
+class _Gated(Recomputes):
+    """down(drop(act(gate(x)) * up(x))), the product in one pass, with IA3's factor on it where there is no dropout."""
 
     takes_flat_tokens = True
-    gate, up, down, act, drop, joint, gate_last = "gate_proj", "up_proj", "down_proj", "act_fn", "", "", False
+    gated_by = Gate()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C]."""
-        act = getattr(self, self.act) if self.act else None
+        names = self.gated_by
+        act, drop = (getattr(self, name) if name else None for name in (names.act, names.drop))
         if act is not None and has_hooks(act):
             return super().forward(x)
-        if self.joint:
-            linear = getattr(self, self.joint)
-            gate, up = self.projected(lambda x: project_one(linear, x).chunk(2, dim=-1), x, (linear,))
-            gate, up = (up, gate) if self.gate_last else (gate, up)
+        if names.joint:
+            joint = getattr(self, names.joint)
+            gate, up = self.projected(lambda x: project_one(joint, x).chunk(2, dim=-1), x, (joint,))
+            gate, up = (up, gate) if names.gate_last else (gate, up)
         else:
-            linears = (getattr(self, self.gate), getattr(self, self.up))
+            linears = (getattr(self, names.gate), getattr(self, names.up))
             gate, up = self.projected(partial(project, linears), x, linears)
-        linear = getattr(self, self.down)
-        drop = getattr(self, self.drop) if self.drop else None
+        down = getattr(self, names.down)
         if act is not None and original_class(act) not in SILU:
             product = multiply(act(gate), up)
-        elif drop is None and (spec := linear_spec(linear)) is not None:
+        elif drop is None and (spec := linear_spec(down)) is not None:
             return spec._replace(input_scale=None)(ops.swiglu(gate, up, spec.input_scale))
         else:
             product = ops.swiglu(gate, up)
-        return project_one(linear, self.cast(product if drop is None else drop(product)))
+        return project_one(down, self.cast_for_last(product if drop is None else drop(product)))
 
-    def cast(self, product: Tensor) -> Tensor:
+    def cast_for_last(self, product: Tensor) -> Tensor:
         """``product`` as the last layer takes it."""
         return product
 
@@ -67,12 +79,12 @@ class FusedGatedMLP(_Gated):
 
 @fuses("transformers.models.llama4.modeling_llama4.Llama4TextMLP", code="8ec16d9d7c6c")
 class FusedLlama4MLP(_Gated):
-    act = "activation_fn"
+    gated_by = Gate(act="activation_fn")
 
 
 @fuses("transformers.models.t5gemma.modeling_t5gemma.T5GemmaMLP", code="20bcaf26d430")
 class FusedDroppedGatedMLP(_Gated):
-    drop = "dropout"
+    gated_by = Gate(drop="dropout")
 
 
 @fuses("transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaMlp", code="a2d5acb49ffc")
@@ -82,76 +94,74 @@ class FusedRecurrentGemmaMLP(_Gated):
 
 @fuses("transformers.models.phi3.modeling_phi3.Phi3MLP", code="4ae068efee74")
 class FusedPhi3MLP(_Gated):
-    joint, act = "gate_up_proj", "activation_fn"
+    gated_by = Gate(joint="gate_up_proj", act="activation_fn")
 
 
 @fuses("transformers.models.granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedMLP", code="15b6537b892d")
 class FusedGraniteMLP(_Gated):
-    joint, act, down = "input_linear", "activation", "output_linear"
+    gated_by = Gate(joint="input_linear", act="activation", down="output_linear")
 
 
 @fuses("transformers.models.moonshine.modeling_moonshine.MoonshineDecoderMLP", code="7f18d7638d1c")
 class FusedMoonshineMLP(_Gated):
-    joint, act, down, gate_last = "fc1", "activation_fn", "fc2", True
+    gated_by = Gate(joint="fc1", act="activation_fn", down="fc2", gate_last=True)
 
 
 @fuses("transformers.models.modernbert.modeling_modernbert.ModernBertMLP", code="61547741ac21")
 class FusedModernBertMLP(_Gated):
-    joint, act, drop, down = "Wi", "act", "drop", "Wo"
+    gated_by = Gate(joint="Wi", act="act", drop="drop", down="Wo")
 
 
 @fuses("transformers.models.lfm2.modeling_lfm2.Lfm2MLP", code="d07bc6a0501a")
 class FusedLfm2MLP(_Gated):
-    gate, up, down, act = "w1", "w3", "w2", ""
+    gated_by = Gate(gate="w1", up="w3", down="w2", act="")
 
 
 class _Float32Last:
     """T5's last layer may be kept in float32: what it takes is cast to its weight's dtype."""
 
-    last = "wo"
-
-    def cast(self, product: Tensor) -> Tensor:
-        weight = getattr(self, self.last).weight
-        odd = isinstance(weight, Tensor) and product.dtype != weight.dtype and str(weight.dtype) != "torch.int8"
+    def cast_for_last(self, product: Tensor) -> Tensor:
+        weight = self.wo.weight
+        odd = isinstance(weight, Tensor) and product.dtype != weight.dtype and weight.dtype != torch.int8
         return product.to(weight.dtype) if odd else product
 
 
 @fuses("transformers.models.t5.modeling_t5.T5DenseGatedActDense", code="44304f3f6ca5")
 class FusedT5GatedMLP(_Float32Last, _Gated):
-    gate, up, down, act, drop = "wi_0", "wi_1", "wo", "act", "dropout"
+    gated_by = Gate(gate="wi_0", up="wi_1", down="wo", act="act", drop="dropout")
 
 
 @fuses("transformers.models.longt5.modeling_longt5.LongT5DenseGatedActDense", code="cfd0dc87755f")
 class FusedLongT5GatedMLP(_Gated):
-    gate, up, down, act, drop = "wi_0", "wi_1", "wo", "act", "dropout"
+    gated_by = Gate(gate="wi_0", up="wi_1", down="wo", act="act", drop="dropout")
 
 
 class _Chain(Recomputes):
     """Modules one after another, the first a linear layer. A step in parentheses is dropout by the probability of that name."""
 
     takes_flat_tokens = True
-    steps: tuple[str, ...] = ()
+    chained: tuple[str, ...] = ()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., C]."""
-        first, *steps = self.steps
+        first, *steps = self.chained
         linear = getattr(self, first)
         (hidden_states,) = self.projected(lambda x: (project_one(linear, x),), hidden_states, (linear,))
         for step in steps:
             if step.startswith("("):
                 hidden_states = ops.dropout(hidden_states, getattr(self, step[1:-1]), self.training)
             else:
-                hidden_states = project_one(getattr(self, step), self.cast(hidden_states) if step == steps[-1] else hidden_states)
+                hidden_states = project_one(getattr(self, step), self.cast_for_last(hidden_states) if step == steps[-1] else hidden_states)
         return hidden_states
 
-    def cast(self, hidden_states: Tensor) -> Tensor:
+    def cast_for_last(self, hidden_states: Tensor) -> Tensor:
         """``hidden_states`` as the last step takes them."""
         return hidden_states
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str:
         """'' or why this one stays as it is."""
-        every = (step[1:-1] for step in cls.steps if step.startswith("("))
+        every = (step[1:-1] for step in cls.chained if step.startswith("("))
         return next((f"its {name} is {p}" for name in every if not 0 <= (p := getattr(module, name)) < 1), "")
 
 
@@ -166,7 +176,8 @@ CHAINS = (
     ("FusedGPT2MLP", "gpt2.modeling_gpt2.GPT2MLP", "09015a424efe", "c_fc act c_proj dropout"),
     ("FusedGPTJMLP", "gptj.modeling_gptj.GPTJMLP", "ec6e1722c0de", "fc_in act fc_out dropout"),
     ("FusedGPTNeoXMLP", "gpt_neox.modeling_gpt_neox.GPTNeoXMLP", "20a940192415", "dense_h_to_4h act dense_4h_to_h"),
-    ("FusedJapaneseMLP", "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseMLP", "c27c86b87ad2", "dense_h_to_4h act dense_4h_to_h"),
+    ("FusedJapaneseMLP", "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseMLP", "c27c86b87ad2",
+     "dense_h_to_4h act dense_4h_to_h"),
     ("FusedAudioFeedForward", "wav2vec2.modeling_wav2vec2.Wav2Vec2FeedForward", "8cb879114d6c",
      "intermediate_dense intermediate_act_fn intermediate_dropout output_dense output_dropout"),
     ("FusedDetrMLP", "detr.modeling_detr.DetrMLP", "745bb644ec59", "fc1 activation_fn (activation_dropout) fc2 (dropout)"),
@@ -185,13 +196,13 @@ CHAINS = (
     ("FusedSegGptMLP", "seggpt.modeling_seggpt.SegGptMlp", "99f046ce6cfe", "lin1 act lin2"),
 )  # fmt: skip
 for _name, _path, _code, _steps in CHAINS:
-    _body = {"steps": tuple(_steps.split()), "__module__": __name__, "__doc__": _Chain.__doc__}
+    _body = {"chained": tuple(_steps.split()), "__module__": __name__, "__doc__": _Chain.__doc__}
     globals()[_name] = fuses(f"transformers.models.{_path}", code=_code)(type(_name, (_Chain,), _body))
 
 
 @fuses("transformers.models.t5.modeling_t5.T5DenseActDense", code="0abe7eec0823")
 class FusedT5MLP(_Float32Last, _Chain):
-    steps = ("wi", "act", "dropout", "wo")
+    chained = ("wi", "act", "dropout", "wo")
 
 
 @fuses("transformers.models.bert.modeling_bert.BertOutput", code="4c9f38def3c7")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastpeft._when_imported import loaded
 from fastpeft.methods.linear_spec import LinearSpec
-from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops._gemm import widened
+from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops._recompute import recipe_of
 from fastpeft.ops.lora_linear import Projection, linear
 from fastpeft.registry import fuses, original_class, swap_class
