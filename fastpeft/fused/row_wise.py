@@ -21,10 +21,11 @@ from fastpeft.registry import replaced_class
 
 ANYWHERE = frozenset((
     "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp", "clone", "size",
-    "get_interface", "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "dropout",
+    "get_interface", "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "log", "floor",
+    "dropout", "layer_norm", "clamp_",
 ))  # fmt: skip
 IN_ATTENTION = ANYWHERE | {"view", "reshape", "transpose", "flatten"}  # elsewhere they may put tokens where channels were
-LAST = frozenset(("mean", "sum", "cat", "chunk", "split", "softmax", "norm", "var", "stack"))  # need dim=-1
+LAST = frozenset(("mean", "sum", "cat", "chunk", "split", "softmax", "norm", "var", "stack", "repeat_interleave"))  # need dim=-1
 PLAIN = frozenset(("getattr", "isinstance", "len", "int", "float", "tuple", "max", "min"))
 FORBIDDEN = (ast.For, ast.While, ast.AsyncFor, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.Lambda, ast.Yield,
              ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal, ast.With, ast.Try, ast.Delete, ast.MatMult)  # fmt: skip
@@ -41,7 +42,8 @@ def is_row_wise_code(module: nn.Module) -> bool:
         reader = _Reader(cls)
         _KNOWN[cls] = frozenset(reader.called) if reader.accepts(cls.forward) else None
     called = _KNOWN[cls]
-    return called is not None and all(isinstance(getattr(module, name, None), nn.Module) for name in called)
+    # what is not there is not called: a norm that this configuration does without
+    return called is not None and all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
 
 
 class _Reader:
@@ -94,7 +96,9 @@ class _Reader:
                 return True
             return isinstance(found, FunctionType | staticmethod) and self.accepts(getattr(found, "__func__", found))
         if called.attr == "update":  # of a cache: there is none where tokens are flattened
-            return isinstance(called.value, ast.Name) and called.value.id.startswith("past_key_value")
+            return isinstance(called.value, ast.Name) and called.value.id.startswith(("past_key_value", "layer_past"))
+        if called.attr == "flatten" and len(call.args) == 1 and not call.keywords and _is_number(call.args[0], -2):
+            return True  # of pairs side by side, as interleaved rotary embedding makes them
         if called.attr in LAST:
             return _over_last(call)
         return called.attr in allowed
@@ -121,7 +125,11 @@ def _over_last(call: ast.Call) -> bool:
     dims = [keyword.value for keyword in call.keywords if keyword.arg == "dim"]
     if not dims and len(call.args) and call.func.attr in ("mean", "sum", "softmax"):
         dims = [call.args[0]]
-    return len(dims) == 1 and ast.dump(dims[0]) == ast.dump(ast.parse("-1", mode="eval").body)
+    return len(dims) == 1 and _is_number(dims[0], -1)
+
+
+def _is_number(node: ast.AST, number: int) -> bool:
+    return ast.dump(node) == ast.dump(ast.parse(str(number), mode="eval").body)
 
 
 def _keeps_tokens(node: ast.Subscript) -> bool:

@@ -293,12 +293,16 @@ def mixing(body):
         ("return attention_interface(self, hidden_states, attention_mask.bool(), **kwargs)", False),
         ("return attention_interface(self, hidden_states, None, **kwargs)", False),
         ("return [x for x in hidden_states]", False),
-        ("return self.unknown(hidden_states)", False),
+        ("return self.a_function(hidden_states)", False),
+        ("return self.not_there(hidden_states) if self.training else hidden_states", True),
+        ("return torch.stack([-hidden_states, hidden_states], dim=-1).flatten(-2)", True),
+        ("return torch.stack([-hidden_states, hidden_states], dim=0)", False),
+        ("return hidden_states.flatten(1)", False),
     ],
 )
 def test_what_code_treats_every_token_by_itself(body, known):
     module = mixing(body)()
-    module.act_fn = nn.SiLU()
+    module.act_fn, module.a_function = nn.SiLU(), torch.nn.functional.silu
     assert is_row_wise_code(module) == known
 
 
