@@ -111,7 +111,9 @@ class FusedTextStack:
             return None
         if any(_asked(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
             return None
-        if self.config._attn_implementation != "sdpa" and read.on_padding():
+        if (name := self.config._attn_implementation) not in ("sdpa", "eager"):
+            return None  # others get masks of other kinds
+        if name != "sdpa" and read.on_padding():
             return None  # what is padding on the left attends to nothing, which is every key in "eager"
         layers = _layers_of(self)
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):

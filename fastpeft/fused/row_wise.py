@@ -76,9 +76,10 @@ class _Reader:
             return False
         if not all(_keeps_tokens(node) for node in nodes if isinstance(node, ast.Subscript)):
             return False
-        if attends:
-            return len(attends) == 1 and _hands_on(attends[0], tree) and _loads(nodes, MASK) == 1
-        return _loads(nodes, MASK) == _handed(calls, MASK)
+        told = [call for call in calls if _handed(call, MASK)]  # attention, or what has attention inside
+        if attends and (len(attends) > 1 or told != attends):
+            return False
+        return all(_hands_on(call, tree) for call in told) and _loads(nodes, MASK) == len(told)
 
     def _accepts_call(self, function: FunctionType, call: ast.Call, allowed: frozenset[str]) -> bool:
         called = call.func
@@ -108,17 +109,16 @@ def _loads(nodes: list[ast.AST], name: str) -> int:
     return sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
 
 
-def _handed(calls: list[ast.Call], name: str) -> int:
-    """How often ``name`` is an argument of the modules called."""
-    values = [value for call in calls for value in (*call.args, *(keyword.value for keyword in call.keywords))]
-    return _loads(values, name)
+def _handed(call: ast.Call, name: str) -> int:
+    """How often ``name`` is an argument of a call."""
+    return _loads([*call.args, *(keyword.value for keyword in call.keywords)], name)
 
 
 def _hands_on(call: ast.Call, tree: ast.FunctionDef) -> bool:
-    """Whether a call of an attention function gets the mask and all other keyword arguments of the forward around it."""
+    """Whether a call gets the mask, and all other keyword arguments of the forward around it, which say where tokens lie."""
     rest = tree.args.kwarg.arg if tree.args.kwarg else None
     handed = [keyword.value.id for keyword in call.keywords if keyword.arg is None and isinstance(keyword.value, ast.Name)]
-    return rest is not None and handed == [rest] and _handed([call], MASK) == 1
+    return rest is not None and handed == [rest] and _handed(call, MASK) == 1
 
 
 def _over_last(call: ast.Call) -> bool:
