@@ -9,7 +9,7 @@ A fused module is written as a mixin: a class with a ``forward`` and without a b
   A class at the path of an example whose code has another digest has changed, and is left alone.
 - by its dotted path alone, where ``code`` is empty: PyTorch's layers, PEFT's.
 - as a subclass of such a class that overrides nothing that the class or the mixin reads.
-- by a rule, where it has none of these: ``@fuses_code(applies)``, for what keeps the class's own forward but for one name in it.
+- by a rule, ``@fuses(rule=...)`` of the class, where it has none of these; the mixin's ``forward_of(cls)`` then makes the new forward.
 
 What code does not say, an instance does: ``why_not(module)`` of the mixin gives the reason why this one cannot be exchanged (an activation
 of another kind, a missing weight). When a module of a class with a form is met, the registry makes the class (mixin, class) that replaces
@@ -90,6 +90,7 @@ def fuses(
     note: str = "",
     computes: tuple[str, ...] = (),
     applies: Callable[[nn.Module], bool] | None = None,
+    rule: Callable[[type[nn.Module]], bool] | None = None,
 ) -> Callable[[Mixin], Mixin]:
     """Register the decorated mixin as the fused implementation of ``classes``, dotted paths, and of every class whose code has one of the
     digests in ``code`` (see the module's docstring and :class:`Form`). A mixin of several forms takes several decorators."""
@@ -100,18 +101,8 @@ def fuses(
             for key in keys:
                 assert key not in table, f"{key} has two fused forms"
                 table[key] = form
-        _FOUND.clear()
-        return fused
-
-    return register
-
-
-def fuses_code(applies: Callable[[type[nn.Module]], bool]) -> Callable[[Mixin], Mixin]:
-    """Register the decorated mixin for every class without another form for which ``applies(cls)``. Its ``forward_of(cls)`` gives the
-    forward of the class that replaces ``cls``."""
-
-    def register(fused: Mixin) -> Mixin:
-        _RULES.append((applies, Form(fused, ())))
+        if rule is not None:
+            _RULES.append((rule, form))
         _FOUND.clear()
         return fused
 
@@ -167,7 +158,7 @@ def _find(cls: type, code: str | None) -> Form | None:
     if (form := _CODES.get(code)) is not None:
         return None if overridden(cls, form, _parents(cls)) else form
     inherited = next((form for base in cls.__mro__[1:] if (form := _inherited(cls, base)) is not None), None)
-    return inherited or next((form for applies, form in _RULES if applies(cls)), None)
+    return inherited or next((form for rule, form in _RULES if rule(cls)), None)
 
 
 def _parents(cls: type) -> tuple[type, ...]:

@@ -1,10 +1,11 @@
-"""Attention of any model that takes its function from transformers' interface: the model's own values and gradients in float64, what is kept
-for backward, and what a caller may read of it."""
+"""Attention of any model that takes its function from transformers' interface: the model's own values and gradients in float64, what is
+kept for backward, and what a caller may read of it."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -53,11 +54,12 @@ def step(model, batch):
 
 def assert_same(mine, theirs, name=""):
     (loss, gradients, _), (want, wanted, _) = mine, theirs
-    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name} loss: {m}")
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-10, msg=partial("{} loss: {}".format, name))
     assert gradients.keys() == wanted.keys()
     scale = max(g.abs().max() for g in wanted.values())
     for parameter, gradient in wanted.items():
-        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-9, atol=1e-10 * scale, msg=lambda m: f"{name} {parameter}: {m}")
+        where = f"{name} {parameter}"
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-9, atol=1e-10 * scale, msg=partial("{}: {}".format, where))
 
 
 def check(name, implementation=None, lora=False, filter_fn=None):
@@ -155,11 +157,13 @@ def test_any_mask(kind, implementation):
         seen = seen[:1]
     elif kind in ("random", "infinite"):
         seen = (torch.rand(3, 1, 10, 10) < 0.4) | torch.eye(10, dtype=torch.bool)
-    mask = seen if implementation == "sdpa" or kind == "as it is" else torch.zeros(seen.shape).double().masked_fill(~seen, torch.finfo(torch.float64).min)
+    zero, mask = torch.zeros(seen.shape, dtype=torch.float64), seen  # "as it is": eager attention adds True as 1
+    if implementation == "eager" and kind != "as it is":
+        mask = zero.masked_fill(~seen, torch.finfo(torch.float64).min)
     if kind == "bias":
-        mask = torch.zeros(seen.shape).double().masked_fill(~seen, -torch.inf) + torch.randn(3, 1, 10, 10).double()
+        mask = zero.masked_fill(~seen, -torch.inf) + torch.randn(3, 1, 10, 10, dtype=torch.float64)
     if kind == "infinite":
-        mask = torch.zeros(seen.shape).double().masked_fill(~seen, -torch.inf)
+        mask = zero.masked_fill(~seen, -torch.inf)
     batch = {"input_ids": IDS, "attention_mask": mask, "labels": IDS}
     theirs = step(model, batch)
     fp.optimize(model, attention_only)
