@@ -234,8 +234,11 @@ def _why_not_such_tensors(kind, module, query, key, value, mask, causal, bias) -
 
 
 def _match(query: Tensor, key: Tensor, value: Tensor, groups: int) -> bool:
-    """Whether they are of one dtype, batch and width of heads, each key serving ``groups`` query heads."""
-    if any(t.dim() != 4 or t.dtype != query.dtype for t in (query, key, value)) or key.shape != value.shape or 0 in key.shape:
+    """Whether they are of one dtype (autocast makes it one), batch and width of heads, each key serving ``groups`` query heads."""
+    lowered = torch.is_autocast_enabled(query.device.type) and torch.float64 not in (query.dtype, key.dtype, value.dtype)
+    if not (lowered or query.dtype == key.dtype == value.dtype):
+        return False
+    if any(t.dim() != 4 for t in (query, key, value)) or key.shape != value.shape or 0 in key.shape:
         return False
     return query.shape[::3] == key.shape[::3] and query.shape[1] == key.shape[1] * groups
 
