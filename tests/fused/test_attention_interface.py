@@ -382,7 +382,7 @@ def test_autocast(implementation):
             fp.optimize(model, attention_only)
         model.zero_grad()
         kept = []
-        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             out = model(**batch)
         out.loss.backward()
         results.append((out.logits.dtype, out.loss.detach(), model.model.layers[0].self_attn.q_proj.weight.grad))
