@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.quantized import size_of
+from fastpeft.methods.quantized import FusedLinear, size_of
 from fastpeft.registry import form_of, form_of_class, is_fused, is_own, original_class, overridden, why_changed, why_wrapped
 
 LINEAR = (nn.Linear, Conv1D)
@@ -178,7 +178,9 @@ class _Survey:
 
     def _holder(self, module: nn.Module, entry: _Entry, owner: _Entry | None) -> _Entry:
         """The entry that a linear layer's parameters count with: a fused module around it that computes it."""
-        if owner is None or entry is owner or original_class(module) not in LINEAR or has_hooks(module):
+        if owner is None or entry is owner or has_hooks(module):
+            return entry
+        if original_class(module) not in LINEAR and not isinstance(module, FusedLinear):
             return entry
         if owner.state == "fused":
             return owner

@@ -70,6 +70,9 @@ class Form:
         shadowed = next((name for name in (*module._modules, *module._parameters, *module._buffers) if hasattr(self.fused, name)), None)
         if shadowed is not None:
             return f"its {shadowed} has a name of the fused module's own"
+        code = code_of(original_class(module)) if self.code else None
+        if code is not None and (name := code.own_method(module)):
+            return f"has a {name} of its own over its class's"
         check = getattr(self.fused, "why_not", None)
         return "" if check is None else check(module)
 
