@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.quantized import size_of
+from fastpeft.methods.quantized import FusedLinear, size_of
 from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own, original_class, overridden, why_changed, why_wrapped
 
 LINEAR = (nn.Linear, Conv1D)
@@ -178,7 +178,9 @@ class _Survey:
 
     def _holder(self, module: nn.Module, entry: _Entry, owner: _Entry | None) -> _Entry:
         """The entry that a linear layer's parameters count with: a fused module around it that computes it."""
-        if owner is None or entry is owner or original_class(module) not in LINEAR or has_hooks(module):
+        if owner is None or entry is owner or has_hooks(module):
+            return entry
+        if original_class(module) not in LINEAR and not isinstance(module, FusedLinear):
             return entry
         if owner.state == "fused":
             return owner
@@ -220,7 +222,7 @@ class _Survey:
     def _owner_for(self, entry: _Entry, module: nn.Module) -> _Entry | None:
         """Who owns layers in ``module``: ``entry``, or None where others' code runs in it around the one module that is computed."""
         form = form_of(module) if entry.module is module and entry.state == "fused" else None
-        return None if form is not None and form.computes_only is not None else entry
+        return None if form is not None and hasattr(form.fused, "computes_only") else entry
 
     def _count(self, parameter: nn.Parameter, linear: bool, entry: _Entry) -> None:
         """Add a parameter to the entry that holds it; one that is shared to the first."""
@@ -272,11 +274,12 @@ class _Survey:
 
 
 def _computed(form: Form | None, module: nn.Module) -> list[nn.Module]:
-    """The modules in a fused one whose layers it computes itself, although they are not its own."""
+    """The modules in a fused one whose layers it computes itself, although they are not its own. Around what ``computes_only`` of a mixin
+    gives (a module, or None), others' code runs."""
     if form is None:
         return []
-    only = [] if form.computes_only is None else [form.computes_only(module)]
-    return [module.get_submodule(path) for path in form.computes] + [part for part in only if part is not None]
+    only = getattr(form.fused, "computes_only", lambda module: None)(module)
+    return [module.get_submodule(path) for path in form.computes] + ([] if only is None else [only])
 
 
 def full_losses(model: nn.Module) -> list[str]:

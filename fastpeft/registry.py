@@ -9,7 +9,7 @@ A fused module is written as a mixin: a class with a ``forward`` and without a b
   A class at the path of an example whose code has another digest has changed, and is left alone.
 - by its dotted path alone, where ``code`` is empty: PyTorch's layers, PEFT's.
 - as a subclass of such a class that overrides nothing that the class or the mixin reads.
-- by a rule, where it has none of these: ``@fuses_code(known)``, for what keeps the class's own forward but for one name in it.
+- by a rule, ``@fuses(rule=...)`` of the class, where it has none of these; the mixin's ``forward_of(cls)`` then makes the new forward.
 
 What code does not say, an instance does: ``why_not(module)`` of the mixin gives the reason why this one cannot be exchanged (an activation
 of another kind, a missing weight). When a module of a class with a form is met, the registry makes the class (mixin, class) that replaces
@@ -51,10 +51,9 @@ class Form:
     """What the code of some classes computes, and its fused implementation.
 
     ``fused``: the mixin; ``classes``: dotted paths of classes that have the form, all of them where ``code`` is empty; ``code``: digests of
-    what a class's forward computes; ``layout_aware``: takes and hands on layouts,
-    key masks and prefixes, so every layout-aware module inside must be exchanged with it; ``note``: a change of behaviour that the report
-    mentions; ``computes``: paths of modules inside whose layers it computes itself; ``applies``: of modules of these classes, which have
-    the form (None: all); ``computes_only``: of a module around which others' code runs, the one module inside that it computes.
+    what a class's forward computes; ``layout_aware``: takes and hands on layouts, key masks and prefixes, so every layout-aware module
+    inside must be exchanged with it; ``note``: a change of behaviour that the report mentions; ``computes``: paths of modules inside whose
+    layers it computes itself; ``applies``: of modules of these classes, which have the form (None: all).
     """
 
     fused: type
@@ -64,13 +63,15 @@ class Form:
     computes: tuple[str, ...] = ()
     applies: Callable[[nn.Module], bool] | None = None
     code: tuple[str, ...] = ()
-    computes_only: Callable[[nn.Module], nn.Module | None] | None = None
 
     def why_not(self, module: nn.Module) -> str:
         """'' or why ``module``, of one of the known classes, cannot be exchanged with its present settings."""
         shadowed = next((name for name in (*module._modules, *module._parameters, *module._buffers) if hasattr(self.fused, name)), None)
         if shadowed is not None:
             return f"its {shadowed} has a name of the fused module's own"
+        code = code_of(original_class(module)) if self.code else None
+        if code is not None and (name := code.own_method(module)):
+            return f"has a {name} of its own over its class's"
         check = getattr(self.fused, "why_not", None)
         return "" if check is None else check(module)
 
@@ -91,6 +92,7 @@ def fuses(
     note: str = "",
     computes: tuple[str, ...] = (),
     applies: Callable[[nn.Module], bool] | None = None,
+    rule: Callable[[type[nn.Module]], bool] | None = None,
 ) -> Callable[[Mixin], Mixin]:
     """Register the decorated mixin as the fused implementation of ``classes``, dotted paths, and of every class whose code has one of the
     digests in ``code`` (see the module's docstring and :class:`Form`). A mixin of several forms takes several decorators."""
@@ -101,23 +103,8 @@ def fuses(
             for key in keys:
                 assert key not in table, f"{key} has two fused forms"
                 table[key] = form
-        _FOUND.clear()
-        return fused
-
-    return register
-
-
-def fuses_code(
-    known: Callable[[type[nn.Module]], bool],
-    *,
-    applies: Callable[[nn.Module], bool] | None = None,
-    computes_only: Callable[[nn.Module], nn.Module | None] | None = None,
-) -> Callable[[Mixin], Mixin]:
-    """Register the decorated mixin for every class without another form for which ``known(cls)``; the rest as in :class:`Form`. Where the
-    mixin has ``forward_of``, ``forward_of(cls)`` gives the forward of the class that replaces ``cls``."""
-
-    def register(fused: Mixin) -> Mixin:
-        _RULES.append((known, Form(fused, (), applies=applies, computes_only=computes_only)))
+        if rule is not None:
+            _RULES.append((rule, form))
         _FOUND.clear()
         return fused
 
@@ -173,7 +160,7 @@ def _find(cls: type, code: str | None) -> Form | None:
     if (form := _CODES.get(code)) is not None:
         return None if overridden(cls, form, _parents(cls)) else form
     inherited = next((form for base in cls.__mro__[1:] if (form := _inherited(cls, base)) is not None), None)
-    return inherited or next((form for known, form in _RULES if known(cls)), None)
+    return inherited or next((form for rule, form in _RULES if rule(cls)), None)
 
 
 def _parents(cls: type) -> tuple[type, ...]:

@@ -19,7 +19,7 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
-from fastpeft.registry import fuses_code, replaced_class, signature_of_replaced
+from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
 
 def takes_labels(cls: type[nn.Module]) -> bool:
@@ -44,12 +44,13 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-@fuses_code(takes_labels, applies=lambda module: output_head(module) is not None, computes_only=output_head)
+@fuses(rule=takes_labels, applies=lambda module: output_head(module) is not None)
 class FusedLanguageModel:
     """transformers' own forward, inside which the head's logits are lazy (:mod:`fastpeft.fused.lazy_logits`): the loss forms them at
     labelled positions, and the others are formed when somebody reads them. ``lean_logits``: nobody does; then logits are None."""
 
     lean_logits = False
+    computes_only = staticmethod(output_head)
 
     @staticmethod
     def why_not(module: nn.Module) -> str:

@@ -24,7 +24,7 @@ from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, 
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, self_layout
 from fastpeft.ops._autocast import first_order
-from fastpeft.registry import fuses_code, replaced_class, signature_of_replaced
+from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
 _reading = threading.local()
@@ -89,10 +89,15 @@ def _layers_of(stack: nn.Module) -> nn.ModuleList | None:
     return layers if usable else None
 
 
-@fuses_code(loops_over_layers, applies=lambda module: _layers_of(module) is not None, computes_only=lambda module: None)
+@fuses(rule=loops_over_layers, applies=lambda module: _layers_of(module) is not None)
 class FusedTextStack:
     """transformers' own forward, whose layers see real tokens alone where nobody reads the others (:func:`read_at`) and each layer can do
     without."""
+
+    @staticmethod
+    def computes_only(module: nn.Module) -> nn.Module | None:
+        """Nothing: its layers compute."""
+        return None
 
     @signature_of_replaced
     def forward(self, *args, **kwargs):

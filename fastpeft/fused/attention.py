@@ -92,9 +92,10 @@ def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=Non
 def _by_content(q, k, v, mask, prefix, rescale, dropout_p, scale, eager) -> Tensor | None:
     """Attention by what ``mask`` says, which saves no mask of numbers, nor an eager attention's probabilities; None where that is not the
     same, or nothing is gained."""
+    if torch.compiler.is_compiling() or not wants_grad(q, k, v, *(prefix or ()), *(rescale or ())):
+        return None
     kinds = mask.is_floating_point() or (mask.dtype == torch.bool and not eager)  # eager attention adds True to a score, as 1
-    known = kinds and mask.dim() == 4 and mask.shape[3] == k.shape[2] and q.device.type == "cpu" and not mask.requires_grad and not torch.compiler.is_compiling()
-    if not known or not wants_grad(q, k, v, *(prefix or ()), *(rescale or ())):
+    if not kinds or mask.requires_grad or mask.dim() != 4 or mask.shape[3] != k.shape[2] or q.device.type != "cpu":
         return None
     content = read_mask(mask)
     options = {"scale": scale, "rescale": rescale, "dropout_p": dropout_p}

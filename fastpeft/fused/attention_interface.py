@@ -5,10 +5,10 @@ signature, masks. Only the function that it looks up is another one, where the o
 
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
-In the replacing class, that line reads a :class:`Functions` in place of ``ALL_ATTENTION_FUNCTIONS``: no configuration changes,
-so nothing of it can be saved, copied or pickled to where fastpeft is not, ``set_attn_implementation`` means what it meant, and code that asks
-for "sdpa" or "eager" (masks, generation, capture of attentions) finds it. The same function is registered under the name "fastpeft", for
-those who set it themselves.
+In the replacing class, that line reads a :class:`Functions` in place of ``ALL_ATTENTION_FUNCTIONS``: no configuration changes, so nothing
+of it can be saved, copied or pickled to where fastpeft is not, ``set_attn_implementation`` means what it meant, and code that asks for
+"sdpa" or "eager" (masks, generation, capture of attentions) finds it. The same function is registered under the name "fastpeft", for those
+who set it themselves.
 
 The function saves q, k, v, o and lse: neither keys and values once more for every query head, nor scores and probabilities, nor an additive
 mask for each layer. A mask [B, 1, M, N] that is causality or nothing besides key padding is taken as that. With soft caps, sinks and
@@ -46,7 +46,7 @@ from fastpeft.fused.layout import Layout
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
-from fastpeft.registry import fuses_code
+from fastpeft.registry import fuses
 
 LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
@@ -98,7 +98,7 @@ def reads_interface(cls: type) -> bool:
     return isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__") and THEIRS in forward.__code__.co_names
 
 
-@fuses_code(reads_interface)
+@fuses(rule=reads_interface)
 class FusedInterfaceAttention:
     """An attention layer whose function is fastpeft's; all else is its own."""
 
@@ -200,28 +200,34 @@ def attention_forward(
         kwargs |= {} if is_causal is None else {"is_causal": is_causal}
         kwargs |= {} if position_bias is None else {"position_bias": position_bias}
         return otherwise(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    M, N, content = query.shape[2], key.shape[2], MaskContent() if attention_mask is None else read_mask(attention_mask)
-    causal = bool(causal) and M > 1 and attention_mask is None
-    if causal and N > M:  # a cache of fixed size, not yet filled: causality is aligned at the first key
-        key, value = key[:, :, :M], value[:, :, :M]
-        bias = None if bias is None else bias[..., :M]
+    if attention_mask is not None:
+        causal, content = False, read_mask(attention_mask)
+    else:
+        M, N = query.shape[2], key.shape[2]
+        causal, content = causal and M > 1, MaskContent()
+        if causal and N > M:  # a cache of fixed size, not yet filled: causality is aligned at the first key
+            key, value, bias = key[:, :, :M], value[:, :, :M], None if bias is None else bias[..., :M]
     if content.bias is not None:
         added = attention_mask.to(query.dtype)
         bias = added if bias is None else bias + added
     if scaling is None:
         scaling = (module.head_dim if kind.softcap else query.shape[3]) ** -0.5
-    options = {"bias": bias, "dropout_p": dropout if module.training or not kind.eager else 0.0}
-    softcap, sinks = kwargs.get("softcap") if kind.softcap else None, module.sinks if kind.sinks else None
-    uniform = kind.eager and content.dead
-    if softcap is not None or sinks is not None or uniform or (bias is not None and bias.requires_grad):
-        allowed = allowed_keys(query, key, causal, content.allowed)
-        output = attention_with_scores(query, key, value, allowed, scaling, softcap=softcap, sinks=sinks, uniform=uniform, **options)
-    elif content.causal is None:
-        output = ops.attention(query, key, value, causal=causal, attn_mask=content.allowed, scale=scaling, **options)
-    else:
-        padding = content.padding if content.padding is None else content.padding.expand(len(query), -1)
-        output = ops.attention(query, key, value, causal=content.causal, key_padding_mask=padding, scale=scaling, **options)
+    extras = {"softcap": kwargs.get("softcap") if kind.softcap else None, "sinks": module.sinks if kind.sinks else None}
+    dropout = dropout if module.training or not kind.eager else 0.0
+    output = _attend(query, key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(query, key, value, content: MaskContent, causal: bool, bias, eager: bool, extras, **options) -> Tensor:
+    """Attention by the operator that computes the extras; ``causal`` where there is no mask."""
+    uniform = eager and content.dead
+    if uniform or any(extra is not None for extra in extras.values()) or (bias is not None and bias.requires_grad):
+        allowed = allowed_keys(query, key, causal, content.allowed)
+        return attention_with_scores(query, key, value, allowed, options.pop("scale"), bias=bias, uniform=uniform, **extras, **options)
+    if content.causal is None:
+        return ops.attention(query, key, value, causal=causal, attn_mask=content.allowed, bias=bias, **options)
+    padding = content.padding if content.padding is None else content.padding.expand(len(query), -1)
+    return ops.attention(query, key, value, causal=content.causal, key_padding_mask=padding, bias=bias, **options)
 
 
 def why_not_here(kind, module, query, key, value, mask, scaling, causal, bias, options) -> str:
@@ -235,24 +241,34 @@ def why_not_here(kind, module, query, key, value, mask, scaling, causal, bias, o
 
 
 def _why_not_such_tensors(kind, module, query, key, value, mask, causal, bias) -> str:
-    tensors = (query, key, value)
+    tensors, added = (query, key, value), [t for t in (mask, bias) if t is not None]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return "nothing is kept for backward"
-    if any(t.dim() != 4 for t in tensors) or key.shape != value.shape or query.shape[::3] != key.shape[::3] or 0 in key.shape:
-        return "its queries, keys and values differ in width or batch"
     groups = getattr(module, "num_key_value_groups", 1) if kind.grouped else 1
-    if query.shape[1] != key.shape[1] * groups or len({t.dtype for t in tensors}) > 1:
-        return "its heads or dtypes do not match"
+    if not _match(query, key, value, groups):
+        return "its queries, keys and values do not match"
     if causal and mask is None and key.shape[2] < query.shape[2] > 1:
         return "causality over fewer keys than queries"
-    scores = (*query.shape[:3], key.shape[2])
-    for added in (mask, bias):
-        if added is not None and (added.dim() != 4 or any(n not in (1, size) for n, size in zip(added.shape, scores))):
-            return "its mask does not fit its scores"
-        if added is not None and added.shape[3] != scores[3]:
-            return "its mask is one for all keys"
+    if not all(_fits(t, query, key) for t in added):
+        return "its mask does not fit its scores"
     # PyTorch's kernels for CUDA take masks as they are; the rest has not been measured there
-    return "" if query.device.type == "cpu" or (not kind.eager and mask is None and bias is None) else "its device has kernels for this"
+    return "" if query.device.type == "cpu" or not (kind.eager or added) else "its device has kernels for this"
+
+
+def _match(query: Tensor, key: Tensor, value: Tensor, groups: int) -> bool:
+    """Whether they are of one dtype (autocast makes it one), batch and width of heads, each key serving ``groups`` query heads."""
+    lowered = torch.is_autocast_enabled(query.device.type) and torch.float64 not in (query.dtype, key.dtype, value.dtype)
+    if not (lowered or query.dtype == key.dtype == value.dtype):
+        return False
+    if any(t.dim() != 4 for t in (query, key, value)) or key.shape != value.shape or 0 in key.shape:
+        return False
+    return query.shape[::3] == key.shape[::3] and query.shape[1] == key.shape[1] * groups
+
+
+def _fits(added: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask or bias has four dimensions that broadcast to the scores, the keys in full."""
+    scores = (*query.shape[:3], key.shape[2])
+    return added.dim() == 4 and added.shape[3] == scores[3] and all(n in (1, size) for n, size in zip(added.shape, scores))
 
 
 def _why_not_such_options(kind, scaling, causal, options) -> str:

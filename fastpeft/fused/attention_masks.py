@@ -11,9 +11,11 @@ from fastpeft.ops.attention_backends import allowed_keys
 
 
 class MaskContent(NamedTuple):
-    """Of a mask [B or 1, H or 1, M or 1, N]: ``allowed`` the same as bool, True = attend; ``causal`` with ``padding`` [B or 1, N] the same as
-    causality (or none) and key padding, ``causal`` None where it is neither; ``bias`` the mask itself where it adds other numbers than 0 and
-    its dtype's least, ``allowed`` being None then; ``dead``: some query has no key; ``least``: what stands for "no" in a float mask."""
+    """Of a mask [B or 1, H or 1, M or 1, N].
+
+    ``allowed``: the same as bool, True = attend; ``causal`` with ``padding`` [B or 1, N]: the same as causality (or none) and key padding,
+    ``causal`` None where it is neither; ``bias``: the mask itself where it adds other numbers than 0 and its dtype's least, ``allowed`` is
+    None then; ``dead``: some query has no key; ``least``: what stands for "no" in a mask of numbers."""
 
     allowed: Tensor | None = None
     causal: bool | None = None

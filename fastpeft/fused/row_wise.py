@@ -67,19 +67,13 @@ class _Reader:
 
     def _accepts_tree(self, function: FunctionType, tree: ast.FunctionDef) -> bool:
         nodes = [node for statement in tree.body for node in ast.walk(statement)]
-        if any(isinstance(node, FORBIDDEN) for node in nodes):
-            return False
         calls = [node for node in nodes if isinstance(node, ast.Call)]
         attends = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == ATTENTION]
         allowed = IN_ATTENTION if attends else ANYWHERE
-        if not all(self._accepts_call(function, node, allowed) for node in calls):
+        if any(isinstance(node, FORBIDDEN) for node in nodes) or not _mask_is_handed_on(nodes, calls, attends, tree):
             return False
-        if not all(_keeps_tokens(node) for node in nodes if isinstance(node, ast.Subscript)):
-            return False
-        told = [call for call in calls if _handed(call, MASK)]  # attention, or what has attention inside
-        if attends and (len(attends) > 1 or told != attends):
-            return False
-        return all(_hands_on(call, tree) for call in told) and _loads(nodes, MASK) == len(told)
+        kept = all(_keeps_tokens(node) for node in nodes if isinstance(node, ast.Subscript))
+        return kept and all(self._accepts_call(function, node, allowed) for node in calls)
 
     def _accepts_call(self, function: FunctionType, call: ast.Call, allowed: frozenset[str]) -> bool:
         called = call.func
@@ -103,6 +97,14 @@ class _Reader:
         if called.attr in LAST:
             return _over_last(call)
         return called.attr in allowed
+
+
+def _mask_is_handed_on(nodes: list[ast.AST], calls: list[ast.Call], attends: list[ast.Call], tree: ast.FunctionDef) -> bool:
+    """Whether the mask goes to attention, or to what has attention inside, as it is, and nowhere else."""
+    told = [call for call in calls if _handed(call, MASK)]
+    if attends and (len(attends) > 1 or told != attends):
+        return False
+    return all(_hands_on(call, tree) for call in told) and _loads(nodes, MASK) == len(told)
 
 
 def _loads(nodes: list[ast.AST], name: str) -> int:

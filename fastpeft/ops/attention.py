@@ -314,6 +314,20 @@ def _check_method_parameters(k, prefix, rescale) -> None:
         raise ValueError(f"attention: rescale shapes {[tuple(l.shape) for l in rescale]}; pass (l_k, l_v), each [H_kv, d]")
 
 
+def _prepared(q, k, v, scale, prefix, rescale, bias):
+    """(q, k, v, scale, prefix, rescale) as every strategy takes them."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0.0:  # ATen masks before it scales (torch 2.13, CPU, causal): -inf times such a scale is nan or inf
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
+    q, k, v = (_dense(t) for t in (q, k, v))
+    if prefix is not None:
+        prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
+    if rescale is not None and (prefix is not None or bias is not None):  # q cannot take what is for a part of the scores
+        k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
+        rescale = None
+    return q, k, v, scale, prefix, rescale
+
+
 @under_autocast("lower")
 def attention(
     q: Tensor,
@@ -342,21 +356,11 @@ def attention(
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
     _check_masks(q, k, key_padding_mask, attn_mask, bias, prefix)
     key_padding_mask = key_padding_mask if attn_mask is None else attn_mask
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0.0:  # ATen masks before it scales (torch 2.13, CPU, causal): -inf times such a scale is nan or inf
-        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
-    q, k, v = (_dense(t) for t in (q, k, v))
-    if prefix is not None:
-        prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
-    if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
-        k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
-        rescale = None
+    q, k, v, scale, prefix, rescale = _prepared(q, k, v, scale, prefix, rescale, bias)
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
     strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
     if bias is not None and strategy != "plain":
-        if rescale is not None:
-            k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))
         return _with_dropout(q, k, v, causal, key_padding_mask, scale, None, dropout_p, bias)
     if strategy in ("dropout", "sdpa"):
         q = q if lk is None else times(q, _per_query_head(lk, q))

@@ -5,10 +5,10 @@ probabilities, mask and scaled copies of q, k and v there; this forms them once 
     dV = (P keep / (1 - p))^T dO        dP = (dO V^T) keep / (1 - p)        D = rowsum(P dP)        dS' = P (dP - D)
     dbias = dS'        ds = -sum P_s D,  P_s the sink's own        dS = dS' (1 - tanh^2)        dQ = scale dS K        dK = scale dS^T Q
 
-Sources: dropout, Vaswani et al. (2017); soft cap c, Gemma 2 (2024), section 2; sinks s [H], one logit per head without a value, gpt-oss (2025).
-Shapes as in attention.py; a prefix (P_k, P_v) [H_kv, n, d] stands before the keys of every sample. Accumulation: scores, softmax and sums in
-float32 (float64 for float64); products too on the CPU, in q's dtype elsewhere. A query without any key gives 0 and gets gradient 0, or,
-``uniform``, attends to all alike, as it does to transformers' eager attention.
+Sources: dropout, Vaswani et al. (2017); soft cap c, Gemma 2 (2024), section 2; sinks s [H], one logit per head without a value, gpt-oss
+(2025). Shapes as in attention.py; a prefix (P_k, P_v) [H_kv, n, d] stands before the keys of every sample. Accumulation: scores, softmax,
+sums in float32 (float64 for float64); products too on the CPU, in q's dtype elsewhere. A query without any key gives 0 and gets gradient 0,
+or, ``uniform``, attends to all alike, as in transformers' eager attention.
 
 | gradient needed for           | saved                                                                                      |
 |-------------------------------|--------------------------------------------------------------------------------------------|
@@ -130,7 +130,20 @@ def _to_parts(grad: Tensor, t: Tensor, prefix: Tensor | None, need: bool, need_p
 
 
 @under_autocast("lower")
-def attention_with_scores(q, k, v, allowed, scale, *, dropout_p=0.0, softcap=None, sinks=None, bias=None, prefix=None, uniform=False) -> Tensor:
+def attention_with_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    *,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    uniform: bool = False,
+) -> Tensor:
     """[B, H, M, d]. ``allowed`` bool, broadcastable to [B, H, M, n + N], True = attend; ``sinks`` [H]; ``bias`` broadcastable to
     [B, H, M, n + N], a constant or trained; the others as :func:`fastpeft.ops.attention`'s, checked there."""
     pk, pv = prefix or (None, None)

@@ -58,7 +58,7 @@ def test_soft_cap(check, dtype, reduction):
 
 @pytest.mark.parametrize("bad", [-1.0, float("inf"), float("nan")])
 def test_a_soft_cap_is_a_positive_number(bad):
-    with pytest.raises(ValueError, match="softcap is .* a positive number"):
+    with pytest.raises(ValueError, match=r"softcap is .* a positive number"):
         op(*make(torch.float32), softcap=bad)
 
 

@@ -234,9 +234,7 @@ def _smolvlm():
 def _blip2():
     config = T.Blip2Config(
         vision_config=T.Blip2VisionConfig(**VISION).to_dict(),
-        qformer_config=T.Blip2QFormerConfig(
-            **TEXT | NO_DROPOUT, encoder_hidden_size=24, cross_attention_frequency=1
-        ).to_dict(),
+        qformer_config=T.Blip2QFormerConfig(**TEXT | NO_DROPOUT, encoder_hidden_size=24, cross_attention_frequency=1).to_dict(),
         text_config=T.OPTConfig(**TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}).to_dict(),
         num_query_tokens=4,
         image_token_index=IMAGE,
