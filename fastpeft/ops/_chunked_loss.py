@@ -106,9 +106,7 @@ def _capped(rows_op, softcap: float, z, labels, smoothing, row_scale, form):
     return losses
 
 
-def chunked(
-    rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0
-):
+def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
     acc, work, device = accumulator(hidden.dtype), work_dtype(hidden), hidden.device
     rows_op = partial(_capped, rows_op, softcap) if softcap else rows_op
