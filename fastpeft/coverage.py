@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.quantized import size_of
-from fastpeft.registry import form_of, form_of_class, is_fused, is_own, original_class, overridden, why_changed, why_wrapped
+from fastpeft.methods.quantized import FusedLinear, size_of
+from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own, original_class, overridden, why_changed, why_wrapped
 
 LINEAR = (nn.Linear, Conv1D)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
@@ -172,13 +172,15 @@ class _Survey:
             self.layers[bool(holder.state)] += 1
         for parameter in module.parameters(recurse=False):
             self._count(parameter, linear, holder)
-        around = owner if entry.module is module and self._is_container(module) else entry
+        around = owner if entry.module is module and self._is_container(module) else self._owner_for(entry, module)
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child, around)
 
     def _holder(self, module: nn.Module, entry: _Entry, owner: _Entry | None) -> _Entry:
         """The entry that a linear layer's parameters count with: a fused module around it that computes it."""
-        if owner is None or entry is owner or original_class(module) not in LINEAR or has_hooks(module):
+        if owner is None or entry is owner or has_hooks(module):
+            return entry
+        if original_class(module) not in LINEAR and not isinstance(module, FusedLinear):
             return entry
         if owner.state == "fused":
             return owner
@@ -204,7 +206,8 @@ class _Survey:
         elif is_fused(module):
             entry = _Entry(name, module, "fused", shown=True)
             form = form_of(module)
-            self.inside |= {module.get_submodule(path): entry for path in (form.computes if form else ())}
+            for part in _computed(form, module):
+                self.inside.setdefault(part, entry)
         elif module in self.reasons:
             entry = _Entry(name, module, "", self.reasons[module], shown=True)
         elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and has_hooks(module):
@@ -215,6 +218,11 @@ class _Survey:
             entry = _Entry(name, module, "", why_unknown(cls), shown=subclass)
         self.entries.append(entry)
         return entry
+
+    def _owner_for(self, entry: _Entry, module: nn.Module) -> _Entry | None:
+        """Who owns layers in ``module``: ``entry``, or None where others' code runs in it around the one module that is computed."""
+        form = form_of(module) if entry.module is module and entry.state == "fused" else None
+        return None if form is not None and hasattr(form.fused, "computes_only") else entry
 
     def _count(self, parameter: nn.Parameter, linear: bool, entry: _Entry) -> None:
         """Add a parameter to the entry that holds it; one that is shared to the first."""
@@ -263,6 +271,15 @@ class _Survey:
             for path, classes in paths.items()
             for cls in classes
         }
+
+
+def _computed(form: Form | None, module: nn.Module) -> list[nn.Module]:
+    """The modules in a fused one whose layers it computes itself, although they are not its own. Around what ``computes_only`` of a mixin
+    gives (a module, or None), others' code runs."""
+    if form is None:
+        return []
+    only = getattr(form.fused, "computes_only", lambda module: None)(module)
+    return [module.get_submodule(path) for path in form.computes] + ([] if only is None else [only])
 
 
 def full_losses(model: nn.Module) -> list[str]:

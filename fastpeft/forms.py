@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from tokenize import TokenError
 from types import FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +32,7 @@ DOCUMENTING = ("auto_docstring", "add_start_docstrings", "add_start_docstrings_t
                "replace_return_docstrings", "add_code_sample_docstrings", "deprecate_kwarg", "override")  # fmt: skip
 SKIPPED = ("kind", "type_comment", "type_params", "annotation", "returns", "decorator_list", "ctx", "type_ignores")
 WRAPPERS = ("transformers", "torch", "functools", "contextlib")  # whose wrappers stand as decorators in the source, or change no value
-MISSING = object()
+MISSING = object()  # of a name that leads to nothing
 
 
 @dataclass
@@ -43,10 +44,16 @@ class Code:
     reads: set[str] = field(default_factory=set)
     resolved: list[tuple[Any, str, Any]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
+    readable: bool = True  # whether the source of all of it is there
 
     @cached_property
     def digest(self) -> str:
         return hashlib.sha256("\n".join(self.text).encode()).hexdigest()[:LENGTH]
+
+    def own_method(self, module: nn.Module) -> str:
+        """'' or the name of a method of the class's that ``module`` has another function for."""
+        methods = (name for where, name, found in self.resolved if where is None and callable(getattr(found, "__func__", found)))
+        return next((name for name in methods if name in module.__dict__), "")
 
     def is_current(self, cls: type) -> bool:
         """Whether each name still leads to what it led to when the code was read."""
@@ -55,7 +62,7 @@ class Code:
         )
 
 
-_CODE: WeakKeyDictionary[type, dict[str, Code | None]] = WeakKeyDictionary()
+_CODE: WeakKeyDictionary[type, dict[str, Code]] = WeakKeyDictionary()
 
 
 def digest(cls: type, method: str = "forward") -> str | None:
@@ -65,18 +72,27 @@ def digest(cls: type, method: str = "forward") -> str | None:
     return None if code is None else code.digest
 
 
+def function_digest(function: FunctionType) -> str | None:
+    """As :func:`digest`, of a function of a module."""
+    found = Code()
+    try:
+        _Reader(object, found).function(function)
+    except _NoSource:
+        return None
+    return found.digest
+
+
 def code_of(cls: type, method: str = "forward") -> Code | None:
     """What :func:`digest` is of; None where its source cannot be had."""
     kept = _CODE.setdefault(cls, {})
     found = kept.get(method, MISSING)
-    if found is MISSING or (found is not None and not found.is_current(cls)):
-        found = Code()
+    if found is MISSING or not found.is_current(cls):
+        kept[method] = found = Code()
         try:
             _Reader(cls, found).method(method)
         except _NoSource:
-            found = None
-        kept[method] = found
-    return found
+            found.readable = False
+    return found if found.readable else None
 
 
 class _NoSource(Exception):
@@ -105,10 +121,12 @@ def _function(value: Any) -> FunctionType | None:
 def _tree(function: FunctionType) -> ast.AST:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError) as error:
+    except (OSError, TypeError, ValueError, SyntaxError, IndexError, TokenError) as error:
         raise _NoSource from error
     if not isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef):
         raise _NoSource  # a lambda
+    if set(function.__code__.co_freevars) - {"__class__"}:
+        raise _NoSource  # it reads variables of a function around it
     if tree.name != function.__name__:
         raise _NoSource  # the file has changed since it was imported
     return tree
@@ -215,8 +233,12 @@ def _is_computing(function: FunctionType) -> bool:
 def _constant(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float | str | bytes | complex):
         return repr(value)
-    if isinstance(value, tuple | list | frozenset):
+    if isinstance(value, tuple | list):
         return f"{type(value).__name__}({', '.join(map(_constant, value))})"
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__}({', '.join(sorted(map(_constant, value)))})"
+    if isinstance(value, dict):
+        return f"dict({', '.join(f'{_constant(k)}: {_constant(v)}' for k, v in value.items())})"
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 

@@ -1,7 +1,7 @@
 """Registry of fused modules: which class each replaces, and the exchange of a module's class.
 
 A fused module is written as a mixin: a class with a ``forward`` and without a base. :func:`fuses` registers it as the implementation of a
-:class:`Form`, what the code of some classes computes. Nothing is imported for that. A class has a form in one of three ways:
+:class:`Form`, what the code of some classes computes. Nothing is imported for that. A class has a form in one of four ways:
 
 - by its code: ``@fuses("transformers.models.llama.modeling_llama.LlamaRMSNorm", code="c1bea3d3ab9e")``. Every class whose forward, with all
   that it reaches, has one of these digests (:mod:`fastpeft.forms`; several, one per release, stand in one string with spaces between) has
@@ -9,6 +9,7 @@ A fused module is written as a mixin: a class with a ``forward`` and without a b
   A class at the path of an example whose code has another digest has changed, and is left alone.
 - by its dotted path alone, where ``code`` is empty: PyTorch's layers, PEFT's.
 - as a subclass of such a class that overrides nothing that the class or the mixin reads.
+- by a rule, ``@fuses(rule=...)`` of the class, where it has none of these; the mixin's ``forward_of(cls)`` then makes the new forward.
 
 What code does not say, an instance does: ``why_not(module)`` of the mixin gives the reason why this one cannot be exchanged (an activation
 of another kind, a missing weight). When a module of a class with a form is met, the registry makes the class (mixin, class) that replaces
@@ -50,10 +51,9 @@ class Form:
     """What the code of some classes computes, and its fused implementation.
 
     ``fused``: the mixin; ``classes``: dotted paths of classes that have the form, all of them where ``code`` is empty; ``code``: digests of
-    what a class's forward computes; ``layout_aware``: takes and hands on layouts,
-    key masks and prefixes, so every layout-aware module inside must be exchanged with it; ``note``: a change of behaviour that the report
-    mentions; ``computes``: paths of modules inside whose layers it computes itself; ``applies``: of modules of these classes, which have
-    the form (None: all).
+    what a class's forward computes; ``layout_aware``: takes and hands on layouts, key masks and prefixes, so every layout-aware module
+    inside must be exchanged with it; ``note``: a change of behaviour that the report mentions; ``computes``: paths of modules inside whose
+    layers it computes itself; ``applies``: of modules of these classes, which have the form (None: all).
     """
 
     fused: type
@@ -69,6 +69,9 @@ class Form:
         shadowed = next((name for name in (*module._modules, *module._parameters, *module._buffers) if hasattr(self.fused, name)), None)
         if shadowed is not None:
             return f"its {shadowed} has a name of the fused module's own"
+        code = code_of(original_class(module)) if self.code else None
+        if code is not None and (name := code.own_method(module)):
+            return f"has a {name} of its own over its class's"
         check = getattr(self.fused, "why_not", None)
         return "" if check is None else check(module)
 
@@ -76,6 +79,7 @@ class Form:
 _FORMS: dict[str, Form] = {}  # dotted path of a known class -> its form
 _CODES: dict[str, Form] = {}  # digest of a class's code -> its form
 _FOUND: WeakKeyDictionary[type, tuple[str | None, Form | None]] = WeakKeyDictionary()  # class -> (its digest, what that and its bases gave)
+_RULES: list[tuple[Callable[[type], bool], Form]] = []  # (whether a class has the form, the form)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {}  # a known class -> the class that replaces it, made when first needed
 _REPLACED: dict[type[nn.Module], type[nn.Module]] = {}  # and back
 _FORM_OF: dict[type[nn.Module], Form] = {}  # a class that replaces one -> its form
@@ -88,6 +92,7 @@ def fuses(
     note: str = "",
     computes: tuple[str, ...] = (),
     applies: Callable[[nn.Module], bool] | None = None,
+    rule: Callable[[type[nn.Module]], bool] | None = None,
 ) -> Callable[[Mixin], Mixin]:
     """Register the decorated mixin as the fused implementation of ``classes``, dotted paths, and of every class whose code has one of the
     digests in ``code`` (see the module's docstring and :class:`Form`). A mixin of several forms takes several decorators."""
@@ -98,6 +103,8 @@ def fuses(
             for key in keys:
                 assert key not in table, f"{key} has two fused forms"
                 table[key] = form
+        if rule is not None:
+            _RULES.append((rule, form))
         _FOUND.clear()
         return fused
 
@@ -152,7 +159,8 @@ def form_of_class(cls: type) -> Form | None:
 def _find(cls: type, code: str | None) -> Form | None:
     if (form := _CODES.get(code)) is not None:
         return None if overridden(cls, form, _parents(cls)) else form
-    return next((form for base in cls.__mro__[1:] if (form := _inherited(cls, base)) is not None), None)
+    inherited = next((form for base in cls.__mro__[1:] if (form := _inherited(cls, base)) is not None), None)
+    return inherited or next((form for rule, form in _RULES if rule(cls)), None)
 
 
 def _parents(cls: type) -> tuple[type, ...]:
@@ -254,6 +262,8 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _forward_for(fused: type, cls: type) -> Callable | None:
     """A forward that takes its arguments by the names that ``cls`` gives them; None where the mixin's own has these names."""
+    if (made := getattr(fused, "forward_of", None)) is not None:
+        return made(cls)
     renamed = {}
     if not getattr(fused.forward, "signature_of_replaced", False):
         names = (_positional(f) for f in (fused.forward, cls.forward))

@@ -179,7 +179,7 @@ class FusedGemma3nRMSNorm(_RMSNorm):
 
 
 @fuses("transformers.models.nanochat.modeling_nanochat.NanoChatRMSNorm", code="5f0238f06af6")
-@fuses("transformers.models.inkling2.modeling_inkling2.Inkling2UnweightedRMSNorm", code="1ca938ff417a")
+@fuses("transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4UnweightedRMSNorm", code="1ca938ff417a")
 class FusedUnweightedRMSNorm(_RMSNorm):
     """Without a weight: one that is there, as in Falcon Mamba, is not read."""
 

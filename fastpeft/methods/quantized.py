@@ -152,6 +152,11 @@ class FusedLinear(DequantizingLinear):
         return plain_linear_spec(self)
 
 
+@fuses("transformers.models.falcon.modeling_falcon.FalconLinear", code="b6c19f635f5a")
+class FusedFalconLinear(FusedLinear):
+    """Falcon's, which writes the product out."""
+
+
 @fuses("transformers.pytorch_utils.Conv1D")
 class FusedConv1D:
     """GPT-2's linear layer, likewise."""

@@ -88,12 +88,13 @@ def under_autocast(rule: str) -> Callable:
 
 
 class _OnceOnly(Function):
-    """Gradients as they are, whose own gradient is an error."""
+    """Gradients as they are, whose own gradient is an error. ``sources`` are what they were computed of: autograd visits only what leads to
+    the tensors that it is asked about."""
 
     @staticmethod
-    def forward(ctx, op, *grads):
+    def forward(ctx, op, sources, *tensors):
         ctx.op = op
-        return tuple(grad.view_as(grad) for grad in grads)
+        return tuple(grad.view_as(grad) for grad in tensors[sources:])
 
     @staticmethod
     def backward(ctx, *_):
@@ -123,7 +124,8 @@ def first_order(backward: Callable) -> Callable:
         with torch.no_grad():
             grads = outside(ctx, *dys)
         grads = grads if isinstance(grads, tuple) else (grads,)
-        live = iter(_OnceOnly.apply(op, *(grad.detach().requires_grad_() for grad in grads if grad is not None)))
+        sources = [t for t in (*dys, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        live = iter(_OnceOnly.apply(op, len(sources), *sources, *(grad.detach().requires_grad_() for grad in grads if grad is not None)))
         return tuple(None if grad is None else next(live) for grad in grads)
 
     return surrounded

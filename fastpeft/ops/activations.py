@@ -13,8 +13,8 @@ Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for
 | up only             |               | gate, scale; up is let go   |
 | none                | nothing       | nothing                     |
 
-silu(x, alpha) = x sigma(alpha x) saves x. multiply(a, b) = a b saves what backward recomputes a and b from, where it can: for a = gelu(gate) and
-b = up, gate and up.
+silu(x, alpha) = x sigma(alpha x) saves x. multiply(a, b) = a b saves what backward recomputes a and b from, where it can: for a = gelu(gate)
+and b = up, gate and up.
 
 The activation itself is never saved: backward recomputes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
 that follows save it (see _recompute.py).
@@ -194,14 +194,14 @@ class _SiLU(Function):
     @staticmethod
     def forward(ctx, x, alpha):
         ctx.alpha = alpha
-        ctx.remake, kept = to_save(x)
+        ctx.recipe, kept = to_save(x)
         ctx.save_for_backward(*kept)
         return _silu(x, alpha)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        x = recompute(ctx.remake, ctx.saved_tensors)
+        x = recompute(ctx.recipe, ctx.saved_tensors)
         return aten.silu_backward(dy, x if ctx.alpha == 1.0 else x * ctx.alpha), None
 
 
@@ -217,14 +217,14 @@ class _Multiply(Function):
     @staticmethod
     def forward(ctx, a, b):
         need_a, need_b = ctx.needs_input_grad
-        ctx.remake, kept = to_save_all(a if need_b else None, b if need_a else None)
+        ctx.recipe, kept = to_save_all(a if need_b else None, b if need_a else None)
         ctx.save_for_backward(*kept)
         return torch.mul(a, b)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        a, b = recompute_all(ctx.remake, ctx.saved_tensors)
+        a, b = recompute_all(ctx.recipe, ctx.saved_tensors)
         return None if b is None else dy * b, None if a is None else dy * a
 
 

@@ -146,9 +146,12 @@ def beside_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor |
 
 
 def allowed_keys(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> Tensor | None:
-    """[B or 1, 1, M or 1, N] bool, True = attend; causality is aligned at the last query and the last key."""
+    """[B or 1, H or 1, M or 1, N] bool, True = attend; causality is aligned at the last query and the last key. ``key_padding_mask``:
+    [B, N], or a mask of four dimensions already."""
     M, N = q.shape[2], k.shape[2]
-    mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
+    mask = key_padding_mask
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None]
     if causal and M > 1:
         triangle = torch.ones(M, N, dtype=torch.bool, device=q.device).tril(N - M)
         mask = triangle[None, None] if mask is None else mask & triangle

@@ -326,6 +326,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     float32 where the CPU lacks x's dtype (see _gemm.py); W may be a QuantizedWeight."""
     if isinstance(weight, QuantizedWeight) or widened(x):
         return lora_linear(x, weight, bias, None, None)
-    if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None:
+    sharded = hasattr(weight, "__tensor_flatten__")  # a DTensor: PyTorch knows how its own operators are sharded
+    if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None and not sharded:
         return lora_linear(x, weight, bias, None, None)
     return torch.nn.functional.linear(x, weight, bias)

@@ -117,7 +117,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 def weights(path):
     """Whether an example may have a weight, and may have none."""
-    return {"Gemma3nRMSNorm": (True, False), "NanoChatRMSNorm": (False,), "Inkling2UnweightedRMSNorm": (False,)}.get(
+    return {"Gemma3nRMSNorm": (True, False), "NanoChatRMSNorm": (False,), "DeepseekV4UnweightedRMSNorm": (False,)}.get(
         path.rpartition(".")[2], (True,)
     )
 

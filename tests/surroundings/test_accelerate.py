@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import DOUBLE, SINGLE, bert, llama, same, scattered, sentences, step, text
+from small_steps import DOUBLE, SINGLE, bert, llama, same, scattered, sentences, step, text
 
 import fastpeft as fp
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import DOUBLE, SINGLE, bert, llama, same, scattered, sentences, step, text
+from small_steps import DOUBLE, SINGLE, bert, llama, same, scattered, sentences, step, text
 
 import fastpeft as fp
 

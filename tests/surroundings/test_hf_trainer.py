@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import bert, llama, scattered, sentences, text
+from small_steps import bert, llama, scattered, sentences, text
 from transformers import Trainer, TrainingArguments
 
 import fastpeft as fp

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from tiny_models import SINGLE, llama, same, step, text
+from small_steps import SINGLE, llama, same, step, text
 
 import fastpeft as fp
 

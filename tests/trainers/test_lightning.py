@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import SINGLE, llama, same, scattered, text
+from small_steps import SINGLE, llama, same, scattered, text
 
 import fastpeft as fp
 

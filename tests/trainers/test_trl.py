@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import llama, scattered
+from small_steps import llama, scattered
 
 import fastpeft as fp
 
