@@ -53,8 +53,7 @@ class Form:
     ``fused``: the mixin; ``classes``: dotted paths of classes that have the form, all of them where ``code`` is empty; ``code``: digests
     of what a class's forward computes; ``layout_aware``: takes and hands on layouts, key masks and prefixes, so every layout-aware module
     inside must be exchanged with it; ``note``: a change of behaviour that the report mentions; ``computes``: paths of modules inside whose
-    layers it computes itself; ``applies``: of modules of these classes, which have
-    the form (None: all).
+    layers it computes itself; ``applies``: of modules of these classes, which have the form (None: all).
     """
 
     fused: type
