@@ -50,8 +50,8 @@ Mixin = TypeVar("Mixin", bound=type)
 class Form:
     """What the code of some classes computes, and its fused implementation.
 
-    ``fused``: the mixin; ``classes``: dotted paths of classes that have the form, all of them where ``code`` is empty; ``code``: digests of
-    what a class's forward computes; ``layout_aware``: takes and hands on layouts, key masks and prefixes, so every layout-aware module
+    ``fused``: the mixin; ``classes``: dotted paths of classes that have the form, all of them where ``code`` is empty; ``code``: digests
+    of what a class's forward computes; ``layout_aware``: takes and hands on layouts, key masks and prefixes, so every layout-aware module
     inside must be exchanged with it; ``note``: a change of behaviour that the report mentions; ``computes``: paths of modules inside whose
     layers it computes itself; ``applies``: of modules of these classes, which have the form (None: all).
     """

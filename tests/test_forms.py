@@ -83,7 +83,7 @@ SAME = {
     ],
     "the class's name": [("class Base", "class Base_2")],
     "the way to a function": [("F.silu", "nn.functional.silu")],
-    "what is not read": [("def scaled", "def unused(self):\n        return 1\n\n    def scaled"), ('    kind = ', '    other = 1\n    kind = ')],
+    "what is not read": [("    def scaled", "    def unused(self):\n        return 1\n\n    def scaled"), ("LIMIT = 3", "LIMIT, MORE = 3, 4")],
     "a module's other name": [("import torch.nn.functional as F", "import torch.nn.functional as functional"), ("F.", "functional.")],
 }
 OTHER = {

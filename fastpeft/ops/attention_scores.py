@@ -27,6 +27,7 @@ from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, wants_grad
+from fastpeft.ops._private import softmax_backward
 from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.dropout import keep_mask, new_seed
 
@@ -45,26 +46,32 @@ def _work(q: Tensor) -> torch.dtype:
     return accumulator(q.dtype) if q.device.type == "cpu" else q.dtype
 
 
-def _all_keys(t: Tensor, prefix: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
-    """[B, H_kv, N, d] with its prefix, for every query head, in ``dtype``."""
+def _all_keys(t: Tensor, prefix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, H_kv, N, d] with its prefix, in ``dtype``."""
     if prefix is not None:
         t = torch.cat([prefix.to(t.dtype).expand(t.shape[0], -1, -1, -1), t], 2)
-    return t.to(dtype).repeat_interleave(heads // t.shape[1], 1)
+    return t.to(dtype)
+
+
+def _by_key_head(t: Tensor, heads: int) -> Tensor:
+    """[B, H, M, ...] -> [B, H_kv, H / H_kv M, ...]: query heads that share a key head, one after the other. No key is expanded."""
+    return t if t.shape[1] == heads else t.reshape(t.shape[0], heads, -1, t.shape[3])
 
 
 def _probabilities(options: Options, q: Tensor, k: Tensor, allowed, bias, sinks) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(P [B, H, M, N], tanh of the capped scores, the sink's own P [B, H, M, 1]), in the accumulator's dtype."""
-    scores, tanh, of_sink = (q @ k.mT).to(accumulator(q.dtype)).mul_(options.scale), None, None
+    scaled = _by_key_head(q * (options.scale if options.softcap is None else options.scale / options.softcap), k.shape[1])
+    scores, tanh, of_sink = (scaled @ k.mT).to(accumulator(q.dtype)).view(*q.shape[:3], -1), None, None
     if options.softcap is not None:
-        tanh = scores.div_(options.softcap).tanh_()
+        tanh = scores.tanh_()
         scores = tanh * options.softcap
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     alive = None
     if allowed is not None:
-        alive = allowed.any(-1, keepdim=True)
-        scores = scores.masked_fill_(~(allowed | ~alive if sinks is None else allowed), -torch.inf)
-        if options.uniform and sinks is None:
+        alive = allowed.any(-1, keepdim=True) if sinks is None else None
+        scores = scores.masked_fill_(~(allowed if alive is None else allowed | ~alive), -torch.inf)
+        if options.uniform and alive is not None:
             scores, alive = scores.masked_fill_(~alive, 0.0), None
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1)
@@ -77,11 +84,12 @@ def _probabilities(options: Options, q: Tensor, k: Tensor, allowed, bias, sinks)
 
 
 def _forward(options, seed, allowed, bias, sinks, q, k, v, pk, pv) -> Tensor:
-    work, H = _work(q), q.shape[1]
-    P, *_ = _probabilities(options, q.to(work), _all_keys(k, pk, H, work), allowed, bias, sinks)
+    work = _work(q)
+    P, *_ = _probabilities(options, q.to(work), _all_keys(k, pk, work), allowed, bias, sinks)
     if options.dropout_p:
         P.mul_(keep_mask(P, options.dropout_p, seed))
-    return (P.to(work) @ _all_keys(v, pv, H, work)).to(q.dtype)
+    values = _all_keys(v, pv, work)
+    return (_by_key_head(P.to(work), values.shape[1]) @ values).view(q.shape).to(q.dtype)
 
 
 class _AttentionWithScores(Function):
@@ -99,32 +107,32 @@ class _AttentionWithScores(Function):
     def backward(ctx, do):
         seed, allowed, bias, sinks, pk, pv, *kept = ctx.saved_tensors
         need_bias, need_sinks, need_q, need_k, need_v, need_pk, need_pv = ctx.needs_input_grad[3:]
-        (q, k, v), H, how, work = recompute_all(ctx.recipe, kept), do.shape[1], ctx.options, _work(do)
-        queries, do, keys = q.to(work), do.to(work), _all_keys(k, pk, H, work)
+        (q, k, v), options, work = recompute_all(ctx.recipe, kept), ctx.options, _work(do)
+        queries, keys, heads = q.to(work), _all_keys(k, pk, work), k.shape[1]
         P, tanh, of_sink = _probabilities(options, queries, keys, allowed, bias, sinks)
         mask = keep_mask(P, options.dropout_p, seed) if options.dropout_p else None
+        do = _by_key_head(do.to(work), heads)
         dbias = dsinks = dq = dk = dv = dpk = dpv = None
         if need_v or need_pv:
             dropped = P if mask is None else P * mask
-            dv, dpv = _to_parts(dropped.to(work).mT @ do, k, pv, need_v, need_pv)  # k has v's shape and dtype
+            dv, dpv = _to_parts(_by_key_head(dropped.to(work), heads).mT @ do, k, pv, need_v, need_pv)  # k has v's shape and dtype
         if ctx.scores:
-            dP = (do @ _all_keys(v, pv, H, work).mT).to(P.dtype)
+            dP = (do @ _all_keys(v, pv, work).mT).to(P.dtype).view_as(P)
             dP = dP if mask is None else dP.mul_(mask)
-            D = (P * dP).sum(-1, keepdim=True)
-            dsinks = (of_sink * D).sum((0, 2, 3)).neg_().view(sinks.shape).to(sinks.dtype) if need_sinks else None
-            dS = dP.sub_(D).mul_(P)
+            if need_sinks:
+                dsinks = (of_sink * (P * dP).sum(-1, keepdim=True)).sum((0, 2, 3)).neg_().view(sinks.shape).to(sinks.dtype)
+            dS = softmax_backward(dP, P, -1, P.dtype)  # P (dP - rowsum(P dP)), whatever a row of P sums to
             dbias = dS.sum_to_size(bias.shape).to(bias.dtype) if need_bias else None
-            dS = dS if tanh is None else dS.mul_(tanh.square_().neg_().add_(1.0))
-            dS = dS.mul_(options.scale).to(work)
-            dq = (dS @ keys).to(q.dtype) if need_q else None
+            dS = dS if tanh is None else torch.ops.aten.tanh_backward(dS, tanh)
+            dS = _by_key_head(dS.to(work), heads)
+            dq = (dS @ keys).view(q.shape).mul_(options.scale).to(q.dtype) if need_q else None
             if need_k or need_pk:
-                dk, dpk = _to_parts(dS.mT @ queries, k, pk, need_k, need_pk)
+                dk, dpk = _to_parts(dS.mT @ _by_key_head(queries * options.scale, heads), k, pk, need_k, need_pk)
         return None, None, None, dbias, dsinks, dq, dk, dv, dpk, dpv
 
 
 def _to_parts(grad: Tensor, t: Tensor, prefix: Tensor | None, need: bool, need_prefix: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient [B, H, n + N, d] of what :func:`_all_keys` returned, as gradients of its arguments."""
-    grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
+    """The gradient [B, H_kv, n + N, d] of what :func:`_all_keys` returned, as gradients of its arguments."""
     n = 0 if prefix is None else prefix.shape[1]
     return grad[:, :, n:].to(t.dtype) if need else None, grad[:, :, :n].sum(0).to(prefix.dtype) if need_prefix else None
 

@@ -20,7 +20,8 @@ OTHERS = (coverage.TARGETS["LLaVA (CLIP + Mistral)"], "T5ForConditionalGeneratio
 @pytest.mark.parametrize("spec", [*CAUSAL, *OTHERS])
 def test_some_models(spec):
     row = coverage.measure(coverage.build(spec))
-    assert row["covered"] == row["covered_flops"] == 1 and (row["inside"] > 0) == (spec != "FalconForCausalLM") and row["linear_layers"] < 80
+    assert row["covered"] == row["covered_flops"] == 1 and row["linear_layers"] < 80
+    assert (row["inside"] > 0) == (spec != "FalconForCausalLM")  # its layers alone
     assert f"| {spec} | {row['linear_layers']} | 100% | 100% |" in "\n".join(coverage.table({spec: row}))
 
 
