@@ -188,7 +188,10 @@ def overridden(cls: type, form: Form, between: tuple[type, ...], base: type | No
     the mixin has and the class's code does not know."""
     own = {name for kind in form.fused.__mro__[:-1] for name in vars(kind) if not name.startswith("__")}
     if base is None:
-        return sorted(own & {name for kind in between for name in vars(kind)} - {"forward"})
+        # transformers' own layer that checkpoints has a __call__, which passes everything on
+        own |= ALWAYS_READ
+        theirs = {name for kind in between if kind.__module__ != "transformers.modeling_layers" for name in vars(kind)}
+        return sorted((own & theirs) - {"forward"})
     read = own | ALWAYS_READ | _names_in(form.fused)
     code = code_of(base)
     read |= set() if code is None else code.reads

@@ -83,7 +83,7 @@ SAME = {
     ],
     "the class's name": [("class Base", "class Base_2")],
     "the way to a function": [("F.silu", "nn.functional.silu")],
-    "what is not read": [("    def scaled", "    def unused(self):\n        return 1\n\n    def scaled"), ("LIMIT = 3", "LIMIT, MORE = 3, 4")],
+    "what is not read": [("    def scaled", "    def unused(self):\n        pass\n\n    def scaled"), ("LIMIT = 3", "LIMIT, MORE = 3, 4")],
     "a module's other name": [("import torch.nn.functional as F", "import torch.nn.functional as functional"), ("F.", "functional.")],
 }
 OTHER = {
@@ -235,6 +235,21 @@ class MyMLP(nn.Module):
     fp.restore(mlp)
     mlp.gated_by = nn.Linear(2, 2)
     assert fp.optimize(mlp).skipped == [("", "its gated_by has a name of the fused module's own")]
+
+
+def test_a_call_of_its_own():
+    """A module around reads weights where it may: what a subclass does in __call__ would be lost."""
+
+    class Doubled(modeling_mistral.MistralRMSNorm):
+        def __call__(self, hidden_states):
+            return 2 * super().__call__(hidden_states)
+
+    class Renamed(modeling_mistral.MistralRMSNorm):
+        pass
+
+    assert digest(Doubled) == digest(Renamed) == digest(modeling_llama.LlamaRMSNorm)
+    assert form_of(Doubled(4)) is None and form_of(Renamed(4)) is form_of(modeling_llama.LlamaRMSNorm(4))
+    assert [reason for _, reason in fp.optimize(Doubled(4)).skipped] == ["a subclass of MistralRMSNorm that overrides __call__"]
 
 
 def test_a_sharded_class_has_no_form():

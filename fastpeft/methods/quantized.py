@@ -146,7 +146,8 @@ class FusedLinear(DequantizingLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
-        return linear(input, weight_of(self), self.bias)
+        weight = self.weight
+        return linear(input, weight if type(weight) is nn.Parameter else weight_of(self), self.bias)
 
     def linear_spec(self) -> LinearSpec:
         return plain_linear_spec(self)

@@ -324,9 +324,9 @@ def lora_linear(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, which saves nothing for a trained weight where backward can recompute ``x`` (see _recompute.py), and multiplies in
     float32 where the CPU lacks x's dtype (see _gemm.py); W may be a QuantizedWeight."""
-    if isinstance(weight, QuantizedWeight) or widened(x):
+    if isinstance(weight, QuantizedWeight) or (_gemm.LACKING and widened(x)):
         return lora_linear(x, weight, bias, None, None)
-    sharded = hasattr(weight, "__tensor_flatten__")  # a DTensor: PyTorch knows how its own operators are sharded
-    if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None and not sharded:
+    # a DTensor has __tensor_flatten__: PyTorch knows how its own operators are sharded
+    if weight.requires_grad and recipe_of(x) is not None and torch.is_grad_enabled() and not hasattr(weight, "__tensor_flatten__"):
         return lora_linear(x, weight, bias, None, None)
     return torch.nn.functional.linear(x, weight, bias)

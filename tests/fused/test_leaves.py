@@ -1,4 +1,4 @@
-"""Leaves that stand anywhere: linear layers, activations, PyTorch's norms. Values, gradients, what is kept for backward, names of arguments."""
+"""Leaves that stand anywhere: linear layers, activations, PyTorch's norms. Values, gradients, bytes kept, names of arguments."""
 
 import copy
 
@@ -115,7 +115,7 @@ def test_inputs_that_do_not_fit():
     """PyTorch's own errors, and activations that work in place or in Python stay."""
     linear = nn.Linear(N, 4)
     fp.optimize(linear)
-    with pytest.raises(RuntimeError, match="mat1 and mat2|size mismatch|must match"):
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
         linear(torch.randn(2, N + 1))
     report = fp.optimize(nn.ModuleList([nn.SiLU(inplace=True), activations.GELUTanh(use_gelu_tanh_python=True), nn.RMSNorm(4)]))
     reasons = ["works in place", "is written out in Python (use_gelu_tanh_python)", "its eps is no number"]
