@@ -235,6 +235,7 @@ class Trainer:
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
         notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
         scored = {"eval": evaluation, "generation": generation}
+        scored |= {"features": self.features.counts()} if self.features is not None else {}
         return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
     def save(self) -> None:
