@@ -27,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
+ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
@@ -60,12 +61,12 @@ def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 
 
 @app.command()
-def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
+def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count, plan_for
 
-    source = resolve(model)
+    source = resolve(model, image_encoder)
     network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
@@ -90,9 +91,8 @@ def train(
     run, data, text, metrics, training = split(given, *RECIPE)
     from fastpeft.runs.train import train_run
 
-    more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
-        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **more, **run.lora)
+        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
@@ -207,6 +207,7 @@ def estimate(
     batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantize: Quantize = None,
+    image_encoder: ImageEncoder = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
     answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
@@ -221,7 +222,7 @@ def estimate(
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
 
-    source = resolve(model)
+    source = resolve(model, image_encoder)
     found = run(
         source,
         plan_for(source.family.parts, plan, r=rank),

@@ -148,10 +148,10 @@ def _row(entry: Any, where: str, over: set[str]) -> Row:
     data = entry.get("data")
     paper = _mapping(entry.get("paper"), f"{where}: paper")
     return Row(
-        name=None if entry.get("name") is None else str(entry["name"]),
+        name=None if entry.get("name") is None else _text(entry["name"], f"{where}: name"),
         options={k: v for k, v in options.items() if k not in kept},
         data=None if data is None else tuple(map(str, [data] if isinstance(data, str) else _list(data, f"{where}: data"))),
-        starts_from=None if entry.get("from") is None else str(entry["from"]),
+        starts_from=None if entry.get("from") is None else _text(entry["from"], f"{where}: from"),
         stages=tuple(stages),
         seeds=None if entry.get("seeds") is None else _seeds(entry["seeds"], f"{where}: seeds"),
         paper={str(k): v for k, v in paper.items()},
@@ -207,7 +207,7 @@ def _list(value: Any, where: str) -> list:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where} must be text, not {value!r}")
+        raise ValueError(f"{where} must be text, not {value!r} (YAML reads on, yes and numbers as other things: put it in quotes)")
     return value
 
 

@@ -16,7 +16,7 @@ class Job:
     """One trained adapter: ``row`` is its line of the table, ``stages`` the options of `fastpeft train` for each stage in turn.
 
     ``starts_from``: the job whose adapter the first stage goes on from. ``score_on``: options of reading by data set; {}: the last
-    stage's own test split, scored as training scores it. ``made``: the data sets to draw, {folder: how}."""
+    stage's own test split, scored as training scores it. ``made``: the data sets to draw, {folder: how}. ``memory``: compute what a step holds (a row's first seed does)."""
 
     row: str
     data: str
@@ -28,6 +28,7 @@ class Job:
     generation: dict[str, Any] = field(default_factory=dict)
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
+    memory: bool = False
 
     @property
     def name(self) -> str:
@@ -36,7 +37,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What a finished job depends on, as JSON reads it back."""
         stages = [{k: v for k, v in stage.items() if k not in ("device", "num_workers")} for stage in self.stages]
-        kept = {k: v for k, v in asdict(self).items() if k not in ("paper", "folder", "made")} | {"stages": stages}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("paper", "folder", "made", "memory")} | {"stages": stages}
         return json.loads(json.dumps(kept))
 
 
@@ -67,6 +68,7 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
                     generation=study.generation,
                     made={folder: how for folder, how in made.items() if folder in used},
                     paper=row.paper,
+                    memory=seed == (row.seeds or study.seeds)[0] and (study.columns is None or "memory" in study.columns),
                 )
                 jobs.append(job)
     return _ordered(jobs, study)

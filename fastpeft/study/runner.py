@@ -66,7 +66,7 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
         for options in job.stages:
             try:
                 run, *_ = split(options, *RECIPE)
-                plan_for(resolve(run.model).family.parts, run.plan, **run.lora)
+                plan_for(resolve(run.model, run.image_encoder).family.parts, run.plan, **run.lora)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{study.path}: row {job.row}: {error}") from None
 

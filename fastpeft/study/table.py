@@ -21,7 +21,7 @@ Result = dict[str, Any]
 @dataclass(frozen=True)
 class Column:
     """title; value(job, result, scores) -> number, text or None; how a number is written: "percent" of a fraction, "percents" of a number
-    that is a percentage, "count", "bytes", "megabytes", "seconds" or "number". paper: the name of the paper's value beside it, in the table's unit."""
+    that is a percentage, "count", "gigabytes", "megabytes", "seconds" or "number". paper: the name of the paper's value beside it, in the table's unit."""
 
     title: str
     value: Callable[[Job, Result, dict], Any]
@@ -77,8 +77,8 @@ COLUMNS: dict[str, Column] = {
     "peft_percent": Column("#PEFT params, %", _peft_percent, "percents", "peft_percent"),
     "peft_by_part": Column("PEFT params by part", _peft_by_part),
     "adapter_bytes": Column("Adapter, MB", lambda job, result, scores: result["adapter_bytes"], "megabytes"),
-    "memory": Column("Memory computed, GB", lambda job, result, scores: (result["memory"] or {}).get("peak_bytes"), "bytes", "memory"),
-    "memory_measured": Column("Memory measured, GB", lambda job, result, scores: result["peak_memory_bytes"], "bytes"),
+    "memory": Column("Memory computed, GB", lambda job, result, scores: (result["memory"] or {}).get("peak_bytes"), "gigabytes", "memory"),
+    "memory_measured": Column("Memory measured, GB", lambda job, result, scores: result["peak_memory_bytes"], "gigabytes"),
     "seconds": Column("Time, s", lambda job, result, scores: result["seconds"], "seconds"),
     "loss": Column("Loss", lambda job, result, scores: result["loss_last"], "number"),
     "open": Column("Open, %", _score("open"), "percent", "open"),
@@ -119,13 +119,13 @@ class Cell:
             return "–"
         if self.kind == "text":
             return str(self.mean)
-        scale, digits = {"percent": (100, 2), "percents": (1, 3), "count": (1, 0), "bytes": (1e-9, 2), "megabytes": (1e-6, 2)}.get(
+        scale, digits = {"percent": (100, 2), "percents": (1, 3), "count": (1, 0), "gigabytes": (1e-9, 2), "megabytes": (1e-6, 2)}.get(
             self.kind, (1, 1 if self.kind == "seconds" else 3)
         )
         if self.kind == "percents" and 0 < self.mean < 0.01:
             digits = 5
         shown = f"{self.mean * scale:,.{digits}f}"
-        return shown if self.spread is None or self.kind == "count" else f"{shown} ± {self.spread * scale:.{digits}f}"
+        return shown if self.spread is None or self.kind in ("count", "percents", "megabytes") else f"{shown} ± {self.spread * scale:.{digits}f}"
 
 
 @dataclass(frozen=True)

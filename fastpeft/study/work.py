@@ -81,8 +81,8 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
                 given["init_adapter"] = str(start)
             if job.score_on or job.generation or at < len(job.stages):
                 given["no_eval"] = True
-            run, data, text, metrics, training, *more = split(given, *RECIPE)
-            train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **train_arguments(run, more), **run.lora)
+            run, data, text, metrics, training = split(given, *RECIPE)
+            train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
         summaries.append(json.loads((out / "summary.json").read_text(encoding="utf-8")))
         start = out / "adapter"
     last = summaries[-1]
@@ -93,15 +93,10 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
         "scores": scores,
         "adapter_bytes": sum(file.stat().st_size for file in start.rglob("*.safetensors")),
         "features": {name: sum(counts[name] for counts in used) for name in ("computed", "loaded", "reused")} if used else None,
-        "memory": memory_of(job),
+        "memory": memory_of(job) if job.memory else None,
         **{name: sum(s[name] for s in summaries) for name in SUMMED},
         **{name: last[name] for name in KEPT if name in last},
     }
-
-
-def train_arguments(run, more: list) -> dict[str, Any]:
-    """What `fastpeft train` hands on of its options."""
-    return {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
 
 
 def source_adapter(job: Job) -> Path:
@@ -142,8 +137,8 @@ def memory_of(job: Job) -> dict[str, Any] | None:
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
 
-    run, _, _, _, config, *_ = split({k: v for k, v in job.stages[-1].items()}, *RECIPE)
-    source = resolve(run.model)
+    run, _, _, _, config = split(job.stages[-1], *RECIPE)
+    source = resolve(run.model, run.image_encoder)
     try:
         step = {"batch_size": config.batch_size, "dtype": config.dtype, "questions_per_image": config.questions_per_image}
         found = estimate(source, plan_for(source.family.parts, run.plan, **run.lora), **step, quantize=run.quantize)
