@@ -12,7 +12,8 @@
     score_on: [slake, vqa-rad]           # data sets whose test splits are asked (default: each row's own)
     columns: [rank, trainable, percent, open, closed, global]
     figures: [loss, percent]
-    tiny: {options: {...}, data: {slake: {made: phantoms}}}    # what `--scale tiny` puts over the rest
+    tiny:                                # what `--scale tiny` puts over the rest: options, data sets, other models, a choice of rows
+      {options: {steps: 40}, models: {miss: miss-tiny}, data: {slake: {made: phantoms}}}
 
 A row runs on every data set it names (``data: [a, b]``; default: all of them) and with every seed.
 """
@@ -20,7 +21,7 @@ A row runs on every data set it names (``data: [a, b]``; default: all of them) a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, read_y
 
 KEYS = ("title", "recipe", "options", "data", "seeds", "rows", "score_on", "generation", "columns", "figures", "tiny", "notes")
 ROW_KEYS = ("name", "data", "from", "stages", "seeds", "paper")
-TINY_KEYS = ("options", "data", "seeds", "score_on", "generation", "rows")
+TINY_KEYS = ("models", "options", "data", "seeds", "score_on", "generation", "rows")
 NOT_OF_A_ROW = ("data", "out", "resume", "seed", "feature_cache_dir", "init_adapter", "progress")  # the study says these
 
 
@@ -46,6 +47,15 @@ class Row:
     stages: tuple[tuple[str | None, dict[str, Any]], ...] = ((None, {}),)
     seeds: tuple[int, ...] | None = None
     paper: dict[str, float] = field(default_factory=dict)
+
+    def with_models(self, models: Mapping[str, str]) -> Row:
+        """The same with other models in place of these."""
+        stages = tuple((data, _with_models(options, models)) for data, options in self.stages)
+        return replace(self, options=_with_models(self.options, models), stages=stages)
+
+
+def _with_models(options: dict[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
+    return options | ({"model": models.get(options["model"], options["model"])} if "model" in options else {})
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     options |= _options(content.get("options"), f"{path}: options")
     over = _options(tiny.get("options"), f"{path}: tiny: options")
     rows = [_row(entry, f"{path}: row {at}", set(over)) for at, entry in enumerate(_list(content["rows"], f"{path}: rows"), 1)]
+    models = {str(k): str(v) for k, v in _mapping(tiny.get("models"), f"{path}: tiny: models").items()}
+    rows = [row.with_models(models) for row in rows]
     if kept := tiny.get("rows"):
         rows = _chosen(rows, _list(kept, f"{path}: tiny: rows"), f"{path}: tiny: rows")
     data = _mapping(content.get("data"), f"{path}: data") or {"data": {}}
@@ -95,20 +107,20 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
         if name not in data:
             raise ValueError(f"{path}: tiny: data: there is no data set {name!r}; data has {', '.join(data)}")
         data[name] = _data(given, f"{path}: tiny: data: {name}")
-    asked = _list(tiny.get("score_on", content.get("score_on", [])), f"{path}: score_on")
+    asked = _texts(tiny.get("score_on", content.get("score_on", [])), f"{path}: score_on")
     generation = _mapping(tiny.get("generation", content.get("generation")), f"{path}: generation")
     study = StudyFile(
         path=path,
         title=_text(content.get("title", path.stem), f"{path}: title"),
-        options=options | over,
+        options=_with_models(options, models) | over,
         data=data,
         seeds=_seeds(tiny.get("seeds", content.get("seeds", [0])), f"{path}: seeds"),
         rows=tuple(rows),
-        score_on=tuple(map(str, asked)),
+        score_on=asked,
         generation=checked(generation, f"{path}: generation", GenerationOptions),
-        columns=tuple(map(str, _list(content["columns"], f"{path}: columns"))) if content.get("columns") else None,
-        figures=tuple(map(str, _list(content.get("figures", ["loss", "percent"]), f"{path}: figures"))),
-        notes=tuple(map(str, _list(content.get("notes", []), f"{path}: notes"))),
+        columns=_texts(content["columns"], f"{path}: columns") if content.get("columns") else None,
+        figures=_texts(content.get("figures", ["loss", "percent"]), f"{path}: figures"),
+        notes=_texts(content.get("notes", []), f"{path}: notes"),
         scale=scale,
     )
     _known(study.generation, [f.name for f in fields(GenerationOptions)], f"{path}: generation")
@@ -209,6 +221,10 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} must be text, not {value!r} (YAML reads on, yes and numbers as other things: put it in quotes)")
     return value
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    return tuple(_text(entry, where) for entry in _list(value, where))
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:

@@ -62,6 +62,24 @@ def _reports(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: rand
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
 
 
+def _instruction_form(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """MILE's layout for training (img_name, qid, answer, question_pool); the test split asks in the original words."""
+    (folder / "imgs").symlink_to((drawn / "imgs").resolve())
+    pools: dict[str, set[str]] = {}
+    for row in splits["train"]:
+        pools.setdefault(row["content_type"], set()).add(row["answer"])
+    listed = []
+    for row in splits["train"]:
+        others = sorted(answer for answer in pools[row["content_type"]] if answer.lower() != row["answer"].lower())
+        options = [row["answer"], *rng.sample(others, min(2, len(others)))]
+        rng.shuffle(options)
+        said = "; ".join(f"({letter}){option}" for letter, option in zip("abc", options))
+        pool = [f"Question: {row['question']} Option: {said} {end}" for end in ("The answer to the question is", "Answer:", "Short answer:")]
+        listed.append({"img_name": row["img_name"], "qid": row["qid"], "answer": row["answer"], "question_pool": pool})
+    (folder / "train.json").write_text(json.dumps(listed, indent=1))
+    (folder / "test.json").write_text(json.dumps(splits["test"], indent=1))
+
+
 def _captions(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
     (folder / "images").symlink_to((drawn / "imgs").resolve())
     for split, rows in splits.items():
@@ -121,6 +139,7 @@ def _instructions(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng:
 Maker = Callable[[Path, Path, dict[str, list[dict]], random.Random], None]
 KINDS: dict[str, Maker | None] = {
     "phantoms": None,
+    "instruction_form": _instruction_form,
     "reports": _reports,
     "captions": _captions,
     "scienceqa": _scienceqa,

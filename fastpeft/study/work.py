@@ -93,6 +93,7 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
         "scores": scores,
         "adapter_bytes": sum(file.stat().st_size for file in start.rglob("*.safetensors")),
         "features": {name: sum(counts[name] for counts in used) for name in ("computed", "loaded", "reused")} if used else None,
+        "gates": gates_of(start),
         "memory": memory_of(job) if job.memory else None,
         **{name: sum(s[name] for s in summaries) for name in SUMMED},
         **{name: last[name] for name in KEPT if name in last},
@@ -128,6 +129,20 @@ def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
 
 _READING = {"data", "languages", "skip_bad"}
 _METRICS = {"metrics", "bertscore_model", "bertscore_layer", "bertscore_idf", "bertscore_baseline", "wordnet"}
+
+
+def gates_of(adapter: Path) -> dict[str, float] | None:
+    """By layer, from 0 at the bottom: the mean size of Excitor's gates; None without Excitor."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(adapter.rglob("adapter_model.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118: no mapping
+                if name.endswith("excitor_blocks.gate"):
+                    layer = name.partition(".layers.")[2].partition(".")[0]
+                    found[int(layer)] = float(tensors.get_tensor(name).float().abs().mean())
+    return {str(layer): found[layer] for layer in sorted(found)} or None
 
 
 def memory_of(job: Job) -> dict[str, Any] | None:
