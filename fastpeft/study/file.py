@@ -12,8 +12,8 @@
     score_on: [slake, vqa-rad]           # data sets whose test splits are asked (default: each row's own)
     columns: [rank, trainable, percent, open, closed, global]
     figures: [loss, percent]
-    tiny:                                # what `--scale tiny` puts over the rest: options, data sets, other models, a choice of rows
-      {options: {steps: 40}, models: {miss: miss-tiny}, data: {slake: {made: phantoms}}}
+    tiny:                                # what `--scale tiny` puts over the rest: options, others instead, data sets, a choice of rows
+      {options: {steps: 40}, instead: {model: {miss: miss-tiny}}, data: {slake: {made: phantoms}}}
 
 A row runs on every data set it names (``data: [a, b]``; default: all of them) and with every seed.
 """
@@ -32,7 +32,7 @@ from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, read_y
 
 KEYS = ("title", "recipe", "options", "data", "seeds", "rows", "score_on", "generation", "columns", "figures", "tiny", "notes")
 ROW_KEYS = ("name", "data", "from", "stages", "seeds", "paper")
-TINY_KEYS = ("models", "options", "data", "seeds", "score_on", "generation", "rows")
+TINY_KEYS = ("instead", "options", "data", "seeds", "score_on", "generation", "rows")
 NOT_OF_A_ROW = ("data", "out", "resume", "seed", "feature_cache_dir", "init_adapter", "progress")  # the study says these
 
 
@@ -48,14 +48,14 @@ class Row:
     seeds: tuple[int, ...] | None = None
     paper: dict[str, float] = field(default_factory=dict)
 
-    def with_models(self, models: Mapping[str, str]) -> Row:
-        """The same with other models in place of these."""
-        stages = tuple((data, _with_models(options, models)) for data, options in self.stages)
-        return replace(self, options=_with_models(self.options, models), stages=stages)
+    def with_others(self, instead: Mapping[str, Mapping]) -> Row:
+        """The same with other values of options in place of these: {option: {value: another}}."""
+        stages = tuple((data, _with_others(options, instead)) for data, options in self.stages)
+        return replace(self, options=_with_others(self.options, instead), stages=stages)
 
 
-def _with_models(options: dict[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
-    return options | ({"model": models.get(options["model"], options["model"])} if "model" in options else {})
+def _with_others(options: dict[str, Any], instead: Mapping[str, Mapping]) -> dict[str, Any]:
+    return options | {name: others.get(options[name], options[name]) for name, others in instead.items() if name in options}
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     options |= _options(content.get("options"), f"{path}: options")
     over = _options(tiny.get("options"), f"{path}: tiny: options")
     rows = [_row(entry, f"{path}: row {at}", set(over)) for at, entry in enumerate(_list(content["rows"], f"{path}: rows"), 1)]
-    models = {str(k): str(v) for k, v in _mapping(tiny.get("models"), f"{path}: tiny: models").items()}
-    rows = [row.with_models(models) for row in rows]
+    instead = {k: _mapping(v, f"{path}: tiny: instead") for k, v in _mapping(tiny.get("instead"), f"{path}: tiny: instead").items()}
+    _known(instead, [f.name for cls in RECIPE for f in fields(cls)], f"{path}: tiny: instead")
+    rows = [row.with_others(instead) for row in rows]
     if kept := tiny.get("rows"):
         rows = _chosen(rows, _list(kept, f"{path}: tiny: rows"), f"{path}: tiny: rows")
     data = _mapping(content.get("data"), f"{path}: data") or {"data": {}}
@@ -112,7 +113,7 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     study = StudyFile(
         path=path,
         title=_text(content.get("title", path.stem), f"{path}: title"),
-        options=_with_models(options, models) | over,
+        options=_with_others(options, instead) | over,
         data=data,
         seeds=_seeds(tiny.get("seeds", content.get("seeds", [0])), f"{path}: seeds"),
         rows=tuple(rows),
