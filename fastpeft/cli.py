@@ -146,6 +146,31 @@ def evaluate(
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 
 
+READING = (DataOptions,)
+
+
+@app.command(context_settings=other_names(*READING))
+@with_options(*READING, only=("split_file", "languages", "skip_bad"))
+def instruct(
+    data: Annotated[str, typer.Argument(help="folder of a data set of questions about images: Slake, VQA-RAD")],
+    out: Annotated[str, typer.Argument(help="folder to write: a data set for `train --data`")],
+    style: Annotated[str, typer.Option(help="paper: as paper 002's figure 4; released: as its authors' file")] = "paper",
+    seed: Annotated[int, typer.Option(help="of the options")] = 0,
+    as_json: Json = False,
+    **given,
+) -> None:
+    """Questions about images in instruction format, with answer options in several phrasings; test questions stay as they are."""
+    (chosen,) = split({"data": data, **given}, *READING)
+    from fastpeft.data import write_instruction_data
+
+    reading = {"split_file": chosen.split_file, "languages": chosen.languages, "skip_bad": chosen.skip_bad}
+    made = write_instruction_data(data, out, style=style, seed=seed, **reading)
+    counts = ", ".join(f"{made[name]} {name}" for name in ("train", "validate", "test") if made[name])
+    lines = [f"{out}: {counts} questions; {made['phrasings'] / made['train']:.1f} phrasings of a training question"]
+    lines += [f"{made['without_options']} have no options: there is no other answer"] if made["without_options"] else []
+    emit(made | {"out": out, "style": style, "seed": seed}, as_json, lines + made["notes"])
+
+
 @app.command(context_settings=other_names(GenerationOptions))
 @with_options(GenerationOptions, without=("num_beams",))
 def chat(

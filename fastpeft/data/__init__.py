@@ -5,6 +5,7 @@ from fastpeft.data.causal_batches import CausalCollator, LengthGroupedSampler
 from fastpeft.data.causal_tokenizer import load_causal_tokenizer, train_causal_tokenizer
 from fastpeft.data.formats import load_samples
 from fastpeft.data.images import ImageCache, Preprocess, load_image
+from fastpeft.data.instruct import write_instruction_data
 from fastpeft.data.instructions import load_instructions
 from fastpeft.data.samples import Instruction, Sample, SampleList, hold_out, normalise_answer
 from fastpeft.data.scienceqa import load_scienceqa
@@ -37,4 +38,5 @@ __all__ = [
     "save_tokenizer",
     "train_causal_tokenizer",
     "train_tokenizer",
+    "write_instruction_data",
 ]

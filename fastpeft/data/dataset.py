@@ -45,6 +45,10 @@ class SampleDataset(Dataset):
         """Messages about samples that were left out or cut."""
         return [f"{count} samples left out: {reason}" for reason, count in self.skipped.items()]
 
+    def identity(self) -> dict:
+        """What, beside the samples, must not change between a run and its resumption."""
+        return {}
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from fastpeft.data.dataset import SampleDataset, batch_images
 from fastpeft.data.images import Preprocess
+from fastpeft.data.instruct import until_options_end
 from fastpeft.data.samples import Sample
 from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questions, save_tokenizer
 
@@ -32,6 +33,9 @@ class VQADataset(SampleDataset):
     The interface of any data set for a trainer: `inputs`, the names in a batch that the model takes; `collator()`; `weight(batch)`,
     the number of terms that the model's loss is a mean of; `tokens(batch)`; `describe()` and `save(folder)`, which store what an
     adapter needs to be used without the data.
+
+    max_question: tokens of a question, [ENC] and [SEP] included; longer ones are cut. `cut_options`: samples with a phrasing whose
+    answer options are cut so.
     """
 
     inputs = ("input_ids", "attention_mask", "pixel_values", "image_index", "decoder_input_ids", "decoder_attention_mask", "labels")
@@ -45,8 +49,12 @@ class VQADataset(SampleDataset):
         tokenizer=None,
         max_answer: int | None = None,
         skip_bad: bool = False,
+        max_question: int = MAX_QUESTION,
     ):
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
+        if isinstance(max_question, bool) or not isinstance(max_question, int) or max_question < 3:
+            raise ValueError(f"max_question={max_question!r}: use a whole number of 3 or more: [ENC], a token and [SEP]")
+        self.max_question = max_question
         answers = [] if max_answer is None else [sample.answer for sample in samples]
         too_long = [i for i, answer in enumerate(answers) if self._answer_tokens(answer, max_answer) > max_answer]
         if too_long and not skip_bad:
@@ -58,6 +66,22 @@ class VQADataset(SampleDataset):
             self.skipped = {"answer too long": len(too_long)}
             if not self.samples:
                 raise ValueError(f"no answer fits the decoder's {max_answer} positions")
+        self.cut_options = 0 if tokenizer is None else self._count_cut_options()
+
+    def _count_cut_options(self) -> int:
+        """WordPiece splits at spaces and punctuation first: what ends with the options has the tokens it has in the whole phrasing."""
+        texts = [[text for q in sample.question_pool if (text := until_options_end(q))] for sample in self.samples]
+        flat = list(dict.fromkeys(text for several in texts for text in several))
+        if not flat:
+            return 0
+        ids = self.tokenizer(flat, add_special_tokens=False)["input_ids"]
+        long = {text for text, tokens in zip(flat, ids) if len(tokens) > self.max_question - 2}
+        return sum(any(text in long for text in several) for several in texts)
+
+    @property
+    def notes(self) -> list[str]:
+        lost = f"{self.cut_options} of {len(self)} samples lose answer options of some phrasing at max_question={self.max_question}"
+        return super().notes + ([f"{lost} (--max-question)"] if self.cut_options else [])
 
     def _answer_tokens(self, answer: str, limit: int) -> int:
         """An answer's tokens; not counted where there are surely fewer than `limit`, as none is longer than its characters, [DEC] and
@@ -65,7 +89,7 @@ class VQADataset(SampleDataset):
         return 0 if 4 * len(answer) + 2 <= limit else len(self.tokenizer(answer)["input_ids"])
 
     def collator(self) -> VQACollator:
-        return VQACollator(self.tokenizer)
+        return VQACollator(self.tokenizer, self.max_question)
 
     @staticmethod
     def weight(batch: dict) -> int:
@@ -76,7 +100,11 @@ class VQADataset(SampleDataset):
         return int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum())
 
     def describe(self) -> dict:
-        return {"preprocess": self.preprocess.to_dict(), "tokenizer": "tokenizer"}
+        return {"preprocess": self.preprocess.to_dict(), "tokenizer": "tokenizer", "max_question": self.max_question}
+
+    def identity(self) -> dict:
+        pools = hashlib.sha256(repr([s.question_pool for s in self.samples]).encode()).hexdigest()[:16]
+        return {"max_question": self.max_question} | ({"question_pools": pools} if any(s.question_pool for s in self.samples) else {})
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, folder / "tokenizer")

@@ -114,4 +114,5 @@ def answer(network: nn.Module, asked: CausalDataset, tokenizer, **generation) ->
 def options_of(about: dict[str, Any]) -> TextOptions:
     """The options an adapter was trained with, from its description."""
     known = {f.name for f in dataclasses.fields(TextOptions)}
-    return TextOptions(**{name: value for name, value in about.get("prompt", {}).items() if name in known})
+    said = about.get("prompt", {}) | {name: about[name] for name in ("max_question",) if name in about}
+    return TextOptions(**{name: value for name, value in said.items() if name in known})

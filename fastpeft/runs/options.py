@@ -77,6 +77,8 @@ class TextOptions:
     "prompt: alpaca, llava, lavin, plain (default: the model's own)"
     max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
     "tokens of the longest sample; longer ones are cut"
+    max_question: Annotated[int, Field(ge=3), READ] = 35
+    "tokens of a question of visual question answering; longer ones are cut (MISS's 35 cut options off in instruction-format data)"
     packed: Annotated[bool, PROMPT, Option(off="no_packing", names=("packing",))] = True
     "put samples end to end in one row, instead of padding them"
     instruction: Annotated[Text | None, PROMPT] = None

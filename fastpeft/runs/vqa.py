@@ -90,7 +90,7 @@ def dataset(
 ) -> VQADataset:
     """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer."""
     room = None if prompts_only else network.config.text_config.max_position_embeddings
-    return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad)
+    return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad, max_question=text.max_question)
 
 
 def answer(network: nn.Module, asked: VQADataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:

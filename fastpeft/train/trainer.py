@@ -250,6 +250,7 @@ class Trainer:
             "gradient_accumulation": self.config.gradient_accumulation,
             "dtype": self.config.dtype,
             "base": fingerprint(self.model),
+            **self.dataset.identity(),
         }
 
     def _open_out(self) -> None:
