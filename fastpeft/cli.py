@@ -6,19 +6,19 @@ what it runs when it runs: help and usage errors need no torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastpeft._when_imported import when_imported
-from fastpeft.cli_options import flag, other_names, with_options
+from fastpeft.cli_files import READING, convert, instruct
+from fastpeft.cli_options import Json, emit, flag, other_names, with_options
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
@@ -28,7 +28,6 @@ Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunO
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
 Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
@@ -49,14 +48,6 @@ def fastpeft(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")] = False,
 ) -> None:
     """Parameter-efficient fine-tuning that is efficient."""
-
-
-def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print for people, then, if asked, for programs."""
-    for line in lines:
-        print(line)
-    if as_json:
-        print(json.dumps(values))
 
 
 @app.command()
@@ -144,31 +135,6 @@ def evaluate(
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
-
-
-READING = (DataOptions,)
-
-
-@app.command(context_settings=other_names(*READING))
-@with_options(*READING, only=("split_file", "languages", "skip_bad"))
-def instruct(
-    data: Annotated[str, typer.Argument(help="folder of a data set of questions about images: Slake, VQA-RAD")],
-    out: Annotated[str, typer.Argument(help="folder to write: a data set for `train --data`")],
-    style: Annotated[str, typer.Option(help="paper: as paper 002's figure 4; released: as its authors' file")] = "paper",
-    seed: Annotated[int, typer.Option(help="of the options")] = 0,
-    as_json: Json = False,
-    **given,
-) -> None:
-    """Questions about images in instruction format, with answer options in several phrasings; test questions stay as they are."""
-    (chosen,) = split({"data": data, **given}, *READING)
-    from fastpeft.data import write_instruction_data
-
-    reading = {"split_file": chosen.split_file, "languages": chosen.languages, "skip_bad": chosen.skip_bad}
-    made = write_instruction_data(data, out, style=style, seed=seed, **reading)
-    counts = ", ".join(f"{made[name]} {name}" for name in ("train", "validate", "test") if made[name])
-    lines = [f"{out}: {counts} questions; {made['phrasings'] / made['train']:.1f} phrasings of a training question"]
-    lines += [f"{made['without_options']} have no options: there is no other answer"] if made["without_options"] else []
-    emit(made | {"out": out, "style": style, "seed": seed}, as_json, lines + made["notes"])
 
 
 @app.command(context_settings=other_names(GenerationOptions))
@@ -270,37 +236,8 @@ def estimate(
     emit(found.to_dict(), as_json, lines + [f"  {line}" for line in found.advice] + [f"note: {note}" for note in found.notes])
 
 
-@app.command()
-def convert(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
-            "(ViT-L-14.pt), or LaVIN's adapters (.pth)"
-        ),
-    ],
-    out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
-    llama: Annotated[str | None, typer.Option(help="beside CLIP or LaVIN's adapters: LLaMA's folder, original or transformers'")] = None,
-    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters: OpenAI's CLIP (ViT-L-14.pt)")] = None,
-    backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
-    vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
-    temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
-    adapter_scale: Annotated[float | None, typer.Option(help="of LaVIN's adapters (default: as the file says)")] = None,
-    image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
-    text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
-    vision_heads: Annotated[int | None, typer.Option(help="likewise, of the image encoder")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
-    as_json: Json = False,
-) -> None:
-    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
-    from fastpeft.runs.convert import convert_run
-
-    heads = {"text_heads": text_heads, "vision_heads": vision_heads}
-    companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
-    router = {"temperature": temperature, "adapter_scale": adapter_scale}
-    report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
-    about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
-    emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])
+app.command(context_settings=other_names(*READING))(instruct)
+app.command()(convert)
 
 
 @app.command()

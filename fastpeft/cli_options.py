@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -12,6 +13,17 @@ from fastpeft.options import FieldOption, fields
 
 # the short names that the command line shows; every other name of an option is taken too (fastpeft.options.Option)
 SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_rate": "min_lr", "num_workers": "workers"}
+
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
+
+
+def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print for people, then, if asked, for programs."""
+    for line in lines:
+        print(line)
+    if as_json:
+        print(json.dumps(values))
 
 
 def flag(field: FieldOption) -> str:

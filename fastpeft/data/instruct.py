@@ -148,7 +148,7 @@ def write_instruction_data(
     languages: Sequence[str] | None = ("en",),
     skip_bad: bool = False,
 ) -> dict:
-    """Write a data set of questions about images to a folder, its training split in instruction format, validation and test splits as they are.
+    """Write a data set of questions about images to a folder: its training split in instruction format, the others as they are.
 
     The folder holds instruction_data.json (img_name, qid, answer, question_pool; answer_type and content_type beside them),
     validate.json and test.json where the data have them, and copies of the images. Each sample's
@@ -166,26 +166,30 @@ def write_instruction_data(
     training = load_samples(data, split_file, "train", **reading)
     if any(sample.question_pool for sample in training):
         raise ValueError(f"{training.file}: already in instruction format: give the original questions and answers")
-    splits = {"validate": _split(data, "val", training, reading), "test": _split(data, "test", training, reading)}
-    if splits["validate"] and splits["test"] and splits["validate"].files == splits["test"].files:
-        splits["test"] = None  # the validation file stood in for it
+    held = _held_out(data, training, reading)
     pools, prefix = OptionPools(training), training.format.split("+")[0]
-    rows, without = [], 0
-    for sample in training:
-        pool = phrasings(sample, pools, style, random.Random(f"instruct {seed} {sample.source.name} {sample.entry}"))
-        without += not any(until_options_end(phrasing) for phrasing in pool)
-        row = {"img_name": _image_name(prefix, sample), "qid": _qid(sample), "answer": sample.answer, "question_pool": pool}
-        rows.append(row | {"answer_type": sample.answer_type, "content_type": sample.content_type})
+    drawn = [phrasings(s, pools, style, random.Random(f"instruct {seed} {s.source.name} {s.entry}")) for s in training]
     with atomic_folder(out) as draft:
-        write_json(draft / FILE, rows)
-        for name, held in splits.items():
-            if held:
-                write_json(draft / f"{name}.json", [_as_slake(prefix, sample) for sample in held])
-        for sample in (*training, *(sample for held in splits.values() for sample in held or ())):
+        write_json(draft / FILE, [_as_mile(prefix, sample, pool) for sample, pool in zip(training, drawn)])
+        for name, samples in held.items():
+            write_json(draft / f"{name}.json", [_as_slake(prefix, sample) for sample in samples])
+        for sample in (*training, *(sample for samples in held.values() for sample in samples)):
             _place(sample.image, draft / _image_name(prefix, sample))
-    counts = {"train": len(training), **{name: len(held) if held else 0 for name, held in splits.items()}}
-    notes = [f"{count} bad entries skipped: {reason}" for reason, count in training.skipped.items()]
-    return counts | {"phrasings": sum(len(row["question_pool"]) for row in rows), "without_options": without, "notes": notes}
+    return {
+        "train": len(training),
+        **{name: len(held.get(name, ())) for name in ("validate", "test")},
+        "phrasings": sum(map(len, drawn)),
+        "without_options": sum(not any(map(until_options_end, pool)) for pool in drawn),
+        "notes": [f"{count} bad entries skipped: {reason}" for reason, count in training.skipped.items()],
+    }
+
+
+def _held_out(data, training: SampleList, reading: dict) -> dict[str, SampleList]:
+    """{"validate", "test": their samples}, where the data have them."""
+    found = {name: held for name, split in (("validate", "val"), ("test", "test")) if (held := _split(data, split, training, reading))}
+    if len(found) == 2 and found["validate"].files == found["test"].files:
+        del found["test"]  # the validation file stood in for it
+    return found
 
 
 def _split(data, split: str, training: SampleList, reading: dict) -> SampleList | None:
@@ -207,6 +211,11 @@ def _image_name(prefix: str, sample: Sample) -> str:
 
 def _qid(sample: Sample) -> int | str:
     return int(sample.qid) if sample.qid.isdecimal() and str(int(sample.qid)) == sample.qid else sample.qid
+
+
+def _as_mile(prefix: str, sample: Sample, pool: list[str]) -> dict:
+    row = {"img_name": _image_name(prefix, sample), "qid": _qid(sample), "answer": sample.answer, "question_pool": pool}
+    return row | {"answer_type": sample.answer_type, "content_type": sample.content_type}
 
 
 def _as_slake(prefix: str, sample: Sample) -> dict:
