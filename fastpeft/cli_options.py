@@ -64,7 +64,8 @@ def _unset(field: FieldOption) -> bool | None:
 def _annotation(field: FieldOption):
     text = f"do not {field.description}" if _is_off(field) else field.help
     option = typer.Option(flag(field), help=text, rich_help_panel=field.option.panel or None, show_default=False)
-    return Annotated[bool if field.kind is bool else field.kind | None, option]
+    kind = list[field.kind] if field.option.repeats else field.kind
+    return Annotated[bool if field.kind is bool else kind | None, option]
 
 
 def other_names(*classes: type) -> dict[str, Any]:

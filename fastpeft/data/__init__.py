@@ -7,7 +7,7 @@ from fastpeft.data.formats import load_samples
 from fastpeft.data.images import ImageCache, Preprocess, load_image
 from fastpeft.data.instruct import write_instruction_data
 from fastpeft.data.instructions import load_instructions
-from fastpeft.data.samples import Instruction, Sample, SampleList, hold_out, normalise_answer
+from fastpeft.data.samples import Instruction, Sample, SampleList, hold_out, mix, normalise_answer
 from fastpeft.data.scienceqa import load_scienceqa
 from fastpeft.data.tokenizer import decode, encode_answers, encode_questions, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.data.vqa import EpochSampler, VQACollator, VQADataset
@@ -34,6 +34,7 @@ __all__ = [
     "load_samples",
     "load_scienceqa",
     "load_tokenizer",
+    "mix",
     "normalise_answer",
     "save_tokenizer",
     "train_causal_tokenizer",

@@ -96,6 +96,11 @@ class VQADataset(SampleDataset):
         return len(batch["samples"])
 
     @staticmethod
+    def terms(labelled: int) -> int:
+        """Of one sample with so many labelled tokens."""
+        return 1
+
+    @staticmethod
     def tokens(batch: dict) -> int:
         return int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum())
 
@@ -158,6 +163,9 @@ class EpochSampler(Sampler[list[int]]):
     questions on one image, its variance is up to 1 + (Q - 1) c times that of B independent questions, at worst (c = 1) that
     of B / Q. A larger batch makes up for it, and the images saved pay for the batch.
 
+    Where `data` has `source_weights`, an epoch has as many samples, of each data set its share: all of them as often as they fit, and
+    for the rest some, drawn anew each epoch.
+
     `data` is a `VQADataset`, a sequence of samples, or, for Q = 1, a number of samples.
     """
 
@@ -177,6 +185,7 @@ class EpochSampler(Sampler[list[int]]):
                 by_image.setdefault(sample.image if shared else i, []).append(i)
             groups = list(by_image.values())
         self.n = sum(map(len, groups))
+        self.shares = _shares(samples, getattr(data, "source_weights", {}))
         if self.n == 0 or (drop_last and self.n < batch_size):
             raise ValueError(f"{self.n} samples make no batch of {batch_size}")
         self.batch_size, self.seed, self.drop_last, self.questions_per_image = batch_size, seed, drop_last, questions_per_image
@@ -193,7 +202,8 @@ class EpochSampler(Sampler[list[int]]):
         """What the order of batches depends on, JSON-able: a run resumes where it stopped only if none of it has changed."""
         digest = hashlib.sha256(repr([(s.image_name, s.question, s.answer) for s in self._samples]).encode()).hexdigest()[:16]
         names = ("n", "batch_size", "seed", "questions_per_image", "drop_last")
-        return {name: getattr(self, name) for name in names} | {"samples": digest}
+        shares = {"shares": {name: count for name, (_, count) in self.shares.items()}} if self.shares else {}
+        return {name: getattr(self, name) for name in names} | {"samples": digest} | shares
 
     def __len__(self) -> int:
         """Batches in a whole epoch, whatever `start_batch`."""
@@ -204,11 +214,23 @@ class EpochSampler(Sampler[list[int]]):
         for b in range(self.start_batch, len(self)):
             yield order[b * self.batch_size : (b + 1) * self.batch_size]
 
+    def _visits(self, draw: random.Random) -> list[int]:
+        """How often each sample comes in the epoch."""
+        visits = [0] * self.n
+        for indices, count in self.shares.values():
+            whole, rest = divmod(count, len(indices))
+            more = set(draw.sample(indices, rest))
+            for i in indices:
+                visits[i] = whole + (i in more)
+        return visits
+
     def _order(self, draw: random.Random) -> list[int]:
         """All indices in the epoch's order, cut into batches by their position."""
         q = min(self.questions_per_image, self.batch_size)
+        visits = self._visits(draw) if self.shares else None
         chunks = []
         for group in self._groups:
+            group = group if visits is None else [i for i in group for _ in range(visits[i])]
             group = draw.sample(group, len(group))
             chunks += [group[i : i + q] for i in range(0, len(group), q)]
         draw.shuffle(chunks)
@@ -226,3 +248,18 @@ class EpochSampler(Sampler[list[int]]):
             if chunk[room:]:
                 waiting[len(chunk) - room].append((rank, chunk[room:]))
         return order
+
+
+def _shares(samples: Sequence, weights: dict[str, float]) -> dict[str, tuple[list[int], int]]:
+    """{data set: (its samples' indices, how many of an epoch's samples are its)}; they add up to the number of samples."""
+    if not weights:
+        return {}
+    own: dict[str, list[int]] = {name: [] for name in weights}
+    for i, sample in enumerate(samples):
+        own[sample.data].append(i)
+    own = {name: indices for name, indices in own.items() if indices}
+    total, reached, ends = sum(weights[name] for name in own), 0.0, [0]
+    for name in own:
+        reached += weights[name]
+        ends.append(round(len(samples) * reached / total))
+    return {name: (indices, end - start) for (name, indices), start, end in zip(own.items(), ends, ends[1:])}

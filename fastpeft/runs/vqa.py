@@ -21,7 +21,12 @@ BEAMS = 3  # of the papers
 def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None, check_images: bool | None = None) -> SampleList:
     """The samples of one split."""
     how = {"languages": data.languages, "skip_bad": data.skip_bad, "check_images": check_images}
-    return load_samples(data.data, split_file, split=split, **how)
+    (source,) = data.sources
+    if given := [name for name in ("kind", "image_folder", "image_prefix") if getattr(source, name)] + ["turns"] * (
+        source.turns != "dialogue"
+    ):
+        raise ValueError(f"{source.path}: {', '.join(given)}: options of instruction data, which causal language models read")
+    return load_samples(source.path, split_file, split=split, **how)
 
 
 def model_for(
