@@ -27,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
+ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
@@ -51,12 +52,12 @@ def fastpeft(
 
 
 @app.command()
-def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
+def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count, plan_for
 
-    source = resolve(model)
+    source = resolve(model, image_encoder)
     network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
@@ -81,9 +82,8 @@ def train(
     run, data, text, metrics, training = split(given, *RECIPE)
     from fastpeft.runs.train import train_run
 
-    more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
     try:
-        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **more, **run.lora)
+        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
@@ -198,6 +198,7 @@ def estimate(
     batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantize: Quantize = None,
+    image_encoder: ImageEncoder = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
     answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
@@ -212,7 +213,7 @@ def estimate(
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
 
-    source = resolve(model)
+    source = resolve(model, image_encoder)
     found = run(
         source,
         plan_for(source.family.parts, plan, r=rank),
@@ -274,6 +275,35 @@ def verify(
     emit(result.to_dict() | {"model": model, "plan": str(applied), "dtype": dtype}, as_json, lines)
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    file: Annotated[str, typer.Argument(help="YAML file of the study, such as recipes/studies/mile_1.yaml")],
+    out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
+    data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
+    scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study: all its rows, their table as Markdown, CSV and HTML, their figures. Killed, the same command goes on."""
+    from fastpeft.study.file import data_folders
+    from fastpeft.study.runner import run_study
+
+    try:
+        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, device=device, say=_tell)
+    except KeyboardInterrupt as error:
+        _say(str(error) or "interrupted")
+        raise typer.Exit(130) from None
+    tables = [name for name in results["files"] if name.endswith(".md")]
+    lines = [Path(name).read_text(encoding="utf-8") for name in tables]
+    emit(results, as_json, [*lines, f"everything is in {out} (study.html to look at)"])
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

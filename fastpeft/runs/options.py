@@ -76,6 +76,8 @@ class RunOptions:
 
     model: Annotated[Text, METHOD, Option(names=("model_name_or_path",))] = "miss-tiny"
     "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
+    image_encoder: Annotated[Text | None, METHOD] = None
+    "of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)"
     plan: Annotated[Text | dict[str, Any], METHOD, Option(must="a plan such as F/LoRA/LoRA")] = "F/LoRA/LoRA"
     "one treatment per part, or a YAML file"
     rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
@@ -90,8 +92,15 @@ class RunOptions:
     "4bit or 8bit: the frozen base in bitsandbytes' format"
     from_scratch: Annotated[bool, METHOD] = False
     "random weights, even where the package ships trained ones"
+    init_adapter: Annotated[FilePath | None, METHOD] = None
+    "adapter folder of another run, of the same base and plan, to go on from with these data and options"
     no_eval: Annotated[bool, READ] = False
     "score nothing at the end"
+
+    def arguments(self) -> dict[str, Any]:
+        """What :func:`fastpeft.runs.train.train_run` takes of it beside model, plan and LoRA."""
+        more = {"vocab": self.vocab, "quantize": self.quantize, "init_adapter": self.init_adapter, "image_encoder": self.image_encoder}
+        return more | {"pretrained": not self.from_scratch, "evaluate": not self.no_eval}
 
     @property
     def lora(self) -> dict[str, float | None]:

@@ -44,7 +44,8 @@ class Trainer:
 
     ``Trainer(model, dataset, TrainConfig(steps=200)).fit()`` returns the summary (the fields of ``summary.json``). ``dataset`` is a
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
-    ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs).
+    ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
+    of an adapter that the model holds already, kept in the description of the new one.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Trainer:
         *,
         eval_dataset: VQADataset | None = None,
         scoring: Scoring | None = None,
+        started_from: dict[str, Any] | None = None,
     ):
+        self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
         config = self.config
@@ -242,11 +245,13 @@ class Trainer:
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
         notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
         scored = {"eval": evaluation, "generation": generation}
+        scored |= {"features": self.features.counts()} if self.features is not None else {}
         return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
     def save(self) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
-        save_adapter(self.model, self.out / "adapter", description=self.dataset.describe(), write_more=self.dataset.save)
+        lineage = {"started_from": self.started_from} if self.started_from else {}
+        save_adapter(self.model, self.out / "adapter", description=self.dataset.describe() | lineage, write_more=self.dataset.save)
         progress = {"done": self.done, "identity": self._identity(), "config": asdict(self.config)}
         save_state(self.out / "checkpoint", self.model, self.optimizer, progress)
 
@@ -258,6 +263,7 @@ class Trainer:
             "dtype": self.config.dtype,
             "base": fingerprint(self.model),
             **self.dataset.identity(),
+            **({"started_from": self.started_from["tensors"]} if self.started_from else {}),
         }
 
     def _open_out(self) -> None:
