@@ -68,7 +68,7 @@ def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank =
 
 
 @app.command(context_settings=other_names(*RECIPE))
-@with_options(*RECIPE)
+@with_options(*RECIPE, without=("stages",))
 def train(
     config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
     as_json: Json = False,
@@ -77,19 +77,25 @@ def train(
     """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
     given = (read_yaml(config) if config else {}) | canonical(given, *RECIPE)
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
-        if not given.get(name):
+        if not given.get(name) and not (name == "data" and given.get("stages")):
             raise ValueError(f"--{name} is missing: give {what}")
-    run, data, text, metrics, training = split(given, *RECIPE)
-    from fastpeft.runs.train import train_run
-
+    if not given.get("stages"):
+        run, data, text, metrics, training = split(given, *RECIPE)
     try:
-        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+        if given.get("stages"):
+            from fastpeft.runs.stages import train_stages
+
+            summary = train_stages(given)
+        else:
+            from fastpeft.runs.train import train_run
+
+            summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(130) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {training.out} (report.html to look at)"])
+    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:

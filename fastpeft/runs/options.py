@@ -19,6 +19,9 @@ Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v) if 
 Formats = Annotated[Text | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
+Stages = Annotated[tuple[dict[str, Any], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v), Field(min_length=1)]
+
+
 @options
 class DataSource:
     """One of the data sets that a run mixes."""
@@ -94,6 +97,8 @@ class RunOptions:
     "random weights, even where the package ships trained ones"
     init_adapter: Annotated[FilePath | None, METHOD] = None
     "adapter folder of another run, of the same base and plan, to go on from with these data and options"
+    stages: Annotated[Stages | None, METHOD, Option(must="a list of stages, each a mapping of options")] = None
+    "runs in turn, each going on from the one before, with options of its own (in YAML only; see fastpeft.runs.stages)"
     no_eval: Annotated[bool, READ] = False
     "score nothing at the end"
 
