@@ -31,13 +31,14 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 class Option:
     """What a field's type does not say. names: other names it is accepted under (Hugging Face's, PEFT's, the command line's short ones).
     off: the name of a switch that sets it to false. must: what it must be, in words. says: the whole message about a wrong value.
-    panel: its heading in the command line's help."""
+    panel: its heading in the command line's help. repeats: given several times, the command line makes a list of it."""
 
     names: tuple[str, ...] = ()
     off: str = ""
     must: str = ""
     says: str = ""
     panel: str = ""
+    repeats: bool = False
 
 
 class OptionError(ValueError):

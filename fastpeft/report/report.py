@@ -26,7 +26,7 @@ import jinja2
 from fastpeft.data.images import load_image
 from fastpeft.files import write_text
 from fastpeft.report.charts import charts, mapping, number, routing, short
-from fastpeft.report.scores import free_text, text_metrics
+from fastpeft.report.scores import free_text, sources, text_metrics
 
 EXAMPLES = 12
 THUMBNAIL = 200  # pixels, the longer side
@@ -71,6 +71,7 @@ def _page(out: Path) -> str:
         free_text=free_text(summary),
         filled=_text(mapping(mapping(summary.get("eval")).get("filled_by")).get("open")),
         text_metrics=text_metrics(summary),
+        sources=sources(summary),
         examples=_examples(predictions),
         right=sum(p.get("correct") is True for p in predictions),
         asked=len(predictions),

@@ -24,6 +24,7 @@ from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
 from fastpeft.files import recover_folder, write_json
+from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
@@ -33,6 +34,7 @@ from fastpeft.train.config import TrainConfig
 from fastpeft.train.interrupts import StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog, keep_lines
 from fastpeft.train.optimizer import Optimizer
+from fastpeft.train.sources import SourceLosses
 from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
 from fastpeft.train.summary import WINDOW, summary_of
 
@@ -76,7 +78,8 @@ class Trainer:
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
         self.out = Path(config.out) if config.out else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
-        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
+        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}}
+        self.mixed = len({sample.data for sample in dataset.samples}) > 1
         self._plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self.notes: list[str] = []
@@ -196,7 +199,7 @@ class Trainer:
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
         done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
-        terms = sum(map(self.dataset.weight, batches))
+        terms, by_source = sum(map(self.dataset.weight, batches)), SourceLosses()
         for batch in batches:
             inputs = to_device(batch, self.inputs, self.device, self.dtype, self.model)
             if self.features is not None:
@@ -204,8 +207,11 @@ class Trainer:
             if self.budget is not None:
                 self.budget.fit(inputs)
             with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
-                part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
+                with token_losses() if self.mixed else contextlib.nullcontext([]) as recorded:
+                    part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
                 part.backward()
+            if self.mixed:
+                by_source.add(batch, self.dataset, recorded)
             self.optimizer.collect()
             if cost is not None:
                 done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
@@ -223,7 +229,8 @@ class Trainer:
         done["tokens"] += sum(map(self.dataset.tokens, batches))
         done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
         done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
-        return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
+        row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
+        return row | ({"loss_by_source": by_source.log(done["sources"])} if self.mixed else {})
 
     def evaluate(self) -> dict[str, Any] | None:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
@@ -255,7 +262,9 @@ class Trainer:
             "gradient_accumulation": self.config.gradient_accumulation,
             "dtype": self.config.dtype,
             "base": fingerprint(self.model),
-        } | ({"started_from": self.started_from["tensors"]} if self.started_from else {})
+            **self.dataset.identity(),
+            **({"started_from": self.started_from["tensors"]} if self.started_from else {}),
+        }
 
     def _open_out(self) -> None:
         """Make ``out`` ready: resume from its checkpoint, or refuse to write over another run."""
