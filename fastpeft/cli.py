@@ -52,7 +52,9 @@ def fastpeft(
 
 
 @app.command()
-def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False) -> None:
+def params(
+    model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
+) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count, plan_for

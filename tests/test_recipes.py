@@ -11,23 +11,26 @@ from fastpeft.plan import adapt, build, count, plan_for
 from fastpeft.runs.options import RECIPE, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+MILE = {"model": "miss", "epochs": 130, "batch_size": 20, "learning_rate": 2e-5, "base_learning_rate": 2e-5, "min_learning_rate": 0,
+        "weight_decay": 0.05, "max_grad_norm": 0, "warmup": 0}  # fmt: skip
 LAVIN = {"batch_size": 32, "weight_decay": 0.02, "learning_rate": 9e-3 * 32 / 256, "beta1": 0.9, "beta2": 0.95, "max_grad_norm": 0,
          "min_learning_rate": 0, "template": "lavin"}  # fmt: skip
 EXCITOR = {"epochs": 5, "batch_size": 64, "weight_decay": 0.02, "learning_rate": 9e-3 * 64 / 256, "beta1": 0.9, "beta2": 0.95,
            "max_grad_norm": 0, "warmup": 2 / 5, "min_learning_rate": 0}  # fmt: skip
 # options (of any class), and what the plan trains: the papers' number where they print one
-PAPERS: dict[str, tuple[dict, int]] = {
-    "mile": ({"model": "miss", "rank": 4, "epochs": 130, "batch_size": 20, "learning_rate": 2e-5, "base_learning_rate": 2e-5,
-              "min_learning_rate": 0, "weight_decay": 0.05, "max_grad_norm": 0, "warmup": 0}, 589_824),
-    "layernorm": ({"model": "miss", "epochs": 120, "batch_size": 16, "learning_rate": 2e-5, "base_learning_rate": 2e-5, "weight_decay": 0.05,
-                   "warmup": 0, "max_grad_norm": 0}, 224_277_308),
+PAPERS: dict[str, tuple[dict, int | None]] = {
+    "mile": (MILE | {"rank": 4}, 589_824),
+    "mile_instruction": (MILE | {"plan": "F/LoRA/LoRA", "rank": 4, "max_question": 35}, 589_824),
+    "mile_full_then_instruction": (MILE, None),
+    "layernorm": ({"model": "miss", "epochs": 120, "batch_size": 16, "learning_rate": 2e-5, "base_learning_rate": 2e-5,
+                   "weight_decay": 0.05, "warmup": 0, "max_grad_norm": 0}, 224_277_308),
     "llava_med": ({"model": "llava-med", "learning_rate": 2e-5, "base_learning_rate": 2e-5, "warmup": 0.03}, 262_144),
     "excitor": (EXCITOR | {"model": "llama-7b", "template": "alpaca"}, 7_619_520),
     "excitor_scienceqa": (EXCITOR | {"model": "excitor-7b", "image_encoder": "L/14@336", "prompt_format": "QCM-LEA"}, 14_386_112),
     "lavin": (LAVIN | {"model": "lavin-7b", "epochs": 20, "warmup": 2 / 20, "prompt_format": "QCM-ALE", "base_learning_rate": 1.125e-3},
               3_781_296),
-    "lavin_13b": (LAVIN | {"model": "lavin-13b", "epochs": 20, "warmup": 2 / 20, "prompt_format": "QCM-ALE", "base_learning_rate": 1.125e-3},
-                  5_390_080),
+    "lavin_13b": (LAVIN | {"model": "lavin-13b", "epochs": 20, "warmup": 2 / 20, "prompt_format": "QCM-ALE",
+                           "base_learning_rate": 1.125e-3}, 5_390_080),
     "lavin_text": (LAVIN | {"model": "llama-7b", "epochs": 20, "warmup": 2 / 20, "use_caption": True}, 1_704_192),  # printed 1.8M
     "lavin_chatbot": (LAVIN | {"model": "lavin-7b", "epochs": 15, "warmup": 0.2 / 15, "base_learning_rate": 1.125e-3}, 3_781_296),
     "lavin_chatbot_13b": (LAVIN | {"model": "lavin-13b", "epochs": 15, "warmup": 0.2 / 15, "base_learning_rate": 1.125e-3}, 5_390_080),
@@ -47,6 +50,8 @@ def test_recipe(name):
     assert found.keys() == want.keys()
     for field, value in want.items():
         assert found[field] == (pytest.approx(value, rel=1e-3) if isinstance(value, int | float) else value), field
+    if trainable is None:  # its stages have the plans
+        return
     run = made[0]
     source = resolve(run.model, run.image_encoder)
     plan = plan_for(source.family.parts, run.plan, **run.lora)

@@ -28,7 +28,13 @@ Say = Callable[[str], None]
 
 
 def run_study(
-    path: str | Path, out: str | Path, *, data: dict[str, str] | None = None, scale: str = "full", device: str | None = None, say: Say = print
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: dict[str, str] | None = None,
+    scale: str = "full",
+    device: str | None = None,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Run a study file, or go on with it, in ``out``; returns its results: title, rows, totals, failed (error by job), files.
 
@@ -184,5 +190,3 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-

@@ -159,7 +159,10 @@ def _result(trainable: int, base: int, score: float | None, seconds: float = 1.0
 
 
 def test_table_of_means_and_spread(tmp_path):
-    path = write(tmp_path, "data: {a: DIR}\nseeds: [0, 1, 2]\nrows: [{name: x, plan: F/LoRA/T, paper: {open: 30, percent: 9}}, {name: 'y|z', plan: T/T/T}]")
+    path = write(
+        tmp_path,
+        "data: {a: DIR}\nseeds: [0, 1, 2]\nrows: [{name: x, plan: F/LoRA/T, paper: {open: 30, percent: 9}}, {name: 'y|z', plan: T/T/T}]",
+    )
     found = jobs(path)
     scores = iter([0.2, 0.3, 0.7])
     results = [(job, _result(10, 60, next(scores)) if job.row == "x" else None) for job in found]
@@ -168,7 +171,7 @@ def test_table_of_means_and_spread(tmp_path):
     lines = table.markdown().splitlines()
     assert lines[2].startswith("| Row | vit | jtm | dec | Trainable | #Params, % | #Params, %, paper |")
     spread = math.sqrt(((0.2 - 0.4) ** 2 + (0.3 - 0.4) ** 2 + (0.7 - 0.4) ** 2) / 2)
-    assert f"| 40.00 ± {100 * spread:.2f} | 30 | – |" in lines[4]
+    assert f"| 40.00 ± {100 * spread:.2f} | 30 | - |" in lines[4]
     assert "| 50 | 12.346 | 9 | 10 | 16.667 | jtm 10 | 2.00 |" in lines[4]
     assert lines[5].startswith("| y\\|z (failed: out of memory) |")
     first, second = csv.DictReader(io.StringIO(table.csv()))
@@ -182,11 +185,11 @@ def test_table_of_means_and_spread(tmp_path):
 def test_each_column_reads_a_result(tmp_path):
     """Of a real result of each kind nothing is asked that is not there."""
     (job,) = jobs(write(tmp_path, "data: {a: DIR}\nrows: [{name: x, plan: F/LoRA/T}]"))
-    scores = {"open": 0.1, "closed": 0.2, "global": 0.3, "scienceqa": {"NAT": 0.4, "Avg": 0.5},
-              "metrics": {"rouge": {"precision": 0.1, "recall": 0.2, "f1": 0.3}, "meteor": {"score": 0.4}, "tokens": 5.0, "missing": {}}}  # fmt: skip
+    metrics = {"rouge": {"precision": 0.1, "recall": 0.2, "f1": 0.3}, "meteor": {"score": 0.4}, "tokens": 5.0, "missing": {}}
+    scores = {"open": 0.1, "closed": 0.2, "global": 0.3, "scienceqa": {"NAT": 0.4, "Avg": 0.5}, "metrics": metrics}
     result = _result(10, 60, 0.1) | {"scores": {"a": scores}}
     shown = table_of("c", tuple(COLUMNS), [(job, result)], {}, "a", paper=False).lines[0][2]
-    want = {"NAT": "40.00", "Avg": "50.00", "rouge_recall": "20.00", "meteor": "40.00", "tokens": "5.000", "bertscore_f1": "–", "SOC": "–"}
+    want = {"NAT": "40.00", "Avg": "50.00", "rouge_recall": "20.00", "meteor": "40.00", "tokens": "5.000", "bertscore_f1": "-", "SOC": "-"}
     assert {name: shown[name].text for name in want} == want
 
 
@@ -249,7 +252,7 @@ def test_a_study_runs(whole):
 
 def test_a_killed_study_goes_on(whole, tmp_path):
     """Killed in the middle of its first row and in its second, it ends with the same table and the same adapters, to the bit."""
-    path, out = whole
+    _, out = whole
     run_killed(write(tmp_path, SMALL), tmp_path / "out", [3, 9])
     table, adapters = contents(out)
     assert contents(tmp_path / "out") == (table, adapters) and len(adapters) > 4
@@ -257,7 +260,7 @@ def test_a_killed_study_goes_on(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_killed_at_random_five_times(whole, tmp_path):
-    path, out = whole
+    _, out = whole
     steps = sorted(random.Random(time.time_ns()).sample(range(0, 20), 5))
     run_killed(write(tmp_path, SMALL), tmp_path / "out", steps)
     assert contents(tmp_path / "out") == contents(out), steps
