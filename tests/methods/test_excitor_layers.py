@@ -67,7 +67,10 @@ def test_lavin_takes_six_tokens_of_either():
         assert build(resolve("lavin-7b", size), device="meta").config.visual_tokens == 6
 
 
-@pytest.mark.parametrize(("model", "size", "says"), [("miss", "L/14", "no choice"), ("excitor-7b", "H/14", "one of B/16"), ("llama-7b", "L/14", "no choice")])  # fmt: skip
+NONE = [("miss", "L/14", "no choice"), ("excitor-7b", "H/14", "one of B/16"), ("llama-7b", "L/14", "no choice")]
+
+
+@pytest.mark.parametrize(("model", "size", "says"), NONE)
 def test_image_encoders_that_cannot_be(model, size, says):
     with pytest.raises(ValueError, match=says):
         resolve(model, size)

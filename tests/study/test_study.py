@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import study_process
 
+from fastpeft.evaluate.text_metrics import text_metrics
 from fastpeft.study.file import data_folders, read_study
 from fastpeft.study.jobs import jobs_of
 from fastpeft.study.runner import check, run_study
@@ -185,12 +186,14 @@ def test_table_of_means_and_spread(tmp_path):
 def test_each_column_reads_a_result(tmp_path):
     """Of a real result of each kind nothing is asked that is not there."""
     (job,) = jobs(write(tmp_path, "data: {a: DIR}\nrows: [{name: x, plan: F/LoRA/T}]"))
-    metrics = {"rouge": {"precision": 0.1, "recall": 0.2, "f1": 0.3}, "meteor": {"score": 0.4}, "tokens": 5.0, "missing": {}}
+    metrics = text_metrics(["no finding in it"], [["no finding at all there"]], tokenizer=None, metrics=("rouge", "meteor"))
+    metrics |= {"tokens": 5.0, "BERTScore": {"precision": 0.6, "recall": 0.7, "f1": 0.8}}
     scores = {"open": 0.1, "closed": 0.2, "global": 0.3, "scienceqa": {"NAT": 0.4, "Avg": 0.5}, "metrics": metrics}
     result = _result(10, 60, 0.1) | {"scores": {"a": scores}}
     shown = table_of("c", tuple(COLUMNS), [(job, result)], {}, "a", paper=False).lines[0][2]
-    want = {"NAT": "40.00", "Avg": "50.00", "rouge_recall": "20.00", "meteor": "40.00", "tokens": "5.000", "bertscore_f1": "-", "SOC": "-"}
+    want = {"NAT": "40.00", "Avg": "50.00", "rouge_recall": "40.00", "rouge_precision": "50.00", "tokens": "5.000", "bertscore_f1": "80.00", "SOC": "-"}
     assert {name: shown[name].text for name in want} == want
+    assert shown["meteor"].mean == metrics["METEOR"]["score"] > 0
 
 
 def contents(out: Path) -> tuple[list[dict], dict[str, bytes]]:
