@@ -29,6 +29,7 @@ def load_instructions(
     turns: str = "dialogue",
     prompt_format="QCM-ALE",
     use_caption: bool = False,
+    tell_format: bool | None = None,
     skip_bad: bool = False,
     check_images: bool | None = None,
 ) -> SampleList:
@@ -48,7 +49,7 @@ def load_instructions(
         image_prefix: put before each image's file name: LaVIN's "COCO_train2014_".
         turns: of conversations: "dialogue", a sample of all turns; "each", every turn a sample of its own, or "first", the first turn
             alone, as LaVIN trains on LLaVA's conversations and on its other files.
-        prompt_format, use_caption: of ScienceQA, see `load_scienceqa`.
+        prompt_format, use_caption, tell_format: of ScienceQA, see `load_scienceqa`.
         skip_bad: leave bad entries out and count them in `.skipped`, instead of stopping at the first.
         check_images: decode every image once, now. None: where `skip_bad` is set.
 
@@ -70,13 +71,14 @@ def load_instructions(
                 "skip_bad": skip_bad,
                 "prompt_format": prompt_format,
                 "use_caption": use_caption,
+                "tell_format": tell_format,
                 "check_images": check_images,
                 "languages": languages,
             }
             return _picked(path, ids, data, kind, options)
     problems = path if path.is_file() else path / "problems.json"
     if kind == "scienceqa" or (kind is None and problems.name == "problems.json" and problems.is_file()):
-        options = {"prompt_format": prompt_format, "use_caption": use_caption}
+        options = {"prompt_format": prompt_format, "use_caption": use_caption, "tell_format": tell_format}
         return load_scienceqa(problems.parent, split, skip_bad=skip_bad, check_images=check_images, **options)
     sources, note = (
         ([_named(path, kind)], "") if path.is_file() else resolve(folder, split, InstructionNaming(INSTRUCTION_FORMATS, kind, KINDS))

@@ -19,8 +19,10 @@ def charts(rows: list[dict]) -> list[dict]:
     peak = max(memory[1], default=0)
     power = min(5, max(2, int(math.log10(peak) / 3))) if peak >= 1 else 2
     memory = (memory[0], [v / 1000**power for v in memory[1]])
+    validated = curve(rows, "validation_loss", 1)
+    losses = [("loss", curve(rows, "loss", 1))] + ([("validation loss", validated)] if len(validated[0]) > 1 else [])
     drawn = [
-        line_chart("Loss", "", [("loss", curve(rows, "loss", 1))], smooth=True, zero=False, width=920, height=280),
+        line_chart("Loss", "", losses, smooth=True, zero=False, width=920, height=280),
         line_chart("Throughput", "samples/s", [("throughput", curve(rows, "samples_per_second", 1))], smooth=True),
         line_chart("Memory held after each step", f"{'..MGTP'[power]}B", [("memory", memory)]),
         line_chart("Accuracy during training", "%", [kind for kind in kinds if len(kind[1][0])]) if len(evals) > 1 else None,

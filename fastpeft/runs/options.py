@@ -166,10 +166,13 @@ class TextOptions:
     "of ScienceQA, such as QCM-LEA"
     use_caption: Annotated[bool, PROMPT] = False
     "ScienceQA's captions for a model that sees no images"
+    tell_format: Annotated[bool | None, PROMPT] = None
+    "of ScienceQA: prompts for the answer alone say so (default: where several prompt formats are trained on)"
 
     def reading(self) -> dict[str, Any]:
         """What of it concerns reading files."""
-        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
+        tell = self.tell_format if self.tell_format is not None else not isinstance(self.prompt_format, str)
+        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")} | {"tell_format": tell}
 
 
 @options

@@ -39,6 +39,37 @@ def load_splits(
     return (_unscored(samples, OVERLAP), None) if _overlap(samples, held) else (samples, held)
 
 
+CHOSEN = "scored on the validation samples, which chose the best adapter: their scores are too good"
+
+
+def load_validation(
+    data: DataOptions, held: SampleList | None, *, read: Callable[..., SampleList], text: TextOptions | None = None
+) -> tuple[SampleList, SampleList | None]:
+    """(validation samples, samples to score at the end or None): the data's own validation split, else what ``hold_out`` holds out, and
+    then the test split is scored, where there is one. ``held``: what :func:`load_splits` scores. ValueError where there are none."""
+    found = {}
+    for name, source in zip(source_names(data), data.sources):
+        given = {key: value for key, value in asdict(source).items() if value is not None}
+        try:
+            found[name] = read(replace(data, data=given), text or TextOptions(), "val")
+        except ValueError as error:
+            missing = error
+    if found:
+        own = mix(found) if len(data.sources) > 1 else next(iter(found.values()))
+        return own, _chosen_by(own, held)
+    if not data.hold_out or held is None:
+        raise ValueError(f"eval_every needs validation samples: the data have none ({missing}); give hold_out, such as 0.1")
+    tested = load_splits(replace(data, hold_out=0.0), read=read, text=text)[1]
+    return held, _chosen_by(held, held if tested is None else tested)
+
+
+def _chosen_by(validation: SampleList, scored: SampleList | None) -> SampleList | None:
+    """``scored``, with a note where it has samples that the run chose its adapter by."""
+    if scored is not None and _overlap(validation, scored):
+        scored.note = "; ".join(filter(None, (scored.note, CHOSEN)))
+    return scored
+
+
 def _mixed(data: DataOptions, evaluate: bool, read: Callable[..., SampleList], text: TextOptions | None):
     """The splits of each data set, joined; those to score, of the data sets that have some."""
     names, splits = source_names(data), []

@@ -19,9 +19,10 @@ from fastpeft.models.quantize import check_quantize
 from fastpeft.plan import adapt, plan_for
 from fastpeft.runs import causal, vqa
 from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
-from fastpeft.runs.splits import data_notes, load_splits
+from fastpeft.runs.splits import data_notes, load_splits, load_validation
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
+from fastpeft.train.validation import ValidationData
 
 RUNS: dict[Kind, ModuleType] = {"vqa": vqa, "causal": causal}  # each has read, model_for, dataset and answer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,6 +78,9 @@ def train_run(
     if before is not None:  # the vocabulary and the random base that it was trained with
         model_options |= {"vocab": vocab or str(Path(init_adapter) / before["tokenizer"]), "seed": before["base"].get("seed", config.seed)}
     samples, held = load_splits(data, evaluate, read=run.read, text=text)
+    held_out, validating = held if data.hold_out else None, None
+    if config.eval_every:
+        validating, held = load_validation(data, held, read=run.read, text=text)
     network, tokenizer, preprocess = run.model_for(source, samples, **model_options)
     torch.manual_seed(config.seed)  # new adapters are drawn at random
     adapt(network, plan_for(source.family.parts, plan, **lora))
@@ -85,10 +89,16 @@ def train_run(
     dataset = run.dataset(network, samples, seed=config.seed, **reading)
     eval_dataset = run.dataset(network, held, prompts_only=True, **reading) if evaluate and held is not None else None
     scoring = Scoring(samples, (metrics or MetricOptions()).chosen())
-    trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset, scoring=scoring, started_from=started_from)
+    more = {"started_from": started_from, "validation": None}
+    if validating is not None:
+        asked = run.dataset(network, validating, prompts_only=True, **reading) if config.eval_scores else None
+        more["validation"] = ValidationData(run.dataset(network, validating, seed=config.seed, **reading), asked)
+    trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset, scoring=scoring, **more)
     trainer.notes += data_notes(samples) + dataset.notes
-    trainer.notes += [f"to score: {note}" for note in (eval_dataset.notes if eval_dataset is not None else ())]
+    trainer.notes += [
+        f"to score: {note}" for note in (eval_dataset.notes + [held.note] * bool(held.note) if eval_dataset is not None else ())
+    ]
     summary = trainer.fit()
-    if data.hold_out and config.out:
-        write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held])  # a split file
+    if held_out is not None and config.out:
+        write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held_out])  # a split file
     return summary

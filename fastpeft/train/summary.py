@@ -56,6 +56,7 @@ def summary_of(model: nn.Module, config: TrainConfig, device: torch.device, done
         "parts": parts,
         **_routing(model),
         **_sources(done),
+        **({"validation": done["validation"] | {"by": config.best_by}} if done["validation"] else {}),
         "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

@@ -37,6 +37,9 @@ from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.sources import SourceLosses
 from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
 from fastpeft.train.summary import WINDOW, summary_of
+from fastpeft.train.validation import Validation, ValidationData
+
+BEST = "best"  # the adapter of the best validation, in a run's folder
 
 
 class Trainer:
@@ -45,7 +48,8 @@ class Trainer:
     ``Trainer(model, dataset, TrainConfig(steps=200)).fit()`` returns the summary (the fields of ``summary.json``). ``dataset`` is a
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
     ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
-    of an adapter that the model holds already, kept in the description of the new one.
+    of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
+    the run then ends with the best adapter.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Trainer:
         eval_dataset: VQADataset | None = None,
         scoring: Scoring | None = None,
         started_from: dict[str, Any] | None = None,
+        validation: ValidationData | None = None,
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
@@ -78,13 +83,16 @@ class Trainer:
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
         self.out = Path(config.out) if config.out else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
-        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}}
+        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
         self.mixed = len({sample.data for sample in dataset.samples}) > 1
         self._plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+        if config.eval_every and validation is None:
+            raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
+        self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
 
     def _plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -127,6 +135,10 @@ class Trainer:
             self.features.flush()
         if self.out:
             self.save()
+        if self.done["validation"].get("best_step") is not None:
+            self.validation.put_best_back(self.out / BEST if self.out else None)
+            if self.out:
+                self._save_adapter("adapter")
         return self._finish()
 
     def _train(self) -> None:
@@ -138,8 +150,9 @@ class Trainer:
                 began = time.perf_counter()
                 for batches in self._batches():
                     with stop.later():
-                        row = self._step(batches)
-                        log.log(row, time.perf_counter() - began)
+                        row, seconds = self._step(batches), time.perf_counter() - began
+                        row |= self._validate()
+                        log.log(row, seconds)
                         if tracer is not None:
                             tracer.step()
                         due = config.save_every and done["step"] % config.save_every == 0
@@ -151,6 +164,21 @@ class Trainer:
                     self.save()
                     raise KeyboardInterrupt(f"stopped after step {done['step']}; --resume goes on from there") from None
                 raise
+
+    def _validate(self) -> dict[str, Any]:
+        """What a validation adds to the step's row, where one is due; the best adapter is kept as it comes."""
+        validation, done = self.validation, self.done
+        if validation is None or not validation.due(done["step"], self.total_steps):
+            return {}
+        began, row = time.perf_counter(), validation.row()
+        if validation.better(done["step"], row, done["validation"]):
+            if self.out:
+                self._save_adapter(BEST)
+            else:
+                validation.keep()
+        if validation.exhausted(done["validation"]):
+            self.total_batches, self.total_steps = done["batches"], done["step"]
+        return row | {"validation_seconds": time.perf_counter() - began}
 
     def _finish(self) -> dict[str, Any]:
         """Score and write summary, predictions and report. An error of scoring is raised after the summary is written."""
@@ -250,10 +278,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
-        lineage = {"started_from": self.started_from} if self.started_from else {}
-        save_adapter(self.model, self.out / "adapter", description=self.dataset.describe() | lineage, write_more=self.dataset.save)
+        self._save_adapter("adapter")
         progress = {"done": self.done, "identity": self._identity(), "config": asdict(self.config)}
         save_state(self.out / "checkpoint", self.model, self.optimizer, progress)
+
+    def _save_adapter(self, name: str) -> None:
+        lineage = {"started_from": self.started_from} if self.started_from else {}
+        save_adapter(self.model, self.out / name, description=self.dataset.describe() | lineage, write_more=self.dataset.save)
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -263,6 +294,7 @@ class Trainer:
             "dtype": self.config.dtype,
             "base": fingerprint(self.model),
             **self.dataset.identity(),
+            **({"validation": self.validation.identity()} if self.validation else {}),
             **({"started_from": self.started_from["tensors"]} if self.started_from else {}),
         }
 
@@ -270,7 +302,7 @@ class Trainer:
         """Make ``out`` ready: resume from its checkpoint, or refuse to write over another run."""
         checkpoint, metrics = self.out / "checkpoint", self.out / "metrics.jsonl"
         if self.config.resume:
-            for folder in (checkpoint, self.out / "adapter"):
+            for folder in (checkpoint, self.out / "adapter", self.out / BEST):
                 recover_folder(folder)
         if self.config.resume and checkpoint.is_dir():
             progress = read_progress(checkpoint)
@@ -281,6 +313,8 @@ class Trainer:
             check_done(checkpoint, progress["done"], self.done)
             self.done |= progress["done"]
             self._plan_steps()
+            if self.validation is not None and self.validation.exhausted(self.done["validation"]):
+                self.total_batches, self.total_steps = self.done["batches"], self.done["step"]
             self.optimizer.schedule(self.total_steps)
             load_state(checkpoint, self.model, self.optimizer)
             keep_lines(metrics, self.done["step"])
