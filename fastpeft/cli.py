@@ -6,19 +6,20 @@ what it runs when it runs: help and usage errors need no torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastpeft._when_imported import when_imported
-from fastpeft.cli_options import flag, other_names, with_options
+from fastpeft.cli_files import READING, convert, instruct
+from fastpeft.cli_options import Json, emit, flag, other_names, with_options
+from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
@@ -27,8 +28,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
 PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
+ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
 Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
@@ -51,21 +52,15 @@ def fastpeft(
     """Parameter-efficient fine-tuning that is efficient."""
 
 
-def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print for people, then, if asked, for programs."""
-    for line in lines:
-        print(line)
-    if as_json:
-        print(json.dumps(values))
-
-
 @app.command()
-def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, as_json: Json = False) -> None:
+def params(
+    model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
+) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count, plan_for
 
-    source = resolve(model)
+    source = resolve(model, image_encoder)
     network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
@@ -76,7 +71,7 @@ def params(model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank =
 
 
 @app.command(context_settings=other_names(*RECIPE))
-@with_options(*RECIPE)
+@with_options(*RECIPE, without=("stages",))
 def train(
     config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
     as_json: Json = False,
@@ -85,20 +80,25 @@ def train(
     """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
     given = (read_yaml(config) if config else {}) | canonical(given, *RECIPE)
     for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
-        if not given.get(name):
+        if not given.get(name) and not (name == "data" and given.get("stages")):
             raise ValueError(f"--{name} is missing: give {what}")
-    run, data, text, metrics, training = split(given, *RECIPE)
-    from fastpeft.runs.train import train_run
-
-    more = {"vocab": run.vocab, "quantize": run.quantize, "pretrained": not run.from_scratch, "evaluate": not run.no_eval}
+    if not given.get("stages"):
+        run, data, text, metrics, training = split(given, *RECIPE)
     try:
-        summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **more, **run.lora)
+        if given.get("stages"):
+            from fastpeft.runs.stages import train_stages
+
+            summary = train_stages(given)
+        else:
+            from fastpeft.runs.train import train_run
+
+            summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {training.out} (report.html to look at)"])
+    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -128,6 +128,8 @@ def evaluate(
     model: MovedBase = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
+    draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
     seed: Seed = 0,
     device: Device = None,
     quiet: Quiet = False,
@@ -141,7 +143,8 @@ def evaluate(
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
-    decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
+    decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
+    decoding["draw_unparsed"] = seed if draw_unparsed else None
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
 
@@ -207,6 +210,7 @@ def estimate(
     batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantize: Quantize = None,
+    image_encoder: ImageEncoder = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
     answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
@@ -221,7 +225,7 @@ def estimate(
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
 
-    source = resolve(model)
+    source = resolve(model, image_encoder)
     found = run(
         source,
         plan_for(source.family.parts, plan, r=rank),
@@ -245,37 +249,8 @@ def estimate(
     emit(found.to_dict(), as_json, lines + [f"  {line}" for line in found.advice] + [f"note: {note}" for note in found.notes])
 
 
-@app.command()
-def convert(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
-            "(ViT-L-14.pt), or LaVIN's adapters (.pth)"
-        ),
-    ],
-    out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
-    llama: Annotated[str | None, typer.Option(help="beside CLIP or LaVIN's adapters: LLaMA's folder, original or transformers'")] = None,
-    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters: OpenAI's CLIP (ViT-L-14.pt)")] = None,
-    backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
-    vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
-    temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
-    adapter_scale: Annotated[float | None, typer.Option(help="of LaVIN's adapters (default: as the file says)")] = None,
-    image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
-    text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
-    vision_heads: Annotated[int | None, typer.Option(help="likewise, of the image encoder")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
-    as_json: Json = False,
-) -> None:
-    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
-    from fastpeft.runs.convert import convert_run
-
-    heads = {"text_heads": text_heads, "vision_heads": vision_heads}
-    companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
-    router = {"temperature": temperature, "adapter_scale": adapter_scale}
-    report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
-    about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
-    emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])
+app.command(context_settings=other_names(*READING))(instruct)
+app.command()(convert)
 
 
 @app.command()
@@ -312,6 +287,9 @@ def verify(
     emit(result.to_dict() | {"model": model, "plan": str(applied), "dtype": dtype}, as_json, lines)
     if not result.ok:
         raise typer.Exit(1)
+
+
+app.command()(study)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

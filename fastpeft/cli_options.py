@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -12,6 +13,17 @@ from fastpeft.options import FieldOption, fields
 
 # the short names that the command line shows; every other name of an option is taken too (fastpeft.options.Option)
 SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_rate": "min_lr", "num_workers": "workers"}
+
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
+
+
+def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print for people, then, if asked, for programs."""
+    for line in lines:
+        print(line)
+    if as_json:
+        print(json.dumps(values))
 
 
 def flag(field: FieldOption) -> str:
@@ -52,7 +64,8 @@ def _unset(field: FieldOption) -> bool | None:
 def _annotation(field: FieldOption):
     text = f"do not {field.description}" if _is_off(field) else field.help
     option = typer.Option(flag(field), help=text, rich_help_panel=field.option.panel or None, show_default=False)
-    return Annotated[bool if field.kind is bool else field.kind | None, option]
+    kind = list[field.kind] if field.option.repeats else field.kind
+    return Annotated[bool if field.kind is bool else kind | None, option]
 
 
 def other_names(*classes: type) -> dict[str, Any]:

@@ -31,13 +31,14 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 class Option:
     """What a field's type does not say. names: other names it is accepted under (Hugging Face's, PEFT's, the command line's short ones).
     off: the name of a switch that sets it to false. must: what it must be, in words. says: the whole message about a wrong value.
-    panel: its heading in the command line's help."""
+    panel: its heading in the command line's help. repeats: given several times, the command line makes a list of it."""
 
     names: tuple[str, ...] = ()
     off: str = ""
     must: str = ""
     says: str = ""
     panel: str = ""
+    repeats: bool = False
 
 
 class OptionError(ValueError):
@@ -248,6 +249,12 @@ def read_yaml(path: str | Path, *classes: type) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options, such as 'learning_rate: 2.0e-5'")
+    return checked(content, path, *classes)
+
+
+def checked(content: Mapping[str, Any], where: str | Path, *classes: type) -> dict[str, Any]:
+    """Options as YAML reads them, under their own names; options that none of ``classes`` declares are kept. ValueError names ``where``
+    they stand and what is wrong."""
     try:
         written = {next(iter(canonical({said: True}, *classes))): str(said) for said in content}
         content = canonical(content, *classes)
@@ -256,7 +263,7 @@ def read_yaml(path: str | Path, *classes: type) -> dict[str, Any]:
                 if field.name in content:
                     content[field.name] = _from_yaml(cls, field, content[field.name], written[field.name])
     except OptionError as error:
-        raise OptionError(f"{path}: {error}", error.option) from None
+        raise OptionError(f"{where}: {error}", error.option) from None
     return content
 
 

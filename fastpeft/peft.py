@@ -52,7 +52,9 @@ class ExcitorConfig(peft.PeftConfig):
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Attention layers; None: the topmost `layers`."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names that target_modules leaves out."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
-    layers: int = field(default=Excitor.layers, metadata={"help": "The topmost so many, at most all but the lowest two."})
+    layers: int | list[int] = field(
+        default=Excitor.layers, metadata={"help": "The topmost so many, at most all but the lowest two; or a list, from 0 at the bottom."}
+    )
     num_prompts: int = field(default=Excitor.num_prompts, metadata={"help": "Learnt prompts of a layer."})
     r: int = field(default=Excitor.r, metadata={"help": "Rank of W_q, and of an image's W_k and W_v."})
     gate: str = field(default=Excitor.gate, metadata={"help": "'head': a gate for each head; 'layer': one for all."})

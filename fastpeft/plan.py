@@ -146,6 +146,7 @@ def build(
     train on top, T, Attention and FFN cannot. ValueError names what cannot be, and a library that is missing.
     """
     device, source = torch.device(device), resolve(model)
+    overrides = dict(source.overrides) | overrides
     if quantize is not None:
         check_quantize(quantize, dtype, source, device.type == "meta")
     if source.named and (source.folder is None or overrides or not pretrained):

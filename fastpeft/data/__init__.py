@@ -5,8 +5,9 @@ from fastpeft.data.causal_batches import CausalCollator, LengthGroupedSampler
 from fastpeft.data.causal_tokenizer import load_causal_tokenizer, train_causal_tokenizer
 from fastpeft.data.formats import load_samples
 from fastpeft.data.images import ImageCache, Preprocess, load_image
+from fastpeft.data.instruct import write_instruction_data
 from fastpeft.data.instructions import load_instructions
-from fastpeft.data.samples import Instruction, Sample, SampleList, hold_out, normalise_answer
+from fastpeft.data.samples import Instruction, Sample, SampleList, hold_out, mix, normalise_answer
 from fastpeft.data.scienceqa import load_scienceqa
 from fastpeft.data.tokenizer import decode, encode_answers, encode_questions, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.data.vqa import EpochSampler, VQACollator, VQADataset
@@ -33,8 +34,10 @@ __all__ = [
     "load_samples",
     "load_scienceqa",
     "load_tokenizer",
+    "mix",
     "normalise_answer",
     "save_tokenizer",
     "train_causal_tokenizer",
     "train_tokenizer",
+    "write_instruction_data",
 ]

@@ -20,6 +20,7 @@ from fastpeft.data._splits import AnnotationFile, Format
 from fastpeft.data.formats import QuestionReader, format_of
 from fastpeft.data.samples import Instruction, Sample
 
+TURNS = ("dialogue", "each", "first")
 KINDS = ("alpaca", "llava", "coco", "reports", "scienceqa", "vqa")
 _IMAGE_FIELDS = ("image", "image_path", "img_path", "image_name", "img_name", "file_name", "filename")
 _ASKED = {  # where the data hold responses without questions
@@ -55,14 +56,17 @@ class InstructionReader:
     questions: QuestionReader
     instruction: str | None
     image_folder: str
-    split_turns: bool
+    image_prefix: str
+    turns: str
 
     def image(self, name) -> dict:
         """Fields of an `Instruction` about the image of this name. `BadEntry` where there is none."""
         if not isinstance(name, str) or not name.strip():
             raise BadEntry("bad image", f"the image must be a file's name, not {name!r}")
         name = name.strip()
-        return {"image": self.find_image(f"{self.image_folder}/{name}" if self.image_folder else name), "image_name": name}
+        folder, _, file = name.rpartition("/")
+        prefixed = f"{folder}/{self.image_prefix}{file}" if folder else f"{self.image_prefix}{file}"
+        return {"image": self.find_image(f"{self.image_folder}{prefixed}"), "image_name": name}
 
 
 # Each of these reads one entry: fields of one `Instruction` or more, `BadEntry` where the entry is bad.
@@ -82,7 +86,7 @@ def _llava(reader: InstructionReader, source: AnnotationFile, entry: dict) -> It
     if len(turns) > 1 and not turns[0][0]:
         raise BadEntry("empty value", "the first question holds nothing but <image>")
     image = reader.image(entry["image"]) if seen else {"image": None}
-    for part in ((turn,) for turn in turns) if reader.split_turns else (turns,):
+    for part in {"dialogue": (turns,), "each": tuple((turn,) for turn in turns), "first": (turns[:1],)}[reader.turns]:
         yield {"turns": part, **image}
 
 

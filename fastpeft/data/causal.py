@@ -206,6 +206,10 @@ class CausalDataset(SampleDataset):
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
     @staticmethod
+    def terms(labelled: int) -> int:
+        return labelled
+
+    @staticmethod
     def tokens(batch: dict) -> int:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ class SampleDataset(Dataset):
         if not len(samples):
             raise ValueError("a data set needs at least one sample")
         self.samples, self.preprocess, self.seed, self.tokenizer = samples, preprocess, seed, tokenizer
+        self.source_weights: dict[str, float] = dict(getattr(samples, "weights", {}))  # of mixed data sets
         self.cache = ImageCache(cache_bytes)
         self.skipped: dict[str, int] = {}  # samples left out, by reason
         self.load_images = True
@@ -53,6 +55,17 @@ class SampleDataset(Dataset):
             except OSError:  # whoever needs the image says so
                 whole.update(b"unreadable")
         return whole.hexdigest()
+
+    def labelled(self, batch: dict) -> list[int]:
+        """How many labelled tokens of each of a batch's samples the loss adds up; a first token never is one."""
+        labels = batch["labels"] != IGNORE_INDEX
+        if "cu_seqlens" in batch:
+            return [int(labels[0, a:b].sum()) for a, b in pairwise(batch["cu_seqlens"].tolist())]
+        return labels[:, 1:].sum(1).tolist()
+
+    def identity(self) -> dict:
+        """What, beside the samples, must not change between a run and its resumption."""
+        return {}
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from fastpeft.data._files import ImageFinder, find_split_file, read_split_file, read_value
-from fastpeft.data._instruction_formats import INSTRUCTION_FORMATS, KINDS, InstructionReader
+from fastpeft.data._instruction_formats import INSTRUCTION_FORMATS, KINDS, TURNS, InstructionReader
 from fastpeft.data._splits import AnnotationFile, InstructionNaming, nothing_left, read_entries, resolve
 from fastpeft.data.formats import QuestionReader
 from fastpeft.data.samples import Instruction, SampleList
@@ -25,9 +25,11 @@ def load_instructions(
     languages=("en",),
     instruction: str | None = None,
     image_folder: str = "",
-    split_turns: bool = False,
+    image_prefix: str = "",
+    turns: str = "dialogue",
     prompt_format="QCM-ALE",
     use_caption: bool = False,
+    tell_format: bool | None = None,
     skip_bad: bool = False,
     check_images: bool | None = None,
 ) -> SampleList:
@@ -44,8 +46,10 @@ def load_instructions(
         languages: of question answering data, values of q_lang to keep (no q_lang counts as "en"); None keeps all.
         instruction: what is asked where the data hold responses only (captions, reports).
         image_folder: put before each image's name: "train2017" for LLaVA's bare names of COCO images.
-        split_turns: each turn of a conversation a sample of its own, as LaVIN trains.
-        prompt_format, use_caption: of ScienceQA, see `load_scienceqa`.
+        image_prefix: put before each image's file name: LaVIN's "COCO_train2014_".
+        turns: of conversations: "dialogue", a sample of all turns; "each", every turn a sample of its own, or "first", the first turn
+            alone, as LaVIN trains on LLaVA's conversations and on its other files.
+        prompt_format, use_caption, tell_format: of ScienceQA, see `load_scienceqa`.
         skip_bad: leave bad entries out and count them in `.skipped`, instead of stopping at the first.
         check_images: decode every image once, now. None: where `skip_bad` is set.
 
@@ -55,23 +59,33 @@ def load_instructions(
     conversations that don't alternate, "<image>" without an image or more than once, images missing, damaged or outside the folder; no
     samples left.
     """
+    if turns not in TURNS:
+        raise ValueError(f"turns={turns!r}: use one of {', '.join(TURNS)}")
     path = _checked(data, kind, split)
     folder = path if path.is_dir() else path.parent.parent if path.parent.name == "annotations" else path.parent
     if split_file is not None:
         path = find_split_file(folder, split_file)
         if ids := _qids(path):
-            options = {"instruction": instruction, "image_folder": image_folder, "split_turns": split_turns, "skip_bad": skip_bad}
-            options |= {"prompt_format": prompt_format, "use_caption": use_caption, "check_images": check_images, "languages": languages}
+            options = {"instruction": instruction, "image_folder": image_folder, "image_prefix": image_prefix, "turns": turns}
+            options |= {
+                "skip_bad": skip_bad,
+                "prompt_format": prompt_format,
+                "use_caption": use_caption,
+                "tell_format": tell_format,
+                "check_images": check_images,
+                "languages": languages,
+            }
             return _picked(path, ids, data, kind, options)
     problems = path if path.is_file() else path / "problems.json"
     if kind == "scienceqa" or (kind is None and problems.name == "problems.json" and problems.is_file()):
-        options = {"prompt_format": prompt_format, "use_caption": use_caption}
+        options = {"prompt_format": prompt_format, "use_caption": use_caption, "tell_format": tell_format}
         return load_scienceqa(problems.parent, split, skip_bad=skip_bad, check_images=check_images, **options)
     sources, note = (
         ([_named(path, kind)], "") if path.is_file() else resolve(folder, split, InstructionNaming(INSTRUCTION_FORMATS, kind, KINDS))
     )
     finder = ImageFinder(folder, skip_bad if check_images is None else check_images)
-    reader = InstructionReader(finder, QuestionReader(finder, languages), instruction, image_folder.strip("/"), split_turns)
+    inside = f"{image_folder.strip('/')}/" if image_folder else ""
+    reader = InstructionReader(finder, QuestionReader(finder, languages), instruction, inside, image_prefix, turns)
     samples, used, skipped = [], [], Counter()
     for source in sources:
         form = source.format(INSTRUCTION_FORMATS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -29,6 +30,7 @@ class Sample:
     entry: int = 0
     source: Path = Path()
     image_name: str = ""
+    data: str = ""  # the data set's name, where several are mixed
 
 
 Turns = tuple[tuple[str, str], ...]  # (what is asked, the answer), once or more
@@ -54,6 +56,7 @@ class Instruction:
     image_name: str = ""
     alternatives: tuple[Turns, ...] = ()
     facts: dict = field(default_factory=dict)
+    data: str = ""  # the data set's name, where several are mixed
 
     @property
     def question(self) -> str:
@@ -74,6 +77,7 @@ class SampleList(Sequence):
     asked for.
     format: the name of their format, or several joined by "+". files: the annotation files read. note: which file was chosen
     instead of the expected one, else "".
+    weights: of mixed data sets, name -> share of an epoch's samples (they need not add up to 1); empty: by size.
     """
 
     samples: list[Sample] | list[Instruction]
@@ -82,6 +86,7 @@ class SampleList(Sequence):
     format: str = ""
     files: tuple[Path, ...] = ()
     note: str = ""
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def file(self) -> Path | None:
@@ -93,6 +98,16 @@ class SampleList(Sequence):
 
     def __getitem__(self, index):
         return self.samples[index]
+
+
+def mix(lists: Mapping[str, SampleList], weights: Mapping[str, float] | None = None) -> SampleList:
+    """Several data sets as one, each sample with its data set's name."""
+    samples = [replace(sample, data=name) for name, each in lists.items() for sample in each]
+    counts = [sum((Counter(getattr(each, kind)) for each in lists.values()), Counter()) for kind in ("skipped", "filtered")]
+    formats = "+".join(dict.fromkeys(each.format for each in lists.values()))
+    files = tuple(file for each in lists.values() for file in each.files)
+    note = "; ".join(f"{name}: {each.note}" for name, each in lists.items() if each.note)
+    return SampleList(samples, *map(dict, counts), formats, files, note, dict(weights or {}))
 
 
 def normalise_answer(text) -> str:
@@ -130,7 +145,7 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int = 0, by: str 
         if len(held) >= target:
             break
         held.update(group)
-    meta = {name: getattr(samples, name) for name in ("format", "files", "note") if hasattr(samples, name)}
+    meta = {name: getattr(samples, name) for name in ("format", "files", "note", "weights") if hasattr(samples, name)}
     parts = ([s for i, s in enumerate(samples) if (i in held) is side] for side in (False, True))
     kept, out = (SampleList(part, **meta) for part in parts)
     return kept, out

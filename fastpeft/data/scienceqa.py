@@ -73,8 +73,18 @@ def scienceqa_prompt(problem: dict, prompt_format: str = "QCM-ALE", use_caption:
     return prompt, response.replace("  ", " ").strip().removesuffix("BECAUSE:").strip()
 
 
+DIRECT = "Answer with the option's letter from the given choices directly."  # LLaVA's words
+
+
 def load_scienceqa(
-    folder, split: str | None = "train", *, prompt_format="QCM-ALE", use_caption: bool = False, skip_bad: bool = False, check_images=None
+    folder,
+    split: str | None = "train",
+    *,
+    prompt_format="QCM-ALE",
+    use_caption: bool = False,
+    tell_format: bool | None = None,
+    skip_bad: bool = False,
+    check_images=None,
 ) -> SampleList:
     """The problems of a split (train, val, test, or another of pid_splits.json, such as minival; None: all), in its order.
 
@@ -82,6 +92,8 @@ def load_scienceqa(
         folder: with problems.json and pid_splits.json; captions.json here or in the folder above, where it is published.
         prompt_format: "QCM-ALE" (LaVIN), "QCM-A", ...; or several, one of which is drawn per problem and epoch: paper 003
             trains on ("QCM-LEA", "QCM-A").
+        tell_format: prompts whose response is the answer alone end with `DIRECT`, so that a model trained on several formats knows which
+            is asked. None: where there are several.
         use_caption: a caption of the image follows the hint. For models that don't see the image.
         skip_bad, check_images: as for `load_instructions`.
 
@@ -93,6 +105,7 @@ def load_scienceqa(
     formats = (prompt_format,) if isinstance(prompt_format, str) else tuple(prompt_format)
     for each in formats or ("",):
         check_prompt_format(each)
+    tell = len(formats) > 1 if tell_format is None else tell_format
     file = folder / "problems.json"
     problems = _object(file)
     ids = list(problems) if split is None else _ids(folder / "pid_splits.json", split)
@@ -103,6 +116,7 @@ def load_scienceqa(
         try:
             problem, image = _read(problems.get(qid), qid, split, finder)
             texts = [scienceqa_prompt({**problem, "caption": captions.get(qid, "")}, each, use_caption) for each in formats]
+            texts = [(f"{asked}\n{DIRECT}" if tell and each.endswith("-A") else asked, a) for each, (asked, a) in zip(formats, texts)]
             turns = [((without_image_mark([asked], image["image"] is not None, answer)[0], answer),) for asked, answer in texts]
             if not all(turn[0][1] for turn in turns):
                 raise BadEntry("empty response", f"nothing to respond in {'/'.join(formats)}: neither lecture nor solution")

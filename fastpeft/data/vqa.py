@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from fastpeft.data.dataset import SampleDataset, batch_images
 from fastpeft.data.images import Preprocess
+from fastpeft.data.instruct import until_options_end
 from fastpeft.data.samples import Sample
 from fastpeft.data.tokenizer import MAX_QUESTION, encode_answers, encode_questions, save_tokenizer
 
@@ -32,6 +33,9 @@ class VQADataset(SampleDataset):
     The interface of any data set for a trainer: `inputs`, the names in a batch that the model takes; `collator()`; `weight(batch)`,
     the number of terms that the model's loss is a mean of; `tokens(batch)`; `describe()` and `save(folder)`, which store what an
     adapter needs to be used without the data.
+
+    max_question: tokens of a question, [ENC] and [SEP] included; longer ones are cut. `cut_options`: samples with a phrasing whose
+    answer options are cut so.
     """
 
     inputs = ("input_ids", "attention_mask", "pixel_values", "image_index", "decoder_input_ids", "decoder_attention_mask", "labels")
@@ -45,8 +49,12 @@ class VQADataset(SampleDataset):
         tokenizer=None,
         max_answer: int | None = None,
         skip_bad: bool = False,
+        max_question: int = MAX_QUESTION,
     ):
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
+        if isinstance(max_question, bool) or not isinstance(max_question, int) or max_question < 3:
+            raise ValueError(f"max_question={max_question!r}: use a whole number of 3 or more: [ENC], a token and [SEP]")
+        self.max_question = max_question
         answers = [] if max_answer is None else [sample.answer for sample in samples]
         too_long = [i for i, answer in enumerate(answers) if self._answer_tokens(answer, max_answer) > max_answer]
         if too_long and not skip_bad:
@@ -58,6 +66,22 @@ class VQADataset(SampleDataset):
             self.skipped = {"answer too long": len(too_long)}
             if not self.samples:
                 raise ValueError(f"no answer fits the decoder's {max_answer} positions")
+        self.cut_options = 0 if tokenizer is None else self._count_cut_options()
+
+    def _count_cut_options(self) -> int:
+        """WordPiece splits at spaces and punctuation first: what ends with the options has the tokens it has in the whole phrasing."""
+        texts = [[text for q in sample.question_pool if (text := until_options_end(q))] for sample in self.samples]
+        flat = list(dict.fromkeys(text for several in texts for text in several))
+        if not flat:
+            return 0
+        ids = self.tokenizer(flat, add_special_tokens=False)["input_ids"]
+        long = {text for text, tokens in zip(flat, ids) if len(tokens) > self.max_question - 2}
+        return sum(any(text in long for text in several) for several in texts)
+
+    @property
+    def notes(self) -> list[str]:
+        lost = f"{self.cut_options} of {len(self)} samples lose answer options of some phrasing at max_question={self.max_question}"
+        return super().notes + ([f"{lost} (--max-question)"] if self.cut_options else [])
 
     def _answer_tokens(self, answer: str, limit: int) -> int:
         """An answer's tokens; not counted where there are surely fewer than `limit`, as none is longer than its characters, [DEC] and
@@ -65,18 +89,27 @@ class VQADataset(SampleDataset):
         return 0 if 4 * len(answer) + 2 <= limit else len(self.tokenizer(answer)["input_ids"])
 
     def collator(self) -> VQACollator:
-        return VQACollator(self.tokenizer)
+        return VQACollator(self.tokenizer, self.max_question)
 
     @staticmethod
     def weight(batch: dict) -> int:
         return len(batch["samples"])
 
     @staticmethod
+    def terms(labelled: int) -> int:
+        """Of one sample with so many labelled tokens."""
+        return 1
+
+    @staticmethod
     def tokens(batch: dict) -> int:
         return int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum())
 
     def describe(self) -> dict:
-        return {"preprocess": self.preprocess.to_dict(), "tokenizer": "tokenizer"}
+        return {"preprocess": self.preprocess.to_dict(), "tokenizer": "tokenizer", "max_question": self.max_question}
+
+    def identity(self) -> dict:
+        pools = hashlib.sha256(repr([s.question_pool for s in self.samples]).encode()).hexdigest()[:16]
+        return {"max_question": self.max_question} | ({"question_pools": pools} if any(s.question_pool for s in self.samples) else {})
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, folder / "tokenizer")
@@ -130,6 +163,9 @@ class EpochSampler(Sampler[list[int]]):
     questions on one image, its variance is up to 1 + (Q - 1) c times that of B independent questions, at worst (c = 1) that
     of B / Q. A larger batch makes up for it, and the images saved pay for the batch.
 
+    Where `data` has `source_weights`, an epoch has as many samples, of each data set its share: all of them as often as they fit, and
+    for the rest some, drawn anew each epoch.
+
     `data` is a `VQADataset`, a sequence of samples, or, for Q = 1, a number of samples.
     """
 
@@ -149,6 +185,7 @@ class EpochSampler(Sampler[list[int]]):
                 by_image.setdefault(sample.image if shared else i, []).append(i)
             groups = list(by_image.values())
         self.n = sum(map(len, groups))
+        self.shares = _shares(samples, getattr(data, "source_weights", {}))
         if self.n == 0 or (drop_last and self.n < batch_size):
             raise ValueError(f"{self.n} samples make no batch of {batch_size}")
         self.batch_size, self.seed, self.drop_last, self.questions_per_image = batch_size, seed, drop_last, questions_per_image
@@ -165,7 +202,8 @@ class EpochSampler(Sampler[list[int]]):
         """What the order of batches depends on, JSON-able: a run resumes where it stopped only if none of it has changed."""
         digest = hashlib.sha256(repr([(s.image_name, s.question, s.answer) for s in self._samples]).encode()).hexdigest()[:16]
         names = ("n", "batch_size", "seed", "questions_per_image", "drop_last")
-        return {name: getattr(self, name) for name in names} | {"samples": digest}
+        shares = {"shares": {name: count for name, (_, count) in self.shares.items()}} if self.shares else {}
+        return {name: getattr(self, name) for name in names} | {"samples": digest} | shares
 
     def __len__(self) -> int:
         """Batches in a whole epoch, whatever `start_batch`."""
@@ -176,11 +214,23 @@ class EpochSampler(Sampler[list[int]]):
         for b in range(self.start_batch, len(self)):
             yield order[b * self.batch_size : (b + 1) * self.batch_size]
 
+    def _visits(self, draw: random.Random) -> list[int]:
+        """How often each sample comes in the epoch."""
+        visits = [0] * self.n
+        for indices, count in self.shares.values():
+            whole, rest = divmod(count, len(indices))
+            more = set(draw.sample(indices, rest))
+            for i in indices:
+                visits[i] = whole + (i in more)
+        return visits
+
     def _order(self, draw: random.Random) -> list[int]:
         """All indices in the epoch's order, cut into batches by their position."""
         q = min(self.questions_per_image, self.batch_size)
+        visits = self._visits(draw) if self.shares else None
         chunks = []
         for group in self._groups:
+            group = group if visits is None else [i for i in group for _ in range(visits[i])]
             group = draw.sample(group, len(group))
             chunks += [group[i : i + q] for i in range(0, len(group), q)]
         draw.shuffle(chunks)
@@ -198,3 +248,18 @@ class EpochSampler(Sampler[list[int]]):
             if chunk[room:]:
                 waiting[len(chunk) - room].append((rank, chunk[room:]))
         return order
+
+
+def _shares(samples: Sequence, weights: dict[str, float]) -> dict[str, tuple[list[int], int]]:
+    """{data set: (its samples' indices, how many of an epoch's samples are its)}; they add up to the number of samples."""
+    if not weights:
+        return {}
+    own: dict[str, list[int]] = {name: [] for name in weights}
+    for i, sample in enumerate(samples):
+        own[sample.data].append(i)
+    own = {name: indices for name, indices in own.items() if indices}
+    total, reached, ends = sum(weights[name] for name in own), 0.0, [0]
+    for name in own:
+        reached += weights[name]
+        ends.append(round(len(samples) * reached / total))
+    return {name: (indices, end - start) for (name, indices), start, end in zip(own.items(), ends, ends[1:])}

@@ -34,7 +34,7 @@ def answer_questions(
     images = len({sample.image for sample in dataset.samples})
     sampler = EpochSampler(dataset, batch_size, questions_per_image=max(1, len(dataset) // images))
     order = [i for batch in sampler for i in batch]
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=VQACollator(tokenizer))
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=VQACollator(tokenizer, dataset.max_question))
     answers: list[str] = []
     settings = answer_settings(num_beams, max_length)
     model.eval()

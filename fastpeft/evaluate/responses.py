@@ -71,9 +71,10 @@ def respond_and_score(
     responses, samples = respond(model, dataset, progress=progress, **generation), dataset.samples
     scores, kinds = score_responses(responses, samples), {sample.kind for sample in samples}
     device = next(model.parameters()).device
-    scores |= (scoring or Scoring()).score(responses, samples, dataset.tokenizer, sentences=True, device=device)
+    scoring = scoring or Scoring()
+    scores |= scoring.score(responses, samples, dataset.tokenizer, sentences=True, device=device)
     if kinds == {"scienceqa"}:
-        columns = score_scienceqa(responses, samples)
+        columns = score_scienceqa(responses, samples, scoring.draw_unparsed)
         scores |= {"global": columns["Avg"], "filled_by": {"global": "scienceqa"}, "scienceqa": columns}
     elif kinds <= {"coco", "reports"}:
         first, references = references_of(samples)

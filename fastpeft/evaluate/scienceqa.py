@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ def parse_answer(text: str, n_choices: int) -> int | None:
     """The index of the choice that a response names: by "The answer is B.", where it first says so, else by a letter that opens it.
 
     None where neither is there, or the letter is none of the choices. (The official code then draws a choice at random, which
-    adds about 1 / n_choices of such responses to its accuracies.)
+    adds about 1 / n_choices of such responses to its accuracies: `score_scienceqa(draw_unparsed=)`.)
     """
     found = _STATED.search(text) or _BARE.match(text.strip())
     index = ord(found[1]) - ord("A") if found else -1
@@ -34,12 +35,12 @@ def _columns(facts: dict) -> list[str]:
     return [*columns, "Avg"]
 
 
-def score_scienceqa(responses: Sequence[str], samples: Sequence[Instruction]) -> dict:
+def score_scienceqa(responses: Sequence[str], samples: Sequence[Instruction], draw_unparsed: int | None = None) -> dict:
     """Accuracies as fractions of 1, None where a column has no problems, as the official evaluation groups them.
 
     NAT, SOC, LAN: natural, social, language science. TXT, IMG: problems with a hint, with an image (with both: in both); NO:
     with neither. G1-6, G7-12: grades. Avg: all. `n`: problems of each column. `unparsed`: responses that name no choice; they
-    count as wrong.
+    count as wrong, or, with a seed as `draw_unparsed`, a choice is drawn for each, as the official code does.
 
     ValueError unless there is one text per sample, or where a sample is not of `load_scienceqa`.
     """
@@ -52,7 +53,10 @@ def score_scienceqa(responses: Sequence[str], samples: Sequence[Instruction]) ->
             raise ValueError(f"sample {sample.qid} is of {sample.kind}, not of load_scienceqa")
         answer = parse_answer(response, len(sample.facts["choices"]))
         unparsed += answer is None
+        if answer is None and draw_unparsed is not None:
+            answer = random.Random(f"unparsed {draw_unparsed} {sample.qid}").randrange(len(sample.facts["choices"]))
         for name in _columns(sample.facts):
             hits[name].append(answer == sample.facts["answer"])
     scores: dict = {name: sum(h) / len(h) if h else None for name, h in hits.items()}
-    return {**scores, "n": {name: len(h) for name, h in hits.items()}, "unparsed": unparsed}
+    counted = "wrong" if draw_unparsed is None else f"drawn with seed {draw_unparsed}"
+    return {**scores, "n": {name: len(h) for name, h in hits.items()}, "unparsed": unparsed, "unparsed_are": counted}

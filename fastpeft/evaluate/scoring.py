@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastpeft.evaluate.captions import references_of
@@ -15,16 +15,18 @@ QUESTIONS = {"vqa", "llava"}  # of other kinds an answer is a text of its own, n
 
 @dataclass(frozen=True)
 class Scoring:
-    """training: the samples whose answers are candidates. metrics: arguments of :func:`fastpeft.evaluate.text_metrics.text_metrics`."""
+    """training: the samples whose answers are candidates. metrics: arguments of :func:`fastpeft.evaluate.text_metrics.text_metrics`.
+    draw_unparsed: of :func:`fastpeft.evaluate.scienceqa.score_scienceqa`."""
 
     training: Sequence = ()
     metrics: dict[str, Any] = field(default_factory=dict)
+    draw_unparsed: int | None = None
 
     def apart_from(self, asked: Sequence) -> Scoring:
         """Without the asked samples themselves, unless there are no others: a held-out part's own answers are no candidates."""
         entries = {(sample.source, sample.entry) for sample in asked}
         others = [sample for sample in self.training if (sample.source, sample.entry) not in entries]
-        return Scoring(others or self.training, self.metrics)
+        return replace(self, training=others or self.training)
 
     def score(self, responses: Sequence[str], samples: Sequence, tokenizer, *, sentences: bool, device="cpu") -> dict[str, Any]:
         """Fields of `score_free_text` and "metrics"; ``sentences``: the model answers in sentences. Captions and reports are compared with

@@ -185,6 +185,13 @@ class FeatureCache:
         if self.store is not None:
             self._write(self.store.flush)
 
+    def counts(self) -> dict[str, Any]:
+        """Items computed, reused, and of these read from the folder; what they are, and in what unit."""
+        return {
+            "what": self.stages.what, "unit": self.stages.unit,
+            "computed": self.computed, "reused": self.reused, "loaded": self.loaded,
+        }  # fmt: skip
+
     def note(self) -> str:
         """What it did, for the summary."""
         kept = f"{len(self.kept)} {self.stages.unit}s, {self.bytes / 1e6:.0f} MB in memory"

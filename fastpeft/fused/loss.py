@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -86,6 +89,20 @@ def causal_loss(
     return loss, logits, None
 
 
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("token losses", default=None)
+
+
+@contextmanager
+def token_losses() -> Iterator[list[Tensor]]:
+    """Inside, each loss leaves the losses of its labelled tokens in the list: detached, [labelled tokens], in their order. The loss itself
+    then adds them up."""
+    token = _recorded.set(found := [])
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
 def labelled_loss(
     head: nn.Module,
     hidden: Tensor,
@@ -99,6 +116,9 @@ def labelled_loss(
     """Cross entropy of hidden [..., C] under ``head`` with targets [...], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``; reduction "none": of each of N tokens. Logits exist at labelled positions only."""
     reduced, options = _reduced(reduction, items), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if (recorded := _recorded.get()) is not None and reduction != "none":
+        losses = labelled_loss(head, hidden, targets, reduction="none", **options)
+        return _over(items, reduction, _recording(recorded, losses, targets, ignore_index, reduced))
     if original_class(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, targets, reduction=reduced, **options)
         return _over(items, reduction, loss)
@@ -123,7 +143,17 @@ def loss_of_logits(
     targets = to_device_async(targets, logits.device).reshape(-1)
     logits = logits.to(accumulator(logits.dtype)).reshape(-1, logits.shape[-1])
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if (recorded := _recorded.get()) is not None and reduction != "none":
+        losses = F.cross_entropy(logits, targets, reduction="none", **options)
+        return _over(items, reduction, _recording(recorded, losses, targets, ignore_index, _reduced(reduction, items)))
     return _over(items, reduction, F.cross_entropy(logits, targets, reduction=_reduced(reduction, items), **options))
+
+
+def _recording(recorded: list[Tensor], losses: Tensor, targets: Tensor, ignore_index: int, reduced: str) -> Tensor:
+    """The sum or mean of losses, which are recorded."""
+    losses, labelled = losses.flatten(), to_device_async(targets, losses.device).flatten() != ignore_index
+    recorded.append(losses.detach()[labelled])
+    return losses.sum() if reduced == "sum" else losses.sum() / labelled.sum()
 
 
 def _reduced(reduction: str, items: Tensor | int | None) -> str:

@@ -105,7 +105,8 @@ class ExcitorBlock(nn.Module):
 class Excitor(Method):
     """Extra attention keys, reconstructed for every token from learnt prompts (and an image).
 
-    layers: the topmost so many (at most all but the lowest two, as the paper leaves them). num_prompts: K. r: rank of W_q, W_k, W_v.
+    layers: the topmost so many (at most all but the lowest two, as the paper leaves them), or a list of layers, counted from 0 at the
+    bottom. num_prompts: K. r: rank of W_q, W_k, W_v.
     Where the paper is silent: gate: "head", a number for each head, or "layer", one for all (equation 3 has g_l); gate_std: of its
     N(0, 1e-2), read as a standard deviation of 0.01; excitor_scale: S_excitor is divided by the root of the "full" width or of a "head"'s
     (equation 6 has C); rotary: whether the extra key is rotated like the key it is added to; prompt_std: LLaMA-Adapter's 1.
@@ -117,7 +118,7 @@ class Excitor(Method):
     old_file: ClassVar[str] = "model.safetensors"
     mergeable: ClassVar[bool] = False
     needs_fused_attention: ClassVar[bool] = True
-    layers: int = 30
+    layers: int | tuple[int, ...] = 30
     num_prompts: int = 30
     r: int = 16
     gate: str = "head"
@@ -127,7 +128,9 @@ class Excitor(Method):
     rotary: bool = False
 
     def __post_init__(self):
-        for name in ("layers", "num_prompts", "r"):
+        if isinstance(self.layers, list | tuple):
+            object.__setattr__(self, "layers", _checked_layers(self.layers))
+        for name in ("num_prompts", "r", *(() if isinstance(self.layers, tuple) else ("layers",))):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Excitor: {name} must be a positive integer, not {value!r}")
@@ -153,7 +156,11 @@ class Excitor(Method):
         return self.topmost([(n, m) for n, m in root.named_modules() if part.holds(n) and hasattr(m, "excitor_heads")])
 
     def topmost(self, found: list) -> list:
-        """Of all layers, bottom to top, those with an Excitor."""
+        """Of all layers, bottom to top, those with an Excitor. ValueError for one that is not there."""
+        if isinstance(self.layers, tuple):
+            if found and self.layers[-1] >= len(found):
+                raise ValueError(f"Excitor: there is no layer {self.layers[-1]}: this model has layers 0 to {len(found) - 1}")
+            return [found[layer] for layer in self.layers] if found else []
         return found[-min(self.layers, max(1, len(found) - 2)) :]
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
@@ -178,9 +185,17 @@ class Excitor(Method):
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Excitor:
         """The method that an ``adapter_config.json`` of :mod:`fastpeft.peft` describes. Its ``target_modules`` are known again by the
-        keys beside it, which must be those of the topmost ``layers``."""
+        keys beside it, which must be those of ``layers``."""
         check_fields(cls.name, cls.peft_fields, config)
         return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+
+
+def _checked_layers(layers) -> tuple[int, ...]:
+    """A list of layers, sorted. ValueError for anything but different whole numbers of 0 or more."""
+    numbers = [layer for layer in layers if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0]
+    if not layers or len(set(numbers)) < len(layers):
+        raise ValueError(f"Excitor: a list of layers holds different whole numbers of 0 or more, not {list(layers)!r}")
+    return tuple(sorted(numbers))
 
 
 def peft_key(name: str) -> str:

@@ -90,4 +90,5 @@ FAMILY = Family(
     parts=PARTS,
     configs={name: partial(excitor_config, name) for name in SIZES},
     template="alpaca",
+    image_encoder=lambda fields: {"vision_config": fields},
 )

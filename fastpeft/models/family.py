@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ class Family:
 
     kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter
     ``template`` is the prompt it was trained with, and ``image_tokens(config)`` the number of places an image takes among its tokens.
+    ``image_encoder(fields)``: overrides of a configuration for CLIP of these fields; None where the encoder is no CLIP.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class Family:
     configs: Mapping[str, Callable[..., PretrainedConfig]]
     template: str = ""
     image_tokens: Callable[[PretrainedConfig], int] = lambda config: 0
+    image_encoder: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ NAMES = tuple(name for entry in _ENTRIES for name in entry.names)
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model comes from, resolved once: ``name`` as it was given; ``folder`` of its weights, None where they are random.
-    ``build``, runs and estimates take one in place of a name."""
+    ``overrides``: what differs from the name's configuration. ``build``, runs and estimates take one in place of a name."""
 
     name: str
     folder: Path | None
     family: Family
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -85,18 +88,38 @@ class ModelSource:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The folder's configuration, or that of the name."""
-        return self.family.configs[self.name]() if self.folder is None else _read_config(self.folder, self.family)
+        return self.family.configs[self.name](**self.overrides) if self.folder is None else _read_config(self.folder, self.family)
 
     def without_weights(self) -> ModelSource:
         """The same name with random weights; a folder stays what it is."""
-        return ModelSource(self.name, None, self.family) if self.named else self
+        return ModelSource(self.name, None, self.family, self.overrides) if self.named else self
 
     def __str__(self) -> str:
         return self.name
 
 
-def resolve(model: str | Path | ModelSource) -> ModelSource:
-    """A name of :data:`NAMES`, or a local transformers folder. ValueError for anything else; nothing is downloaded."""
+def resolve(model: str | Path | ModelSource, image_encoder: str | None = None) -> ModelSource:
+    """A name of :data:`NAMES`, or a local transformers folder. ValueError for anything else; nothing is downloaded.
+
+    image_encoder: CLIP's size in a named model that sees through CLIP: B/16, L/14, L/14@336, tiny (:data:`fastpeft.models.clip.
+    VISION_SIZES`); None: the name's own."""
+    source = _resolve(model)
+    return source if image_encoder is None else _with_image_encoder(source, image_encoder)
+
+
+def _with_image_encoder(source: ModelSource, size: str) -> ModelSource:
+    from fastpeft.models.clip import VISION_SIZES
+
+    if size not in VISION_SIZES:
+        raise ValueError(f"image_encoder must be one of {', '.join(VISION_SIZES)}, not {size!r}")
+    if not source.named:
+        raise ValueError(f"{source} is a folder; its image encoder is in its config.json, so image_encoder={size!r} cannot change it")
+    if source.family.image_encoder is None:
+        raise ValueError(f"{source} has no choice of image encoder; models that see through CLIP have (excitor, lavin, llava-med)")
+    return replace(source, folder=None, overrides=source.family.image_encoder(VISION_SIZES[size]))
+
+
+def _resolve(model: str | Path | ModelSource) -> ModelSource:
     if isinstance(model, ModelSource):
         return model
     if not isinstance(model, str | Path):

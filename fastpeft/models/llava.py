@@ -181,4 +181,5 @@ FAMILY = Family(
     configs={name: partial(llava_med_config, name) for name in SIZES},
     template="llava",
     image_tokens=lambda config: config.image_seq_length,
+    image_encoder=lambda fields: {"vision_config": fields},
 )

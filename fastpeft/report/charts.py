@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+COLOURS = 8  # of curves, in style.css.j2
 BUCKETS = 240  # of a curve: at most two points each, so that 100,000 steps draw as small as 480
 
 
 def charts(rows: list[dict]) -> list[dict]:
     """Loss, throughput, memory and accuracy by step, of the rows of metrics.jsonl; a chart without data is left out."""
     evals = [{"step": row["step"]} | mapping(row.get("eval")) for row in rows if row.get("eval")]
-    kinds = [(kind, _curve(evals, kind, 100)) for kind in ("global", "open", "closed")]
-    memory = _curve(rows, "memory_bytes", 1)
+    kinds = [(kind, curve(evals, kind, 100)) for kind in ("global", "open", "closed")]
+    memory = curve(rows, "memory_bytes", 1)
     peak = max(memory[1], default=0)
     power = min(5, max(2, int(math.log10(peak) / 3))) if peak >= 1 else 2
     memory = (memory[0], [v / 1000**power for v in memory[1]])
+    validated = curve(rows, "validation_loss", 1)
+    losses = [("loss", curve(rows, "loss", 1))] + ([("validation loss", validated)] if len(validated[0]) > 1 else [])
     drawn = [
-        _chart("Loss", "", [("loss", _curve(rows, "loss", 1))], smooth=True, zero=False, width=920, height=280),
-        _chart("Throughput", "samples/s", [("throughput", _curve(rows, "samples_per_second", 1))], smooth=True),
-        _chart("Memory held after each step", f"{'..MGTP'[power]}B", [("memory", memory)]),
-        _chart("Accuracy during training", "%", [kind for kind in kinds if len(kind[1][0])]) if len(evals) > 1 else None,
+        line_chart("Loss", "", losses, smooth=True, zero=False, width=920, height=280),
+        line_chart("Throughput", "samples/s", [("throughput", curve(rows, "samples_per_second", 1))], smooth=True),
+        line_chart("Memory held after each step", f"{'..MGTP'[power]}B", [("memory", memory)]),
+        line_chart("Accuracy during training", "%", [kind for kind in kinds if len(kind[1][0])]) if len(evals) > 1 else None,
     ]
     return [chart for chart in drawn if chart]
 
@@ -33,11 +36,11 @@ def routing(summary: dict) -> dict | None:
     for modality, layers in mapping(summary.get("routing")).items():
         pairs = enumerate(layers if isinstance(layers, list) else [], 1)
         rows = [{"step": layer, "first": pair[0]} for layer, pair in pairs if isinstance(pair, list) and pair]
-        series.append((str(modality), _curve(rows, "first", 1)))
-    return _chart("Routing", "weight of the first expert", series, by="layer", width=920, height=280)
+        series.append((str(modality), curve(rows, "first", 1)))
+    return line_chart("Routing", "weight of the first expert", series, by="layer", width=920, height=280)
 
 
-def _curve(rows: list[dict], key: str, scale: float) -> tuple[list[float], list[float]]:
+def curve(rows: list[dict], key: str, scale: float) -> tuple[list[float], list[float]]:
     """Steps and values of a field, finite ones only."""
     pairs = [(float(row["step"]), v * scale) for row in rows if (v := number(row.get(key))) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
@@ -58,7 +61,7 @@ class _Axis:
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
 
-def _down(y: np.ndarray, zero: bool, height: int) -> _Axis:
+def vertical_axis(y: np.ndarray, zero: bool, height: int) -> _Axis:
     """The vertical axis; ``zero``: it starts at 0 in any case."""
     low, high = float(y.min()), float(y.max())
     if low > 0 and (zero or low < 0.5 * high or low == high):
@@ -76,13 +79,13 @@ def _across(x: np.ndarray, width: int) -> _Axis:
     return _Axis(first, last, 52, width - 14, ticks, 0)
 
 
-def _chart(title: str, unit: str, series: list, *, smooth=False, zero=True, by="step", width=450, height=230) -> dict | None:
+def line_chart(title: str, unit: str, series: list, *, smooth=False, zero=True, by="step", width=450, height=230) -> dict | None:
     """Paths, ticks and words of a line chart; None without data. ``zero``: the axis starts at 0 in any case."""
     series = [(name, np.array(x), np.array(y)) for name, (x, y) in series if len(x)]
     if not series:
         return None
     y_all = np.concatenate([y for *_, y in series])
-    across, down = _across(np.concatenate([x for _, x, _ in series]), width), _down(y_all, zero, height)
+    across, down = _across(np.concatenate([x for _, x, _ in series]), width), vertical_axis(y_all, zero, height)
     paths, window = _lines(series, across, down, smooth)
     ends = "; ".join(f"{name} {short(y[0])} at {by} {x[0]:,.0f}, {short(y[-1])} at {by} {x[-1]:,.0f}" for name, x, y in series)
     count = max(len(x) for _, x, _ in series)
@@ -103,10 +106,10 @@ def _lines(series: list, across: _Axis, down: _Axis, smooth: bool) -> tuple[list
     for i, (name, x, y) in enumerate(series):
         faint = smooth and len(y) >= 10
         look = " faint" if faint else " dot" if len(y) == 1 else ""
-        paths.append((name, f"c{i}{look}", _path(*_thin(across(x), down(y)))))
+        paths.append((name, f"c{i % COLOURS}{look}", path(*_thin(across(x), down(y)))))
         if faint:
             window = max(5, len(y) // 25) | 1
-            paths.append((name, f"c{i}", _path(*_thin(across(x), down(_running_mean(y, window))))))
+            paths.append((name, f"c{i % COLOURS}", path(*_thin(across(x), down(_running_mean(y, window))))))
     return paths, window
 
 
@@ -136,7 +139,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[keep], y[keep]
 
 
-def _path(x: np.ndarray, y: np.ndarray) -> str:
+def path(x: np.ndarray, y: np.ndarray) -> str:
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
     return f"M{points}" if len(x) > 1 else f"M{points}h0"  # a dot, by its round cap
 

@@ -26,7 +26,7 @@ import jinja2
 from fastpeft.data.images import load_image
 from fastpeft.files import write_text
 from fastpeft.report.charts import charts, mapping, number, routing, short
-from fastpeft.report.scores import free_text, text_metrics
+from fastpeft.report.scores import free_text, sources, text_metrics
 
 EXAMPLES = 12
 THUMBNAIL = 200  # pixels, the longer side
@@ -45,24 +45,25 @@ def write_report(out: str | Path) -> Path:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str = "report.html.j2", folder: Path | None = None) -> jinja2.Template:
+    """A page's template, of ``folder`` or of this room, with this room's filters."""
     house = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*filter(None, [folder]), Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,  # summary.eval.open is nothing where there is no eval; the filters turn nothing into ""
         trim_blocks=True,
         lstrip_blocks=True,
     )
     house.filters |= {"si": _si, "short": short, "count": _count, "percent": _percent, "points": _points, "time": _time, "text": _text}
-    return house.get_template("report.html.j2")
+    return house.get_template(name)
 
 
 def _page(out: Path) -> str:
     summary = _load(out / "summary.json", dict)
-    rows = _metrics(out / "metrics.jsonl")
+    rows = read_metrics(out / "metrics.jsonl")
     predictions = _load(out / "predictions.json", list) if (out / "predictions.json").is_file() else []
     predictions = [p for p in predictions if isinstance(p, dict)]
-    return _template().render(
+    return template().render(
         summary={key: mapping(value) if key in ("eval", "parameters", "versions") else value for key, value in summary.items()},
         charts=charts(rows),
         routing=routing(summary),
@@ -70,6 +71,7 @@ def _page(out: Path) -> str:
         free_text=free_text(summary),
         filled=_text(mapping(mapping(summary.get("eval")).get("filled_by")).get("open")),
         text_metrics=text_metrics(summary),
+        sources=sources(summary),
         examples=_examples(predictions),
         right=sum(p.get("correct") is True for p in predictions),
         asked=len(predictions),
@@ -94,7 +96,7 @@ def _load(path: Path, kind: type) -> Any:
     return value
 
 
-def _metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict]:
     """Rows by rising step; of a step written twice the later one. ValueError names a bad line, unless it is the last."""
     if not path.is_file():
         return []

@@ -35,5 +35,13 @@ def text_metrics(summary: dict) -> list[tuple[str, str, str]]:
     return rows + [(str(name), "", str(reason)) for name, reason in mapping(found.get("missing")).items()]
 
 
+def sources(summary: dict) -> list[tuple[str, str, str]]:
+    """(data set, its samples, its last loss) of a run that mixes several."""
+    found = mapping(summary.get("sources"))
+    return [
+        (str(name), f"{number(mapping(of).get('samples')) or 0:,.0f}", short(mapping(of).get("loss_last"))) for name, of in found.items()
+    ]
+
+
 def _said(value) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

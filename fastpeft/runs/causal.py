@@ -25,7 +25,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None, check_images: bool | None = None) -> SampleList:
     """The samples of one split."""
     reading = {"languages": data.languages, "skip_bad": data.skip_bad, "check_images": check_images, **text.reading()}
-    return load_instructions(data.data, split=split, split_file=split_file, **reading)
+    (source,) = data.sources
+    of_images = {"image_folder": source.image_folder, "image_prefix": source.image_prefix, "turns": source.turns}
+    return load_instructions(source.path, source.kind, split, split_file=split_file, **of_images, **reading)
 
 
 def model_for(
@@ -114,4 +116,5 @@ def answer(network: nn.Module, asked: CausalDataset, tokenizer, **generation) ->
 def options_of(about: dict[str, Any]) -> TextOptions:
     """The options an adapter was trained with, from its description."""
     known = {f.name for f in dataclasses.fields(TextOptions)}
-    return TextOptions(**{name: value for name, value in about.get("prompt", {}).items() if name in known})
+    said = about.get("prompt", {}) | {name: about[name] for name in ("max_question",) if name in about}
+    return TextOptions(**{name: value for name, value in said.items() if name in known})

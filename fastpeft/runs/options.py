@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from fastpeft import options as declared
-from fastpeft.options import Count, FilePath, Fraction, Option, Text, options
+from fastpeft.options import Count, FilePath, Fraction, Option, Positive, Text, options
 from fastpeft.train.config import TrainConfig
 
 METHOD, READ, PROMPT, SCORE = (Option(panel=name) for name in ("Model and method", "Data", "Language models", "Generation"))
@@ -18,12 +19,68 @@ Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v) if 
 Formats = Annotated[Text | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
+Stages = Annotated[tuple[dict[str, Any], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v), Field(min_length=1)]
+
+
+@options
+class DataSource:
+    """One of the data sets that a run mixes."""
+
+    path: FilePath
+    "folder, or annotation file"
+    weight: Positive | None = None
+    "its share of an epoch's samples, beside the others' weights (default: by size)"
+    kind: Text | None = None
+    "its format, where the file's fields should not tell it: alpaca, llava, coco, reports, scienceqa, vqa"
+    image_folder: Text = ""
+    "put before each image's name"
+    image_prefix: Text = ""
+    "put before each image's file name, such as COCO_train2014_"
+    turns: Literal["dialogue", "each", "first"] = "dialogue"
+    "of conversations: all in one sample, each a sample of its own, or the first alone"
+
+
+def _sources(data) -> tuple[DataSource, ...]:
+    return tuple(
+        DataSource(**(_spelt(one) if isinstance(one, str) else one)) for one in ((data,) if isinstance(data, str | dict) else data)
+    )
+
+
+_OPTION = re.compile(r",(weight|kind|image_folder|image_prefix|turns)=([^,]*)")
+
+
+def _spelt(text: str) -> dict[str, Any]:
+    """ "DIR,weight=2,turns=first" as options of a DataSource; a comma that no option follows is the path's."""
+    found: dict[str, Any] = {}
+    while (last := list(_OPTION.finditer(text))) and last[-1].end() == len(text):
+        name, value = last[-1].groups()
+        try:
+            found.setdefault(name, float(value) if name == "weight" else value)
+        except ValueError:
+            raise ValueError(f"data: weight must be a number above 0, not {value!r}") from None
+        text = text[: last[-1].start()]
+    return {"path": text} | found
+
+
+def _listed(value: Any) -> Any:
+    """A list as a tuple; one path alone as it is. ValueError for anything else."""
+    listed = [str(one) if isinstance(one, Path) else one for one in (value if isinstance(value, list | tuple) else [value])]
+    if not listed or any(not isinstance(one, str | dict) or not one for one in listed):
+        raise ValueError(f"data must be a path, not {value!r}; or a list of paths, or of mappings with a path")
+    return tuple(listed) if len(listed) > 1 else listed[0]
+
+
+Sources = Annotated[str | dict[str, Any] | tuple[str | dict[str, Any], ...], BeforeValidator(_listed)]
+
+
 @options
 class RunOptions:
     """What is trained: a base, a plan, and the options of the plan's LoRA."""
 
     model: Annotated[Text, METHOD, Option(names=("model_name_or_path",))] = "miss-tiny"
     "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
+    image_encoder: Annotated[Text | None, METHOD] = None
+    "of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)"
     plan: Annotated[Text | dict[str, Any], METHOD, Option(must="a plan such as F/LoRA/LoRA")] = "F/LoRA/LoRA"
     "one treatment per part, or a YAML file"
     rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
@@ -38,8 +95,17 @@ class RunOptions:
     "4bit or 8bit: the frozen base in bitsandbytes' format"
     from_scratch: Annotated[bool, METHOD] = False
     "random weights, even where the package ships trained ones"
+    init_adapter: Annotated[FilePath | None, METHOD] = None
+    "adapter folder of another run, of the same base and plan, to go on from with these data and options"
+    stages: Annotated[Stages | None, METHOD, Option(must="a list of stages, each a mapping of options")] = None
+    "runs in turn, each going on from the one before, with options of its own (in YAML only; see fastpeft.runs.stages)"
     no_eval: Annotated[bool, READ] = False
     "score nothing at the end"
+
+    def arguments(self) -> dict[str, Any]:
+        """What :func:`fastpeft.runs.train.train_run` takes of it beside model, plan and LoRA."""
+        more = {"vocab": self.vocab, "quantize": self.quantize, "init_adapter": self.init_adapter, "image_encoder": self.image_encoder}
+        return more | {"pretrained": not self.from_scratch, "evaluate": not self.no_eval}
 
     @property
     def lora(self) -> dict[str, float | None]:
@@ -51,8 +117,9 @@ class RunOptions:
 class DataOptions:
     """Which samples."""
 
-    data: Annotated[FilePath, READ]
-    "folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists"
+    data: Annotated[Sources, READ, Option(repeats=True, must="a path, or a list of them")]
+    """folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists; several are mixed, each
+    with options: DIR,weight=2,kind=llava,image_folder=train2017,image_prefix=COCO_,turns=first"""
     split_file: Annotated[FilePath | None, READ] = None
     "annotation file, or a file of qids (default: by the data set's own file names)"
     eval_split_file: Annotated[FilePath | None, READ] = None
@@ -67,6 +134,18 @@ class DataOptions:
     def __post_init__(self):
         if self.hold_out and self.eval_split_file:
             raise ValueError("hold_out and eval_split_file both say what to score: give one of them")
+        sources = self.sources
+        if len(sources) > 1 and (self.split_file or self.eval_split_file):
+            raise ValueError(
+                "split_file and eval_split_file are of one data set, and data names several: give the annotation files as data"
+            )
+        if len({source.weight is None for source in sources}) > 1:
+            raise ValueError("give a weight to every data set, or to none: then each counts by its size")
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data sets, at least one."""
+        return _sources(self.data)
 
 
 @options
@@ -77,6 +156,8 @@ class TextOptions:
     "prompt: alpaca, llava, lavin, plain (default: the model's own)"
     max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
     "tokens of the longest sample; longer ones are cut"
+    max_question: Annotated[int, Field(ge=3), READ] = 35
+    "tokens of a question of visual question answering; longer ones are cut (MISS's 35 cut options off in instruction-format data)"
     packed: Annotated[bool, PROMPT, Option(off="no_packing", names=("packing",))] = True
     "put samples end to end in one row, instead of padding them"
     instruction: Annotated[Text | None, PROMPT] = None
@@ -85,10 +166,13 @@ class TextOptions:
     "of ScienceQA, such as QCM-LEA"
     use_caption: Annotated[bool, PROMPT] = False
     "ScienceQA's captions for a model that sees no images"
+    tell_format: Annotated[bool | None, PROMPT] = None
+    "of ScienceQA: prompts for the answer alone say so (default: where several prompt formats are trained on)"
 
     def reading(self) -> dict[str, Any]:
         """What of it concerns reading files."""
-        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")}
+        tell = self.tell_format if self.tell_format is not None else not isinstance(self.prompt_format, str)
+        return {name: getattr(self, name) for name in ("instruction", "prompt_format", "use_caption")} | {"tell_format": tell}
 
 
 @options

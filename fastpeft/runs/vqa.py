@@ -21,7 +21,12 @@ BEAMS = 3  # of the papers
 def read(data: DataOptions, text: TextOptions, split: str, split_file: str | None = None, check_images: bool | None = None) -> SampleList:
     """The samples of one split."""
     how = {"languages": data.languages, "skip_bad": data.skip_bad, "check_images": check_images}
-    return load_samples(data.data, split_file, split=split, **how)
+    (source,) = data.sources
+    if given := [name for name in ("kind", "image_folder", "image_prefix") if getattr(source, name)] + ["turns"] * (
+        source.turns != "dialogue"
+    ):
+        raise ValueError(f"{source.path}: {', '.join(given)}: options of instruction data, which causal language models read")
+    return load_samples(source.path, split_file, split=split, **how)
 
 
 def model_for(
@@ -90,7 +95,7 @@ def dataset(
 ) -> VQADataset:
     """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer."""
     room = None if prompts_only else network.config.text_config.max_position_embeddings
-    return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad)
+    return VQADataset(samples, preprocess, seed, tokenizer=tokenizer, max_answer=room, skip_bad=skip_bad, max_question=text.max_question)
 
 
 def answer(network: nn.Module, asked: VQADataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:

@@ -11,11 +11,12 @@ from fastpeft.savings import SAVINGS
 DTYPES = ("fp32", "bf16")
 Dtype = Literal["fp32", "bf16"]
 RUN, OPTIMISER, MEMORY, OUTPUT = (Option(panel=name) for name in ("Run", "Optimiser", "Memory", "Output"))
+VALIDATE = Option(panel="Validation")
 
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
     *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
-    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without"),
+    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
 }
 
 
@@ -72,6 +73,14 @@ class TrainConfig:
     "steps between checkpoints; 0: at the end only"
     keep_checkpoints: Annotated[Count, OUTPUT, Option(names=("save_total_limit",))] = 2
     "how many checkpoints stay: where the newest turns out to be damaged, the one before resumes"
+    eval_every: Annotated[CountOrZero, VALIDATE, Option(names=("eval_steps",))] = 0
+    "steps between validations on the data set's validation split, else on the part that hold_out holds out; 0: none"
+    patience: Annotated[CountOrZero, VALIDATE, Option(names=("early_stopping_patience",))] = 0
+    "validations in a row without a better one after which the run ends; 0: never"
+    best_by: Annotated[Literal["loss", "open", "closed", "global"], VALIDATE] = "loss"
+    "which validation is the best, whose adapter the run ends with: the lowest loss, or the highest accuracy"
+    eval_scores: Annotated[bool, VALIDATE, Option(off="eval_loss_only")] = True
+    "answer and score the validation questions at each validation, beside their loss"
     out: Annotated[FilePath | None, OUTPUT, Option(names=("output_dir",), must="text")] = None
     "folder for the run's files; none: they are not written"
     resume: Annotated[bool, OUTPUT, Option(names=("resume_from_checkpoint",))] = False
@@ -94,6 +103,10 @@ class TrainConfig:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         if unknown := sorted(set(self.savings_off) - SAVINGS.keys()):
             raise ValueError(f"no saving is called {', '.join(unknown)}; there are {', '.join(SAVINGS)}")
+        if self.eval_every == 0 and (self.patience or self.best_by != "loss" or not self.eval_scores):
+            raise ValueError("patience, best_by and eval_loss_only are about validations: give eval_every, the steps between them")
+        if self.best_by != "loss" and not self.eval_scores:
+            raise ValueError(f"best_by={self.best_by} needs answers: leave eval_loss_only out")
         if self.out is None and (self.resume or self.tensorboard or self.trace):
             raise ValueError("resume, tensorboard and trace need a folder: give out")
 

@@ -64,6 +64,9 @@ class MetricsLog(contextlib.ExitStack):
         if self.board is not None:
             for name in SCALARS:
                 self.board.add_scalar(name, row[name], row["step"])
+            for name, value in {"validation_loss": row.get("validation_loss"), **row.get("eval", {})}.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, row["step"])
 
 
 def keep_lines(path: Path, last_step: int) -> int:

@@ -131,6 +131,10 @@ def check_done(folder: Path, done: dict[str, Any], fresh: dict[str, Any]) -> Non
         value = done.get(name, first)
         if first is None:  # the cost of the first batch
             good = value is None or (isinstance(value, dict) and {"flops", "saved_bytes", "samples"} <= value.keys())
+        elif name == "sources":
+            good = isinstance(value, dict) and all(isinstance(v, dict) and {"samples", "losses"} <= v.keys() for v in value.values())
+        elif name == "validation":
+            good = isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values())
         elif isinstance(first, list):
             good = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
         else:

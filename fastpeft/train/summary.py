@@ -55,8 +55,19 @@ def summary_of(model: nn.Module, config: TrainConfig, device: torch.device, done
         "parameters": count(model),
         "parts": parts,
         **_routing(model),
+        **_sources(done),
+        **({"validation": done["validation"] | {"by": config.best_by}} if done["validation"] else {}),
         "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _sources(done: dict[str, Any]) -> dict[str, Any]:
+    """Samples and last loss of each data set, where several are mixed."""
+    found = {
+        name: {"samples": of["samples"], "loss_last": statistics.fmean(of["losses"]) if of["losses"] else None}
+        for name, of in done["sources"].items()
+    }
+    return {"sources": found} if found else {}
 
 
 def _routing(model: nn.Module) -> dict[str, Any]:

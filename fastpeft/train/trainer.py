@@ -27,17 +27,21 @@ from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
 from fastpeft.files import recover_folder, write_json
+from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
 from fastpeft.savings import without
-from fastpeft.train.config import FREE, TrainConfig
+from fastpeft.train.config import TrainConfig
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps, locked
-from fastpeft.train.metrics import MetricsLog, keep_lines
+from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
-from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote, random_state, save_state
+from fastpeft.train.resume import BEST, identity_of, open_run
+from fastpeft.train.sources import SourceLosses
+from fastpeft.train.state import random_state, save_state
 from fastpeft.train.summary import WINDOW, summary_of
+from fastpeft.train.validation import Validation, ValidationData
 
 
 class Trainer:
@@ -45,7 +49,9 @@ class Trainer:
 
     ``Trainer(model, dataset, TrainConfig(steps=200)).fit()`` returns the summary (the fields of ``summary.json``). ``dataset`` is a
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
-    ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs).
+    ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
+    of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
+    the run then ends with the best adapter.
     """
 
     def __init__(
@@ -56,7 +62,10 @@ class Trainer:
         *,
         eval_dataset: VQADataset | None = None,
         scoring: Scoring | None = None,
+        started_from: dict[str, Any] | None = None,
+        validation: ValidationData | None = None,
     ):
+        self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
         config = self.config
@@ -76,16 +85,20 @@ class Trainer:
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
         self.out = Path(config.out) if config.out else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
-        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None}
-        self._plan_steps()
+        self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
+        self.mixed = len({sample.data for sample in dataset.samples}) > 1
+        self.plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+        if config.eval_every and validation is None:
+            raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
+        self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
 
-    def _plan_steps(self) -> None:
+    def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
         last batch: where the batches do not fill the last group, that step has fewer."""
         config, done = self.config, self.done
@@ -118,7 +131,7 @@ class Trainer:
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out), StopBetweenSteps() as stop:
-            if self.out is not None and (finished := self._open_out()) is not None:
+            if self.out is not None and (finished := open_run(self)) is not None:
                 return finished
             reset_peak(self.device)
             self.model.train()
@@ -146,8 +159,9 @@ class Trainer:
             began = time.perf_counter()
             for batches in self._batches():
                 with stop.later():
-                    row = self._step(batches)
-                    log.log(row, time.perf_counter() - began)
+                    row, seconds = self._step(batches), time.perf_counter() - began
+                    row |= self._validate()
+                    log.log(row, seconds)
                     if tracer is not None:
                         tracer.step()
                     due = config.save_every and done["step"] % config.save_every == 0
@@ -159,6 +173,15 @@ class Trainer:
         if self.out:
             with stop.later():
                 self.save()
+        with stop.later():
+            self.end_with_best()
+            if self.out and self.done["validation"].get("best_step") is not None:
+                self._save_adapter("adapter")
+
+    def end_with_best(self) -> None:
+        """Put the adapter of the best validation back into the model, where there was one."""
+        if self.done["validation"].get("best_step") is not None:
+            self.validation.put_best_back(self.out / BEST if self.out else None)
 
     def _saved_at_end(self, stop: StopBetweenSteps, how: str) -> str:
         """Save a checkpoint of where the run was stopped, if its weights, optimiser and random state belong together; returns what to say
@@ -167,11 +190,26 @@ class Trainer:
         if not (self.out and step and (self._before is not None or not stop.busy)):
             return how
         try:
-            if self._saved_step != step:
+            if self.saved_step != step:
                 self.save(rng=self._before if stop.busy else None)
         except OSError as error:
             return f"{how or 'stopped'} after step {step}, which could not be saved: {error}"
         return f"{how or 'stopped'} after step {step}; --resume goes on from there"
+
+    def _validate(self) -> dict[str, Any]:
+        """What a validation adds to the step's row, where one is due; the best adapter is kept as it comes."""
+        validation, done = self.validation, self.done
+        if validation is None or not validation.due(done["step"], self.total_steps):
+            return {}
+        began, row = time.perf_counter(), validation.row()
+        if validation.better(done["step"], row, done["validation"]):
+            if self.out:
+                self._save_adapter(BEST)
+            else:
+                validation.keep()
+        if validation.exhausted(done["validation"]):
+            self.total_batches, self.total_steps = done["batches"], done["step"]
+        return row | {"validation_seconds": time.perf_counter() - began}
 
     def _finish(self) -> dict[str, Any]:
         """Score and write summary, predictions and report. An error of scoring is raised after the summary is written."""
@@ -221,7 +259,7 @@ class Trainer:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
         self._before = random_state() if self.out else None
         done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
-        terms = sum(map(self.dataset.weight, batches))
+        terms, by_source = sum(map(self.dataset.weight, batches)), SourceLosses()
         for batch in batches:
             inputs = to_device(batch, self.inputs, self.device, self.dtype, self.model)
             if self.features is not None:
@@ -229,8 +267,11 @@ class Trainer:
             if self.budget is not None:
                 self.budget.fit(inputs)
             with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
-                part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
+                with token_losses() if self.mixed else contextlib.nullcontext([]) as recorded:
+                    part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
                 part.backward()
+            if self.mixed:
+                by_source.add(batch, self.dataset, recorded)
             self.optimizer.collect()
             if cost is not None:
                 done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
@@ -249,7 +290,8 @@ class Trainer:
         done["tokens"] += sum(map(self.dataset.tokens, batches))
         done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
         done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
-        return {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
+        row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
+        return row | ({"loss_by_source": by_source.log(done["sources"])} if self.mixed else {})
 
     def evaluate(self) -> dict[str, Any] | None:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
@@ -264,94 +306,25 @@ class Trainer:
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
         notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
         scored = {"eval": evaluation, "generation": generation}
+        scored |= {"features": self.features.counts()} if self.features is not None else {}
         return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
-        save_adapter(self.model, self.out / "adapter", description=self.dataset.describe(), write_more=self.dataset.save)
+        self._save_adapter("adapter")
         progress = {"done": self.done, "identity": self.identity, "config": asdict(self.config)}
         save_state(self.out / "checkpoint", self.model, self.optimizer, progress, rng=rng, keep=self.config.keep_checkpoints)
-        self._saved_step = self.done["step"]
+        self.saved_step = self.done["step"]
+
+    def _save_adapter(self, name: str) -> None:
+        lineage = {"started_from": self.started_from} if self.started_from else {}
+        save_adapter(self.model, self.out / name, description=self.dataset.describe() | lineage, write_more=self.dataset.save)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption, unless ``allow_change`` names it: plan, base, data, tokenizer,
-        preprocessing, and every option of :class:`TrainConfig` that bears on the result."""
-        config = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        return json.loads(
-            json.dumps(
-                config
-                | self.sampler.identity()
-                | {
-                    "plan": self.model.fastpeft_plan.to_dict(),
-                    "base": fingerprint(self.model),
-                    "images": self.dataset.image_digest(),
-                    "tokenizer": tokenizer_digest(self.dataset.tokenizer),
-                    "reading": self.dataset.describe(),
-                }
-            )
-        )
+        """What must not change between a run and its resumption, unless ``allow_change`` names it."""
+        return identity_of(self)
 
-    def _open_out(self) -> dict[str, Any] | None:
-        """Make ``out`` ready: resume from its newest intact checkpoint, or refuse to write over another run. The summary of a run that is
-        resumed although it is finished, else None."""
-        checkpoint, metrics = self.out / "checkpoint", self.out / "metrics.jsonl"
-        if not self.config.resume:
-            if checkpoints(checkpoint) or checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size):
-                raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
-            metrics.unlink(missing_ok=True)
-            return None
-        for folder in (checkpoint, self.out / "adapter"):
-            recover_folder(folder)
-        found, progress, damaged = newest_intact(checkpoint, self.done)
-        if found is None:
-            self._say(f"{checkpoint} is not there, so nothing is resumed: the run starts at step 0")
-            metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-            return None
-        self._compare(progress["identity"])
-        self.done |= progress["done"]
-        self._plan_steps()
-        self.optimizer.schedule(self.total_steps)
-        load_state(found, self.model, self.optimizer)
-        self._saved_step = self.done["step"]
-        if not damaged and (finished := self._finished()) is not None:
-            return finished
-        for problem in damaged:
-            self._say(f"{problem.partition(': remove')[0]}; going on from step {self.done['step']}, the newest intact one")
-        promote(found, checkpoint)
-        if missing := keep_lines(metrics, self.done["step"]):
-            self._say(f"{metrics} has no line for {missing} of the {self.done['step']} steps done; the report leaves them out")
-        return None
-
-    def _compare(self, was: dict[str, Any]) -> None:
-        """ValueError where what makes the run is not what it ``was``, unless it may change."""
-        allowed = set(self.config.allow_change or ())
-        if unknown := sorted(allowed - self.identity.keys()):
-            known = ", ".join(self.identity)
-            raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {known}")
-        changed = {name: differences(name, then, self.identity.get(name)) for name, then in was.items()}
-        if refused := {name: said for name, said in changed.items() if said and name not in allowed}:
-            how = f"; --allow-change {','.join(refused)} goes on all the same" if not {"n", "samples"} & refused.keys() else ""
-            raise ValueError(f"cannot resume {self.out}: " + "; ".join(text for said in refused.values() for text in said) + how)
-        for said in changed.values():
-            self.notes += [f"changed when it was resumed: {text}" for text in said]
-
-    def _finished(self) -> dict[str, Any] | None:
-        """summary.json of a run that has nothing left to do."""
-        if self.total_batches > self.done["batches"]:
-            return None
-        try:
-            summary = json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        scored = self.eval_dataset is None or (isinstance(summary, dict) and summary.get("eval") is not None)
-        whole = isinstance(summary, dict) and summary.get("steps") == self.done["step"] and (self.out / "report.html").is_file() and scored
-        return summary if whole else None
-
-    def _say(self, note: str) -> None:
-        """A note for the summary, and on the console now."""
-        self.notes.append(note)
-        warnings.warn(note, stacklevel=3)
 
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""

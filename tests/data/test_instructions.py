@@ -45,7 +45,7 @@ def test_llava(tmp_path, make):
     assert samples[0].turns == (("What is it?", "A cat."), ("Where?", "On a\nmat."))
     assert (samples[0].question, samples[0].answer) == ("What is it?", "On a\nmat.")
     assert samples[1].image is None and samples[1].qid == "t"
-    split = load_instructions(tmp_path, split_turns=True)
+    split = load_instructions(tmp_path, turns="each")
     assert [s.turns for s in split] == [(("What is it?", "A cat."),), (("Where?", "On a\nmat."),), (("Hello", "Hi."),)]
     assert [s.entry for s in split] == [0, 0, 1]
 

@@ -64,7 +64,8 @@ def test_the_common_door(folder):
         assert [s.kind for s in load_instructions(where)] == ["scienceqa"] * 3
     both = load_instructions(folder, prompt_format=("QCM-LEA", "QCM-A"), use_caption=True)
     assert both[0].answer == "Maps have\\narrows. Look at it. The answer is B."
-    assert both[0].alternatives == (((both[0].question, "The answer is B."),),)
+    asked = f"{both[0].question}\nAnswer with the option's letter from the given choices directly."  # told apart
+    assert both[0].alternatives == (((asked, "The answer is B."),),)
     assert both[1].question.startswith("Question: Which is north?\nContext: A map.\nOptions:")
     assert load_scienceqa(folder, "test", use_caption=True)[0].question.split("\n")[1] == "Context: See. An arrow."
     assert load_scienceqa(folder, "test")[0].question.split("\n")[1] == "Context: See."

@@ -1,5 +1,6 @@
 """ScienceQA's letters and columns, against counts made by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,18 @@ def test_empty_columns_and_bad_calls():
         score_scienceqa(["a", "b"], [problem()])
     with raises("sample 7 is of alpaca, not of load_scienceqa"):
         score_scienceqa(["a"], [Instruction((("Q", "A"),), None, "alpaca", "7", 0, Path("a.json"))])
+
+
+def test_unparsed_responses_count_as_wrong_or_are_drawn():
+    """A draw depends on the seed and the problem alone, and is right about once in as many as there are choices."""
+    problems = [dataclasses.replace(problem(answer=i % 2), qid=str(i)) for i in range(300)]
+    wrong = score_scienceqa([""] * 300, problems)
+    assert (wrong["Avg"], wrong["unparsed"], wrong["unparsed_are"]) == (0.0, 300, "wrong")
+    drawn = score_scienceqa([""] * 300, problems, draw_unparsed=1)
+    choices = len(problems[0].facts["choices"])
+    assert abs(drawn["Avg"] - 1 / choices) < 0.1 and drawn["unparsed"] == 300 and drawn["unparsed_are"] == "drawn with seed 1"
+    assert score_scienceqa([""] * 300, problems, draw_unparsed=1) == drawn
+    backwards = score_scienceqa([""] * 300, problems[::-1], draw_unparsed=1)
+    assert backwards["Avg"] == drawn["Avg"]
+    known = [f"The answer is {'AB'[p.facts['answer']]}." for p in problems]
+    assert score_scienceqa(known, problems, draw_unparsed=1)["Avg"] == 1.0

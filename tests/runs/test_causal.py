@@ -249,6 +249,20 @@ def test_an_adapter_asks_as_it_was_trained(problems, tmp_path, monkeypatch):
     assert asked.question.startswith("Context: picture 5\nQuestion:") and asked.image is None and asked.answer == "The answer is A."
 
 
+def test_one_of_several_trained_formats_is_asked_as_it_was_trained(problems, tmp_path, monkeypatch):
+    text = TextOptions(prompt_format=["QCM-LEA", "QCM-A"], use_caption=True)
+    rows = json.loads((problems / "problems.json").read_text())
+    (problems / "problems.json").write_text(json.dumps({qid: row | {"solution": "It is."} for qid, row in rows.items()}))
+    train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path, steps=1), text=text, evaluate=False)
+    seen = []
+    monkeypatch.setattr("fastpeft.runs.causal.respond_and_score", lambda network, dataset, **how: (seen.append(dataset), ([], {}))[1])
+    for asked in ("QCM-A", "QCM-LEA"):
+        eval_run(tmp_path / "run" / "adapter", DataOptions(str(problems)), progress=False, prompt_format=asked, draw_unparsed=0)
+    direct, reasoned = (data.samples[0] for data in seen)
+    assert direct.question == f"{reasoned.question}\nAnswer with the option's letter from the given choices directly."
+    assert (direct.answer, reasoned.answer) == ("The answer is A.", "It is. The answer is A.") and not direct.alternatives
+
+
 def test_images_without_eyes_are_told_of_captions(problems, tmp_path):
     with pytest.raises(ValueError, match=r"a llama sees none: .*use_caption"):
         train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path), evaluate=False)

@@ -1,0 +1,67 @@
+"""Commands from files to files: data sets in another form, checkpoints in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastpeft.cli_options import Json, emit, with_options
+from fastpeft.options import split
+from fastpeft.runs.options import DataOptions
+
+READING = (DataOptions,)
+
+
+@with_options(*READING, only=("split_file", "languages", "skip_bad"))
+def instruct(
+    data: Annotated[str, typer.Argument(help="folder of a data set of questions about images: Slake, VQA-RAD")],
+    out: Annotated[str, typer.Argument(help="folder to write: a data set for `train --data`")],
+    style: Annotated[str, typer.Option(help="paper: as paper 002's figure 4; released: as its authors' file")] = "paper",
+    seed: Annotated[int, typer.Option(help="of the options")] = 0,
+    as_json: Json = False,
+    **given,
+) -> None:
+    """Questions about images in instruction format, with answer options in several phrasings; test questions stay as they are."""
+    (chosen,) = split({"data": data, **given}, *READING)
+    from fastpeft.data import write_instruction_data
+
+    reading = {"split_file": chosen.split_file, "languages": chosen.languages, "skip_bad": chosen.skip_bad}
+    made = write_instruction_data(data, out, style=style, seed=seed, **reading)
+    counts = ", ".join(f"{made[name]} {name}" for name in ("train", "validate", "test") if made[name])
+    lines = [f"{out}: {counts} questions; {made['phrasings'] / made['train']:.1f} phrasings of a training question"]
+    lines += [f"{made['without_options']} have no options: there is no other answer"] if made["without_options"] else []
+    emit(made | {"out": out, "style": style, "seed": seed}, as_json, lines + made["notes"])
+
+
+def convert(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
+            "(ViT-L-14.pt), or LaVIN's adapters (.pth)"
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
+    llama: Annotated[str | None, typer.Option(help="beside CLIP or LaVIN's adapters: LLaMA's folder, original or transformers'")] = None,
+    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters: OpenAI's CLIP (ViT-L-14.pt)")] = None,
+    backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
+    vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
+    adapter_scale: Annotated[float | None, typer.Option(help="of LaVIN's adapters (default: as the file says)")] = None,
+    image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
+    text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
+    vision_heads: Annotated[int | None, typer.Option(help="likewise, of the image encoder")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    as_json: Json = False,
+) -> None:
+    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
+    from fastpeft.runs.convert import convert_run
+
+    heads = {"text_heads": text_heads, "vision_heads": vision_heads}
+    companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
+    router = {"temperature": temperature, "adapter_scale": adapter_scale}
+    report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
+    about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}
+    emit(about, as_json, [f"{report.direction}: {report.n_tensors} tensors -> {out}", *(f"note: {note}" for note in report.notes)])

@@ -1,0 +1,192 @@
+"""Study runner: what is not finished runs, a process for each job; what is finished is read; then table and figures.
+
+Each job's folder holds its stages' runs and, once it is finished, result.json. So a study that was killed goes on where it stood: a
+finished job is read, an unfinished stage resumes from its checkpoint. Every job takes frozen features from one folder by content, so
+images that rows of one base share are encoded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastpeft.files import write_json
+from fastpeft.options import split
+from fastpeft.runs.options import RECIPE
+from fastpeft.study.file import StudyFile, read_study
+from fastpeft.study.jobs import Job, jobs_of
+from fastpeft.study.made_data import make
+from fastpeft.study.work import FAILED, RESULT, work
+
+Say = Callable[[str], None]
+
+
+def run_study(
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: dict[str, str] | None = None,
+    scale: str = "full",
+    device: str | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Run a study file, or go on with it, in ``out``; returns its results: title, rows, totals, failed (error by job), files.
+
+    data: folders by the file's names of data sets. scale: "full" or "tiny". A job that fails, and those that start from it, are named in
+    the table, and the others run; another call tries them again. ValueError names what is wrong, before anything runs: in the file, a
+    data set without a folder, a job that ``out`` holds with other options. KeyboardInterrupt (Ctrl-C, SIGTERM) lets the step end."""
+    from fastpeft.study.page import write_results
+
+    study, out = read_study(path, scale), Path(out)
+    jobs = jobs_of(study, out, data or {}, **({"device": device} if device else {}))
+    check(study, jobs)
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out), _interruptible():
+        for job in jobs:
+            _begin(job)
+        for folder, how in {folder: how for job in jobs for folder, how in job.made.items()}.items():
+            make(folder, how)
+        began = time.perf_counter()
+        failed = run_jobs(jobs, out, say)
+        results = [(job, read_result(job)) for job in jobs]
+        return write_results(study, results, failed, out, time.perf_counter() - began)
+
+
+def check(study: StudyFile, jobs: list[Job]) -> None:
+    """ValueError for options that no run takes, before any of them runs."""
+    from fastpeft.models import resolve
+    from fastpeft.plan import plan_for
+    from fastpeft.study.figures import FIGURES
+    from fastpeft.study.table import check_columns
+
+    check_columns(study.columns or ())
+    if unknown := [name for name in study.figures if name not in FIGURES]:
+        raise ValueError(f"{study.path}: there is no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    for job in jobs:
+        for options in job.stages:
+            try:
+                run, *_ = split(options, *RECIPE)
+                plan_for(resolve(run.model, run.image_encoder).family.parts, run.plan, **run.lora)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{study.path}: row {job.row}: {error}") from None
+
+
+def run_jobs(jobs: list[Job], out: Path, say: Say) -> dict[str, str]:
+    """Run what has no result yet, one after another; returns the error of each job that has none in the end."""
+    context = job_context()
+    failed: dict[str, str] = {}
+    for at, job in enumerate(jobs, 1):
+        if read_result(job) is not None:
+            say(f"[{at}/{len(jobs)}] {job.name}: finished before")
+            continue
+        if job.starts_from in failed:
+            failed[job.name] = f"it starts from {job.starts_from}, which failed"
+            say(f"[{at}/{len(jobs)}] {job.name}: left out, {failed[job.name]}")
+            continue
+        began = time.perf_counter()
+        error = _run(context, job, out / "features")
+        told = f"failed: {error}" if error else _told(read_result(job))
+        if error:
+            failed[job.name] = error
+        say(f"[{at}/{len(jobs)}] {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
+    return failed
+
+
+def job_context():
+    """How a job's process starts: from a server that has the imports, once and not once a job. It computes nothing, so that its children
+    may use CUDA; where there is no such server, afresh."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastpeft.runs.train", "fastpeft.runs.evaluate", "fastpeft.report.report"])
+    return context
+
+
+def _run(context, job: Job, features: Path) -> str | None:
+    """One job in a process of its own; its error, or None."""
+    failure = Path(job.folder) / FAILED
+    failure.unlink(missing_ok=True)
+    process = context.Process(target=work, args=(job, str(features)))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()  # it saves a checkpoint between steps
+        process.join()
+        raise KeyboardInterrupt(f"stopped in {job.name}; the same command goes on from there") from None
+    if read_result(job) is not None:
+        return None
+    if failure.is_file():
+        return json.loads(failure.read_text(encoding="utf-8"))["error"]
+    ended = f"killed by signal {-process.exitcode} (out of memory?)" if process.exitcode < 0 else f"ended with code {process.exitcode}"
+    return f"its process was {ended}; see {Path(job.folder) / 'log.txt'}"
+
+
+def read_result(job: Job) -> dict[str, Any] | None:
+    """The job's result, None where it is not finished."""
+    path = Path(job.folder) / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _begin(job: Job) -> None:
+    """Note what the job is. ValueError where its folder holds another."""
+    path, mine = Path(job.folder) / "job.json", job.identity()
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs != mine:
+            changed = ", ".join(_differences(theirs, mine)) or "its stages"
+            raise ValueError(f"{job.folder} holds {job.name} with another {changed}: delete that folder, or choose another --out")
+        return
+    write_json(path, mine)
+
+
+def _differences(theirs: dict, mine: dict) -> list[str]:
+    found = [name for name in mine if name != "stages" and theirs.get(name) != mine[name]]
+    for was, now in zip(theirs.get("stages", ()), mine["stages"]):
+        found += [f"{name} ({was.get(name)}, now {now.get(name)})" for name in {**was, **now} if was.get(name) != now.get(name)]
+    return found
+
+
+def _told(result: dict[str, Any]) -> str:
+    scored = next(iter(result["scores"].values()), {}) or {}
+    shown = [f"{name} {scored[name]:.1%}" for name in ("open", "closed", "global") if scored.get(name) is not None]
+    return ", ".join([f"loss {result['loss_last']:.3f}", *shown])
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """ValueError where another study is working in ``out``."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            held = stack.enter_context(open(out / ".lock", "w"))
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"another fastpeft study is working in {out}: wait for it, or choose another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, where this is the main thread."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # another thread's to say
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,166 @@
+"""One job of a study, in a process of its own: its stages trained in turn, its adapter scored, its result written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+from fastpeft.files import write_json
+from fastpeft.options import split
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions
+from fastpeft.study.jobs import Job
+
+RESULT, FAILED = "result.json", "failed.json"
+SUMMED = ("seconds", "steps", "samples")  # of a job's stages
+KEPT = ("loss_first", "loss_last", "peak_memory_bytes", "saved_bytes_per_step", "flops_per_sample", "model", "plan", "dtype", "device")
+KEPT += ("batch_size", "parameters", "routing", "versions", "notes")
+
+
+def work(job: Job, features: str | None) -> None:
+    """What the job's process does. It ends with its parent, so that a killed study leaves nobody who writes in its folder."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder), open(folder / "log.txt", "a", buffering=1) as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        sys.stdout = sys.stderr = log
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module="fastpeft")
+        try:
+            result = run_job(job, features)
+        except KeyboardInterrupt as error:
+            print(f"interrupted: {error}")
+            os._exit(130)
+        except Exception as error:
+            traceback.print_exc()
+            write_json(folder / FAILED, {"error": f"{' '.join(str(error).split())}" or type(error).__name__, "kind": type(error).__name__})
+            return
+        (folder / FAILED).unlink(missing_ok=True)
+        write_json(folder / RESULT, result)
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process works in ``folder``: one whose study was killed a moment ago may still be ending."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            held = stack.enter_context(open(folder / ".lock", "w"))
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def run_job(job: Job, features: str | None) -> dict[str, Any]:
+    """Train what is not trained yet, score, and return the result (JSON-able)."""
+    summaries, start = [], None if job.starts_from is None else source_adapter(job)
+    for at in range(1, len(job.stages) + 1):
+        out = Path(job.folder) / f"stage-{at}"
+        if not (out / "summary.json").is_file():  # written last
+            _train(job, at, out, start, features)
+        summaries.append(json.loads((out / "summary.json").read_text(encoding="utf-8")))
+        start = out / "adapter"
+    last = summaries[-1]
+    scores = scores_of(job, start) if job.score_on or job.generation else {job.data: last["eval"]} if last.get("eval") else {}
+    used = [s["features"] for s in summaries if s.get("features")]
+    return {
+        "job": job.identity(),
+        "scores": scores,
+        "adapter_bytes": sum(file.stat().st_size for file in start.rglob("*.safetensors")),
+        "features": {name: sum(counts[name] for counts in used) for name in ("computed", "loaded", "reused")} if used else None,
+        "gates": gates_of(start),
+        "memory": memory_of(job) if job.memory else None,
+        **{name: sum(s[name] for s in summaries) for name in SUMMED},
+        **{name: last[name] for name in KEPT if name in last},
+    }
+
+
+def _train(job: Job, at: int, out: Path, start: Path | None, features: str | None) -> None:
+    """One stage, from its checkpoint where it has one."""
+    from fastpeft.runs.train import train_run
+
+    given = {"feature_cache_dir": features} | job.stages[at - 1] | {"out": str(out), "resume": True, "progress": False}
+    if start is not None:
+        given["init_adapter"] = str(start)
+    if job.score_on or job.generation or at < len(job.stages):
+        given["no_eval"] = True
+    run, data, text, metrics, training = split(given, *RECIPE)
+    train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+
+
+def source_adapter(job: Job) -> Path:
+    """The adapter of the job that this one starts from."""
+    from fastpeft.study.jobs import folder_of
+
+    stages = sorted(Path(folder_of(job, job.starts_from)).glob("stage-*/adapter"), key=lambda path: int(path.parent.name.split("-")[1]))
+    return stages[-1]
+
+
+def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
+    """Scores by data set, each kept as soon as it is there."""
+    from fastpeft.runs.evaluate import eval_run
+
+    found = {}
+    for name, reading in (job.score_on or {job.data: {k: v for k, v in job.stages[-1].items() if k in _READING}}).items():
+        kept = Path(job.folder) / f"scores-{name}.json"
+        if not kept.is_file():
+            import torch
+
+            torch.manual_seed(job.seed)
+            data, generation, metrics = split({k: v for k, v in job.stages[-1].items() if k in _METRICS} | reading | job.generation,
+                                              DataOptions, GenerationOptions, MetricOptions)  # fmt: skip
+            how = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
+            write_json(kept, eval_run(adapter, data, device=job.stages[-1].get("device"), progress=False, **how))
+        found[name] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+_READING = {"data", "languages", "skip_bad"}
+_METRICS = {"metrics", "bertscore_model", "bertscore_layer", "bertscore_idf", "bertscore_baseline", "wordnet"}
+
+
+def gates_of(adapter: Path) -> dict[str, float] | None:
+    """By layer, from 0 at the bottom: the mean size of Excitor's gates; None without Excitor."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(adapter.rglob("adapter_model.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name.endswith("excitor_blocks.gate"):
+                    layer = name.partition(".layers.")[2].partition(".")[0]
+                    found[int(layer)] = float(tensors.get_tensor(name).float().abs().mean())
+    return {str(layer): found[layer] for layer in sorted(found)} or None
+
+
+def memory_of(job: Job) -> dict[str, Any] | None:
+    """Bytes of a training step as ``fastpeft estimate`` computes them, of tensors alone: peak and kept for backward. None where it cannot
+    tell."""
+    from fastpeft.cost.estimate import estimate
+    from fastpeft.models import resolve
+    from fastpeft.plan import plan_for
+
+    run, _, _, _, config = split(job.stages[-1], *RECIPE)
+    source = resolve(run.model, run.image_encoder)
+    try:
+        step = {"batch_size": config.batch_size, "dtype": config.dtype, "questions_per_image": config.questions_per_image}
+        found = estimate(source, plan_for(source.family.parts, run.plan, **run.lora), **step, quantize=run.quantize)
+    except ValueError as error:
+        return {"missing": str(error)}
+    return {"peak_bytes": found.peak_bytes - found.process_bytes, "saved_bytes": found.saved_bytes}
