@@ -161,5 +161,6 @@ FAMILY = Family(
     configs={name: partial(lavin_config, name) for name in SIZES},
     template="lavin",
     image_tokens=lambda config: config.visual_tokens,
-    image_encoder=lambda fields: {"vision_config": fields, "cls_every": max(1, fields["num_hidden_layers"] // 6)},  # six [cls] tokens of L/14, and of B/16
+    # six [cls] tokens of L/14, and of B/16
+    image_encoder=lambda fields: {"vision_config": fields, "cls_every": max(1, fields["num_hidden_layers"] // 6)},
 )

@@ -80,12 +80,7 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     """The study in a YAML file. ``scale``: "full", or "tiny", its ``tiny:`` block over the rest. ValueError names the file and what is
     wrong in it."""
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not content.get("rows"):
-        raise ValueError(f"{path} is no study: it needs rows, such as 'rows: [{{plan: F/LoRA/LoRA}}]'")
+    content = _load(path)
     _known(content, KEYS, f"{path}")
     if scale not in ("full", "tiny"):
         raise ValueError(f"scale must be full or tiny, not {scale!r}")
@@ -102,12 +97,7 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     rows = [row.with_others(instead) for row in rows]
     if kept := tiny.get("rows"):
         rows = _chosen(rows, _list(kept, f"{path}: tiny: rows"), f"{path}: tiny: rows")
-    data = _mapping(content.get("data"), f"{path}: data") or {"data": {}}
-    data = {str(name): _data(given, f"{path}: data: {name}") for name, given in data.items()}
-    for name, given in _mapping(tiny.get("data"), f"{path}: tiny: data").items():
-        if name not in data:
-            raise ValueError(f"{path}: tiny: data: there is no data set {name!r}; data has {', '.join(data)}")
-        data[name] = _data(given, f"{path}: tiny: data: {name}")
+    data = _data_sets(content, tiny, path)
     asked = _texts(tiny.get("score_on", content.get("score_on", [])), f"{path}: score_on")
     generation = _mapping(tiny.get("generation", content.get("generation")), f"{path}: generation")
     study = StudyFile(
@@ -124,11 +114,36 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
         notes=_texts(content.get("notes", []), f"{path}: notes"),
         scale=scale,
     )
-    _known(study.generation, [f.name for f in fields(GenerationOptions)], f"{path}: generation")
+    _check_names(study)
+    return study
+
+
+def _check_names(study: StudyFile) -> None:
+    """ValueError for an option of generation or a data set that there is not."""
+    _known(study.generation, [f.name for f in fields(GenerationOptions)], f"{study.path}: generation")
     for names in (study.score_on, *(row.data or () for row in study.rows), *((d for d, _ in row.stages if d) for row in study.rows)):
         if unknown := [name for name in names if name not in study.data]:
-            raise ValueError(f"{path}: there is no data set {unknown[0]!r}; data has {', '.join(study.data)}")
-    return study
+            raise ValueError(f"{study.path}: there is no data set {unknown[0]!r}; data has {', '.join(study.data)}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not content.get("rows"):
+        raise ValueError(f"{path} is no study: it needs rows, such as 'rows: [{{plan: F/LoRA/LoRA}}]'")
+    return content
+
+
+def _data_sets(content: dict[str, Any], tiny: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    data = _mapping(content.get("data"), f"{path}: data") or {"data": {}}
+    data = {str(name): _data(given, f"{path}: data: {name}") for name, given in data.items()}
+    for name, given in _mapping(tiny.get("data"), f"{path}: tiny: data").items():
+        if name not in data:
+            raise ValueError(f"{path}: tiny: data: there is no data set {name!r}; data has {', '.join(data)}")
+        data[name] = _data(given, f"{path}: tiny: data: {name}")
+    return data
 
 
 def data_folders(path: str | Path, given: list[str]) -> dict[str, str]:

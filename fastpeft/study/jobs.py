@@ -16,7 +16,8 @@ class Job:
     """One trained adapter: ``row`` is its line of the table, ``stages`` the options of `fastpeft train` for each stage in turn.
 
     ``starts_from``: the job whose adapter the first stage goes on from. ``score_on``: options of reading by data set; {}: the last
-    stage's own test split, scored as training scores it. ``made``: the data sets to draw, {folder: how}. ``memory``: compute what a step holds (a row's first seed does)."""
+    stage's own test split, scored as training scores it. ``made``: the data sets to draw, {folder: how}.
+    ``memory``: compute what a step holds (a row's first seed does)."""
 
     row: str
     data: str

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from fastpeft.demo.phantom import make_phantoms
 from fastpeft.files import atomic_folder
@@ -32,7 +35,9 @@ def make(folder: str | Path, how: dict[str, Any]) -> Path:
             return make_phantoms(folder, how.pop("scanner", "b"), images, seed=seed, progress=False, **how)
         if (folder / "made.json").is_file():
             return folder
-        drawn = make_phantoms(folder.with_name(f"{folder.name}-phantoms"), how.pop("scanner", "b"), images, seed=seed, progress=False, **how)
+        drawn = make_phantoms(
+            folder.with_name(f"{folder.name}-phantoms"), how.pop("scanner", "b"), images, seed=seed, progress=False, **how
+        )
     except TypeError as error:
         raise ValueError(f"made data {kind!r}: {error}") from None
     splits = {split: json.loads((drawn / f"{split}.json").read_text()) for split in images}
@@ -56,7 +61,7 @@ def _findings(rows: list[dict]) -> str:
 
 
 def _reports(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
-    (folder / "images").symlink_to((drawn / "imgs").resolve())
+    shutil.copytree(drawn / "imgs", folder / "images")
     for split, rows in splits.items():
         listed = [{"image": name, "report": _findings(asked)} for name, asked in _by_image(rows).items()]
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
@@ -64,7 +69,7 @@ def _reports(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: rand
 
 def _instruction_form(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
     """MILE's layout for training (img_name, qid, answer, question_pool); the test split asks in the original words."""
-    (folder / "imgs").symlink_to((drawn / "imgs").resolve())
+    shutil.copytree(drawn / "imgs", folder / "imgs")
     pools: dict[str, set[str]] = {}
     for row in splits["train"]:
         pools.setdefault(row["content_type"], set()).add(row["answer"])
@@ -74,14 +79,16 @@ def _instruction_form(folder: Path, drawn: Path, splits: dict[str, list[dict]], 
         options = [row["answer"], *rng.sample(others, min(2, len(others)))]
         rng.shuffle(options)
         said = "; ".join(f"({letter}){option}" for letter, option in zip("abc", options))
-        pool = [f"Question: {row['question']} Option: {said} {end}" for end in ("The answer to the question is", "Answer:", "Short answer:")]
+        pool = [
+            f"Question: {row['question']} Option: {said} {end}" for end in ("The answer to the question is", "Answer:", "Short answer:")
+        ]
         listed.append({"img_name": row["img_name"], "qid": row["qid"], "answer": row["answer"], "question_pool": pool})
     (folder / "train.json").write_text(json.dumps(listed, indent=1))
     (folder / "test.json").write_text(json.dumps(splits["test"], indent=1))
 
 
 def _captions(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
-    (folder / "images").symlink_to((drawn / "imgs").resolve())
+    shutil.copytree(drawn / "imgs", folder / "images")
     for split, rows in splits.items():
         listed = [{"image": name, "caption": _findings(asked)} for name, asked in _by_image(rows).items()]
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
@@ -102,7 +109,7 @@ def _scienceqa(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: ra
                 rng.shuffle(choices)
                 seen = folder / "images" / SPLITS[split] / pid
                 seen.mkdir(parents=True)
-                (seen / "image.png").symlink_to((drawn / "imgs" / name).resolve())
+                Image.open(drawn / "imgs" / name).save(seen / "image.png")
                 problems[pid] = _problem(row["question"], choices, row["answer"], split, rng, image="image.png")
                 captions[pid] = _findings(asked)
                 pids[SPLITS[split]].append(pid)

@@ -62,7 +62,8 @@ def features_shared(done: list[tuple[Job, dict[str, Any]]]) -> dict[str, Any]:
     used = [result["features"] for _, result in done if result.get("features")]
     computed, loaded = sum(f["computed"] for f in used), sum(f["loaded"] for f in used)
     reused = sum(f["reused"] for f in used)
-    told = f"Frozen features: encoded {computed:,} times in all; {loaded:,} were loaded that another row had encoded; reused {reused:,} times."
+    told = f"Frozen features: encoded {computed:,} times in all; {loaded:,} were loaded that another row had encoded; "
+    told += f"reused {reused:,} times."
     return {"computed": computed, "loaded": loaded, "reused": reused, "rows": len(used), "told": told}
 
 

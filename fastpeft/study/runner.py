@@ -28,7 +28,13 @@ Say = Callable[[str], None]
 
 
 def run_study(
-    path: str | Path, out: str | Path, *, data: dict[str, str] | None = None, scale: str = "full", device: str | None = None, say: Say = print
+    path: str | Path,
+    out: str | Path,
+    *,
+    data: dict[str, str] | None = None,
+    scale: str = "full",
+    device: str | None = None,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Run a study file, or go on with it, in ``out``; returns its results: title, rows, totals, failed (error by job), files.
 
@@ -73,9 +79,7 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
 
 def run_jobs(jobs: list[Job], out: Path, say: Say) -> dict[str, str]:
     """Run what has no result yet, one after another; returns the error of each job that has none in the end."""
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-    if context.get_start_method() == "forkserver":  # imports once, not once a job; it computes nothing, so its children may use CUDA
-        context.set_forkserver_preload(["fastpeft.runs.train"])
+    context = job_context()
     failed: dict[str, str] = {}
     for at, job in enumerate(jobs, 1):
         if read_result(job) is not None:
@@ -92,6 +96,16 @@ def run_jobs(jobs: list[Job], out: Path, say: Say) -> dict[str, str]:
             failed[job.name] = error
         say(f"[{at}/{len(jobs)}] {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
     return failed
+
+
+def job_context():
+    """How a job's process starts: from a server that has the imports, once and not once a job. It computes nothing, so that its children
+    may use CUDA; where there is no such server, afresh."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastpeft.runs.train", "fastpeft.runs.evaluate", "fastpeft.report.report"])
+    return context
 
 
 def _run(context, job: Job, features: Path) -> str | None:
@@ -176,5 +190,3 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-

@@ -20,8 +20,9 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """title; value(job, result, scores) -> number, text or None; how a number is written: "percent" of a fraction, "percents" of a number
-    that is a percentage, "count", "gigabytes", "megabytes", "seconds" or "number". paper: the name of the paper's value beside it, in the table's unit."""
+    """title; value(job, result, scores) -> number, text or None. kind: how a number is written: "percent" of a fraction, "percents" of a
+    number that is a percentage, "count", "gigabytes", "megabytes", "seconds" or "number". paper: the name of the paper's value beside it,
+    in the table's unit."""
 
     title: str
     value: Callable[[Job, Result, dict], Any]
@@ -72,7 +73,9 @@ COLUMNS: dict[str, Column] = {
     "model": Column("Model", lambda job, result, scores: result["model"]),
     "trainable": Column("Trainable", lambda job, result, scores: result["parameters"]["trainable"], "count", "trainable"),
     "percent": Column("#Params, %", lambda job, result, scores: result["parameters"]["percent"], "percents", "percent"),
-    "percent_of_base": Column("#Params of base, %", lambda job, result, scores: result["parameters"]["percent_of_base"], "percents", "percent"),
+    "percent_of_base": Column(
+        "#Params of base, %", lambda job, result, scores: result["parameters"]["percent_of_base"], "percents", "percent"
+    ),
     "peft": Column("PEFT params", _peft, "count", "peft"),
     "peft_percent": Column("#PEFT params, %", _peft_percent, "percents", "peft_percent"),
     "peft_by_part": Column("PEFT params by part", _peft_by_part),
@@ -84,16 +87,30 @@ COLUMNS: dict[str, Column] = {
     "open": Column("Open, %", _score("open"), "percent", "open"),
     "closed": Column("Closed, %", _score("closed"), "percent", "closed"),
     "global": Column("Global, %", _score("global"), "percent", "global"),
-    "bertscore_precision": Column("BERTScore P, %", _metric("bertscore", "precision"), "percent"),
-    "bertscore_recall": Column("BERTScore R, %", _metric("bertscore", "recall"), "percent", "bertscore_recall"),
-    "bertscore_f1": Column("BERTScore F1, %", _metric("bertscore", "f1"), "percent"),
-    "meteor": Column("METEOR, %", _metric("meteor", "score"), "percent", "meteor"),
-    "rouge_recall": Column("ROUGE-L R, %", _metric("rouge", "recall"), "percent", "rouge_recall"),
-    "rouge_precision": Column("ROUGE-L P, %", _metric("rouge", "precision"), "percent", "rouge_precision"),
-    "rouge_f1": Column("ROUGE-L F1, %", _metric("rouge", "f1"), "percent", "rouge_f1"),
+    "bertscore_precision": Column("BERTScore P, %", _metric("BERTScore", "precision"), "percent"),
+    "bertscore_recall": Column("BERTScore R, %", _metric("BERTScore", "recall"), "percent", "bertscore_recall"),
+    "bertscore_f1": Column("BERTScore F1, %", _metric("BERTScore", "f1"), "percent"),
+    "meteor": Column("METEOR, %", _metric("METEOR", "score"), "percent", "meteor"),
+    "rouge_recall": Column("ROUGE-L R, %", _metric("ROUGE-L", "recall"), "percent", "rouge_recall"),
+    "rouge_precision": Column("ROUGE-L P, %", _metric("ROUGE-L", "precision"), "percent", "rouge_precision"),
+    "rouge_f1": Column("ROUGE-L F1, %", _metric("ROUGE-L", "f1"), "percent", "rouge_f1"),
     "tokens": Column("Mean tokens", _metric("tokens"), "number", "tokens"),
-} | {name: Column(f"{name}, %", _scienceqa(name), "percent", name) for name in ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")}  # fmt: skip
-DEFAULT = ("rank", "trainable", "percent", "peft_by_part", "adapter_bytes", "memory", "memory_measured", "seconds", "open", "closed", "global")
+}
+SCIENCEQA = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
+COLUMNS |= {name: Column(f"{name}, %", _scienceqa(name), "percent", name) for name in SCIENCEQA}
+DEFAULT = (
+    "rank",
+    "trainable",
+    "percent",
+    "peft_by_part",
+    "adapter_bytes",
+    "memory",
+    "memory_measured",
+    "seconds",
+    "open",
+    "closed",
+    "global",
+)
 CLOCK = ("memory_measured", "seconds")  # what another run of the same study may have otherwise
 
 
@@ -116,7 +133,7 @@ class Cell:
     def text(self) -> str:
         """As the table shows it."""
         if self.mean is None:
-            return "–"
+            return "-"
         if self.kind == "text":
             return str(self.mean)
         scale, digits = {"percent": (100, 2), "percents": (1, 3), "count": (1, 0), "gigabytes": (1e-9, 2), "megabytes": (1e-6, 2)}.get(
@@ -125,7 +142,11 @@ class Cell:
         if self.kind == "percents" and 0 < self.mean < 0.01:
             digits = 5
         shown = f"{self.mean * scale:,.{digits}f}"
-        return shown if self.spread is None or self.kind in ("count", "percents", "megabytes") else f"{shown} ± {self.spread * scale:.{digits}f}"
+        return (
+            shown
+            if self.spread is None or self.kind in ("count", "percents", "megabytes")
+            else f"{shown} ± {self.spread * scale:.{digits}f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -185,16 +206,18 @@ def table_of(caption: str, names: tuple[str, ...], results: list[tuple[Job, Resu
     by_row: dict[str, list[tuple[Job, Result | None]]] = {}
     for job, result in results:
         by_row.setdefault(job.row, []).append((job, result))
-    parts: tuple[str, ...] = ()
+    found = {tuple(result["parameters"]["parts"]) for _, result in results if result is not None}
+    parts = found.pop() if len(found) == 1 else ("plan",)  # models of different parts: the plan as it is written
     lines = []
     for row, runs in by_row.items():
         done = [(job, result) for job, result in runs if result is not None]
         errors = [failed.get(job.name, "not run") for job, result in runs if result is None]
-        note = f"failed: {errors[0]}" if errors and not done else f"{len(errors)} of {len(runs)} seeds failed: {errors[0]}" if errors else ""
+        note = (
+            f"failed: {errors[0]}" if errors and not done else f"{len(errors)} of {len(runs)} seeds failed: {errors[0]}" if errors else ""
+        )
         plan: tuple[str, ...] = ()
         if done:
-            plan = tuple(done[0][1]["plan"].split("/"))
-            parts = parts or tuple(done[0][1]["parameters"]["parts"])
+            plan = (done[0][1]["plan"],) if parts == ("plan",) else tuple(done[0][1]["plan"].split("/"))
         cells = {name: _cell(COLUMNS[name], done, scored, paper) for name in names} if done else {}
         lines.append((row, plan, cells, note))
     return Table(caption, parts, names, lines)

@@ -69,20 +69,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def run_job(job: Job, features: str | None) -> dict[str, Any]:
     """Train what is not trained yet, score, and return the result (JSON-able)."""
-    from fastpeft.runs.train import train_run
-
-    folder, summaries = Path(job.folder), []
-    start = None if job.starts_from is None else source_adapter(job)
-    for at, options in enumerate(job.stages, 1):
-        out = folder / f"stage-{at}"
+    summaries, start = [], None if job.starts_from is None else source_adapter(job)
+    for at in range(1, len(job.stages) + 1):
+        out = Path(job.folder) / f"stage-{at}"
         if not (out / "summary.json").is_file():  # written last
-            given = {"feature_cache_dir": features} | options | {"out": str(out), "resume": True, "progress": False}
-            if start is not None:
-                given["init_adapter"] = str(start)
-            if job.score_on or job.generation or at < len(job.stages):
-                given["no_eval"] = True
-            run, data, text, metrics, training = split(given, *RECIPE)
-            train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+            _train(job, at, out, start, features)
         summaries.append(json.loads((out / "summary.json").read_text(encoding="utf-8")))
         start = out / "adapter"
     last = summaries[-1]
@@ -98,6 +89,19 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
         **{name: sum(s[name] for s in summaries) for name in SUMMED},
         **{name: last[name] for name in KEPT if name in last},
     }
+
+
+def _train(job: Job, at: int, out: Path, start: Path | None, features: str | None) -> None:
+    """One stage, from its checkpoint where it has one."""
+    from fastpeft.runs.train import train_run
+
+    given = {"feature_cache_dir": features} | job.stages[at - 1] | {"out": str(out), "resume": True, "progress": False}
+    if start is not None:
+        given["init_adapter"] = str(start)
+    if job.score_on or job.generation or at < len(job.stages):
+        given["no_eval"] = True
+    run, data, text, metrics, training = split(given, *RECIPE)
+    train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
 
 
 def source_adapter(job: Job) -> Path:
@@ -138,7 +142,7 @@ def gates_of(adapter: Path) -> dict[str, float] | None:
     found = {}
     for file in sorted(adapter.rglob("adapter_model.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118: no mapping
+            for name in tensors.keys():  # noqa: SIM118
                 if name.endswith("excitor_blocks.gate"):
                     layer = name.partition(".layers.")[2].partition(".")[0]
                     found[int(layer)] = float(tensors.get_tensor(name).float().abs().mean())

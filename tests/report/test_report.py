@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastpeft.report.charts import _curve, _running_mean, _thin, _ticks
+from fastpeft.report.charts import _running_mean, _thin, _ticks, curve
 from fastpeft.report.report import EXAMPLES, _si, main, write_report
 
 ROUTING = {"text": [[0.25, 0.75], [0.5, 0.5], [0.125, 0.875]], "image": [[0.75, 0.25], [0.5, 0.5], [0.625, 0.375]]}
@@ -245,7 +245,7 @@ def test_thinning_keeps_extremes_and_the_mean_is_a_mean():
     assert len(thin) <= 480 and thin.max() == 90 and thin.min() == -90 and (np.diff(x) > 0).all()
     mean = _running_mean(y, 5)
     assert mean[[0, 50, -1]] == pytest.approx([y[:3].mean(), y[48:53].mean(), y[-3:].mean()])
-    assert _curve([{"step": 1, "a": True}, {"step": 2, "a": 3}], "a", 2) == ([2.0], [6.0])
+    assert curve([{"step": 1, "a": True}, {"step": 2, "a": 3}], "a", 2) == ([2.0], [6.0])
 
 
 def test_powers_of_1000():

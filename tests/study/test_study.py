@@ -1,0 +1,290 @@
+"""Studies: what a file may say, the jobs it makes, the table they fill, and a study that is killed and goes on."""
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import study_process
+
+from fastpeft.evaluate.text_metrics import text_metrics
+from fastpeft.study.file import data_folders, read_study
+from fastpeft.study.jobs import jobs_of
+from fastpeft.study.runner import check, run_study
+from fastpeft.study.table import CLOCK, COLUMNS, check_columns, table_of
+
+STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
+SMALL = """
+title: small
+options: {batch_size: 6, steps: 6, save_every: 2, learning_rate: 4.0e-3, feature_cache: true}
+data: {a: {}, b: {}}
+columns: [rank, from, trainable, percent, adapter_bytes, memory_measured, seconds, loss, open, closed, global]
+figures: [loss, percent]
+rows:
+  - {name: second, plan: F/LoRA/LoRA, from: first, data: b}
+  - {name: first, plan: F/LoRA/LoRA, rank: 4, data: a}
+  - {name: two stages, plan: F/IA3/IA3, stages: [a, {data: b, steps: 2}]}
+tiny:
+  options: {model: miss-tiny}
+  data:
+    a: {made: phantoms, scanner: b, images: {train: 6, validate: 1, test: 2}, questions_per_image: 3}
+    b: {made: phantoms, scanner: a, seed: 3, images: {train: 6, validate: 1, test: 2}, questions_per_image: 3}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def jobs(path: Path, out: Path = Path("out"), **folders: str):
+    return jobs_of(read_study(path), out, folders)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+def test_every_shipped_study_is_runnable(path, scale):
+    study = read_study(path, scale)
+    found = jobs_of(study, Path("out"), {name: f"/data/{name}" for name in study.data} if scale == "full" else {})
+    check(study, found)
+    models = {stage["model"] for job in found for stage in job.stages}
+    assert all(model.endswith("-tiny") for model in models) == (scale == "tiny")
+    if scale == "tiny":  # in minutes
+        assert all(stage["steps"] <= 60 for job in found for stage in job.stages)
+        assert not [stage for job in found for stage in job.stages if stage.get("image_encoder", "tiny") != "tiny"]
+
+
+def test_studies_of_all_papers_are_shipped():
+    names = {path.stem for path in STUDIES}
+    assert {f"mile_{n}" for n in range(1, 8)} | {"layernorm_1", "layernorm_2", "layernorm_3"} <= names
+    assert {"lavin_1", "lavin_2", "excitor_1", "excitor_3", "excitor_5"} <= names
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rows: []", "it needs rows"),
+        ("rows: [{plan: F/LoRA/LoRA}]\ntitel: x", "unknown 'titel'"),
+        ("rows: [{plan: F/LoRA/LoRA, learning_rat: 1.0}]", "unknown 'learning_rat'"),
+        ("rows: [{plan: F/LoRA/LoRA, learning_rate: fast}]", "learning_rate must be a number"),
+        ("rows: [{plan: F/LoRA/LoRA, seed: 3}]", "seed is the study's to say"),
+        ("rows: [{name: on, plan: F/LoRA/LoRA}]", "put it in quotes"),
+        ("rows: [{plan: F/LoRA/LoRA, data: slake}]", "no data set 'slake'"),
+        ("rows: [{plan: F/LoRA/LoRA}]\nseeds: [1, 1]", "different whole numbers"),
+        ("rows: [{plan: F/LoRA/LoRA}]\nscore_on: [x]", "no data set 'x'"),
+        ("rows: [{plan: F/LoRA/LoRA}]\ngeneration: {temperature: hot}", "temperature must be a number"),
+        ("rows: 3", "must be a list"),
+        ("- a", "is no study"),
+        ("rows: [{plan: F/LoRA/LoRA}]\nrecipe: nowhere.yaml", "cannot read"),
+    ],
+)
+def test_what_a_file_cannot_say(tmp_path, text, says):
+    with pytest.raises(ValueError, match=says):
+        read_study(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("[{plan: F/LoRA/LoRA}, {plan: F/LoRA/LoRA}]", "two rows are called 'F/LoRA/LoRA'"),
+        ("[{name: x, plan: F/LoRA/LoRA, from: y}]", "no row 'y' to start from"),
+        ("[{name: x, plan: T/T/T, from: y}, {name: y, plan: T/T/T, from: x}]", "start from each other"),
+        ("[{name: x, plan: T/T/T, seeds: [1]}, {name: y, plan: T/T/T, from: x}]", "does not run with seed 0"),
+        ("[{name: a b, plan: T/T/T}, {name: a-b, plan: T/T/F}]", "one folder"),
+        ("[{plan: F/LoRA}]", "2 treatments"),
+        ("[{plan: F/LoRA/LoRA, batch_size: 0}]", "batch_size"),
+        ("[{plan: F/LoRA/LoRA, image_encoder: B/16}]", "no choice of image encoder"),
+    ],
+)
+def test_rows_that_cannot_run(tmp_path, rows, says):
+    path = write(tmp_path, f"data: {{d: DIR}}\nrows: {rows}")
+    with pytest.raises(ValueError, match=says):
+        check(read_study(path), jobs(path))
+
+
+def test_a_data_set_needs_a_folder(tmp_path):
+    path = write(tmp_path, "data: {slake: {}}\nrows: [{plan: F/LoRA/LoRA}]")
+    with pytest.raises(ValueError, match="--data slake=DIR"):
+        jobs(path)
+    with pytest.raises(ValueError, match="no data set 'slak'"):
+        jobs(path, slak="x")
+    with pytest.raises(ValueError, match="no tiny: block"):
+        read_study(path, "tiny")
+    assert data_folders(path, ["DIR"]) == data_folders(path, ["slake=DIR"]) == {"slake": "DIR"}
+
+
+def test_jobs_of_rows_data_sets_and_seeds(tmp_path):
+    path = write(tmp_path, """
+recipe: r.yaml
+options: {plan: T/T/T, learning_rate: 2e-5}
+data: {slake: A, rad: {data: B, languages: [en, zh]}}
+seeds: [0, 7]
+rows:
+  - {name: on, from: full, plan: T/T/T, data: rad}
+  - {name: full, data: slake, rank: 8}
+  - {plan: F/LoRA/LoRA, rank: 4}
+""".replace("name: on", "name: onward"))  # fmt: skip
+    (tmp_path / "r.yaml").write_text("batch_size: 5\nlearning_rate: 1.0")
+    found = jobs(path, tmp_path, rad="C")
+    assert [job.name for job in found] == [
+        "full, seed 0", "onward, seed 0", "full, seed 7", "onward, seed 7",
+        "F/LoRA/LoRA r=4 on slake, seed 0", "F/LoRA/LoRA r=4 on slake, seed 7",
+        "F/LoRA/LoRA r=4 on rad, seed 0", "F/LoRA/LoRA r=4 on rad, seed 7",
+    ]  # fmt: skip
+    onward = next(job for job in found if job.name == "onward, seed 7")
+    assert onward.starts_from == "full, seed 7"
+    assert onward.stages == (
+        {"batch_size": 5, "learning_rate": 2e-5, "plan": "T/T/T", "data": "C", "languages": ("en", "zh"), "seed": 7},
+    ) or list(onward.stages[0]["languages"]) == ["en", "zh"]
+    assert len({job.folder for job in found}) == len(found)
+
+
+def _result(trainable: int, base: int, score: float | None, seconds: float = 1.0) -> dict:
+    parts = {
+        "vit": {"trainable": 0, "base": 100, "adapters": 0},
+        "jtm": {"trainable": trainable, "base": base, "adapters": trainable},
+        "dec": {"trainable": 40, "base": 40, "adapters": 0},
+    }
+    counts = {"trainable": trainable + 40, "percent": 12.3456, "percent_of_base": 13.0, "parts": parts}
+    return {
+        "parameters": counts, "plan": "F/LoRA/T", "model": "m", "adapter_bytes": 2_000_000, "memory": {"peak_bytes": 3e9},
+        "peak_memory_bytes": 4e9, "seconds": seconds, "loss_last": 0.5, "scores": {"a": {"open": score, "closed": None, "global": 0.5}},
+    }  # fmt: skip
+
+
+def test_table_of_means_and_spread(tmp_path):
+    path = write(
+        tmp_path,
+        "data: {a: DIR}\nseeds: [0, 1, 2]\nrows: [{name: x, plan: F/LoRA/T, paper: {open: 30, percent: 9}}, {name: 'y|z', plan: T/T/T}]",
+    )
+    found = jobs(path)
+    scores = iter([0.2, 0.3, 0.7])
+    results = [(job, _result(10, 60, next(scores)) if job.row == "x" else None) for job in found]
+    names = ("trainable", "percent", "peft", "peft_percent", "peft_by_part", "adapter_bytes", "memory", "open", "closed")
+    table = table_of("caption", names, results, {"y|z, seed 0": "out of memory"}, None, paper=True)
+    lines = table.markdown().splitlines()
+    assert lines[2].startswith("| Row | vit | jtm | dec | Trainable | #Params, % | #Params, %, paper |")
+    spread = math.sqrt(((0.2 - 0.4) ** 2 + (0.3 - 0.4) ** 2 + (0.7 - 0.4) ** 2) / 2)
+    assert f"| 40.00 ± {100 * spread:.2f} | 30 | - |" in lines[4]
+    assert "| 50 | 12.346 | 9 | 10 | 16.667 | jtm 10 | 2.00 |" in lines[4]
+    assert lines[5].startswith("| y\\|z (failed: out of memory) |")
+    first, second = csv.DictReader(io.StringIO(table.csv()))
+    assert float(first["open"]) == pytest.approx(0.4) and float(first["open_spread"]) == pytest.approx(spread)
+    assert (first["open_paper"], first["closed"], second["note"]) == ("30", "", "failed: out of memory")
+    assert "paper" not in table_of("caption", names, results, {}, None, paper=False).markdown()
+    with pytest.raises(ValueError, match="no column 'opn'"):
+        check_columns(["opn"])
+
+
+def test_each_column_reads_a_result(tmp_path):
+    """Of a real result of each kind nothing is asked that is not there."""
+    (job,) = jobs(write(tmp_path, "data: {a: DIR}\nrows: [{name: x, plan: F/LoRA/T}]"))
+    metrics = text_metrics(["no finding in it"], [["no finding at all there"]], tokenizer=None, metrics=("rouge", "meteor"))
+    metrics |= {"tokens": 5.0, "BERTScore": {"precision": 0.6, "recall": 0.7, "f1": 0.8}}
+    scores = {"open": 0.1, "closed": 0.2, "global": 0.3, "scienceqa": {"NAT": 0.4, "Avg": 0.5}, "metrics": metrics}
+    result = _result(10, 60, 0.1) | {"scores": {"a": scores}}
+    shown = table_of("c", tuple(COLUMNS), [(job, result)], {}, "a", paper=False).lines[0][2]
+    want = {"NAT": "40.00", "Avg": "50.00", "SOC": "-", "rouge_recall": "40.00", "rouge_precision": "50.00"}
+    want |= {"tokens": "5.000", "bertscore_f1": "80.00"}
+    assert {name: shown[name].text for name in want} == want
+    assert shown["meteor"].mean == metrics["METEOR"]["score"] > 0
+
+
+def contents(out: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """The table but for what the clock says, and every adapter."""
+    lines = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
+    table = [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in lines]
+    return table, {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.glob("rows/**/adapter/**/*.safetensors"))}
+
+
+def steps_done(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("rows/*/*/stage-*/metrics.jsonl"))
+
+
+def run_killed(path: Path, out: Path, at: list[int]) -> None:
+    """Run a study, killing it once it has done so many steps in all, each time."""
+    context = study_process.context()
+    for steps in [*at, None]:
+        process = context.Process(target=study_process.study, args=(str(path), str(out)))
+        process.start()
+        while steps is not None and process.is_alive():
+            if steps_done(out) >= steps:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        process.join(120)
+        assert process.exitcode == (0 if steps is None else -signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = write(folder, SMALL)
+    run_killed(path, folder / "out", [])
+    return path, folder / "out"
+
+
+def test_a_study_runs(whole):
+    path, out = whole
+    found = json.loads((out / "results.json").read_text())
+    assert not found["failed"] and [row["row"] for row in found["rows"]] == ["first", "second", "two stages"]
+    assert all((out / name).is_file() for name in ("table.md", "table.csv", "study.html", "figures/loss-of-all-rows.svg"))
+    assert "<svg" in (out / "study.html").read_text() and "two stages" in (out / "study.html").read_text()
+    features = found["features"]  # 6 images of a, 6 of b: encoded once each, though three rows see them
+    assert features["computed"] == 12 and features["loaded"] >= 12
+    lineage = json.loads((out / "rows/second/seed-0/stage-1/adapter/fastpeft.json").read_text())["started_from"]
+    assert lineage["adapter"].endswith("first/seed-0/stage-1/adapter") and lineage["plan"] == "F/LoRA/LoRA"
+    first, second = (out / f"rows/{name}/seed-0/stage-1/adapter/jtm/adapter_model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() != second.read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    again = run_study(path, out, scale="tiny", device="cpu", say=lambda line: None)  # finished rows are not run again
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} and len(before) == 3
+    assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in found["rows"]]
+    changed = path.with_name("changed.yaml")
+    changed.write_text(SMALL.replace("rank: 4", "rank: 8"))
+    with pytest.raises(ValueError, match=r"first, seed 0 with another rank \(4, now 8\)"):
+        run_study(changed, out, scale="tiny", device="cpu")
+
+
+def test_a_killed_study_goes_on(whole, tmp_path):
+    """Killed in the middle of its first row and in its second, it ends with the same table and the same adapters, to the bit."""
+    _, out = whole
+    run_killed(write(tmp_path, SMALL), tmp_path / "out", [3, 9])
+    table, adapters = contents(out)
+    assert contents(tmp_path / "out") == (table, adapters) and len(adapters) > 4
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_five_times(whole, tmp_path):
+    _, out = whole
+    steps = sorted(random.Random(time.time_ns()).sample(range(0, 20), 5))
+    run_killed(write(tmp_path, SMALL), tmp_path / "out", steps)
+    assert contents(tmp_path / "out") == contents(out), steps
+
+
+def test_a_failing_row_stops_alone(tmp_path):
+    """What starts from it is left out, the others run, and another call tries again."""
+    head, tail = SMALL[: SMALL.index("rows:")], SMALL[SMALL.index("tiny:") :]
+    rows = """rows:
+  - {name: second, plan: F/LoRA/LoRA, from: first, data: b}
+  - {name: first, plan: F/LoRA/LoRA, learning_rate: 1.0e+30, max_grad_norm: 0, data: a}
+  - {name: other, plan: F/F/IA3, data: b, steps: 1, no_eval: true}
+"""
+    text = head + rows + tail
+    context = study_process.context()
+    process = context.Process(target=study_process.study, args=(str(write(tmp_path, text)), str(tmp_path / "out")))
+    process.start()
+    process.join(120)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["failed"]) == ["first, seed 0", "second, seed 0"]
+    assert "lower learning_rate" in found["failed"]["first, seed 0"] and "which failed" in found["failed"]["second, seed 0"]
+    assert "| first (failed:" in (tmp_path / "out" / "table.md").read_text()
+    assert [row["row"] for row in found["rows"] if "error" not in row] == ["other"]
