@@ -14,15 +14,16 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 MILE = {"model": "miss", "epochs": 130, "batch_size": 20, "learning_rate": 2e-5, "base_learning_rate": 2e-5, "min_learning_rate": 0,
         "weight_decay": 0.05, "max_grad_norm": 0, "warmup": 0}  # fmt: skip
 LAVIN = {"batch_size": 32, "weight_decay": 0.02, "learning_rate": 9e-3 * 32 / 256, "beta1": 0.9, "beta2": 0.95, "max_grad_norm": 0,
-         "min_learning_rate": 0, "template": "lavin"}  # fmt: skip
+         "min_learning_rate": 0, "template": "lavin", "max_length": 511, "dtype": "bf16"}  # fmt: skip
 EXCITOR = {"epochs": 5, "batch_size": 64, "weight_decay": 0.02, "learning_rate": 9e-3 * 64 / 256, "beta1": 0.9, "beta2": 0.95,
-           "max_grad_norm": 0, "warmup": 2 / 5, "min_learning_rate": 0}  # fmt: skip
+           "max_grad_norm": 0, "warmup": 2 / 5, "min_learning_rate": 0, "dtype": "bf16"}  # fmt: skip
 # options (of any class), and what the plan trains: the papers' number where they print one
 PAPERS: dict[str, tuple[dict, int | None]] = {
-    "mile": (MILE | {"rank": 4}, 589_824),
+    "mile": (MILE | {"plan": "F/LoRA/LoRA", "rank": 4, "lora_alpha": 32, "lora_dropout": 0.1}, 589_824),
     "mile_instruction": (MILE | {"plan": "F/LoRA/LoRA", "rank": 4, "max_question": 35}, 589_824),
     "mile_full_then_instruction": (MILE, None),
-    "layernorm": ({"model": "miss", "epochs": 120, "batch_size": 16, "learning_rate": 2e-5, "base_learning_rate": 2e-5,
+    "layernorm": ({"plan": "T/LayerNorm/T", "model": "miss",
+                   "epochs": 120, "batch_size": 16, "learning_rate": 2e-5, "base_learning_rate": 2e-5,
                    "weight_decay": 0.05, "warmup": 0, "max_grad_norm": 0}, 224_277_308),
     "llava_med": ({"model": "llava-med", "learning_rate": 2e-5, "base_learning_rate": 2e-5, "warmup": 0.03}, 262_144),
     "excitor": (EXCITOR | {"model": "llama-7b", "template": "alpaca"}, 7_619_520),

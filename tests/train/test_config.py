@@ -89,33 +89,3 @@ def test_unreadable_yaml_is_one_clear_error(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_yaml(file)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, plan, numbers",
-    [
-        ("mile", "F/LoRA/LoRA", {"epochs": 130, "batch_size": 20, "rank": 4, "lora_alpha": 32, "lora_dropout": 0.1, "warmup": 0}),
-        ("layernorm", "LayerNorm/LayerNorm/LayerNorm", {"epochs": 120, "batch_size": 16}),
-    ],
-)
-def test_recipes_hold_the_papers_numbers(name, plan, numbers):
-    recipe = read_yaml(RECIPES / f"{name}.yaml")
-    assert recipe["model"] == "miss" and recipe["plan"] == plan
-    common = {"learning_rate": 2e-5, "base_learning_rate": 2e-5, "weight_decay": 0.05}
-    assert {key: recipe[key] for key in common | numbers} == common | numbers
-    assert recipe.get("min_learning_rate", 0.0) == 0.0
-
-
-@pytest.mark.parametrize(
-    "name, model, plan, numbers",
-    [
-        ("excitor", "llama-7b", "Excitor", {"epochs": 5, "batch_size": 64, "warmup": 0.4}),
-        ("excitor_scienceqa", "excitor-7b", "F/Excitor+LoRA", {"epochs": 5, "batch_size": 64, "prompt_format": "QCM-LEA"}),
-        ("lavin", "lavin-7b", "MMAdapter/T/MMAdapter", {"epochs": 20, "batch_size": 32, "max_length": 511}),
-    ],
-)
-def test_recipes_of_language_models(name, model, plan, numbers):
-    recipe = read_yaml(RECIPES / f"{name}.yaml")
-    assert (recipe["model"], recipe["plan"]) == (model, plan)
-    common = {"learning_rate": 9e-3, "weight_decay": 0.02, "min_learning_rate": 0.0, "dtype": "bf16"}
-    assert {key: recipe[key] for key in common | numbers} == common | numbers
