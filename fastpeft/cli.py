@@ -83,16 +83,11 @@ def train(
         if not given.get(name) and not (name == "data" and given.get("stages")):
             raise ValueError(f"--{name} is missing: give {what}")
     if not given.get("stages"):
-        run, data, text, metrics, training = split(given, *RECIPE)
+        split(given, *RECIPE)  # wrong options are told before torch is loaded
+    from fastpeft.runs.stages import train_recipe
+
     try:
-        if given.get("stages"):
-            from fastpeft.runs.stages import train_stages
-
-            summary = train_stages(given)
-        else:
-            from fastpeft.runs.train import train_run
-
-            summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+        summary = train_recipe(given)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(getattr(error, "exit_status", 130)) from None

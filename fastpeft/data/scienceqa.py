@@ -115,8 +115,8 @@ def load_scienceqa(
     for qid in ids:
         try:
             problem, image = _read(problems.get(qid), qid, split, finder)
-            texts = [scienceqa_prompt({**problem, "caption": captions.get(qid, "")}, each, use_caption) for each in formats]
-            texts = [(f"{asked}\n{DIRECT}" if tell and each.endswith("-A") else asked, a) for each, (asked, a) in zip(formats, texts)]
+            problem["caption"] = captions.get(qid, "")
+            texts = [_asked(problem, each, use_caption, tell) for each in formats]
             turns = [((without_image_mark([asked], image["image"] is not None, answer)[0], answer),) for asked, answer in texts]
             if not all(turn[0][1] for turn in turns):
                 raise BadEntry("empty response", f"nothing to respond in {'/'.join(formats)}: neither lecture nor solution")
@@ -134,6 +134,11 @@ def load_scienceqa(
         left_out = "; ".join(f"{n} skipped for {reason}" for reason, n in skipped.items())
         raise ValueError(f"{file}: no {split or ''} problems left" + (f" ({left_out})" if left_out else ""))
     return SampleList(samples, dict(skipped), {}, "scienceqa", (file,))
+
+
+def _asked(problem: dict, prompt_format: str, use_caption: bool, tell: bool) -> tuple[str, str]:
+    prompt, response = scienceqa_prompt(problem, prompt_format, use_caption)
+    return (f"{prompt}\n{DIRECT}" if tell and prompt_format.endswith("-A") else prompt), response
 
 
 def _read(entry, qid: str, split: str | None, finder: ImageFinder) -> tuple[dict, dict]:

@@ -49,6 +49,14 @@ def stages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
+def train_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Train what options of RECIPE say, in stages or in one run; returns the summary."""
+    if given.get("stages"):
+        return train_stages(given)
+    run, data, text, metrics, training = split(given, *RECIPE)
+    return train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+
+
 def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
     """Train one stage after the other; returns the last one's summary with ``stages``, a few fields of each.
 
@@ -71,8 +79,7 @@ def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
         if number < len(stages) and (folder / "summary.json").is_file():  # written last
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         else:
-            run, data, text, metrics, training = split({k: v for k, v in options.items() if v is not None}, *RECIPE)
-            summary = train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+            summary = train_recipe({name: value for name, value in options.items() if value is not None})
         adapter = folder / "adapter"
         told.append(
             {"out": str(folder)} | {name: summary[name] for name in ("plan", "steps", "samples", "loss_first", "loss_last", "eval")}

@@ -47,7 +47,7 @@ def config(tmp_path, **more):
         ("a", [DataSource("a")]),
         ("a,b", [DataSource("a,b")]),
         ("a,b,weight=2", [DataSource("a,b", weight=2.0)]),
-        (["a,turns=first,image_folder=x", "b,kind=alpaca"], [DataSource("a", turns="first", image_folder="x"), DataSource("b", kind="alpaca")]),
+        (["a,turns=first,image_folder=x", "b,weight"], [DataSource("a", turns="first", image_folder="x"), DataSource("b,weight")]),
         ([{"path": "a", "weight": 1}, {"path": "b", "weight": 0.5}], [DataSource("a", weight=1.0), DataSource("b", weight=0.5)]),
     ],
 )  # fmt: skip

@@ -98,7 +98,7 @@ def kill_after_a_step(patch):
 
 
 def test_changed_stages_are_refused(finished):
-    out, given, _ = finished
+    _, given, _ = finished
     changed = [dict(stage) for stage in given["stages"]]
     changed[0]["steps"] = 9
     with pytest.raises(ValueError, match="stage 1 is finished, and its steps changed since"):

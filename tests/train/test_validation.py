@@ -195,7 +195,7 @@ def test_a_held_out_part_validates_and_the_test_split_is_scored(phantoms, tmp_pa
 
 
 def test_data_without_validation_samples_are_refused_with_the_way_out(phantoms, tmp_path):
-    with pytest.raises(ValueError, match="eval_every needs validation samples.*give hold_out, such as 0.1"):
+    with pytest.raises(ValueError, match=r"eval_every needs validation samples.*give hold_out, such as 0.1"):
         run(phantoms, tmp_path / "run")({})
 
 
