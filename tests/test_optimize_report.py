@@ -104,6 +104,7 @@ def test_coverage_of_linear_layers(kind):
     assert f"{report.coverage['layers']:.1%} of linear layers" in str(report) and 0 <= report.coverage["parameters"] <= 1
 
 
+BERT_PARTS = ("intermediate", "output", "attention.output")
 MLPS = [f"model.layers.{i}.mlp" for i in range(2)]
 
 
@@ -113,7 +114,7 @@ MLPS = [f"model.layers.{i}.mlp" for i in range(2)]
         ("llama", [""]),
         ("mistral", [*MLPS, "lm_head"]),
         ("gpt2", [f"transformer.h.{i}.mlp" for i in range(2)] + ["lm_head"]),
-        ("bert", [f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in ("intermediate", "output", "attention.output")] + ["cls.predictions.decoder"]),
+        ("bert", [*(f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in BERT_PARTS), "cls.predictions.decoder"]),
         ("blip", ["vision_model", "text_encoder", "text_decoder.bert", "text_decoder.cls.predictions.decoder"]),
     ],
 )

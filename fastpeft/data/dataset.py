@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastpeft.data.images import ImageCache, Preprocess
+from fastpeft.labels import IGNORE_INDEX
 
 
 class SampleDataset(Dataset):

@@ -13,8 +13,8 @@ Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for
 | up only             |               | gate, scale; up is let go   |
 | none                | nothing       | nothing                     |
 
-silu(x, alpha) = x sigma(alpha x) saves x. multiply(a, b) = a b saves what backward recomputes a and b from, where it can: for a = gelu(gate)
-and b = up, gate and up.
+silu(x, alpha) = x sigma(alpha x) saves x. multiply(a, b) = a b saves what backward recomputes a and b from, where it can: for
+a = gelu(gate) and b = up, gate and up.
 
 The activation itself is never saved: backward recomputes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
 that follows save it (see _recompute.py).

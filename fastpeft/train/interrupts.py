@@ -28,8 +28,8 @@ class Interrupted(KeyboardInterrupt):
 
 class StopBetweenSteps:
     """SIGINT, SIGTERM, SIGHUP and SIGUSR1 as :class:`Interrupted`, at once while waiting for data, but only after a step, or a save, that
-    has begun: weights, optimiser and random state then belong together. A signal that was ignored (nohup) stays so. Outside the main thread,
-    where Python sets no handlers, it does nothing."""
+    has begun: weights, optimiser and random state then belong together. A signal that was ignored (nohup) stays so. Outside the main
+    thread, where Python sets no handlers, it does nothing."""
 
     def __init__(self):
         self.busy, self.asked = False, 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastpeft.adapters import fingerprint, save_adapter
+from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
-from fastpeft.data.tokenizer import tokenizer_digest
 from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
-from fastpeft.files import recover_folder, write_json
+from fastpeft.files import write_json
 from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
