@@ -25,6 +25,7 @@ transformers, PEFT, accelerate, FSDP and Trainer choose what to do by the name o
 Classes that add parameters (:class:`fastpeft.methods.adapted.AdaptedLinear` and its kind) replace none: they keep their own names.
 """
 
+# long: what a class is replaced by, the exchange, and what becomes of copies and pickles read the same two tables
 from __future__ import annotations
 
 import copy

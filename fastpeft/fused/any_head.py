@@ -16,9 +16,9 @@ from transformers.utils import ModelOutput
 
 from fastpeft.fused.any_stack import Read, read_at
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
+from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
 
