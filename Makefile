@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make gpu | make gpu-{right,kernels,steps} | make venv | make wheel | make clean
+# make demo | make test | make test-{oldest,trainers} | make lint | make bench | make gpu | make gpu-{right,kernels,steps} | make venv | make wheel | make clean
 # `demo`, `test` and `lint` set up everything they need in .venv; `gpu` uses the python3 and packages already on the machine.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -6,13 +6,13 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow aot lint bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
+.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers aot lint bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
 	PYTHONSAFEPATH=1 $(PY) -m fastpeft.demo
 
-test: lint test-native test-composite test-triton $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
+test: lint test-native test-composite test-triton test-oldest test-trainers $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
 
 # each run lists what it skips and why; a reason that tests/_skips.py does not know fails it
 PYTEST = -q --known-skips
@@ -40,6 +40,28 @@ test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions 
 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest $(PYTEST) -m slow
+
+# The oldest transformers and peft that pyproject.toml allows, with what they need, laid over the installed ones
+OLDEST = $(CURDIR)/build/oldest
+$(OLDEST)/.done: $(VENV)/.built
+	rm -rf $(OLDEST)
+	$(PIP) install -q --no-deps --target $(OLDEST) transformers==5.17.0 peft==0.18.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	touch $@
+
+DROP_IN = $(addprefix tests/,surroundings nn caching verify/test_any_model.py $(addprefix test_,$(addsuffix .py,examples optimize optimize_names peft peft_fields registry)))
+test-oldest: $(OLDEST)/.done
+	OMP_NUM_THREADS=1 FASTPEFT_TESTS_WITHOUT_TORCHAO=1 PYTHONPATH=$(OLDEST) $(PY) -m pytest $(PYTEST) -n 2 -p no:cacheprovider $(DROP_IN) -k "not (no_image_is_computed_twice and idefics3)"  # 5.17 tells no image's rows there: kept by call
+
+# Trainers of others, which few need: TRL, Lightning, Hugging Face's kernels. datasets takes what lies in no site-packages for the user's own
+TRAINERS = $(CURDIR)/build/trainers/site-packages
+$(TRAINERS)/.done: $(VENV)/.built
+	rm -rf $(TRAINERS)
+	$(PIP) install -q --no-deps --target $(TRAINERS) trl==1.16.0 datasets==5.2.0 pyarrow==26.0.1 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0
+	$(PIP) install -q --no-deps --target $(TRAINERS) pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 kernels==0.17.2 tomlkit==0.15.2
+	touch $@
+
+test-trainers: $(TRAINERS)/.done
+	OMP_NUM_THREADS=1 USE_HUB_KERNELS=0 PYTHONPATH=$(TRAINERS) $(PY) -m pytest $(PYTEST) -p no:cacheprovider tests/trainers
 
 # two versions of Triton: the one installed, and that of torch 2.11, laid over it
 OLD_TRITON = build/triton-3.6.0

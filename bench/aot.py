@@ -4,7 +4,7 @@ they were built: none may keep anything on a stack.
     python bench/aot.py [--arch 80 86 90 100 120] [--only lora] [--check FILE | --write FILE] [--library FILE]
 
 Each kernels/<op>.py yields (name, kernel, signature, constexprs, options) from ``aot_cases(shared)``, as it would launch on a card whose
-blocks may have so many bytes of shared memory; options may hold "since", the first architecture that a case is for. Arguments that are 1
+blocks may have so many bytes of shared memory. Arguments that are 1
 at every launch of a case belong into its constexprs: Triton's launcher makes them constants, and a stride that is not known to be 1 makes
 narrow loads. Registers, stack, shared memory, spills and tensor-core instructions are read from the machine code.
 
@@ -51,9 +51,7 @@ def cases(module: str, arch: int):
     """The module's cases on that architecture."""
     sys.path.insert(0, str(ROOT))
     shared = importlib.import_module("fastpeft.kernels.card").SHARED[arch]
-    for case in getattr(importlib.import_module(f"fastpeft.kernels.{module}"), "aot_cases", lambda shared: ())(shared):
-        if arch >= case[4].get("since", 0):
-            yield case
+    return getattr(importlib.import_module(f"fastpeft.kernels.{module}"), "aot_cases", lambda shared: ())(shared)
 
 
 class Lowered(Exception):
@@ -86,7 +84,6 @@ def compile_one(kernel, signature: dict, constexprs: dict, options: dict, arch: 
         {(names.index(name),): value for name, value in constexprs.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {name: value for name, value in options.items() if name != "since"}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -1,7 +1,7 @@
 #pragma once
 // LayerNorm (CENTER) and RMSNorm on CUDA. A row of whole Packs is read once, into the registers of a group of threads: three warps for 768
 // elements of 16 bit, up to 16 for wider rows. Backward's groups walk over rows, keep the parameters' sums in registers, and read the next row
-// while they compute this one. Any other row (odd width or stride, float64, too wide) belongs to a block that passes over it again.
+// while they compute this one. Any other row (odd width or stride, float64, too wide) belongs to one block, which reads it more than once.
 #include "cuda.cuh"
 
 namespace fastpeft {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastpeft._when_imported import when_imported
 
 if TYPE_CHECKING:
-    from fastpeft import ops
+    from fastpeft import nn, ops
     from fastpeft.adapters import load_adapter, merge, save_adapter
     from fastpeft.cost.estimate import estimate
     from fastpeft.cost.memory_budget import MemoryBudget
@@ -58,12 +58,13 @@ _HOMES = {
     "cost.memory_budget": ("MemoryBudget",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted([*_HOME, "__version__", "ops"])
+_PACKAGES = ("nn", "ops")
+__all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 
 
 def __getattr__(name: str):
-    if name == "ops":
-        return importlib.import_module("fastpeft.ops")
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastpeft.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fastpeft.{_HOME[name]}"), name)

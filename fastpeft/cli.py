@@ -19,6 +19,7 @@ import typer
 from fastpeft._when_imported import when_imported
 from fastpeft.cli_files import READING, convert, instruct
 from fastpeft.cli_options import Json, emit, flag, other_names, with_options
+from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
@@ -89,7 +90,7 @@ def train(
         summary = train_recipe(given)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
@@ -283,33 +284,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-def study(
-    file: Annotated[str, typer.Argument(help="YAML file of the study, such as recipes/studies/mile_1.yaml")],
-    out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
-    data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
-    scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Run a study: all its rows, their table as Markdown, CSV and HTML, their figures. Killed, the same command goes on."""
-    from fastpeft.study.file import data_folders
-    from fastpeft.study.runner import run_study
-
-    try:
-        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, device=device, say=_tell)
-    except KeyboardInterrupt as error:
-        _say(str(error) or "interrupted")
-        raise typer.Exit(130) from None
-    tables = [name for name in results["files"] if name.endswith(".md")]
-    lines = [Path(name).read_text(encoding="utf-8") for name in tables]
-    emit(results, as_json, [*lines, f"everything is in {out} (study.html to look at)"])
-    if results["failed"]:
-        raise typer.Exit(1)
-
-
-def _tell(line: str) -> None:
-    print(line, flush=True)
+app.command()(study)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

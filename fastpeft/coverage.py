@@ -6,7 +6,6 @@ is neither such a layer nor a container. What is left is every module that holds
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.quantized import size_of
-from fastpeft.registry import form_of, form_of_class, is_fused, is_own
+from fastpeft.methods.quantized import FusedLinear, size_of
+from fastpeft.registry import Form, form_of, form_of_class, is_fused, is_own, original_class, overridden, why_changed, why_wrapped
 
+LINEAR = (nn.Linear, Conv1D)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -54,7 +54,8 @@ class Report:
 
     ``swapped``: (name, class) of modules exchanged now; ``already_fused``: of those exchanged before; ``skipped``: (name, reason) of
     modules left as they are; ``notes``: changes of behaviour, and losses that stay as they are. ``classes``: by class, all of these;
-    ``coverage``: {"linear", "parameters"}, the share (of 1) of the parameters of linear layers, and of all, that fused modules hold.
+    ``coverage``, shares of 1 that fused modules compute: {"layers": of linear layers, "linear": of their parameters, which is the share of
+    their FLOPs per token, "parameters": of all parameters}.
     """
 
     swapped: list[tuple[str, str]] = field(default_factory=list)
@@ -62,7 +63,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     already_fused: list[tuple[str, str]] = field(default_factory=list)
     classes: dict[str, ClassCount] = field(default_factory=dict)
-    coverage: dict[str, float] = field(default_factory=lambda: {"linear": 0.0, "parameters": 0.0})
+    coverage: dict[str, float] = field(default_factory=lambda: {"layers": 0.0, "linear": 0.0, "parameters": 0.0})
     parameters: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +81,9 @@ class Report:
         """A line for each class, not for each module."""
         head = f"{len(self.swapped)} modules swapped, {len(self.skipped)} skipped"
         head += f"; already fused: {len(self.already_fused)}" if self.already_fused else ""
-        shares = f"on fused modules: {self.coverage['linear']:.1%} of linear layers' parameters, {self.coverage['parameters']:.1%} of all"
+        layers, linear, parameters = (self.coverage[kind] for kind in ("layers", "linear", "parameters"))
+        shares = f"on fused modules: {layers:.1%} of linear layers, {linear:.1%} of their FLOPs per token, "
+        shares += f"{parameters:.1%} of all parameters"
         rows = [
             (name, f"{row.modules:,}", f"{row.parameters:,}", f"{row.parameters / max(1, self.parameters):.1%}", row.state)
             for name, row in self.classes.items()
@@ -116,20 +119,14 @@ def _is_known(cls: type) -> bool:
 
 def why_unknown(cls: type) -> str:
     """Why a class without a fused form has none."""
-    bases = [base for base in cls.__mro__ if _is_known(base)]
-    if not bases:
+    if reason := why_wrapped(cls) or why_changed(cls):
+        return reason
+    base = next((base for base in cls.__mro__ if _is_known(base)), None)
+    if base is None or cls.__module__.startswith("torch."):
         return f"no fused form of {label(cls)}"
-    base = bases[0]
-    own = dict.fromkeys(
-        name
-        for kind in reversed(cls.__mro__[: cls.__mro__.index(base)])
-        for name, value in vars(kind).items()
-        if callable(value) or isinstance(value, property | classmethod | staticmethod)
-        # transformers wraps the forward of every subclass of a layer, also one that it inherits
-        if hasattr(base, name) and inspect.unwrap(getattr(cls, name)) is not inspect.unwrap(getattr(base, name))
-    )
-    what = f"overrides {', '.join(own)}" if own else "overrides none of its methods"
-    return f"a subclass of {label(base)} that {what}; only the exact class is exchanged"
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    own = overridden(cls, form_of_class(base), between, base) or sorted(kind.__name__ for kind in between[1:] if not issubclass(kind, base))
+    return f"a subclass of {label(base)} that overrides {', '.join(own)}"
 
 
 def measure_coverage(model: nn.Module, reasons: Mapping[nn.Module, str], swapped: set[nn.Module]) -> Report:
@@ -160,6 +157,7 @@ class _Survey:
         self.sizes: dict[int, int] = {}
         self.linear: set[int] = set()  # ids of parameters
         self.covered: set[int] = set()
+        self.layers = [0, 0]  # linear layers that are not covered, and those that are
         self.inside: dict[nn.Module, _Entry] = {}  # what a fused module further out computes itself -> that module
 
     def visit(self, name: str, module: nn.Module, owner: _Entry | None) -> None:
@@ -168,11 +166,26 @@ class _Survey:
             return
         self.seen.add(module)
         entry = self.inside.get(module) or self._owner_of(module, owner) or self._entry(name, module, owner)
+        linear = isinstance(module, nn.Linear | Conv1D)
+        holder = self._holder(module, entry, owner) if linear else entry
+        if linear:
+            self.layers[bool(holder.state)] += 1
         for parameter in module.parameters(recurse=False):
-            self._count(parameter, isinstance(module, nn.Linear | Conv1D), entry)
-        around = owner if entry.module is module and self._is_container(module) else entry
+            self._count(parameter, linear, holder)
+        around = owner if entry.module is module and self._is_container(module) else self._owner_for(entry, module)
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child, around)
+
+    def _holder(self, module: nn.Module, entry: _Entry, owner: _Entry | None) -> _Entry:
+        """The entry that a linear layer's parameters count with: a fused module around it that computes it."""
+        if owner is None or entry is owner or has_hooks(module):
+            return entry
+        if original_class(module) not in LINEAR and not isinstance(module, FusedLinear):
+            return entry
+        if owner.state == "fused":
+            return owner
+        owner.shown = True
+        return entry
 
     def _is_container(self, module: nn.Module) -> bool:
         return isinstance(module, CONTAINERS) and type(module).__module__.startswith("torch.nn.")
@@ -193,7 +206,8 @@ class _Survey:
         elif is_fused(module):
             entry = _Entry(name, module, "fused", shown=True)
             form = form_of(module)
-            self.inside |= {module.get_submodule(path): entry for path in (form.computes if form else ())}
+            for part in _computed(form, module):
+                self.inside.setdefault(part, entry)
         elif module in self.reasons:
             entry = _Entry(name, module, "", self.reasons[module], shown=True)
         elif owner is not None and owner.state == "fused" and cls.__module__.startswith("torch.nn.") and has_hooks(module):
@@ -204,6 +218,11 @@ class _Survey:
             entry = _Entry(name, module, "", why_unknown(cls), shown=subclass)
         self.entries.append(entry)
         return entry
+
+    def _owner_for(self, entry: _Entry, module: nn.Module) -> _Entry | None:
+        """Who owns layers in ``module``: ``entry``, or None where others' code runs in it around the one module that is computed."""
+        form = form_of(module) if entry.module is module and entry.state == "fused" else None
+        return None if form is not None and hasattr(form.fused, "computes_only") else entry
 
     def _count(self, parameter: nn.Parameter, linear: bool, entry: _Entry) -> None:
         """Add a parameter to the entry that holds it; one that is shared to the first."""
@@ -238,6 +257,7 @@ class _Survey:
         for kind, ids in (("linear", self.linear), ("parameters", self.sizes.keys())):
             size = sum(self.sizes[i] for i in ids)
             report.coverage[kind] = sum(self.sizes[i] for i in ids if i in self.covered) / size if size else 0.0
+        report.coverage["layers"] = self.layers[1] / sum(self.layers) if any(self.layers) else 0.0
         return report
 
     def _labels(self) -> dict[type, str]:
@@ -251,6 +271,15 @@ class _Survey:
             for path, classes in paths.items()
             for cls in classes
         }
+
+
+def _computed(form: Form | None, module: nn.Module) -> list[nn.Module]:
+    """The modules in a fused one whose layers it computes itself, although they are not its own. Around what ``computes_only`` of a mixin
+    gives (a module, or None), others' code runs."""
+    if form is None:
+        return []
+    only = getattr(form.fused, "computes_only", lambda module: None)(module)
+    return [module.get_submodule(path) for path in form.computes] + ([] if only is None else [only])
 
 
 def full_losses(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+ASIDE = "aside"  # in a folder that is being removed: what stood at atomic_folder's ``aside``
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -40,6 +43,15 @@ def save_tensors(tensors: dict[str, Any], path: str | Path, metadata: dict[str, 
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
+def sha256(path: str | Path) -> str:
+    """Digest of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write a file at, which takes its name on success and vanishes on failure; a file there is replaced."""
@@ -57,13 +69,19 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(
-    folder: str | Path, *, keep: Callable[[str], bool] | None = None, replace: bool = True, durable: bool = True
+    folder: str | Path,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    replace: bool = True,
+    durable: bool = True,
+    aside: str | Path | None = None,
 ) -> Iterator[Path]:
     """A new folder beside ``folder`` to write in, which takes its name on success and vanishes on failure; what stood there is replaced.
 
     keep: by name, which entries of the replaced folder the new one keeps where it has none of that name (None: no entry).
     replace: False raises OSError where anything but an empty folder stands there by then.
     durable: reach the disk before the rename, so that power may fail; not for what can be made again.
+    aside: a name beside ``folder`` that the replaced folder keeps, in place of what stands there; None: it is removed.
 
     Two renames replace a folder: a process killed between them leaves it under another name, and the next writer of it, or
     :func:`recover_folder`, puts it back.
@@ -73,6 +91,7 @@ def atomic_folder(
     _put_back(folder)
     draft, old = _beside(folder, "new"), _beside(folder, "old")
     draft.mkdir()  # with the permissions that the umask leaves
+    moved = None
     try:
         yield draft
         mode = stat.S_IMODE(draft.stat().st_mode) & 0o666
@@ -85,11 +104,16 @@ def atomic_folder(
                 _sync(path)
         if replace and folder.exists():
             old.mkdir()
-            os.replace(folder, old / folder.name)
+            if aside is not None and os.path.lexists(aside):
+                os.replace(aside, old / ASIDE)
+            os.replace(folder, old / folder.name if aside is None else aside)
+            moved = aside
         os.replace(draft, folder)
         if durable:
             _sync(folder.parent)
     except BaseException:
+        if moved is not None and not folder.exists():
+            os.replace(moved, folder)
         _put_back(folder)
         raise
     finally:
@@ -114,7 +138,7 @@ def _beside(path: Path, kind: str) -> Path:
 def _put_back(folder: Path) -> None:
     """Give a folder that was moved aside, and not replaced, its name again."""
     for left in folder.parent.glob(f".{escape(folder.name)}-old-*/*"):
-        if not folder.exists():
+        if left.name != ASIDE and not folder.exists():
             os.replace(left, folder)
 
 

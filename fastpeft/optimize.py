@@ -7,10 +7,12 @@ every reference to it stay. Which classes have a fused form is in :mod:`fastpeft
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
 import fastpeft.fused  # noqa: F401  its modules register what they replace
+from fastpeft.caching.attach import forget_images, keep_images, place_of
 from fastpeft.coverage import Report, full_losses, measure_coverage
 from fastpeft.registry import exchange, form_of, give_back, is_fused, known_names, why_not_inside
 
@@ -19,12 +21,19 @@ LEAN_LOGITS = "lean_logits: a training step with labels returns no logits; its l
 NO_LEAN_LOGITS = "lean_logits changes nothing here: no loss of this model is fastpeft's"
 
 
-def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None, *, lean_logits: bool | None = None) -> Report:
+def optimize(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    cache_images: str | Path | bool | None = None,
+    lean_logits: bool | None = None,
+) -> Report:
     """Exchange every known module of ``model`` for its fused form, in place, and report on all that hold parameters.
 
-    filter_fn(module, name) -> bool: return False to leave a module as it is. lean_logits: True says that nobody reads the logits of a
-    training step, so they are not returned; False takes that back; None leaves it. Outputs, losses and gradients stay those of the model,
-    up to rounding, except where the report's ``notes`` say otherwise. A module with hooks is called, never computed by the one around it.
+    filter_fn(module, name) -> bool: return False to leave a module as it is. cache_images: a size of host memory ("4GB") or a folder, to
+    keep there what frozen image encoders compute (:mod:`fastpeft.caching.images`). lean_logits: True says that nobody reads the logits
+    of a training step, so they are not returned. False takes either back; None leaves it. Outputs, losses and gradients stay those of the
+    model, up to rounding, except where the report's ``notes`` say otherwise. A module with hooks is called, never computed by the one
+    around it.
     Call it as often as you like; :func:`restore` undoes it. TypeError for anything but a module.
     """
     _check_module("optimize", model)
@@ -32,6 +41,7 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         raise TypeError(f"optimize: filter_fn must be a function of (module, name), not {type(filter_fn).__name__}")
     if lean_logits is not None and not isinstance(lean_logits, bool):
         raise TypeError(f"optimize: lean_logits must be True, False or None, not {type(lean_logits).__name__}")
+    place = None if cache_images in (None, False) else place_of(cache_images)
     reasons, swapped = {}, set()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
         if is_fused(module) or form_of(module) is None:
@@ -44,6 +54,9 @@ def optimize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     _rebind_forwards(model)
     report = measure_coverage(model, reasons, swapped)
     report.notes = _notes(model, swapped, lean_logits)
+    if cache_images is not None:
+        forget_images(model)
+        report.notes += [] if place is None else keep_images(model, *place)
     if not (report.swapped or report.already_fused or reasons):
         report.notes.insert(0, f"nothing here that fastpeft has a fused form of; known: {', '.join(known_names())}")
     return report
@@ -96,6 +109,7 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
     """Give every exchanged module its own class back. Returns (name, reason) of those that stay, because an attached adapter
     (Prefix, PTv2, Excitor, AdaptionPrompt, RepAdapter, MMAdapter) only runs in them. TypeError for anything but a module."""
     _check_module("restore", model)
+    forget_images(model)
     needed, stayed = _needed(model), []
     for name, module in model.named_modules():
         module.__dict__.pop("lean_logits", None)

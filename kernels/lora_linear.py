@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels.card import padded, shared_memory
+from fastpeft.kernels.card import padded
 from fastpeft.kernels.lora_branch import branch_pass, dropped, project_down, reduce_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
@@ -30,13 +30,10 @@ class Gemm:
 
 
 GEMM = Gemm()
-TMA_GEMM = Gemm(BLOCK_N=256, num_stages=4)  # Hopper's own shape, its tiles fetched by descriptor
-TMA_SHARED = 200 << 10  # bytes that it takes, with what its epilogue needs: sm_120 has TMA, but half of this
 
 
 def form(contracted: int, outputs: int, rank: int, itemsize: int) -> str:
-    """Selects the GEMM strategy: "loop" (Triton, S beside it), "given" (Triton, S made before), "tma" (given, with
-    Hopper's tiles; no answer of this rule yet), "cublas".
+    """Selects the GEMM strategy: "loop" (Triton, S beside it), "given" (Triton, S made before), "cublas".
 
     Modelled for an H100 (3 TB/s; cuBLAS 650 TFLOP/s in bfloat16, Triton's GEMM 0.88 of it), not measured: bench lora_linear prints all
     of them side by side, so that a measurement can take this rule's place.
@@ -57,7 +54,7 @@ def _lora_gemm_kernel(
     M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sr,
     scaling, p, index,
     HAS_BIAS: tl.constexpr, LOAD_S: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr, ACCUMULATE: tl.constexpr,
-    TMA: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     group = 8 * tl.cdiv(N, BLOCK_N)  # eight blocks of rows at a time: their tiles of w and x meet again in L2
@@ -72,13 +69,8 @@ def _lora_gemm_kernel(
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        if TMA:  # x_ptr and w_ptr are descriptors, of tiles of x, and of W or W^T; what lies outside is zero
-            m, n = (pid_m * BLOCK_M).to(tl.int32), (pid_n * BLOCK_N).to(tl.int32)
-            x = x_ptr.load([m, k])  # [BLOCK_M, BLOCK_K]
-            w = w_ptr.load([k, n]) if TURNED else w_ptr.load([n, k]).T
-        else:
-            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)
-            w = tl.load(w_ptr + offs_n * stride_wn + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n, other=0.0)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)
+        w = tl.load(w_ptr + offs_n * stride_wn + offs_k[:, None] * stride_wk, mask=mask_k[:, None] & mask_n, other=0.0)
         acc = tl.dot(x, w, acc)
         if not LOAD_S:
             a = tl.load(a_ptr + offs_r * stride_ar + offs_k[:, None] * stride_ak, mask=mask_k[:, None] & mask_r, other=0.0).to(dtype)
@@ -113,35 +105,18 @@ def _rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _described(x, w, config):
-    """x and w as descriptors of their tiles, and whether w's is of w^T; None where memory is not laid out for it."""
-    turned = w.stride(1) != 1
-    w = w.t() if turned else w
-    tile = (config.BLOCK_K, config.BLOCK_N) if turned else (config.BLOCK_N, config.BLOCK_K)
-    aligned = all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
-    capable = shared_memory(x) >= TMA_SHARED and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0))
-    if not aligned or not capable:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor  # not in every Triton that the rest runs with
-
-    return TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]), TensorDescriptor.from_tensor(w, list(tile)), turned
-
-
-def _gemm(x, w, y, b, s, a=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0, tma=False):
+def _gemm(x, w, y, b, s, a=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
     """y (+)= x w^T + bias + scaling s b^T; w [N, K], b [N, R] and a [R, K] with any strides. s is made here where a is given."""
     (M, K), (N, R) = x.shape, b.shape
     if M == 0 or N == 0:
         return
-    described = _described(x, w, TMA_GEMM) if tma else None
-    config = TMA_GEMM if described else GEMM
-    x_tiles, w_tiles, turned = described or (x, w, False)
-    _lora_gemm_kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(M, config.BLOCK_M),)](
-        x_ptr=x_tiles, w_ptr=w_tiles, bias_ptr=bias, a_ptr=a, b_ptr=b, s_ptr=s, seed_ptr=seed, y_ptr=y, M=M, N=N, K=K, R=R,
+    _lora_gemm_kernel[(triton.cdiv(N, GEMM.BLOCK_N) * triton.cdiv(M, GEMM.BLOCK_M),)](
+        x_ptr=x, w_ptr=w, bias_ptr=bias, a_ptr=a, b_ptr=b, s_ptr=s, seed_ptr=seed, y_ptr=y, M=M, N=N, K=K, R=R,
         stride_xm=x.stride(0), stride_wn=w.stride(0), stride_wk=w.stride(1), stride_ar=0 if a is None else a.stride(0),
         stride_ak=1 if a is None else a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1), stride_sr=s.stride(0),
         scaling=scaling, p=p, index=index, HAS_BIAS=bias is not None, LOAD_S=a is None, DROP_IN=p > 0.0 and a is not None,
-        DROP_OUT=p > 0.0 and a is None, ACCUMULATE=accumulate, TMA=described is not None, TURNED=turned, BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=padded(R), num_warps=config.num_warps, num_stages=config.num_stages,
+        DROP_OUT=p > 0.0 and a is None, ACCUMULATE=accumulate, BLOCK_M=GEMM.BLOCK_M, BLOCK_N=GEMM.BLOCK_N,
+        BLOCK_K=GEMM.BLOCK_K, BLOCK_R=padded(R), num_warps=GEMM.num_warps, num_stages=GEMM.num_stages,
     )  # fmt: skip
 
 
@@ -154,8 +129,8 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
     x2, branches = _rows(x), [i for i, R in enumerate(ranks) if R]
     s = x2.new_empty(sum(ranks), x2.shape[0])
     parts = s.split(ranks)
-    how = form(x2.shape[1], sum(weights[i].shape[0] for i in branches), max(ranks), x2.element_size())
-    if how != "loop" and p == 0.0 and branches:  # branches that see the same x share one pass over it
+    strategy = form(x2.shape[1], sum(weights[i].shape[0] for i in branches), max(ranks), x2.element_size())
+    if strategy != "loop" and p == 0.0 and branches:  # branches that see the same x share one pass over it
         project_down(x2, _stacked([As[i] for i in branches]), s)
     ys = []
     for i, (W, b, A, B, scaling, part) in enumerate(zip(weights, biases, As, Bs, scalings, parts)):
@@ -163,15 +138,15 @@ def lora_linears_fwd(x, weights, biases, As, Bs, scalings, p, seed):
             ys.append(torch.nn.functional.linear(x2, W, b).view(*x.shape[:-1], W.shape[0]))
             continue
         y, b = x2.new_empty(x2.shape[0], W.shape[0]), None if b is None else b.contiguous()
-        if how != "loop" and p > 0.0:
+        if strategy != "loop" and p > 0.0:
             project_down(x2, A, part, 1.0, p, seed, i)
-        if how == "cublas":
+        if strategy == "cublas":
             branch_pass(None, part, B.t(), up=y, bias=b, scaling=scaling)
             y.addmm_(x2, W.t())
-        elif how == "loop":
+        elif strategy == "loop":
             _gemm(x2, W, y, B, part, a=A, bias=b, scaling=scaling, p=p, seed=seed, index=i)
         else:
-            _gemm(x2, W, y, B, part, bias=b, scaling=scaling, tma=how == "tma")
+            _gemm(x2, W, y, B, part, bias=b, scaling=scaling)
         ys.append(y.view(*x.shape[:-1], W.shape[0]))
     return [*ys, s]
 
@@ -198,8 +173,8 @@ def _lora_A_grads(x2, dx, stack, dS, As, needs, p, seed):
         t, A = (stack, _stacked([As[i] for i in group])) if p == 0.0 else (dS[group[0]], As[group[0]])
         need_da = any(needs[i] & DLA for i in group)
         if need_da or dx is not None:
-            how = {"up": dx, "accumulate": dx is not None and done > 0, "p": p, "seed": seed, "index": group[0]}
-            da = branch_pass(x2 if need_da else None, t, A, outer=need_da, **how)
+            options = {"up": dx, "accumulate": dx is not None and done > 0, "p": p, "seed": seed, "index": group[0]}
+            da = branch_pass(x2 if need_da else None, t, A, outer=need_da, **options)
             das |= dict(zip(group, da.split([As[i].shape[0] for i in group], 1))) if need_da else {}
     return das
 
@@ -210,7 +185,7 @@ def _add_products(dx, flat, weights, As, dS, strategy, begun, p, seed):
         if strategy == "cublas" or As[i] is None or not As[i].shape[0]:
             dx.addmm_(dy, weights[i], beta=int(begun))
         else:
-            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i, tma=strategy == "tma")
+            _gemm(dy, weights[i].t(), dx, As[i].t(), dS[i], accumulate=begun, p=p, seed=seed, index=i)
         begun = True
 
 
@@ -249,23 +224,17 @@ def aot_cases(shared: int):
     """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
     types = {f"{n}_ptr": "*bf16" for n in ("x", "w", "bias", "a", "b", "s", "y")} | {"seed_ptr": "*i64", "scaling": "fp32", "p": "fp32"}
     types |= dict.fromkeys(("M", "N", "K", "R", "index", *(f"stride_{n}" for n in ("xm", "wn", "wk", "ar", "bn", "br", "sr"))), "i32")
-    shape = lambda config: {n: getattr(config, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    constants = dict.fromkeys(("DROP_IN", "DROP_OUT", "ACCUMULATE", "HAS_BIAS", "TMA", "TURNED"), False) | {"stride_ak": 1, "BLOCK_R": 16}
+    constants = dict.fromkeys(("DROP_IN", "DROP_OUT", "ACCUMULATE", "HAS_BIAS"), False) | {"stride_ak": 1, "BLOCK_R": 16}
     fwd, dx = dict.fromkeys(("stride_wk", "stride_br"), 1), dict.fromkeys(("stride_wn", "stride_bn"), 1)
-    tiles = {"x_ptr": "tensordesc<bf16[128,64]>", "w_ptr": "tensordesc<bf16[256,64]>"}
-    turned = tiles | {"w_ptr": "tensordesc<bf16[64,256]>", "s_ptr": "*fp32"}
-    for name, special, others, config in (
-        ("loop", fwd | {"HAS_BIAS": True, "LOAD_S": False}, {}, GEMM),
-        ("given", fwd | {"HAS_BIAS": True, "LOAD_S": True}, {}, GEMM),
-        ("given/r64", fwd | {"HAS_BIAS": True, "LOAD_S": True, "BLOCK_R": 64}, {}, GEMM),
-        ("loop/drop", fwd | {"HAS_BIAS": True, "LOAD_S": False, "DROP_IN": True}, {}, GEMM),
-        ("dx", dx | {"LOAD_S": True}, {"s_ptr": "*fp32"}, GEMM),
-        ("dx/drop", dx | {"LOAD_S": True, "DROP_OUT": True}, {"s_ptr": "*fp32"}, GEMM),
-        ("tma", fwd | {"HAS_BIAS": True, "LOAD_S": True, "TMA": True}, tiles, TMA_GEMM),
-        ("tma dx", dx | {"LOAD_S": True, "TMA": True, "TURNED": True}, turned, TMA_GEMM),
+    constants |= {n: getattr(GEMM, n) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    options = {"num_warps": GEMM.num_warps, "num_stages": GEMM.num_stages}
+    for name, special, others in (
+        ("loop", fwd | {"HAS_BIAS": True, "LOAD_S": False}, {}),
+        ("given", fwd | {"HAS_BIAS": True, "LOAD_S": True}, {}),
+        ("given/r64", fwd | {"HAS_BIAS": True, "LOAD_S": True, "BLOCK_R": 64}, {}),
+        ("loop/drop", fwd | {"HAS_BIAS": True, "LOAD_S": False, "DROP_IN": True}, {}),
+        ("dx", dx | {"LOAD_S": True}, {"s_ptr": "*fp32"}),
+        ("dx/drop", dx | {"LOAD_S": True, "DROP_OUT": True}, {"s_ptr": "*fp32"}),
     ):
-        if config is TMA_GEMM and shared < TMA_SHARED:
-            continue
         signature = {n: t for n, t in (types | others).items() if n not in special}
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "since": 90 if config is TMA_GEMM else 80}
-        yield f"lora_gemm/{name}/bf16", _lora_gemm_kernel, signature, constants | shape(config) | special, options
+        yield f"lora_gemm/{name}/bf16", _lora_gemm_kernel, signature, constants | special, options

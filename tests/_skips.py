@@ -18,6 +18,8 @@ KNOWN = [
     r"make test-cuda compiles the CUDA sources for the CPU",
     r"the same in every mode",  # runs once, in make test-native
     r"the kernels' own choices",  # make test-triton
+    r"make test-trainers has (trl|Lightning|kernels)(: .*)?",
+    r"this peft has no (\w+Config|such start)",  # make test-oldest
     r"Triton's kernels multiply as they do on a GPU",  # make test-native and make test-composite
     r"PEFT is compared in the other modes",
     r"ATen cuts its sums by thread",  # of csrc, in make test-native

@@ -154,12 +154,9 @@ def test_adapters_of_peft_run_in_ours(miss, tmp_path, kind):
     "option, value",
     [
         ("use_dora", True),
-        ("rank_pattern", {"query": 2}),
-        ("alpha_pattern", {"query": 2}),
         ("modules_to_save", ["cls"]),
-        ("layers_to_transform", [1]),
-        ("exclude_modules", ["key"]),
         ("lora_bias", True),
+        ("target_parameters", ["query.weight"]),
         ("bias", "all"),
         ("init_lora_weights", "pissa_niter_4"),
         ("peft_type", "VERA"),

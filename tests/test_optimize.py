@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.activations import GELUActivation
 from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
@@ -30,8 +31,8 @@ from fastpeft.registry import is_fused, known_classes
 KINDS = tuple(  # of a MISS
     cls
     for cls in known_classes()
-    if cls.__module__ in (modeling_blip.__name__, modeling_blip_text.__name__, "transformers.activations", "torch.nn.modules.dropout")
-    or cls is nn.LayerNorm
+    if cls.__module__ in (modeling_blip.__name__, modeling_blip_text.__name__)
+    or cls in (nn.LayerNorm, nn.Linear, nn.Dropout, GELUActivation)
     if not cls.__name__.startswith("BlipFor")
 )
 # what of a BLIP holds parameters and has no fused form
@@ -122,7 +123,8 @@ def test_subclasses_stay(miss, config):
             return context * 2, probabilities
 
     class OtherNorm(nn.LayerNorm):
-        pass
+        def forward(self, input):
+            return super().forward(input) + 1
 
     model, inputs = transformers_model(BlipForQuestionAnswering, config), miss.batch()
     model.text_decoder.bert.encoder.layer[0].attention.self.__class__ = Other

@@ -157,7 +157,8 @@ def test_what_transformers_looks_up_by_class(ids):
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    assert _CAN_RECORD_REGISTRY.get(model.model).keys() == {"hidden_states", "attentions"}
+    recorded = _CAN_RECORD_REGISTRY.get(model.model) or _CAN_RECORD_REGISTRY.get(str(type(model.model)))  # transformers 5.17: by name
+    assert recorded.keys() == {"hidden_states", "attentions"}
     hidden = model.eval()(ids, output_hidden_states=True).hidden_states
     assert len(hidden) == 3
     model.train().gradient_checkpointing_enable()
@@ -273,7 +274,8 @@ def test_adapted_models_of_transformers(miss, plan):
     assert twin(**inputs).loss.item() == pytest.approx(want, rel=1e-12)
     needed = twin.text_decoder.bert.encoder.layer[0] if plan == "F/F/Prefix" else twin.vision_model.encoder.layers[0].mlp
     assert is_fused(needed)
-    fp.optimize(twin)
+    for exchanged in (twin, model):  # the adapter's own linear layers as well
+        fp.optimize(exchanged)
     assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
 
 

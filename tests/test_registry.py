@@ -3,16 +3,17 @@
 import pickle
 import subprocess
 import sys
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 import transformers as T
 from torch import nn
-from transformers.models.llama import modeling_llama
 
 import fastpeft as fp
 from fastpeft import registry
-from fastpeft.fused.norms import FusedLayerNorm, FusedLlamaRMSNorm
+from fastpeft.coverage import why_unknown
+from fastpeft.fused.norms import FusedLayerNorm
 from fastpeft.registry import Form, exchange, form_of, fused_class, fuses, give_back, has_form, is_fused, path_of
 
 LOADED = """
@@ -45,8 +46,9 @@ def test_only_the_models_own_modules_are_imported(what, there, absent):
 @pytest.fixture
 def forms(monkeypatch):
     """Registrations that end with the test."""
-    for name in ("_FORMS", "_FUSED", "_REPLACED"):
+    for name in ("_FORMS", "_CODES", "_FUSED", "_REPLACED", "_FORM_OF"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr(registry, "_FOUND", WeakKeyDictionary())
 
 
 class Doubling(nn.Module):
@@ -90,29 +92,46 @@ def test_a_class_is_registered_once(forms):
         fuses("torch.nn.modules.normalization.LayerNorm")(type("Other", (), {}))
 
 
-def test_the_exact_class_only():
-    """Neither a subclass, nor one that goes by the same name, has a form."""
+def test_subclasses_and_namesakes():
+    """A subclass has its base's form where it overrides nothing that is read; another class that goes by the same name has none."""
 
-    class Same(modeling_llama.LlamaRMSNorm):
+    class Same(nn.LayerNorm):
+        extra = 1
+
+        def reset_parameters(self):
+            super().reset_parameters()
+
+    class Other(nn.LayerNorm):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    class Read(nn.LayerNorm):
+        weight = property(lambda self: 2 * self._parameters["weight"])
+
+    class Called(nn.LayerNorm):
+        def __call__(self, input):
+            return 0
+
+    class Mixed(type("Anything", (), {}), nn.LayerNorm):
         pass
 
-    assert form_of(Same(4)) is None and not has_form(Same(4), FusedLlamaRMSNorm)
-    Same.__module__, Same.__qualname__ = modeling_llama.LlamaRMSNorm.__module__, "LlamaRMSNorm"
-    assert path_of(Same) is None and form_of(Same(4)) is None
-    assert form_of(modeling_llama.LlamaRMSNorm(4)).fused is FusedLlamaRMSNorm
+    assert form_of(Same(4)).fused is FusedLayerNorm and has_form(Same(4), FusedLayerNorm)
+    for cls, why in ((Other, "overrides forward"), (Read, "overrides weight"), (Called, "overrides __call__"), (Mixed, "Anything")):
+        assert registry.form_of_class(cls) is None and why in why_unknown(cls)
+    Other.__module__, Other.__qualname__ = nn.LayerNorm.__module__, "LayerNorm"
+    assert path_of(Other) is None and registry.form_of_class(Other) is None
     norm = nn.LayerNorm(4)
     fp.optimize(norm)
     wrapped = type("FSDPLayerNorm", (type(norm),), {})
     norm.__class__ = wrapped
     assert is_fused(norm) and has_form(norm, FusedLayerNorm) and registry.replaced_class(wrapped) is None
+    assert registry.form_of_class(wrapped) is None
 
 
-def test_a_form_may_apply_to_some_modules_only():
-    """A linear layer has a form where its weight is quantised."""
-    linear = nn.Linear(4, 4)
-    form = registry.form_of_class(nn.Linear)
-    assert form.applies is not None and form_of(linear) is None and not {"Linear"} & set(registry.known_names())
-    assert {"lora.Linear", "ia3.Linear", "LayerNorm"} <= set(registry.known_names())
+def test_a_form_may_apply_to_some_modules_only(forms):
+    fuses(f"{Doubling.__module__}.Doubling", applies=lambda module: module.training)(type("Fused", (), {"forward": Doubling.forward}))
+    assert form_of(Doubling()).applies is not None and form_of(Doubling().eval()) is None
+    assert "Doubling" not in registry.known_names() and {"lora.Linear", "ia3.Linear", "Linear", "LayerNorm"} <= set(registry.known_names())
 
 
 READ = """

@@ -80,7 +80,7 @@ def forms(settings: Settings, dtype: torch.dtype) -> list[Row]:
         sizes = ((m, k), (n, k), (n,), (16, k), (n, 16), (m, n))
         tensors = [torch.randn(s, device=settings.device).to(dtype) * s[-1] ** -0.5 for s in sizes]
         chosen = "/".join(kernels.form(c, o, 16, dtype.itemsize) for c, o in ((k, n), (n, k)))
-        hows = ("loop", "given", "tma", "cublas") if dtype.itemsize == 2 else ("cublas",)
+        hows = ("loop", "given", "cublas") if dtype.itemsize == 2 else ("cublas",)
         rivals = {how: partial(step, kernels.lora_linears_fwd, kernels.lora_linears_bwd, *tensors, how) for how in hows}
         rivals |= {"composite": partial(step, _fwd, _bwd, *tensors), "frozen linear": partial(products, *tensors)}
         flops = 4 * m * n * k + 6 * m * 16 * (n + k)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastpeft.cost.profile import measure
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
+from fastpeft.labels import IGNORE_INDEX
 from fastpeft.models import Family, ModelSource, family_of, parts_of, resolve
 from fastpeft.models.quantize import quantizable, quantized_bytes
 from fastpeft.ops._private import FakeTensor, FakeTensorMode, storage_id, tree_iter, tree_map_only, without_dispatch_modes
@@ -359,7 +360,7 @@ def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype
         if vision is not None:
             inputs["image_index"] = torch.arange(batch) // per_image
         if not is_vqa:
-            inputs["labels"][:, : length - (answer or max(1, length // 4))] = -100
+            inputs["labels"][:, : length - (answer or max(1, length // 4))] = IGNORE_INDEX
             tokens = family.image_tokens(config)
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()

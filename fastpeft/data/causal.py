@@ -11,11 +11,12 @@ import torch
 
 from fastpeft.data.causal_batches import CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.data.dataset import IGNORE_INDEX, SampleDataset
+from fastpeft.data.dataset import SampleDataset
 from fastpeft.data.images import Preprocess
 from fastpeft.data.prompts import IMAGE, frame, render
 from fastpeft.data.samples import Instruction, Turns
 from fastpeft.data.tokenizer import save_tokenizer
+from fastpeft.labels import IGNORE_INDEX
 
 _CHUNK = 4096  # samples tokenised at once
 _PROMPT, _RESPONSE, _IMAGE = range(3)  # kinds of token

@@ -11,8 +11,9 @@ from itertools import accumulate
 
 import torch
 
-from fastpeft.data.dataset import IGNORE_INDEX, batch_images
+from fastpeft.data.dataset import batch_images
 from fastpeft.data.vqa import EpochSampler
+from fastpeft.labels import IGNORE_INDEX
 
 
 class CausalCollator:

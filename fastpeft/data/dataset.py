@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastpeft.data.images import ImageCache, Preprocess
-
-IGNORE_INDEX = -100  # the label of positions that no loss counts, PyTorch's default
+from fastpeft.labels import IGNORE_INDEX
 
 
 class SampleDataset(Dataset):
@@ -46,6 +46,16 @@ class SampleDataset(Dataset):
     def notes(self) -> list[str]:
         """Messages about samples that were left out or cut."""
         return [f"{count} samples left out: {reason}" for reason, count in self.skipped.items()]
+
+    def image_digest(self) -> str:
+        """Of the contents of the samples' images, in their order: 32 hexadecimal digits. Reads every file once."""
+        whole = hashlib.blake2b(digest_size=16)
+        for path in dict.fromkeys(sample.image for sample in self.samples if sample.image is not None):
+            try:
+                whole.update(hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest())
+            except OSError:  # whoever needs the image says so
+                whole.update(b"unreadable")
+        return whole.hexdigest()
 
     def labelled(self, batch: dict) -> list[int]:
         """How many labelled tokens of each of a batch's samples the loss adds up; a first token never is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.dataset import IGNORE_INDEX
+from fastpeft.labels import IGNORE_INDEX
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_QUESTION = 35
@@ -170,3 +171,10 @@ def decode(tokenizer, ids) -> list[str]:
         pieces = tokenizer.convert_ids_to_tokens(known, skip_special_tokens=True)
         texts.append(" ".join(pieces).replace(" ##", "").removeprefix("##"))
     return texts
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Of its class, vocabulary and special tokens: 32 hexadecimal digits."""
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    about = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), special]
+    return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()

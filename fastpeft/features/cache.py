@@ -16,26 +16,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastpeft
+from fastpeft.caching.digest import digest_of_weights
+from fastpeft.caching.store import FeatureStore
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
-from fastpeft.features.store import FeatureStore
 from fastpeft.methods import Frozen
-from fastpeft.methods.quantized import pieces_of
 
 CHUNK = 16  # images encoded at a time
 
 
 def identity_of(stages: ImageFeatures, dtype: torch.dtype) -> dict[str, Any]:
     """What outputs depend on beside their items: every weight of the stages, to the bit, their modules, preprocessing, dtypes, versions."""
-    model, digest = stages.model, hashlib.blake2b(digest_size=16)
+    model = stages.model
     roots = [part.of(model) for part in stages.parts(model)]
-    for root in roots:
-        for name, tensor in sorted(root.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for piece in pieces_of(tensor):
-                digest.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    weights = digest_of_weights(named for root in roots for named in sorted(root.state_dict().items()))
     modules = " ".join([type(model).__name__, *map(repr, roots), str(model.config.to_dict())])
     return {
-        "weights": digest.hexdigest(),
+        "weights": weights,
         "modules": hashlib.blake2b(modules.encode(), digest_size=16).hexdigest(),
         "preprocess": stages.dataset.preprocess.to_dict(),
         "dtypes": [str(next(roots[0].parameters()).dtype), str(dtype)],
@@ -47,7 +43,7 @@ class FeatureCache:
     """Outputs of the longest frozen stages by item (``stages``: :class:`ImageFeatures` by image, :class:`QuestionStates` by image and
     question): in memory up to ``limit_bytes``, what does not fit in ``folder``, and without one computed again each time.
 
-    With a ``folder`` all are written there (safetensors, see :class:`fastpeft.features.store.FeatureStore`), found again by the item's
+    With a ``folder`` all are written there (safetensors, see :class:`fastpeft.caching.store.FeatureStore`), found again by the item's
     content and :func:`identity_of`, by later runs and by other processes. Outputs are those of evaluation mode and equal those of an
     uncached step up to the rounding of another batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
     ``computed``, ``reused`` and ``loaded`` count items. ValueError where the model has no frozen stage.

@@ -2,6 +2,9 @@
 (:mod:`fastpeft.registry`); no file imports the classes that its modules replace."""
 
 from fastpeft.fused import (  # noqa: F401
+    any_head,
+    any_stack,
+    attention_interface,
     attention_llama,
     attention_text,
     attention_vision,

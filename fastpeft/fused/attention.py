@@ -9,9 +9,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastpeft import ops
+from fastpeft.fused.attention_masks import read_mask
 from fastpeft.fused.leaves import FusedDropout
 from fastpeft.methods.base import has_hooks
-from fastpeft.ops._common import accumulator
+from fastpeft.ops._common import accumulator, wants_grad
 from fastpeft.registry import has_form
 
 # what transformers' attention functions read of their keywords besides those that every model passes
@@ -71,6 +73,8 @@ class Attends:
 def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=None, eager=False) -> Tensor:
     """Attention under transformers' own [B, 1, M, N] mask, bool or added to the scores. ``eager``: as its eager attention does. Where that
     masks all keys of a query by the same finite number, the query attends to all alike; SDPA's backward takes every such weight for 1."""
+    if (output := _by_content(q, k, v, mask, prefix, rescale, dropout_p, scale, eager)) is not None:
+        return output
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     if rescale is not None:
         k, v = k * rescale[0][:, None].to(k.dtype), v * rescale[1][:, None].to(v.dtype)
@@ -83,6 +87,24 @@ def dense_mask_attention(q, k, v, mask, *, prefix, rescale, dropout_p, scale=Non
         return F.dropout(scores.softmax(-1, dtype=accumulator(q.dtype)).to(q.dtype), dropout_p) @ v
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
+
+
+def _by_content(q, k, v, mask, prefix, rescale, dropout_p, scale, eager) -> Tensor | None:
+    """Attention by what ``mask`` says, which saves no mask of numbers, nor an eager attention's probabilities; None where that is not the
+    same, or nothing is gained."""
+    if torch.compiler.is_compiling() or not wants_grad(q, k, v, *(prefix or ()), *(rescale or ())):
+        return None
+    kinds = mask.is_floating_point() or (mask.dtype == torch.bool and not eager)  # eager attention adds True to a score, as 1
+    if not kinds or mask.requires_grad or mask.dim() != 4 or mask.shape[3] != k.shape[2] or q.device.type != "cpu":
+        return None
+    content = read_mask(mask)
+    options = {"scale": scale, "rescale": rescale, "dropout_p": dropout_p}
+    if content.causal is not None and (prefix is not None or not content.dead or mask.dtype == torch.bool):
+        padding = content.padding if content.padding is None else content.padding.expand(len(q), -1)
+        return ops.attention(q, k, v, causal=content.causal, key_padding_mask=padding, prefix=prefix, **options)
+    if prefix is not None or content.allowed is None or (content.dead and content.least is not None):
+        return None
+    return ops.attention(q, k, v, attn_mask=content.allowed, **options)
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:

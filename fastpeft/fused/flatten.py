@@ -1,5 +1,5 @@
-"""Whether a stack may run on flattened tokens: [T, C] in place of [B, L, C], with padding left out, and with a last layer that computes
-labelled positions only.
+"""The check whether a stack may run on flattened tokens: [T, C] in place of [B, L, C], without padding, its last layer at labelled
+positions only.
 
 Every module in the stack then sees other shapes than in transformers, and fewer tokens. That is sound where each is row-wise (what it
 returns for a token depends on that token alone) or one of ours that is told the layout. A hook, a probe, a method of PEFT's that mixes
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import activations
 
+from fastpeft.fused.row_wise import is_row_wise_code
 from fastpeft.methods.base import has_hooks, sees_no_values, watched_globally
 from fastpeft.registry import path_of
 
@@ -43,8 +44,9 @@ def is_row_wise(cls: type[nn.Module]) -> bool:
     return cls in ROW_WISE or path_of(cls) in ROW_WISE_PATHS
 
 
-def why_not_flat(stack: nn.Module, *roots: nn.Module) -> str:
+def why_not_flat(stack: nn.Module, *roots: nn.Module, by_code: bool = False) -> str:
     """'' or why the modules of ``roots`` (those parts of ``stack`` that would see flattened tokens) need [B, L, C] at this call.
+    ``by_code``: modules of which nothing is known but their code may take part, as they see three dimensions, [1, T, C].
 
     Hooks and the modules' own ``forward`` are looked at in every call; what depends on classes alone is kept on ``stack``: 0.1 ms for a
     LLaMA of 32 layers, 0.7 ms with LoRA on all its linear layers.
@@ -53,7 +55,7 @@ def why_not_flat(stack: nn.Module, *roots: nn.Module) -> str:
         return "a hook on every module is registered (torch.nn.modules.module.register_module_forward_hook and its like)"
     survey = stack.__dict__.get("_fastpeft_survey")
     if survey is None or survey.stale(roots):
-        survey = stack.__dict__["_fastpeft_survey"] = _Survey(roots)
+        survey = stack.__dict__["_fastpeft_survey"] = _Survey(roots, by_code)
     found = survey.why_not or survey.changed()
     return f"{_name_of(stack, found[0])} {found[1]}" if found else ""
 
@@ -61,13 +63,17 @@ def why_not_flat(stack: nn.Module, *roots: nn.Module) -> str:
 class _Survey:
     """The modules below ``roots`` in one list, which C compares in every call."""
 
-    def __init__(self, roots: tuple[nn.Module, ...]):
+    def __init__(self, roots: tuple[nn.Module, ...], by_code: bool):
         self.roots = roots
         self.modules = list(dict.fromkeys(chain.from_iterable(root.modules() for root in roots)))
         self.attributes = [module.__dict__ for module in self.modules]
         self.classes, self.children = list(map(type, self.modules)), list(self._children())
         self.variants = [v for m in self.modules if isinstance(v := getattr(m, "lora_variant", None), dict)]
-        unknown = (m for m in self.modules if not (is_row_wise(type(m)) or getattr(type(m), "takes_flat_tokens", False)))
+        unknown = (
+            m
+            for m in self.modules
+            if not (is_row_wise(type(m)) or getattr(type(m), "takes_flat_tokens", False) or (by_code and is_row_wise_code(m)))
+        )
         self.why_not = next(((m, f"({type(m).__name__}) is not known to treat every token by itself") for m in unknown), None)
 
     def _children(self) -> Iterator[nn.Module | None]:

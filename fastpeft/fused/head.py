@@ -9,15 +9,15 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Cau
 from transformers.utils import ModelOutput, can_return_tuple
 
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, labelled_loss, loss_of_logits, slice_logits_to_keep
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.fused.stack_blip import FusedBlipTextModel
 from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.ops._common import to_device_async
-from fastpeft.registry import fuses, signature_of_replaced
+from fastpeft.registry import fuses, original_class, signature_of_replaced
 
 
 @fuses("transformers.models.llama.modeling_llama.LlamaForCausalLM")
@@ -184,7 +184,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         if len(targets) != hidden.shape[:-1].numel():
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
         options = {"label_smoothing": self.label_smoothing, "reduction": reduction}
-        if logits is None and not why_not_flat(self, self.cls) and type(self.cls.predictions.decoder) is nn.Linear:
+        if logits is None and not why_not_flat(self, self.cls) and original_class(self.cls.predictions.decoder) is nn.Linear:
             rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
             at = to_device_async(rows, hidden.device)
             states = self.cls.predictions.transform(hidden.flatten(0, -2)[at])

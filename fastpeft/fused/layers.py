@@ -1,4 +1,5 @@
-"""Transformer layers on fastpeft's operators: LLaMA's decoder layer, CLIP's encoder layer, BLIP's text layer."""
+"""Transformer layers on fastpeft's operators, by their code: each residual sum is formed once, inside the norm after it. And LLaMA's and
+BLIP's text layers, which know layouts, prefixes and adapters."""
 
 from __future__ import annotations
 
@@ -56,13 +57,100 @@ class FusedLlamaDecoderLayer:
         self.self_attn.config.attention_bias = True
 
 
-@fuses("transformers.models.clip.modeling_clip.CLIPEncoderLayer")
+@fuses("transformers.models.mistral.modeling_mistral.MistralDecoderLayer", code="dc93916b5118")
+class FusedDecoderLayer:
+    """Pre-norm decoder layer as LLaMA's, of any model: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """[B, M, C]."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
+        return hidden_states + self.mlp(x)
+
+
+@fuses("transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer", code="b283ecc24bcf")
+class FusedGemma2DecoderLayer:
+    """Gemma 2's and 3's layer, with norms before and after: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> Tensor:
+        """[B, M, C]."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        x, hidden_states = add_norm(self.post_attention_layernorm(attended), hidden_states, self.pre_feedforward_layernorm)
+        return hidden_states + self.post_feedforward_layernorm(self.mlp(x))
+
+
+@fuses("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock", code="72c197f9afd8")
+class FusedQwenVisionBlock:
+    """Qwen-VL's vision layer: x + attention(norm(x)), then x + mlp(norm(x)); images one after the other, [T, C]."""
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings=None, **kwargs) -> Tensor:
+        """[T, C]."""
+        attended = self.attn(self.norm1(hidden_states), cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        x, hidden_states = add_norm(attended, hidden_states, self.norm2)
+        return hidden_states + self.mlp(x)
+
+
+@fuses("transformers.models.vit.modeling_vit.ViTLayer", code="c5053b059886")
+class FusedViTLayer:
+    """ViT's layer: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """[B, M, C]."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        x, hidden_states = add_norm(self.dropout(attended), hidden_states, self.layernorm_after)
+        return self.dropout(self.mlp(x)) + hidden_states
+
+
+@fuses("transformers.models.dinov2.modeling_dinov2.Dinov2Layer", code="aafbf596bf98")
+class FusedDinov2Layer:
+    """DINOv2's layer: x + drop_path(scale(attention(norm(x)))), then the same of its feed-forward."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """[B, M, C]."""
+        attended, _ = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        x, hidden_states = add_norm(self.drop_path(self.layer_scale1(attended)), hidden_states, self.norm2)
+        return self.drop_path(self.layer_scale2(self.mlp(x))) + hidden_states
+
+
+@fuses("transformers.models.clip.modeling_clip.CLIPEncoderLayer", code="7a7153ac7ed5")
 class FusedCLIPEncoderLayer:
     """Pre-norm layer; each residual sum is formed once."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """[B, M, C]."""
-        attended, _ = self.self_attn(self.before_attention(hidden_states), attention_mask=attention_mask, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.before_attention(hidden_states), attention_mask=attention_mask, **kwargs)
         x, hidden_states = add_norm(attended, hidden_states, self.layer_norm2)
         return hidden_states + self.mlp(x)
 

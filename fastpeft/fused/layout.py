@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.ops._common import to_device_async
@@ -183,11 +182,3 @@ def rows_of(x: Tensor, index: Tensor | None) -> Tensor:
 
 def _select(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
-
-
-IGNORE_INDEX = -100  # a label that no loss counts
-
-
-def next_labels(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """[B, L]: what each position is to predict, ignore_index where nothing; ``shift_labels`` are already that."""
-    return F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels

@@ -1,12 +1,15 @@
-"""Dropout and GELU on fastpeft's operators: leaves that every backbone has."""
+"""Dropout and activations on fastpeft's operators: leaves that every backbone has. Linear layers: methods/quantized.py; norms: norms.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
+from transformers.activations import GELUActivation, GELUTanh
 
 from fastpeft import ops
+from fastpeft.ops.activations import silu
 from fastpeft.registry import fuses
 
 
@@ -16,9 +19,9 @@ class FusedDropout:
 
     takes_flat_tokens = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
-        return ops.dropout(x, self.p, self.training)
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.dropout(input, self.p, self.training)
 
     @staticmethod
     def why_not(module: nn.Dropout) -> str:
@@ -32,11 +35,80 @@ class FusedGELU:
 
     takes_flat_tokens = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape."""
-        return ops.gelu(x) if self.act is F.gelu else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.gelu(input) if self.act is F.gelu else super().forward(input)
 
     @staticmethod
     def why_not(module: GELUActivation) -> str:
         """'' or why this one stays as it is."""
         return "" if module.act is F.gelu else "is written out in Python (use_gelu_python)"
+
+
+@fuses("transformers.activations.GELUTanh")
+class FusedGELUTanh:
+    """GELU by tanh, likewise."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return super().forward(input) if self.why_not(self) else ops.gelu(input, approximate="tanh")
+
+    @staticmethod
+    def why_not(module: GELUTanh) -> str:
+        """'' or why this one stays as it is."""
+        act = module.act
+        usual = isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
+        return "" if usual else "is written out in Python (use_gelu_tanh_python)"
+
+
+@fuses("transformers.activations.NewGELUActivation")
+@fuses("transformers.activations.AccurateGELUActivation")
+@fuses("transformers.activations.FastGELUActivation")  # its 0.7978845608 is sqrt(2 / pi) to 4e-12 of it
+class FusedWrittenGELU:
+    """GELU by tanh, which transformers writes out in Python and whose every step PyTorch then keeps."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.gelu(input, approximate="tanh")
+
+
+@fuses("torch.nn.modules.activation.GELU")
+class FusedTorchGELU:
+    """PyTorch's module, either kind."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.gelu(input, approximate=self.approximate)
+
+
+@fuses("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+class FusedSiLU:
+    """SiLU whose output the linear layer after it need not keep."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return silu(input)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return "works in place" if getattr(module, "inplace", False) else ""
+
+
+@fuses("transformers.activations.QuickGELUActivation")
+class FusedQuickGELU:
+    """x sigmoid(1.702 x), which keeps its input alone."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return silu(input, 1.702)

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
-from fastpeft.fused.layout import IGNORE_INDEX, next_labels
 from fastpeft.fused.outputs import can_defer
 from fastpeft.fused.projections import project_one
+from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._common import accumulator, to_device_async
+from fastpeft.registry import original_class
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -76,7 +77,7 @@ def causal_loss(
     head = model.lm_head
     if lean:
         return asked.loss(head, hidden), None, None
-    if asked is not None and type(head) is nn.Linear and not is_quantized(head.weight) and can_defer(head):
+    if asked is not None and original_class(head) is nn.Linear and not is_quantized(head.weight) and can_defer(head):
         return asked.loss(head, hidden), hidden.new_empty(0), partial(project_one, head, hidden)
     logits, loss = project_one(head, slice_logits_to_keep(hidden, logits_to_keep)), None
     if labels is not None and model.loss_function is ForCausalLMLoss:
@@ -118,7 +119,7 @@ def labelled_loss(
     if (recorded := _recorded.get()) is not None and reduction != "none":
         losses = labelled_loss(head, hidden, targets, reduction="none", **options)
         return _over(items, reduction, _recording(recorded, losses, targets, ignore_index, reduced))
-    if type(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
+    if original_class(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
         loss = ops.linear_cross_entropy(hidden, head.weight, head.bias, targets, reduction=reduced, **options)
         return _over(items, reduction, loss)
     # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes

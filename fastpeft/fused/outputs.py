@@ -1,9 +1,9 @@
 """Model outputs whose logits are computed when they are read.
 
-A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and mostly nobody looks at them. Some callers
+A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and most callers never read them. Some
 do: a ``compute_loss`` of one's own, PEFT's CPT, ``return_dict=False``. :func:`with_deferred_logits` returns an output of the model's own
-class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` nobody reads any: ``logits``
-are None in training, and what only they need (other positions than labelled ones) is not computed.
+class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` the caller
+promises to read none: ``logits`` are None in training, and what only they need (other positions than labelled ones) is not computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastpeft.methods.base import has_hooks
 
 @contextmanager
 def lean_logits(model: nn.Module) -> Iterator[None]:
-    """Inside, nobody reads the logits of a training step of ``model``, or of the models in it: sets their ``lean_logits``."""
+    """The caller promises to read no logits of a training step of ``model``, or of the models in it: sets their ``lean_logits``."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [module.__dict__.get("lean_logits") for module in models]
     for module in models:
@@ -50,6 +50,18 @@ def can_defer(*modules: nn.Module) -> bool:
     return not any(p.requires_grad for root in modules for p in root.parameters())
 
 
+def as_of_now(compute: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """``compute`` for later, under the autocast and gradient mode of this moment."""
+    cast = {"enabled": torch.is_autocast_enabled(device.type), "dtype": torch.get_autocast_dtype(device.type)}
+    grad = torch.is_grad_enabled()
+
+    def later() -> Tensor:
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device.type, **cast):
+            return compute()
+
+    return later
+
+
 def is_deferred(output: ModelOutput) -> bool:
     """Whether the logits of ``output`` wait for a reader; none do while torch.compile traces."""
     return not torch.compiler.is_compiling() and "_read_logits" in object.__getattribute__(output, "__dict__")
@@ -62,16 +74,13 @@ def with_deferred_logits(output: ModelOutput, compute: Callable[[], Tensor], *mo
     They are the model's own: computed under the autocast and gradient mode of this call, with autograd attached. ``modules`` compute them;
     :func:`can_defer` must have agreed. RuntimeError at the read if their weights were changed in place since.
     """
-    device = next((p.device.type for module in modules for p in module.parameters()), "cpu")
-    cast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
-    grad = torch.is_grad_enabled()
     weights = [(p, p._version) for module in modules for p in module.parameters()]
+    compute_then = as_of_now(compute, next((p.device for module in modules for p in module.parameters()), torch.device("cpu")))
 
     def read() -> Tensor:
         if any(p._version != version for p, version in weights):
             raise RuntimeError("the head's weights were changed in place since this output was made: read output.logits before that")
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device, **cast):
-            return compute()
+        return compute_then()
 
     own = type(output)
     output.__class__ = _deferred(own)

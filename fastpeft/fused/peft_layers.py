@@ -14,9 +14,9 @@ from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.linear_spec import LinearSpec
-from fastpeft.methods.quantized import DequantizingLinear, is_quantized, weight_of, why_not
+from fastpeft.methods.quantized import DequantizingLinear, FusedLinear, is_conv1d, is_quantized, weight_of, why_not
 from fastpeft.ops.lora_linear import Projection
-from fastpeft.registry import fuses
+from fastpeft.registry import fuses, original_class
 
 
 class _Fused:
@@ -38,7 +38,7 @@ def _unfit_base(base: nn.Module) -> str:
     """'' or why what an adapter stands on must be called as it is."""
     if has_hooks(base):
         return "its base layer has hooks, or a forward of its own"
-    if type(base) is nn.Linear:
+    if original_class(base) is nn.Linear or isinstance(base, FusedLinear) or is_conv1d(base):
         return why_not(base) if is_quantized(base.weight) else ""
     if isinstance(base, DequantizingLinear) and not isinstance(base, AdaptedLinear):
         return "" if is_quantized(base.weight) else "its base layer's weight is not quantised yet"
@@ -78,7 +78,7 @@ def _unfit_adapter(module: nn.Module, name: str) -> str:
     if module.lora_bias.get(name):
         return "its LoRA has a bias"
     dropout, down, up = module.lora_dropout[name], module.lora_A[name], module.lora_B[name]
-    if not isinstance(dropout, nn.Identity | nn.Dropout) or type(down) is not nn.Linear or type(up) is not nn.Linear:
+    if not isinstance(dropout, nn.Identity | nn.Dropout) or {original_class(down), original_class(up)} != {nn.Linear}:
         return f"its LoRA is made of {', '.join(type(m).__name__ for m in (dropout, down, up))}"
     if any(map(has_hooks, (dropout, down, up))):
         return "its LoRA has hooks, or a forward of its own"
@@ -117,7 +117,7 @@ class FusedAdaptedAttention:
 
     def forward(self, hidden_states: Tensor, **kwargs):
         """As :class:`fastpeft.fused.attention_llama.FusedLlamaAttention`."""
-        given_back = not isinstance(self.model, FusedLlamaAttention)  # its own class again
+        given_back = not isinstance(self.model, FusedLlamaAttention)  # restored to its own class
         own_way = kwargs.get("causal") is None and self.model.why_not_now(kwargs.get("attention_mask"), kwargs)
         if given_back or has_hooks(self.model) or own_way:
             return super().forward(hidden_states=hidden_states, **kwargs)

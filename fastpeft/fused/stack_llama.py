@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from fastpeft.fused.any_stack import read_of
 from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
@@ -82,6 +83,9 @@ class FusedLlamaModel:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+        if output_mask is None:  # a model around this one, with images say, may know
+            read = read_of(self, given | {"attention_mask": attention_mask})
+            output_mask = None if read is None else read.positions()
         ours = getattr(self, "prefix_encoder", None) is not None or modality is not None or kwargs.get("visual") is not None
         alone = self.alone or ours
         asked, use_cache = use_cache, self._uses_cache(use_cache, alone)

@@ -18,7 +18,16 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.linear_spec import LinearSpec
 from fastpeft.methods.quantized import DequantizingLinear, is_quantized, plain_linear_spec, weight_of
 from fastpeft.ops.lora_linear import Projection
-from fastpeft.registry import form_of_class, fused_class, replaced_class, swap_class
+from fastpeft.registry import (
+    exchange,
+    form_of_class,
+    fused_class,
+    give_back,
+    is_fused,
+    original_class,
+    replaced_class,
+    swap_class,
+)
 
 
 class Adapted:
@@ -26,6 +35,7 @@ class Adapted:
 
     takes_flat_tokens = True
     former_class: type[nn.Module]  # what the layer is without its adapters
+    former_fused: bool  # whether it was fused then
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     ia3_l: nn.Parameter | None
@@ -39,9 +49,12 @@ class Adapted:
         """Remove the adapters: the layer gets its former class back."""
         for name in ("lora_A", "lora_B", "ia3_l"):
             del self._parameters[name]
-        for name in ("scaling", "lora_dropout", "ia3_feedforward"):
+        fused = self.former_fused
+        for name in ("scaling", "lora_dropout", "ia3_feedforward", "former_fused"):
             delattr(self, name)
         swap_class(self, type(self).former_class)
+        if fused:
+            exchange(self)
 
     @property
     def active_dropout(self) -> float:
@@ -70,7 +83,8 @@ def linear_spec(module: nn.Module) -> LinearSpec | None:
         return None
     if type(module) is nn.Linear:
         return plain_linear_spec(module)
-    return module.linear_spec() if hasattr(module, "linear_spec") else None
+    # the class's own: a wrapper such as PEFT's for modules to save hands its module's attributes on
+    return module.linear_spec() if hasattr(type(module), "linear_spec") else None
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):
@@ -117,6 +131,9 @@ def adapted(module: nn.Module) -> nn.Module:
     """``module`` itself, made able to carry adapters. TypeError where its class cannot, and for a layer that is not quantised yet."""
     if isinstance(module, Adapted):
         return module
+    former_fused = original_class(module) in _ADAPTED and is_fused(module)
+    if former_fused:
+        give_back(module)
     cls = type(module)
     if cls not in _ADAPTED:
         form = form_of_class(cls)
@@ -127,6 +144,7 @@ def adapted(module: nn.Module) -> nn.Module:
             raise TypeError(f"cannot attach to a {cls.__name__} whose weight is not quantised: move the model to its device first")
     swap_class(module, _ADAPTED[cls] if cls in _ADAPTED else adapted_quantized(replaced_class(cls) or cls))
     module.adapter_fields()
+    module.former_fused = former_fused
     return module
 
 

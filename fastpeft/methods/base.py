@@ -83,12 +83,35 @@ def check_targets(method: str, targets: Any) -> tuple[str, ...] | str | None:
     return tuple(sorted(targets) if isinstance(targets, set) else targets)
 
 
+def as_json(targets: Sequence[str] | str | None) -> list[str] | str | None:
+    """Module names as an ``adapter_config.json`` has them."""
+    return list(targets) if isinstance(targets, tuple) else targets
+
+
 def targets_read(method: str, targets: Any) -> tuple[str, ...] | str:
     """Module names of a PEFT configuration, where PEFT has resolved them; ValueError for none."""
     found = check_targets(method, targets)
     if not found:
         raise ValueError(f"{method} adapter: target_modules={targets!r} names no modules; give PEFT's list of names or regular expression")
     return found if isinstance(found, str) else tuple(sorted(found))
+
+
+def check_layers(method: str, layers: Any) -> tuple[int, ...] | None:
+    """Numbers of layers as a method keeps them: an integer is one layer, none are all. ValueError for anything else."""
+    numbers = (layers,) if isinstance(layers, int) else layers
+    if numbers is None or numbers in ([], ()):
+        return None
+    if not isinstance(numbers, list | tuple) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise ValueError(f"{method}: layers_to_transform={layers!r} names no layers; give a number, or a list of numbers, from 0")
+    return tuple(sorted(numbers))
+
+
+def in_layers(name: str, layers: Sequence[int], patterns: Sequence[str]) -> bool:
+    """PEFT's ``layers_to_transform`` and ``layers_pattern``: whether the first number in ``name`` that follows one of the names
+    ``patterns`` (none given: any name but the first) is one of ``layers``."""
+    heads = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+    found = next(filter(None, (re.match(rf"{head}\.(\d+)\.", name) for head in heads)), None)
+    return found is not None and int(found.group(1)) in layers
 
 
 def find(root: nn.Module, targets: Sequence[str] | str, kinds: tuple[type, ...] = (nn.Module,)) -> Iterator[tuple[str, nn.Module]]:
@@ -104,14 +127,14 @@ def has_hooks(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return True
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(any(map(_sees_values, hooks.values())) for hooks in kinds if hooks) or watched_globally()
+    return any(any(map(sees_values, hooks.values())) for hooks in kinds if hooks) or watched_globally()
 
 
 def watched_globally() -> bool:
     """Whether a hook on every module there is (torch.nn.modules.module.register_module_forward_hook and its like) sees values."""
     every = torch.nn.modules.module
     kinds = (every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks, every._global_backward_pre_hooks)
-    return any(any(map(_sees_values, hooks.values())) for hooks in kinds if hooks)
+    return any(any(map(sees_values, hooks.values())) for hooks in kinds if hooks)
 
 
 def sees_no_values(hook: Callable) -> Callable:
@@ -120,7 +143,8 @@ def sees_no_values(hook: Callable) -> Callable:
     return hook
 
 
-def _sees_values(hook: Callable) -> bool:
+def sees_values(hook: Callable) -> bool:
+    """Whether a hook may read or change what its module computes."""
     where = getattr(hook, "__module__", None)
     if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
         collector = getattr(loaded(where), "_active_collector", None)

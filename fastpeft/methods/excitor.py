@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastpeft import ops
 from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part, shorten
-from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
+from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops.excitor_keys import merge_keys
 from fastpeft.ops.lora_linear import linear
@@ -25,8 +25,7 @@ from fastpeft.ops.lora_linear import linear
 PEFT_FIELDS = {
     **COMMON,
     **dict.fromkeys(("layers", "num_prompts", "r", "gate", "gate_std", "prompt_std", "excitor_scale", "rotary"), READ),
-    "target_modules": NEUTRAL,  # the tensors' names say which layers have one: they must be the topmost ``layers``
-    "exclude_modules": EXCLUDE_MODULES,
+    **dict.fromkeys(("target_modules", "exclude_modules"), NEUTRAL),  # the tensors' names say which layers have one: the topmost ``layers``
     "modules_to_save": MODULES_TO_SAVE,
 }
 
@@ -56,14 +55,19 @@ class ExcitorBlock(nn.Module):
             self.register_parameter(name, new_parameter(like, *shape))
         self.heads, self.rotary = heads, method.rotary
         self.scale = (C if method.excitor_scale == "full" else C // heads) ** -0.5
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith("_down"):
-                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-                elif name.endswith("_up"):
-                    nn.init.normal_(parameter, std=0.02)
-            nn.init.normal_(self.prompt, std=method.prompt_std)
-            nn.init.normal_(self.gate, std=method.gate_std)
+        self.prompt_std, self.gate_std = method.prompt_std, method.gate_std
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("_down"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            elif name.endswith("_up"):
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.prompt, std=self.prompt_std)
+        nn.init.normal_(self.gate, std=self.gate_std)
 
     def forward(self, k: Tensor, hidden: Tensor, layout=None, visual: Visual | None = None, tables: tuple[Tensor, Tensor] | None = None):
         """K' [B, H, M, d] from k, rotated, and hidden [B, M, C], the attention's input, or [T, C] where ``layout`` says how tokens lie in

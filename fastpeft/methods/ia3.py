@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import AdaptedLinear, adapted, new_parameter
-from fastpeft.methods.base import Method, Part, check_targets, find, targets_read
-from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
+from fastpeft.methods.base import Method, Part, as_json, check_targets, find, matches, targets_read
+from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 
 PEFT_FIELDS = {
     **COMMON,
     "target_modules": READ,
     "feedforward_modules": READ,
-    "exclude_modules": EXCLUDE_MODULES,
+    "exclude_modules": READ,
     "modules_to_save": MODULES_TO_SAVE,
     "fan_in_fan_out": Refused("it is for layers such as GPT-2's Conv1D, which fastpeft does not adapt: merge it with PEFT first"),
     "init_ia3_weights": NEUTRAL,
@@ -34,7 +34,7 @@ class IA3(Method):
     """Rescaling vectors.
 
     target_modules / feedforward_modules: as PEFT's IA3Config; a target that also is a feed-forward module is rescaled at its
-    input, any other at its output. None: the part's own lists.
+    input, any other at its output. None: the part's own lists. exclude_modules: what of the targets is left alone, named alike.
     """
 
     name: ClassVar[str] = "IA3"
@@ -43,9 +43,10 @@ class IA3(Method):
     peft_fields: ClassVar[dict[str, str | Refused]] = PEFT_FIELDS
     target_modules: tuple[str, ...] | str | None = None
     feedforward_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
 
     def __post_init__(self):
-        for field in ("target_modules", "feedforward_modules"):
+        for field in ("target_modules", "feedforward_modules", "exclude_modules"):
             object.__setattr__(self, field, check_targets("IA3", getattr(self, field)))
 
     def _targets(self, part: Part):
@@ -54,7 +55,7 @@ class IA3(Method):
 
     def attach(self, root: nn.Module, part: Part) -> None:
         targets, feedforward = self._targets(part)
-        found = list(find(root, targets, (nn.Linear,)))
+        found = [(n, m) for n, m in find(root, targets, (nn.Linear,)) if not matches(n, self.exclude_modules or ())]
         if not found:
             raise ValueError(f"IA3: no linear layer of {part.name!r} matches target_modules={targets!r}")
         for name, module in found:
@@ -66,7 +67,8 @@ class IA3(Method):
     def equivalent(self, other: Method, part: Part) -> bool:
         if not isinstance(other, IA3):
             return False
-        mine, theirs = ([t if isinstance(t, str) else set(t) for t in m._targets(part)] for m in (self, other))
+        named = ((*m._targets(part), m.exclude_modules or ()) for m in (self, other))
+        mine, theirs = ([t if isinstance(t, str) else set(t) for t in names] for names in named)
         return mine == theirs
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
@@ -84,12 +86,13 @@ class IA3(Method):
         return True
 
     def peft_config(self, root: nn.Module, part: Part) -> dict[str, Any]:
-        targets, feedforward = (t if isinstance(t, str) else list(t) for t in self._targets(part))
+        targets, feedforward = map(as_json, self._targets(part))
         return {
             "peft_type": self.peft_type,
             "task_type": part.peft_task,
             "target_modules": targets,
             "feedforward_modules": feedforward,
+            "exclude_modules": as_json(self.exclude_modules),
             "fan_in_fan_out": False,
         }
 
@@ -99,7 +102,7 @@ class IA3(Method):
         check_fields(cls.name, cls.peft_fields, config)
         feedforward = check_targets(cls.name, config.get("feedforward_modules")) or ()
         feedforward = feedforward if isinstance(feedforward, str) else tuple(sorted(feedforward))
-        return cls(targets_read(cls.name, config["target_modules"]), feedforward)
+        return cls(targets_read(cls.name, config["target_modules"]), feedforward, config.get("exclude_modules") or None)
 
 
 def _is_feedforward(name: str, modules: tuple[str, ...] | str) -> bool:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from fastpeft.methods.base import Method, Part, find, is_adapter, matches
-from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, Refused, check_fields
+from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, Refused, check_fields
 from fastpeft.methods.quantized import refuse_training
 
 # Of LN_TUNING; the tensors' names say which norms it has, and they must be all of the part's.
-PEFT_FIELDS = {**COMMON, "target_modules": NEUTRAL, "exclude_modules": EXCLUDE_MODULES, "modules_to_save": MODULES_TO_SAVE}
+PEFT_FIELDS = {**COMMON, "target_modules": NEUTRAL, "exclude_modules": NEUTRAL, "modules_to_save": MODULES_TO_SAVE}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ On a convolution the factors are PEFT's: A is the base's kernel with r outputs, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -15,28 +16,23 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import Adapted, adapted, new_parameter
-from fastpeft.methods.base import Method, Part, check_targets, find, targets_read
-from fastpeft.methods.peft_config import COMMON, EXCLUDE_MODULES, MODULES_TO_SAVE, NEUTRAL, READ, WITH_PEFT, Refused, check_fields
+from fastpeft.methods.base import Method, Part, as_json, check_layers, check_targets, find, in_layers, matches, targets_read
+from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, WITH_PEFT, Refused, check_fields
 
 _RUN_BY_PEFT = Refused(f"it is another method than LoRA: {WITH_PEFT}", accepted=(None, False))  # {} switches it on
-_BY_LAYER = Refused("merge it with PEFT first: all layers have one r and one lora_alpha here")
 _CONVERT = "convert it to plain LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
 # These start adapters without touching the base; pissa, olora, corda, loftq and lora_ga also change its weights.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 PEFT_FIELDS = {
     **COMMON,
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"), READ),
-    "exclude_modules": EXCLUDE_MODULES,
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"), READ),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"), READ),
     "modules_to_save": MODULES_TO_SAVE,
     "init_lora_weights": Refused("it may have changed the base: " + _CONVERT, accepted=_STARTS),
     "bias": Refused("train with bias='none', or merge it with PEFT first", accepted=(None, "none")),
     "lora_bias": Refused(),
     "fan_in_fan_out": Refused("it is for layers such as GPT-2's Conv1D, which fastpeft does not adapt: merge it with PEFT first"),
-    "layers_to_transform": Refused("list the layers' modules in target_modules instead", accepted=(None, [])),
-    "layers_pattern": NEUTRAL,  # where layers_to_transform counts
-    "rank_pattern": _BY_LAYER,
-    "alpha_pattern": _BY_LAYER,
     "layer_replication": Refused(f"it builds a model of other layers: {WITH_PEFT}"),
     "target_parameters": Refused(),
     "trainable_token_indices": Refused(f"it trains rows of the embedding: {WITH_PEFT}"),
@@ -63,6 +59,9 @@ class LoRA(Method):
 
     r: rank. lora_alpha: numerator of the scaling (MILE's code uses 32). lora_dropout: on the branch's input, training only.
     target_modules: names, name endings, or a regular expression for whole names (PEFT's rule); None: the part's own list.
+    exclude_modules: what of them is left alone, named alike. layers_to_transform: numbers of the layers that have an adapter (a target's
+    whole name counts in any layer); layers_pattern: the name before the number. rank_pattern, alpha_pattern: an r or lora_alpha of their
+    own for modules, by regular expressions for the ends of their names, the first that matches; a mapping, kept as pairs.
     """
 
     name: ClassVar[str] = "LoRA"
@@ -73,46 +72,79 @@ class LoRA(Method):
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | str | None = None
     use_rslora: bool = False
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"LoRA: r must be a positive integer, not {self.r!r}")
-        if not _is_number(self.lora_alpha) or not math.isfinite(self.lora_alpha):
-            raise ValueError(f"LoRA: lora_alpha must be a number, not {self.lora_alpha!r}")
+        for field in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, field, _pairs(field, getattr(self, field)))
+        for r in (self.r, *dict(self.rank_pattern).values()):
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"LoRA: r must be a positive integer, not {r!r}")
+        for alpha in (self.lora_alpha, *dict(self.alpha_pattern).values()):
+            if not _is_number(alpha) or not math.isfinite(alpha):
+                raise ValueError(f"LoRA: lora_alpha must be a number, not {alpha!r}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoRA: lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"LoRA: use_rslora must be true or false, not {self.use_rslora!r}")
-        object.__setattr__(self, "target_modules", check_targets("LoRA", self.target_modules))
+        for field in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, field, check_targets("LoRA", getattr(self, field)) or None)
+        object.__setattr__(self, "layers_to_transform", check_layers("LoRA", self.layers_to_transform))
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        object.__setattr__(self, "layers_pattern", tuple(p for p in check_targets("LoRA", patterns) or () if p))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("LoRA: layers_to_transform needs names in target_modules, not a regular expression, as in PEFT")
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """Where no pattern says otherwise."""
+        return self._scaling(self.r, self.lora_alpha)
+
+    def _scaling(self, r: int, lora_alpha: float) -> float:
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def selects(self, name: str, targets: tuple[str, ...] | str) -> bool:
+        """Whether the module of this name, one of ``targets``, has an adapter."""
+        if self.exclude_modules and matches(name, self.exclude_modules):
+            return False
+        return self.layers_to_transform is None or name in targets or in_layers(name, self.layers_to_transform, self.layers_pattern)
 
     def attach(self, root: nn.Module, part: Part) -> None:
         targets = self.target_modules or part.lora
-        found = list(find(root, targets, (nn.Linear, nn.Conv2d)))
+        found = [(n, m) for n, m in find(root, targets, (nn.Linear, nn.Conv2d)) if self.selects(n, targets)]
         if not found:
-            raise ValueError(f"LoRA: no linear layer or convolution of {part.name!r} matches target_modules={targets!r}")
-        for _, module in found:
+            names = ("exclude_modules", "layers_to_transform", "layers_pattern")
+            more = "".join(f", {name}={value!r}" for name in names if (value := getattr(self, name)))
+            raise ValueError(f"LoRA: no linear layer or convolution of {part.name!r} matches target_modules={targets!r}{more}")
+        for name, module in found:
             module = adapted(module)
+            r, lora_alpha = _by_name(name, self.rank_pattern, self.r), _by_name(name, self.alpha_pattern, self.lora_alpha)
             if isinstance(module, nn.Conv2d):
                 if module.groups != 1:
                     raise ValueError("LoRA on a grouped convolution is not defined here; leave it out of target_modules")
-                shape_a = (self.r, module.in_channels, *module.kernel_size)
-                shape_b = (module.out_channels, self.r, 1, 1)
+                shape_a = (r, module.in_channels, *module.kernel_size)
+                shape_b = (module.out_channels, r, 1, 1)
             else:
-                shape_a, shape_b = (self.r, module.in_features), (module.out_features, self.r)
+                shape_a, shape_b = (r, module.in_features), (module.out_features, r)
             module.lora_A, module.lora_B = new_parameter(module, *shape_a), new_parameter(module, *shape_b)
             nn.init.kaiming_uniform_(module.lora_A, a=math.sqrt(5))
             nn.init.zeros_(module.lora_B)
-            module.scaling, module.lora_dropout = self.scaling, self.lora_dropout
+            module.scaling, module.lora_dropout = self._scaling(r, lora_alpha), self.lora_dropout
 
     def equivalent(self, other: Method, part: Part) -> bool:
-        if not isinstance(other, LoRA) or (self.r, self.scaling) != (other.r, other.scaling):
-            return False
-        mine, theirs = (m.target_modules or part.lora for m in (self, other))
-        return mine == theirs or (not isinstance(mine, str) and not isinstance(theirs, str) and set(mine) == set(theirs))
+        return isinstance(other, LoRA) and self._meaning(part) == other._meaning(part)
+
+    def _meaning(self, part: Part) -> tuple:
+        """What two methods that compute the same on ``part`` agree in."""
+        patterned = (self.lora_alpha, self.use_rslora, self.rank_pattern, self.alpha_pattern)
+        size = (self.r, self.scaling, patterned if self.rank_pattern or self.alpha_pattern else None)
+        named = (self.target_modules or part.lora, self.exclude_modules or ())
+        layers = None if self.layers_to_transform is None else (set(self.layers_to_transform), set(self.layers_pattern))
+        return (size, *(t if isinstance(t, str) else set(t) for t in named), layers)
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """``base_model.model.<module>.lora_A.weight``: PEFT's keys."""
@@ -134,7 +166,12 @@ class LoRA(Method):
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "target_modules": as_json(targets),
+            "exclude_modules": as_json(self.exclude_modules),
+            "layers_to_transform": as_json(self.layers_to_transform),
+            "layers_pattern": list(self.layers_pattern) if self.layers_pattern and self.layers_to_transform else None,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
             "use_rslora": self.use_rslora,
             "bias": "none",
             "fan_in_fan_out": False,
@@ -150,16 +187,40 @@ class LoRA(Method):
             lora_dropout=config.get("lora_dropout", 0.0),
             target_modules=targets_read(cls.name, config["target_modules"]),
             use_rslora=config.get("use_rslora") or False,
+            exclude_modules=config.get("exclude_modules"),
+            layers_to_transform=config.get("layers_to_transform"),
+            layers_pattern=config.get("layers_pattern") or (),
+            rank_pattern=config.get("rank_pattern") or (),
+            alpha_pattern=config.get("alpha_pattern") or (),
         )
+
+
+def _pairs(field: str, pattern: Any) -> tuple[tuple[str, Any], ...]:
+    """A pattern's mapping from expressions for names to numbers, as pairs; ValueError for anything else."""
+    pairs = list(pattern.items() if isinstance(pattern, Mapping) else pattern or ())
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError(f"LoRA: {field}={pattern!r} is no mapping from names of modules to numbers")
+    check_targets("LoRA", "|".join(f"(?:{expression})" for expression, _ in pairs))
+    return tuple((expression, number) for expression, number in pairs)
+
+
+def _by_name(name: str, pattern: tuple[tuple[str, Any], ...], other: Any) -> Any:
+    """The number of the first expression that matches the end of ``name``, from a dot on (PEFT's rule); ``other`` where none does."""
+    return next((number for expression, number in pattern if re.match(rf"(.*\.)?({expression})$", name)), other)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def merge_lora(module: nn.Module) -> None:
-    """W += scaling * B A, computed in float32 (float64 for float64) and rounded once; the factors are removed."""
+def lora_update(module: nn.Module, scaling: float) -> torch.Tensor:
+    """W + scaling * B A, computed in float32 (float64 for float64) and rounded once to W's dtype."""
     acc = torch.promote_types(module.weight.dtype, torch.float32)
     A, B, weight = (p.detach().to(acc) for p in (module.lora_A, module.lora_B, module.weight))
-    module.weight.copy_(weight + module.scaling * (B.flatten(1) @ A.flatten(1)).view(weight.shape))
+    return (weight + scaling * (B.flatten(1) @ A.flatten(1)).view(weight.shape)).to(module.weight.dtype)
+
+
+def merge_lora(module: nn.Module) -> None:
+    """W += scaling * B A, rounded once; the factors are removed."""
+    module.weight.copy_(lora_update(module, module.scaling))
     module.lora_A = module.lora_B = None

@@ -8,8 +8,9 @@ w = softmax(router(t_m) / t) for the modality token t_m, read after the layer's 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -33,30 +34,35 @@ class Routing:
     weights: dict[int, Tensor] = field(default_factory=dict)
 
 
-class AdapterBlock(nn.Module):
+class AdapterParameters(nn.Module):
     """The parameters of one layer: w_down [h, C], b_down [h], w_up [E, C, h / groups], b_up [E, C] with E = 2 experts, or 1 and no router;
-    router_weight [2, C], router_bias [2]."""
+    router_weight [2, C], router_bias [2]. ``new(*shape)`` makes each."""
 
     takes_flat_tokens = True
 
-    def __init__(self, like: nn.Linear, method: RepAdapter):
+    def __init__(self, width: int, method: RepAdapter, new: Callable[..., nn.Parameter]):
         super().__init__()
-        C, h, experts = like.in_features, method.h, method.experts
+        C, h, experts = width, method.h, method.experts
         if h % method.groups or C % method.groups:
             raise ValueError(f"{method.name}: groups = {method.groups} must divide h = {h} and the width {C}")
         shapes = {"w_down": (h, C), "b_down": (h,), "w_up": (experts, C, h // method.groups), "b_up": (experts, C)}
         if experts > 1:
             shapes |= {"router_weight": (experts, C), "router_bias": (experts,)}
         for name, shape in shapes.items():
-            self.register_parameter(name, new_parameter(like, *shape))
+            self.register_parameter(name, new(*shape))
         self.scale, self.groups, self.temperature, self.dropout = method.scale, method.groups, method.temperature, method.dropout
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-            nn.init.xavier_uniform_(self.w_down)
-            if experts > 1:
-                nn.init.kaiming_uniform_(self.router_weight, a=math.sqrt(5))
-                nn.init.uniform_(self.router_bias, -(C**-0.5), C**-0.5)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start the adapter as one that changes nothing."""
+        for parameter in self.parameters():
+            parameter.zero_()
+        nn.init.xavier_uniform_(self.w_down)
+        if self.routed:
+            bound = self.w_down.shape[1] ** -0.5
+            nn.init.kaiming_uniform_(self.router_weight, a=math.sqrt(5))
+            nn.init.uniform_(self.router_bias, -bound, bound)
 
     @property
     def routed(self) -> bool:
@@ -80,6 +86,13 @@ class AdapterBlock(nn.Module):
         """x [B, M, C], after its norm, every token routed by itself -> [B, M, C]."""
         weights = self.weights_of(x) if self.routed else x.new_tensor([1.0, 0.0]).expand(len(x), 2)
         return ops.mm_adapter(x, self.w_down, self.b_down, *self._experts(), weights, *self._options())
+
+
+class AdapterBlock(AdapterParameters):
+    """An adapter in a layer, on the device of the linear layer that reads it."""
+
+    def __init__(self, like: nn.Linear, method: RepAdapter):
+        super().__init__(like.in_features, method, partial(new_parameter, like))
 
     def forward(self, hidden: Tensor, norm: nn.Module, routing: Routing | None, layer: int) -> Tensor:
         """adapter(norm(hidden)) for hidden [T, C] or [B, M, C] under an RMSNorm, in one pass."""

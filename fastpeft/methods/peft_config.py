@@ -37,7 +37,6 @@ COMMON = {"peft_type": READ} | dict.fromkeys(
 )
 WITH_PEFT = "load it with PEFT (fastpeft.optimize runs PEFT's models)"
 MODULES_TO_SAVE = Refused(f"it replaces whole modules of the base: {WITH_PEFT}")
-EXCLUDE_MODULES = Refused("list the remaining modules in target_modules, which then need no exclude_modules")
 
 
 def is_unset(value: Any) -> bool:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from fastpeft._when_imported import loaded
 from fastpeft.methods.linear_spec import LinearSpec
+from fastpeft.ops._gemm import widened
 from fastpeft.ops._quantized_weight import QuantizedWeight
-from fastpeft.ops.lora_linear import Projection
-from fastpeft.registry import fuses, swap_class
+from fastpeft.ops._recompute import recipe_of
+from fastpeft.ops.lora_linear import Projection, linear
+from fastpeft.registry import fuses, original_class, swap_class
 
 # what bitsandbytes' layers have beside a plain layer's attributes
 LEFTOVERS = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu", "state", "index")
@@ -75,7 +77,7 @@ def weight_of(layer: nn.Linear) -> Tensor | QuantizedWeight:
     """The weight of a linear layer, as ops take it."""
     weight = layer.weight
     if type(weight) is nn.Parameter or not is_quantized(weight):
-        return weight
+        return weight.t() if is_conv1d(layer) else weight
     bnb = loaded("bitsandbytes.nn")
     if bnb is not None and isinstance(weight, bnb.Params4bit | bnb.Int8Params):
         return (FourBit if isinstance(weight, bnb.Params4bit) else EightBit)(layer)
@@ -104,10 +106,15 @@ def plain_linear_spec(layer: nn.Linear) -> LinearSpec:
     return LinearSpec(Projection(weight_of(layer), layer.bias))
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether ``layer`` is GPT-2's linear layer, transformers' Conv1D, whose weight is [in, out]."""
+    home = loaded("transformers.pytorch_utils")
+    return home is not None and original_class(layer) is home.Conv1D
+
+
 NOTE_8BIT = "bitsandbytes' 8-bit layers multiply by their weights written out; their own forward also rounds its input to 8 bit"
 
 
-@fuses("torch.nn.modules.linear.Linear", applies=is_held)  # PyTorch's layer with a weight of one of torchao's classes
 @fuses("bitsandbytes.nn.modules.Linear4bit")
 @fuses("bitsandbytes.nn.modules.Linear8bitLt", note=NOTE_8BIT)
 class DequantizingLinear:
@@ -117,14 +124,52 @@ class DequantizingLinear:
     plain_class = nn.Linear  # what it is once its weight stays dequantised
     why_not = staticmethod(why_not)  # '' or why a layer stays as it is
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out]."""
         spec = self.linear_spec()
-        return super().forward(x) if spec is None else spec(x)
+        return super().forward(input) if spec is None else spec(input)
 
     def linear_spec(self) -> LinearSpec | None:
         """None for a layer that is not quantised."""
         return plain_linear_spec(self) if is_quantized(self.weight) else None
+
+
+@fuses("torch.nn.modules.linear.Linear")
+class FusedLinear(DequantizingLinear):
+    """A linear layer that keeps nothing of its input for a trained weight where backward can form it again (ops/_recompute.py); its
+    weight may be of one of torchao's classes."""
+
+    @staticmethod
+    def why_not(module: nn.Linear) -> str:
+        """'' or why this one stays as it is."""
+        return why_not(module) if is_quantized(module.weight) else ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out]."""
+        weight = self.weight
+        return linear(input, weight if type(weight) is nn.Parameter else weight_of(self), self.bias)
+
+    def linear_spec(self) -> LinearSpec:
+        return plain_linear_spec(self)
+
+
+@fuses("transformers.models.falcon.modeling_falcon.FalconLinear", code="b6c19f635f5a")
+class FusedFalconLinear(FusedLinear):
+    """Falcon's, which writes the product out."""
+
+
+@fuses("transformers.pytorch_utils.Conv1D")
+class FusedConv1D:
+    """GPT-2's linear layer, likewise."""
+
+    takes_flat_tokens = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return super().forward(x) if recipe_of(x) is None and not widened(x) else self.linear_spec()(x)
+
+    def linear_spec(self) -> LinearSpec:
+        return plain_linear_spec(self)
 
 
 def size_of(tensor: Tensor) -> int:

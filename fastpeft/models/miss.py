@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from fastpeft.fused.head import FusedBlipTextLMHeadModel, reads_of
 from fastpeft.fused.stack_blip import FusedBlipTextModel
+from fastpeft.labels import IGNORE_INDEX
 from fastpeft.methods import Part
 from fastpeft.models.family import Family
 from fastpeft.models.parts import FrozenEvaluates
@@ -177,9 +178,9 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
         if labels is None and decoder_input_ids is None:
             raise ValueError("give labels (training) or decoder_input_ids; to answer questions call generate()")
         if decoder_input_ids is None:
-            decoder_input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
+            decoder_input_ids = labels.masked_fill(labels == IGNORE_INDEX, self.decoder_pad_token_id)
         if decoder_attention_mask is None and labels is not None:
-            decoder_attention_mask = labels != -100
+            decoder_attention_mask = labels != IGNORE_INDEX
         seen = None
         if question_states is None:
             if input_ids is None or (pixel_values is None) == (image_embeds is None):

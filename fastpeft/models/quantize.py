@@ -15,6 +15,7 @@ from torch import nn
 from fastpeft.methods.base import find
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.models.family import ModelSource
+from fastpeft.registry import original_class
 
 BITS = ("4bit", "8bit")
 BLOCK, NESTED = 64, 256  # weights of a maximum, maxima of a second one
@@ -47,7 +48,7 @@ def quantize_base(model: nn.Module, parts, quantize: str, device: torch.device) 
     import bitsandbytes as bnb
 
     for name, layer in list(quantizable(model, parts)):
-        if type(layer) is not nn.Linear or is_quantized(layer.weight):
+        if original_class(layer) is not nn.Linear or is_quantized(layer.weight):
             raise ValueError(f"{name} is a {type(layer).__name__} already: quantise a model once, before it is adapted")
         shape = (layer.in_features, layer.out_features, layer.bias is not None)
         weight = layer.weight.detach()

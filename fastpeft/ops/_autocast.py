@@ -1,4 +1,4 @@
-"""What surrounds every op: ``torch.autocast`` before it, and a backward that is neither under autocast nor differentiable again.
+"""Decorators of every op: ``torch.autocast``'s casts of its arguments, and a backward without autocast, differentiable once.
 
 Under an active ``torch.autocast`` a public op first casts its floating tensors, float64 apart (as PyTorch does), then runs as if there
 were none:
@@ -42,7 +42,7 @@ def _cast(value, dtype: torch.dtype):
     if isinstance(value, Tensor):
         if not _castable(value) or value.dtype == dtype:
             return value
-        cast = value.to(dtype)  # what backward can form again, it can form and cast again
+        cast = value.to(dtype)  # what backward can recompute, it can recompute and cast
         return cast if recipe_of(value) is None else mark_recomputable(cast, lambda t: t.to(dtype), value)
     if isinstance(value, (tuple, list)):
         items = [_cast(item, dtype) for item in value]
@@ -88,12 +88,13 @@ def under_autocast(rule: str) -> Callable:
 
 
 class _OnceOnly(Function):
-    """Gradients as they are, whose own gradient is an error."""
+    """Gradients as they are, whose own gradient is an error. ``sources`` are what they were computed of: autograd visits only what leads to
+    the tensors that it is asked about."""
 
     @staticmethod
-    def forward(ctx, op, *grads):
+    def forward(ctx, op, sources, *tensors):
         ctx.op = op
-        return tuple(grad.view_as(grad) for grad in grads)
+        return tuple(grad.view_as(grad) for grad in tensors[sources:])
 
     @staticmethod
     def backward(ctx, *_):
@@ -123,7 +124,8 @@ def first_order(backward: Callable) -> Callable:
         with torch.no_grad():
             grads = outside(ctx, *dys)
         grads = grads if isinstance(grads, tuple) else (grads,)
-        live = iter(_OnceOnly.apply(op, *(grad.detach().requires_grad_() for grad in grads if grad is not None)))
+        sources = [t for t in (*dys, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        live = iter(_OnceOnly.apply(op, len(sources), *sources, *(grad.detach().requires_grad_() for grad in grads if grad is not None)))
         return tuple(None if grad is None else next(live) for grad in grads)
 
     return surrounded

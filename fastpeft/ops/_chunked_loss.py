@@ -1,10 +1,11 @@
-"""What both backends of linear_cross_entropy share: labelled rows, logits formed a chunk at a time, gradients formed beside them.
+"""Cross entropy in chunks of rows, shared by both backends of linear_cross_entropy: logits and gradients of one chunk at a time.
 
 Equations, shapes and what is saved: linear_cross_entropy.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,9 +96,20 @@ def _add_product(total: Tensor, g: Tensor, h: Tensor) -> Tensor:
     return total.addmm_(g.t(), h) if g.dtype == total.dtype else total.add_(mm_wide(g.t(), h))
 
 
-def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
+def _capped(rows_op, softcap: float, z, labels, smoothing, row_scale, form):
+    """``rows_op`` of ``softcap tanh(z / softcap)``; z becomes the gradient of what came before the cap."""
+    z.div_(softcap).tanh_()
+    slope = 1 - z.square() if form else None
+    losses = rows_op(z.mul_(softcap), labels, smoothing, row_scale, form)
+    if form:
+        z.mul_(slope)
+    return losses
+
+
+def chunked(rows_op, hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0):
     """The op over any ``rows_op`` (ATen's :func:`rows_of_aten`, or the Triton kernel that does the same in one pass)."""
     acc, work, device = accumulator(hidden.dtype), work_dtype(hidden), hidden.device
+    rows_op = partial(_capped, rows_op, softcap) if softcap else rows_op
     _check_labels(labels, ignore_index, weight.shape[0])
     index = labelled_rows(labels, ignore_index)
     new = hidden.new_empty if index is None else hidden.new_zeros

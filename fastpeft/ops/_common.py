@@ -28,7 +28,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def to_device_async(t: Tensor, device: torch.device) -> Tensor:
-    """``t`` on ``device``. What lies on the host goes to a GPU through pinned memory, in the stream's order: nobody waits for it."""
+    """``t`` on ``device``. What lies on the host goes to a GPU through pinned memory, in the stream's order: the host does not wait."""
     if t.device.type == "cpu" and device.type == "cuda":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 __all__ = ["FakeTensor", "FakeTensorMode", "StorageWeakRef", "TorchDispatchMode", "tree_iter", "tree_map_only"]  # for fastpeft.cost
 
 without_dispatch_modes = torch._C._DisableTorchDispatch  # a context in which operators run as if no mode were on
+softmax_backward = torch._softmax_backward_data  # P (dP - rowsum(P dP)) in one pass
 assert_async = torch._assert_async  # an assertion on the device, which the host does not wait for
 
 

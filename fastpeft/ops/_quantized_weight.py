@@ -1,7 +1,7 @@
 """Quantised weights, dequantised when an op multiplies by them.
 
-A linear op forms such a weight when it multiplies, in forward and once more in backward, and lets it go in between: autograd keeps no copy
-of it, and where no gradient of the input is asked for backward forms none. A held weight is frozen: it has no gradient of its own.
+A linear op dequantises such a weight when it multiplies, once in forward and once in backward; autograd saves no copy of it. Backward
+dequantises none where the input needs no gradient. A quantised weight is frozen: it has no gradient of its own.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class QuantizedWeight:
-    """A frozen weight [out, in]; a subclass says how it is formed."""
+    """A frozen weight [out, in]; a subclass says how it is dequantised."""
 
     requires_grad = False
     shape: torch.Size
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that ops multiply by, formed anew in ``dtype``."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its weight is formed")
+        """The weight [out, in] that ops multiply by, dequantised into a new tensor of ``dtype``."""
+        raise NotImplementedError(f"{type(self).__name__} must define dense(dtype), which dequantises its weight")
 
 
 def dequantized(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:

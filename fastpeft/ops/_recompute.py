@@ -29,9 +29,9 @@ from fastpeft.savings import on
 
 
 class Recipe(NamedTuple):
-    """``remake(*inputs)`` gives the tensor again, as it was at ``version``; ``peek`` does so for another recipe that builds on it."""
+    """``function(*inputs)`` recomputes the tensor, as it was at ``version``; ``peek`` does so for another recipe that builds on it."""
 
-    remake: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     inputs: tuple[Tensor | None, ...]
     version: int
     peek: Callable[..., Tensor]
@@ -48,31 +48,31 @@ def recipe_of(x: Tensor) -> Recipe | None:
 
 def mark_recomputable(
     y: Tensor,
-    remake: Callable[..., Tensor],
+    function: Callable[..., Tensor],
     *inputs: Tensor | None,
     smaller: bool = False,
     peek: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """``y``, noted to equal ``remake(*inputs)`` bit for bit. The inputs must be such that backward keeps them in any case, or ``smaller``
+    """``y``, marked as equal to ``function(*inputs)`` bit for bit. The inputs are tensors that backward saves anyway, or ``smaller``
     than y; one that has a recipe of its own is replaced by what that recipe needs."""
     if not _active() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
-    peek = remake if peek is None else peek
+    peek = function if peek is None else peek
     recipes = [None if x is None else recipe_of(x) for x in inputs]
     if any(recipe is not None for recipe in recipes):
         flat = tuple(t for x, recipe in zip(inputs, recipes) for t in ((x,) if recipe is None else recipe.inputs))
-        remake, peek, inputs = _composed(remake, recipes), _composed(peek, recipes), flat
-    y._fastpeft_recipe = Recipe(remake, inputs, y._version, peek)
+        function, peek, inputs = _composed(function, recipes), _composed(peek, recipes), flat
+    y._fastpeft_recipe = Recipe(function, inputs, y._version, peek)
     return y
 
 
-def _composed(remake: Callable[..., Tensor], recipes: list[Recipe | None]) -> Callable[..., Tensor]:
-    """``remake`` of inputs some of which have to be made first. It holds no tensor: those are autograd's to keep and to let go."""
+def _composed(function: Callable[..., Tensor], recipes: list[Recipe | None]) -> Callable[..., Tensor]:
+    """``function`` of inputs some of which have to be made first. It holds no tensor: those are autograd's to keep and to let go."""
     steps = [None if recipe is None else (recipe.peek, len(recipe.inputs)) for recipe in recipes]
 
     def compose(*tensors):
         rest = iter(tensors)
-        return remake(*(next(rest) if step is None else step[0](*islice(rest, step[1])) for step in steps))
+        return function(*(next(rest) if step is None else step[0](*islice(rest, step[1])) for step in steps))
 
     return compose
 
@@ -83,33 +83,33 @@ def without_recipe(x: Tensor | None) -> Tensor | None:
 
 
 def to_save(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
-    """(how, tensors): what a Function saves in place of ``x``; :func:`recompute` takes both."""
+    """(function, tensors): what a Function saves in place of ``x``; :func:`recompute` takes both."""
     recipe = None if x is None else recipe_of(x)
-    return (None, (x,)) if recipe is None else (recipe.remake, recipe.inputs)
+    return (None, (x,)) if recipe is None else (recipe.function, recipe.inputs)
 
 
-def recompute(how: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+def recompute(function: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     """The tensor that :func:`to_save` was asked about."""
-    if how is None:
+    if function is None:
         return tensors[0]
     with torch.no_grad():  # also where backward itself runs with a graph
-        return how(*tensors)
+        return function(*tensors)
 
 
 def to_save_all(*tensors: Tensor | None) -> tuple[list[tuple[Callable[..., Tensor] | None, int]], tuple[Tensor | None, ...]]:
     """:func:`to_save` for several: (notes, tensors), both of which :func:`recompute_all` takes."""
     kept = [to_save(x) for x in tensors]
-    return [(how, len(pieces)) for how, pieces in kept], tuple(t for _, pieces in kept for t in pieces)
+    return [(function, len(pieces)) for function, pieces in kept], tuple(t for _, pieces in kept for t in pieces)
 
 
 def recompute_all(notes: list[tuple[Callable[..., Tensor] | None, int]], tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     rest = iter(tensors)
-    return [recompute(how, tuple(islice(rest, n))) for how, n in notes]
+    return [recompute(function, tuple(islice(rest, n))) for function, n in notes]
 
 
 class _Computed:
-    """Several outputs of one computation, done again once: an op that kept one of them takes it away; one that builds on it before
-    (the linear layer after an activation, whose backward comes first) leaves it for that op."""
+    """Several outputs of one computation that backward repeats once: an op that kept one of them takes it away; one that builds on it
+    before (the linear layer after an activation, whose backward comes first) leaves it for that op."""
 
     def __init__(self, call: Callable[..., tuple[Tensor, ...]]):
         self.call, self.values = call, {}
@@ -127,10 +127,10 @@ class _Computed:
 def recomputed(
     call: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, parameters: tuple[Tensor, ...], random: bool = False
 ) -> tuple[Tensor, ...]:
-    """``call(x)``, whose outputs backward computes again, once, instead of keeping them: memory for FLOPs.
+    """``call(x)``, whose outputs backward recomputes, once, instead of saving them: memory for FLOPs.
 
     ``parameters`` are what ``call`` uses besides x: they are saved, so that a change before backward is an error. ``random``: it draws
-    random numbers; the same are drawn again. Under autocast it runs under the same autocast again.
+    random numbers; the same are redrawn. Under autocast it is recomputed under the same autocast.
     """
     if not _active() or not torch.is_grad_enabled():
         return call(x)

@@ -19,8 +19,8 @@ precision accumulates in float32 (ATen). Source: the absorbed form of DeepSeek-V
 
 | gradient needed for               | saved                                                                           |
 |-----------------------------------|---------------------------------------------------------------------------------|
-| anything                          | q [T, H, d] and E (shared by all layers); q~ and P are formed again             |
-| a trained value weight or lora_A  | nothing more: dW takes P E formed again, dA = ((s dO B)^T P) E takes r rows of it |
+| anything                          | q [T, H, d] and E (shared by all layers); backward recomputes q~ and P          |
+| a trained value weight or lora_A  | nothing more: backward recomputes P E for dW; dA = ((s dO B)^T P) E needs r rows|
 | the key's lora_A                  | also q_h B: r elements for each head of a query                                 |
 """
 
@@ -77,7 +77,7 @@ def absorbed_attention(
     dropout_p: float = 0.0,
     counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """softmax(q K^T scale) V with K, V the projections of ``states``, which are never formed.
+    """softmax(q K^T scale) V with K, V the projections of ``states``, which are never computed.
 
     q [T, H, d], image by image; states [U, N, C]; key, value: weights [H d, C] -> [T, H, d] in q's dtype. ``counts``: how many queries
     each image has, U integers (equally many by default). ``dropout_p`` falls on the probabilities. ValueError where shapes do not fit.
@@ -96,8 +96,8 @@ def absorbed_attention(
     queries = _spread_heads(scale, q)
     if recipe_of(q) is not None:
         mark_recomputable(queries, partial(_spread_heads, scale), q)
-    how = (partial(_lift, key.scaling), queries, key.weight.view(H, d, -1), key.lora_B, key.lora_A)
-    lifted = mark_recomputable(how[0](*how[1:]), *how, smaller=True)
+    recipe = (partial(_lift, key.scaling), queries, key.weight.view(H, d, -1), key.lora_B, key.lora_A)
+    lifted = mark_recomputable(recipe[0](*recipe[1:]), *recipe, smaller=True)
     out = _attend(lifted, states, value, dropout_p, H, counts)
     if key.bias is not None and key.bias.requires_grad:
         out = out + 0.0 * key.bias.sum()  # its gradient is zero, not absent: an optimiser's view of it stays the ordinary form's
@@ -193,12 +193,12 @@ def _forward(q, states, weight, bias, lora_A, lora_B, scaling: float, p: float, 
 
 
 class _Attend(Function):
-    """dropout(softmax(q~ E^T)) E through the value projection. Backward forms the probabilities again."""
+    """dropout(softmax(q~ E^T)) E through the value projection. Backward recomputes the probabilities."""
 
     @staticmethod
     def forward(ctx, q, states, weight, bias, lora_A, lora_B, scaling, p, seed, images, H):
         ctx.scaling, ctx.p, ctx.images, ctx.H = scaling, p, images, H
-        ctx.remake, kept = to_save(q)
+        ctx.recipe, kept = to_save(q)
         ctx.save_for_backward(states, weight, bias, lora_A, lora_B, seed, *kept)
         return _forward(q, states, weight, bias, lora_A, lora_B, scaling, p, seed, images, H)
 
@@ -209,7 +209,7 @@ class _Attend(Function):
         need_q, need_states, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         images, H, per_head, need_P = ctx.images, ctx.H, (ctx.H, -1), any(ctx.needs_input_grad[:2])
         narrow, work = dout.dtype, work_dtype(dout)
-        q, dW, db, dA, dB = recompute(ctx.remake, kept).to(work), None, None, None, None
+        q, dW, db, dA, dB = recompute(ctx.recipe, kept).to(work), None, None, None, None
         dout, states, weight = dout.to(work), states.to(work), weight.to(work)
         P = images.times(q, states.mT).softmax(-1)
         mask = None if seed is None else keep_mask(P, ctx.p, seed)

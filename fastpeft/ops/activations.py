@@ -1,4 +1,4 @@
-"""GELU and SwiGLU, each with an optional (IA)^3 scale on its output, saving only their inputs.
+"""GELU and SwiGLU, each with an optional (IA)^3 scale on its output, saving only their inputs; and SiLU and products for other units.
 
     gelu:    a = x Phi(x)             y = a l     dx = dy l gelu'(x)
     swiglu:  a = silu(gate) up        y = a l     dgate = dy l up silu'(gate)     dup = dy l silu(gate)
@@ -13,7 +13,10 @@ Shapes: x, gate, up, y [..., N]; scale l [N]. Accumulation: float32 (float64 for
 | up only             |               | gate, scale; up is let go   |
 | none                | nothing       | nothing                     |
 
-The activation itself is never saved: backward remakes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
+silu(x, alpha) = x sigma(alpha x) saves x. multiply(a, b) = a b saves what backward recomputes a and b from, where it can: for
+a = gelu(gate) and b = up, gate and up.
+
+The activation itself is never saved: backward recomputes it, for dl too, so l_ff costs no activation of its own; nor does the linear layer
 that follows save it (see _recompute.py).
 """
 
@@ -87,7 +90,7 @@ class _GELU(Function):
     @staticmethod
     def forward(ctx, x, scale, approximate):
         ctx.approximate = approximate
-        ctx.remake, kept = to_save(x)
+        ctx.recipe, kept = to_save(x)
         ctx.save_for_backward(scale, *kept)
         return _gelu_forward(x, scale, approximate)
 
@@ -96,7 +99,7 @@ class _GELU(Function):
     def backward(ctx, dy):
         need_dx, need_dscale, _ = ctx.needs_input_grad
         scale, *kept = ctx.saved_tensors
-        dx, dscale = _gelu_backward(dy, recompute(ctx.remake, kept), scale, ctx.approximate, need_dx, need_dscale)
+        dx, dscale = _gelu_backward(dy, recompute(ctx.recipe, kept), scale, ctx.approximate, need_dx, need_dscale)
         return dx if need_dx else None, dscale if need_dscale else None, None
 
 
@@ -155,7 +158,7 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up, scale):
         need_dgate, _, need_dscale = ctx.needs_input_grad
-        ctx.remake, kept = to_save_all(gate, up if need_dgate or need_dscale else None)
+        ctx.recipe, kept = to_save_all(gate, up if need_dgate or need_dscale else None)
         ctx.save_for_backward(scale, *kept)
         return _swiglu_forward(gate, up, scale)
 
@@ -163,7 +166,7 @@ class _SwiGLU(Function):
     @first_order
     def backward(ctx, dy):
         scale, *kept = ctx.saved_tensors
-        grads = _swiglu_backward(dy, *recompute_all(ctx.remake, kept), scale, *ctx.needs_input_grad)
+        grads = _swiglu_backward(dy, *recompute_all(ctx.recipe, kept), scale, *ctx.needs_input_grad)
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 
@@ -181,3 +184,53 @@ def swiglu(gate: Tensor, up: Tensor, scale: Tensor | None = None) -> Tensor:
     if wants_grad(gate, up, scale):
         return mark_recomputable(_SwiGLU.apply(gate, up, scale), _swiglu_forward, gate, up, scale)
     return _swiglu_forward(gate, up, scale)
+
+
+def _silu(x, alpha):
+    return F.silu(x) if alpha == 1.0 else F.silu(x * alpha).mul_(1 / alpha)
+
+
+class _SiLU(Function):
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha
+        ctx.recipe, kept = to_save(x)
+        ctx.save_for_backward(*kept)
+        return _silu(x, alpha)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        x = recompute(ctx.recipe, ctx.saved_tensors)
+        return aten.silu_backward(dy, x if ctx.alpha == 1.0 else x * ctx.alpha), None
+
+
+def silu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """``x sigma(alpha x)``, of any shape: SiLU, and for alpha = 1.702 quick GELU. Saves x alone."""
+    if alpha == 1.0 and recipe_of(x) is None:  # ATen's own op saves x alone, as ours would
+        return mark_recomputable(F.silu(x), F.silu, x)
+    again = partial(_silu, alpha=alpha)
+    return mark_recomputable(_SiLU.apply(x, alpha), again, x) if wants_grad(x) else again(x)
+
+
+class _Multiply(Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        need_a, need_b = ctx.needs_input_grad
+        ctx.recipe, kept = to_save_all(a if need_b else None, b if need_a else None)
+        ctx.save_for_backward(*kept)
+        return torch.mul(a, b)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        a, b = recompute_all(ctx.recipe, ctx.saved_tensors)
+        return None if b is None else dy * b, None if a is None else dy * a
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """``a * b``, of one shape and dtype; a factor that backward can form again, such as an activation, is not kept. Factors of different
+    shapes or dtypes are multiplied as PyTorch does."""
+    if a.shape != b.shape or a.dtype != b.dtype or (recipe_of(a) is None and recipe_of(b) is None) or not wants_grad(a, b):
+        return a * b
+    return mark_recomputable(_Multiply.apply(a, b), torch.mul, a, b)

@@ -10,7 +10,8 @@
              with the merged O and lse; dP is summed over the batch inside.
 
 Sources: Liu et al., "(IA)^3" (2022), section 3.3; Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
-Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d], H a multiple of H_kv; key_padding_mask [B, N], True = attend;
+Shapes: q, o [B, H, M, d]; k, v [B, H_kv, N, d], H a multiple of H_kv; key_padding_mask [B, N], True = attend; attn_mask and bias (no copy
+is kept: layers that share one keep it once), broadcastable to [B, H, M, N];
 P_k, P_v [H_kv, n, d]; l_k, l_v [H_kv, d]; lse [B, H, M]. Accumulation: float32 (float64 for float64). Where a CPU
 lacks 16-bit arithmetic, backward is computed in float32 (_gemm.py, _flash.py); what is saved stays in 16 bit.
 
@@ -24,7 +25,7 @@ One strategy is chosen for a call (:func:`_strategy`), each with its own autogra
 |          | in backward                                                      |                                                         |
 | split    | a prefix, on CUDA, and on the CPU where it alone is trained      | q, o, lse, P_k, P_v; for q, k or v also k and v         |
 |          | (float32, float64): parts that meet by their lse                 |                                                         |
-| dropout  | CPU, dropout on the probabilities                                | attention_dropout.py: a seed in place of o and lse      |
+| dropout  | CPU, dropout on the probabilities                                | attention_scores.py: a seed in place of o and lse       |
 | sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
 |          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
 
@@ -46,7 +47,7 @@ from fastpeft.ops._gemm import widened
 from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
-from fastpeft.ops.attention_dropout import attention_with_dropout
+from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
 from fastpeft.ops.rescale import rescale as times
 
@@ -57,7 +58,7 @@ FEW = 1 << 18
 
 
 def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=None, prefix=None, rescale=None) -> Tensor:
-    """The definition, with every matrix formed."""
+    """The definition, every matrix computed in full."""
     B, H, _, d = q.shape
     groups = H // k.shape[1]
     if rescale is not None:
@@ -75,10 +76,13 @@ def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=N
     return scores.masked_fill(~(allowed | ~alive), -torch.inf).softmax(-1).masked_fill(~alive, 0.0) @ v
 
 
-def _plan(q: Tensor, k: Tensor, causal: bool, padding: Tensor | None) -> tuple[bool, Tensor | None]:
+def _plan(q: Tensor, k: Tensor, causal: bool, padding: Tensor | None, bias: Tensor | None = None) -> tuple[bool, Tensor | None]:
     """(is_causal, additive mask) for ATen, whose own causality is aligned at the first query: right for M = N only."""
     is_causal = causal and q.shape[2] == k.shape[2]
     mask = allowed_keys(q, k, causal and not is_causal, padding)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        return is_causal, bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     return is_causal, mask
@@ -128,7 +132,7 @@ def _before(p: Tensor, t: Tensor) -> Tensor:
 
 
 def _join(q, k, v, pk, pv, causal, padding):
-    """[P_k; K], [P_v; V] and their additive mask; made again in backward rather than kept."""
+    """[P_k; K], [P_v; V] and their additive mask; recomputed in backward, not saved."""
     mask = allowed_keys(q, k, causal, padding)
     if mask is not None:
         mask = torch.nn.functional.pad(mask, (pk.shape[1], 0), value=True)
@@ -156,35 +160,35 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
     return "joined" if _joined(q, alone=_trains_prefix_alone(q, k, v, prefix)) else "split"
 
 
-def _plain(causal, scale, padding, q, k, v, lk):
+def _plain(causal, scale, padding, bias, q, k, v, lk):
     """(o, lse), without l_v."""
-    is_causal, mask = _plan(q, k, causal, padding)
+    is_causal, mask = _plan(q, k, causal, padding, bias)
     return flash(q if lk is None else q * _per_query_head(lk, q), k, v, is_causal, mask, scale)
 
 
 class _Plain(Function):
     @staticmethod
-    def forward(ctx, causal, scale, padding, q, k, v, lk, lv):
-        need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[3:]
-        o, lse = _plain(causal, scale, padding, q, k, v, lk)
+    def forward(ctx, causal, scale, padding, bias, q, k, v, lk, lv):
+        need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[4:]
+        o, lse = _plain(causal, scale, padding, bias, q, k, v, lk)
         ctx.causal, ctx.scale, ctx.inner = causal, scale, need_q or need_k or need_v or need_lk
-        ctx.remake, kept = to_save_all(*((q, k, v) if ctx.inner else ()))
-        inner = (lse, padding) if ctx.inner else (None, None)
+        ctx.recipe, kept = to_save_all(*((q, k, v) if ctx.inner else ()))
+        inner = (lse, padding, bias) if ctx.inner else (None, None, None)
         ctx.save_for_backward(o if ctx.inner or need_lv else None, *inner, lk, lv, *kept)
         return o if lv is None else o * _per_query_head(lv, q)
 
     @staticmethod
     @first_order
     def backward(ctx, do):
-        o, lse, padding, lk, lv, *kept = ctx.saved_tensors
-        need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[3:]
+        o, lse, padding, bias, lk, lv, *kept = ctx.saved_tensors
+        need_q, need_k, need_v, need_lk, need_lv = ctx.needs_input_grad[4:]
         dq = dk = dv = dlk = dlv = None
         if lv is not None:
             dlv = _sum_per_kv_head(do, o, lv) if need_lv else None
             do = do * _per_query_head(lv, do)
         if ctx.inner:
-            q, k, v = recompute_all(ctx.remake, kept)
-            is_causal, mask = _plan(q, k, ctx.causal, padding)
+            q, k, v = recompute_all(ctx.recipe, kept)
+            is_causal, mask = _plan(q, k, ctx.causal, padding, bias)
             scaled = q if lk is None else q * _per_query_head(lk, q)
             if not (need_k or need_v) and dq_alone_pays(q, k, mask):
                 dq = dq_alone(do, scaled, k, v, o, lse, is_causal, ctx.scale)
@@ -193,7 +197,7 @@ class _Plain(Function):
             if lk is not None:
                 dlk = _sum_per_kv_head(q, dq, lk) if need_lk else None
                 dq = dq * _per_query_head(lk, dq) if need_q else None
-        return None, None, None, dq, dk, dv, dlk, dlv
+        return None, None, None, None, dq, dk, dv, dlk, dlv
 
 
 def _with_joined(causal, scale, padding, q, k, v, pk, pv):
@@ -207,7 +211,7 @@ class _Joined(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
         o, lse = _with_joined(causal, scale, padding, q, k, v, pk, pv)
         ctx.causal, ctx.scale = causal, scale
-        ctx.remake, kept = to_save_all(q, k, v)
+        ctx.recipe, kept = to_save_all(q, k, v)
         ctx.save_for_backward(o, lse, padding, pk, pv, *kept)
         return o
 
@@ -215,7 +219,7 @@ class _Joined(Function):
     @first_order
     def backward(ctx, do):
         o, lse, padding, pk, pv, *kept = ctx.saved_tensors
-        q, k, v = recompute_all(ctx.remake, kept)
+        q, k, v = recompute_all(ctx.recipe, kept)
         n = pk.shape[1]
         k, v, mask = _join(q, k, v, pk, pv, ctx.causal, padding)
         dq, dk, dv = flash_bwd(do, q, k, v, o, lse, False, mask, ctx.scale)
@@ -225,7 +229,7 @@ class _Joined(Function):
 
 def _split(causal, scale, padding, q, k, v, pk, pv):
     """(o, lse)"""
-    o, lse = _plain(causal, scale, padding, q, k, v, None)
+    o, lse = _plain(causal, scale, padding, None, q, k, v, None)
     if padding is not None or (causal and q.shape[2] > k.shape[2]):
         alive = allowed_keys(q, k, causal, padding).any(-1)  # where every key is masked lse is 0 on the CPU, whatever it is on CUDA
         lse = lse.masked_fill(~alive, -torch.inf)
@@ -237,7 +241,7 @@ class _Split(Function):
     def forward(ctx, causal, scale, padding, q, k, v, pk, pv):
         o, lse = _split(causal, scale, padding, q, k, v, pk, pv)
         ctx.causal, ctx.scale, ctx.tokens = causal, scale, any(ctx.needs_input_grad[3:6])
-        ctx.remake, kept = to_save_all(q, *((k, v) if ctx.tokens else ()))
+        ctx.recipe, kept = to_save_all(q, *((k, v) if ctx.tokens else ()))
         ctx.save_for_backward(o, lse, padding if ctx.tokens else None, pk, pv, *kept)
         return o
 
@@ -245,7 +249,7 @@ class _Split(Function):
     @first_order
     def backward(ctx, do):
         o, lse, padding, pk, pv, *kept = ctx.saved_tensors
-        q, *tokens = recompute_all(ctx.remake, kept)
+        q, *tokens = recompute_all(ctx.recipe, kept)
         need_q, need_prefix = ctx.needs_input_grad[3], any(ctx.needs_input_grad[6:])
         dq = dk = dv = dpk = dpv = None
         if ctx.tokens:
@@ -258,12 +262,12 @@ class _Split(Function):
         return None, None, None, dq, dk, dv, dpk, dpv
 
 
-def _with_dropout(q, k, v, causal, padding, scale, prefix, dropout_p) -> Tensor:
+def _with_dropout(q, k, v, causal, padding, scale, prefix, dropout_p, bias=None) -> Tensor:
     """The strategy "dropout", which takes its allowed keys with the prefix before them."""
     allowed = allowed_keys(q, k, causal, padding)
     if allowed is not None and prefix is not None:
         allowed = torch.nn.functional.pad(allowed, (prefix[0].shape[1], 0), value=True)
-    return attention_with_dropout(q, k, v, allowed, scale, prefix, dropout_p)
+    return attention_with_scores(q, k, v, allowed, scale, dropout_p=dropout_p, prefix=prefix, bias=bias)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -290,11 +294,38 @@ def _check(q, k, v, causal, padding, prefix, rescale, dropout_p) -> None:
         raise ValueError(f"attention: dropout_p is {dropout_p}; it must lie in [0, 1)")
 
 
+def _check_masks(q, k, padding, attn_mask, bias, prefix) -> None:
+    scores = (*q.shape[:3], k.shape[2])
+    for name, mask in (("attn_mask", attn_mask), ("bias", bias)):
+        if mask is not None and (mask.dim() != 4 or any(n not in (1, size) for n, size in zip(mask.shape, scores))):
+            raise ValueError(f"attention: {name} {tuple(mask.shape)} does not broadcast to [B, H, M, N] = {list(scores)}")
+    if attn_mask is not None and (attn_mask.dtype != torch.bool or padding is not None):
+        raise ValueError("attention: attn_mask is bool, True = attend, and stands in place of key_padding_mask; pass one of the two")
+    if bias is not None and (not bias.is_floating_point() or bias.requires_grad):
+        raise ValueError(f"attention: bias is a constant of a floating dtype, not {bias.dtype}{' that is trained' * bias.requires_grad}")
+    if prefix is not None and (attn_mask is not None or bias is not None):
+        raise ValueError("attention: attn_mask and bias do not cover the prefix's keys; pass key_padding_mask")
+
+
 def _check_method_parameters(k, prefix, rescale) -> None:
     if prefix is not None and any(p.dim() != 3 or p.shape[::2] != k.shape[1::2] or p.shape != prefix[0].shape for p in prefix):
         raise ValueError(f"attention: prefix shapes {[tuple(p.shape) for p in prefix]}; pass (P_k, P_v), each [H_kv, n, d]")
     if rescale is not None and any(l.shape != k.shape[1::2] for l in rescale):
         raise ValueError(f"attention: rescale shapes {[tuple(l.shape) for l in rescale]}; pass (l_k, l_v), each [H_kv, d]")
+
+
+def _prepared(q, k, v, scale, prefix, rescale, bias):
+    """(q, k, v, scale, prefix, rescale) as every strategy takes them."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0.0:  # ATen masks before it scales (torch 2.13, CPU, causal): -inf times such a scale is nan or inf
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
+    q, k, v = (_dense(t) for t in (q, k, v))
+    if prefix is not None:
+        prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
+    if rescale is not None and (prefix is not None or bias is not None):  # q cannot take what is for a part of the scores
+        k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
+        rescale = None
+    return q, k, v, scale, prefix, rescale
 
 
 @under_autocast("lower")
@@ -309,37 +340,37 @@ def attention(
     prefix: tuple[Tensor, Tensor] | None = None,
     rescale: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
+    attn_mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of q [B, H, M, d] to k, v [B, H_kv, N, d]; returns [B, H, M, d].
 
     ``causal``: query i sees keys j <= i + N - M. ``key_padding_mask`` [B, N] bool, True = attend. ``scale``: 1/sqrt(d).
     ``prefix`` = (P_k, P_v) [H_kv, n, d]: keys and values every query sees, before the others.
     ``rescale`` = (l_k, l_v) [H_kv, d]: (IA)^3's factors on k and v, not on the prefix. ``dropout_p`` falls on the
-    probabilities. A query without any key gives 0 and gets gradient 0.
+    probabilities. ``attn_mask`` bool, broadcastable to [B, H, M, N], True = attend: any other pattern, instead of key_padding_mask.
+    ``bias`` floating, a constant broadcastable to [B, H, M, N]: added to the scaled scores. With a prefix neither is taken.
+    A query without any key gives 0 and gets gradient 0.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     _check(q, k, v, causal, key_padding_mask, prefix, rescale, dropout_p)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0.0:  # ATen masks before it scales (torch 2.13, CPU, causal): -inf times such a scale is nan or inf
-        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
-    q, k, v = (_dense(t) for t in (q, k, v))
-    if prefix is not None:
-        prefix = tuple(_dense(p) for p in prefix) if prefix[0].shape[1] else None
-    if rescale is not None and prefix is not None:  # one score for two differently scaled parts: scale K and V themselves
-        k, v = (times(t, l.to(t.dtype)[:, None]) for t, l in zip((k, v), rescale))  # kept once: as they were before
-        rescale = None
+    _check_masks(q, k, key_padding_mask, attn_mask, bias, prefix)
+    key_padding_mask = key_padding_mask if attn_mask is None else attn_mask
+    q, k, v, scale, prefix, rescale = _prepared(q, k, v, scale, prefix, rescale, bias)
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
     strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
+    if bias is not None and strategy != "plain":
+        return _with_dropout(q, k, v, causal, key_padding_mask, scale, None, dropout_p, bias)
     if strategy in ("dropout", "sdpa"):
         q = q if lk is None else times(q, _per_query_head(lk, q))
         o = {"dropout": _with_dropout, "sdpa": around_sdpa}[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
         return o if lv is None else times(o, _per_query_head(lv, o))
-    how = (causal, scale, key_padding_mask)
+    options = (causal, scale, key_padding_mask)
     if strategy == "plain":
         if wants_grad(q, k, v, lk, lv):
-            return _Plain.apply(*how, q, k, v, lk, lv)
-        o, _ = _plain(*how, q, k, v, lk)
+            return _Plain.apply(*options, bias, q, k, v, lk, lv)
+        o, _ = _plain(*options, bias, q, k, v, lk)
         return o if lv is None else o * _per_query_head(lv, o)
     function, forward = (_Joined, _with_joined) if strategy == "joined" else (_Split, _split)
-    return function.apply(*how, q, k, v, pk, pv) if wants_grad(q, k, v, pk, pv) else forward(*how, q, k, v, pk, pv)[0]
+    return function.apply(*options, q, k, v, pk, pv) if wants_grad(q, k, v, pk, pv) else forward(*options, q, k, v, pk, pv)[0]

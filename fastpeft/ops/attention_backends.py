@@ -86,9 +86,9 @@ def _version_4() -> bool:
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float) -> Tensor:
-    how = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # of the backward, as PyTorch's own kernels ask
-    how |= {} if _version_4() else {"dropout_p": dropout_p}
-    o = _module("flash-attn").flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=causal, **how)
+    options = {"deterministic": torch.are_deterministic_algorithms_enabled()}  # of the backward, as PyTorch's own kernels ask
+    options |= {} if _version_4() else {"dropout_p": dropout_p}
+    o = _module("flash-attn").flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=causal, **options)
     return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)  # version 4 gives the log-sum-exp, too
 
 
@@ -146,9 +146,12 @@ def beside_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor |
 
 
 def allowed_keys(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> Tensor | None:
-    """[B or 1, 1, M or 1, N] bool, True = attend; causality is aligned at the last query and the last key."""
+    """[B or 1, H or 1, M or 1, N] bool, True = attend; causality is aligned at the last query and the last key. ``key_padding_mask``:
+    [B, N], or a mask of four dimensions already."""
     M, N = q.shape[2], k.shape[2]
-    mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
+    mask = key_padding_mask
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None]
     if causal and M > 1:
         triangle = torch.ones(M, N, dtype=torch.bool, device=q.device).tril(N - M)
         mask = triangle[None, None] if mask is None else mask & triangle

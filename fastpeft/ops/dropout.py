@@ -1,6 +1,6 @@
 """Dropout that keeps a seed, not a mask.
 
-    y = x * keep / (1 - p),  keep ~ Bernoulli(1 - p)        dx = dy * keep / (1 - p), with keep drawn again from the same seed
+    y = x * keep / (1 - p),  keep ~ Bernoulli(1 - p)        dx = dy * keep / (1 - p), with keep redrawn from the same seed
 
 | gradient needed for | saved                                     |
 |---------------------|-------------------------------------------|

@@ -19,7 +19,7 @@ Accumulation: float32 (float64 for float64), softmax included. Parameters may be
 | gradient needed for     | saved                                                           | computed in backward        |
 |-------------------------|-----------------------------------------------------------------|-----------------------------|
 | k alone                 | nothing                                                         | nothing: dK is dK' itself   |
-| any other               | U, N (and Z): r elements a token, none as wide as C; no K_x, no A | A again, then the one pass |
+| any other               | U, N (and Z): r elements a token, none as wide as C; no K_x, no A | A, then the one pass       |
 | w_down                  | also T, which the projections beside it keep anyway             | dU^T T                      |
 """
 
@@ -38,7 +38,7 @@ from fastpeft.ops.lora_linear import linear
 
 
 def excitor_keys_reference(k, hidden, w_down, w_up, prompt, gate, visual=None) -> Tensor:
-    """The paper's equations 6-9, K_x formed; adding its scores to S is the same as adding it to K."""
+    """The paper's equations 6-9, K_x computed; adding its scores to S is the same as adding it to K."""
     B, H, M, d = k.shape
     linear = torch.nn.functional.linear
     keys = values = prompt.expand(B, -1, -1)

@@ -160,7 +160,7 @@ def _again(eps, h, weight, bias):
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
-    ``weight`` and ``bias`` are [N] or None, in x's dtype or float32. Frozen ones cost nothing: no gradient of theirs is formed.
+    ``weight`` and ``bias`` are [N] or None, in x's dtype or float32. Frozen ones cost nothing: their gradients are not computed.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)

@@ -1,9 +1,10 @@
-"""Linear head and cross entropy in one op: logits only where labels are, in chunks, gradients formed in the forward pass.
+"""Linear head and cross entropy in one op: logits only where labels are, in chunks, gradients computed in the forward pass.
 
     z = h W^T + b        loss = lse(z) - (1 - e) z_y - (e / V) sum_v z_v        e: label smoothing
     G = softmax(z) - (1 - e) onehot(y) - e / V        dh = g G W        dW = (g G)^T h        db = sum_rows g G
+    with a soft cap c (Gemma 2): z = c tanh(u / c), u = h W^T + b, and G times 1 - (z / c)^2 in place of G
 
-Source: the softmax's own derivative; forming gradients chunk by chunk in forward follows Wijmans et al., "Cut Your Losses in
+Source: the softmax's own derivative; computing gradients chunk by chunk in forward follows Wijmans et al., "Cut Your Losses in
 Large-Vocabulary Language Models" (2024), section 4, without their filtering of small entries, which would change the result.
 Shapes: hidden h [..., C]; weight W [V, C]; bias b [V]; labels y [...] int64; M rows, of which n are labelled.
 Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (float64 for float64).
@@ -14,8 +15,8 @@ Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (
 |                                    | gradient; where n < M also their index, 8 n bytes         |                     |
 | weight, bias; reduction mean, sum  | dW [V, C], db [V], likewise before the upstream gradient  | +1 for dW           |
 | weight, bias; reduction none       | h and y (their labelled rows and the index where n < M;   | 2 + 1 + 1           |
-|                                    | what remakes h, if anything does): rows of G scale apart, |                     |
-|                                    | so backward forms z again                                 |                     |
+|                                    | or h's recipe): rows of G scale apart,                    |                     |
+|                                    | so backward recomputes z                                  |                     |
 | none                               | nothing                                                   | 1                   |
 
 A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; with a trained head
@@ -26,6 +27,8 @@ shape may depend on data: there the operator finds the labelled rows itself and 
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +46,20 @@ from fastpeft.ops.rescale import _forward as scaled
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index=-100, label_smoothing=0.0, reduction="mean"
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    reduction="mean",
+    softcap=0.0,
 ) -> Tensor:
     """PyTorch's own two calls, in the accumulator's dtype."""
     acc = accumulator(hidden.dtype)
     logits = F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(
         logits.view(-1, weight.shape[0]),
         labels.reshape(-1),
@@ -69,7 +81,7 @@ def _triton(*args):
         return chunked(cross_entropy_rows, *args)
 
 
-def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias):
+def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0):
     return (
         hidden.new_empty(labels.shape, dtype=accumulator(hidden.dtype)),
         hidden.new_empty(hidden.shape if need_dhidden else 0),
@@ -80,7 +92,7 @@ def _fake(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need
 
 _op = _library.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_scale, int? ignore_index,"
-    " float label_smoothing, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " float label_smoothing, bool need_dhidden, bool need_dweight, bool need_dbias, float softcap=0.0)"
     " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
     composite=_composite,
@@ -89,7 +101,7 @@ _op = _library.define(
 
 
 @_library.flop_formula(torch.ops.fastpeft.linear_cross_entropy, get_raw=True)
-def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, **_):
+def _flops(hidden, weight, bias, labels, row_scale, ignore_index, smoothing, need_dhidden, need_dweight, need_dbias, softcap=0.0, **_):
     """Labelled rows only; all of them where labels have no values."""
     known = ignore_index is not None and _has_values(labels)
     n = int((labels != ignore_index).sum()) if known else labels.shape[0]
@@ -104,21 +116,21 @@ class _LinearCrossEntropy(Function):
     """Over hidden [..., C] and labels [M]; the losses are [M] for "none"."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, reduction):
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, reduction, softcap):
         need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         rows, M, index = hidden.reshape(-1, hidden.shape[-1]), labels.shape[0], None
         if _has_values(labels):  # from here on there are labelled rows only
             index, ignore_index = labelled_rows(labels, ignore_index), None
             labels, rows = select_rows(labels, index), select_rows(rows, index)
         index = None if index is None else to_device_async(index, rows.device)
-        ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing)
-        ctx.remake = reduction == "none" and (need_dweight or need_dbias)
-        needs = (False,) * 3 if ctx.remake else (need_dhidden, need_dweight, need_dbias)
+        ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing, softcap)
+        ctx.recomputes_logits = reduction == "none" and (need_dweight or need_dbias)
+        needs = (False,) * 3 if ctx.recomputes_logits else (need_dhidden, need_dweight, need_dbias)
         factor = _share(rows, labels, ignore_index) if reduction == "mean" else None
         late = factor is not None and hidden.dtype == torch.float16
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
-        loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs)
-        if ctx.remake:
+        loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs, softcap)
+        if ctx.recomputes_logits:
             ctx.recipe, kept = to_save(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
             ctx.save_for_backward(index, weight, bias, labels, *kept)
         else:
@@ -134,11 +146,11 @@ class _LinearCrossEntropy(Function):
         index, *saved = ctx.saved_tensors
         if grad.dim():  # reduction none: rows scale apart
             grad = select_rows(grad, index)
-        if ctx.remake:
+        if ctx.recomputes_logits:
             weight, bias, labels, *kept = saved
             hidden = recompute(ctx.recipe, kept).reshape(-1, ctx.shape[-1])
             rows = hidden if ctx.recipe is None else select_rows(hidden, index)
-            _, *grads = _op(rows, weight, bias, labels, grad, *ctx.config, *needs)
+            _, *grads = _op(rows, weight, bias, labels, grad, *ctx.config[:2], *needs, ctx.config[2])
             grads = [d if need else None for d, need in zip(grads, needs)]
         else:
             factor, *grads = saved
@@ -150,7 +162,7 @@ class _LinearCrossEntropy(Function):
             if index is not None:
                 dhidden = dhidden.new_zeros(ctx.shape).view(-1, ctx.shape[-1]).index_copy_(0, index, dhidden)
             dhidden = dhidden.view(ctx.shape)
-        return dhidden, *rest, None, None, None, None
+        return dhidden, *rest, None, None, None, None, None
 
 
 def _scaled(d: Tensor, grad: Tensor) -> Tensor:
@@ -191,7 +203,7 @@ def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
     return hidden.to(dtype), weight.to(dtype), bias
 
 
-def _check(hidden, weight, bias, labels, label_smoothing, reduction) -> None:
+def _check(hidden, weight, bias, labels, label_smoothing, reduction, softcap) -> None:
     op = "linear_cross_entropy"
     check_floating(op, hidden=hidden, weight=weight, bias=bias)
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -204,6 +216,8 @@ def _check(hidden, weight, bias, labels, label_smoothing, reduction) -> None:
         raise ValueError(f"{op}: labels {tuple(labels.shape)} must have hidden's leading shape {tuple(hidden.shape[:-1])}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it lies between 0 and 1")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}; it is a positive number, or 0 for none")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction={reduction!r}; use 'mean', 'sum' or 'none'")
 
@@ -217,6 +231,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    softcap: float = 0.0,
 ) -> Tensor:
     """``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` without the logits.
 
@@ -224,17 +239,18 @@ def linear_cross_entropy(
     for. Returns a scalar, or losses of labels' shape for "none", in float32 (float64 for float64): bfloat16 has 3 digits. Where hidden
     and weight differ in dtype, the narrower one is cast for the call (a bfloat16 head under float32 states: a copy of it, 4 V C bytes);
     gradients have their own dtypes.
+    ``softcap`` c: logits are c tanh(z / c) of these (Gemma 2's ``final_logit_softcapping``); 0: they are not capped.
     Nothing labelled: nan for "mean" and zero gradients, as in PyTorch.
     Raises ValueError or TypeError where arguments do not fit. IndexError for a label outside [0, V).
     """
-    _check(hidden, weight, bias, labels, label_smoothing, reduction)
+    _check(hidden, weight, bias, labels, label_smoothing, reduction, softcap)
     hidden, weight, bias = _alike(hidden, weight, bias)
     y = labels.reshape(-1)
     y = y if y.device.type == "cpu" else y.to(hidden.device)
     if wants_grad(hidden, weight, bias):
-        loss = _LinearCrossEntropy.apply(hidden, weight, bias, y, ignore_index, label_smoothing, reduction)
+        loss = _LinearCrossEntropy.apply(hidden, weight, bias, y, ignore_index, label_smoothing, reduction, softcap)
     else:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss = _op(flat, weight, bias, y, None, ignore_index, label_smoothing, False, False, False)[0]
+        loss = _op(flat, weight, bias, y, None, ignore_index, label_smoothing, False, False, False, softcap)[0]
         loss = _reduce(loss, y, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss

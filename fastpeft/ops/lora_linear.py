@@ -14,11 +14,11 @@ images meet x, their gradients come back in float32.
 | gradient needed for | saved                                                  | computed in backward        |
 |---------------------|--------------------------------------------------------|-----------------------------|
 | x                   | nothing (W, A, B are parameters, no copy)              | one GEMM, one rank-R update |
-| A                   | x, once for all projections (what remakes it, if any)  | dS, dA                      |
+| A                   | x, once for all projections (or its recipe)               | dS, dA                      |
 | B                   | S: R elements a token, not x                           | dB                          |
 | W                   | x (likewise)                                           | dW                          |
 | b                   | nothing                                                | db                          |
-| any, with dropout   | also a seed of 8 bytes: masks are drawn again, not saved |                            |
+| any, with dropout   | also a seed of 8 bytes: masks are redrawn, not saved     |                            |
 
 W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised weight: forward and backward each
 dequantize it, and no copy is saved.
@@ -231,8 +231,8 @@ class _LoRALinears(Function):
         ctx.needs = [sum(bit for bit, flag in zip((DW, DB, DLA, DLB), flags[i : i + 4]) if flag) for i in range(0, len(flags), 4)]
         ctx.scalings, ctx.p = scalings, p
         need_x, need_s = (any(need & bits for need in ctx.needs) for bits in (DW | DLA, DLB))
-        ctx.remake, kept = to_save(x if need_x else None)
-        ctx.held = [W if isinstance(W, QuantizedWeight) else None for W in weights]
+        ctx.recipe, kept = to_save(x if need_x else None)
+        ctx.quantized = [W if isinstance(W, QuantizedWeight) else None for W in weights]
         dense = (None if isinstance(W, QuantizedWeight) else W for W in weights)
         ctx.save_for_backward(s if need_s else None, seed, *dense, *As, *Bs, *kept)
         return tuple(ys)
@@ -245,10 +245,10 @@ class _LoRALinears(Function):
         weights, As, Bs = params[:n], params[n : 2 * n], params[2 * n : 3 * n]
         out = [None] * (4 + 4 * n)
         if any(dy is not None for dy in dys):
-            x = recompute(ctx.remake, params[3 * n :])
+            x = recompute(ctx.recipe, params[3 * n :])
             like = next(dy for dy in dys if dy is not None)
             as_needed = dequantized if ctx.need_dx else lambda W, _: shape_placeholder(W, like)  # only dx is a product with W
-            weights = [W if held is None else as_needed(held, like.dtype) for W, held in zip(weights, ctx.held)]
+            weights = [W if stored is None else as_needed(stored, like.dtype) for W, stored in zip(weights, ctx.quantized)]
             grads = iter(_backward(list(dys), x, weights, As, Bs, s, ctx.scalings, ctx.p, seed, ctx.need_dx, ctx.needs))
             if ctx.need_dx:
                 out[3] = next(grads)
@@ -261,13 +261,13 @@ class _LoRALinears(Function):
 
 def _check(x: Tensor, projection: Projection) -> None:
     weight, bias, A, B, _ = projection
-    held = isinstance(weight, QuantizedWeight)
-    check_floating("lora_linear", x=x, weight=None if held else weight, bias=bias, lora_A=A, lora_B=B)
+    quantized = isinstance(weight, QuantizedWeight)
+    check_floating("lora_linear", x=x, weight=None if quantized else weight, bias=bias, lora_A=A, lora_B=B)
     if len(weight.shape) != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; pass x [..., in] and weight [out, in]"
         )
-    if not held and weight.dtype != x.dtype:
+    if not quantized and weight.dtype != x.dtype:
         raise TypeError(f"lora_linear: weight is {weight.dtype} and x is {x.dtype}; cast one to the other's")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"lora_linear: bias {tuple(bias.shape)} {bias.dtype}; pass shape [{weight.shape[0]}] in {x.dtype}")
@@ -322,10 +322,11 @@ def lora_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which saves nothing for a trained weight where backward can form ``x`` again (see _recompute.py), and multiplies in
-    float32 where the CPU lacks x's dtype (see _gemm.py); W may be held."""
-    if isinstance(weight, QuantizedWeight) or widened(x):
+    """``F.linear``, which saves nothing for a trained weight where backward can recompute ``x`` (see _recompute.py), and multiplies in
+    float32 where the CPU lacks x's dtype (see _gemm.py); W may be a QuantizedWeight."""
+    if isinstance(weight, QuantizedWeight) or (_gemm.LACKING and widened(x)):
         return lora_linear(x, weight, bias, None, None)
-    if weight.requires_grad and torch.is_grad_enabled() and recipe_of(x) is not None:
+    # a DTensor has __tensor_flatten__: PyTorch knows how its own operators are sharded
+    if weight.requires_grad and recipe_of(x) is not None and torch.is_grad_enabled() and not hasattr(weight, "__tensor_flatten__"):
         return lora_linear(x, weight, bias, None, None)
     return torch.nn.functional.linear(x, weight, bias)

@@ -19,7 +19,7 @@ Accumulation: the GEMM's (float32, float64 for float64). Parameters may be float
 | x                            | routing, and a, which dw's pass over dx' reads     | e, da, dx                     |
 | w_up, b_up, routing          | a: h elements a token, after dropout               | e or dE                       |
 | w_down                       | also x, which the norm before it keeps anyway      | da^T x                        |
-| any, with dropout            | a seed of 8 bytes; the mask is drawn again         |                               |
+| any, with dropout            | a seed of 8 bytes; the mask is redrawn             |                               |
 
 norm_mm_adapter.py takes the RMSNorm before it along.
 """
@@ -39,7 +39,7 @@ from fastpeft.ops.dropout import draw, new_seed
 
 
 def mm_adapter_reference(x, w_down, b_down, w_up, b_up, routing, scale=1.0, groups=2) -> Tensor:
-    """The paper's two adapters, each formed, then mixed."""
+    """The paper's two adapters, each computed in full, then mixed."""
     a = torch.nn.functional.linear(x, w_down, b_down).unflatten(-1, (groups, -1))
     out = x
     for i in range(2):

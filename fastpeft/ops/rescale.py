@@ -9,7 +9,7 @@ Accumulation: float32 (float64 for float64). No division by l anywhere: exact ze
 | gradient needed for | saved                  | written in backward |
 |---------------------|------------------------|---------------------|
 | x only              | scale (the parameter)  | dx                  |
-| scale only          | x, or what remakes it  | dscale; no dx       |
+| scale only          | x, or what recomputes it  | dscale; no dx       |
 | both                | x, scale               | dx, dscale, one pass over dy and x; dy x never exists |
 | none                | nothing                |                     |
 """
@@ -65,7 +65,7 @@ def _times(x: Tensor, scale: Tensor) -> Tensor:
 class _Rescale(Function):
     @staticmethod
     def forward(ctx, x, scale):
-        ctx.remake, kept = to_save(x if ctx.needs_input_grad[1] else None)
+        ctx.recipe, kept = to_save(x if ctx.needs_input_grad[1] else None)
         ctx.save_for_backward(scale, *kept)
         return _times(x, scale)
 
@@ -76,7 +76,7 @@ class _Rescale(Function):
         scale, *kept = ctx.saved_tensors
         if not need_dscale:
             return _times(dy, scale), None
-        dx, dscale = _backward(dy, recompute(ctx.remake, kept), scale, need_dx, need_dscale)
+        dx, dscale = _backward(dy, recompute(ctx.recipe, kept), scale, need_dx, need_dscale)
         return dx if need_dx else None, dscale
 
 

@@ -120,7 +120,7 @@ def _again(eps, h, weight):
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
-    ``weight`` is [N] or None, in x's dtype or float32. A frozen one costs nothing: its gradient is not formed.
+    ``weight`` is [N] or None, in x's dtype or float32. A frozen one costs nothing: its gradient is not computed.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     check_norm("rms_norm", x, None, eps, weight=weight)

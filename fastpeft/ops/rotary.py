@@ -7,7 +7,8 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 Shapes: x, y [..., d]; cos, sin broadcastable to [..., rot], rot <= d and even (transformers gives [B, M, d]: unsqueeze the head).
 Accumulation: float32 (float64 for float64), one rounding; x may be any view, and y has its strides.
 
-Saved for backward: cos and sin (tables of the caller, no copy), and nothing of x.
+Saved for backward: cos and sin (tables of the caller, no copy), and nothing of x. Where backward can recompute x (a norm of queries or
+keys), it can recompute y: the attention after it saves neither.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,4 +85,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(f"rotary: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}; for [B, H, M, d] unsqueeze(1)")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rotary: cos and sin are constants; detach() them")
-    return _Rotary.apply(x, cos, sin) if wants_grad(x) else _op(x, cos, sin, False)
+    if not wants_grad(x):
+        return _op(x, cos, sin, False)
+    y = _Rotary.apply(x, cos, sin)
+    return y if recipe_of(x) is None else mark_recomputable(y, _turned, x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _op(x, cos, sin, False)

@@ -13,6 +13,12 @@ Dtype = Literal["fp32", "bf16"]
 RUN, OPTIMISER, MEMORY, OUTPUT = (Option(panel=name) for name in ("Run", "Optimiser", "Memory", "Output"))
 VALIDATE = Option(panel="Validation")
 
+# options that a resumed run may have otherwise: how long, where, and what does not bear on the result
+FREE = {
+    *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
+    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
+}
+
 
 @options
 class TrainConfig:
@@ -65,6 +71,8 @@ class TrainConfig:
     "processes that decode images"
     save_every: Annotated[CountOrZero, OUTPUT, Option(names=("save_steps",))] = 200
     "steps between checkpoints; 0: at the end only"
+    keep_checkpoints: Annotated[Count, OUTPUT, Option(names=("save_total_limit",))] = 2
+    "how many checkpoints stay: where the newest turns out to be damaged, the one before resumes"
     eval_every: Annotated[CountOrZero, VALIDATE, Option(names=("eval_steps",))] = 0
     "steps between validations on the data set's validation split, else on the part that hold_out holds out; 0: none"
     patience: Annotated[CountOrZero, VALIDATE, Option(names=("early_stopping_patience",))] = 0
@@ -76,7 +84,9 @@ class TrainConfig:
     out: Annotated[FilePath | None, OUTPUT, Option(names=("output_dir",), must="text")] = None
     "folder for the run's files; none: they are not written"
     resume: Annotated[bool, OUTPUT, Option(names=("resume_from_checkpoint",))] = False
-    "go on from the checkpoint in --out; without one, start afresh"
+    "go on from the newest intact checkpoint in --out; without one, start afresh and say so"
+    allow_change: Annotated[tuple[str, ...] | None, OUTPUT, Option(must="names, such as learning_rate,weight_decay")] = None
+    "what a resumed run may have otherwise than its checkpoint, such as learning_rate,weight_decay; the summary says so"
     device: Annotated[Text | None, RUN] = None
     "cpu, cuda, ... (default: CUDA where there is one)"
     tensorboard: Annotated[bool, OUTPUT] = False

@@ -54,7 +54,7 @@ class MetricsLog(contextlib.ExitStack):
             done["steady_samples"] += row["samples"]
             done["steady_seconds"] += seconds
         done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
-        row |= {"seconds": seconds, "samples_per_second": row["samples"] / seconds, "memory_bytes": memory_bytes(self.device)}
+        row |= {"seconds": seconds, "samples_per_second": row["samples"] / max(seconds, 1e-9), "memory_bytes": memory_bytes(self.device)}
         shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
@@ -69,13 +69,16 @@ class MetricsLog(contextlib.ExitStack):
                     self.board.add_scalar(name, value, row["step"])
 
 
-def keep_lines(path: Path, last_step: int) -> None:
-    """Drop metrics past ``last_step`` (and a torn last line): a resumed run writes them again."""
+def keep_lines(path: Path, last_step: int) -> int:
+    """Drop metrics past ``last_step`` (and a torn last line): a resumed run writes them again. Returns how many of the steps up to there
+    have no line."""
     if not path.is_file():
-        return
-    kept = []
+        return last_step
+    kept, steps = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= last_step:
+            if (step := json.loads(line)["step"]) <= last_step and step not in steps:
                 kept.append(line)
+                steps.add(step)
     write_text(path, "".join(line + "\n" for line in kept))
+    return last_step - len(steps)

@@ -1,8 +1,15 @@
-"""Checkpoint of a run: trained parameters as safetensors, optimiser and random state, and the position in the data."""
+"""Checkpoints of a run: trained parameters as safetensors, optimiser and random state, and the position in the data.
+
+The newest is ``checkpoint/``, older ones ``checkpoint-STEP/``. A manifest in each has the SHA-256 of its files, so that a damaged one is
+known, and the newest intact one resumes. Checkpoints of before the manifest are read without.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +17,101 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastpeft.files import atomic_folder, save_tensors
+from fastpeft.files import atomic_folder, save_tensors, sha256
 from fastpeft.methods.base import check_keys
 
+MANIFEST = "manifest.json"
 
-def save_state(folder: Path, model: nn.Module, optimizer, progress: dict[str, Any]) -> None:
-    """Write the folder atomically: a run killed while saving keeps its last checkpoint."""
-    with atomic_folder(folder) as draft:
+
+def save_state(
+    folder: Path, model: nn.Module, optimizer, progress: dict[str, Any], *, rng: dict[str, Any] | None = None, keep: int = 1
+) -> None:
+    """Write the folder atomically: a run killed while saving keeps its last checkpoint. ``rng``: as :func:`random_state` gave it (None:
+    now); ``keep``: how many checkpoints are kept, this one among them; older ones are removed once it stands."""
+    step = _step_of(folder) if keep > 1 else None
+    with atomic_folder(folder, aside=None if step is None else folder.with_name(f"{folder.name}-{step}")) as draft:
         trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_tensors(trained, draft / "trained.safetensors")
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
         try:
-            torch.save(state, draft / "optimizer.pt")
+            torch.save({"optimizer": optimizer.state_dict()} | (random_state() if rng is None else rng), draft / "optimizer.pt")
         except RuntimeError as error:  # torch's error for a full disk
             raise OSError(f"{folder} cannot be written: {' '.join(str(error).split())[:200]}") from None
         (draft / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
+        digests = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+        (draft / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=1) + "\n")
+    for old in checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """States of torch's generators: of the CPU, and of every CUDA device."""
+    return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that stand, ``folder`` and those of older steps beside it, newest first."""
+    older = [path for path in folder.parent.glob(f"{escape(folder.name)}-*") if _number(path) is not None and path.is_dir()]
+    return [folder] * folder.is_dir() + sorted(older, key=_number, reverse=True)
+
+
+def newest_intact(folder: Path, fresh: dict[str, Any]) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """(checkpoint, its progress, what is wrong with newer ones); (None, {}, []) where there is no checkpoint. ``fresh``: what a fresh run
+    has done, as :func:`check_done` takes it. ValueError where there are checkpoints, and all are damaged."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of a checkpoint: move it away, then --resume")
+    damaged: list[str] = []
+    for candidate in (found := checkpoints(folder)):
+        try:
+            progress = read_progress(candidate)
+            check_done(candidate, progress["done"], fresh)
+            _check_digests(candidate)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        return candidate, progress, damaged
+    if found:
+        raise ValueError(damaged[0])
+    return None, {}, []
+
+
+def promote(chosen: Path, folder: Path) -> None:
+    """Make ``chosen`` the run's newest checkpoint, ``folder``: what newer ones hold is damaged, and is kept under ``damaged-...``."""
+    for newer in checkpoints(folder):
+        if newer == chosen:
+            break
+        target = newer.with_name(f"damaged-{newer.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(newer, target)
+    if chosen != folder:
+        os.replace(chosen, folder)
+
+
+def _number(path: Path) -> int | None:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isascii() and tail.isdigit() else None
+
+
+def _step_of(folder: Path) -> int | None:
+    """The step of a checkpoint; None where there is none, or it cannot be read."""
+    try:
+        step = read_progress(folder)["done"].get("step")
+    except ValueError:
+        return None
+    return step if isinstance(step, int) and step >= 0 else None
+
+
+def _check_digests(folder: Path) -> None:
+    """ValueError where a file is not what the manifest says."""
+    if not (folder / MANIFEST).exists():  # of an older version
+        return
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())["sha256"]
+        if missing := sorted(name for name in digests if not (folder / name).is_file()):
+            raise ValueError(f"{', '.join(missing)} is missing")
+        if changed := sorted(name for name, digest in digests.items() if sha256(folder / name) != digest):
+            raise ValueError(f"{', '.join(changed)} is not what was saved")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import math
 import time
 from dataclasses import asdict
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastpeft.adapters import fingerprint, save_adapter
+from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
@@ -23,7 +23,7 @@ from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, wr
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
-from fastpeft.files import recover_folder, write_json
+from fastpeft.files import write_json
 from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
@@ -31,15 +31,14 @@ from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.interrupts import StopBetweenSteps
-from fastpeft.train.metrics import MetricsLog, keep_lines
+from fastpeft.train.interrupts import Interrupted, StopBetweenSteps, locked
+from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
+from fastpeft.train.resume import BEST, identity_of, open_run
 from fastpeft.train.sources import SourceLosses
-from fastpeft.train.state import check_done, differences, load_state, read_progress, save_state
+from fastpeft.train.state import random_state, save_state
 from fastpeft.train.summary import WINDOW, summary_of
 from fastpeft.train.validation import Validation, ValidationData
-
-BEST = "best"  # the adapter of the best validation, in a run's folder
 
 
 class Trainer:
@@ -85,8 +84,10 @@ class Trainer:
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
         self.mixed = len({sample.data for sample in dataset.samples}) > 1
-        self._plan_steps()
+        self.plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
+        self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
+        self.saved_step: int | None = None
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
@@ -94,7 +95,7 @@ class Trainer:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
 
-    def _plan_steps(self) -> None:
+    def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
         last batch: where the batches do not fill the last group, that step has fewer."""
         config, done = self.config, self.done
@@ -119,51 +120,78 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
 
-        Ctrl-C and SIGTERM let the step end and save a checkpoint; KeyboardInterrupt then says how to go on.
+        SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 let the step end and save a checkpoint; :class:`Interrupted`, a KeyboardInterrupt, then
+        says how to go on. A run that ends by an error between two steps, or before a step's update, saves one too. Another process cannot
+        run in ``out`` meanwhile. A finished run that is resumed changes no file, and returns the summary that is there.
         """
         torch.manual_seed(self.config.seed)
         if self.out is not None:
-            self._open_out()
-        reset_peak(self.device)
-        self.model.train()
-        left = self.total_batches - self.done["batches"]
-        if self.features is not None and left >= len(self.sampler):  # every sample is visited: all at once, in full batches
-            self.features.prepare(self.config.progress)
-        with without(*self.config.savings_off), lean_logits(self.model):
-            self._train()
+            self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out), StopBetweenSteps() as stop:
+            if self.out is not None and (finished := open_run(self)) is not None:
+                return finished
+            reset_peak(self.device)
+            self.model.train()
+            try:
+                self._train(stop)
+            except Interrupted as error:
+                raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
+            except Exception as error:
+                if (said := self._saved_at_end(stop, "")) and type(error) in (RuntimeError, ValueError, OSError):
+                    raise type(error)(f"{error}; {said}") from error
+                raise
+            try:
+                return self._finish()
+            except Interrupted as error:
+                said = "stopped when all steps were done" + (" and saved; --resume scores them" if self.out else "")
+                raise Interrupted(said, error.number) from None
+
+    def _train(self, stop: StopBetweenSteps) -> None:
+        """Steps from where the run stands to its last, and the last checkpoint."""
+        config, done = self.config, self.done
+        if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
+            self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
+        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
+        with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
+            began = time.perf_counter()
+            for batches in self._batches():
+                with stop.later():
+                    row, seconds = self._step(batches), time.perf_counter() - began
+                    row |= self._validate()
+                    log.log(row, seconds)
+                    if tracer is not None:
+                        tracer.step()
+                    due = config.save_every and done["step"] % config.save_every == 0
+                    if self.out and due and done["step"] < self.total_steps:
+                        self.save()
+                began = time.perf_counter()
         if self.features is not None:
             self.features.flush()
         if self.out:
-            self.save()
+            with stop.later():
+                self.save()
+        with stop.later():
+            self.end_with_best()
+            if self.out and self.done["validation"].get("best_step") is not None:
+                self._save_adapter("adapter")
+
+    def end_with_best(self) -> None:
+        """Put the adapter of the best validation back into the model, where there was one."""
         if self.done["validation"].get("best_step") is not None:
             self.validation.put_best_back(self.out / BEST if self.out else None)
-            if self.out:
-                self._save_adapter("adapter")
-        return self._finish()
 
-    def _train(self) -> None:
-        """Steps from where the run stands to its last."""
-        config, done = self.config, self.done
-        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
-        with log, self._tracer() as tracer, StopBetweenSteps() as stop:
-            try:
-                began = time.perf_counter()
-                for batches in self._batches():
-                    with stop.later():
-                        row, seconds = self._step(batches), time.perf_counter() - began
-                        row |= self._validate()
-                        log.log(row, seconds)
-                        if tracer is not None:
-                            tracer.step()
-                        due = config.save_every and done["step"] % config.save_every == 0
-                        if self.out and due and done["step"] < self.total_steps:
-                            self.save()
-                    began = time.perf_counter()
-            except KeyboardInterrupt:
-                if self.out and done["step"] and not stop.busy:
-                    self.save()
-                    raise KeyboardInterrupt(f"stopped after step {done['step']}; --resume goes on from there") from None
-                raise
+    def _saved_at_end(self, stop: StopBetweenSteps, how: str) -> str:
+        """Save a checkpoint of where the run was stopped, if its weights, optimiser and random state belong together; returns what to say
+        of it, '' where there is nothing to say but ``how``."""
+        step = self.done["step"]
+        if not (self.out and step and (self._before is not None or not stop.busy)):
+            return how
+        try:
+            if self.saved_step != step:
+                self.save(rng=self._before if stop.busy else None)
+        except OSError as error:
+            return f"{how or 'stopped'} after step {step}, which could not be saved: {error}"
+        return f"{how or 'stopped'} after step {step}; --resume goes on from there"
 
     def _validate(self) -> dict[str, Any]:
         """What a validation adds to the step's row, where one is due; the best adapter is kept as it comes."""
@@ -226,6 +254,7 @@ class Trainer:
 
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
+        self._before = random_state() if self.out else None
         done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
         terms, by_source = sum(map(self.dataset.weight, batches)), SourceLosses()
         for batch in batches:
@@ -245,6 +274,7 @@ class Trainer:
                 done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
             loss += float(part.detach())
         try:
+            self._before = None
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
             rate, norm = self.optimizer.step(done["step"])
@@ -276,53 +306,22 @@ class Trainer:
         scored |= {"features": self.features.counts()} if self.features is not None else {}
         return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
-    def save(self) -> None:
-        """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically."""
+    def save(self, rng: dict[str, Any] | None = None) -> None:
+        """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
         self._save_adapter("adapter")
-        progress = {"done": self.done, "identity": self._identity(), "config": asdict(self.config)}
-        save_state(self.out / "checkpoint", self.model, self.optimizer, progress)
+        progress = {"done": self.done, "identity": self.identity, "config": asdict(self.config)}
+        save_state(self.out / "checkpoint", self.model, self.optimizer, progress, rng=rng, keep=self.config.keep_checkpoints)
+        self.saved_step = self.done["step"]
 
     def _save_adapter(self, name: str) -> None:
         lineage = {"started_from": self.started_from} if self.started_from else {}
         save_adapter(self.model, self.out / name, description=self.dataset.describe() | lineage, write_more=self.dataset.save)
 
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption."""
-        return self.sampler.identity() | {
-            "plan": self.model.fastpeft_plan.to_dict(),
-            "gradient_accumulation": self.config.gradient_accumulation,
-            "dtype": self.config.dtype,
-            "base": fingerprint(self.model),
-            **self.dataset.identity(),
-            **({"validation": self.validation.identity()} if self.validation else {}),
-            **({"started_from": self.started_from["tensors"]} if self.started_from else {}),
-        }
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption, unless ``allow_change`` names it."""
+        return identity_of(self)
 
-    def _open_out(self) -> None:
-        """Make ``out`` ready: resume from its checkpoint, or refuse to write over another run."""
-        checkpoint, metrics = self.out / "checkpoint", self.out / "metrics.jsonl"
-        if self.config.resume:
-            for folder in (checkpoint, self.out / "adapter", self.out / BEST):
-                recover_folder(folder)
-        if self.config.resume and checkpoint.is_dir():
-            progress = read_progress(checkpoint)
-            mine = json.loads(json.dumps(self._identity()))
-            changed = [text for k, was in progress["identity"].items() for text in differences(k, was, mine.get(k))]
-            if changed:
-                raise ValueError(f"cannot resume {self.out}: " + "; ".join(changed))
-            check_done(checkpoint, progress["done"], self.done)
-            self.done |= progress["done"]
-            self._plan_steps()
-            if self.validation is not None and self.validation.exhausted(self.done["validation"]):
-                self.total_batches, self.total_steps = self.done["batches"], self.done["step"]
-            self.optimizer.schedule(self.total_steps)
-            load_state(checkpoint, self.model, self.optimizer)
-            keep_lines(metrics, self.done["step"])
-            return
-        if not self.config.resume and (checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size)):
-            raise ValueError(f"{self.out} holds a run already: resume it (--resume), or choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
 
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""

@@ -4,22 +4,20 @@ import copy
 
 import pytest
 import torch
+from dropin import assert_equal, each, run, set_config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
-    AttentionInterface,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
     BlipModel,
-    CLIPVisionModel,
 )
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel, BlipTextOnlyMLMHead
 
 import fastpeft as fp
 from fastpeft.fused.flatten import sees_no_values
 from fastpeft.fused.outputs import lean_logits
-from fastpeft.models.clip import vision_config
 from fastpeft.models.miss import miss_config
 
 IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(7))
@@ -41,32 +39,6 @@ def make(miss):
 @pytest.fixture
 def pixels(miss):
     return miss.batch()["pixel_values"]
-
-
-def run(model, call):
-    """(tensors, gradients of their squares' sum) of ``call(model)``."""
-    model.zero_grad()
-    out = call(model)
-    out = [t for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t)]
-    sum(t.square().sum() for t in out).backward()
-    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal(model, call, change=None, before=False):
-    """``call(model)`` on ``model`` and on its optimised copy; ``change`` is made to both, to the copy after (or ``before``) optimize()."""
-    fused = copy.deepcopy(model)
-    for network, first in ((model, True), (fused, before)):
-        change(network) if change is not None and first else None
-    report = fp.optimize(fused)
-    assert report.swapped
-    change(fused) if change is not None and not before else None
-    (want, wanted), (got, gradients) = run(model, call), run(fused, call)
-    assert len(got) == len(want) and gradients.keys() == wanted.keys()
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    largest = max(float(t.abs().max()) for t in wanted.values())
-    assert max(float((gradients[name] - t).abs().max()) for name, t in wanted.items()) < 1e-10 * largest
-    return report
 
 
 def caption(pixels, side="right", **more):
@@ -150,24 +122,6 @@ def test_attentions_and_states_of_text(make, by):
         return (out.loss, *out.hidden_states, *out.attentions, *out.cross_attentions)
 
     assert_equal(make(BlipTextLMHeadModel), call, configure if by == "configuration" else None)
-
-
-def set_config(part, **values):
-    def change(m):
-        for name, value in values.items():
-            setattr(getattr(m.config, part), name, value)
-
-    return change
-
-
-def each(kind, **values):
-    def change(m):
-        for module in m.modules():
-            if hasattr(module, kind):
-                for name, value in values.items():
-                    setattr(module, name, copy.deepcopy(value))
-
-    return change
 
 
 def own_forward(m):
@@ -395,41 +349,3 @@ def test_adapter_names(make, pixels):
     given = {"pixel_values": pixels, "input_ids": IDS, "attention_mask": MASKS["right"], "labels": IDS}
     names = ["default", "other", "__base__"]
     assert_equal(model.eval(), lambda m: m(**given, adapter_names=names).loss)
-
-
-def doubled(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """An attention of one's own."""
-    weights = (2 * scaling * query @ key.transpose(-1, -2)).softmax(-1)
-    return (weights @ value).transpose(1, 2), weights
-
-
-CLIP_CHANGES = {
-    "implementation": set_config("vision_config", _attn_implementation="doubled"),
-    "activation": each("fc1", activation_fn=nn.Tanh()),
-    "scale": each("q_proj", scale=0.01),
-    "is_causal": each("q_proj", is_causal=True),
-    "output_attentions": None,
-}
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("change", CLIP_CHANGES)
-def test_clip_as_it_is_set(change, before):
-    AttentionInterface.register("doubled", doubled)
-    torch.manual_seed(0)
-    eager = {"attn_implementation": "eager"} if change == "output_attentions" else {}
-    model = CLIPVisionModel._from_config(vision_config("tiny", num_hidden_layers=1), **eager)
-    model = model.double()
-    pixel_values = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-
-    def set_own(m):
-        if change == "implementation":
-            m.config._attn_implementation = "doubled"
-        elif CLIP_CHANGES[change] is not None:
-            CLIP_CHANGES[change](m)
-
-    def call(m):
-        out = m(pixel_values, output_attentions=change == "output_attentions")
-        return (out.last_hidden_state, *(out.attentions or ()))
-
-    assert_equal(model, call, set_own, before)

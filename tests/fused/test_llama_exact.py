@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from double import Double
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -15,18 +16,10 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "nu
 
 
 @pytest.fixture(autouse=True)
-def double(monkeypatch):
+def double():
     """transformers' norms, rotary tables and loss in float64 instead of float32."""
-
-    def norm(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-    def softmax(x, dim, dtype=None):
-        return torch.softmax(x, dim)
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+    with Double():
+        yield
 
 
 def llama(head_trained=False, **config):

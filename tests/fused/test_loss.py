@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastpeft.fused.layout import IGNORE_INDEX
 from fastpeft.fused.loss import labelled_loss
+from fastpeft.labels import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -4,25 +4,10 @@ import math
 
 import pytest
 import torch
+from lavin_batches import PLAN, build, images_of, lavin_pixels, lavin_samples, packed, padded, randomise  # noqa: F401 - fixtures
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 import fastpeft as fp
-
-PLAN = "MMAdapter/T/MMAdapter"
-
-
-def randomise(model):
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data += (0.3 if "adapter" in name else 0.05) * torch.randn_like(p)
-    return model
-
-
-def build(plan=PLAN, **more):
-    model = fp.build("lavin-tiny", dtype=torch.float64, text_config={"num_key_value_heads": 2}, **more)
-    model = randomise(fp.adapt(model, plan, **({"dropout": 0.0} if "Adapter" in plan else {})))
-    return model.train()
 
 
 def expand(a, up, bias):
@@ -96,43 +81,6 @@ def literal_logits(model, ids, places, pixels):
     return llm.lm_head(norm(h, llm.model.norm))[0, 1:]
 
 
-@pytest.fixture
-def samples():
-    """(ids, places of the image's four tokens, labels, image or None): two on one image, one text alone, one on another image."""
-    torch.manual_seed(0)
-    out = []
-    for length, image in ((11, 1), (6, None), (9, 0), (8, 1)):
-        ids, places = torch.randint(3, 400, (length,)), torch.zeros(length, dtype=torch.bool)
-        places[2:6] = image is not None
-        out.append((ids, places, torch.where(torch.arange(length) > length - 4, ids, -100), image))
-    return out
-
-
-@pytest.fixture
-def pixels():
-    torch.manual_seed(3)
-    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
-
-
-def padded(samples, pixels, side="right"):
-    pad, most = torch.nn.functional.pad, max(len(ids) for ids, *_ in samples)
-    fills = [(0, most - len(i)) if side == "right" else (most - len(i), 0) for i, *_ in samples]
-    rows = [(pad(i, f), pad(torch.ones_like(i), f), pad(m, f), pad(y, f, value=-100)) for (i, m, y, _), f in zip(samples, fills)]
-    batch = dict(zip(("input_ids", "attention_mask", "image_mask", "labels"), map(torch.stack, zip(*rows))))
-    return batch | images_of(samples, pixels)
-
-
-def packed(samples, pixels):
-    ids, places, labels = (torch.cat([s[i] for s in samples])[None] for i in range(3))
-    batch = {"input_ids": ids, "image_mask": places, "labels": labels}
-    batch["position_ids"] = torch.cat([torch.arange(len(s[0])) for s in samples])[None]
-    return batch | images_of(samples, pixels)
-
-
-def images_of(samples, pixels):
-    return {"pixel_values": pixels, "image_index": torch.tensor([-1 if s[3] is None else s[3] for s in samples])}
-
-
 def literal_loss(model, samples, pixels):
     total, count = 0.0, 0
     for ids, places, labels, image in samples:
@@ -195,21 +143,6 @@ def test_generation(samples, pixels, how):
             ids, places = torch.cat([ids, token[None]]), torch.cat([places, places.new_zeros(1)])
 
 
-ROWS = {("lavin-7b", PLAN): 3_781_296, ("lavin-13b", PLAN): 5_390_080, ("lavin-7b", "MMAdapter/T/RepAdapter"): 2_863_728}
-
-
-@pytest.mark.parametrize("name, plan", ROWS)
-def test_counts(name, plan):
-    assert fp.count(fp.adapt(fp.build(name, device="meta"), plan))["trainable"] == ROWS[name, plan]
-
-
-def test_new_adapters_change_nothing(samples, pixels):
-    model = fp.build("lavin-tiny", dtype=torch.float64)
-    want = model(**padded(samples, pixels)).loss
-    fp.adapt(model, PLAN)
-    torch.testing.assert_close(model.train()(**padded(samples, pixels)).loss, want)
-
-
 def test_half_precision_and_files(samples, pixels, tmp_path):
     base = fp.build("lavin-tiny", dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
@@ -225,20 +158,8 @@ def test_half_precision_and_files(samples, pixels, tmp_path):
     torch.testing.assert_close(model(**padded(samples, pixels)).loss.float(), loss.float(), rtol=2e-2, atol=0)
 
 
-def test_dropout_is_of_training(samples, pixels):
-    model = randomise(fp.adapt(fp.build("lavin-tiny", dtype=torch.float64), PLAN, dropout=0.5))
-    batch = padded(samples, pixels)
-    assert torch.equal(model.eval()(**batch).loss, model(**batch).loss)
-    assert not torch.equal(model.train()(**batch).loss, model(**batch).loss)
-
-
 def test_what_cannot_be(samples, pixels):
-    model = fp.adapt(fp.build("llama-tiny"), "MMAdapter")
-    with pytest.raises(ValueError, match="MMAdapter routes by a modality token"):
-        model(torch.ones(1, 4, dtype=torch.long))
     batch = padded(samples, pixels)
     batch["image_mask"][0, 3] = False
     with pytest.raises(ValueError, match="11 places for 3 images of 4 tokens each"):
         build()(**batch)
-    with pytest.raises(ValueError, match="groups = 3 must divide h = 8"):
-        fp.adapt(fp.build("llama-tiny"), llm=fp.RepAdapter(groups=3))

@@ -2,152 +2,20 @@
 
 import copy
 import json
-import sys
-import types
 
 import pytest
 import torch
+from quantized_llama import FORMATS, SHAPE, batch, llama_folder, loaded, logits_of, torchao_or_its_stand_in  # noqa: F401 - fixtures
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
-from fastpeft.methods.quantized import bytes_held, dequantize, is_held, is_quantized, weight_of
+from fastpeft.methods.quantized import bytes_held, dequantize, is_held, is_quantized
 from fastpeft.models.quantize import quantized_bytes
-from fastpeft.ops._quantized_weight import QuantizedWeight
-from fastpeft.ops.lora_linear import Projection, lora_linears
 from fastpeft.verify.baseline import plain, scatter_adapters, without_dropout
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90}
 PLANS = ("LoRA", "IA3", "PTv2", "Prefix", "LayerNorm", "LoRA+IA3", "Excitor", "Excitor+LoRA")
-
-
-class Stored(QuantizedWeight):
-    """A weight kept as it is, told how often it was formed."""
-
-    def __init__(self, weight):
-        self.weight, self.shape, self.formed = weight, weight.shape, 0
-
-    def dense(self, dtype):
-        self.formed += 1
-        return self.weight.to(dtype, copy=True)
-
-
-@pytest.mark.parametrize("wanted", ["x", "A", "B", "xAB", "bias"])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_an_op_forms_a_held_weight_twice_and_keeps_it_never(wanted, p):
-    x, b = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    W, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((8, 6), (3, 6), (8, 3)))
-    leaves = {"x": x, "A": A, "B": B, "b": b}
-    for name in "xAB" if wanted == "xAB" else wanted[0]:
-        leaves[name].requires_grad_()
-    results, held = [], [Stored(W), Stored(W)]
-    for first, second in ((W, W), held):
-        torch.manual_seed(1)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):  # noqa: B023
-            ys = lora_linears(x, [Projection(first, b, A, B, 0.7), Projection(second)], p)
-            loss = sum(y.square().sum() for y in ys)
-        results.append((loss.detach(), *torch.autograd.grad(loss, [t for t in leaves.values() if t.requires_grad])))
-    assert (8, 6) not in saved
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    assert [h.formed for h in held] == ([2, 2] if "x" in wanted else [1, 1])  # only dx is a product with the weight
-
-
-def test_a_held_weight_must_fit():
-    with pytest.raises(ValueError, match=r"do not fit; pass x \[..., in\]"):
-        lora_linears(torch.ones(2, 5), [Projection(Stored(torch.ones(3, 4)))])
-    with pytest.raises(TypeError, match=r"weight is torch\.float64"):
-        lora_linears(torch.ones(2, 4), [Projection(torch.ones(3, 4, dtype=torch.float64))])
-
-
-class StandIn(torch.Tensor):
-    """A weight of int8 codes and a scale an output that says itself what it is in full, as torchao's are: for where torchao is not."""
-
-    @staticmethod
-    def __new__(cls, codes, scale, dtype):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
-
-    def __init__(self, codes, scale, dtype):
-        self.codes, self.scale = codes, scale
-
-    def __tensor_flatten__(self):
-        return ["codes", "scale"], self.dtype
-
-    def dequantize(self):
-        return (self.codes * self.scale).to(self.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        assert func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.clone), func  # ops may only take it written out
-        mine = args[0]
-        return cls(func(mine.codes), func(mine.scale), mine.dtype)
-
-
-@pytest.fixture(autouse=True)
-def torchao_or_its_stand_in(request, monkeypatch):
-    if "standin" in request.node.name:
-        monkeypatch.setitem(sys.modules, "torchao.utils", types.SimpleNamespace(TorchAOBaseTensor=StandIn))
-
-
-def bnb_config(bits, **more):
-    from transformers import BitsAndBytesConfig
-
-    pytest.importorskip("bitsandbytes")
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return BitsAndBytesConfig(load_in_4bit=True, **four | more) if bits == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
-
-
-def ao_config():
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
-
-
-FORMATS = {
-    "standin": lambda: None,
-    "4bit": lambda: bnb_config("4bit"),
-    "fp4": lambda: bnb_config("4bit", bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
-    "8bit": lambda: bnb_config("8bit"),
-    "torchao": ao_config,
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small LLaMA as transformers saves it."""
-    torch.manual_seed(0)
-    model, where = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)), tmp_path_factory.mktemp("llama")
-    model.save_pretrained(where)
-    return where
-
-
-def loaded(folder, how, dtype=torch.float32):
-    """As a user loads it."""
-    if how == "standin":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        for layer in (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"):
-            scale = layer.weight.detach().float().abs().amax(1, keepdim=True) / 127
-            codes = (layer.weight.detach() / scale).round().to(torch.int8)
-            layer.weight = nn.Parameter(StandIn(codes, scale, dtype), requires_grad=False)
-        return model
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=FORMATS[how](), dtype=dtype)
-
-
-def batch():
-    ids = torch.randint(0, SHAPE["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(4))
-    mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where((torch.arange(12) > 5) & mask.bool(), ids, -100)}
-
-
-def logits_of(model):
-    """At real tokens."""
-    inputs = batch()
-    with torch.no_grad():
-        return model.eval()(**inputs).logits[inputs["attention_mask"].bool()]
 
 
 def gradients(model, inputs):
@@ -181,35 +49,6 @@ def test_a_model_that_transformers_quantised(folder, how, plan):
     assert_same(got, want, rtol=1e-6)  # the same operators on the same numbers
     if plan in ("LoRA", "IA3", "LayerNorm", "LoRA+IA3"):  # transformers' own modules and the papers' formulas
         assert_same(got, gradients(plain(model).train(), batch()))
-
-
-@pytest.mark.parametrize("how", FORMATS)
-def test_dequantised_weights_are_the_librarys(folder, how):
-    model = loaded(folder, how)
-    wanted = copy.deepcopy(model)
-    if how in ("torchao", "standin"):
-        wanted = {name: m.weight.dequantize() for name, m in wanted.named_modules() if is_held(m)}
-    else:
-        wanted = {name: m.weight for name, m in wanted.dequantize().named_modules() if type(m) is nn.Linear and name != "lm_head"}
-    got = {name: weight_of(m).dense(torch.float32) for name, m in model.named_modules() if is_held(m)}
-    assert got.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        torch.testing.assert_close(got[name], weight.detach(), rtol=0, atol=0)
-    dense = LlamaForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
-    error = (got["model.layers.0.mlp.up_proj"] - dense).abs().max() / dense.abs().max()
-    assert 0 < error < (0.25 if how in ("4bit", "fp4") else 0.01)
-
-
-@pytest.mark.parametrize("how", ["4bit", "8bit"])
-def test_after_bitsandbytes_own_forward(folder, how):
-    """Its first forward moves the scales of 8 bits, and on some CPUs lays 4 bits out anew, their maxima rounded to bfloat16."""
-    model = loaded(folder, how).eval()
-    before = dequantize(copy.deepcopy(model))
-    logits_of(model)
-    twin = dequantize(copy.deepcopy(model))
-    torch.testing.assert_close(logits_of(twin), logits_of(before), rtol=0.2, atol=0.2)
-    fp.optimize(model)
-    torch.testing.assert_close(logits_of(model), logits_of(twin), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [how for how in FORMATS if how != "standin"])
@@ -389,30 +228,3 @@ def test_memory_budget_and_autocast(folder, how):
         if hasattr(module, "recompute"):
             module.recompute = True
     assert_same(gradients(model, batch()), plain_step, rtol=1e-6)
-
-
-def test_without_the_libraries_nothing_is_imported():
-    assert "bitsandbytes" not in sys.modules or "bitsandbytes.nn" in sys.modules
-    assert not is_quantized(torch.ones(2)) and not is_held(nn.Linear(2, 2))
-
-
-def test_a_format_that_cannot_be_written_out_says_so(folder):
-    utils = pytest.importorskip("torchao.utils")
-
-    class Opaque(utils.TorchAOBaseTensor):
-        """As torchao's CPU layout of int4."""
-
-        tensor_data_names, tensor_attribute_names = ("codes",), ()
-
-        def __new__(cls, codes):
-            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
-
-        def __init__(self, codes):
-            self.codes = codes
-
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(Opaque(torch.ones(128, 64, dtype=torch.int8)), requires_grad=False)
-    report = fp.optimize(model)
-    assert dict(report.skipped)["model.layers.0.mlp.up_proj"].startswith("torchao's Opaque cannot be written out")
-    with pytest.raises(TypeError, match="Opaque cannot be written out"):
-        weight_of(model.model.layers[0].mlp.up_proj)

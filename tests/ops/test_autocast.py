@@ -156,6 +156,11 @@ def test_second_derivatives_are_refused(name):
     assert torch.equal(grad.detach(), plain)
     with pytest.raises(RuntimeError, match=r"no second derivative|derivative for aten::.* is not implemented"):  # ours, or SDPA's own
         (grad.square().sum() + loss).backward()
+    again = op(*args)
+    again = sum(o.square().sum() for o in (again if isinstance(again, tuple) else (again,)))
+    (grad,) = torch.autograd.grad(again, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative|derivative for aten::.* is not implemented"):
+        torch.autograd.grad(grad.square().sum(), x)  # which visits only what leads to x
 
 
 def _tuple(out):

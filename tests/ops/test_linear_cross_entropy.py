@@ -22,8 +22,9 @@ def make(dtype, V=252, C=123, rows=(3, 7), labelled=0.6):
     return [torch.randn(*rows, C).to(dtype), (torch.randn(V, C) * C**-0.5).to(dtype), torch.randn(V).to(dtype), labels]
 
 
-def theirs(hidden, weight, bias, labels, **options):
+def theirs(hidden, weight, bias, labels, softcap=0.0, **options):
     logits = F.linear(hidden, weight, bias)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
     return loss.view(labels.shape) if options.get("reduction") == "none" else loss
 
@@ -44,6 +45,21 @@ def test_every_gradient_subset(check, dtype, reduction, smoothing):
     inputs = make(dtype)
     for needs in check.subsets(3):
         check.no_worse(*triple(reduction=reduction, label_smoothing=smoothing), inputs, (*needs, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_soft_cap(check, dtype, reduction):
+    """A cap that bends most logits, over several chunks, for every subset of required gradients."""
+    inputs = make(dtype)
+    for needs in check.subsets(3):
+        check.no_worse(*triple(reduction=reduction, softcap=1.5, label_smoothing=0.1), inputs, (*needs, False))
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("inf"), float("nan")])
+def test_a_soft_cap_is_a_positive_number(bad):
+    with pytest.raises(ValueError, match=r"softcap is .* a positive number"):
+        op(*make(torch.float32), softcap=bad)
 
 
 @pytest.mark.parametrize("V,C", [(1, 7), (7, 1), (257, 901), (901, 768), (5003, 33)])

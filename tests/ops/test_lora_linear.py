@@ -212,7 +212,7 @@ def test_dropout_saves_a_seed(check):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels' own choices")
-@pytest.mark.parametrize("how", ["loop", "given", "tma", "cublas"])
+@pytest.mark.parametrize("how", ["loop", "given", "cublas"])
 def test_every_form_and_several_programs(check, monkeypatch, how):
     """However the branch joins the product, and whatever is summed over spans of rows and blocks of columns: the same numbers."""
     from fastpeft.kernels import lora_branch, lora_linear

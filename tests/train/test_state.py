@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from fastpeft.files import atomic_folder, recover_folder
+from fastpeft.train.interrupts import Interrupted, locked
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import differences
 
@@ -70,15 +73,16 @@ def test_a_killed_run_resumes_to_the_bit(runs, phantoms, tmp_path, setting, dies
             assert file.read_bytes() == (tmp_path / "killed" / "adapter" / folder / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_ctrl_c_ends_the_step_and_saves(runs, phantoms, tmp_path, number):
     whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
     whole.fit()
     handlers = signal.getsignal(number)
     stopped = start(runs, phantoms, tmp_path / "stopped", small=True, save_every=0)
     during(stopped, 4, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 4; --resume goes on from there"):
+    with pytest.raises(Interrupted, match="stopped after step 4; --resume goes on from there") as ended:
         stopped.fit()
+    assert isinstance(ended.value, KeyboardInterrupt) and ended.value.exit_status == 128 + number
     assert signal.getsignal(number) is handlers
     assert [row["step"] for row in runs.metrics(tmp_path / "stopped")] == [1, 2, 3, 4]
     resumed = start(runs, phantoms, tmp_path / "stopped", small=True, save_every=0, resume=True)
@@ -214,6 +218,170 @@ def test_progress_of_the_wrong_kind_is_one_clear_error(runs, phantoms, finished,
         start(runs, phantoms, out, steps=4, resume=True).fit()
 
 
+def files_of(folder):
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_resumed_changes_no_file(runs, phantoms, tmp_path):
+    summary = start(runs, phantoms, tmp_path / "run", steps=2).fit()
+    before = files_of(tmp_path / "run")
+    assert start(runs, phantoms, tmp_path / "run", steps=2, resume=True).fit() == json.loads(json.dumps(summary))
+    assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("file", ["progress.json", "trained.safetensors", "optimizer.pt"])
+def test_one_flipped_bit_and_the_checkpoint_before_resumes(runs, phantoms, tmp_path, file):
+    """Step 8 of 9 is damaged: named, kept aside, and step 4 goes on to the weights of a run that was left alone."""
+    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=4)
+    whole.fit()
+    killed = start(runs, phantoms, tmp_path / "run", small=True, save_every=4)
+    during(killed, 9, die)
+    with pytest.raises(Dead):
+        killed.fit()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint*")) == ["checkpoint", "checkpoint-4"]
+    path = tmp_path / "run" / "checkpoint" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=4, resume=True)
+    with pytest.warns(UserWarning, match=r"run/checkpoint is damaged \(.*; going on from step 4, the newest intact one"):
+        summary = resumed.fit()
+    assert any("going on from step 4" in note for note in summary["notes"])
+    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+    assert runs.metrics(tmp_path / "run") == runs.metrics(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint", "checkpoint-8", "damaged-checkpoint"]
+
+
+def test_as_many_checkpoints_stay_as_asked(runs, phantoms, tmp_path):
+    for keep, names in ((1, ["checkpoint"]), (3, ["checkpoint", "checkpoint-4", "checkpoint-6"])):
+        start(runs, phantoms, tmp_path / str(keep), steps=7, save_every=2, keep_checkpoints=keep).fit()
+        assert sorted(path.name for path in (tmp_path / str(keep)).glob("checkpoint*")) == names
+
+
+def test_a_checkpoint_without_a_manifest_resumes(runs, phantoms, finished, tmp_path):
+    """As versions before the manifest wrote them; what they did not record is not compared."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "checkpoint" / "manifest.json").unlink()
+    path = out / "checkpoint" / "progress.json"
+    progress = json.loads(path.read_text())
+    kept = ("n", "batch_size", "seed", "questions_per_image", "drop_last", "samples", "plan", "gradient_accumulation", "dtype", "base")
+    progress["identity"] = {name: progress["identity"][name] for name in kept}
+    path.write_text(json.dumps(progress))
+    assert start(runs, phantoms, out, steps=4, resume=True).fit()["steps"] == 4
+
+
+def test_an_error_while_loading_data_saves_the_steps_done(runs, phantoms, tmp_path):
+    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
+    whole.fit()
+    ended = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, feature_cache=False)
+    get = type(ended.dataset).__getitems__
+    taken = []
+
+    def torn(self, indices):
+        taken.append(indices)
+        if len(taken) > 5:
+            raise ValueError("image 7 is torn")
+        return get(self, indices)
+
+    ended.dataset.__class__ = type("Torn", (type(ended.dataset),), {"__getitems__": torn})
+    with pytest.raises(ValueError, match=r"^image 7 is torn; stopped after step 5; --resume goes on from there$"):
+        ended.fit()
+    resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
+    resumed.fit()
+    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+
+
+def test_an_error_before_the_update_saves_the_step_before(runs, phantoms, tmp_path):
+    """The forward of step 6 drew dropout already: the random state of before it is saved."""
+    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
+    whole.fit()
+    ended = start(runs, phantoms, tmp_path / "run", small=True, save_every=0)
+    calls = []
+
+    def failing(module, args, output):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+
+    ended.model.register_forward_hook(failing)
+    with pytest.raises(RuntimeError, match="out of memory; stopped after step 5; --resume goes on from there"):
+        ended.fit()
+    resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
+    resumed.fit()
+    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(runs, phantoms, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match=rf"another process( \(pid {os.getpid()}\))? is running in .*run: wait"):
+        start(runs, phantoms, tmp_path / "run", steps=2).fit()
+    assert not list((tmp_path / "run").iterdir())
+    assert start(runs, phantoms, tmp_path / "run", steps=2).fit()["steps"] == 2
+
+
+def test_the_lock_of_a_dead_process_is_not_in_the_way(runs, phantoms, tmp_path):
+    """Killed, although a child that it forked lives on."""
+    (tmp_path / "run").mkdir()
+    code = f"""
+import os, time
+from pathlib import Path
+from fastpeft.train.interrupts import locked
+with locked(Path({str(tmp_path / "run")!r})):
+    if os.fork():
+        print("locked", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, process_group=0)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process"), locked(tmp_path / "run"):
+            pass
+        process.kill()
+        process.wait()
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [({"learning_rate": 2e-3}, "learning_rate"), ({"warmup": 0.2}, "warmup"), ({"max_grad_norm": 0.5}, "max_grad_norm")],
+)
+def test_an_option_that_bears_on_the_result_changes_by_name_only(runs, phantoms, finished, tmp_path, change, name):
+    out = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"cannot resume .*: {name} was .*, now .*; --allow-change {name} goes on all the same"):
+        start(runs, phantoms, out, steps=3, resume=True, **change).fit()
+    summary = start(runs, phantoms, out, steps=3, resume=True, allow_change=(name,), **change).fit()
+    assert any(note.startswith(f"changed when it was resumed: {name} was") for note in summary["notes"])
+    with pytest.raises(ValueError, match="allow_change: learning_rte is nothing that a resumed run compares"):
+        start(runs, phantoms, out, steps=4, resume=True, allow_change=("learning_rte",)).fit()
+
+
+def test_an_image_that_changed_is_another_run(runs, phantoms, finished, tmp_path):
+    data = shutil.copytree(phantoms, tmp_path / "data")
+    image = next((data / "imgs").rglob("*.jpg"))
+    image.write_bytes(image.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=r"cannot resume .*images was '[0-9a-f]+', now '[0-9a-f]+'"):
+        start(runs, data, finished, steps=4, resume=True).fit()
+
+
+def test_what_a_resumed_run_misses_is_said(runs, phantoms, finished, tmp_path):
+    with pytest.warns(UserWarning, match="checkpoint is not there, so nothing is resumed: the run starts at step 0"):
+        notes = start(runs, phantoms, tmp_path / "new", steps=1, resume=True).fit()["notes"]
+    assert any("starts at step 0" in note for note in notes)
+    out = shutil.copytree(finished, tmp_path / "run")
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text(lines[1] + "\n")
+    with pytest.warns(UserWarning, match="has no line for 1 of the 2 steps done"):
+        start(runs, phantoms, out, steps=3, resume=True).fit()
+    shutil.rmtree(out / "checkpoint")
+    (out / "checkpoint").write_text("")
+    with pytest.raises(ValueError, match="is no folder of a checkpoint: move it away"):
+        start(runs, phantoms, out, steps=3, resume=True).fit()
+
+
 def test_differences_go_as_deep_as_the_fields_agree():
     was = {"vit": [{"F": {}}], "jtm": [{"LoRA": {"r": 4, "lora_alpha": 32}}], "dec": [{"LoRA": {"r": 4}}]}
     now = {"vit": [{"T": {}}], "jtm": [{"LoRA": {"r": 8, "lora_alpha": 32}}], "dec": [{"LoRA": {"r": 4}}]}
@@ -243,7 +411,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(runs, phantoms, finished, tmp_pat
 def test_optimiser_state_of_other_groups_is_refused(runs, phantoms, tmp_path):
     start(runs, phantoms, tmp_path / "run", steps=2, plan="LayerNorm/LoRA/LoRA").fit()
     with pytest.raises(ValueError, match="does not fit this run's optimiser: it groups its parameters"):
-        options = {"base_learning_rate": 1e-3, "weight_decay": 0.0, "resume": True}  # now one group, before two
+        changed = {"base_learning_rate": 1e-3, "weight_decay": 0.0}  # now one group, before two
+        options = changed | {"resume": True, "allow_change": tuple(changed)}
         start(runs, phantoms, tmp_path / "run", steps=3, plan="LayerNorm/LoRA/LoRA", **options).fit()
 
 

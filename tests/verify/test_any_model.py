@@ -84,3 +84,47 @@ def test_without_a_batch_it_is_the_families_own(monkeypatch):
 def test_what_cannot_be_compared(model, batch, message):
     with pytest.raises(ValueError, match=message):
         fp.verify(model(), batch)
+
+
+class Plain(nn.Module):
+    """A model of nobody's: what it returns is ``out`` of its loss and outputs."""
+
+    def __init__(self, out, noise=0.0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 1))
+        self.unused = nn.Linear(2, 2)
+        self.out, self.noise = out, noise
+
+    def forward(self, views, scale):
+        assert not any(view.requires_grad for view in views["all"])
+        y = sum(self.body(view + self.noise * torch.randn_like(view)) for view in views["all"]) * scale["by"]
+        return self.out(y.square().mean(), y)
+
+
+VIEWS = {"views": {"all": [torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)]}, "scale": {"by": torch.tensor(2.0)}}
+
+
+@pytest.mark.parametrize("out", [lambda loss, y: loss, lambda loss, y: (loss, y), lambda loss, y: {"loss": loss, "y": y}])
+def test_losses_and_batches_of_every_shape(out):
+    """The loss alone, in a tuple, in a mapping; tensors in lists and mappings, cast with the model, their own gradients untouched."""
+    result = fp.verify(Plain(out), VIEWS)
+    assert result.ok, "\n".join(result.lines())
+    assert VIEWS["views"]["all"][1].grad is None
+
+
+def test_a_model_whose_truth_needs_another_kernel():
+    """transformers' experts multiply in groups, and PyTorch has no such product in float64."""
+    size = TEXT | {"num_local_experts": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = T.MixtralForCausalLM(T.MixtralConfig(**size, initializer_range=0.2))
+    result = fp.verify(model, BATCHES[llama])
+    assert result.ok, "\n".join(result.lines())
+
+
+def test_random_numbers_and_models_without_values():
+    with pytest.raises(ValueError, match="loss is another at each call"):
+        fp.verify(Plain(lambda loss, y: loss, noise=0.1), VIEWS)
+    with pytest.raises(ValueError, match="on the meta device"):
+        fp.verify(llama().to("meta"), BATCHES[llama])
+    with pytest.raises(ValueError, match="gives no single loss"):
+        fp.verify(Plain(lambda loss, y: (y, loss)), VIEWS)

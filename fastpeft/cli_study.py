@@ -1,0 +1,39 @@
+"""Command that runs a study."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastpeft.cli_options import Json, emit
+
+
+def study(
+    file: Annotated[str, typer.Argument(help="YAML file of the study, such as recipes/studies/mile_1.yaml")],
+    out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
+    data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
+    scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study: all its rows, their table as Markdown, CSV and HTML, their figures. Killed, the same command goes on."""
+    from fastpeft.study.file import data_folders
+    from fastpeft.study.runner import run_study
+
+    try:
+        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, device=device, say=_tell)
+    except KeyboardInterrupt as error:
+        print(f"fastpeft: {error or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    tables = [name for name in results["files"] if name.endswith(".md")]
+    lines = [Path(name).read_text(encoding="utf-8") for name in tables]
+    emit(results, as_json, [*lines, f"everything is in {out} (study.html to look at)"])
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,157 @@
+"""Any model of transformers with a language-model head: its own forward, whose loss forms logits at labelled positions only."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import get_interpreter_stack
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from fastpeft.fused.any_stack import Read, read_at
+from fastpeft.fused.flatten import why_not_flat
+from fastpeft.fused.layout import IGNORE_INDEX, next_labels
+from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
+from fastpeft.fused.outputs import can_defer, with_deferred_logits
+from fastpeft.registry import fuses, replaced_class, signature_of_replaced
+
+
+def takes_labels(cls: type[nn.Module]) -> bool:
+    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, takes labels. (A forward of somebody else's may hand
+    logits to what no function of PyTorch's announces, an autograd Function of its own.)"""
+    if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
+        return False
+    return "labels" in _signature(cls).parameters
+
+
+@cache
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def output_head(model: PreTrainedModel) -> nn.Module | None:
+    """The module that makes logits, None where there is none: what ``get_output_embeddings`` gives, if it is a part of the model."""
+    with suppress(AttributeError, NotImplementedError):
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Module):
+            return head
+    return None
+
+
+@fuses(rule=takes_labels, applies=lambda module: output_head(module) is not None)
+class FusedLanguageModel:
+    """transformers' own forward, inside which the head's logits are lazy (:mod:`fastpeft.fused.lazy_logits`): the loss forms them at
+    labelled positions, and the others are formed when somebody reads them. ``lean_logits``: nobody does; then logits are None."""
+
+    lean_logits = False
+    computes_only = staticmethod(output_head)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str:
+        """'' or why this one stays as it is."""
+        return "" if _loss_is_known(module) else "its loss_function is its own, and takes logits"
+
+    @signature_of_replaced
+    def forward(self, *args, **kwargs):
+        head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
+        if head is None:
+            return super().forward(*args, **kwargs)
+        given = _given(self, args, kwargs)
+        read = _read_by_loss(given) if self.lean_logits and self._has_one_mask() else None
+        if read is not None and read.mask is not None and not args and self._may_leave_out_cache(given):
+            kwargs["use_cache"] = False
+        with lazy_head(head), read_at(_decoder_of(self), read):
+            output = super().forward(*args, **kwargs)
+        return _handed_out(output, self.lean_logits)
+
+    def _has_one_mask(self) -> bool:
+        """Whether ``attention_mask`` is of the tokens that have labels, and not of an encoder's."""
+        return "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
+
+    def _may_leave_out_cache(self, given: dict[str, Any]) -> bool:
+        """Whether the model would fill a cache although nobody asks for one, as nobody reads it here."""
+        takes = "use_cache" in _signature(replaced_class(type(self)) or type(self)).parameters
+        return takes and given.get("use_cache") is None and given.get("past_key_values") is None
+
+    def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
+        """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
+        nobody reads the logits or they can still be computed."""
+        if not self.training or _given(self, args, kwargs).get("labels") is None:
+            return None
+        head = output_head(self)
+        if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
+            return None
+        if why_not_flat(self, head) or not (self.lean_logits or (is_plain(head) and can_defer(head))):
+            return None
+        return head
+
+
+def _given(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; only those that have one where they do not fit: the model then says what is wrong."""
+    if not args:
+        return kwargs
+    try:
+        named = dict(_signature(replaced_class(type(model)) or type(model)).bind(model, *args, **kwargs).arguments)
+    except TypeError:
+        return kwargs
+    return named | named.pop("kwargs", {})
+
+
+def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """The stack of layers whose last hidden states the head gets."""
+    with suppress(AttributeError, NotImplementedError):
+        return model.get_decoder()
+    return None
+
+
+def _read_by_loss(given: dict[str, Any]) -> Read | None:
+    """Positions that have a label, or whose next has one; None where that cannot be told."""
+    mask, labels, shifted = given.get("attention_mask"), given["labels"], given.get("shift_labels")
+    if labels.dim() != 2 or (mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)):
+        return None
+    ignored = given.get("ignore_index", IGNORE_INDEX)
+    labelled = (labels != ignored) | (next_labels(labels, ignore_index=ignored) != ignored)
+    if shifted is not None:
+        if shifted.numel() != labelled.numel():
+            return None
+        labelled = labelled | (shifted.to(labels.device).view_as(labelled) != ignored)
+    return Read(mask, labelled)
+
+
+def _loss_is_known(model: nn.Module) -> bool:
+    """Whether ``loss_function``, where the model has one, is transformers' own."""
+    loss = None
+    with suppress(Exception):  # a property that fails where the model's forward does not use it
+        loss = model.loss_function
+    return loss is None or getattr(loss, "__module__", "").startswith("transformers.")
+
+
+def _handed_out(output: Any, lean: bool) -> Any:
+    """What a model returned, with no lazy logits in it: those named ``logits`` wait for a reader, or are left out where ``lean``."""
+    if isinstance(output, LazyLogits):
+        return output.read()
+    if isinstance(output, ModelOutput):
+        for name, value in list(output.items()):
+            if not isinstance(value, LazyLogits):
+                new = _handed_out(value, lean)
+                if new is not value:
+                    output[name] = new
+            elif name != "logits" or value.is_read:
+                output[name] = value.read()
+            elif lean:
+                OrderedDict.__delitem__(output, name)
+                object.__setattr__(output, name, None)
+            else:
+                object.__setattr__(output, name, None)
+                output = with_deferred_logits(output, value.read, value.head)
+        return output
+    if isinstance(output, tuple | list) and any(isinstance(item, LazyLogits | ModelOutput | tuple | list) for item in output):
+        items = [_handed_out(item, lean) for item in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return output

@@ -1,0 +1,262 @@
+"""Any stack of decoder layers of transformers, its padding left out while the layers run.
+
+Where nobody reads a stack's output at padding, its layers see real tokens alone, [1, T, C] in place of [B, L, C]. The model's own forward
+runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`_OnTokens`, which call them
+on real tokens. Attention functions get padded queries, keys and values, as the masks are (:mod:`fastpeft.fused.attention_interface`), so
+whatever a mask says is as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
+from fastpeft.fused.flatten import why_not_flat
+from fastpeft.fused.layout import Layout, self_layout
+from fastpeft.ops._autocast import first_order
+from fastpeft.registry import fuses, replaced_class, signature_of_replaced
+
+FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
+_reading = threading.local()
+
+
+class Read(NamedTuple):
+    """Where the last hidden state of a stack is read: at tokens, 1 in ``mask`` [B, L] (None: all are), and where ``labelled`` [B, L]."""
+
+    mask: Tensor | None
+    labelled: Tensor
+
+    def under(self, mask: Any) -> Read:
+        """The same with the mask that the stack itself gets, where that is one over tokens; models with images may have made it."""
+        return self._replace(mask=mask) if isinstance(mask, Tensor) and mask.shape == self.labelled.shape else self
+
+    def positions(self) -> Tensor:
+        """[B, L] bool, on the CPU."""
+        labelled = self.labelled.cpu()
+        return torch.ones_like(labelled) if self.mask is None else labelled | (self.mask.cpu() != 0)
+
+    def on_padding(self) -> bool:
+        return self.mask is not None and bool((self.labelled.cpu() & (self.mask.cpu() == 0)).any())
+
+
+@contextmanager
+def read_at(stack: nn.Module | None, read: Read | None) -> Iterator[None]:
+    """Inside, and on this thread, the last hidden state of ``stack`` is read where ``read`` says; None: anywhere."""
+    before = getattr(_reading, "now", None)
+    _reading.now = None if stack is None or read is None else (stack, read)
+    try:
+        yield
+    finally:
+        _reading.now = before
+
+
+def read_of(stack: nn.Module, given: dict[str, Any]) -> Read | None:
+    """Where the last hidden state of ``stack`` is read in this call, with ``input_ids`` or ``inputs_embeds`` ``given``; None: anywhere, as
+    far as is known."""
+    now = getattr(_reading, "now", None)
+    if now is None or now[0] is not stack:
+        return None
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if tokens is None or tokens.shape[:2] != now[1].labelled.shape:
+        return None
+    return now[1].under(given.get("attention_mask"))
+
+
+def loops_over_layers(cls: type[nn.Module]) -> bool:
+    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, calls ``self.layers`` and is no model with a head."""
+    if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
+        return False
+    forward = cls.forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    names = forward.__code__.co_varnames[: forward.__code__.co_argcount]
+    return "layers" in forward.__code__.co_names and "attention_mask" in names and "labels" not in names
+
+
+def _layers_of(stack: nn.Module) -> nn.ModuleList | None:
+    layers = stack._modules.get("layers")
+    usable = isinstance(layers, nn.ModuleList) and len(layers) and all(isinstance(m, GradientCheckpointingLayer) for m in layers)
+    return layers if usable else None
+
+
+@fuses(rule=loops_over_layers, applies=lambda module: _layers_of(module) is not None)
+class FusedTextStack:
+    """transformers' own forward, whose layers see real tokens alone where nobody reads the others (:func:`read_at`) and each layer can do
+    without."""
+
+    @staticmethod
+    def computes_only(module: nn.Module) -> nn.Module | None:
+        """Nothing: its layers compute."""
+        return None
+
+    @signature_of_replaced
+    def forward(self, *args, **kwargs):
+        read = None if args or torch.compiler.is_compiling() else read_of(self, kwargs)
+        layout = None if read is None else self._layout(read, kwargs)
+        if layout is None:
+            return super().forward(*args, **kwargs)
+        with _on_tokens(self, layout):
+            return super().forward(**kwargs | {"use_cache": False})
+
+    def _layout(self, read: Read, options: dict[str, Any]) -> Layout | None:
+        """Where the real tokens lie; None where every token is computed."""
+        if options.get("past_key_values") is not None or options.get("use_cache"):
+            return None
+        if options.get("attention_mask") is None:  # then position_ids may mark packed samples, but only where there is no cache
+            return None
+        if any(_asked(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
+            return None
+        if (name := self.config._attn_implementation) not in ("sdpa", "eager"):
+            return None  # others get masks of other kinds
+        if name != "sdpa" and read.on_padding():
+            return None  # what is padding on the left attends to nothing, which is every key in "eager"
+        layers = _layers_of(self)
+        if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
+            return None
+        host = read.positions()
+        if not 0 < int(host.sum()) <= FULL * host.numel():
+            return None
+        return self_layout(tuple(host.shape), host, next(self.parameters()).device)
+
+
+def _asked(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
+    value = options.get(f"output_{what}")
+    return bool(getattr(stack.config, f"output_{what}", False) if value is None else value is not False)
+
+
+def _hands_on_layouts(module: nn.Module) -> bool:
+    """Whether ``module``, if it is an attention layer, looks its function up where layouts are understood."""
+    return isinstance(module, FusedInterfaceAttention) or not reads_interface(replaced_class(type(module)) or type(module))
+
+
+class _Flat(Tensor):
+    """[B, L, C], zero where no token lies, of which only the tokens [1, T, C] are there until a function needs more."""
+
+    tokens: Tensor
+    place: Layout
+
+    @classmethod
+    def of(cls, tokens: Tensor, layout: Layout) -> _Flat:
+        """Padded ``tokens``, attached to autograd, for those who differentiate it behind PyTorch's functions: an autograd Function."""
+        flat = _Padded.apply(tokens, layout)
+        flat.tokens, flat.place = tokens, layout
+        return flat
+
+    def read(self) -> Tensor:
+        return self.place.pad(self.tokens)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(_Flat, _Flat.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} got hidden states without padding; please report this, and call fastpeft.restore(model)")
+
+    __repr__ = object.__repr__
+
+
+class _Padded(Function):
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: Layout) -> _Flat:
+        ctx.layout = layout
+        shape = (layout.rows, layout.columns, tokens.shape[-1])
+        return Tensor._make_wrapper_subclass(_Flat, shape, dtype=tokens.dtype, device=tokens.device)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor):
+        return ctx.layout.unpad(grad)[None], None
+
+
+@contextmanager
+def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
+    """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
+    call = _Call(layout)
+    standing = [_OnTokens(layer, call) for layer in stack._modules["layers"]]
+    stack.__dict__["layers"] = standing
+    try:
+        yield
+    finally:
+        if stack.__dict__.get("layers") is standing:
+            del stack.__dict__["layers"]
+
+
+class _Call:
+    """One call of a stack: where its tokens lie, and what its layers' arguments are on tokens."""
+
+    def __init__(self, layout: Layout):
+        self.layout, self.thread = layout, threading.get_ident()
+        self.known: dict[int, tuple[Any, Any]] = {}
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """A layer's arguments behind its hidden states, on tokens; None where one is of no known kind."""
+        try:
+            named = {name: self._argument(name, value) for name, value in kwargs.items()}
+            return tuple(self._argument("", value) for value in args), named
+        except _Unknown:
+            return None
+
+    def _argument(self, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4:
+            return value
+        if name.startswith("position_embeddings") and isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value):
+            return tuple(self._on_tokens(t, 3) for t in value)
+        if name == "position_embeddings" and isinstance(value, Tensor):
+            return self._on_tokens(value, 3)
+        if name == "position_ids" and isinstance(value, Tensor):
+            return self._on_tokens(value, 2)
+        raise _Unknown
+
+    def _on_tokens(self, table: Tensor, dims: int) -> Tensor:
+        """[B or 1, L, ...] -> [1, T, ...]."""
+        kept = self.known.get(id(table))
+        if kept is None:
+            B, L = self.layout.rows, self.layout.columns
+            if table.dim() != dims or table.shape[0] not in (1, B) or table.shape[1] != L:
+                raise _Unknown
+            full = table.expand(B, *table.shape[1:]).reshape(B, L, -1)
+            kept = self.known[id(table)] = table, self.layout.unpad(full).view(1, -1, *table.shape[2:])
+        return kept[1]
+
+
+class _Unknown(Exception):
+    """An argument that a layer may read in a way of its own."""
+
+
+class _OnTokens:
+    """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers."""
+
+    def __init__(self, layer: nn.Module, call: _Call):
+        self.layer, self.call = layer, call
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call, layer = self.call, self.layer
+        if threading.get_ident() != call.thread:
+            return layer(hidden, *args, **kwargs)
+        given = call.arguments(args, kwargs)
+        if given is None:
+            if isinstance(hidden, _Flat):
+                hidden = hidden.read()
+            return layer(hidden, *args, **kwargs)
+        tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
+        output = layer(tokens, *given[0], **given[1], **{LAYOUT: call.layout})
+        if isinstance(output, Tensor):
+            return _Flat.of(output, call.layout)
+        return (_Flat.of(output[0], call.layout), *output[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)

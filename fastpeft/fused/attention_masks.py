@@ -1,0 +1,61 @@
+"""What a mask of transformers' says: causality, key padding, any other pattern, or numbers added to the scores."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops.attention_backends import allowed_keys
+
+
+class MaskContent(NamedTuple):
+    """Of a mask [B or 1, H or 1, M or 1, N].
+
+    ``allowed``: the same as bool, True = attend; ``causal`` with ``padding`` [B or 1, N]: the same as causality (or none) and key padding,
+    ``causal`` None where it is neither; ``bias``: the mask itself where it adds other numbers than 0 and its dtype's least, ``allowed`` is
+    None then; ``dead``: some query has no key; ``least``: what stands for "no" in a mask of numbers."""
+
+    allowed: Tensor | None = None
+    causal: bool | None = None
+    padding: Tensor | None = None
+    bias: Tensor | None = None
+    dead: bool = False
+    least: float | None = None
+
+
+def read_mask(mask: Tensor) -> MaskContent:
+    """The content of ``mask``. The layers of a model share a mask: it is read once, and the note stays on it until it is changed."""
+    noted = getattr(mask, "_fastpeft_content", None)
+    if noted is None or noted[0] != mask._version:
+        with torch.no_grad():
+            noted = mask._fastpeft_content = (mask._version, _read(mask.detach()))
+    return noted[1]
+
+
+def _read(mask: Tensor) -> MaskContent:
+    if mask.dtype == torch.bool:
+        return _pattern(mask, None)
+    least, lowest = torch.finfo(mask.dtype).min, float(mask.amin())
+    allowed = mask == 0
+    if lowest in (least, -torch.inf) and bool((allowed | (mask == lowest)).all()):
+        return _pattern(allowed, lowest)
+    if lowest == 0.0 and bool(allowed.all()):
+        return _pattern(allowed, least)
+    return MaskContent(bias=mask, dead=bool((mask.amax(-1) <= least / 2).any()))
+
+
+def _pattern(allowed: Tensor, least: float | None) -> MaskContent:
+    content = MaskContent(allowed, dead=not bool(allowed.any(-1).all()), least=least)
+    if allowed.shape[1] != 1:
+        return content
+    rows = allowed[:, 0]
+    padding = rows.any(1)  # keys that some query sees
+    seen, padding = padding[:, None], None if bool(padding.all()) else padding
+    if bool((rows == seen).all()):
+        return content._replace(causal=False, padding=padding)
+    triangle = allowed_keys(rows[:, None], rows[:, None].mT, True, None) if rows.shape[1] == rows.shape[2] else None
+    if triangle is not None and bool((rows == (seen & triangle[0])).all()):
+        return content._replace(causal=True, padding=padding)
+    return content

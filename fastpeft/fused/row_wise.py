@@ -1,0 +1,145 @@
+"""Whether the code of a class treats every token by itself: what it returns for a token depends on that token, and on nothing else.
+
+A forward is read as a tree. It may call its own modules (which are looked at for themselves), add, multiply, cast, and reduce or cut over
+the last dimension, in its own methods and in functions of its file too. An attention layer may call its attention function once, with the
+mask that it was given and all its keyword arguments: that function is told where tokens lie. Anything else, a loop, an ``arange``, a mean
+over positions, makes a class unknown.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from fastpeft.registry import replaced_class
+
+ANYWHERE = frozenset((
+    "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp", "clone", "size",
+    "get_interface", "add", "mul", "div", "neg", "abs", "silu", "gelu", "relu", "sigmoid", "tanh", "sin", "cos", "exp", "log", "floor",
+    "dropout", "layer_norm", "clamp_",
+))  # fmt: skip
+IN_ATTENTION = ANYWHERE | {"view", "reshape", "transpose", "flatten"}  # elsewhere they may put tokens where channels were
+LAST = frozenset(("mean", "sum", "cat", "chunk", "split", "softmax", "norm", "var", "stack", "repeat_interleave"))  # need dim=-1
+PLAIN = frozenset(("getattr", "isinstance", "len", "int", "float", "tuple", "max", "min"))
+FORBIDDEN = (ast.For, ast.While, ast.AsyncFor, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.Lambda, ast.Yield,
+             ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal, ast.With, ast.Try, ast.Delete, ast.MatMult)  # fmt: skip
+ATTENTION = "attention_interface"
+MASK = "attention_mask"
+
+_KNOWN: WeakKeyDictionary[type, frozenset[str] | None] = WeakKeyDictionary()  # class -> the modules that it calls, None: not row-wise
+
+
+def is_row_wise_code(module: nn.Module) -> bool:
+    """Whether the forward of ``module``'s class, or of the class that it replaces, is known to be row-wise but for the modules it calls."""
+    cls = replaced_class(type(module)) or type(module)
+    if cls not in _KNOWN:
+        reader = _Reader(cls)
+        _KNOWN[cls] = frozenset(reader.called) if reader.accepts(cls.forward) else None
+    called = _KNOWN[cls]
+    # what is not there is not called: a norm that this configuration does without
+    return called is not None and all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
+
+
+class _Reader:
+    """Reads what a class's forward reaches. ``called``: attributes of ``self`` that it calls and the class does not have."""
+
+    def __init__(self, cls: type[nn.Module]):
+        self.cls, self.seen, self.called = cls, set(), set()
+
+    def accepts(self, function: Callable) -> bool:
+        function = inspect.unwrap(function)
+        if function in self.seen:
+            return True
+        self.seen.add(function)
+        if not isinstance(function, FunctionType) or not function.__module__.startswith("transformers."):
+            return False
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        except (OSError, SyntaxError, IndexError):
+            return False
+        return isinstance(tree, ast.FunctionDef) and self._accepts_tree(function, tree)
+
+    def _accepts_tree(self, function: FunctionType, tree: ast.FunctionDef) -> bool:
+        nodes = [node for statement in tree.body for node in ast.walk(statement)]
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        attends = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == ATTENTION]
+        allowed = IN_ATTENTION if attends else ANYWHERE
+        if any(isinstance(node, FORBIDDEN) for node in nodes) or not _mask_is_handed_on(nodes, calls, attends, tree):
+            return False
+        kept = all(_keeps_tokens(node) for node in nodes if isinstance(node, ast.Subscript))
+        return kept and all(self._accepts_call(function, node, allowed) for node in calls)
+
+    def _accepts_call(self, function: FunctionType, call: ast.Call, allowed: frozenset[str]) -> bool:
+        called = call.func
+        if isinstance(called, ast.Name):
+            if called.id in PLAIN or called.id == ATTENTION:
+                return True
+            found = function.__globals__.get(called.id)
+            return isinstance(found, FunctionType) and self.accepts(found)
+        if not isinstance(called, ast.Attribute):
+            return False
+        if isinstance(called.value, ast.Name) and called.value.id == "self":
+            found = inspect.getattr_static(self.cls, called.attr, None)
+            if found is None:
+                self.called.add(called.attr)
+                return True
+            return isinstance(found, FunctionType | staticmethod) and self.accepts(getattr(found, "__func__", found))
+        if called.attr == "update":  # of a cache: there is none where tokens are flattened
+            return isinstance(called.value, ast.Name) and called.value.id.startswith(("past_key_value", "layer_past"))
+        if called.attr == "flatten" and len(call.args) == 1 and not call.keywords and _is_number(call.args[0], -2):
+            return True  # of pairs side by side, as interleaved rotary embedding makes them
+        if called.attr in LAST:
+            return _over_last(call)
+        return called.attr in allowed
+
+
+def _mask_is_handed_on(nodes: list[ast.AST], calls: list[ast.Call], attends: list[ast.Call], tree: ast.FunctionDef) -> bool:
+    """Whether the mask goes to attention, or to what has attention inside, as it is, and nowhere else."""
+    told = [call for call in calls if _handed(call, MASK)]
+    if attends and (len(attends) > 1 or told != attends):
+        return False
+    return all(_hands_on(call, tree) for call in told) and _loads(nodes, MASK) == len(told)
+
+
+def _loads(nodes: list[ast.AST], name: str) -> int:
+    return sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
+
+
+def _handed(call: ast.Call, name: str) -> int:
+    """How often ``name`` is an argument of a call."""
+    return _loads([*call.args, *(keyword.value for keyword in call.keywords)], name)
+
+
+def _hands_on(call: ast.Call, tree: ast.FunctionDef) -> bool:
+    """Whether a call gets the mask, and all other keyword arguments of the forward around it, which say where tokens lie."""
+    rest = tree.args.kwarg.arg if tree.args.kwarg else None
+    handed = [keyword.value.id for keyword in call.keywords if keyword.arg is None and isinstance(keyword.value, ast.Name)]
+    return rest is not None and handed == [rest] and _handed(call, MASK) == 1
+
+
+def _over_last(call: ast.Call) -> bool:
+    dims = [keyword.value for keyword in call.keywords if keyword.arg == "dim"]
+    if not dims and len(call.args) and call.func.attr in ("mean", "sum", "softmax"):
+        dims = [call.args[0]]
+    return len(dims) == 1 and _is_number(dims[0], -1)
+
+
+def _is_number(node: ast.AST, number: int) -> bool:
+    return ast.dump(node) == ast.dump(ast.parse(str(number), mode="eval").body)
+
+
+def _keeps_tokens(node: ast.Subscript) -> bool:
+    """Whether an index takes no tokens out: of a shape, of a tuple by a number, or ``[..., a:b]``."""
+    index = node.slice
+    if isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
+        return True
+    if isinstance(index, ast.Tuple):
+        first = index.elts[0]
+        return isinstance(first, ast.Constant) and first.value is Ellipsis and len(index.elts) == 2
+    return isinstance(index, ast.Constant) and isinstance(index.value, int | str) and not isinstance(index.value, bool)

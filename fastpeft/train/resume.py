@@ -1,0 +1,101 @@
+"""A run's folder at its start: refused where it holds another run, resumed from the newest intact checkpoint where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+from fastpeft.adapters import fingerprint
+from fastpeft.data.tokenizer import tokenizer_digest
+from fastpeft.files import recover_folder
+from fastpeft.train.config import FREE
+from fastpeft.train.metrics import keep_lines
+from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote
+
+BEST = "best"  # the adapter of the best validation, in a run's folder
+DATA = {"n", "samples", "images"}  # without these, the position in the data says nothing
+
+
+def identity_of(trainer) -> dict[str, Any]:
+    """Plan, base, data, tokenizer, preprocessing, validation, and every option of :class:`TrainConfig` that bears on the result."""
+    config = {name: value for name, value in asdict(trainer.config).items() if name not in FREE}
+    about = {
+        "plan": trainer.model.fastpeft_plan.to_dict(),
+        "base": fingerprint(trainer.model),
+        "images": trainer.dataset.image_digest(),
+        "tokenizer": tokenizer_digest(trainer.dataset.tokenizer),
+        "reading": trainer.dataset.describe(),
+        **trainer.dataset.identity(),
+        **({"validation": trainer.validation.identity()} if trainer.validation else {}),
+        **({"started_from": trainer.started_from["tensors"]} if trainer.started_from else {}),
+    }
+    return json.loads(json.dumps(config | trainer.sampler.identity() | about))
+
+
+def open_run(trainer) -> dict[str, Any] | None:
+    """Make ``trainer.out`` ready, and put the trainer where the run stands. The summary of a run that is resumed although it is finished,
+    else None. ValueError where the folder holds a run that is not to be resumed, or cannot be."""
+    checkpoint, metrics = trainer.out / "checkpoint", trainer.out / "metrics.jsonl"
+    if not trainer.config.resume:
+        if checkpoints(checkpoint) or checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size):
+            raise ValueError(f"{trainer.out} holds a run already: resume it (--resume), or choose another --out")
+        metrics.unlink(missing_ok=True)
+        return None
+    for folder in (checkpoint, trainer.out / "adapter", trainer.out / BEST):
+        recover_folder(folder)
+    found, progress, damaged = newest_intact(checkpoint, trainer.done)
+    if found is None:
+        _say(trainer, f"{checkpoint} is not there, so nothing is resumed: the run starts at step 0")
+        metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        return None
+    _compare(trainer, progress["identity"])
+    trainer.done |= progress["done"]
+    trainer.plan_steps()
+    if trainer.validation is not None and trainer.validation.exhausted(trainer.done["validation"]):
+        trainer.total_batches, trainer.total_steps = trainer.done["batches"], trainer.done["step"]
+    trainer.optimizer.schedule(trainer.total_steps)
+    load_state(found, trainer.model, trainer.optimizer)
+    trainer.saved_step = trainer.done["step"]
+    if not damaged and (finished := _finished(trainer)) is not None:
+        trainer.end_with_best()
+        return finished
+    for problem in damaged:
+        _say(trainer, f"{problem.partition(': remove')[0]}; going on from step {trainer.done['step']}, the newest intact one")
+    promote(found, checkpoint)
+    if missing := keep_lines(metrics, trainer.done["step"]):
+        _say(trainer, f"{metrics} has no line for {missing} of the {trainer.done['step']} steps done; the report leaves them out")
+    return None
+
+
+def _compare(trainer, was: dict[str, Any]) -> None:
+    """ValueError where what makes the run is not what it ``was``, unless it may change."""
+    allowed, mine = set(trainer.config.allow_change or ()), trainer.identity
+    if unknown := sorted(allowed - mine.keys()):
+        raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {', '.join(mine)}")
+    changed = {name: differences(name, then, mine.get(name)) for name, then in was.items()}
+    if refused := {name: said for name, said in changed.items() if said and name not in allowed}:
+        how = "" if DATA & refused.keys() else f"; --allow-change {','.join(refused)} goes on all the same"
+        raise ValueError(f"cannot resume {trainer.out}: " + "; ".join(text for said in refused.values() for text in said) + how)
+    trainer.notes += [f"changed when it was resumed: {text}" for said in changed.values() for text in said]
+
+
+def _finished(trainer) -> dict[str, Any] | None:
+    """summary.json of a run that has nothing left to do."""
+    if trainer.total_batches > trainer.done["batches"]:
+        return None
+    try:
+        summary = json.loads((trainer.out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(summary, dict) or summary.get("steps") != trainer.done["step"]:
+        return None
+    scored = trainer.eval_dataset is None or summary.get("eval") is not None
+    return summary if scored and (trainer.out / "report.html").is_file() else None
+
+
+def _say(trainer, note: str) -> None:
+    """A note for the summary, and on the console now."""
+    trainer.notes.append(note)
+    warnings.warn(note, stacklevel=4)

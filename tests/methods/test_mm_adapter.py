@@ -1,0 +1,36 @@
+"""MMAdapter and RepAdapter as methods: what they add, that they begin as the identity, and what they refuse."""
+
+import pytest
+import torch
+from lavin_batches import PLAN, lavin_pixels, lavin_samples, padded, randomise  # noqa: F401 - fixtures
+
+import fastpeft as fp
+
+ROWS = {("lavin-7b", PLAN): 3_781_296, ("lavin-13b", PLAN): 5_390_080, ("lavin-7b", "MMAdapter/T/RepAdapter"): 2_863_728}
+
+
+@pytest.mark.parametrize("name, plan", ROWS)
+def test_counts(name, plan):
+    assert fp.count(fp.adapt(fp.build(name, device="meta"), plan))["trainable"] == ROWS[name, plan]
+
+
+def test_new_adapters_change_nothing(samples, pixels):
+    model = fp.build("lavin-tiny", dtype=torch.float64)
+    want = model(**padded(samples, pixels)).loss
+    fp.adapt(model, PLAN)
+    torch.testing.assert_close(model.train()(**padded(samples, pixels)).loss, want)
+
+
+def test_dropout_is_of_training(samples, pixels):
+    model = randomise(fp.adapt(fp.build("lavin-tiny", dtype=torch.float64), PLAN, dropout=0.5))
+    batch = padded(samples, pixels)
+    assert torch.equal(model.eval()(**batch).loss, model(**batch).loss)
+    assert not torch.equal(model.train()(**batch).loss, model(**batch).loss)
+
+
+def test_what_cannot_be():
+    model = fp.adapt(fp.build("llama-tiny"), "MMAdapter")
+    with pytest.raises(ValueError, match="MMAdapter routes by a modality token"):
+        model(torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="groups = 3 must divide h = 8"):
+        fp.adapt(fp.build("llama-tiny"), llm=fp.RepAdapter(groups=3))

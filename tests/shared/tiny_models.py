@@ -1,0 +1,381 @@
+"""Tiny models of the architectures people tune, made from configurations alone, with batches for each: no download, float64 by default.
+
+``TINY[name]`` makes (model, batch): the model in evaluation mode with weights large enough that every path matters; batch(kind) gives the
+arguments of one training step with a loss, for each kind in ``kinds(name)``:
+
+- "full"     every token is real
+- "padded"   padding on the right (decoders: labels -100 there)
+- "left"     padding on the left
+- "packed"   one row of several samples, with position_ids that start again and no mask (decoders only)
+
+Vision models have "full" alone; encoders "full" and "padded".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as T
+from torch import nn
+
+V, PAD, IMAGE = 99, 0, 98  # vocabulary, padding, the image token
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
+TEXT |= {"max_position_embeddings": 64, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = TEXT | {"num_key_value_heads": 2}
+VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 16, "patch_size": 8}
+GLOBAL_AND_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "head_dim": 8}
+
+
+def _lively(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Random weights everywhere, also in norms, biases and gates that start at 0 or 1, so that no gradient is zero by chance."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() < 2:
+                p.add_(0.1 * noise)
+            else:
+                p.copy_(noise * (0.7 / p[0].numel() ** 0.5 if "embed" not in name else 0.5))
+    return model.to(dtype).eval()
+
+
+def _rows(kind: str, length: int = 12, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, length] and a mask of real tokens."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, IMAGE, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if kind in ("padded", "left"):
+        for row, gone in enumerate((0, 3, 5)[:rows]):
+            where = slice(length - gone, length) if kind == "padded" else slice(0, gone)
+            mask[row, where] = 0
+    return ids.masked_fill(mask == 0, PAD), mask
+
+
+def _causal_batch(kind: str, config=None) -> dict[str, Any]:
+    if kind == "packed":
+        ids, _ = _rows("full", 18, 1)
+        positions = torch.cat([torch.arange(n) for n in (7, 4, 7)])[None]
+        return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+    ids, mask = _rows(kind)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :4] = -100
+    return {"input_ids": ids, "labels": labels} | ({} if kind == "full" else {"attention_mask": mask})
+
+
+def _encoder_batch(kind: str, config) -> dict[str, Any]:
+    ids, mask = _rows(kind)
+    return {"input_ids": ids, "labels": torch.tensor([0, 1, 0])} | ({} if kind == "full" else {"attention_mask": mask})
+
+
+def _image(channels: int = 3, size: int = 16, rows: int = 3) -> torch.Tensor:
+    return torch.randn(rows, channels, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def _image_batch(kind: str, config) -> dict[str, Any]:
+    return {"pixel_values": _image(), "labels": torch.tensor([0, 1, 0])}
+
+
+def _pair_batch(kind: str, config) -> dict[str, Any]:
+    ids, mask = _rows(kind, 8)
+    return {"input_ids": ids, "pixel_values": _image(), "return_loss": True} | ({} if kind == "full" else {"attention_mask": mask})
+
+
+def _seq2seq_batch(kind: str, config) -> dict[str, Any]:
+    ids, mask = _rows(kind)
+    labels, seen = _rows(kind, 6)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(seen == 0, -100)}
+
+
+def _speech_batch(kind: str, config) -> dict[str, Any]:
+    sound = torch.randn(3, config.num_mel_bins, 40, generator=torch.Generator().manual_seed(3))
+    labels, seen = _rows(kind, 6)
+    return {"input_features": sound, "labels": labels.masked_fill(seen == 0, -100)}
+
+
+def _with_images(count: int, pixels: Callable[[], dict[str, Any]], first: int = 1, types: str | None = None):
+    """Batches of a causal model with ``count`` image tokens at positions ``first`` on, after left padding if there is any."""
+
+    def batch(kind: str, config) -> dict[str, Any]:
+        text = _causal_batch(kind)
+        ids, mask = text["input_ids"], text.get("attention_mask", torch.ones_like(text["input_ids"]))
+        out = {"input_ids": [], "labels": [], "attention_mask": []}
+        for row in range(len(ids)):
+            start = first + (int((mask[row] == 0).sum()) if kind == "left" else 0)
+            parts = {"input_ids": IMAGE, "labels": -100, "attention_mask": 1}
+            sources = {"input_ids": ids, "labels": text["labels"], "attention_mask": mask}
+            for name, filler in parts.items():
+                source = sources[name][row]
+                out[name].append(torch.cat([source[:start], torch.full((count,), filler), source[start:]]))
+        out = {name: torch.stack(value) for name, value in out.items()}
+        if types:
+            out[types] = (out["input_ids"] == IMAGE).long()
+        return out | pixels()
+
+    return batch
+
+
+def _qwen_pixels(vision) -> Callable[[], dict[str, Any]]:
+    """Three images of 4 x 4 patches, merged two by two: four tokens each."""
+
+    def pixels():
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        flat = torch.randn(3 * 16, width, generator=torch.Generator().manual_seed(3))
+        return {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, 4, 4]] * 3)}
+
+    return pixels
+
+
+def _qwen25_vl():
+    vision = {"depth": 2, "hidden_size": 24, "intermediate_size": 40, "num_heads": 3, "patch_size": 4, "out_hidden_size": 32}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    text = GROUPED | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    config = T.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=97, vision_start_token_id=96)
+    return T.Qwen2_5_VLForConditionalGeneration(config), _with_images(4, _qwen_pixels(config.vision_config), types="mm_token_type_ids")
+
+
+def _qwen3_vl():
+    vision = {"depth": 2, "hidden_size": 24, "intermediate_size": 40, "num_heads": 3, "patch_size": 4, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    text = GROUPED | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    config = T.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=97, vision_start_token_id=96)
+    return T.Qwen3VLForConditionalGeneration(config), _with_images(4, _qwen_pixels(config.vision_config), types="mm_token_type_ids")
+
+
+def _one_image_each() -> dict[str, Any]:
+    return {"pixel_values": _image()}
+
+
+def _llava(language=T.LlamaConfig):
+    config = T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**VISION, projection_dim=24), text_config=language(**GROUPED), image_token_index=IMAGE
+    )
+    return T.LlavaForConditionalGeneration(config), _with_images(4, _one_image_each)
+
+
+def _llava_onevision():
+    config = T.LlavaOnevisionConfig(
+        vision_config=T.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=T.Qwen2Config(**GROUPED),
+        image_token_index=IMAGE,
+        video_token_index=97,
+        image_grid_pinpoints=[[16, 16]],
+        vision_aspect_ratio="anyres_max_9",
+    )
+
+    def pixels():  # the image as a whole and as one tile: 4 tokens, and 4 with a newline after each row of 2
+        return {"pixel_values": _image(rows=6).view(3, 2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 3)}
+
+    return T.LlavaOnevisionForConditionalGeneration(config), _with_images(10, pixels)
+
+
+def _paligemma2():
+    config = T.PaliGemmaConfig(
+        vision_config=T.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=32),
+        text_config=T.Gemma2Config(**GROUPED, **GLOBAL_AND_SLIDING, query_pre_attn_scalar=8),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    with_images = _with_images(4, _one_image_each, first=0)
+
+    def batch(kind, config):
+        out = with_images(kind, config)
+        return out | {"token_type_ids": (out["labels"] != -100).long()}  # 0: prompt and image, seen from both sides; 1: the answer
+
+    return T.PaliGemmaForConditionalGeneration(config), batch
+
+
+def _gemma3():
+    config = T.Gemma3Config(
+        text_config=T.Gemma3TextConfig(**GROUPED, **GLOBAL_AND_SLIDING, query_pre_attn_scalar=8),
+        vision_config=T.SiglipVisionConfig(**VISION, vision_use_head=False),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=96,
+        eoi_token_index=97,
+    )
+    return T.Gemma3ForConditionalGeneration(config), _with_images(4, _one_image_each, types="token_type_ids")
+
+
+def _internvl():
+    config = T.InternVLConfig(
+        vision_config=T.InternVLVisionConfig(**VISION | {"image_size": [16, 16], "patch_size": [4, 4]}),
+        text_config=T.Qwen2Config(**GROUPED),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    return T.InternVLForConditionalGeneration(config), _with_images(4, _one_image_each)
+
+
+def _idefics3(Config=T.Idefics3Config, Model=T.Idefics3ForConditionalGeneration):
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = Config(vision_config=vision, text_config=T.LlamaConfig(**GROUPED), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD)
+
+    def pixels():
+        return {"pixel_values": _image()[:, None]}
+
+    return Model(config), _with_images(4, pixels)
+
+
+def _smolvlm():
+    return _idefics3(T.SmolVLMConfig, T.SmolVLMForConditionalGeneration)
+
+
+def _blip2():
+    config = T.Blip2Config(
+        vision_config=T.Blip2VisionConfig(**VISION).to_dict(),
+        qformer_config=T.Blip2QFormerConfig(**TEXT | NO_DROPOUT, encoder_hidden_size=24, cross_attention_frequency=1).to_dict(),
+        text_config=T.OPTConfig(**TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}).to_dict(),
+        num_query_tokens=4,
+        image_token_index=IMAGE,
+    )
+    return T.Blip2ForConditionalGeneration(config), _with_images(4, _one_image_each)
+
+
+def _florence2():
+    vision = {
+        "embed_dim": [16, 24],
+        "depths": [1, 1],
+        "num_heads": [2, 3],
+        "num_groups": [2, 3],
+        "patch_size": [7, 3],
+        "projection_dim": 32,
+    }
+    vision |= {"patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 2, "drop_path_rate": 0.0}
+    text = {"vocab_size": V, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "dropout": 0.0}
+    text |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "pad_token_id": PAD}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    config = T.Florence2Config(text_config=T.BartConfig(**text), vision_config=T.Florence2VisionConfig(**vision), image_token_id=IMAGE)
+    with_images = _with_images(5, _one_image_each)
+
+    def batch(kind, config):
+        out, (labels, seen) = with_images(kind, config), _rows(kind, 6)
+        return out | {"labels": labels.masked_fill(seen == 0, -100)}
+
+    return T.Florence2ForConditionalGeneration(config), batch
+
+
+def _causal(Model, Config, **more) -> Callable:
+    def make():
+        return Model(Config(**{k: v for k, v in (GROUPED | more).items() if v is not None})), _causal_batch
+
+    return make
+
+
+def _encoder(Model, Config, **more) -> Callable:
+    return lambda: (Model(Config(**TEXT | {"num_labels": 2} | more)), _encoder_batch)
+
+
+def _image_model(Model, Config, **more) -> Callable:
+    return lambda: (Model(Config(**VISION | {"num_labels": 2} | more)), _image_batch)
+
+
+def _clip(Model, Config) -> Callable:
+    def make():
+        text = TEXT | {"projection_dim": 16}
+        return Model(Config(text_config=text, vision_config=VISION | {"projection_dim": 16}, projection_dim=16)), _pair_batch
+
+    return make
+
+
+def _siglip():
+    vision = VISION | {"hidden_size": 32, "num_attention_heads": 4}  # one width for text and images
+    return T.SiglipModel(T.SiglipConfig(text_config=TEXT | {"max_position_embeddings": 8}, vision_config=vision)), _pair_batch
+
+
+def _gpt2():
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": V, "n_positions": 64, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    return T.GPT2LMHeadModel(T.GPT2Config(**sizes, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)), _causal_batch
+
+
+def _t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": V, "dropout_rate": 0.0}
+    config = T.T5Config(**sizes, decoder_start_token_id=PAD, pad_token_id=PAD, feed_forward_proj="gated-gelu")
+    return T.T5ForConditionalGeneration(config), _seq2seq_batch
+
+
+def _whisper():
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": V, "num_mel_bins": 8, "max_source_positions": 20}
+    tokens = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3, "suppress_tokens": None}
+    config = T.WhisperConfig(**sizes, **tokens, begin_suppress_tokens=None, max_target_positions=32)
+    return T.WhisperForConditionalGeneration(config), _speech_batch
+
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DECODERS: dict[str, Callable] = {
+    "llama": _causal(T.LlamaForCausalLM, T.LlamaConfig),
+    "mistral": _causal(T.MistralForCausalLM, T.MistralConfig, sliding_window=4),
+    "qwen2": _causal(T.Qwen2ForCausalLM, T.Qwen2Config),
+    "qwen3": _causal(T.Qwen3ForCausalLM, T.Qwen3Config, head_dim=8),
+    "gemma2": _causal(T.Gemma2ForCausalLM, T.Gemma2Config, **GLOBAL_AND_SLIDING, query_pre_attn_scalar=8),
+    "gemma3-text": _causal(T.Gemma3ForCausalLM, T.Gemma3TextConfig, **GLOBAL_AND_SLIDING, query_pre_attn_scalar=8),
+    "phi3": _causal(T.Phi3ForCausalLM, T.Phi3Config, sliding_window=None, original_max_position_embeddings=64),
+    "smollm3": _causal(T.SmolLM3ForCausalLM, T.SmolLM3Config, no_rope_layers=[1, 0]),
+    "olmo2": _causal(T.Olmo2ForCausalLM, T.Olmo2Config),
+    "gpt-oss": _causal(T.GptOssForCausalLM, T.GptOssConfig, **GLOBAL_AND_SLIDING, num_local_experts=2, num_experts_per_tok=1),
+    "gpt2": _gpt2,
+}
+ENCODERS: dict[str, Callable] = {
+    "bert": _encoder(T.BertForSequenceClassification, T.BertConfig, **NO_DROPOUT),
+    "roberta": _encoder(T.RobertaForSequenceClassification, T.RobertaConfig, **NO_DROPOUT),
+    "clip": _clip(T.CLIPModel, T.CLIPConfig),
+    "siglip": _siglip,
+    "t5": _t5,
+    "whisper": _whisper,
+}
+VISIONS: dict[str, Callable] = {
+    "vit": _image_model(T.ViTForImageClassification, T.ViTConfig),
+    "dinov2": _image_model(T.Dinov2ForImageClassification, T.Dinov2Config, mlp_ratio=2),
+    "beit": _image_model(T.BeitForImageClassification, T.BeitConfig, use_relative_position_bias=True),
+}
+VISION_LANGUAGE: dict[str, Callable] = {
+    "llava": _llava,
+    "llava-mistral": lambda: _llava(T.MistralConfig),
+    "llava-onevision": _llava_onevision,
+    "paligemma2": _paligemma2,
+    "gemma3": _gemma3,
+    "qwen2.5-vl": _qwen25_vl,
+    "qwen3-vl": _qwen3_vl,
+    "internvl": _internvl,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "blip2": _blip2,
+    "florence2": _florence2,
+}
+NAMES = [*DECODERS, *ENCODERS, *VISIONS, *VISION_LANGUAGE]
+
+
+def kinds(name: str, dtype: torch.dtype = torch.float64) -> tuple[str, ...]:
+    """The batches that a model takes in ``dtype``."""
+    if name == "gemma2" and dtype == torch.float64:  # its eager softmax is float32, where float64's least number, a mask's, is -inf: NaN
+        return ("full", "packed")
+    if name in DECODERS:
+        return ("full", "padded", "left", "packed")
+    return ("full",) if name in VISIONS else ("full", "padded") if name in ENCODERS else ("full", "padded", "left")
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[str], dict[str, Any]]]:
+    """(model, batch): the same weights and values at every call; batch(kind) -> keyword arguments of the model's forward, with a loss."""
+    torch.manual_seed(0)
+    make = {**DECODERS, **ENCODERS, **VISIONS, **VISION_LANGUAGE}[name]
+    model, batch = make()
+    if name == "gpt-oss":
+        model.set_experts_implementation("eager")  # grouped products take no float64
+
+    def cast(kind: str) -> dict[str, Any]:
+        given = batch(kind, model.config)
+        floating = [key for key, value in given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        return given | {key: given[key].to(dtype) for key in floating}
+
+    return _lively(model, dtype), cast
