@@ -20,9 +20,9 @@ from typing import Any
 
 from fastpeft.files import recover_folder, write_json
 from fastpeft.options import checked, split
+from fastpeft.runs import train as one_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import RECIPE
-from fastpeft.runs.train import train_run
 
 FILE = "stages.json"
 OF_THE_RUN = ("out", "resume", "stages", "device", "progress")  # not a stage's own
@@ -54,7 +54,7 @@ def train_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("stages"):
         return train_stages(given)
     run, data, text, metrics, training = split(given, *RECIPE)
-    return train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+    return one_run.train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
 
 
 def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:

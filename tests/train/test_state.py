@@ -106,7 +106,7 @@ def test_a_finished_run_resumes_to_itself_and_further(runs, phantoms, tmp_path):
     again = start(runs, phantoms, out, steps=4, resume=True)
     repeated = again.fit()
     runs.assert_same_weights(runs.weights(again), runs.weights(done))
-    clock = ("seconds", "samples_per_second", "peak_memory_bytes", "notes")  # notes say what this process encoded
+    clock = ("seconds", "samples_per_second", "peak_memory_bytes", "notes", "features")  # the last two: what this process encoded
     assert {k: v for k, v in repeated.items() if k not in clock} == {k: v for k, v in summary.items() if k not in clock}
     with pytest.raises(ValueError, match="it stands at step 4, past steps=3"):
         start(runs, phantoms, out, steps=3, resume=True).fit()
