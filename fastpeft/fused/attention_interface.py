@@ -102,6 +102,8 @@ def reads_interface(cls: type) -> bool:
 class FusedInterfaceAttention:
     """An attention layer whose function is fastpeft's; all else is its own."""
 
+    computes_only = staticmethod(lambda module: None)  # its projections are layers that it calls
+
     @staticmethod
     def why_not(module: nn.Module) -> str:
         """'' or why this one stays as it is."""

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -92,6 +93,11 @@ def causal_loss(
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("token losses", default=None)
 
 
+def _recording_into() -> list[Tensor] | None:
+    """The list of a ``with`` above that is open; compiled code, which knows no context variables, records nothing."""
+    return None if torch.compiler.is_compiling() else _recorded.get()
+
+
 @contextmanager
 def token_losses() -> Iterator[list[Tensor]]:
     """Inside, each loss leaves the losses of its labelled tokens in the list: detached, [labelled tokens], in their order. The loss itself
@@ -116,7 +122,7 @@ def labelled_loss(
     """Cross entropy of hidden [..., C] under ``head`` with targets [...], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``; reduction "none": of each of N tokens. Logits exist at labelled positions only."""
     reduced, options = _reduced(reduction, items), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if (recorded := _recorded.get()) is not None and reduction != "none":
+    if (recorded := _recording_into()) is not None and reduction != "none":
         losses = labelled_loss(head, hidden, targets, reduction="none", **options)
         return _over(items, reduction, _recording(recorded, losses, targets, ignore_index, reduced))
     if original_class(head) is nn.Linear and not is_quantized(head.weight) and not has_hooks(head):
@@ -143,7 +149,7 @@ def loss_of_logits(
     targets = to_device_async(targets, logits.device).reshape(-1)
     logits = logits.to(accumulator(logits.dtype)).reshape(-1, logits.shape[-1])
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if (recorded := _recorded.get()) is not None and reduction != "none":
+    if (recorded := _recording_into()) is not None and reduction != "none":
         losses = F.cross_entropy(logits, targets, reduction="none", **options)
         return _over(items, reduction, _recording(recorded, losses, targets, ignore_index, _reduced(reduction, items)))
     return _over(items, reduction, F.cross_entropy(logits, targets, reduction=_reduced(reduction, items), **options))

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from fastpeft.data.images import load_image
 from fastpeft.demo.phantom import make_phantoms
 from fastpeft.files import atomic_folder
 
@@ -109,7 +108,7 @@ def _scienceqa(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: ra
                 rng.shuffle(choices)
                 seen = folder / "images" / SPLITS[split] / pid
                 seen.mkdir(parents=True)
-                Image.open(drawn / "imgs" / name).save(seen / "image.png")
+                load_image(drawn / "imgs" / name).save(seen / "image.png")
                 problems[pid] = _problem(row["question"], choices, row["answer"], split, rng, image="image.png")
                 captions[pid] = _findings(asked)
                 pids[SPLITS[split]].append(pid)

@@ -12,6 +12,7 @@ from typing import Any
 
 # Ctrl-C; kill, a container's or a queue's end; a closed terminal; Slurm's warning (sbatch --signal=USR1@60)
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+NOHUP = getattr(signal, "SIGHUP", None)  # what nohup ignores
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 class StopBetweenSteps:
     """SIGINT, SIGTERM, SIGHUP and SIGUSR1 as :class:`Interrupted`, at once while waiting for data, but only after a step, or a save, that
-    has begun: weights, optimiser and random state then belong together. A signal that was ignored (nohup) stays so. Outside the main
+    has begun: weights, optimiser and random state then belong together. Under nohup SIGHUP stays ignored. Outside the main
     thread, where Python sets no handlers, it does nothing."""
 
     def __init__(self):
@@ -37,7 +38,7 @@ class StopBetweenSteps:
 
     def __enter__(self) -> StopBetweenSteps:
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            heeded = [n for n in SIGNALS if n != NOHUP or signal.getsignal(n) is not signal.SIG_IGN]
             self.before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
