@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from fastpeft.files import atomic_folder, save_tensors
+from fastpeft.files import atomic_folder, save_tensors, tensor_digest
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import shorten
@@ -33,6 +33,7 @@ from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
 FORMAT = 1
 DESCRIPTION = "fastpeft.json"
 PEFT_CONFIG = "adapter_config.json"
+CHECKSUM = "fastpeft_sha256"  # in a file's metadata, which PEFT ignores
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,12 +74,13 @@ def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> N
         return
     folder.mkdir()
     copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    checksum = {CHECKSUM: tensor_digest(copies)}
     if method.peft_type is None:
-        save_tensors(copies, folder / "model.safetensors")
+        save_tensors(copies, folder / "model.safetensors", metadata=checksum)
         return
     config = method.peft_config(root, part) | {"inference_mode": True, "base_model_name_or_path": None}
     (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    save_tensors(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"} | checksum)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -202,8 +204,12 @@ def _read_tensors(folder: Path, method: Method) -> dict[str, torch.Tensor]:
         raise ValueError(f"the adapter is incomplete: {path} is missing")
     try:
         tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            checksum = (file.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if checksum is not None and checksum != tensor_digest(tensors):  # PEFT writes none
+        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; nothing was loaded: take another copy")
     if wrong := sorted(f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES):
         raise ValueError(f"{path}: adapters are float64, float32, bfloat16 or float16, and {shorten(wrong)}; nothing was loaded")
     if wrong := sorted(name for name, t in tensors.items() if not t.isfinite().all()):

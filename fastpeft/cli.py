@@ -18,7 +18,7 @@ import typer
 
 from fastpeft._when_imported import when_imported
 from fastpeft.cli_files import READING, convert, instruct
-from fastpeft.cli_options import Json, emit, flag, other_names, with_options
+from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
@@ -164,11 +164,11 @@ def chat(
     torch.manual_seed(seed)
     talk, settings = chat_run(adapter, image, device, model, **generation.chosen())
     typing = sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
-    tell = (lambda error: typer.echo(f"fastpeft: {error}", err=True)) if typing else None
+    tell = (lambda error: typer.echo(printable(f"fastpeft: {error}"), err=True)) if typing else None
     said = []
     for response in talk.follow(None if typing else sys.stdin, tell):
         said.append({"question": talk.turns[-1][0], "response": response})
-        print(response, flush=True)
+        print(printable(response), flush=True)
     shown = None if talk.image is None else str(talk.image)
     emit({"turns": said, "image": shown, "generation": settings}, as_json, [])
 
@@ -364,7 +364,7 @@ def _complain(error) -> int:
 
 
 def _say(text) -> None:
-    print(f"fastpeft: {' '.join(str(text).split())}", file=sys.stderr)
+    print(printable(f"fastpeft: {' '.join(str(text).split())}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,17 @@ SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_r
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters written out (``\\x1b``): what a file or a model says does not steer the terminal. Line ends and
+    tabs stay, and the joiners that scripts and emoji need."""
+    kept = "\n\t\u200c\u200d"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """Print for people, then, if asked, for programs."""
     for line in lines:
-        print(line)
+        print(printable(line))
     if as_json:
         print(json.dumps(values))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastpeft.cli_options import Json, emit
+from fastpeft.cli_options import Json, emit, printable
 
 
 def study(
@@ -26,7 +26,7 @@ def study(
     try:
         results = run_study(file, out, data=data_folders(file, data or []), scale=scale, device=device, say=_tell)
     except KeyboardInterrupt as error:
-        print(f"fastpeft: {error or 'interrupted'}", file=sys.stderr)
+        print(printable(f"fastpeft: {error or 'interrupted'}"), file=sys.stderr)
         raise typer.Exit(130) from None
     tables = [name for name in results["files"] if name.endswith(".md")]
     lines = [Path(name).read_text(encoding="utf-8") for name in tables]
@@ -36,4 +36,4 @@ def study(
 
 
 def _tell(line: str) -> None:
-    print(line, flush=True)
+    print(printable(line), flush=True)

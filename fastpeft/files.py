@@ -14,6 +14,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -38,9 +39,23 @@ def save_tensors(tensors: dict[str, Any], path: str | Path, metadata: dict[str, 
     mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata=metadata)
+        if metadata is not None and len(metadata) > 1:
+            _sort_metadata(path)
         path.chmod(mode)  # safetensors lets none but its owner read a file, whatever the umask
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Metadata of a safetensors file by name: safetensors writes it in any order, and the same tensors are to be the same bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # always, unless a later safetensors writes its header shorter than JSON needs
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def sha256(path: str | Path) -> str:
@@ -49,6 +64,15 @@ def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_digest(tensors: dict[str, Any]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of contiguous CPU tensors, in hexadecimal; their order does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -213,6 +213,7 @@ def test_tensors_that_do_not_fit(miss, tmp_path, damage, adapted):
         (lambda f: shutil.rmtree(f / "jtm"), r"incomplete: .*jtm.*is missing"),
         (lambda f: (f / "jtm/adapter_model.safetensors").write_bytes(b""), r"jtm.adapter_model\.safetensors is damaged"),
         (lambda f: truncate(f / "jtm/adapter_model.safetensors"), r"jtm.adapter_model\.safetensors is damaged"),
+        (lambda f: flip(f / "jtm/adapter_model.safetensors"), r"jtm.adapter_model\.safetensors is damaged: its tensors are not those"),
         (lambda f: truncate(f / "fastpeft.json"), r"fastpeft\.json is damaged or not ours"),
         (lambda f: (f / "fastpeft.json").write_text("[]"), r"fastpeft\.json is damaged or not ours"),
         (lambda f: (f / "fastpeft.json").write_text('{"format": 1}'), r"fastpeft\.json is damaged or not ours"),
@@ -231,6 +232,13 @@ def test_folders_that_are_no_adapter(miss, tmp_path, damage, message, adapted):
     with pytest.raises(ValueError, match=message):
         fp.load_adapter(model, folder)
     assert_unchanged(model, before)
+
+
+def flip(path):
+    """One bit of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
 
 
 def truncate(path):

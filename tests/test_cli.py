@@ -13,6 +13,7 @@ import torch
 
 import fastpeft as fp
 from fastpeft import cli
+from fastpeft.cli_options import emit
 from fastpeft.data import Preprocess, save_tokenizer
 from fastpeft.files import write_json
 from fastpeft.runs.vqa import PREPROCESS
@@ -333,6 +334,14 @@ def test_sigterm_saves_and_says_how_to_go_on(monkeypatch, fastpeft, ok, train, t
     assert fastpeft(*train("--no-eval", steps=4)) == (143, "", "fastpeft: stopped after step 2; --resume goes on from there\n")
     monkeypatch.undo()
     assert ok(*train("--no-eval", "--resume", steps=4))["steps"] == 4
+
+
+def test_what_is_printed_does_not_steer_the_terminal(fastpeft, phantoms, tmp_path, capfd):
+    """Escapes in names, in data and in answers: written out, one line on stderr."""
+    code, _, err = fastpeft("eval", "--adapter", tmp_path / "a\x1b[2J\x9b31mb", "--data", phantoms)
+    assert code == 2 and err.count("\n") == 1 and "a\\x1b[2J\\x9b31mb" in err and "\x1b" not in err
+    emit({}, False, ["\u202eleft\rright", "tab\tand \u0646\u200c\u0627 \U0001f469\u200d\U0001f52c stay"])
+    assert capfd.readouterr().out == "\\u202eleft\\rright\ntab\tand \u0646\u200c\u0627 \U0001f469\u200d\U0001f52c stay\n"
 
 
 # a process of its own -----------------------------------------------------------------------------------------------------------
