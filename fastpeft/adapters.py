@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from fastpeft.documents import parse_json
 from fastpeft.files import atomic_folder, save_tensors, tensor_digest
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
 from fastpeft.methods.adapted import Adapted
@@ -131,7 +132,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = parse_json(path.read_text(encoding="utf-8"))
         if about["format"] > FORMAT:
             raise ValueError(f"format {about['format']} is newer than this fastpeft reads ({FORMAT})")
         if not isinstance(about["treatments"], dict):
@@ -154,7 +155,7 @@ def read_plan(model: nn.Module, folder: Path) -> Plan:
         config = (folder if _is_peft_folder(folder, parts) else folder / part.name) / PEFT_CONFIG
         if config.is_file():
             with _reading(config):
-                treatments[part.name] = (from_peft(json.loads(config.read_text(encoding="utf-8"))),)
+                treatments[part.name] = (from_peft(parse_json(config.read_text(encoding="utf-8"))),)
         else:
             treatments[part.name] = (Frozen(),)
     if all(methods == (Frozen(),) for methods in treatments.values()):
@@ -179,7 +180,7 @@ def _check_config(folder: Path, method: Method, root: nn.Module, part: Part) -> 
     config = folder / PEFT_CONFIG
     if method.peft_type is not None and config.is_file():
         with _reading(config):
-            method.check_config(root, part, json.loads(config.read_text(encoding="utf-8")))
+            method.check_config(root, part, parse_json(config.read_text(encoding="utf-8")))
 
 
 def _refuse_unread(folder: Path, read: set[str], plan: Plan) -> None:

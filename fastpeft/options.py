@@ -26,6 +26,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from fastpeft.documents import parse_yaml
+
 
 @dataclass(frozen=True)
 class Option:
@@ -244,7 +246,7 @@ def _unknown(unknown: list[str], *classes: type) -> str:
 def read_yaml(path: str | Path, *classes: type) -> dict[str, Any]:
     """A recipe: a YAML mapping of the options of ``classes``, under their own names. ValueError names the file and what is wrong."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

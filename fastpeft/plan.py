@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from fastpeft.documents import parse_yaml
 from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods import METHODS, Frozen, LoRA, Method, Part, is_adapter
 from fastpeft.methods.adapted import Adapted
@@ -74,7 +75,7 @@ def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], *
 
 def _read_yaml(path: Path) -> Mapping[str, Treatment] | str:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from None
     content = content.get("plan", content) if isinstance(content, dict) else content

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft.documents import parse_json
 from fastpeft.files import save_tensors
 
 SHARD_BYTES = 64 << 20  # of a file: large enough that a data set takes few, small enough to lose when a process is killed
@@ -68,8 +69,8 @@ def read_header(path: Path) -> tuple[str, dict[str, Place]]:
         if not 0 < length <= os.fstat(file.fileno()).st_size - 8:
             raise ValueError("it ends within its header")
         raw, size = file.read(length), os.fstat(file.fileno()).st_size
-    content = json.loads(raw)
-    sums, first, places = json.loads(content.pop("__metadata__")["crc32"]), 8 + length, {}
+    content = parse_json(raw)
+    sums, first, places = parse_json(content.pop("__metadata__")["crc32"]), 8 + length, {}
     for key, told in content.items():
         begin, end = told["data_offsets"]
         places[key] = Place(SAFETENSORS_DTYPES[told["dtype"]], tuple(told["shape"]), first + begin, first + end, sums[key])

@@ -13,6 +13,7 @@ from transformers import BlipConfig
 from fastpeft.convert.blip_names import TIED, blip_with_notes, lost, transformers_to_blip
 from fastpeft.convert.reading import Contents, naming, read_file, read_safetensors
 from fastpeft.convert.writing import ConversionReport, besides_weights, owned, write_model
+from fastpeft.documents import parse_json
 from fastpeft.files import atomic_file, atomic_folder
 
 
@@ -46,13 +47,13 @@ def write_blip_checkpoint(out: Path, source: Path, contents: None) -> Conversion
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], BlipConfig]:
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = parse_json((folder / "config.json").read_text())
         if (kind := values.get("model_type")) != "blip":
             raise ValueError(f"a {kind!r} model, and only 'blip' (BlipForQuestionAnswering) has an official form")
         config = BlipConfig.from_dict(values)
         index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
         if index.exists() and not (folder / shards[0]).exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(parse_json(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"no transformers folder to convert: {' '.join(str(error).split())}") from None
     if not (folder / shards[0]).exists() and (folder / "pytorch_model.bin").exists():

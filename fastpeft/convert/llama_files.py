@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastpeft.convert.llama_names import llama_to_transformers
 from fastpeft.convert.reading import naming, read_file
 from fastpeft.convert.tensors import check_tensors
 from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
+from fastpeft.documents import parse_json
 from fastpeft.files import atomic_folder
 
 _TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -50,7 +50,7 @@ def open_llama(folder: Path, vicuna_delta: Path | None = None) -> OpenedLlama:
             if not (folder / (name := f"consolidated.{number:02d}.pth")).is_file():
                 raise ValueError(f"{name} is missing beside params.json")
         try:
-            params = json.loads((folder / "params.json").read_text())
+            params = parse_json((folder / "params.json").read_text())
         except ValueError as error:
             raise ValueError(f"params.json is not JSON: {error}") from None
         if not isinstance(params, dict):
@@ -83,7 +83,7 @@ def no_tokenizer(files: list[Path]) -> list[str]:
 
 def _from_transformers(folder: Path) -> OpenedLlama:
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = parse_json((folder / "config.json").read_text())
         if (kind := values.get("model_type")) != "llama":
             raise ValueError(f"a {kind!r} model, not a LLaMA")
         config = LlamaConfig.from_dict(values)
@@ -111,7 +111,7 @@ class Weights(Mapping[str, Tensor]):
         indices = [folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
         if found is None and (index := next((path for path in indices if path.is_file()), None)) is not None:
             try:
-                files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                files = [folder / name for name in sorted(set(parse_json(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index.name} is damaged: {error!r}") from None
         elif found is not None:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from fastpeft.documents import parse_json
+
 SUFFIXES = (".json", ".jsonl", ".jsol", ".ndjson")
 _IMAGE_FOLDERS = ("imgs", "images", "image", "img", "vqa_rad image folder", "vqa_rad images")
 
@@ -64,7 +66,7 @@ def _read_text(file: Path) -> str:
 
 def _parse(file: Path, text: str, first_line: int = 1):
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         where = f"line {first_line - 1 + error.lineno}, column {error.colno}"
         raise ValueError(f"{file}: not valid JSON: {where}: {error.msg}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastpeft.documents import parse_json
 from fastpeft.labels import IGNORE_INDEX
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -65,7 +66,7 @@ def load_tokenizer(path):
 
 def _read_object(file: Path) -> dict:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     return value if isinstance(value, dict) else {}

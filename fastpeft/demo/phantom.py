@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fastpeft.demo.phantom_images import SCANNERS, Canvas, Scanner
 from fastpeft.demo.phantom_questions import KINDS, LOCATIONS, Balancer, draw_scene, phrase
+from fastpeft.documents import parse_json
 from fastpeft.files import atomic_folder
 
 VERSION = 3  # of what the same parameters draw; a set of another version is not reused
@@ -70,7 +71,7 @@ def _stands(folder: Path, wanted: dict) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / "phantom.json").read_text())
+        found = parse_json((folder / "phantom.json").read_text())
     except (OSError, ValueError):
         found = None
     if found == wanted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fastpeft.documents import parse_json
 from fastpeft.methods import Part
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype)
 def _content(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
         content.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} is not a transformers folder: cannot read config.json ({error})") from None

@@ -14,7 +14,6 @@ import base64
 import functools
 import hashlib
 import io
-import json
 import math
 import sys
 from itertools import zip_longest
@@ -24,6 +23,7 @@ from typing import Any
 import jinja2
 
 from fastpeft.data.images import load_image
+from fastpeft.documents import parse_json
 from fastpeft.files import write_text
 from fastpeft.report.charts import charts, mapping, number, routing, short
 from fastpeft.report.scores import free_text, sources, text_metrics
@@ -84,7 +84,7 @@ def _page(out: Path) -> str:
 
 def _load(path: Path, kind: type) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the folder that `fastpeft train --out` wrote, after it has ended") from None
     except OSError as error:
@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             step = number(row["step"])
         except (ValueError, KeyError, TypeError, RecursionError):
             step = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, load_causal_tokenizer, load_instructions
 from fastpeft.data import train_causal_tokenizer as learn_tokenizer
+from fastpeft.documents import parse_json
 from fastpeft.evaluate import respond_and_score
 from fastpeft.models import ModelSource, family_of, resolve
 from fastpeft.plan import build
@@ -80,7 +80,7 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
     path = None if folder is None else folder / "preprocessor_config.json"
     if path is not None and path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             mean, std = content.get("image_mean", mean), content.get("image_std", std)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpeft.documents import parse_json
 from fastpeft.files import recover_folder, write_json
 from fastpeft.options import checked, split
 from fastpeft.runs import train as one_run
@@ -77,7 +78,7 @@ def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
             if model is not None:
                 options |= {"model": str(model), "from_scratch": False}
         if number < len(stages) and (folder / "summary.json").is_file():  # written last
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
         else:
             summary = train_recipe({name: value for name, value in options.items() if value is not None})
         adapter = folder / "adapter"
@@ -105,7 +106,7 @@ def _check_finished(stages: list[dict[str, Any]], out: Path, resume: bool) -> No
         if not resume:
             raise ValueError(f"{out} holds a run in stages already: resume it (--resume), or choose another --out")
         try:
-            was = json.loads(file.read_text(encoding="utf-8"))
+            was = parse_json(file.read_text(encoding="utf-8"))
         except ValueError:
             raise ValueError(f"{file} is damaged: remove {out} to start afresh") from None
         if len(was) != len(now):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastpeft.data import Preprocess, SampleList, VQADataset, load_samples, load_tokenizer, train_tokenizer
+from fastpeft.documents import parse_json
 from fastpeft.evaluate import answer_and_score
 from fastpeft.models import ModelSource, resolve
 from fastpeft.plan import build
@@ -72,7 +72,7 @@ def preprocess_for(folder: Path | None, network: nn.Module) -> Preprocess:
             path = folder / name
             if path.is_file():
                 try:
-                    content = json.loads(path.read_text(encoding="utf-8"))
+                    content = parse_json(path.read_text(encoding="utf-8"))
                     if name == PREPROCESS:
                         return Preprocess.from_dict(content)
                     scaled = content.get("do_normalize", True)

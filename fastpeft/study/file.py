@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from fastpeft.documents import parse_yaml
 from fastpeft.options import checked, fields
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, read_yaml
 
@@ -128,7 +129,7 @@ def _check_names(study: StudyFile) -> None:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content.get("rows"):

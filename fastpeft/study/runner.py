@@ -8,7 +8,6 @@ images that rows of one base share are encoded once.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import signal
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastpeft.documents import parse_json
 from fastpeft.files import write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE
@@ -123,7 +123,7 @@ def _run(context, job: Job, features: Path) -> str | None:
     if read_result(job) is not None:
         return None
     if failure.is_file():
-        return json.loads(failure.read_text(encoding="utf-8"))["error"]
+        return parse_json(failure.read_text(encoding="utf-8"))["error"]
     ended = f"killed by signal {-process.exitcode} (out of memory?)" if process.exitcode < 0 else f"ended with code {process.exitcode}"
     return f"its process was {ended}; see {Path(job.folder) / 'log.txt'}"
 
@@ -131,14 +131,14 @@ def _run(context, job: Job, features: Path) -> str | None:
 def read_result(job: Job) -> dict[str, Any] | None:
     """The job's result, None where it is not finished."""
     path = Path(job.folder) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _begin(job: Job) -> None:
     """Note what the job is. ValueError where its folder holds another."""
     path, mine = Path(job.folder) / "job.json", job.identity()
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = parse_json(path.read_text(encoding="utf-8"))
         if theirs != mine:
             changed = ", ".join(_differences(theirs, mine)) or "its stages"
             raise ValueError(f"{job.folder} holds {job.name} with another {changed}: delete that folder, or choose another --out")

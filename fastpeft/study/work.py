@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -14,6 +13,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
+from fastpeft.documents import parse_json
 from fastpeft.files import write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions
@@ -74,7 +74,7 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
         out = Path(job.folder) / f"stage-{at}"
         if not (out / "summary.json").is_file():  # written last
             _train(job, at, out, start, features)
-        summaries.append(json.loads((out / "summary.json").read_text(encoding="utf-8")))
+        summaries.append(parse_json((out / "summary.json").read_text(encoding="utf-8")))
         start = out / "adapter"
     last = summaries[-1]
     scores = scores_of(job, start) if job.score_on or job.generation else {job.data: last["eval"]} if last.get("eval") else {}
@@ -127,7 +127,7 @@ def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
                                               DataOptions, GenerationOptions, MetricOptions)  # fmt: skip
             how = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
             write_json(kept, eval_run(adapter, data, device=job.stages[-1].get("device"), progress=False, **how))
-        found[name] = json.loads(kept.read_text(encoding="utf-8"))
+        found[name] = parse_json(kept.read_text(encoding="utf-8"))
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fastpeft.cost.profile import memory_bytes, peak_memory_bytes
+from fastpeft.documents import parse_json
 from fastpeft.files import write_text
 
 SCALARS = ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes")  # for TensorBoard
@@ -77,7 +78,7 @@ def keep_lines(path: Path, last_step: int) -> int:
     kept, steps = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if (step := json.loads(line)["step"]) <= last_step and step not in steps:
+            if (step := parse_json(line)["step"]) <= last_step and step not in steps:
                 kept.append(line)
                 steps.add(step)
     write_text(path, "".join(line + "\n" for line in kept))

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastpeft.adapters import fingerprint
 from fastpeft.data.tokenizer import tokenizer_digest
+from fastpeft.documents import parse_json
 from fastpeft.files import recover_folder
 from fastpeft.train.config import FREE
 from fastpeft.train.metrics import keep_lines
@@ -86,7 +87,7 @@ def _finished(trainer) -> dict[str, Any] | None:
     if trainer.total_batches > trainer.done["batches"]:
         return None
     try:
-        summary = json.loads((trainer.out / "summary.json").read_text(encoding="utf-8"))
+        summary = parse_json((trainer.out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(summary, dict) or summary.get("steps") != trainer.done["step"]:

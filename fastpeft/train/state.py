@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fastpeft.documents import parse_json
 from fastpeft.files import atomic_folder, save_tensors, sha256
 from fastpeft.methods.base import check_keys
 
@@ -105,7 +106,7 @@ def _check_digests(folder: Path) -> None:
     if not (folder / MANIFEST).exists():  # of an older version
         return
     try:
-        digests = json.loads((folder / MANIFEST).read_text())["sha256"]
+        digests = parse_json((folder / MANIFEST).read_text())["sha256"]
         if missing := sorted(name for name in digests if not (folder / name).is_file()):
             raise ValueError(f"{', '.join(missing)} is missing")
         if changed := sorted(name for name, digest in digests.items() if sha256(folder / name) != digest):
@@ -117,7 +118,7 @@ def _check_digests(folder: Path) -> None:
 def read_progress(folder: Path) -> dict[str, Any]:
     """What :func:`save_state` was given. ValueError if it cannot be read."""
     try:
-        progress = json.loads((folder / "progress.json").read_text())
+        progress = parse_json((folder / "progress.json").read_text())
         if not (isinstance(progress, dict) and isinstance(progress.get("done"), dict) and isinstance(progress.get("identity"), dict)):
             raise ValueError("progress.json is not a run's")
     except (OSError, ValueError) as error:
