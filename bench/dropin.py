@@ -2,7 +2,8 @@
 
     python bench/dropin.py [--cases llama-padded vit gpt2 ...] [--rounds 5] [--seconds 40]
 
-Every model has PEFT's LoRA (r = 8) on all its linear layers ("blip": on its text models alone), random weights, float32 and no dropout.
+Every model has PEFT's LoRA (r = 8) on all its linear layers, random weights, float32 and no dropout; "blip" on the queries and values of
+its text models, as MISS has it, and "blip-cached" the same with ``cache_images``, every image seen before.
 LLaMA, Qwen3 and Gemma 3 have C = 1024, 8 layers, a vocabulary of 32,000 and 4 rows of 256 tokens: "padded", rows of 35 to 100% real
 tokens of which the last quarter is labelled, or "full", every token real and labelled; nobody reads their logits (``lean_logits=True``).
 Their rivals are PEFT eager and PEFT under torch.compile. The other models are a matrix of shapes where a fused path could lose: C = 768,
@@ -68,10 +69,10 @@ MATRIX_VISION: dict[str, Callable[[], nn.Module]] = {
         tf.CLIPConfig(vision_config={"num_hidden_layers": LAYERS, "patch_size": 16}, num_labels=10)
     ),
 }
-# what issue-sized models must reach: of bytes kept at most, of speed over PEFT eager and over PEFT compiled at least
+# what these must reach: of bytes kept at most, of speed over PEFT eager and over PEFT compiled at least
 PADDED, FULL = (0.6, 1.5, 1.4), (0.6, 1.10, 1.05)
 TARGETS = {f"{kind}-{batch}": targets for kind in DECODERS for batch, targets in (("padded", PADDED), ("full", FULL))}
-TARGETS |= {"vit": (0.7, 1.12, None), "bert": (0.7, 1.1, None), "blip": (None, 1.5, None)}
+TARGETS |= {"vit": (0.7, 1.12, None), "bert": (0.7, 1.1, None), "blip": (0.7, 1.5, None), "blip-cached": (0.7, 2.0, None)}
 NEVER_BELOW = 0.98
 EQUAL = 2e-5  # of losses, relative: float32 in another order
 
@@ -125,6 +126,7 @@ CASES |= {
     "vit": lambda: images(tf.ViTForImageClassification(tf.ViTConfig(num_labels=10))),
     "bert": lambda: sentences(tf.BertForSequenceClassification(tf.BertConfig(**OFF, num_labels=3))),
     "blip": blip,
+    "blip-cached": blip,
 }
 CASES |= {name: (lambda make=make: decoder(make(), "full", 4, 128, FEW)) for name, make in MATRIX_DECODERS.items()}
 CASES |= {name: (lambda make=make: images(make())) for name, make in MATRIX_VISION.items()}
@@ -139,7 +141,7 @@ CASES |= {
 def adapted(case: str) -> Case:
     torch.manual_seed(0)
     model, batch = CASES[case]()
-    layers = r"text_.*\.(query|key|value|dense)" if case == "blip" else "all-linear"
+    layers = r"text_.*\.(query|value)" if case.startswith("blip") else "all-linear"
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -161,7 +163,8 @@ def one_case(case: str, rounds: int, seconds: float) -> dict:
     models = {"peft": plain, "fastpeft": copy.deepcopy(plain)}
     if decodes:
         models["compiled"] = torch.compile(copy.deepcopy(plain))
-    report = fp.optimize(models["fastpeft"], lean_logits=True if decodes else None)
+    cache = "1GB" if case.endswith("cached") else None
+    report = fp.optimize(models["fastpeft"], lean_logits=True if decodes else None, cache_images=cache)
     row, expected = {"covered": report.coverage["layers"]}, step(plain, batch)
 
     def equal(name: str) -> float:
@@ -210,7 +213,7 @@ def table(told: dict) -> str:
         "# Others' models, before and after `fastpeft.optimize`",
         "",
         f"`{told['command']}`, {told['date']}, {told['cpu']}, {told['threads']} thread, {versions}.",
-        "PEFT's LoRA (r = 8) on all linear layers (BLIP: its text models), float32, dropout off; equal losses at every step; CPU seconds,",
+        "PEFT's LoRA (r = 8) on all linear layers (BLIP: queries and values of its text models), float32, dropout off; equal losses at every step; CPU seconds,",
         "the median of interleaved rounds. Shapes and targets: `bench/dropin.py`; every round's seconds: `dropin.json`.",
         "",
         "| model | layers covered | FLOPs | kept for backward | PEFT s | PEFT compiled s | fastpeft s | over PEFT | over compiled | below target |",
