@@ -56,6 +56,19 @@ CPU_ATTENTION = {
 }
 
 
+class _NoModules:
+    """In place of FlopCounterMode's tracker of modules, which asks every output for its gradient's function: logits and padding that are
+    computed where they are read would be computed for it."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
 @contextmanager
 def measure(model: nn.Module):
     """Count what runs inside, forward and backward of one step; yields a :class:`StepCost` that is filled in on exit."""
@@ -76,6 +89,7 @@ def measure(model: nn.Module):
         return tensor, token
 
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter.mod_tracker = _NoModules()
 
     def enter(name):
         def hook(module, args):

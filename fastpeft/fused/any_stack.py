@@ -184,7 +184,8 @@ class _Padded(Function):
 def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     call = _Call(layout)
-    standing = [_OnTokens(layer, call) for layer in stack._modules["layers"]]
+    layers = list(stack._modules["layers"])
+    standing = [_OnTokens(layer, call, last=layer is layers[-1]) for layer in layers]
     stack.__dict__["layers"] = standing
     try:
         yield
@@ -238,10 +239,12 @@ class _Unknown(Exception):
 
 
 class _OnTokens:
-    """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers."""
+    """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers. The last one's
+    output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
+    saved tensors (offloading, profiles)."""
 
-    def __init__(self, layer: nn.Module, call: _Call):
-        self.layer, self.call = layer, call
+    def __init__(self, layer: nn.Module, call: _Call, last: bool):
+        self.layer, self.call, self.last = layer, call, last
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         call, layer = self.call, self.layer
@@ -254,9 +257,9 @@ class _OnTokens:
             return layer(hidden, *args, **kwargs)
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
         output = layer(tokens, *given[0], **given[1], **{LAYOUT: call.layout})
-        if isinstance(output, Tensor):
-            return _Flat.of(output, call.layout)
-        return (_Flat.of(output[0], call.layout), *output[1:])
+        hidden, *others = (output,) if isinstance(output, Tensor) else output
+        hidden = call.layout.pad(hidden) if self.last else _Flat.of(hidden, call.layout)
+        return hidden if isinstance(output, Tensor) else (hidden, *others)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from tiny_models import tiny
 from torch import nn
 
 import fastpeft as fp
@@ -142,13 +143,36 @@ def test_measuring_frees_what_autograd_frees():
     assert cost.saved_bytes == 6 * 400 and left[-1] <= 2
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3-text"])
+def test_what_is_computed_when_read_is_not_read(name):
+    """A profile asks nothing of logits and padding that the step leaves out: labels that are left out take their products along."""
+    model, batch = tiny(name)
+    model = model.float().train().requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    fp.optimize(model, lean_logits=True)
+    given = batch("padded")
+    labels = given["labels"].masked_fill(given["attention_mask"] == 0, -100)
+    fewer = labels.clone()
+    row, column = (labels != -100).nonzero()[-1]
+    fewer[row, column] = -100
+    more, less = (run(model, given | {"labels": labels}) for labels in (labels, fewer))
+    into, out = model.config.hidden_size, model.config.vocab_size
+    assert more.flops - less.flops == 2 * linear(1, into, out)  # its logits, and what they hand back
+    real = int(given["attention_mask"].sum())
+    assert real < given["attention_mask"].numel()
+    full = run(model, {"input_ids": given["input_ids"], "labels": labels})
+    left_out = given["attention_mask"].numel() - real
+    layer = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() == 2)
+    assert full.flops - more.flops >= 2 * left_out * layer
+
+
 @pytest.mark.slow
 def test_peak_is_of_this_process_alone():
     """A small process started by a large one: its peak is its own, though the kernel's ru_maxrss would say otherwise."""
     big = torch.ones(100_000_000)
     device = torch.device("cpu")
     assert peak_memory_bytes(device) >= memory_bytes(device) > big.nbytes
-    code = "import torch; from fastpeft.train import profile; print(profile.peak_memory_bytes(torch.device('cpu')))"
+    code = "import torch; from fastpeft.cost import profile; print(profile.peak_memory_bytes(torch.device('cpu')))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(said.stdout) < 0.9 * memory_bytes(device)
 

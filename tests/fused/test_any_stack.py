@@ -46,14 +46,21 @@ def read(given):
 
 @pytest.fixture
 def tokens_seen(monkeypatch):
-    """Tokens that each call of a layer on real tokens computed."""
+    """Tokens that each layer of a stack computed where it stood for real tokens."""
     seen, call = [], any_stack._OnTokens.__call__
 
     def watched(self, hidden, *args, **kwargs):
-        output = call(self, hidden, *args, **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        seen.append(first.tokens.shape[1] if isinstance(first, any_stack._Flat) else first.shape[:2].numel())
-        return output
+        layer = self.layer
+
+        def counted(hidden, *args, **kwargs):
+            seen.append(hidden.shape[:2].numel())
+            return layer(hidden, *args, **kwargs)
+
+        self.layer = counted
+        try:
+            return call(self, hidden, *args, **kwargs)
+        finally:
+            self.layer = layer
 
     monkeypatch.setattr(any_stack._OnTokens, "__call__", watched)
     return seen
@@ -258,6 +265,20 @@ def test_differentiated_behind_pytorchs_functions():
     outputs = [Square.apply(x).sum(-1).square().sum() for x in (any_stack._Flat.of(tokens, layout), layout.pad(tokens))]
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*(torch.autograd.grad(x, tokens)[0] for x in outputs), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_hooks_on_saved_tensors(name, tokens_seen):
+    """What backward keeps may be moved away (torch.autograd.graph.save_on_cpu, activation offloading of trainers): the same gradients."""
+    model, batch = tiny(name)
+    fp.optimize(model.train(), lean_logits=True)
+    given = batch("padded")
+    wanted = gradients(model, model(**given).loss)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+        got = gradients(model, model(**given).loss)
+    assert tokens_seen and got.keys() == wanted.keys()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=0, atol=0)
 
 
 def mixing(body):
