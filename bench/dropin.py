@@ -103,7 +103,8 @@ def blip() -> Case:
 
 
 def t5() -> Case:
-    config = tf.T5Config(d_model=768, d_kv=64, num_heads=12, d_ff=2048, num_layers=LAYERS, vocab_size=FEW, dropout_rate=0.0, decoder_start_token_id=0)
+    size = {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048, "num_layers": LAYERS}
+    config = tf.T5Config(**size, vocab_size=FEW, dropout_rate=0.0, decoder_start_token_id=0)
     ids = torch.randint(3, FEW, (4, 128))
     return tf.T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids[:, :64].clone()}
 
@@ -120,7 +121,9 @@ def short(cls: type[nn.Module], config: type) -> Callable[[], Case]:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    f"{kind}-{batch}": (lambda kind=kind, batch=batch: decoder(DECODERS[kind](), batch)) for kind in DECODERS for batch in ("padded", "full")
+    f"{kind}-{batch}": (lambda kind=kind, batch=batch: decoder(DECODERS[kind](), batch))
+    for kind in DECODERS
+    for batch in ("padded", "full")
 }
 CASES |= {
     "vit": lambda: images(tf.ViTForImageClassification(tf.ViTConfig(num_labels=10))),
@@ -213,10 +216,11 @@ def table(told: dict) -> str:
         "# Others' models, before and after `fastpeft.optimize`",
         "",
         f"`{told['command']}`, {told['date']}, {told['cpu']}, {told['threads']} thread, {versions}.",
-        "PEFT's LoRA (r = 8) on all linear layers (BLIP: queries and values of its text models), float32, dropout off; equal losses at every step; CPU seconds,",
-        "the median of interleaved rounds. Shapes and targets: `bench/dropin.py`; every round's seconds: `dropin.json`.",
+        "PEFT's LoRA (r = 8) on all linear layers (BLIP: queries and values of its text models), float32, dropout off; equal losses at",
+        "every step; CPU seconds, the median of interleaved rounds. Shapes and targets: `bench/dropin.py`; every round's seconds: `dropin.json`.",
         "",
-        "| model | layers covered | FLOPs | kept for backward | PEFT s | PEFT compiled s | fastpeft s | over PEFT | over compiled | below target |",
+        "| model | layers covered | FLOPs | kept for backward | PEFT s | PEFT compiled s | fastpeft s | over PEFT | over compiled "
+        "| below target |",
         "|" + "---|" * 10,
     ]
     for case, row in told["cases"].items():
