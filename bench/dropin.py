@@ -217,7 +217,8 @@ def table(told: dict) -> str:
         "",
         f"`{told['command']}`, {told['date']}, {told['cpu']}, {told['threads']} thread, {versions}.",
         "PEFT's LoRA (r = 8) on all linear layers (BLIP: queries and values of its text models), float32, dropout off; equal losses at",
-        "every step; CPU seconds, the median of interleaved rounds. Shapes and targets: `bench/dropin.py`; every round's seconds: `dropin.json`.",
+        "every step; CPU seconds, the median of interleaved rounds. Shapes and targets: `bench/dropin.py`; every round's seconds are in",
+        "the JSON file beside this one.",
         "",
         "| model | layers covered | FLOPs | kept for backward | PEFT s | PEFT compiled s | fastpeft s | over PEFT | over compiled "
         "| below target |",
