@@ -241,7 +241,7 @@ class _Unknown(Exception):
 class _OnTokens:
     """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers. The last one's
     output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
-    saved tensors (offloading, profiles)."""
+    saved tensors (profiles)."""
 
     def __init__(self, layer: nn.Module, call: _Call, last: bool):
         self.layer, self.call, self.last = layer, call, last

@@ -267,14 +267,15 @@ def test_differentiated_behind_pytorchs_functions():
     torch.testing.assert_close(*(torch.autograd.grad(x, tokens)[0] for x in outputs), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("pack", [lambda tensor: tensor, torch.clone], ids=["kept as it is", "copied"])
 @pytest.mark.parametrize("name", QUICK)
-def test_hooks_on_saved_tensors(name, tokens_seen):
-    """What backward keeps may be moved away (torch.autograd.graph.save_on_cpu, activation offloading of trainers): the same gradients."""
+def test_hooks_on_saved_tensors(name, pack, tokens_seen):
+    """Hooks may count what backward keeps, or move it away: the same gradients."""
     model, batch = tiny(name)
     fp.optimize(model.train(), lean_logits=True)
     given = batch("padded")
     wanted = gradients(model, model(**given).loss)
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         got = gradients(model, model(**given).loss)
     assert tokens_seen and got.keys() == wanted.keys()
     for name, grad in got.items():
