@@ -77,7 +77,7 @@ class Skips:
         for reason, functions in sorted(self.tests.items()):
             write(f"{sum(map(len, functions.values()))} skipped: {reason}")
             for function, cases in sorted(functions.items()):
-                named = "" if cases == [""] else f" [{', '.join(cases)}]" if len(cases) <= 3 else f" [{len(cases)} cases]"
+                named = "" if cases == [""] else f" [{', '.join(sorted(cases))}]" if len(cases) <= 3 else f" [{len(cases)} cases]"
                 write(f"    {function}{named}")
         for reason in self.unknown if self.strict else ():
             write(f"ERROR: not a known reason to skip a test: {reason}", red=True)

@@ -61,7 +61,9 @@ def test_the_step_of_the_plain_model(name, plan, how, dtype):
     model = plain(fp.adapt(fp.build(name, dtype=module.DTYPES[dtype]), plan), attention="eager").train()
     assert not any(is_fused(m) for m in model.modules())
     inputs = step_inputs(model, name, how, dtype)
-    with Ours() as ours, FlopCounterMode(display=False) as counter, measure(model) as cost:
+    with Ours() as ours, FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    with measure(model) as cost:  # alone: the counter's tracker of modules asks outputs for their gradient's function
         model(**inputs).loss.backward()
     assert not ours.seen
     assert e.flops_per_sample * 4 == counter.get_total_flops()
