@@ -21,7 +21,8 @@ OTHERS = (coverage.TARGETS["LLaVA (CLIP + Mistral)"], "T5ForConditionalGeneratio
 def test_some_models(spec):
     row = coverage.measure(coverage.build(spec))
     assert row["covered"] == row["covered_flops"] == 1 and row["linear_layers"] < 80
-    assert (row["inside"] > 0) == (spec != "FalconForCausalLM")  # its layers alone
+    # of Falcon its layers alone, and its head where the loss is at labelled positions
+    assert (row["inside"] > 1 / row["linear_layers"]) == (spec != "FalconForCausalLM")
     assert f"| {spec} | {row['linear_layers']} | 100% | 100% |" in "\n".join(coverage.table({spec: row}))
 
 
