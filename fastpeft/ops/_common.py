@@ -27,6 +27,12 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return wanted
 
 
+def no_view(y: Tensor) -> Tensor:
+    """``y`` as a Function returns it. Autograd refuses a change in place of a view that was made inside a Function, and a caller may change
+    what a layer returned: Falcon adds to a linear layer's output, Wav2Vec2 overwrites frames of one. The storage must be y's alone."""
+    return y.detach()
+
+
 def to_device_async(t: Tensor, device: torch.device) -> Tensor:
     """``t`` on ``device``. What lies on the host goes to a GPU through pinned memory, in the stream's order: the host does not wait."""
     if t.device.type == "cpu" and device.type == "cuda":

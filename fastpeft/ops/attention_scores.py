@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, wants_grad
+from fastpeft.ops._common import accumulator, no_view, wants_grad
 from fastpeft.ops._private import softmax_backward
 from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.dropout import keep_mask, new_seed
@@ -100,7 +100,7 @@ class _AttentionWithScores(Function):
         ctx.scores = need_bias or need_sinks or need_q or need_k or need_pk
         ctx.recipe, kept = to_save_all(q, k, v if ctx.scores else None)
         ctx.save_for_backward(seed, allowed, bias, sinks, pk, pv, *kept)
-        return _forward(options, seed, allowed, bias, sinks, q, k, v, pk, pv)
+        return no_view(_forward(options, seed, allowed, bias, sinks, q, k, v, pk, pv))
 
     @staticmethod
     @first_order

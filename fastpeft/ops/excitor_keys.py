@@ -31,7 +31,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._common import accumulator, check_floating, no_view, wants_grad
 from fastpeft.ops._gemm import matmul, widened, work_dtype
 from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.lora_linear import linear
@@ -129,7 +129,7 @@ class _Merge(Function):
         ctx.shape = k.shape
         if any(ctx.needs_input_grad[1:]):
             ctx.save_for_backward(u, n, z, prompt, wv_up, gate)
-        return _merge(k, u, n, z, prompt, wv_up, gate)
+        return no_view(_merge(k, u, n, z, prompt, wv_up, gate))
 
     @staticmethod
     @first_order

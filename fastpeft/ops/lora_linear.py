@@ -38,7 +38,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops import _gemm
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import check_floating, wants_grad
+from fastpeft.ops._common import check_floating, no_view, wants_grad
 from fastpeft.ops._gemm import widened, work_dtype
 from fastpeft.ops._quantized_weight import QuantizedWeight, dequantized, shape_placeholder
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
@@ -235,7 +235,7 @@ class _LoRALinears(Function):
         ctx.quantized = [W if isinstance(W, QuantizedWeight) else None for W in weights]
         dense = (None if isinstance(W, QuantizedWeight) else W for W in weights)
         ctx.save_for_backward(s if need_s else None, seed, *dense, *As, *Bs, *kept)
-        return tuple(ys)
+        return tuple(map(no_view, ys))
 
     @staticmethod
     @first_order

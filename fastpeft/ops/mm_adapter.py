@@ -32,7 +32,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, check_floating, wants_grad
+from fastpeft.ops._common import accumulator, check_floating, no_view, wants_grad
 from fastpeft.ops._gemm import work_dtype
 from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.dropout import draw, new_seed
@@ -185,7 +185,7 @@ class _MMAdapter(Function):
         ctx.args = (scale, groups, p)
         ctx.needs = (need_x, any(down), need_w_up or need_b_up, need_routing)
         ctx.save_for_backward(x if any(down) else None, a, w_down, w_up, b_up, routing, seed)
-        return out
+        return no_view(out)
 
     @staticmethod
     @first_order

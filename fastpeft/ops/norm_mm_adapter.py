@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, check_norm, wants_grad
+from fastpeft.ops._common import accumulator, check_norm, no_view, wants_grad
 from fastpeft.ops.dropout import new_seed
 from fastpeft.ops.rms_norm import rms_norm_reference
 
@@ -88,7 +88,7 @@ class _NormMMAdapter(Function):
         ctx.needs = (need_x, need_gamma, any(down), need_w_up or need_b_up, need_routing)
         keep = any(ctx.needs[:3])
         ctx.save_for_backward(x if keep else None, gamma, rstd if keep else None, a, w_down, b_down, w_up, b_up, routing, seed)
-        return out
+        return no_view(out)
 
     @staticmethod
     @first_order

@@ -218,3 +218,27 @@ def test_compiles_with_dropout(check, table, name):
         "mm_adapter": lambda *args: ops.mm_adapter(*args, 0.7, 1, NEVER),
     }
     check.compiles(calls[name], inputs)
+
+
+@only_once
+def test_outputs_changed_in_place(row, request):
+    """As those of PyTorch's own layers. Only an output that an op keeps for backward may be refused, by its version, as PyTorch's is."""
+
+    def gradients(change):
+        torch.manual_seed(0)
+        inputs = row.inputs(3, 8)
+        trained = [t.requires_grad_() for t in inputs[: len(inputs) - row.constants]]
+        outputs = row.call(*inputs)
+        loss = sum(change(y).square().sum() for y in ([outputs] if torch.is_tensor(outputs) else outputs))
+        return torch.autograd.grad(loss, trained)
+
+    want = gradients(lambda y: y * 1.5)
+    name = request.node.callspec.id
+    try:
+        got = gradients(lambda y: y.mul_(1.5))
+    except RuntimeError as error:
+        if not name.startswith(("attention", "prefix_attention", "add_")) or "modified by an inplace operation" not in str(error):
+            raise
+    else:
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
