@@ -1,4 +1,4 @@
-"""Atomic writes: files and folders that appear whole or not at all, whoever is killed while writing them."""
+"""Atomic writes: files and folders that appear whole or not at all, whoever is killed while writing them. And locks on folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -195,3 +195,55 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(number)
+
+
+@contextmanager
+def locked(folder: str | Path | None, *, what: str = "process", wait: bool = False) -> Iterator[None]:
+    """The folder is this process's alone inside, and free when the process ends, however it ends. Where another process has it,
+    ValueError that names the ``what`` running there, or (``wait``) a wait until it ends. Nothing is locked for None, and where the
+    system or the file system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    if folder is None or fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ValueError(f"another {what}{_holder(number)} is running in {folder}: wait for it, or choose another --out") from None
+        except OSError:
+            pass
+        _held.add(number)
+        yield
+    finally:
+        _held.discard(number)
+        os.close(number)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child, such as a data worker: the lock is its parent's, and ends with it."""
+    for number in _held:
+        os.close(number)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _holder(number: int) -> str:
+    """Which process holds the lock, where Linux says so."""
+    wanted = os.fstat(number).st_ino
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and int(words[5].split(":")[2]) == wanted:
+                return f" (pid {words[4]})"
+    return ""

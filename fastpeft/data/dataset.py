@@ -31,6 +31,7 @@ class SampleDataset(Dataset):
         self.cache = ImageCache(cache_bytes)
         self.skipped: dict[str, int] = {}  # samples left out, by reason
         self.load_images = True
+        self._image_keys: dict[Path, str] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
 
     @property
@@ -52,10 +53,16 @@ class SampleDataset(Dataset):
         whole = hashlib.blake2b(digest_size=16)
         for path in dict.fromkeys(sample.image for sample in self.samples if sample.image is not None):
             try:
-                whole.update(hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest())
+                whole.update(self.image_key(path).encode())
             except OSError:  # whoever needs the image says so
                 whole.update(b"unreadable")
         return whole.hexdigest()
+
+    def image_key(self, path: Path) -> str:
+        """Of an image file's content, wherever it lies: 32 hexadecimal digits. Read at the first call; OSError where it cannot be."""
+        if path not in self._image_keys:
+            self._image_keys[path] = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        return self._image_keys[path]
 
     def labelled(self, batch: dict) -> list[int]:
         """How many labelled tokens of each of a batch's samples the loss adds up; a first token never is one."""

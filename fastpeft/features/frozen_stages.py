@@ -33,7 +33,6 @@ class ImageFeatures:
 
     def __init__(self, model: nn.Module, dataset):
         self.model, self.dataset = model, dataset
-        self._digests: dict[Path, str] = {}
 
     @classmethod
     def parts(cls, model: nn.Module) -> list[Part | None]:
@@ -72,10 +71,7 @@ class ImageFeatures:
 
     def key(self, item) -> str:
         """By content: of the image's file, wherever it lies."""
-        path = self.image(item)
-        if path not in self._digests:
-            self._digests[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        return self._digests[path]
+        return self.dataset.image_key(self.image(item))
 
     def outputs(self, items: Sequence, features: Tensor) -> Iterator[Tensor]:
         """One of each item, given [U, N, C] of the items' distinct images in order of appearance."""

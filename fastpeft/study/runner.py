@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
-from fastpeft.files import write_json
+from fastpeft.files import locked, write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE
 from fastpeft.study.file import StudyFile, read_study
@@ -47,7 +47,7 @@ def run_study(
     jobs = jobs_of(study, out, data or {}, **({"device": device} if device else {}))
     check(study, jobs)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out), _interruptible():
+    with locked(out, what="fastpeft study"), _interruptible():
         for job in jobs:
             _begin(job)
         for folder, how in {folder: how for job in jobs for folder, how in job.made.items()}.items():
@@ -157,21 +157,6 @@ def _told(result: dict[str, Any]) -> str:
     scored = next(iter(result["scores"].values()), {}) or {}
     shown = [f"{name} {scored[name]:.1%}" for name in ("open", "closed", "global") if scored.get(name) is not None]
     return ", ".join([f"loss {result['loss_last']:.3f}", *shown])
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """ValueError where another study is working in ``out``."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            held = stack.enter_context(open(out / ".lock", "w"))
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"another fastpeft study is working in {out}: wait for it, or choose another --out") from None
-        yield
 
 
 @contextlib.contextmanager

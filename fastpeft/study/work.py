@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
-from fastpeft.files import write_json
+from fastpeft.files import locked, write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions
 from fastpeft.study.jobs import Job
@@ -30,7 +28,8 @@ def work(job: Job, features: str | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), open(folder / "log.txt", "a", buffering=1) as log:
+    # waits: the process of a study that was killed a moment ago may still be ending
+    with locked(folder, wait=True), open(folder / "log.txt", "a", buffering=1) as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         sys.stdout = sys.stderr = log
@@ -53,18 +52,6 @@ def _end_with_parent() -> None:
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process works in ``folder``: one whose study was killed a moment ago may still be ending."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            held = stack.enter_context(open(folder / ".lock", "w"))
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 def run_job(job: Job, features: str | None) -> dict[str, Any]:

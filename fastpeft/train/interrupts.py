@@ -1,13 +1,11 @@
-"""Signals that end a run between two steps, and the lock on a run's folder."""
+"""Signals that end a run between two steps."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 # Ctrl-C; kill, a container's or a queue's end; a closed terminal; Slurm's warning (sbatch --signal=USR1@60)
@@ -59,54 +57,3 @@ class StopBetweenSteps:
         self.busy = False
         if self.asked:
             raise Interrupted(number=self.asked)
-
-
-@contextlib.contextmanager
-def locked(folder: Path | None) -> Iterator[None]:
-    """The folder is this process's alone while it runs, and is free when it ends, however it ends. ValueError where another process has
-    it. Where the system or the file system has no such locks, nothing is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None
-    if folder is None or fcntl is None:
-        yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process{_holder(number)} is running in {folder}: wait for it, or choose another --out") from None
-        except OSError:
-            pass
-        _held.add(number)
-        yield
-    finally:
-        _held.discard(number)
-        os.close(number)
-
-
-_held: set[int] = set()
-
-
-def _let_go() -> None:
-    """In a forked child, such as a data worker: the lock is its parent's, and ends with it."""
-    for number in _held:
-        os.close(number)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
-def _holder(number: int) -> str:
-    """Which process holds the lock, where Linux says so."""
-    wanted = os.fstat(number).st_ino
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()
-            if words[1] == "FLOCK" and int(words[5].split(":")[2]) == wanted:
-                return f" (pid {words[4]})"
-    return ""

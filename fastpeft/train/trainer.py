@@ -23,7 +23,7 @@ from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, wr
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
-from fastpeft.files import write_json
+from fastpeft.files import locked, write_json
 from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
@@ -31,7 +31,7 @@ from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.interrupts import Interrupted, StopBetweenSteps, locked
+from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_run

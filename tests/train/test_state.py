@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fastpeft.files import atomic_folder, recover_folder
-from fastpeft.train.interrupts import Interrupted, locked
+from fastpeft.files import atomic_folder, locked, recover_folder
+from fastpeft.train.interrupts import Interrupted
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import differences
 
@@ -325,7 +325,7 @@ def test_the_lock_of_a_dead_process_is_not_in_the_way(runs, phantoms, tmp_path):
     code = f"""
 import os, time
 from pathlib import Path
-from fastpeft.train.interrupts import locked
+from fastpeft.files import locked
 with locked(Path({str(tmp_path / "run")!r})):
     if os.fork():
         print("locked", flush=True)
