@@ -11,7 +11,7 @@ from torch import nn
 import fastpeft as fp
 from fastpeft import methods
 from fastpeft.methods import METHODS, Method, register_method
-from fastpeft.methods.base import ADAPTER_MODULES, find, is_adapter
+from fastpeft.methods.base import find
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,9 @@ class Shifts(Method):
 
 
 @pytest.fixture(autouse=True)
-def registered():
-    names, modules = dict(METHODS), list(ADAPTER_MODULES)
+def registered(methods_restored):
     register_method(BitFit)
     register_method(Shifts)
-    yield
-    METHODS.clear()
-    METHODS.update(names)
-    ADAPTER_MODULES[:] = modules
-    is_adapter.cache_clear()
 
 
 def batch(model):
