@@ -16,6 +16,7 @@ def study(
     out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
     data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
     scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
+    steps: Annotated[int | None, typer.Option(min=1, help="of every stage, instead of what the file says: 2 show that all rows run")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +25,7 @@ def study(
     from fastpeft.study.runner import run_study
 
     try:
-        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, device=device, say=_tell)
+        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, steps=steps, device=device, say=_tell)
     except KeyboardInterrupt as error:
         print(printable(f"fastpeft: {error or 'interrupted'}"), file=sys.stderr)
         raise typer.Exit(130) from None

@@ -44,7 +44,7 @@ class Job:
 
 def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any) -> list[Job]:
     """All jobs, in the order of the file but for what must come first. ``folders``: data folders from the command line; ``shared``:
-    options of every stage (device). ValueError: two rows of one name, a row to start from that is not there, a data set without a
+    options of every stage (device, steps). ValueError: two rows of one name, a row to start from that is not there, a data set without a
     folder."""
     reading, made = _readings(study, out, folders)
     named = [(row, _names(study, row)) for row in study.rows]
