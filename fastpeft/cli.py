@@ -21,7 +21,7 @@ from fastpeft.cli_files import READING, convert, instruct
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -112,7 +112,18 @@ def _accuracy(scored: dict | None) -> list[str]:
     return lines + [f"no {name}: {reason}" for name, reason in asked.items()]
 
 
-EVAL = (DataOptions, GenerationOptions, MetricOptions)
+def _mmlu(scored: dict | None) -> list[str]:
+    if scored is None:
+        return []
+    lines = [f"MMLU, {scored['n_tasks']} tasks, {scored['shots']} examples a prompt: mean of the tasks {scored['task_mean']:.1%}"]
+    lines += [f"{name:>16}: {accuracy:.1%}" for name, accuracy in scored["categories"].items()]
+    if "base" in scored:
+        told = f"{scored['wins']} tasks won, {scored['ties']} tied, {scored['losses']} lost"
+        lines.append(f"without the adapter {scored['base']['task_mean']:.1%}: {scored['change']:+.1%}; {told}")
+    return lines
+
+
+EVAL = (DataOptions, GenerationOptions, MetricOptions, MMLUOptions)
 
 
 @app.command("eval", context_settings=other_names(*EVAL))
@@ -132,16 +143,16 @@ def evaluate(
     **given,
 ) -> None:
     """Answer a data set's questions with an adapter and score the answers."""
-    chosen, generation, metrics = split({"data": data, **given}, *EVAL)
+    chosen, generation, metrics, mmlu = split({"data": data, **given}, *EVAL)
     import torch
 
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
-    decoding["draw_unparsed"] = seed if draw_unparsed else None
+    decoding |= {"draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
-    emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
+    emit(scored, as_json, [*scored["notes"], *_accuracy(scored), *_mmlu(scored.get("mmlu"))])
 
 
 @app.command(context_settings=other_names(GenerationOptions))

@@ -17,13 +17,17 @@ from fastpeft.evaluate import Scoring, generation_settings, write_answers
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of
-from fastpeft.runs.options import DataOptions, MetricOptions
+from fastpeft.runs.mmlu import asks_mmlu, mmlu_run
+from fastpeft.runs.options import DataOptions, MetricOptions, MMLUOptions
 from fastpeft.runs.splits import data_notes
 from fastpeft.runs.train import RUNS
 
 
-def load_run(adapter: str | Path, device: str | None = None, model: str | None = None) -> tuple[nn.Module, Any, Preprocess]:
-    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base."""
+def load_run(
+    adapter: str | Path, device: str | None = None, model: str | None = None, adapted: bool = True
+) -> tuple[nn.Module, Any, Preprocess]:
+    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base. ``adapted``
+    False: the base alone."""
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise ValueError(f"no adapter folder at {adapter}")
@@ -44,7 +48,8 @@ def load_run(adapter: str | Path, device: str | None = None, model: str | None =
     device = choose_device(device)
     tokenizer = (load_causal_tokenizer if causal else load_tokenizer)(adapter / about["tokenizer"])
     network = build(model, **kept) if model else build(name, **kept, **overrides, **base)
-    load_adapter(network, adapter)
+    if adapted:
+        load_adapter(network, adapter)
     return network.to(device), tokenizer, preprocess
 
 
@@ -61,6 +66,8 @@ def eval_run(
     metrics: MetricOptions | None = None,
     prompt_format: str | None = None,
     draw_unparsed: int | None = None,
+    mmlu: MMLUOptions | None = None,
+    kept: Path | None = None,
     **generation,
 ) -> dict[str, Any]:
     """Answer a data set's test split with an adapter and score the answers; the scores, with ``generation`` (the decoding settings) and
@@ -68,10 +75,16 @@ def eval_run(
     default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
     (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text.
     prompt_format: of ScienceQA, instead of the one trained with. draw_unparsed: a seed, to draw a choice where a response names none. The
-    candidates
-    of free-text answers are those of the data's training split, the questions that are asked apart."""
+    candidates of free-text answers are those of the data's training split, the questions that are asked apart. mmlu, kept: of a folder of
+    MMLU, see :func:`fastpeft.runs.mmlu.mmlu_run`: nothing is generated there."""
     if out and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: give a file for the predictions")
+    if asks_mmlu(data):
+        if generation or num_beams or prompt_format or draw_unparsed is not None:
+            raise ValueError("MMLU is scored by likelihood: options of generation and of ScienceQA do not apply, leave them out")
+        base, tokenizer, _ = load_run(adapter, device, model, adapted=False)
+        more = {"out": out, "progress": progress, "batch_size": batch_size, "kept": kept}
+        return mmlu_run(adapter, base, tokenizer, data, mmlu or MMLUOptions(), **more)
     network, tokenizer, preprocess = load_run(adapter, device, model)
     kind = family_of(network).kind
     if generation and kind != "causal":

@@ -102,6 +102,7 @@ def source_adapter(job: Job) -> Path:
 def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
     """Scores by data set, each kept as soon as it is there."""
     from fastpeft.runs.evaluate import eval_run
+    from fastpeft.runs.mmlu import asks_mmlu
 
     found = {}
     for name, reading in (job.score_on or {job.data: {k: v for k, v in job.stages[-1].items() if k in _READING}}).items():
@@ -113,6 +114,8 @@ def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
             data, generation, metrics = split({k: v for k, v in job.stages[-1].items() if k in _METRICS} | reading | job.generation,
                                               DataOptions, GenerationOptions, MetricOptions)  # fmt: skip
             how = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
+            if asks_mmlu(data):  # the rows of one base share its answers
+                how = {"kept": Path(job.folder).parents[2] / "base-answers"}
             write_json(kept, eval_run(adapter, data, device=job.stages[-1].get("device"), progress=False, **how))
         found[name] = parse_json(kept.read_text(encoding="utf-8"))
     return found
