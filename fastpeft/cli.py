@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from fastpeft._when_imported import when_imported
-from fastpeft.cli_files import READING, convert, instruct
+from fastpeft.cli_files import READING, convert, instruct, judge
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
@@ -133,6 +133,8 @@ def evaluate(
     data: Annotated[str, typer.Option(help=fields(DataOptions)[0].description)],
     model: MovedBase = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
+    outputs: Annotated[str | None, typer.Option(help="where to write the responses as AlpacaEval's outputs, for `fastpeft judge`")] = None,
+    generator: Annotated[str, typer.Option(help="the model's name in --outputs")] = "fastpeft",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
     draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
@@ -150,7 +152,7 @@ def evaluate(
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
-    decoding |= {"draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu}
+    decoding |= {"draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu, "outputs": outputs, "generator": generator}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored), *_mmlu(scored.get("mmlu"))])
 
@@ -257,6 +259,7 @@ def estimate(
 
 app.command(context_settings=other_names(*READING))(instruct)
 app.command()(convert)
+app.command()(judge)
 
 
 @app.command()

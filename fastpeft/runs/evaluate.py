@@ -14,6 +14,7 @@ from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
+from fastpeft.evaluate.judge import write_outputs
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of
@@ -66,6 +67,8 @@ def eval_run(
     metrics: MetricOptions | None = None,
     prompt_format: str | None = None,
     draw_unparsed: int | None = None,
+    outputs: str | None = None,
+    generator: str = "fastpeft",
     mmlu: MMLUOptions | None = None,
     kept: Path | None = None,
     **generation,
@@ -75,13 +78,14 @@ def eval_run(
     default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
     (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text.
     prompt_format: of ScienceQA, instead of the one trained with. draw_unparsed: a seed, to draw a choice where a response names none. The
-    candidates of free-text answers are those of the data's training split, the questions that are asked apart. mmlu, kept: of a folder of
+    candidates of free-text answers are those of the data's training split, the questions that are asked apart. outputs: a file for the
+    responses in AlpacaEval's form, under the name ``generator``. mmlu, kept: of a folder of
     MMLU, see :func:`fastpeft.runs.mmlu.mmlu_run`: nothing is generated there."""
-    if out and Path(out).is_dir():
-        raise ValueError(f"{out} is a folder: give a file for the predictions")
+    if folder := next((path for path in (out, outputs) if path and Path(path).is_dir()), None):
+        raise ValueError(f"{folder} is a folder: give a file for the predictions")
     if asks_mmlu(data):
-        if generation or num_beams or prompt_format or draw_unparsed is not None:
-            raise ValueError("MMLU is scored by likelihood: options of generation and of ScienceQA do not apply, leave them out")
+        if generation or num_beams or prompt_format or outputs or draw_unparsed is not None:
+            raise ValueError("MMLU is scored by likelihood: options of generation, of its outputs and of ScienceQA do not apply: leave them out")
         base, tokenizer, _ = load_run(adapter, device, model, adapted=False)
         more = {"out": out, "progress": progress, "batch_size": batch_size, "kept": kept}
         return mmlu_run(adapter, base, tokenizer, data, mmlu or MMLUOptions(), **more)
@@ -105,6 +109,8 @@ def eval_run(
     answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
     if out:
         write_answers(out, dataset, answers)
+    if outputs:
+        write_outputs(outputs, dataset.samples, answers, generator)
     settings = generation_settings(dataset, tokenizer, **generation)
     return scored | {"generation": settings, "notes": data_notes(samples) + dataset.notes + notes}
 
