@@ -17,7 +17,7 @@ class Job:
 
     ``starts_from``: the job whose adapter the first stage goes on from. ``score_on``: options of reading by data set; {}: the last
     stage's own test split, scored as training scores it. ``made``: the data sets to draw, {folder: how}.
-    ``memory``: compute what a step holds (a row's first seed does)."""
+    ``memory``: compute what a step holds; ``similarity``: Excitor's by layer (a row's first seed does)."""
 
     row: str
     data: str
@@ -30,6 +30,7 @@ class Job:
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
     memory: bool = False
+    similarity: bool = False
 
     @property
     def name(self) -> str:
@@ -38,7 +39,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What a finished job depends on, as JSON reads it back."""
         stages = [{k: v for k, v in stage.items() if k not in ("device", "num_workers")} for stage in self.stages]
-        kept = {k: v for k, v in asdict(self).items() if k not in ("paper", "folder", "made", "memory")} | {"stages": stages}
+        left_out = ("paper", "folder", "made", "memory") + (() if self.similarity else ("similarity",))
+        kept = {k: v for k, v in asdict(self).items() if k not in left_out} | {"stages": stages}
         return json.loads(json.dumps(kept))
 
 
@@ -55,6 +57,7 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
     for row, names in named:
         for data, name in names.items():
             for seed in row.seeds or study.seeds:
+                first = seed == (row.seeds or study.seeds)[0]
                 source = None if row.starts_from is None else _source(study, named, row, data, seed)
                 stages = tuple(_stage(study, row, stage, data, seed, reading, shared) for stage in row.stages)
                 used = {reading_of["data"] for reading_of in (*stages, *(reading[form] for form in study.score_on))}
@@ -69,7 +72,8 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
                     generation=study.generation,
                     made={folder: how for folder, how in made.items() if folder in used},
                     paper=row.paper,
-                    memory=seed == (row.seeds or study.seeds)[0] and (study.columns is None or "memory" in study.columns),
+                    memory=first and (study.columns is None or "memory" in study.columns),
+                    similarity=first and "similarity" in study.figures,
                 )
                 jobs.append(job)
     return _ordered(jobs, study)
