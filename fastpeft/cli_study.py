@@ -16,7 +16,7 @@ def study(
     out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
     data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
     scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
-    steps: Annotated[int | None, typer.Option(min=1, help="of every stage, instead of what the file says: 2 show that all rows run")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="of every stage, in place of the file's: 2 show that all rows run")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     as_json: Json = False,
 ) -> None:

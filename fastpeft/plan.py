@@ -52,8 +52,9 @@ class Plan:
 def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], **options) -> Plan:
     """A plan from "F/LoRA/LoRA", from ``{"vit": "F", "jtm": LoRA(r=8)}`` (parts left out are frozen), or from a YAML file of that form.
 
-    Treatments combine with "+" ("Excitor+LoRA") and take options in brackets ("Excitor(layers=[2, 4], r=8)"). ``options`` (``r=8``) go to every method of the plan that has a field of that name.
-    ValueError names what is wrong: an unknown treatment, a wrong number of parts, an option nobody takes.
+    Treatments combine with "+" ("Excitor+LoRA") and take options in brackets ("Excitor(layers=[2, 4], r=8)"). ``options`` (``r=8``) go to
+    every method of the plan that has a field of that name. ValueError names what is wrong: an unknown treatment, a wrong number of parts,
+    an option nobody takes.
     """
     names = [part.name for part in parts]
     if not isinstance(plan, str | Path | Mapping):

@@ -193,7 +193,8 @@ def test_options_reach_the_methods_that_have_them(miss):
 
 def test_options_in_brackets(miss):
     parts = parts_of(miss.build())
-    said = "LoRA(r=2, target_modules=[fc1, fc2])/LoRA(r=8,lora_alpha=1e1)+Prefix( num_virtual_tokens = 3 )/LoRA(target_modules='.*/x+(q|v)')"
+    said = "LoRA(r=2, target_modules=[fc1, fc2])/LoRA(r=8,lora_alpha=1e1)+Prefix( num_virtual_tokens = 3 )/"
+    said += "LoRA(target_modules='.*/x+(q|v)')"
     assert parse(said, parts).treatments == {
         "vit": (fp.LoRA(r=2, target_modules=["fc1", "fc2"]),),
         "jtm": (fp.LoRA(r=8, lora_alpha=10.0), fp.Prefix(num_virtual_tokens=3)),

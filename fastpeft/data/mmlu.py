@@ -84,8 +84,8 @@ def is_mmlu(path: str | Path) -> bool:
 def load_mmlu(folder: str | Path, split: str = "test", shots: int = 5) -> MMLU:
     """The questions of a split ("test" or "val") and up to ``shots`` (0 to 5) development questions of each task.
 
-    A subset of the 57 tasks is taken as it is; ``missing`` names the rest. ValueError: no such files, a task that MMLU does not have, a task
-    with fewer development questions than ``shots``, a row that is no question (with its file and line)."""
+    A subset of the 57 tasks is taken as it is; ``missing`` names the rest. ValueError: no such files, a task that MMLU does not have,
+    a task with fewer development questions than ``shots``, a row that is no question (with its file and line)."""
     if split not in ("test", "val"):
         raise ValueError(f"split must be test or val, not {split!r}: MMLU's dev questions are the examples in the prompts")
     if not isinstance(shots, int) or not 0 <= shots <= 5:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from fastpeft.data._files import IMAGE_MARK
 from fastpeft.data.samples import Instruction, Turns
 
 IMAGE = None  # a piece of a prompt: the place of the image's tokens
@@ -69,10 +70,13 @@ def render(template: str, sample: Instruction, turns: Turns | None = None, image
     "...Response:" and "The answer" have no space between them. With `image_tokens`, `IMAGE` marks the place of the image's
     tokens: where lavin and llava put them, and before all text in other templates. Without, no piece is `IMAGE`.
 
-    ValueError for an unknown template.
+    ValueError for an unknown template, and for "<image>" in a text: readers take it out where the sample has an image.
     """
     if template not in _TEMPLATES:
         raise ValueError(f"template={template!r}: use one of {', '.join(TEMPLATES)}")
+    if any(IMAGE_MARK in text for turn in (turns or sample.turns) for text in turn) or IMAGE_MARK in sample.context:
+        where = f"{sample.source}: entry {sample.entry}" if sample.source.name else "a sample"
+        raise ValueError(f"{where}: {IMAGE_MARK} stands in its text: leave it out, an image's place is the template's to say")
     rendered: list[tuple[list[Piece], str]] = []
     for turn, (question, answer) in enumerate(turns or sample.turns):
         prompt, space = _TEMPLATES[template](sample, turn, question)

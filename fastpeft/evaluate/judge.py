@@ -1,8 +1,8 @@
 """Pairwise judging of two models' responses: what a judge is asked, each pair in both orders, and what its answers say.
 
 A file of outputs is AlpacaEval's: a JSON list of {"instruction", "output", "generator"} ("input" where there is one). As a judge favours
-what it reads first, each pair is asked twice with the places exchanged, and a pair's scores are the means of both (paper 003, section 4.1.1,
-after Chiang et al., 2023): the higher mean wins, equal ones tie. A judgment is one of
+what it reads first, each pair is asked twice with the places exchanged, and a pair's scores are the means of both (paper 003, section
+4.1.1, after Chiang et al., 2023): the higher mean wins, equal ones tie. A judgment is one of
 
 - text that begins with the two scores ("8 6", "8/10, 6.5/10"), or ends in a verdict [[A]], [[B]] or [[C]] (a tie);
 - {"scores": [8, 6]}, or AlpacaEval's {"preference": p}: from 1, the first is better, to 2, the second is; 0, a tie, in its older files.
@@ -23,8 +23,8 @@ from fastpeft.files import write_json, write_text
 SYSTEM = "You are a fair and careful judge of the responses of two assistants to the same instruction."
 ASK = (
     "Instruction:\n{instruction}\n\nResponse of assistant 1:\n{first}\n\nResponse of assistant 2:\n{second}\n\n"
-    "Rate how helpful, relevant, accurate and detailed each response is, from 1 to 10. Do not let the order of the responses, their length or "
-    "the assistants' names sway you. On the first line write the two scores alone, assistant 1's first, with a space between them. Then "
+    "Rate how helpful, relevant, accurate and detailed each response is, from 1 to 10. Do not let the order of the responses, their length "
+    "or the assistants' names sway you. On the first line write the two scores alone, assistant 1's first, with a space between them. Then "
     "explain them."
 )
 ORDERS = ("ab", "ba")  # whose response is first: a, ours; b, theirs
@@ -59,7 +59,9 @@ def read_outputs(path: str | Path) -> Outputs:
     for at, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("instruction", "output")):
             raise ValueError(f"{path}: entry {at} is no output: it needs instruction and output, both text")
-        instruction = f"{row['instruction']}\n\n{row['input']}" if isinstance(row.get("input"), str) and row["input"] else row["instruction"]
+        instruction = (
+            f"{row['instruction']}\n\n{row['input']}" if isinstance(row.get("input"), str) and row["input"] else row["instruction"]
+        )
         if instruction in found:
             raise ValueError(f"{path}: entry {at} has an instruction that is there before: {instruction[:60]!r}")
         found[instruction] = row["output"]
@@ -135,8 +137,8 @@ def read_judgments(path: str | Path, ours: Outputs, theirs: Outputs) -> dict[str
 
     {"wins", "ties", "losses": pairs of instructions; "n", "win_rate": ties count half; "scores": the mean of each generator's; "one_order":
     pairs of which one order alone was judged, scored by that; "unread": judgments without scores; "unjudged": pairs without any; and
-    "first_preferred": the share of judgments, ties apart, that favour the response read first}. ValueError names a judgment of another pair,
-    and one that is there twice."""
+    "first_preferred": the share of judgments, ties apart, that favour the response read first}. ValueError names a judgment of another
+    pair, and one that is there twice."""
     rows, asked = _read(path), common(ours, theirs)
     rows = rows if isinstance(rows, list) else [rows]
     found: dict[int, dict[str, tuple[float, float]]] = {}

@@ -76,8 +76,8 @@ def _log_probabilities(model: nn.Module, rows: list[list[int]], wanted: int, dev
 
 
 def answer_mmlu(model: nn.Module, tokenizer, data: MMLU, shots: int = 5, *, batch_size: int = 8, progress: bool = True) -> dict[str, Any]:
-    """{"answers": the number of the likeliest choice of each question, "fewer_shots", "cut"}: how many prompts had to leave examples out, as
-    the official code does where a prompt is too long for the model, and how many lost the beginning of their question as well."""
+    """{"answers": the number of the likeliest choice of each question, "fewer_shots", "cut"}: how many prompts left examples out, as the
+    official code does where a prompt is too long for the model, and how many lost the beginning of their question as well."""
     room = max_tokens(model) - 2  # the start token, and one of the answer's
     prompts, fewer, cut = [], 0, 0
     for question in data.questions:

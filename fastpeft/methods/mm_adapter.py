@@ -5,8 +5,8 @@ Source: Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuni
 2-4, and its code: Z' = Z + s (w_0 f_0(Z) + w_1 f_1(Z)), where both share the projection down, the projection up is grouped, and
 w = softmax(router(t_m) / t) for the modality token t_m, read after the norm before the adapter.
 
-The paper's adapters stand before attention. Its code has a second place (``adapter_type`` block, ``visual_adapter_type`` router_block): one
-more adapter of its own, with a router of its own, before the feed-forward block, after that block's norm. There t_m is read as it leaves the
+The paper's adapters stand before attention. Its code has a second place (``adapter_type`` block, ``visual_adapter_type`` router_block):
+one more adapter, with a router of its own, before the feed-forward block, after that block's norm. There t_m is read as it leaves the
 layer's attention, as the official code trains; its generation reads t_m as it enters the layer, which is another number.
 """
 
@@ -26,8 +26,7 @@ from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part, has_hooks
 from fastpeft.ops.lora_linear import linear
 
-
-ATTENTION, FEED_FORWARD = BEFORE = ("mm_adapter", "mm_adapter_mlp")  # a layer's attributes: adapters before its attention and its feed-forward
+ATTENTION, FEED_FORWARD = BEFORE = ("mm_adapter", "mm_adapter_mlp")  # attributes of a layer: adapters before its halves
 POSITIONS = {"attn": (ATTENTION,), "block": BEFORE}
 
 

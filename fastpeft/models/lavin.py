@@ -127,7 +127,7 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         return {name: {place: w[row] for place, w in weights.items()} for row, name in enumerate(MODALITIES)}
 
     def specialise(self, modality: str | None) -> dict[nn.Module, Tensor]:
-        """Be a model of samples of one modality; returns the mixture [2] of each of the LLaMA's adapters that the modality's token routes."""
+        """Be a model of samples of one modality; returns the mixture [2] of each adapter that the modality's token routes."""
         if modality not in MODALITIES:
             raise ValueError(f"MMAdapter has a mixture for each modality: say which, modality='text' or 'image', not {modality!r}")
         layers = self.llm.model.layers

@@ -27,8 +27,8 @@ from fastpeft.runs.train import RUNS
 def load_run(
     adapter: str | Path, device: str | None = None, model: str | None = None, adapted: bool = True
 ) -> tuple[nn.Module, Any, Preprocess]:
-    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base. ``adapted``
-    False: the base alone."""
+    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base.
+    ``adapted`` False: the base alone."""
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise ValueError(f"no adapter folder at {adapter}")
@@ -85,7 +85,7 @@ def eval_run(
         raise ValueError(f"{folder} is a folder: give a file for the predictions")
     if asks_mmlu(data):
         if generation or num_beams or prompt_format or outputs or draw_unparsed is not None:
-            raise ValueError("MMLU is scored by likelihood: options of generation, of its outputs and of ScienceQA do not apply: leave them out")
+            raise ValueError("MMLU is scored by likelihood: leave out the options of generation, of its outputs and of ScienceQA")
         base, tokenizer, _ = load_run(adapter, device, model, adapted=False)
         more = {"out": out, "progress": progress, "batch_size": batch_size, "kept": kept}
         return mmlu_run(adapter, base, tokenizer, data, mmlu or MMLUOptions(), **more)

@@ -57,7 +57,6 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
     for row, names in named:
         for data, name in names.items():
             for seed in row.seeds or study.seeds:
-                first = seed == (row.seeds or study.seeds)[0]
                 source = None if row.starts_from is None else _source(study, named, row, data, seed)
                 stages = tuple(_stage(study, row, stage, data, seed, reading, shared) for stage in row.stages)
                 used = {reading_of["data"] for reading_of in (*stages, *(reading[form] for form in study.score_on))}
@@ -72,11 +71,15 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
                     generation=study.generation,
                     made={folder: how for folder, how in made.items() if folder in used},
                     paper=row.paper,
-                    memory=first and (study.columns is None or "memory" in study.columns),
-                    similarity=first and "similarity" in study.figures,
+                    **(_looked_at(study) if seed == (row.seeds or study.seeds)[0] else {}),
                 )
                 jobs.append(job)
     return _ordered(jobs, study)
+
+
+def _looked_at(study: StudyFile) -> dict[str, bool]:
+    """What is computed of a row's first seed alone, where the study shows it."""
+    return {"memory": study.columns is None or "memory" in study.columns, "similarity": "similarity" in study.figures}
 
 
 def _readings(study: StudyFile, out: Path, folders: dict[str, str]) -> tuple[dict[str, dict], dict[str, dict]]:

@@ -46,6 +46,10 @@ def _scienceqa(name: str) -> Callable[[Job, Result, dict], Any]:
     return lambda job, result, scores: (scores.get("scienceqa") or {}).get(name)
 
 
+def _mmlu_of_base(job: Job, result: Result, scores: dict) -> float | None:
+    return ((scores.get("mmlu") or {}).get("base") or {}).get("task_mean")
+
+
 def _mmlu(name: str) -> Callable[[Job, Result, dict], Any]:
     return lambda job, result, scores: (scores.get("mmlu") or {}).get(name)
 
@@ -102,7 +106,7 @@ COLUMNS: dict[str, Column] = {
 }
 COLUMNS |= {
     "mmlu": Column("MMLU, %", _mmlu("task_mean"), "percent", "mmlu"),
-    "mmlu_base": Column("MMLU of the base, %", lambda job, result, scores: (_mmlu("base")(job, result, scores) or {}).get("task_mean"), "percent"),
+    "mmlu_base": Column("MMLU of the base, %", _mmlu_of_base, "percent"),
     "mmlu_change": Column("relative change, %", _mmlu("relative_change"), "percent", "mmlu_change"),
     "mmlu_wins": Column("tasks won", _mmlu("wins"), "count"),
     "mmlu_ties": Column("tied", _mmlu("ties"), "count"),

@@ -64,7 +64,13 @@ def test_both_orders_count_alike(tmp_path):
         rows.append({"id": f"{pair}-ab", "response": f"{a + 2} {b}\nbecause"})
         rows.append({"id": f"{pair}-ba", "response": f"{b + 2} {a}\nbecause"})
     found = read_judgments(lines(tmp_path / "said.jsonl", rows), OURS, THEIRS)
-    assert {k: found[k] for k in ("wins", "ties", "losses", "n", "win_rate")} == {"wins": 1, "ties": 1, "losses": 1, "n": 3, "win_rate": 0.5}
+    assert {k: found[k] for k in ("wins", "ties", "losses", "n", "win_rate")} == {
+        "wins": 1,
+        "ties": 1,
+        "losses": 1,
+        "n": 3,
+        "win_rate": 0.5,
+    }
     assert found["scores"] == pytest.approx([(6 + 5 + 6) / 3 + 1, (5 + 7 + 6) / 3 + 1])
     assert found["first_preferred"] == 5 / 5  # but for the tie of 5 + 2 and 7
     some = read_judgments(lines(tmp_path / "some.jsonl", [rows[0], {"id": "2-ba", "response": "no idea"}]), OURS, THEIRS)
@@ -106,7 +112,10 @@ def test_judgments_of_something_else(tmp_path, rows, says):
         ("[]", "expected a JSON list"),
         ('[{"instruction": "a"}]', "entry 0 is no output"),
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "c"}]', "entry 1 has an instruction that is there before"),
-        ('[{"instruction": "a", "output": "b", "generator": "x"}, {"instruction": "c", "output": "b", "generator": "y"}]', "several generators"),
+        (
+            '[{"instruction": "a", "output": "b", "generator": "x"}, {"instruction": "c", "output": "b", "generator": "y"}]',
+            "several generators",
+        ),
         ("[", "cannot read"),
     ],
 )

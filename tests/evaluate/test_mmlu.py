@@ -42,7 +42,12 @@ def test_files_and_prompts(tmp_path):
 def test_tasks_and_categories():
     assert len(TASKS) == len(set(TASKS)) == 57 == sum(len(tasks) for of in SUBJECTS.values() for tasks in of.values())
     counts = {name: sum(category == name for category in CATEGORY.values()) for name in SUBJECTS}
-    assert counts == {"STEM": 18, "humanities": 13, "social sciences": 12, "other": 14}  # the paper's table of tasks; "other" has business, health
+    assert counts == {
+        "STEM": 18,
+        "humanities": 13,
+        "social sciences": 12,
+        "other": 14,
+    }  # the paper's table of tasks; "other" has business, health
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,7 @@ def test_a_prompt_that_is_too_long_leaves_examples_out(tokenizer):
     assert len(found["answers"]) == 3 and found["fewer_shots"] == 3 and found["cut"] == 1
     whole = answer_mmlu(small(), tokenizer, MMLU([ask(3)], data.shots, data.tasks), 1, progress=False)
     assert whole["fewer_shots"] == whole["cut"] == 0
-    with pytest.raises(ValueError, match="a prompt takes .* tokens, and the model reads 400"):
+    with pytest.raises(ValueError, match=r"a prompt takes .* tokens, and the model reads 400"):
         choice_likelihoods(model, tokenizer, ["word " * 900], [" A", " B"], progress=False)
 
 
@@ -146,7 +151,22 @@ def test_scores():
 def test_eval_asks_the_adapter_and_its_base(tmp_path, capsys):
     data = make(tmp_path / "alpaca", {"made": "instructions", "images": {"train": 8, "validate": 1, "test": 1}})
     asked = make(tmp_path / "mmlu", {"made": "mmlu", "images": {"train": 1, "validate": 1, "test": 3}})
-    run = ["--plan", "T", "--steps", "6", "--batch-size", "8", "--lr", "3e-2", "--base-lr", "3e-2", "--no-eval", "--quiet", "--out", str(tmp_path / "run")]
+    run = [
+        "--plan",
+        "T",
+        "--steps",
+        "6",
+        "--batch-size",
+        "8",
+        "--lr",
+        "3e-2",
+        "--base-lr",
+        "3e-2",
+        "--no-eval",
+        "--quiet",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     app(["train", "--model", "llama-tiny", "--data", str(data), *run], standalone_mode=False)
 
     def evaluate(*more):
