@@ -61,7 +61,8 @@ def mmlu_run(
 
 def _base(adapter, network, tokenizer, questions: MMLU, how: dict, kept: Path | None) -> dict[str, Any]:
     asked = [[q.task, q.question, q.choices] for q in questions.questions]
-    identity = [describe(adapter)["base"], how["shots"], asked, {task: [q.text(True) for q in of] for task, of in questions.shots.items()}]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    identity = [describe(adapter)["base"], vocabulary, how["shots"], asked, {task: [q.text(True) for q in of] for task, of in questions.shots.items()}]
     file = None
     if kept is not None:
         name = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]

@@ -263,6 +263,48 @@ def test_a_killed_study_goes_on(whole, tmp_path):
     assert contents(tmp_path / "out") == (table, adapters) and len(adapters) > 4
 
 
+def test_rows_side_by_side_are_the_same(whole, tmp_path):
+    """Two at once, of which one waits for the row that it starts from. And ``steps`` are of every stage."""
+    path, out = whole
+    process = study_process.context().Process(
+        target=study_process.study, args=(str(path), str(tmp_path / "out")), kwargs={"side_by_side": 2}
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and contents(tmp_path / "out") == contents(out)
+    stages = [stage for job in jobs_of(read_study(path, "tiny"), tmp_path, {}, steps=2) for stage in job.stages]
+    assert {stage["steps"] for stage in stages} == {2} and len(stages) == 4
+
+
+def test_figures_of_excitor(tmp_path):
+    """MMLU beside the base, which is asked once for both rows; gates and similarities of the row that has an Excitor."""
+    text = """
+options: {model: llama-tiny, steps: 1, batch_size: 4, template: plain}
+data: {alpaca: {}, mmlu: {}}
+score_on: [mmlu]
+generation: {top_p: 0.5}
+columns: [mmlu, mmlu_base, mmlu_change, mmlu_wins, mmlu_ties, mmlu_losses]
+figures: [mmlu, gates, similarity]
+rows: [{name: excited, data: alpaca, plan: "Excitor(layers=[1, 3])"}, {name: plain, data: alpaca, plan: LoRA}]
+tiny:
+  data:
+    alpaca: {made: instructions, images: {train: 3, validate: 1, test: 1}}
+    mmlu: {made: mmlu, images: {train: 1, validate: 1, test: 1}}
+"""
+    process = study_process.context().Process(target=study_process.study, args=(str(write(tmp_path, text)), str(tmp_path / "out")))
+    process.start()
+    process.join(120)
+    excited, plain = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    for row in (excited, plain):
+        scored = row["scores"]["mmlu"]["mmlu"]
+        assert scored["n_tasks"] == 4 == scored["wins"] + scored["ties"] + scored["losses"] and 0 <= scored["base"]["task_mean"] <= 1
+    assert list(excited["gates"]) == list(excited["similarity"]) == ["1", "3"] and plain["gates"] is plain["similarity"] is None
+    assert all(0 < layer["change"] < 1 and layer["extra"] > 0 for layer in excited["similarity"].values())
+    assert len(list((tmp_path / "out/base-answers").iterdir())) == 1
+    drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+    assert {"gates-of-excitor", "similarity-by-layer-excited", "mmlu-against-the-base-by-task"} <= drawn
+
+
 @pytest.mark.slow
 def test_a_study_killed_at_random_five_times(whole, tmp_path):
     _, out = whole
