@@ -26,7 +26,8 @@ def study(
     from fastpeft.study.runner import run_study
 
     try:
-        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, steps=steps, side_by_side=side_by_side, device=device, say=_tell)
+        how = {"scale": scale, "steps": steps, "side_by_side": side_by_side, "device": device, "say": _tell}
+        results = run_study(file, out, data=data_folders(file, data or []), **how)
     except KeyboardInterrupt as error:
         print(printable(f"fastpeft: {error or 'interrupted'}"), file=sys.stderr)
         raise typer.Exit(130) from None

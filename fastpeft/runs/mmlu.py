@@ -62,7 +62,8 @@ def mmlu_run(
 def _base(adapter, network, tokenizer, questions: MMLU, how: dict, kept: Path | None) -> dict[str, Any]:
     asked = [[q.task, q.question, q.choices] for q in questions.questions]
     vocabulary = sorted(tokenizer.get_vocab().items())
-    identity = [describe(adapter)["base"], vocabulary, how["shots"], asked, {task: [q.text(True) for q in of] for task, of in questions.shots.items()}]
+    examples = {task: [q.text(True) for q in of] for task, of in questions.shots.items()}
+    identity = [describe(adapter)["base"], vocabulary, how["shots"], asked, examples]
     file = None
     if kept is not None:
         name = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]

@@ -41,10 +41,10 @@ def run_study(
 ) -> dict[str, Any]:
     """Run a study file, or go on with it, in ``out``; returns its results: title, rows, totals, failed (error by job), files.
 
-    data: folders by the file's names of data sets. scale: "full" or "tiny". steps: of every stage, instead of the file's. side_by_side: rows
-    that run at once; their memory adds up. A job that fails, and those that start from it, are named in the table, and the others run;
-    another call tries them again. ValueError names what is wrong, before anything runs: in the file, a data set without a folder, a job that
-    ``out`` holds with other options. KeyboardInterrupt (Ctrl-C, SIGTERM) lets the steps end."""
+    data: folders by the file's names of data sets. scale: "full" or "tiny". steps: of every stage, instead of the file's. side_by_side:
+    rows that run at once; their memory adds up. A job that fails, and those that start from it, are named in the table, and the others run;
+    another call tries them again. ValueError names what is wrong, before anything runs: in the file, a data set without a folder, a job
+    that ``out`` holds with other options. KeyboardInterrupt (Ctrl-C, SIGTERM) lets the steps end."""
     from fastpeft.study.page import write_results
 
     study, out = read_study(path, scale), Path(out)
