@@ -63,7 +63,7 @@ def test_every_shipped_study_is_runnable(path, scale):
 
 def test_studies_of_all_papers_are_shipped():
     names = {path.stem for path in STUDIES}
-    assert {f"mile_{n}" for n in range(1, 8)} | {"layernorm_1", "layernorm_2", "layernorm_3"} <= names
+    assert {f"mile_{n}" for n in range(1, 8)} | {"mile_figures", "layernorm_1", "layernorm_2", "layernorm_3"} <= names
     assert {"lavin_1", "lavin_2", "lavin_ablations"} <= names
     assert {"excitor_1", "excitor_3", "excitor_5", "excitor_figure_5", "excitor_ablations"} <= names
 
