@@ -46,6 +46,10 @@ def _scienceqa(name: str) -> Callable[[Job, Result, dict], Any]:
     return lambda job, result, scores: (scores.get("scienceqa") or {}).get(name)
 
 
+def _captions(name: str) -> Callable[[Job, Result, dict], Any]:
+    return lambda job, result, scores: (scores.get("captions") or {}).get(name)
+
+
 def _mmlu_of_base(job: Job, result: Result, scores: dict) -> float | None:
     return ((scores.get("mmlu") or {}).get("base") or {}).get("task_mean")
 
@@ -105,6 +109,8 @@ COLUMNS: dict[str, Column] = {
     "tokens": Column("Mean tokens", _metric("tokens"), "number", "tokens"),
 }
 COLUMNS |= {
+    "bleu_4": Column("BLEU-4, %", _captions("BLEU-4"), "percent", "bleu_4"),
+    "cider": Column("CIDEr, x 100", _captions("CIDEr"), "percent", "cider"),
     "mmlu": Column("MMLU, %", _mmlu("task_mean"), "percent", "mmlu"),
     "mmlu_base": Column("MMLU of the base, %", _mmlu_of_base, "percent"),
     "mmlu_change": Column("relative change, %", _mmlu("relative_change"), "percent", "mmlu_change"),

@@ -97,7 +97,11 @@ def tokenizer():
     return train_causal_tokenizer(["What is this? Answer: A", "Answer: B", "Answer: C or D, the red one"] * 9, vocab_size=300)
 
 
-@pytest.mark.parametrize("name, plan", [("llama-tiny", None), ("llama-tiny", "Excitor"), ("lavin-tiny", "F/F/MMAdapter")])
+ASKED = [("llama-tiny", None), ("llama-tiny", "Excitor"), ("lavin-tiny", "F/F/MMAdapter"), ("excitor-tiny", "F/Excitor+LoRA")]
+ASKED.append(("llava-med-tiny", "F/F/Prefix/F"))
+
+
+@pytest.mark.parametrize("name, plan", ASKED)
 @pytest.mark.parametrize("choices", [[" A", " B", " C", " D"], [" red", " the red one", " redder"]], ids=["letters", "of several tokens"])
 def test_likelihoods_are_those_of_each_text_alone(tokenizer, name, plan, choices):
     model = small(plan, name, **({"text_config": {"vocab_size": 512}} if name.startswith("lavin") else {}))

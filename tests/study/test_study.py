@@ -190,10 +190,13 @@ def test_each_column_reads_a_result(tmp_path):
     metrics = text_metrics(["no finding in it"], [["no finding at all there"]], tokenizer=None, metrics=("rouge", "meteor"))
     metrics |= {"tokens": 5.0, "BERTScore": {"precision": 0.6, "recall": 0.7, "f1": 0.8}}
     scores = {"open": 0.1, "closed": 0.2, "global": 0.3, "scienceqa": {"NAT": 0.4, "Avg": 0.5}, "metrics": metrics}
+    scores["captions"] = {"BLEU-4": 0.497, "CIDEr": 1.575}
+    scores["mmlu"] = {"task_mean": 0.35, "relative_change": -0.03, "base": {"task_mean": 0.36}}
     result = _result(10, 60, 0.1) | {"scores": {"a": scores}}
     shown = table_of("c", tuple(COLUMNS), [(job, result)], {}, "a", paper=False).lines[0][2]
     want = {"NAT": "40.00", "Avg": "50.00", "SOC": "-", "rouge_recall": "40.00", "rouge_precision": "50.00"}
-    want |= {"tokens": "5.000", "bertscore_f1": "80.00"}
+    want |= {"tokens": "5.000", "bertscore_f1": "80.00", "bleu_4": "49.70", "cider": "157.50"}
+    want |= {"mmlu": "35.00", "mmlu_base": "36.00", "mmlu_change": "-3.00", "mmlu_wins": "-"}
     assert {name: shown[name].text for name in want} == want
     assert shown["meteor"].mean == metrics["METEOR"]["score"] > 0
 
