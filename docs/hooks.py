@@ -30,11 +30,10 @@ def commands() -> str:
 
 def treatments() -> str:
     """Every treatment with the options a plan may give it, and their defaults."""
-    rows = ["| treatment | option | default |", "|---|---|---|"]
+    rows = ["| treatment | options and their defaults |", "|---|---|"]
     for name, method in METHODS.items():
-        options = [(f.name, f.default if f.default is not dataclasses.MISSING else f.default_factory()) for f in dataclasses.fields(method)]
-        for first, (option, default) in enumerate(options or [("", "")]):
-            rows.append(f"| {'' if first else f'`{name}`'} | {option and f'`{option}`'} | {'' if default == '' else f'`{default}`'} |")
+        options = [f"`{f.name}={f.default!r}`" for f in dataclasses.fields(method)]
+        rows.append(f"| `{name}` | {', '.join(options)} |")
     return "\n".join(rows)
 
 

@@ -83,7 +83,7 @@ def train_run(
         validating, held = load_validation(data, held, read=run.read, text=text)
     network, tokenizer, preprocess = run.model_for(source, samples, **model_options)
     torch.manual_seed(config.seed)  # new adapters are drawn at random
-    adapt(network, plan_for(source.family.parts, plan, **lora))
+    adapt(network, plan_for(source.family.parts, plan or source.family.plan, **lora))
     started_from = None if before is None else go_on_from(network, init_adapter, before)
     reading = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
     dataset = run.dataset(network, samples, seed=config.seed, **reading)
