@@ -5,7 +5,6 @@ import html
 import re
 from pathlib import Path
 
-import click
 import typer
 from typer.cli import get_docs_for_click
 
@@ -25,7 +24,7 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 def commands() -> str:
     group = typer.main.get_command(app)
-    return html.unescape(get_docs_for_click(obj=group, ctx=click.Context(group, info_name="fastpeft"), name="fastpeft"))
+    return html.unescape(get_docs_for_click(obj=group, ctx=group.context_class(group, info_name="fastpeft"), name="fastpeft"))
 
 
 def treatments() -> str:

@@ -95,7 +95,8 @@ def train(
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
+    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary["notes"]]
+    emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -200,7 +201,7 @@ def ask(
 
 
 @app.command()
-@with_options(DataOptions, TextOptions, only=("hold_out", "languages", "skip_bad", "split_file", "max_length", "max_question", "template", "packed"))
+@with_options(DataOptions, TextOptions, without=("data", "eval_split_file"))
 def estimate(
     model: Model = "miss",
     plan: PlanOption = None,
@@ -223,14 +224,16 @@ def estimate(
     **reading,
 ) -> None:
     """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here."""
+    from fastpeft.models import resolve
+    from fastpeft.plan import plan_for
     from fastpeft.runs.estimate import estimate_command
 
-    step = {"dtype": dtype, "questions_per_image": questions_per_image, "gradient_accumulation": gradient_accumulation}
-    step |= {"feature_cache": not no_feature_cache, "optimized": not plain, "gpu_memory": gpu_memory, "quantize": quantize}
-    lengths = {"seq_len": seq_len, "answer_len": answer_len}
-    found, run = estimate_command(
-        model, plan, rank, image_encoder, batch_size, step, lengths, data=data, vocab=vocab, steps=steps, reading=reading
-    )
+    source = resolve(model, image_encoder)
+    step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
+    step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
+    step |= {"feature_cache": not no_feature_cache, "optimized": not plain, "gpu_memory": gpu_memory}
+    chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
+    found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
     rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
     lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.2f} GFLOP per sample"]
@@ -282,6 +285,19 @@ def verify(
 
 
 app.command()(study)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="folders that fastpeft train wrote")],
+    out: Annotated[str | None, typer.Option(help="page to write (default: RUN/report.html; of several runs comparison.html)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report again from its files, or a page that compares several runs."""
+    from fastpeft.report.compare import write_reports
+
+    written = str(write_reports(runs, out))
+    emit({"out": written}, as_json, [f"report in {written}"])
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
