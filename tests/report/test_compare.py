@@ -23,12 +23,13 @@ def text_of(page):
 
 
 def test_side_by_side(tmp_path):
-    runs = [a_run(tmp_path / "x" / "run"), a_run(tmp_path / "y" / "run", rate=2e-3, accuracy=0.75, treatments={"jtm": [{"LoRA": {"r": 8}}]})]
+    other = a_run(tmp_path / "y" / "run", rate=2e-3, accuracy=0.75, treatments={"jtm": [{"LoRA": {"r": 8}}]})
+    runs = [a_run(tmp_path / "x" / "run"), other]
     page = write_reports(runs, tmp_path / "c.html")
     text = text_of(page)
-    assert "x/run F/LoRA/LoRA 1,234 0.5 % 50.0 % 50.0 % 2.5 GF 7 MB" in text.replace("–", "-") and "75.0 %" in text
+    assert "x/run F/LoRA/LoRA 1,234 0.5 % 50.0 % 50.0 % 2.5 GF 7 MB" in text and "75.0 %" in text
     differing, shared = text.split("Where the settings differ")[1].split("What they share")
-    assert "Learning rate 0.001 0.002" in differing and "LoRA of jtm – r 8" in differing
+    assert "Learning rate 0.001 0.002" in differing and "LoRA of jtm \N{EN DASH} r 8" in differing
     assert "Seed 3" in shared and "Warm-up 0.05" in shared and "Learning rate" not in shared
     assert page.read_text().count("<path") >= 2  # a curve each
     assert not re.search(r"https?:|<script|<link|url\(", page.read_text())
