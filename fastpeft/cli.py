@@ -95,7 +95,7 @@ def train(
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary["notes"]]
+    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
     emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 

@@ -139,12 +139,11 @@ def _resolve(model: str | Path | ModelSource) -> ModelSource:
         return ModelSource(name, folder, _family_of_folder(folder))
     if (cached := _in_hub_cache(name)) is not None:
         return ModelSource(name, cached, _family_of_folder(cached), on_hub=True)
-    near = "".join(f" (did you mean {known}?)" for known in get_close_matches(name, NAMES, 1))
-    where = f"{name!r} is neither a model name{near} nor a folder; names: {', '.join(NAMES)}"
-    if _HUB_NAME.fullmatch(name) and not folder.parent.is_dir():
-        where = f"{name!r} is no folder here, and not in the local Hugging Face cache; nothing is downloaded. On a machine that may: "
-        where += f"`hf download {name}`, then it is found by this name; or `hf download {name} --local-dir DIR`, then give DIR"
-    raise ValueError(where if "downloaded" in where else f"{where}; nothing is downloaded")
+    near = "".join(f"; did you mean {known}?" for known in get_close_matches(name, NAMES, 1))
+    if not near and _HUB_NAME.fullmatch(name) and not folder.parent.is_dir():
+        near = f", nor in the local Hugging Face cache. Where downloads are allowed: `hf download {name}`, then it is found by this name; or "
+        near += f"`hf download {name} --local-dir DIR`, then give DIR"
+    raise ValueError(f"{name!r} is neither a model name ({', '.join(NAMES)}) nor a folder; nothing is downloaded{near}")
 
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a repository: owner/name
