@@ -141,8 +141,8 @@ def _resolve(model: str | Path | ModelSource) -> ModelSource:
         return ModelSource(name, cached, _family_of_folder(cached), on_hub=True)
     near = "".join(f"; did you mean {known}?" for known in get_close_matches(name, NAMES, 1))
     if not near and _HUB_NAME.fullmatch(name) and not folder.parent.is_dir():
-        near = f", nor in the local Hugging Face cache. Where downloads are allowed: `hf download {name}`, then it is found by this name; or "
-        near += f"`hf download {name} --local-dir DIR`, then give DIR"
+        near = f", and the local Hugging Face cache has no such model. Where downloads are allowed: `hf download {name}`, then it is found "
+        near += f"by this name; or `hf download {name} --local-dir DIR`, then give DIR"
     raise ValueError(f"{name!r} is neither a model name ({', '.join(NAMES)}) nor a folder; nothing is downloaded{near}")
 
 
