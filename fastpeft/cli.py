@@ -19,6 +19,7 @@ import typer
 from fastpeft._when_imported import when_imported
 from fastpeft.cli_files import READING, convert, instruct, judge
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
+from fastpeft.cli_scores import accuracy_lines, mmlu_lines
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, TextOptions, read_yaml
@@ -95,35 +96,8 @@ def train(
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
+    lines += accuracy_lines(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
     emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
-
-
-def _accuracy(scored: dict | None) -> list[str]:
-    if scored is None:
-        return []
-    shown = ", ".join(f"{k} {scored[k]:.1%}" for k in ("open", "closed", "global") if scored[k] is not None)
-    lines = [f"accuracy on {scored['n']} questions: {shown} (most frequent answer: {scored['majority']:.1%})"]
-    if scored["closed"] is not None:
-        always, verdict = scored["always_no_closed"], "beats" if scored["closed"] > scored["always_no_closed"] else "does NOT beat"
-        lines.append(f"on closed questions it {verdict} always answering 'no' ({always:.1%})")
-    found = scored.get("metrics", {})
-    means = {name: v if name == "tokens" else v.get("f1", v.get("score")) for name, v in found.items() if name != "missing"}
-    text = [f"{v:.1f} tokens" if name == "tokens" else f"{name} {v:.3f}" for name, v in means.items()]
-    lines += [f"text: {', '.join(text)}"] if text else []
-    asked = {name: reason for name, reason in found.get("missing", {}).items() if not reason.startswith("no model folder")}
-    return lines + [f"no {name}: {reason}" for name, reason in asked.items()]
-
-
-def _mmlu(scored: dict | None) -> list[str]:
-    if scored is None:
-        return []
-    lines = [f"MMLU, {scored['n_tasks']} tasks, {scored['shots']} examples a prompt: mean of the tasks {scored['task_mean']:.1%}"]
-    lines += [f"{name:>16}: {accuracy:.1%}" for name, accuracy in scored["categories"].items()]
-    if "base" in scored:
-        told = f"{scored['wins']} tasks won, {scored['ties']} tied, {scored['losses']} lost"
-        lines.append(f"without the adapter {scored['base']['task_mean']:.1%}: {scored['change']:+.1%}; {told}")
-    return lines
 
 
 EVAL = (DataOptions, GenerationOptions, MetricOptions, MMLUOptions)
@@ -157,7 +131,7 @@ def evaluate(
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
     decoding |= {"draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu, "outputs": outputs, "generator": generator}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
-    emit(scored, as_json, [*scored["notes"], *_accuracy(scored), *_mmlu(scored.get("mmlu"))])
+    emit(scored, as_json, [*scored["notes"], *accuracy_lines(scored), *mmlu_lines(scored.get("mmlu"))])
 
 
 @app.command(context_settings=other_names(GenerationOptions))
