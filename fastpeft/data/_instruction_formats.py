@@ -2,7 +2,7 @@
 
 - alpaca: [{"instruction", "input" (may be absent), "output" ("": to say nothing)}].
 - llava: [{"id", "image" (absent: text only), "conversations": [{"from": "human" | "gpt", "value"}]}], "<image>" in the first value,
-  at most once and never without an image.
+  at most once and never without an image. LLaVA-Med's question answering files also say answer_type (OPEN, CLOSED).
 - coco: COCO's captions_*.json ({"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}); Karpathy's
   dataset_coco.json ({"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}); or [{"image", "caption"}].
 - reports (OpenI, MIMIC): [{"image" (one or several), "report"}], or such lists by split ({"train": [{"image_path", "report"}]}).
@@ -15,13 +15,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastpeft.data._files import BadEntry, ImageFinder, value_of, without_image_mark
+from fastpeft.data._files import BadEntry, ImageFinder, place_of_image_mark, value_of, without_image_mark
 from fastpeft.data._splits import AnnotationFile, Format
 from fastpeft.data.formats import QuestionReader, format_of
 from fastpeft.data.samples import Instruction, Sample
 
 TURNS = ("dialogue", "each", "first")
 KINDS = ("alpaca", "llava", "coco", "reports", "scienceqa", "vqa")
+_MISSPELT = "conversatons"  # in some of LLaVA-Med's question answering files, whose code reads either
 _IMAGE_FIELDS = ("image", "image_path", "img_path", "image_name", "img_name", "file_name", "filename")
 _ASKED = {  # where the data hold responses without questions
     "coco": "Generate a caption that details what happened in the image.",  # paper 003, table 2
@@ -80,14 +81,16 @@ def _alpaca(reader: InstructionReader, source: AnnotationFile, entry: dict) -> I
 
 
 def _llava(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
-    questions, answers = _conversation(entry.get("conversations"))
+    questions, answers = _conversation(entry.get("conversations", entry.get(_MISSPELT)))
     seen = entry.get("image") not in (None, "")
     turns = tuple(zip((text.strip() for text in without_image_mark(questions, seen, *answers)), answers))
     if len(turns) > 1 and not turns[0][0]:
         raise BadEntry("empty value", "the first question holds nothing but <image>")
     image = reader.image(entry["image"]) if seen else {"image": None}
+    facts = {name: str(entry[name]).strip() for name in ("answer_type", "content_type") if value_of(entry, name) is not None}
+    image |= {"facts": facts | ({"answer_type": facts["answer_type"].upper()} if "answer_type" in facts else {})} if facts else {}
     for part in {"dialogue": (turns,), "each": tuple((turn,) for turn in turns), "first": (turns[:1],)}[reader.turns]:
-        yield {"turns": part, **image}
+        yield {"turns": part, "image_at": place_of_image_mark(questions[0]) if seen and part[0] is turns[0] else None, **image}
 
 
 def _coco(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
@@ -157,7 +160,7 @@ def _format(
 
 
 INSTRUCTION_FORMATS = (  # the first that shows in an entry's fields
-    _format("llava", lambda fields: "conversations" in fields, _llava),
+    _format("llava", lambda fields: not fields.isdisjoint(("conversations", _MISSPELT)), _llava),
     _format("alpaca", lambda fields: {"instruction", "output"} <= fields, _alpaca),
     Format("vqa", lambda fields: bool(fields & {"image_name", "img_name"} and fields & {"question", "question_pool"}), _question),
     _format("reports", lambda fields: "report" in fields and not fields.isdisjoint(_IMAGE_FIELDS), _reports),

@@ -37,8 +37,8 @@ def respond(
     """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default). What the
     model's ``generation_config`` says beside token ids does not count.
 
-    dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
-    depend on the other samples of its batch.
+    dataset: with ``prompts_only``. A response ends before the template's stop string, where it has one. Prompts of similar length are
+    batched, padded on the left and masked, so that a response does not depend on the other samples of its batch.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
@@ -47,7 +47,10 @@ def respond(
     order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     names = model_inputs(model, dataset)
-    settings = response_settings(tokenizer, max_new_tokens, **generation)
+    stop = dataset.ending.stop
+    settings = response_settings(tokenizer, max_new_tokens, stop, **generation)
+    if stop:
+        settings["tokenizer"] = tokenizer
     responses: dict[int, str] = {}
     model.eval()
     try:
@@ -59,7 +62,7 @@ def respond(
                 responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
-    return [responses[i].strip() for i in range(len(dataset))]
+    return [(responses[i].partition(stop)[0] if stop else responses[i]).strip() for i in range(len(dataset))]
 
 
 def respond_and_score(

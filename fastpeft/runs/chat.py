@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastpeft.adapters import describe
+from fastpeft.data.prompts import ending
 from fastpeft.evaluate.chat import Chat
 from fastpeft.evaluate.decoding import response_settings
 from fastpeft.models import family_of
@@ -24,4 +25,5 @@ def chat_run(adapter: str | Path, image: str | None = None, device: str | None =
         return causal.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
 
     generation = {"max_new_tokens": 128, **generation}
-    return Chat(network, prompts, image, **generation), response_settings(tokenizer, **generation)
+    stop = ending(causal.template_of(network, text)).stop
+    return Chat(network, prompts, image, **generation), response_settings(tokenizer, stop=stop, **generation)

@@ -67,7 +67,7 @@ class _PlainLlavaMed(LlavaMedForConditionalGeneration):
     ):
         """As :class:`LlavaMedForConditionalGeneration`."""
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self._embedded(input_ids)
             if pixel_values is not None or image_embeds is not None:
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
         return LlavaForConditionalGeneration.forward(self, inputs_embeds=inputs_embeds, **kwargs)
