@@ -15,7 +15,9 @@
     tiny:                                # what `--scale tiny` puts over the rest: options, others instead, data sets, a choice of rows
       {options: {steps: 40}, instead: {model: {miss: miss-tiny}}, data: {slake: {made: phantoms}}}
 
-A row runs on every data set it names (``data: [a, b]``; default: all of them) and with every seed.
+A row runs on every data set it names (``data: [a, b]``; default: all of them) and with every seed. A recipe's ``stages:`` are those of rows
+that have none of their own, whose options stand over the last one's: what they name as data are data sets of the study. A stage with
+another plan than the one before goes on from the merged weights.
 """
 
 from __future__ import annotations
@@ -92,7 +94,10 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     options = read_yaml(path.parent / _text(content["recipe"], f"{path}: recipe")) if content.get("recipe") else {}
     options |= _options(content.get("options"), f"{path}: options")
     over = _options(tiny.get("options"), f"{path}: tiny: options")
-    rows = [_row(entry, f"{path}: row {at}", set(over)) for at, entry in enumerate(_list(content["rows"], f"{path}: rows"), 1)]
+    if "stages" in over:
+        raise ValueError(f"{path}: tiny: options: stages are a row's, or the recipe's: leave them out")
+    stages = list(options.pop("stages", None) or ())
+    rows = [_row(entry, f"{path}: row {at}", set(over), stages) for at, entry in enumerate(_list(content["rows"], f"{path}: rows"), 1)]
     instead = {k: _mapping(v, f"{path}: tiny: instead") for k, v in _mapping(tiny.get("instead"), f"{path}: tiny: instead").items()}
     _known(instead, [f.name for cls in RECIPE for f in fields(cls)], f"{path}: tiny: instead")
     rows = [row.with_others(instead) for row in rows]
@@ -163,14 +168,17 @@ def data_folders(path: str | Path, given: list[str]) -> dict[str, str]:
     return found
 
 
-def _row(entry: Any, where: str, over: set[str]) -> Row:
-    """``over``: options that the tiny block sets for all rows; a row's own are then left out."""
+def _row(entry: Any, where: str, over: set[str], of_recipe: list) -> Row:
+    """``over``: options that the tiny block sets for all rows; a row's own are then left out. ``of_recipe``: the recipe's stages."""
     entry = _mapping(entry, where)
     options = _options({k: v for k, v in entry.items() if k not in ROW_KEYS}, where)
     kept = over - {"plan", "rank"}  # a tiny study has the same plans
     stages = []
-    for stage in _list(entry.get("stages", [{}]), f"{where}: stages"):
+    given = _list(entry.get("stages", of_recipe or [{}]), f"{where}: stages")
+    for at, stage in enumerate(given, 1):
         stage = {"data": stage} if isinstance(stage, str) else dict(_mapping(stage, f"{where}: stages"))
+        if "stages" not in entry and at == len(given):  # the row is its last stage
+            stage = {k: v for k, v in stage.items() if k not in options and not (k == "data" and "data" in entry)}
         name = stage.pop("data", None)
         more = _options(stage, f"{where}: stages")
         stages.append((None if name is None else str(name), {k: v for k, v in more.items() if k not in kept}))

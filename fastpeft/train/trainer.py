@@ -93,7 +93,8 @@ class Trainer:
         self.features = self._feature_cache()
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
-        self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+        more = (self.scoring, self.device, self.features)
+        self.validation = Validation(model, validation, config, *more) if config.eval_every else None
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
