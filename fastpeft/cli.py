@@ -124,6 +124,7 @@ def evaluate(
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
+    template: Annotated[str | None, typer.Option(help="of prompts, instead of the one trained with")] = None,
     draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -139,6 +140,7 @@ def evaluate(
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
+    decoding["template"] = template
     decoding["draw_unparsed"] = seed if draw_unparsed else None
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])

@@ -79,7 +79,7 @@ def write_llava_folder(
         notes.append("a delta: LLaMA's weights are added to it")
     else:
         notes.append("whole weights; of a delta, give llama (the LLaMA's folder that it is added to)")
-    notes.append(f"asked with the template {config.prompt_template}; train, eval and ask take another with --template")
+    notes.append(f"asked with the template {config.prompt_template}; train and eval take another with --template")
     return _write(out, config, texts, seen, connector, tokenizer, notes, "LLaVA -> llava-med")
 
 

@@ -68,8 +68,9 @@ _RENEWABLE = (  # FastChat's example, which v0 begins with
     "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower operational costs than "
     "non-renewable sources.\n"
     "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than non-renewable "
-    "sources.\n 5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and needs, "
-    "while non-renewable sources are more rigid and inflexible.\n"
+    "sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and needs, while "
+    "non-renewable sources are more rigid and inflexible.\n"
     "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and their "
     "depletion can lead to economic and social instability.\n"
 )

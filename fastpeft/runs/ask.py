@@ -83,7 +83,8 @@ def load(folder: str | Path, device: str | None = None, model: str | None = None
         vqa.check_vocabulary(network, tokenizer, source.name)
     else:
         tokenizer, preprocess = load_causal_tokenizer(source.folder), causal.clip_preprocess(source.folder, network)
-    return Loaded(network.to(choose_device(device)).eval(), tokenizer, preprocess, TextOptions())
+    text = TextOptions() if source.kind == "vqa" else causal.asking_options(network)
+    return Loaded(network.to(choose_device(device)).eval(), tokenizer, preprocess, text)
 
 
 def _paths(images: Sequence[Any], folder: Path) -> list[Path | None]:

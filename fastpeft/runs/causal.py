@@ -122,6 +122,13 @@ def answer(network: nn.Module, asked: CausalDataset, tokenizer, **generation) ->
     return respond_and_score(network, asked, **generation)
 
 
+def asking_options(network: nn.Module) -> TextOptions:
+    """For a model that says nothing of prompts: 512 tokens of text beside the image's, as far as the model has positions."""
+    config, options = network.config, TextOptions()
+    places, positions = family_of(network).image_tokens(config), getattr(config, "text_config", config).max_position_embeddings
+    return dataclasses.replace(options, max_length=min(options.max_length + places, positions))
+
+
 def options_of(about: dict[str, Any]) -> TextOptions:
     """The options an adapter was trained with, from its description."""
     known = {f.name for f in dataclasses.fields(TextOptions)}

@@ -60,16 +60,16 @@ def eval_run(
     num_beams: int | None = None,
     metrics: MetricOptions | None = None,
     prompt_format: str | None = None,
+    template: str | None = None,
     draw_unparsed: int | None = None,
     **generation,
 ) -> dict[str, Any]:
     """Answer a data set's test split with an adapter and score the answers; the scores, with ``generation`` (the decoding settings) and
     ``notes``. The base folder's generation_config.json does not count. ``out``: a file for the predictions. num_beams: the papers' by
     default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
-    (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text.
-    prompt_format: of ScienceQA, instead of the one trained with. draw_unparsed: a seed, to draw a choice where a response names none. The
-    candidates
-    of free-text answers are those of the data's training split, the questions that are asked apart."""
+    (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text. prompt_format: of ScienceQA, instead of the one trained
+    with. template: of prompts, instead of the one trained with. draw_unparsed: a seed, to draw a choice where a response names none. The
+    candidates of free-text answers are those of the data's training split, the questions that are asked apart."""
     if out and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: give a file for the predictions")
     network, tokenizer, preprocess = load_run(adapter, device, model)
@@ -77,12 +77,13 @@ def eval_run(
     if generation and kind != "causal":
         raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
     run, text = RUNS[kind], options_of(describe(adapter))
-    if (prompt_format, draw_unparsed) != (None, None) and kind != "causal":
+    chosen = {name: value for name, value in (("prompt_format", prompt_format), ("template", template)) if value is not None}
+    if (chosen or draw_unparsed is not None) and kind != "causal":
         raise ValueError(
-            "prompt_format and draw_unparsed are of ScienceQA, which causal language models answer, and this adapter's base is none"
+            "prompt_format, template and draw_unparsed are of causal language models, which answer in sentences, and this adapter's base "
+            "is none"
         )
-    if prompt_format is not None:
-        text = dataclasses.replace(text, prompt_format=prompt_format)
+    text = dataclasses.replace(text, **chosen)
     samples = run.read(data, text, "test", data.split_file)
     dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True, skip_bad=data.skip_bad)
     generation["num_beams"] = num_beams or run.BEAMS

@@ -17,8 +17,8 @@ from fastpeft.evaluate.text_metrics import text_metrics
 from fastpeft.study.file import data_folders, read_study
 from fastpeft.study.jobs import jobs_of
 from fastpeft.study.runner import check, run_study
-from fastpeft.study.work import run_job
 from fastpeft.study.table import CLOCK, COLUMNS, check_columns, table_of
+from fastpeft.study.work import run_job
 
 STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
 SMALL = """
