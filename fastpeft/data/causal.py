@@ -225,6 +225,8 @@ class CausalDataset(SampleDataset):
 
     def _drawn(self, index: int) -> int:
         n = len(self._encoded[index])
+        if self.prompts_only and self.samples[index].kind == "reports":
+            return 0  # whatever was drawn in training, one wording asks
         return random.Random(f"turns {self.seed} {self.epoch} {index}").randrange(n) if n > 1 else 0
 
     @property
