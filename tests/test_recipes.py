@@ -18,6 +18,7 @@ LAVIN = {"batch_size": 32, "weight_decay": 0.02, "learning_rate": 9e-3 * 32 / 25
 EXCITOR = {"epochs": 5, "batch_size": 64, "weight_decay": 0.02, "learning_rate": 9e-3 * 64 / 256, "beta1": 0.9, "beta2": 0.95,
            "max_grad_norm": 0, "warmup": 2 / 5, "min_learning_rate": 0, "dtype": "bf16"}  # fmt: skip
 MED = {"weight_decay": 0, "warmup": 0.03, "min_learning_rate": 0, "dtype": "bf16", "max_length": 2048, "batch_size": 128}  # its README
+WHOLE_7B = 6_738_415_616 + 2 * 4 * 4096 + 4_198_400  # LLaMA, four more tokens, the connector
 MED |= {"learning_rate": 2e-5, "base_learning_rate": 2e-5, "epochs": 3}
 # options (of any class), and what the plan trains: the papers' number where they print one
 PAPERS: dict[str, tuple[dict, int | None]] = {
@@ -30,8 +31,8 @@ PAPERS: dict[str, tuple[dict, int | None]] = {
     "llava_med": ({"model": "llava-med", "learning_rate": 2e-5, "base_learning_rate": 2e-5, "warmup": 0.03}, 262_144),
     "llava_med_align": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/F/F", "epochs": 1, "learning_rate": 2e-3,
                                "base_learning_rate": 2e-3}, 1024 * 4096 + 4096),
-    "llava_med_instruct": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/T/T"}, 6_738_415_616 + 2 * 4 * 4096 + 4_198_400),
-    "llava_med_vqa": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/T/T"}, 6_738_415_616 + 2 * 4 * 4096 + 4_198_400),
+    "llava_med_instruct": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/T/T"}, WHOLE_7B),
+    "llava_med_vqa": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/T/T"}, WHOLE_7B),
     "llava_med_v1_5": (MED | {"model": "llava-med-v1.5", "template": "mistral_instruct", "plan": "F/T/LoRA/F"}, 31_465_472),
     "llava_med_reports": ({"model": "llava-med", "learning_rate": 2e-5, "base_learning_rate": 2e-5, "warmup": 0.03, "weight_decay": 0},
                           262_144),
