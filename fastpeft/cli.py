@@ -132,7 +132,7 @@ def evaluate(
     as_json: Json = False,
     **given,
 ) -> None:
-    """Answer a data set's questions with an adapter and score the answers."""
+    """Answer a data set's questions with an adapter, or with a model's folder alone, and score the answers."""
     chosen, generation, metrics = split({"data": data, **given}, *EVAL)
     import torch
 

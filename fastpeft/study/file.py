@@ -173,15 +173,6 @@ def _row(entry: Any, where: str, over: set[str], of_recipe: list) -> Row:
     entry = _mapping(entry, where)
     options = _options({k: v for k, v in entry.items() if k not in ROW_KEYS}, where)
     kept = over - {"plan", "rank"}  # a tiny study has the same plans
-    stages = []
-    given = _list(entry.get("stages", of_recipe or [{}]), f"{where}: stages")
-    for at, stage in enumerate(given, 1):
-        stage = {"data": stage} if isinstance(stage, str) else dict(_mapping(stage, f"{where}: stages"))
-        if "stages" not in entry and at == len(given):  # the row is its last stage
-            stage = {k: v for k, v in stage.items() if k not in options and not (k == "data" and "data" in entry)}
-        name = stage.pop("data", None)
-        more = _options(stage, f"{where}: stages")
-        stages.append((None if name is None else str(name), {k: v for k, v in more.items() if k not in kept}))
     data = entry.get("data")
     paper = _mapping(entry.get("paper"), f"{where}: paper")
     return Row(
@@ -189,10 +180,22 @@ def _row(entry: Any, where: str, over: set[str], of_recipe: list) -> Row:
         options={k: v for k, v in options.items() if k not in kept},
         data=None if data is None else tuple(map(str, [data] if isinstance(data, str) else _list(data, f"{where}: data"))),
         starts_from=None if entry.get("from") is None else _text(entry["from"], f"{where}: from"),
-        stages=tuple(stages),
+        stages=_stages(entry, options, of_recipe, kept, f"{where}: stages"),
         seeds=None if entry.get("seeds") is None else _seeds(entry["seeds"], f"{where}: seeds"),
         paper={str(k): v for k, v in paper.items()},
     )
+
+
+def _stages(entry: dict[str, Any], own: dict[str, Any], of_recipe: list, kept: set[str], where: str):
+    """(data set or None, options without ``kept``) of each of a row's stages, or of the recipe's. ``own``: the row's options."""
+    given, stages = _list(entry.get("stages", of_recipe or [{}]), where), []
+    for at, stage in enumerate(given, 1):
+        stage = {"data": stage} if isinstance(stage, str) else dict(_mapping(stage, where))
+        if "stages" not in entry and at == len(given):  # the row is its last stage
+            stage = {k: v for k, v in stage.items() if k not in own and not (k == "data" and "data" in entry)}
+        name = stage.pop("data", None)
+        stages.append((None if name is None else str(name), {k: v for k, v in _options(stage, where).items() if k not in kept}))
+    return tuple(stages)
 
 
 def _chosen(rows: list[Row], names: list, where: str) -> list[Row]:
