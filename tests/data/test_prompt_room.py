@@ -185,3 +185,25 @@ def test_one_alternative_without_room_leaves_the_sample_out(tokenizer):
         CausalDataset(samples, tokenizer, "plain", 60, image_tokens=PLACES)
     data = prompts(tokenizer, samples, "plain", 60)
     assert data.cut == 1 and len(data) == 2
+
+
+@pytest.mark.parametrize("turns", [((QUESTION, ""),), ((QUESTION, "an answer"), ("more?", ""))], ids=["question", "dialogue"])
+@pytest.mark.parametrize("at", [1, len(QUESTION) // 2, len(QUESTION) - 1])
+def test_an_image_within_the_question(tokenizer, at, turns):
+    """Where the data have it: its places and the tokens beside them stay in one piece."""
+    tokenizer = copy.deepcopy(tokenizer)
+    add_tokens(tokenizer, FRAMES[1])
+    seen, how = sample(*turns, image_at=at, context=CONTEXT), {"image_place": "data", "image_around": FRAMES[1]}
+    whole, fits = prompts(tokenizer, [seen], "mistral_instruct", **how)[0]["input_ids"], []
+    for length in range(2, len(whole) + 21, 21):
+        try:
+            item = prompts(tokenizer, [seen], "mistral_instruct", length, **how)[0]
+        except ValueError as error:
+            assert "no room for the image" in str(error) and not fits
+            continue
+        fits.append(length)
+        ids, places = item["input_ids"], item["image_mask"].nonzero().flatten()
+        assert len(ids) == min(length, len(whole)) and len(places) == PLACES == 1 + places[-1] - places[0]
+        assert tokenizer.convert_ids_to_tokens([int(ids[places[0] - 1]), int(ids[places[-1] + 1])]) == list(FRAMES[1])
+        assert tokenizer.decode(ids).endswith("[/INST]") and is_part(ids, whole)
+    assert fits
