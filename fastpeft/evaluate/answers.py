@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, decode
 from fastpeft.device import to_device
 from fastpeft.evaluate.decoding import answer_settings, callers_settings_only
+from fastpeft.progress import progress_bar
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def answer_questions(
     model.eval()
     try:
         with callers_settings_only(model), images_left_alone(dataset, features is not None):
-            for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
+            for batch in progress_bar(loader, desc="answering", unit="batch", disable=not progress, leave=False):
                 inputs = to_device(batch, MODEL_INPUTS, first.device, first.dtype)
                 ids = model.generate(**(inputs if features is None else features.put_in(inputs, batch)), **settings)
                 answers += decode(tokenizer, ids)

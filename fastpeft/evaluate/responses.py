@@ -7,7 +7,6 @@ import inspect
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
 from fastpeft.device import to_device
@@ -18,6 +17,7 @@ from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
+from fastpeft.progress import progress_bar
 
 
 def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
@@ -64,8 +64,9 @@ def respond(
     model.eval()
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
+        bar = progress_bar(loader, desc="responding", unit="batch", disable=not progress, leave=False)
         with callers_settings_only(model), images_left_alone(dataset, features is not None):
-            for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
+            for indices, batch in zip(batches, bar):
                 inputs = to_device(batch, names, first.device, first.dtype)
                 inputs = inputs if features is None else features.put_in(inputs, batch)
                 ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]
