@@ -114,6 +114,7 @@ def evaluate(
     generator: Annotated[str, typer.Option(help="the model's name in --outputs")] = "fastpeft",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
+    template: Annotated[str | None, typer.Option(help="of prompts, instead of the one trained with")] = None,
     draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -121,7 +122,7 @@ def evaluate(
     as_json: Json = False,
     **given,
 ) -> None:
-    """Answer a data set's questions with an adapter and score the answers."""
+    """Answer a data set's questions with an adapter, or with a model's folder alone, and score the answers."""
     chosen, generation, metrics, mmlu = split({"data": data, **given}, *EVAL)
     import torch
 
@@ -130,6 +131,7 @@ def evaluate(
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
     decoding |= {"draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu, "outputs": outputs, "generator": generator}
+    decoding["template"] = template
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *accuracy_lines(scored), *mmlu_lines(scored.get("mmlu"))])
 

@@ -37,14 +37,17 @@ def mmlu_run(
 ) -> dict[str, Any]:
     """Scores of `fastpeft.evaluate.mmlu.score_mmlu` under "mmlu", with the fields of other evaluations beside them ("global": the average
     over all questions). ``network``: the adapter's base, not adapted yet: it is asked first, unless ``options`` say no_base, and is
-    adapted afterwards. ``kept``: a folder where a base's answers stay, for the next adapter of it. ``out``: a file for the answers."""
+    adapted afterwards; or a model's own folder, which has no other base. ``kept``: a folder where a base's answers stay, for the next
+    adapter of it. ``out``: a file for the answers."""
     if family_of(network).kind != "causal":
         raise ValueError("MMLU is asked of causal language models, and this adapter's base is none")
     questions = load_mmlu(data.sources[0].path, shots=options.shots)
     how = {"shots": options.shots, "batch_size": batch_size, "progress": progress}
-    base = None if options.no_base else _base(adapter, network, tokenizer, questions, how, kept)
+    alone = not describe(adapter)  # a model's own folder
+    base = None if options.no_base or alone else _base(adapter, network, tokenizer, questions, how, kept)
     device = next(network.parameters()).device
-    load_adapter(network, adapter)
+    if not alone:
+        load_adapter(network, adapter)
     network.to(device)
     answers = answer_mmlu(network, tokenizer, questions, **how)
     scored = score_mmlu(answers["answers"], questions, base and base["answers"])

@@ -153,7 +153,10 @@ class TextOptions:
     """How a causal language model's samples become tokens."""
 
     template: Annotated[Text | None, PROMPT] = None
-    "prompt: alpaca, llava, lavin, plain (default: the model's own)"
+    """prompt (default: the model's own): alpaca, lavin, plain, scienceqa, or a conversation of LLaVA's or LLaVA-Med's by version: llava
+    (v1), v0, v0_train, llava_v0, llava_v1, llama_2, llava_llama_2, mistral_instruct, simple, multimodal, ..."""
+    image_place: Annotated[Literal["before", "after", "data"] | None, PROMPT] = None
+    "of these conversations: the image before or after the first question, or where the data have <image> (default: the template's own)"
     max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
     "tokens of the longest sample; longer ones are cut"
     max_question: Annotated[int, Field(ge=3), READ] = 35

@@ -104,7 +104,7 @@ def _readings(study: StudyFile, out: Path, folders: dict[str, str]) -> tuple[dic
 
 def _names(study: StudyFile, row: Row) -> dict[str, str]:
     """The row's name for each data set that it runs on."""
-    options = study.options | row.options
+    options = study.options | row.options | row.stages[-1][1]
     given = row.name or _plan_text(options.get("plan"))
     if row.name is None:
         given += f" r={options['rank']}" if options.get("rank") and "LoRA" in given else ""

@@ -100,7 +100,8 @@ class Trainer:
         self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
-        self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+        more = (self.scoring, self.device, self.features)
+        self.validation = Validation(model, validation, config, *more) if config.eval_every else None
 
     @property
     def model_name(self) -> str:
