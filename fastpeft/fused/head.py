@@ -18,6 +18,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.ops._common import to_device_async
 from fastpeft.registry import fuses, original_class, signature_of_replaced
+from fastpeft.static_shapes import first_rows, sizes
 
 
 @fuses("transformers.models.llama.modeling_llama.LlamaForCausalLM")
@@ -58,7 +59,7 @@ class FusedLlamaForCausalLM:
         to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
         if visual is not None:
             own = torch.arange(len(visual))
-            index = own if visual_index is None else visual_index.cpu()
+            index = own if visual_index is None else visual_index if sizes() is not None else visual_index.cpu()
             to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
@@ -185,7 +186,9 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
         options = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if logits is None and not why_not_flat(self, self.cls) and original_class(self.cls.predictions.decoder) is nn.Linear:
-            rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            static = sizes()
+            read = targets != IGNORE_INDEX
+            rows = read.nonzero().squeeze(1) if static is None else first_rows(read, static.labelled)
             at = to_device_async(rows, hidden.device)
             states = self.cls.predictions.transform(hidden.flatten(0, -2)[at])
             loss = labelled_loss(self.cls.predictions.decoder, states, targets[rows], items, **options)

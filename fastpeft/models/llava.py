@@ -25,7 +25,9 @@ from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.parts import FrozenEvaluates
+from fastpeft.models.vision_language import place_images
 from fastpeft.ops._common import to_device_async
+from fastpeft.static_shapes import sizes
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -163,6 +165,8 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             raise ValueError("give pixel_values, or image_embeds that encode_images() made of them")
         images = self.encode_images(pixel_values) if image_embeds is None else image_embeds
         seen = self.model.multi_modal_projector(images)
+        if sizes() is not None:
+            return place_images(inputs_embeds, seen, image_index, image_mask)
         if image_index is not None:
             seen = seen[to_device_async(image_index[image_index >= 0], seen.device)]
         holes = input_ids == self.config.image_token_index if image_mask is None else image_mask

@@ -43,6 +43,7 @@ from fastpeft.ops._private import graph_is_kept, is_fake
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops._tiled import on_device_of
 from fastpeft.ops.rescale import _forward as scaled
+from fastpeft.static_shapes import sizes
 
 
 def linear_cross_entropy_reference(
@@ -118,23 +119,31 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, reduction, softcap):
         need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
-        rows, M, index = hidden.reshape(-1, hidden.shape[-1]), labels.shape[0], None
-        if _has_values(labels):  # from here on there are labelled rows only
+        rows, M, index, counted = hidden.reshape(-1, hidden.shape[-1]), labels.shape[0], None, None
+        if sizes() is not None and ignore_index is not None and reduction != "none":  # the device alone knows which: all are computed
+            counted, ignore_index = labels != ignore_index, None
+            labels = labels.where(counted, 0)
+        elif _has_values(labels):  # from here on there are labelled rows only
             index, ignore_index = labelled_rows(labels, ignore_index), None
             labels, rows = select_rows(labels, index), select_rows(rows, index)
         index = None if index is None else to_device_async(index, rows.device)
         ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing, softcap)
         ctx.recomputes_logits = reduction == "none" and (need_dweight or need_dbias)
         needs = (False,) * 3 if ctx.recomputes_logits else (need_dhidden, need_dweight, need_dbias)
-        factor = _share(rows, labels, ignore_index) if reduction == "mean" else None
+        factor = (_share(rows, labels, ignore_index) if counted is None else _share_of(counted, rows)) if reduction == "mean" else None
         late = factor is not None and hidden.dtype == torch.float16
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
+        if counted is not None:
+            row_scale = counted.to(accumulator(rows.dtype)) if row_scale is None else row_scale * counted
         loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs, softcap)
         if ctx.recomputes_logits:
             ctx.recipe, kept = to_save(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
             ctx.save_for_backward(index, weight, bias, labels, *kept)
         else:
             ctx.save_for_backward(index, factor if late else None, *(grad if need else None for grad, need in zip(grads, needs)))
+        if counted is not None:
+            loss = loss.where(counted, 0.0)
+            return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().to(loss.dtype)
         if reduction != "none":
             return _reduce(loss, labels, ignore_index, reduction)
         return loss if index is None else loss.new_zeros(M).index_copy_(0, index, loss)
@@ -182,7 +191,11 @@ def _share(rows: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
     dtype = accumulator(rows.dtype)
     if ignore_index is None:
         return rows.new_full((), 1 / max(labels.shape[0], 1), dtype=dtype)
-    n = (labels != ignore_index).sum().to(dtype)
+    return _share_of(labels != ignore_index, rows)
+
+
+def _share_of(counted: Tensor, rows: Tensor) -> Tensor:
+    n = counted.sum().to(accumulator(rows.dtype))
     return torch.where(n > 0, 1 / n, torch.zeros_like(n))
 
 

@@ -49,9 +49,9 @@ class MetricsLog(contextlib.ExitStack):
         """A step's ``row`` (step, loss, learning_rate, grad_norm, samples), and the ``seconds`` since the step before: its own time and the
         wait for its data."""
         done = self.done
-        self.first_step = self.first_step or done["step"]
+        self.first_step = self.first_step or row["step"]
         done["seconds"] += seconds
-        if done["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
+        if row["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
             done["steady_samples"] += row["samples"]
             done["steady_seconds"] += seconds
         done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))

@@ -7,6 +7,9 @@ CUDA's signatures, layouts and limits. fastpeft's own operators run what serves 
 CPU implementation (the Triton kernels under ``FASTPEFT_BACKEND=triton TRITON_INTERPRET=1``). What a kernel does wrong on a real device,
 or how long it takes, is not seen here.
 
+Capture and replay: ``torch.cuda.graph`` records every operator with its arguments (tests/cuda/capture.py); what it wrote is then as it was,
+and what it made is NaN. ``replay()`` runs the operators again, on the same buffers.
+
 ``python tests/cuda/lookalike.py GUARD.so PYTEST-ARGUMENTS`` loads tests/cuda/lookalike.cpp's library before torch, then runs pytest.
 """
 
@@ -18,6 +21,7 @@ import sys
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
+import capture
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -73,6 +77,7 @@ class OnCUDA(Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # or what comes back from the host would be made one of this class again
             out = func(*args, **(kwargs or {}))
         if func == Tensor.data.__set__:
+            capture.refuse("a tensor is put in another's place")
             args[0].held = args[1].held
         return out
 
@@ -82,6 +87,7 @@ class OnCUDA(Tensor):
 
 
 def _wait(what: str) -> None:
+    capture.refuse(f"the host waits for the device: {what}")
     if _forbidden:
         raise RuntimeError(f"the host waits for the device: {what}")
     waits.append(what)
@@ -123,7 +129,11 @@ def _run(func, args, kwargs):
         _wait(f"{func} by a mask")
     implementation = AS_ON_CUDA.get(func, AS_ON_CUDA.get(packet, func)) if ours else func
     inner_args, inner_kwargs = tree_map_only(OnCUDA, lambda t: t.held, (args, kwargs))
-    out = implementation(*inner_args, **inner_kwargs)
+    if ours or to_cuda:
+        hosts = [t for t in tensors if not isinstance(t, OnCUDA)]
+        out = capture.run(func, implementation, inner_args, inner_kwargs, hosts)
+    else:
+        out = implementation(*inner_args, **inner_kwargs)
     if to_cuda:
         out = tree_map_only(Tensor, lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t), out)
     if implementation is not func or not ours:
@@ -253,6 +263,7 @@ def install() -> None:
         _forbidden = mode == "error"
 
     cuda.set_sync_debug_mode = sync_debug_mode
+    capture.install()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)
     Tensor.pin_memory, Tensor.is_pinned = lambda self, device=None: self, lambda self, device=None: True
