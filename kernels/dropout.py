@@ -30,3 +30,9 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     if x.numel():
         _dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](x_ptr=x, seed_ptr=seed, y_ptr=y, n=x.numel(), p=p, BLOCK=BLOCK)
     return y
+
+
+def aot_cases(shared: int):
+    for dtype in ("fp32", "bf16"):
+        types = {"x_ptr": f"*{dtype}", "seed_ptr": "*i64", "y_ptr": f"*{dtype}", "n": "i32", "p": "fp32"}
+        yield f"dropout/{dtype}", _dropout_kernel, types, {"BLOCK": BLOCK}, {}

@@ -55,7 +55,7 @@ class Bucket:
             tokens=min(up(self.tokens, 2 if asks else 4), self.samples * length),
             answers=self.samples * answer_length,
             labelled=min(up(self.labelled, 1 if asks else 2), self.samples * (answer_length or length)),
-            images=min(up(self.images, 2), self.samples) if self.images else 0,
+            images=min(up(self.images, 2, least=1), self.samples) if self.images else 0,
         )
 
 

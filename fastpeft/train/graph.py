@@ -2,9 +2,9 @@
 
 A batch is padded to a :class:`fastpeft.train.buckets.Bucket`, copied into buffers that stay, and computed in static shapes. A bucket's
 first batch runs eagerly, which fills every cache; its second is captured; later ones are replayed. Gradients are added to buffers that
-stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of its own for each set of parameters that got a
-gradient. An eager step and a replayed one compute the same, to the bit. Losses and gradients' norms are read every few steps. Where a step
-cannot be captured, steps run as :class:`Step` runs them, and ``note`` says why.
+stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of
+its own for each set of parameters that got a gradient. An eager step and a replayed one compute the same, to the bit. Losses and norms of
+gradients are read every few steps. Where a step cannot be captured, steps run as :class:`Step` runs them, and ``note`` says why.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class GraphedStep(Step):
         rate, reached, failed = self.optimizer.set_rates(number), frozenset(self.now), None
         self.now.clear()
         graph, update = self.updates.get(reached), functools.partial(self.gradients.update, reached)
-        if graph is None and reached in self.updates:
+        if graph is None and reached in self.updates and len(self.updates) <= MOST:
             try:
                 graph = Graph(update, self.pool)
             except Exception as error:

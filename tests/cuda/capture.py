@@ -8,17 +8,44 @@ device's own. It keeps nothing alive that was made outside: a replay that reads 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-class Outside(NamedTuple):
+def leaves(tree) -> Iterator[Any]:
+    """What an operator's arguments hold, in their order: torch's own trees know more kinds of containers, and take 20 times as long."""
+    if isinstance(tree, list | tuple) and not isinstance(tree, Noted):
+        for each in tree:
+            yield from leaves(each)
+    elif isinstance(tree, dict):
+        for each in tree.values():
+            yield from leaves(each)
+    else:
+        yield tree
+
+
+def mapped(function: Callable, kind, tree):
+    """The arguments with ``function`` of each leaf of a ``kind``."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)([mapped(function, kind, each) for each in tree]) if type(tree) in (list, tuple) else tree
+    return {name: mapped(function, kind, each) for name, each in tree.items()} if isinstance(tree, dict) else tree
+
+
+class Noted:
+    """In place of a tensor that a recording does not hold."""
+
+
+@dataclass(frozen=True)
+class Outside(Noted):
     """A tensor in memory that is not the graph's."""
 
     storage: StorageWeakRef
@@ -31,11 +58,22 @@ class Outside(NamedTuple):
     def of(cls, t: Tensor) -> Outside:
         return cls(StorageWeakRef(t.untyped_storage()), t.dtype, t.shape, t.stride(), t.storage_offset())
 
-    def tensor(self) -> Tensor:
+    def there(self) -> Tensor:
+        """It again. RuntimeError where nobody holds its memory any more."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         if storage is None:
             raise RuntimeError(f"replayed: a graph reads memory that is free, {list(self.shape)} {self.dtype}")
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class OfHost(Noted):
+    """A number that lies in a tensor of the host: kernels get it by value, as it was."""
+
+    tensor: Tensor
+
+    def there(self) -> Tensor:
+        return self.tensor
 
 
 class Call(NamedTuple):
@@ -44,6 +82,17 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict
     out: Any
+
+
+def on_the_host(function: Callable) -> Callable:
+    """As if no device were there: what a recording does with the tensors that it holds is none of the device's operators."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with torch._C._DisableTorchDispatch():
+            return function(*args)
+
+    return run
 
 
 class Recording:
@@ -65,9 +114,14 @@ class Recording:
         out = implementation(*args, **kwargs)
         taken = {_address(t) for t in _tensors((args, kwargs))}
         self.own |= {_address(t) for t in _tensors(out)} - taken
-        args, kwargs = tree_map_only(Tensor, lambda t: t if _address(t) in (0, *self.own) or _among(t, hosts) else Outside.of(t), (args, kwargs))
+        args, kwargs = mapped(lambda t: self._noted(t, hosts), Tensor, (args, kwargs))
         self.calls.append(Call(function, implementation, args, kwargs, out))
         return out
+
+    def _noted(self, t: Tensor, hosts: list[Tensor]) -> Tensor | OfHost | Outside:
+        if any(t is host for host in hosts):
+            return OfHost(t.clone())
+        return t if _address(t) in self.own or t.numel() == 0 else Outside.of(t)
 
     def _keep(self, t: Tensor) -> None:
         address = _address(t)
@@ -75,6 +129,7 @@ class Recording:
             content = _bytes(t)
             self.before[address] = (content, content.clone())
 
+    @on_the_host
     def undo(self) -> None:
         """Leave everything as a capture does, which runs nothing."""
         torch.set_rng_state(self.rng)
@@ -85,11 +140,12 @@ class Recording:
             if _address(t) in self.own and t.is_floating_point():
                 torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).fill_(torch.nan)
 
+    @on_the_host
     def replay(self) -> None:
         for call in self.calls:
-            args, kwargs = tree_map_only(Outside, Outside.tensor, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Outside))
+            args, kwargs = mapped(lambda noted: noted.there(), Noted, (call.args, call.kwargs))
             again = call.implementation(*args, **kwargs)
-            for t, new in zip(tree_leaves(call.out), tree_leaves(again), strict=True):
+            for t, new in zip(leaves(call.out), leaves(again), strict=True):
                 if isinstance(t, Tensor) and t.data_ptr() != new.data_ptr():
                     t.copy_(new)
 
@@ -102,12 +158,8 @@ def _bytes(t: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 
-def _among(t: Tensor, some: list[Tensor]) -> bool:
-    return any(t is other for other in some)
-
-
 def _tensors(tree) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    return [t for t in leaves(tree) if isinstance(t, Tensor)]
 
 
 def _written(function, args, kwargs) -> list[Tensor]:
@@ -131,11 +183,12 @@ def differences(one: Recording, other: Recording) -> list[str]:
 
 
 def _signature(call: Call) -> list[str]:
-    leaves = tree_leaves((call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Outside))
-    return [_told(leaf) for leaf in leaves]
+    return [_told(leaf) for leaf in leaves((call.args, call.kwargs))]
 
 
 def _told(leaf) -> str:
+    if isinstance(leaf, OfHost):
+        return repr(leaf.tensor)
     if isinstance(leaf, Outside):
         return f"{leaf.storage.cdata} {leaf.dtype} {list(leaf.shape)} {leaf.stride} {leaf.offset}"
     if isinstance(leaf, Tensor):

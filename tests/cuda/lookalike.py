@@ -25,7 +25,6 @@ import capture
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
 from fastpeft import _library
 
@@ -98,7 +97,7 @@ def _on_cuda(device) -> bool:
 
 
 def _run(func, args, kwargs):
-    tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = [t for t in capture.leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, OnCUDA)]
     to_cuda = bool(ours)
     packet = func.overloadpacket
@@ -128,14 +127,14 @@ def _run(func, args, kwargs):
     if any(isinstance(index, OnCUDA) and index.dtype in (torch.bool, torch.uint8) for index in _indices(packet, args)):
         _wait(f"{func} by a mask")
     implementation = AS_ON_CUDA.get(func, AS_ON_CUDA.get(packet, func)) if ours else func
-    inner_args, inner_kwargs = tree_map_only(OnCUDA, lambda t: t.held, (args, kwargs))
+    inner_args, inner_kwargs = capture.mapped(lambda t: t.held, OnCUDA, (args, kwargs))
     if ours or to_cuda:
         hosts = [t for t in tensors if not isinstance(t, OnCUDA)]
         out = capture.run(func, implementation, inner_args, inner_kwargs, hosts)
     else:
         out = implementation(*inner_args, **inner_kwargs)
     if to_cuda:
-        out = tree_map_only(Tensor, lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t), out)
+        out = capture.mapped(lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t), Tensor, out)
     if implementation is not func or not ours:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)
