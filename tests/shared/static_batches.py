@@ -108,4 +108,17 @@ def names_of(model) -> tuple[str, ...]:
     """Of a batch's entries those that the model's forward takes."""
     taken = inspect.signature(model.forward).parameters
     names = ("input_ids", "attention_mask", "position_ids", "labels", "decoder_input_ids", "decoder_attention_mask")
-    return tuple(name for name in (*names, "pixel_values", "image_index", "image_mask") if name in taken)
+    return tuple(name for name in (*names, "pixel_values", "image_embeds", "image_index", "image_mask") if name in taken)
+
+
+def with_features(model, batch: dict) -> dict:
+    """The batch with features in place of pixels, of the shape that the model's own have."""
+    if "pixel_values" not in batch:
+        return batch
+    vision, images = model.config.vision_config, len(batch["pixel_values"])
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tokens = family_of(model).image_tokens(model.config) or patches + 1
+    width = vision.projection_dim if type(model).__name__.startswith("Excitor") else vision.hidden_size
+    features = batch["pixel_values"].flatten(1)
+    features = features.repeat(1, -(-tokens * width // features.shape[1]))[:, : tokens * width].view(images, tokens, width)
+    return {name: t for name, t in batch.items() if name != "pixel_values"} | {"image_embeds": features}
