@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
+from fastpeft.report.report import write_report
 from fastpeft.savings import without
+from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.graph import GraphedStep, why_not
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
@@ -48,7 +51,7 @@ class Trainer:
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
     ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
     of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
-    the run then ends with the best adapter.
+    the run then ends with the best adapter. ``callbacks`` follow the run (:class:`fastpeft.train.callbacks.Callback`), as do ``track``'s.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class Trainer:
         scoring: Scoring | None = None,
         started_from: dict[str, Any] | None = None,
         validation: ValidationData | None = None,
+        callbacks: Iterable[Callback] = (),
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
         config = self.config
+        self.followers = Followers([*callbacks, *(TRACKERS[name]() for name in config.trackers)])
         if dataset.tokenizer is None:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
@@ -89,6 +94,7 @@ class Trainer:
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
         self.saved_step: int | None = None
         self.notes: list[str] = []
+        self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
@@ -104,6 +110,11 @@ class Trainer:
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+
+    @property
+    def model_name(self) -> str:
+        source = getattr(self.model, "fastpeft_source", {})
+        return source.get("model") or type(self.model).__name__
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -137,7 +148,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps() as stop:
+        with locked(self.out), StopBetweenSteps() as stop, self.followers:
             if self.out is not None and (finished := open_run(self)) is not None:
                 return finished
             reset_peak(self.device)
@@ -161,7 +172,9 @@ class Trainer:
         config, done = self.config, self.done
         if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
-        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
+        about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
+        self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
+        log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
         with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
             self.step.start(done["batches"])
             began = time.perf_counter()
@@ -177,6 +190,7 @@ class Trainer:
                             tracer.step()
                         if saves and done["step"] < self.total_steps:
                             self.save()
+                    self.followers.check()
                     began = time.perf_counter()
             except BaseException:
                 with contextlib.suppress(FloatingPointError):
@@ -207,9 +221,13 @@ class Trainer:
             seconds = (time.perf_counter() - began) / max(1, len(rows))
             for row in rows[:-1]:
                 if row["loss"] is not None:
-                    log.log(row, seconds)
+                    self._tell(log, row, seconds)
         for row in rows[-1:]:
-            log.log(row | self._validate(), seconds)
+            self._tell(log, row | self._validate(), seconds)
+
+    def _tell(self, log: MetricsLog, row: dict[str, Any], seconds: float) -> None:
+        log.log(row, seconds)
+        self.followers.step(row)
 
     def _settle(self, rows: list[dict[str, Any]]) -> None:
         """Enters the losses of steps whose losses were left on the device. FloatingPointError where one is not finite: what came after it
@@ -274,12 +292,11 @@ class Trainer:
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
         summary = self.summary(scored)
         if self.out:
-            from fastpeft.report.report import write_report  # here, so that `python -m fastpeft.report.report` finds it not yet imported
-
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
             write_report(self.out)
+        self.followers.end(summary)
         if failure is not None:
             raise failure
         return summary
@@ -341,14 +358,11 @@ class Trainer:
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
         """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns."""
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
-        notes = (
-            self.notes
-            + [note for note in (self.step.said(),) if note]
-            + [saving.note() for saving in (self.features, self.budget) if saving is not None]
-        )
+        savings = [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        notes = self.notes + [note for note in (self.step.said(),) if note] + savings
         scored = {"eval": evaluation, "generation": generation}
         scored |= {"features": self.features.counts()} if self.features is not None else {}
-        return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
+        return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
