@@ -119,31 +119,23 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ignore_index, smoothing, reduction, softcap):
         need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
-        rows, M, index, counted = hidden.reshape(-1, hidden.shape[-1]), labels.shape[0], None, None
-        if sizes() is not None and ignore_index is not None and reduction != "none":  # the device alone knows which: all are computed
-            counted, ignore_index = labels != ignore_index, None
-            labels = labels.where(counted, 0)
-        elif _has_values(labels):  # from here on there are labelled rows only
+        rows, M, index = hidden.reshape(-1, hidden.shape[-1]), labels.shape[0], None
+        if _has_values(labels):  # from here on there are labelled rows only
             index, ignore_index = labelled_rows(labels, ignore_index), None
             labels, rows = select_rows(labels, index), select_rows(rows, index)
         index = None if index is None else to_device_async(index, rows.device)
         ctx.shape, ctx.config = hidden.shape, (ignore_index, smoothing, softcap)
         ctx.recomputes_logits = reduction == "none" and (need_dweight or need_dbias)
         needs = (False,) * 3 if ctx.recomputes_logits else (need_dhidden, need_dweight, need_dbias)
-        factor = (_share(rows, labels, ignore_index) if counted is None else _share_of(counted, rows)) if reduction == "mean" else None
+        factor = _share(rows, labels, ignore_index) if reduction == "mean" else None
         late = factor is not None and hidden.dtype == torch.float16
         row_scale = None if factor is None or late else factor.expand(labels.shape[0])
-        if counted is not None:
-            row_scale = counted.to(accumulator(rows.dtype)) if row_scale is None else row_scale * counted
         loss, *grads = _op(rows, weight, bias, labels, row_scale, ignore_index, smoothing, *needs, softcap)
         if ctx.recomputes_logits:
             ctx.recipe, kept = to_save(hidden) if index is None or recipe_of(hidden) is not None else (None, (rows,))
             ctx.save_for_backward(index, weight, bias, labels, *kept)
         else:
             ctx.save_for_backward(index, factor if late else None, *(grad if need else None for grad, need in zip(grads, needs)))
-        if counted is not None:
-            loss = loss.where(counted, 0.0)
-            return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().to(loss.dtype)
         if reduction != "none":
             return _reduce(loss, labels, ignore_index, reduction)
         return loss if index is None else loss.new_zeros(M).index_copy_(0, index, loss)
@@ -174,6 +166,22 @@ class _LinearCrossEntropy(Function):
         return dhidden, *rest, None, None, None, None, None
 
 
+class _SumOfCounted(Function):
+    """The sum over rows [M, C] that are ``counted`` [M] bool. The device alone knows which, in a step of static shapes: all are computed."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, counted, smoothing, softcap):
+        needs, row_scale = ctx.needs_input_grad[:3], counted.to(accumulator(hidden.dtype))
+        loss, *grads = _op(hidden, weight, bias, labels.where(counted, 0), row_scale, None, smoothing, *needs, softcap)
+        ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)))
+        return loss.where(counted, 0.0).sum()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        return *(None if d is None else _scaled(d, grad.view(1)) for d in ctx.saved_tensors), None, None, None, None
+
+
 def _scaled(d: Tensor, grad: Tensor) -> Tensor:
     """d grad. The last backward of a graph may have d itself, which nobody reads after it: with a trained head on the CPU a new tensor of
     dW's size costs as much as a third of the product that made it."""
@@ -191,11 +199,7 @@ def _share(rows: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
     dtype = accumulator(rows.dtype)
     if ignore_index is None:
         return rows.new_full((), 1 / max(labels.shape[0], 1), dtype=dtype)
-    return _share_of(labels != ignore_index, rows)
-
-
-def _share_of(counted: Tensor, rows: Tensor) -> Tensor:
-    n = counted.sum().to(accumulator(rows.dtype))
+    n = (labels != ignore_index).sum().to(dtype)
     return torch.where(n > 0, 1 / n, torch.zeros_like(n))
 
 
@@ -260,6 +264,10 @@ def linear_cross_entropy(
     hidden, weight, bias = _alike(hidden, weight, bias)
     y = labels.reshape(-1)
     y = y if y.device.type == "cpu" else y.to(hidden.device)
+    if sizes() is not None and reduction != "none" and wants_grad(hidden, weight, bias):
+        counted = y != ignore_index
+        total = _SumOfCounted.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y, counted, label_smoothing, softcap)
+        return total if reduction == "sum" else total / counted.sum().to(total.dtype)
     if wants_grad(hidden, weight, bias):
         loss = _LinearCrossEntropy.apply(hidden, weight, bias, y, ignore_index, label_smoothing, reduction, softcap)
     else:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import StepCost, measure
 from fastpeft.fused.projections import Recomputes
 from fastpeft.methods.quantized import is_held
@@ -22,6 +23,7 @@ from fastpeft.models import family_of
 from fastpeft.ops._common import to_device_async
 from fastpeft.static_shapes import NotStatic, Seeds, static_shapes
 from fastpeft.train.buckets import Bucket, measured_batch, padded
+from fastpeft.train.config import TrainConfig
 from fastpeft.train.optimizer import KeptGradients
 from fastpeft.train.sources import SourceLosses
 from fastpeft.train.step import Passed, Step, cost_of
@@ -50,6 +52,18 @@ def why_not(model: nn.Module, device: torch.device, *, budget: bool, mixed: bool
         if getattr(module, "gradient_checkpointing", False) or (isinstance(module, Recomputes) and module.recompute):
             return f"{name or 'the model'} is computed again in backward"
     return ""
+
+
+def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
+    """The step of a run, in graphs where it asks for them and they hold; on a GPU its note says why not."""
+    device = next(model.parameters()).device
+    reason = why_not(model, device, budget=budget is not None, mixed=mixed)
+    parts |= {"budget": budget, "mixed": mixed}
+    if config.cuda_graph and not reason:
+        return GraphedStep(model, dataset, *known, **parts, samples=config.batch_size, seed=config.seed)
+    step = Step(model, dataset, *known, **parts)
+    step.note = f"no CUDA graphs: {reason}" if config.cuda_graph and device.type == "cuda" else ""
+    return step
 
 
 class Graph:

@@ -18,9 +18,7 @@ from fastpeft.progress import progress_bar
 class MetricsLog(contextlib.ExitStack):
     """Writers of one process's steps; to be entered. ``done``: the run's totals, which :meth:`log` adds to. ``out`` None: no files."""
 
-    def __init__(
-        self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, progress: bool
-    ):
+    def __init__(self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, progress: bool):
         super().__init__()
         self.out, self.done, self.device, self.total_steps = out, done, device, total_steps
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured

@@ -33,13 +33,12 @@ from fastpeft.report.report import write_report
 from fastpeft.savings import without
 from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.graph import GraphedStep, why_not
+from fastpeft.train.graph import step_for
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_run
 from fastpeft.train.state import random_state, save_state
-from fastpeft.train.step import Step
 from fastpeft.train.summary import WINDOW, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
@@ -99,13 +98,7 @@ class Trainer:
         self.features = self._feature_cache()
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
         known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
-        reason = why_not(model, self.device, budget=self.budget is not None, mixed=self.mixed)
-        if config.cuda_graph and not reason:
-            self.step: Step = GraphedStep(*known, **parts, samples=config.batch_size, seed=config.seed)
-        else:
-            self.step = Step(*known, **parts)
-            if config.cuda_graph and self.device.type == "cuda":
-                self.step.note = f"no CUDA graphs: {reason}"
+        self.step = step_for(config, *known, **parts)
         self._waiting: list[dict[str, Any]] = []  # rows of steps that are not yet logged
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")

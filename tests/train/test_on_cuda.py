@@ -71,7 +71,9 @@ def test_a_causal_step_waits_for_nothing(conversations, monkeypatch, name):
     monkeypatch.setattr(step, "to_device", lambda *args: steps.append((args[-1], to_device(*args))) or steps[-1][1])
     losses = {}
     for device in ("cpu", "cuda"):
-        config = fp.TrainConfig(steps=2, batch_size=3, progress=False, device=device, out=str(conversations / device), feature_cache=False)
+        config = fp.TrainConfig(
+            steps=2, batch_size=3, progress=False, device=device, out=str(conversations / device), feature_cache=False, cuda_graph=False
+        )
         losses[device] = train_run(name, MODELS[name], DataOptions(str(conversations)), config, evaluate=False)["loss_last"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)
     model, inputs = steps[-1]
