@@ -167,7 +167,7 @@ class _LinearCrossEntropy(Function):
 
 
 class _SumOfCounted(Function):
-    """The sum over rows [M, C] that are ``counted`` [M] bool. The device alone knows which, in a step of static shapes: all are computed."""
+    """The sum over ``counted`` rows, [M] bool of [M, C]. In a step of static shapes the device alone knows which: all are computed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, counted, smoothing, softcap):

@@ -44,14 +44,36 @@ def why_not(model: nn.Module, device: torch.device, *, budget: bool, mixed: bool
         return "memory_budget chooses by the batch what to compute again"
     if mixed:
         return "losses are told apart by data set, token by token"
-    if not isinstance(model, family_of(model).model):
+    if not _is_ours(model):
         return f"what a {type(model).__name__} reads of a batch is not known"
-    for name, module in model.named_modules():
-        if is_held(module):
-            return f"{name} is quantised"
-        if getattr(module, "gradient_checkpointing", False) or (isinstance(module, Recomputes) and module.recompute):
-            return f"{name or 'the model'} is computed again in backward"
-    return ""
+    methods = (method for methods in model.fastpeft_plan.treatments.values() for method in methods)
+    if foreign := next((type(method).__name__ for method in methods if not _known(type(method))), None):
+        return f"what {foreign} does from step to step is not known"
+    return next(filter(None, (_unfit(name or "the model", module) for name, module in model.named_modules())), "")
+
+
+def _is_ours(model: nn.Module) -> bool:
+    try:
+        return isinstance(model, family_of(model).model)
+    except ValueError:
+        return False
+
+
+def _known(code) -> bool:
+    """Whether a class or a function is of a library whose numbers stay as they are from step to step."""
+    return (code.__module__ or "").partition(".")[0] in ("fastpeft", "transformers", "peft", "torch")
+
+
+def _unfit(name: str, module: nn.Module) -> str:
+    """'' or why a graph cannot hold what a module does, or would not know that it has changed."""
+    if is_held(module):
+        return f"{name} is quantised"
+    if getattr(module, "gradient_checkpointing", False) or (isinstance(module, Recomputes) and module.recompute):
+        return f"{name} is computed again in backward"
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
+    if "forward" in vars(module) or not all(_known(hook if hasattr(hook, "__name__") else type(hook)) for hook in hooks):
+        return f"{name} has hooks, or a forward of its own"
+    return "" if _known(type(module)) else f"what {name}, a {type(module).__name__}, does from step to step is not known"
 
 
 def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
@@ -165,6 +187,7 @@ class GraphedStep(Step):
             own = measured_batch(inputs, batch, self.samples, self.image_tokens)
         except NotStatic as error:
             self.unlike = str(error)
+            self.seeds.advance()  # the counter counts batches
             inputs = self._inputs(batch)
             self._eagerly(lambda: self._backward(self.model(**inputs).loss * (self.dataset.weight(batch) / terms)), counted)
             return

@@ -8,6 +8,7 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import family_of
 from fastpeft.static_shapes import NotStatic, Seeds, first_rows, mixed, static_shapes
 from fastpeft.train.buckets import measured_batch, padded, up
+from fastpeft.train.graph import why_not
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -97,3 +98,24 @@ def test_mixed_is_splitmix64s_finaliser():
 
     for value in (0, 1, -1, 2**62 + 12345, -(2**63)):
         assert int(mixed(torch.tensor(value))) % 2**64 == exact(value % 2**64)
+
+
+class Own(torch.nn.Linear):
+    """A user's module, which may count its calls."""
+
+
+def test_why_steps_are_not_captured():
+    def told(change=None, device="cuda", **how):
+        model = model_of("llama-tiny", False)
+        if change is not None:
+            change(model)
+        return why_not(model, torch.device(device), **{"budget": False, "mixed": False} | how)
+
+    assert told() == "" and "cpu" in told(device="cpu") and "memory_budget" in told(budget=True) and "data set" in told(mixed=True)
+    assert "again in backward" in told(lambda model: model.gradient_checkpointing_enable())
+    assert "lm_head, a Own" in told(lambda model: setattr(model.lm_head, "__class__", Own))
+    assert "hooks" in told(lambda model: model.model.norm.register_forward_hook(lambda *args: None))
+    assert "hooks" in told(lambda model: setattr(model.model.norm, "forward", model.model.norm.forward))
+    stranger = Own(2, 2)
+    assert "Own reads of a batch" in why_not(stranger, torch.device("cuda"), budget=False, mixed=False)
+    assert why_not(model_of("miss-tiny", True), torch.device("cuda"), budget=False, mixed=False) == ""  # drop-path is a hook of ours
