@@ -17,11 +17,12 @@ from typing import Annotated
 import typer
 
 from fastpeft._when_imported import when_imported
-from fastpeft.cli_files import READING, convert, instruct
+from fastpeft.cli_files import READING, convert, instruct, judge
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
+from fastpeft.cli_scores import accuracy_lines, mmlu_lines
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, TextOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, TextOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -95,27 +96,11 @@ def train(
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
+    lines += accuracy_lines(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
     emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 
-def _accuracy(scored: dict | None) -> list[str]:
-    if scored is None:
-        return []
-    shown = ", ".join(f"{k} {scored[k]:.1%}" for k in ("open", "closed", "global") if scored[k] is not None)
-    lines = [f"accuracy on {scored['n']} questions: {shown} (most frequent answer: {scored['majority']:.1%})"]
-    if scored["closed"] is not None:
-        always, verdict = scored["always_no_closed"], "beats" if scored["closed"] > scored["always_no_closed"] else "does NOT beat"
-        lines.append(f"on closed questions it {verdict} always answering 'no' ({always:.1%})")
-    found = scored.get("metrics", {})
-    means = {name: v if name == "tokens" else v.get("f1", v.get("score")) for name, v in found.items() if name != "missing"}
-    text = [f"{v:.1f} tokens" if name == "tokens" else f"{name} {v:.3f}" for name, v in means.items()]
-    lines += [f"text: {', '.join(text)}"] if text else []
-    asked = {name: reason for name, reason in found.get("missing", {}).items() if not reason.startswith("no model folder")}
-    return lines + [f"no {name}: {reason}" for name, reason in asked.items()]
-
-
-EVAL = (DataOptions, GenerationOptions, MetricOptions)
+EVAL = (DataOptions, GenerationOptions, MetricOptions, MMLUOptions)
 
 
 @app.command("eval", context_settings=other_names(*EVAL))
@@ -125,6 +110,8 @@ def evaluate(
     data: Annotated[str, typer.Option(help=fields(DataOptions)[0].description)],
     model: MovedBase = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
+    outputs: Annotated[str | None, typer.Option(help="where to write the responses as AlpacaEval's outputs, for `fastpeft judge`")] = None,
+    generator: Annotated[str, typer.Option(help="the model's name in --outputs")] = "fastpeft",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
     template: Annotated[str | None, typer.Option(help="of prompts, instead of the one trained with")] = None,
@@ -136,17 +123,17 @@ def evaluate(
     **given,
 ) -> None:
     """Answer a data set's questions with an adapter, or with a model's folder alone, and score the answers."""
-    chosen, generation, metrics = split({"data": data, **given}, *EVAL)
+    chosen, generation, metrics, mmlu = split({"data": data, **given}, *EVAL)
     import torch
 
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
-    decoding["template"] = template
-    decoding["draw_unparsed"] = seed if draw_unparsed else None
+    decoding |= {"template": template, "draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu}
+    decoding |= {"outputs": outputs, "generator": generator}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
-    emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
+    emit(scored, as_json, [*scored["notes"], *accuracy_lines(scored), *mmlu_lines(scored.get("mmlu"))])
 
 
 @app.command(context_settings=other_names(GenerationOptions))
@@ -248,6 +235,7 @@ def estimate(
 
 app.command(context_settings=other_names(*READING))(instruct)
 app.command()(convert)
+app.command()(judge)
 
 
 @app.command()

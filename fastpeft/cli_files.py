@@ -35,6 +35,40 @@ def instruct(
     emit(made | {"out": out, "style": style, "seed": seed}, as_json, lines + made["notes"])
 
 
+def judge(
+    ours: Annotated[str, typer.Argument(help="our outputs, as `eval --outputs` writes them: AlpacaEval's JSON")],
+    theirs: Annotated[str, typer.Argument(help="another model's outputs on the same instructions")],
+    out: Annotated[str | None, typer.Option(help="JSON lines to write: each pair in both orders, with messages for a judge")] = None,
+    judgments: Annotated[str | None, typer.Option(help="what the judge said: JSON lines with id, or AlpacaEval's annotations")] = None,
+    as_json: Json = False,
+) -> None:
+    """Two models' responses as pairs for a judge, in both orders; and the judge's answers as wins, ties and losses."""
+    from fastpeft.evaluate.judge import read_judgments, read_outputs, write_pairs
+
+    if (out is None) == (judgments is None):
+        raise ValueError("give --out FILE to write the pairs, or --judgments FILE to read what a judge said of them")
+    a, b = read_outputs(ours), read_outputs(theirs)
+    if out is not None:
+        count = write_pairs(out, a, b)
+        left = len(a.responses) + len(b.responses) - count
+        lines = [f"{out}: {count // 2} pairs of {a.generator} and {b.generator}, each in both orders"]
+        emit({"out": out, "pairs": count // 2, "lines": count}, as_json, lines + [f"{left} outputs have no counterpart"] * bool(left))
+        return
+    found = read_judgments(judgments, a, b)
+    lines = [f"{a.generator} against {b.generator}: {found['wins']} won, {found['ties']} tied, {found['losses']} lost of {found['n']}"]
+    if found["first_preferred"] is not None:
+        lines.append(f"the judge favoured the response it read first in {found['first_preferred']:.0%} of its judgments that are no ties")
+    lines += [f"{found[name]} {told}" for name, told in _JUDGED if found[name]]
+    emit(found, as_json, lines)
+
+
+_JUDGED = (
+    ("one_order", "pairs were judged in one order alone"),
+    ("unread", "judgments have no scores to be read"),
+    ("unjudged", "pairs have no judgment"),
+)
+
+
 def convert(
     checkpoint: Annotated[
         str,

@@ -14,6 +14,7 @@ from torch import nn
 import fastpeft.fused  # noqa: F401  its modules register what they replace
 from fastpeft.caching.attach import forget_images, keep_images, place_of
 from fastpeft.coverage import Report, full_losses, measure_coverage
+from fastpeft.methods.mm_adapter import BEFORE
 from fastpeft.registry import exchange, form_of, give_back, is_fused, known_names, why_not_inside
 
 READ_LOGITS = "logits of a training step are formed when they are read; its loss forms them at labelled positions only"
@@ -121,8 +122,9 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
     return stayed
 
 
-WORDS = {"prefix_encoder": "prefix", "excitor": "Excitor", "adaption": "adaption prompt", "mm_adapter": "adapter"}
-FROM_ABOVE = ("excitor", "mm_adapter")  # the modules around these hand images or routes down to them
+WORDS = {"prefix_encoder": "prefix", "excitor": "Excitor", "adaption": "adaption prompt"}
+WORDS |= dict.fromkeys(BEFORE, "adapter")
+FROM_ABOVE = ("excitor", *BEFORE)  # the modules around these hand images or routes down to them
 
 
 def _needed(model: nn.Module) -> dict[nn.Module, str]:

@@ -28,7 +28,8 @@ KINDS = ("alpaca", "llava", "coco", "reports", "scienceqa", "vqa")
 _MISSPELT = "conversatons"  # in some of LLaVA-Med's question answering files, whose code reads either
 _IMAGE_FIELDS = ("image", "image_path", "img_path", "image_name", "img_name", "file_name", "filename")
 _ASKED = {  # where the data hold responses without questions
-    "coco": "Generate a caption that details what happened in the image.",  # paper 003, table 2
+    # paper 003, table 2
+    "coco": "Please answer me based on this image. Generate a caption that details what happened in the image.",
     "reports": "Describe the given chest x-ray image in detail.",  # paper 001, section 4
 }
 REPORT_POOL = (  # prompts/alignment.txt of https://github.com/mbzuai-oryx/XrayGPT

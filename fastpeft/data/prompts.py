@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from fastpeft.data._files import IMAGE_MARK
 from fastpeft.data.conversations import CONVERSATIONS, Conversation
 from fastpeft.data.samples import Instruction, Turns
 
@@ -119,9 +120,12 @@ def render(
     "data" have it), and before all text in other templates. Without, no piece is `IMAGE`. ``around``: special tokens before and after an
     image.
 
-    ValueError for an unknown template.
+    ValueError for an unknown template, and for "<image>" in a text: readers take it out where the sample has an image.
     """
     _check(template)
+    if any(IMAGE_MARK in text for turn in (turns or sample.turns) for text in turn) or IMAGE_MARK in sample.context:
+        where = f"{sample.source}: entry {sample.entry}" if sample.source.name else "a sample"
+        raise ValueError(f"{where}: {IMAGE_MARK} stands in its text: leave it out, an image's place is the template's to say")
     shown = bool(image_tokens and sample.image)
     if template in CONVERSATIONS:
         rendered = _conversation(CONVERSATIONS[template], sample, turns or sample.turns, shown, place)

@@ -28,7 +28,7 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout
 from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.mm_adapter import Routing
+from fastpeft.methods.mm_adapter import Place, Routing
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import fuses, path_of
 from fastpeft.static_shapes import NotStatic, sizes
@@ -250,7 +250,7 @@ class FusedLlamaModel:
             index = index if plan.tokens is not None else index.view(hidden.shape[:2])
         return hidden, Routing(index, weights)
 
-    def _routes_of(self, modalities: Tensor, cache, prefixes) -> dict[int, Tensor]:
+    def _routes_of(self, modalities: Tensor, cache, prefixes) -> dict[Place, Tensor]:
         """What :meth:`routes` gives; in generation it stays with the cache."""
         if getattr(cache, "routes", None) is not None:
             return cache.routes
@@ -259,8 +259,8 @@ class FusedLlamaModel:
             cache.routes = weights
         return weights
 
-    def routes(self, hidden: Tensor, prefixes=None) -> dict[int, Tensor]:
-        """The mixture [modalities, 2] that each layer's MM-Adapter gives to the modalities' tokens, hidden [modalities, C].
+    def routes(self, hidden: Tensor, prefixes=None) -> dict[Place, Tensor]:
+        """The mixture [modalities, 2] that each MM-Adapter gives to the modalities' tokens, hidden [modalities, C].
 
         Nothing attends to these tokens and they to nothing but themselves, as in the official masks, so one of each serves the whole
         batch, in a pass of its own."""

@@ -20,7 +20,7 @@ from fastpeft.methods.peft_config import Refused
 
 # Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
 # Registered methods bring theirs (``Method.adapter_modules``).
-ADAPTER_MODULES = ["prefix_encoder", "excitor", "adaption", "mm_adapter"]
+ADAPTER_MODULES = ["prefix_encoder", "excitor", "adaption", "mm_adapter", "mm_adapter_mlp"]
 _ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastpeft.methods import Part
+from fastpeft.methods.mm_adapter import Place
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
@@ -116,21 +117,22 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
     @torch.no_grad()
-    def mixtures(self) -> dict[str, dict[int, Tensor]]:
-        """By modality and layer of the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation; {} where the LLaMA runs as
+    def mixtures(self) -> dict[str, dict[Place, Tensor]]:
+        """By modality and place in the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation; {} where the LLaMA runs as
         transformers' own, which has no such pass."""
         if not hasattr(self.llm.model, "routes"):
             return {}
         was = self.training
         weights = self.eval().llm.model.routes(self.neck.modality.weight.to(self.llm.dtype))
         self.train(was)
-        return {name: {layer: w[row] for layer, w in weights.items()} for row, name in enumerate(MODALITIES)}
+        return {name: {place: w[row] for place, w in weights.items()} for row, name in enumerate(MODALITIES)}
 
     def specialise(self, modality: str | None) -> dict[nn.Module, Tensor]:
-        """Be a model of samples of one modality; returns the mixture [2] of each LLaMA layer that the modality's token routes."""
+        """Be a model of samples of one modality; returns the mixture [2] of each adapter that the modality's token routes."""
         if modality not in MODALITIES:
             raise ValueError(f"MMAdapter has a mixture for each modality: say which, modality='text' or 'image', not {modality!r}")
-        found = {self.llm.model.layers[layer]: weights for layer, weights in self.mixtures()[modality].items()}
+        layers = self.llm.model.layers
+        found = {getattr(layers[place.layer], place.before): weights for place, weights in self.mixtures()[modality].items()}
         self.config.modality = modality
         return found
 

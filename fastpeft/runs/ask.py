@@ -11,6 +11,7 @@ from torch import nn
 
 from fastpeft.adapters import describe
 from fastpeft.data import Instruction, Sample
+from fastpeft.data._files import without_image_mark
 from fastpeft.data.images import Preprocess, load_image
 from fastpeft.evaluate import answer_questions, respond
 from fastpeft.models import family_of, resolve
@@ -32,7 +33,8 @@ class Loaded:
 
         image: a path, a ``PIL.Image`` or an array [height, width, 3] of uint8; None for text alone; or a list of these, one for each
         question. question: one, or a list. ``generation``: options of transformers' ``generate`` (num_beams, max_new_tokens, top_p, ...);
-        without them, the decoding of `fastpeft eval`. ValueError names an image that cannot be read or that the model cannot see.
+        without them, the decoding of `fastpeft eval`. "<image>" in a question of a causal model is the image's, as in LLaVA's data: it is
+        left out, and without an image it is an error. ValueError names an image that cannot be read or that the model cannot see.
         """
         questions = [question] if isinstance(question, str) else list(question)
         images = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
@@ -58,6 +60,7 @@ class Loaded:
     def _sample(self, image: Path | None, question: str) -> Sample | Instruction:
         if self.kind == "vqa":
             return Sample(image, question, "")
+        (question,) = without_image_mark([question], image is not None)
         return Instruction(((question, ""),), image, "chat", "", 0, Path())
 
 

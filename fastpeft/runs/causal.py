@@ -10,6 +10,7 @@ from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, load_causal_tokenizer, load_instructions
 from fastpeft.data import train_causal_tokenizer as learn_tokenizer
+from fastpeft.data.scienceqa import asked_in
 from fastpeft.documents import parse_json
 from fastpeft.evaluate import respond_and_score
 from fastpeft.models import ModelSource, family_of, resolve
@@ -101,12 +102,15 @@ def template_of(network: nn.Module, text: TextOptions) -> str:
 
 
 def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
-    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer. A model that sees no images reads their captions,
-    where ``use_caption`` says so."""
+    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer: ScienceQA's, where it was trained on several prompt
+    formats, in the one without reasons. A model that sees no images reads their captions, where ``use_caption`` says so."""
     family = family_of(network)
     if text.use_caption and preprocess is None:
         blind = [dataclasses.replace(sample, image=None) for sample in samples]
         samples = dataclasses.replace(samples, samples=blind) if isinstance(samples, SampleList) else blind
+    if prompts_only and not isinstance(text.prompt_format, str):
+        asked = asked_in(samples, text.prompt_format)
+        samples = dataclasses.replace(samples, samples=asked) if isinstance(samples, SampleList) else asked
     return CausalDataset(
         samples,
         tokenizer,

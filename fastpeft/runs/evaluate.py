@@ -14,17 +14,21 @@ from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
+from fastpeft.evaluate.judge import write_outputs
 from fastpeft.models import ModelSource, family_of, resolve
 from fastpeft.plan import build
 from fastpeft.runs import causal, vqa
-from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
+from fastpeft.runs.mmlu import asks_mmlu, mmlu_run
+from fastpeft.runs.options import DataOptions, MetricOptions, MMLUOptions, TextOptions
 from fastpeft.runs.splits import data_notes
 from fastpeft.runs.train import RUNS
 
 
-def load_run(adapter: str | Path, device: str | None = None, model: str | None = None) -> tuple[nn.Module, Any, Preprocess]:
+def load_run(
+    adapter: str | Path, device: str | None = None, model: str | None = None, adapted: bool = True
+) -> tuple[nn.Module, Any, Preprocess]:
     """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer; or those of a model's own folder. ``model``
-    replaces a moved base."""
+    replaces a moved base. ``adapted`` False: the base alone."""
     adapter = Path(adapter)
     if not adapter.is_dir():
         raise ValueError(f"no adapter folder at {adapter}")
@@ -47,7 +51,8 @@ def load_run(adapter: str | Path, device: str | None = None, model: str | None =
     device = choose_device(device)
     tokenizer = (load_causal_tokenizer if prompted else load_tokenizer)(adapter / about["tokenizer"])
     network = build(model, **kept) if model else build(name, **kept, **overrides, **base)
-    load_adapter(network, adapter)
+    if adapted:
+        load_adapter(network, adapter)
     return network.to(device), tokenizer, preprocess
 
 
@@ -82,6 +87,10 @@ def eval_run(
     prompt_format: str | None = None,
     template: str | None = None,
     draw_unparsed: int | None = None,
+    outputs: str | None = None,
+    generator: str = "fastpeft",
+    mmlu: MMLUOptions | None = None,
+    kept: Path | None = None,
     **generation,
 ) -> dict[str, Any]:
     """Answer a data set's test split with an adapter, or with a model's folder alone, and score the answers; the scores, with
@@ -90,9 +99,16 @@ def eval_run(
     transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text. prompt_format:
     of ScienceQA, instead of the one trained with. template: of prompts, instead of the one trained with. draw_unparsed: a seed, to draw a
     choice where a response names none. The candidates of free-text answers are those of the data's training split, the questions that are
-    asked apart."""
-    if out and Path(out).is_dir():
-        raise ValueError(f"{out} is a folder: give a file for the predictions")
+    asked apart. outputs: a file for the responses in AlpacaEval's form, under the name ``generator``. mmlu, kept: of a folder of MMLU, see
+    :func:`fastpeft.runs.mmlu.mmlu_run`: nothing is generated there."""
+    if folder := next((path for path in (out, outputs) if path and Path(path).is_dir()), None):
+        raise ValueError(f"{folder} is a folder: give a file for the predictions")
+    if asks_mmlu(data):
+        if generation or num_beams or prompt_format or template or outputs or draw_unparsed is not None:
+            raise ValueError("MMLU is scored by likelihood: leave out the options of generation, of its outputs and of ScienceQA")
+        base, tokenizer, _ = load_run(adapter, device, model, adapted=False)
+        more = {"out": out, "progress": progress, "batch_size": batch_size, "kept": kept}
+        return mmlu_run(adapter, base, tokenizer, data, mmlu or MMLUOptions(), **more)
     network, tokenizer, preprocess = load_run(adapter, device, model)
     kind = family_of(network).kind
     if generation and kind != "causal":
@@ -114,6 +130,8 @@ def eval_run(
     answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
     if out:
         write_answers(out, dataset, answers)
+    if outputs:
+        write_outputs(outputs, dataset.samples, answers, generator)
     settings = generation_settings(dataset, tokenizer, **generation)
     return scored | {"generation": settings, "notes": data_notes(samples) + dataset.notes + notes}
 

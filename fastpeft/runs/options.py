@@ -224,6 +224,16 @@ class MetricOptions:
         return {field.name: getattr(self, field.name) for field in declared.fields(MetricOptions)} | {"metrics": self.metrics or ()}
 
 
+@options
+class MMLUOptions:
+    """How MMLU is asked."""
+
+    shots: Annotated[int, Field(ge=0, le=5), SCORE, Option(must="a whole number from 0 to 5")] = 5
+    "of MMLU: development questions with their answers in each prompt"
+    no_base: Annotated[bool, SCORE] = False
+    "of MMLU: do not ask the base without the adapter as well"
+
+
 RECIPE = (RunOptions, DataOptions, TextOptions, MetricOptions, TrainConfig)  # what a YAML file of `fastpeft train` may hold
 
 

@@ -1,10 +1,11 @@
-"""Drawn data sets of a study at tiny scale, in the layouts as published: questions, reports, ScienceQA, instructions, captions.
+"""Drawn data sets of a study at tiny scale, in the layouts as published: questions, reports, ScienceQA, instructions, captions, MMLU.
 
-All but the instructions are about the demo's phantoms, so that answers depend on the images; equal arguments give equal files.
+All but the instructions and MMLU are about the demo's phantoms, so that answers depend on the images; equal arguments give equal files.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -169,6 +170,19 @@ def _instructions(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng:
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
 
 
+def _mmlu(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """MMLU's layout: sums, in a task of each category."""
+    for task in ("elementary_mathematics", "formal_logic", "econometrics", "nutrition"):
+        for split, count in (("dev", 5), ("test", len(_by_image(splits["test"])))):
+            rows = []
+            for _ in range(count):
+                a, b, at = rng.randrange(10), rng.randrange(10), rng.randrange(4)
+                rows.append([f"What is {a} plus {b}?", *(a + b + i - at for i in range(4)), "ABCD"[at]])
+            (folder / split).mkdir(exist_ok=True)
+            with open(folder / split / f"{task}_{split}.csv", "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(rows)
+
+
 Maker = Callable[[Path, Path, dict[str, list[dict]], random.Random], None]
 KINDS: dict[str, Maker | None] = {
     "phantoms": None,
@@ -179,4 +193,5 @@ KINDS: dict[str, Maker | None] = {
     "captions": _captions,
     "scienceqa": _scienceqa,
     "instructions": _instructions,
+    "mmlu": _mmlu,
 }

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.cost.profile import StepCost
+from fastpeft.methods.mm_adapter import ATTENTION
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig
 
@@ -91,6 +92,9 @@ def _sources(done: dict[str, Any]) -> dict[str, Any]:
 
 def _routing(model: nn.Module) -> dict[str, Any]:
     """Weights of each layer's experts by modality, of a model with MM-Adapters."""
-    found = model.mixtures() if hasattr(model, "mixtures") else {}
-    lists = {name: [weights.tolist() for weights in layers.values()] for name, layers in found.items() if layers}
+    lists: dict[str, list] = {}
+    for name, mixtures in (model.mixtures() if hasattr(model, "mixtures") else {}).items():
+        for place, weights in mixtures.items():
+            kind = name if place.before == ATTENTION else f"{name}, before feed-forward"
+            lists.setdefault(kind, []).append(weights.tolist())
     return {"routing": lists} if lists else {}

@@ -79,6 +79,7 @@ SEEING = [
     ("excitor-tiny", "F/Excitor"),
     ("excitor-tiny", "LoRA/AdaptionPrompt"),
     ("lavin-tiny", "MMAdapter/T/MMAdapter"),
+    ("lavin-tiny", "MMAdapter(position=block)/T/MMAdapter(position=block)"),
     ("lavin-tiny", "F/F/LoRA"),
 ]
 
