@@ -130,8 +130,8 @@ def evaluate(
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
-    decoding |= {"draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu, "outputs": outputs, "generator": generator}
-    decoding["template"] = template
+    decoding |= {"template": template, "draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu}
+    decoding |= {"outputs": outputs, "generator": generator}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *accuracy_lines(scored), *mmlu_lines(scored.get("mmlu"))])
 

@@ -33,7 +33,9 @@ from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.parts import FrozenEvaluates
+from fastpeft.models.vision_language import place_images
 from fastpeft.ops._common import to_device_async
+from fastpeft.static_shapes import sizes
 
 MISTRAL_7B = {"intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}
@@ -225,6 +227,8 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             raise ValueError("give pixel_values, or image_embeds that encode_images() made of them")
         images = self.encode_images(pixel_values) if image_embeds is None else image_embeds
         seen = self.model.multi_modal_projector(images)
+        if sizes() is not None:
+            return place_images(inputs_embeds, seen, image_index, image_mask)
         if image_index is not None:
             seen = seen[to_device_async(image_index[image_index >= 0], seen.device)]
         holes = input_ids == self.config.image_token_index if image_mask is None else image_mask

@@ -65,6 +65,8 @@ class TrainConfig:
     "how much memory they may take, such as 2GB (default: a third of what is free)"
     feature_dtype: Annotated[Dtype | None, MEMORY] = None
     "fp32 or bf16, kept so (default: as computed)"
+    cuda_graph: Annotated[bool, RUN, Option(off="no_cuda_graph")] = True
+    "launch whole steps as CUDA graphs, on padded batches; where a step cannot be captured, or is too large to gain, it runs as it is"
     memory_budget: Annotated[Size | None, MEMORY] = None
     "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
     without: Annotated[Text | None, MEMORY] = None

@@ -33,12 +33,12 @@ from fastpeft.report.report import write_report
 from fastpeft.savings import without
 from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.graph import step_for
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_run
 from fastpeft.train.state import random_state, save_state
-from fastpeft.train.step import Step
 from fastpeft.train.summary import WINDOW, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
@@ -97,7 +97,9 @@ class Trainer:
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
-        self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
+        known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
+        self.step = step_for(config, *known, **parts)
+        self._waiting: list[dict[str, Any]] = []  # rows of steps that are not yet logged
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         more = (self.scoring, self.device, self.features)
@@ -168,20 +170,26 @@ class Trainer:
         self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
         log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
         with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
+            self.step.start(done["batches"])
             began = time.perf_counter()
-            for batches in self._batches():
-                with stop.later():
-                    row, seconds = self._step(batches), time.perf_counter() - began
-                    row |= self._validate()
-                    log.log(row, seconds)
-                    self.followers.step(row)
-                    if tracer is not None:
-                        tracer.step()
-                    due = config.save_every and done["step"] % config.save_every == 0
-                    if self.out and due and done["step"] < self.total_steps:
-                        self.save()
-                self.followers.check()
-                began = time.perf_counter()
+            try:
+                for batches in self._batches():
+                    with stop.later():
+                        self._waiting.append(self._step(batches))
+                        saves = self.out and config.save_every and done["step"] % config.save_every == 0
+                        if not (saves or tracer or stop.asked or self._is_due()):
+                            continue
+                        self._log(log, began)
+                        if tracer is not None:
+                            tracer.step()
+                        if saves and done["step"] < self.total_steps:
+                            self.save()
+                    self.followers.check()
+                    began = time.perf_counter()
+            except BaseException:
+                with contextlib.suppress(FloatingPointError):
+                    self._log(log, began)
+                raise
         if self.features is not None:
             self.features.flush()
         if self.out:
@@ -191,6 +199,49 @@ class Trainer:
             self.end_with_best()
             if self.out and self.done["validation"].get("best_step") is not None:
                 self._save_adapter("adapter")
+
+    def _is_due(self) -> bool:
+        """Whether the losses of the steps so far are read now: waiting for the device costs time, so every few steps where it can be put
+        off, before a validation, and at the end."""
+        validates = self.validation is not None and self.validation.due(self.done["step"], self.total_steps)
+        return validates or len(self._waiting) >= self.step.reads_every or self.done["batches"] >= self.total_batches
+
+    def _log(self, log: MetricsLog, began: float) -> None:
+        """The steps since ``began``, each with an equal share of the seconds; the last with a validation, where one is due."""
+        rows, self._waiting = self._waiting, []
+        try:
+            self._settle(rows)
+        finally:
+            seconds = (time.perf_counter() - began) / max(1, len(rows))
+            for row in rows[:-1]:
+                if row["loss"] is not None:
+                    self._tell(log, row, seconds)
+        for row in rows[-1:]:
+            self._tell(log, row | self._validate(), seconds)
+
+    def _tell(self, log: MetricsLog, row: dict[str, Any], seconds: float) -> None:
+        log.log(row, seconds)
+        self.followers.step(row)
+
+    def _settle(self, rows: list[dict[str, Any]]) -> None:
+        """Enters the losses of steps whose losses were left on the device. FloatingPointError where one is not finite: what came after it
+        changed nothing."""
+        unread = [row for row in rows if row["loss"] is None]
+        for row, (loss, norm) in zip(unread, self.step.read()):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = "the gradient's norm" if math.isfinite(loss) else "the loss"
+                raise self._not_finite(f"{what} is {norm if math.isfinite(loss) else loss}", row["step"])
+            row |= {"loss": loss, "grad_norm": norm}
+            self._enter(loss)
+
+    def _enter(self, loss: float) -> None:
+        done = self.done
+        done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
+        done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
+
+    def _not_finite(self, error: str, step: int) -> FloatingPointError:
+        saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
+        return FloatingPointError(f"{error} at step {step}: lower learning_rate, or use fp32{saved}")
 
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
@@ -274,18 +325,19 @@ class Trainer:
         done, samples = self.done, sum(len(batch["samples"]) for batch in batches)
         loss, by_source, cost = self.step.passes(batches, measured=done["cost"] is None)
         done["cost"] = done["cost"] or cost
+        if loss is not None:
+            self._settle(self._waiting)
         try:
             self._before = None
             rate, norm = self.step.update(done["step"], loss)
         except FloatingPointError as error:
-            saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
-            raise FloatingPointError(f"{error} at step {done['step'] + 1}: lower learning_rate, or use fp32{saved}") from None
+            raise self._not_finite(str(error), done["step"] + 1) from None
         done["step"] += 1
         done["batches"] += len(batches)
         done["samples"] += samples
         done["tokens"] += sum(map(self.dataset.tokens, batches))
-        done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
-        done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
+        if loss is not None:
+            self._enter(loss)
         row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
         return row | ({"loss_by_source": by_source.log(done["sources"])} if self.mixed else {})
 
@@ -300,13 +352,15 @@ class Trainer:
     def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
         """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns."""
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
-        notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        savings = [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        notes = self.notes + [note for note in (self.step.said(),) if note] + savings
         scored = {"eval": evaluation, "generation": generation}
         scored |= {"features": self.features.counts()} if self.features is not None else {}
         return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
+        self._settle(self._waiting)
         self._save_adapter("adapter")
         progress = {"done": self.done, "identity": self.identity, "config": asdict(self.config)}
         save_state(self.out / "checkpoint", self.model, self.optimizer, progress, rng=rng, keep=self.config.keep_checkpoints)
@@ -320,7 +374,6 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, unless ``allow_change`` names it."""
         return identity_of(self)
-
 
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
