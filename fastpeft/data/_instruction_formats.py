@@ -125,7 +125,7 @@ def _coco(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Ite
 
 
 def _reports(reader: InstructionReader, source: AnnotationFile, entry: dict) -> Iterator[dict]:
-    if "report" in entry:
+    if "caption" not in entry:
         samples = _about_images(reader, entry, text_of(entry, "report").strip(), _ASKED["reports"])
     else:
         answer, asked = text_of(entry, "caption").strip(), reader.instruction or _ASKED["reports"]
