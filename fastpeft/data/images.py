@@ -20,6 +20,7 @@ from fastpeft.data._resize import resize_and_crop
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # Pillow's others have decoders that run other programs (EPS: Ghostscript)
 MAX_PIXELS = 50_000_000  # of an image that is decoded: as RGB 150 MB
+MOST_PIXELS_A_SIDE = 8192  # of what a model is given; every published one takes less than a quarter
 _ROWS = 256  # of an image of more than 8 bits, scaled at a time
 
 # Pillow's decoders raise more than OSError on damaged files, by format and by where the damage is.
@@ -102,8 +103,10 @@ class Preprocess:
     def __post_init__(self):
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f'interpolation={self.interpolation!r}: use "bilinear" or "bicubic"')
-        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480")
+        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or not 1 <= self.image_size <= MOST_PIXELS_A_SIDE:
+            raise ValueError(
+                f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480, of at most {MOST_PIXELS_A_SIDE:,}"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both, or neither")
         for name in ("mean", "std"):

@@ -14,6 +14,7 @@ from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
+from fastpeft.files import is_folder
 from fastpeft.models import family_of
 from fastpeft.plan import build
 from fastpeft.runs.causal import options_of
@@ -25,7 +26,7 @@ from fastpeft.runs.train import RUNS
 def load_run(adapter: str | Path, device: str | None = None, model: str | None = None) -> tuple[nn.Module, Any, Preprocess]:
     """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base."""
     adapter = Path(adapter)
-    if not adapter.is_dir():
+    if not is_folder(adapter):
         raise ValueError(f"no adapter folder at {adapter}")
     about = describe(adapter)
     if not about:
@@ -33,14 +34,15 @@ def load_run(adapter: str | Path, device: str | None = None, model: str | None =
     causal = "prompt" in about
     if not about.get("tokenizer") or not (causal or about.get("preprocess")):
         raise ValueError(f"{adapter} holds an adapter alone: its tokenizer and preprocessing, which a training run writes, are missing")
+    if "base" not in about or not about["base"].get("model"):
+        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: it does not say the base's model")
+    base = dict(about["base"])
+    name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
+    kept = {"dtype": dtype, "quantize": base.pop("quantize", None)}
     try:
-        base = dict(about["base"])
-        name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
-        kept = {"dtype": dtype, "quantize": base.pop("quantize", None)}
         preprocess = Preprocess.from_dict(about["preprocess"]) if about.get("preprocess") else None
-        about["treatments"] = dict(about["treatments"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: preprocess: {error}") from None
     device = choose_device(device)
     tokenizer = (load_causal_tokenizer if causal else load_tokenizer)(adapter / about["tokenizer"])
     network = build(model, **kept) if model else build(name, **kept, **overrides, **base)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastpeft.cost.profile import memory_bytes, peak_memory_bytes
 from fastpeft.documents import parse_json
-from fastpeft.files import write_text
+from fastpeft.files import open_append, write_text
 
 SCALARS = ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes")  # for TensorBoard
 
@@ -31,7 +31,7 @@ class MetricsLog(contextlib.ExitStack):
     def __enter__(self) -> MetricsLog:
         super().__enter__()
         self.board = self._tensorboard() if self.tensorboard else None  # first: it may be missing
-        self.file = self.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
+        self.file = self.enter_context(open_append(self.out / "metrics.jsonl")) if self.out else None
         shown = {"desc": "training", "unit": "step", "disable": not self.progress}
         self.bar = self.enter_context(tqdm(total=self.total_steps, initial=self.done["step"], **shown))
         return self

@@ -429,6 +429,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_survives_a_failing_rename(tmp_path, monkeypatch):
     folder, replace = tmp_path / "checkpoint", os.replace
+    monkeypatch.setattr("fastpeft.files._exchange", lambda draft, folder: False)
     with atomic_folder(folder) as draft:
         (draft / "a").write_text("one")
     monkeypatch.setattr("os.replace", lambda a, b: die() if "-new-" in str(a) else replace(a, b))
