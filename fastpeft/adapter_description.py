@@ -1,4 +1,4 @@
-"""What ``fastpeft.json`` of an adapter folder may hold: checked where it is read, so that nothing that follows meets a value of another kind."""
+"""What ``fastpeft.json`` of an adapter folder may hold: checked where it is read, so that what follows meets no value of another kind."""
 
 from __future__ import annotations
 

@@ -51,48 +51,57 @@ def save_adapter(
 
     An adapter that stands at ``folder`` is replaced; ValueError for a folder that holds anything else.
     """
-    plan, folder = _plan_of(model), Path(folder)
+    return write_adapter(adapter_state(model, description), folder, write_more)
+
+
+def adapter_state(model: nn.Module, description: dict[str, Any] | None = None, *, copy: bool = False) -> dict[str, Any]:
+    """What :func:`save_adapter` writes, for :func:`write_adapter`: by folder its files' contents. ``copy``: tensors of their own, so that
+    training may go on meanwhile."""
+    plan, saved = _plan_of(model), {}
+    for part in parts_of(model):
+        for method, name in zip(plan.treatments[part.name], _folders(plan, part)):
+            root = part.of(model)
+            if tensors := {key: t.cpu().contiguous() for key, t in method.tensors(root, part).items()}:
+                config = None if method.peft_type is None else method.peft_config(root, part)
+                saved[name] = ({key: t.clone() for key, t in tensors.items()} if copy else tensors, config)
+    about = {
+        "format": FORMAT,
+        "plan": str(plan),
+        "treatments": plan.to_dict(),
+        "base": dict(getattr(model, "fastpeft_source", {})),
+        "base_fingerprint": fingerprint(model),
+    }
+    return {"about": about | (description or {}), "parts": saved}
+
+
+def write_adapter(state: dict[str, Any], folder: str | Path, write_more: Callable[[Path], None] | None = None) -> Path:
+    """Write what :func:`adapter_state` took, as :func:`save_adapter` does."""
+    folder = Path(folder)
     if folder.exists() and not (folder / DESCRIPTION).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is not an adapter, and one would replace it; give a new or an empty folder")
     with atomic_folder(folder) as draft:
-        for part in parts_of(model):
-            for method, name in zip(plan.treatments[part.name], _folders(plan, part)):
-                _save_method(method, part, part.of(model), draft / name)
-        about = {
-            "format": FORMAT,
-            "plan": str(plan),
-            "treatments": plan.to_dict(),
-            "base": getattr(model, "fastpeft_source", {}),
-            "base_fingerprint": fingerprint(model),
-        }
-        (draft / DESCRIPTION).write_text(json.dumps(about | (description or {}), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, (tensors, config) in state["parts"].items():
+            (draft / name).mkdir()
+            checksum = {CHECKSUM: tensor_digest(tensors)}
+            if config is None:
+                save_tensors(tensors, draft / name / "model.safetensors", metadata=checksum)
+                continue
+            config = config | {"inference_mode": True, "base_model_name_or_path": None}
+            (draft / name / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+            save_tensors(tensors, draft / name / "adapter_model.safetensors", metadata={"format": "pt"} | checksum)
+        (draft / DESCRIPTION).write_text(json.dumps(state["about"], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if write_more is not None:
             write_more(draft)
     return folder
-
-
-def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> None:
-    tensors = method.tensors(root, part)
-    if not tensors:
-        return
-    folder.mkdir()
-    copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    checksum = {CHECKSUM: tensor_digest(copies)}
-    if method.peft_type is None:
-        save_tensors(copies, folder / "model.safetensors", metadata=checksum)
-        return
-    config = method.peft_config(root, part) | {"inference_mode": True, "base_model_name_or_path": None}
-    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    save_tensors(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"} | checksum)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not). Of a
     model of one part, such as LLaMA, the folder may also be what PEFT wrote itself.
 
-    Everything is checked before anything is copied, and shapes against the files' headers before memory is taken. ValueError names a missing file; every missing, unexpected or misshapen key; every
-    tensor that is not of floating point, or holds NaN or an infinity; every field of a PEFT configuration that would change the outputs
-    and is not known here (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
+    Everything is checked before anything is copied, and shapes against the files' headers before memory is taken.
+    ValueError names a missing file; every missing, unexpected or misshapen key; every tensor that is not of floating point, or holds NaN
+    or an infinity; every field of a PEFT configuration that would change the outputs and is not known here (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
     """
     folder = Path(folder)
     if not is_folder(folder):

@@ -337,7 +337,7 @@ def _run() -> int:
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except OptionError as error:
         return _complain(f"{error} (option '{_flag_of(error.option)}')")
-    except (ValueError, TypeError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError) as error:
         return _complain(error)
     except Exception as error:
         kind = type(error).__name__  # by name: these classes are torch's and safetensors', which may not be loaded

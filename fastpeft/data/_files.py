@@ -115,6 +115,8 @@ def read_split_file(file: Path) -> tuple[list, list[str]]:
 class ImageFinder:
     """Paths of images by the names entries give them, never outside the data folder; with `check`, each decoded once.
 
+    An image folder may itself be a link, as on clusters: whoever made the data folder chose where it leads, and no entry can.
+
     Looked for in the folder and in its image folders (imgs, images, image, "VQA_RAD Image Folder"). Then, as in MILE's
     "slake/..." and "vqa-rad/...", the name's first component is taken for a data set's: its own image folders if there is
     one, else left out.
@@ -131,6 +133,10 @@ class ImageFinder:
             named = {d.name.lower(): d for d in sorted(folder.iterdir()) if d.is_dir()}
             self._bases[folder] = [folder, *(named[name] for name in _IMAGE_FOLDERS if name in named)]
         return self._bases[folder]
+
+    def _allowed(self) -> list[Path]:
+        """Where images may lie: the data folder, and what its own image folders are links to."""
+        return [self.root, *(folder.resolve() for folder in self._folders(self.root)[1:] if folder.is_symlink())]
 
     def __call__(self, name: str) -> Path:
         """The absolute path of an image. `BadEntry` where it is absent or outside, or, with `check`, damaged."""
@@ -165,7 +171,7 @@ class ImageFinder:
             if not os.path.isfile(place):  # False, not an error, for names too long
                 continue
             path = place.resolve()
-            if not path.is_relative_to(self.root):
+            if not any(path.is_relative_to(base) for base in self._allowed()):
                 raise BadEntry("unsafe image path", refused + "it leaves the data folder through a symbolic link")
             return path
         looked = ", ".join(dict.fromkeys(str(place.parent.relative_to(self.root)) for place in places))

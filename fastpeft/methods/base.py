@@ -76,7 +76,8 @@ def matched(expression: str, name: str, whole: bool = False) -> bool:
     try:
         return bool((regex.fullmatch if whole else regex.match)(expression, name, timeout=MATCHING))
     except TimeoutError:
-        raise ValueError(f"the regular expression {expression[:200]!r} takes too long to match {name!r}: write it without nested repeats") from None
+        wrong = f"the regular expression {expression[:200]!r} takes too long to match {name!r}: write it without nested repeats"
+        raise ValueError(wrong) from None
     except (regex.error, RecursionError) as error:
         raise ValueError(f"{expression[:200]!r} is no regular expression ({error})") from None
 

@@ -31,8 +31,8 @@ def naming_config(where: Any) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(str(where)):
             raise
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where}: no model is made of it: {said if isinstance(error, ValueError) else f'{type(error).__name__}: {said}'}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: no model is made of it: {kind}{' '.join(str(error).split())[:300]}") from error
 
 
 def check_config(config: PretrainedConfig, where: Any, tensors: int | None = None) -> None:
@@ -61,16 +61,19 @@ def check_config(config: PretrainedConfig, where: Any, tensors: int | None = Non
 
 
 def tensors_in(folder: Path) -> tuple[int | None, int]:
-    """(how many tensors the folder's safetensors files declare, their bytes on the disk); (None, 0) where there are none. ValueError names
-    a damaged file."""
+    """(how many tensors the folder's safetensors files declare, their bytes on the disk); (None, 0) where there are none, or one is
+    damaged: whoever loads them says so."""
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    try:
+        return (sum(len(read_shapes(file)) for file in files), sum(file.stat().st_size for file in files)) if files else (None, 0)
+    except ValueError:
         return None, 0
-    return sum(len(read_shapes(file)) for file in files), sum(file.stat().st_size for file in files)
 
 
 def check_size(model: nn.Module, where: Any, size: int, quantised: bool) -> None:
-    """ValueError where a model on the meta device has more parameters than files of ``size`` bytes can hold."""
+    """ValueError where a model on the meta device has more parameters than files of ``size`` bytes (0: unknown) can hold."""
+    if not size:
+        return
     elements = sum(p.numel() for p in model.parameters())
     if elements > 2 * size * (BITS if quantised else 1) + (1 << 20):  # some may be missing: they are told by name
         raise ValueError(f"{where} describes a model of {elements:,} parameters, and its files have {size:,} bytes")

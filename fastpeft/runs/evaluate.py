@@ -12,6 +12,7 @@ from torch import nn
 
 from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
+from fastpeft.data.images import allow_pixels
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
 from fastpeft.files import is_folder
@@ -74,6 +75,7 @@ def eval_run(
     of free-text answers are those of the data's training split, the questions that are asked apart."""
     if out and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: give a file for the predictions")
+    allow_pixels(data.max_pixels)
     network, tokenizer, preprocess = load_run(adapter, device, model)
     kind = family_of(network).kind
     if generation and kind != "causal":

@@ -130,6 +130,8 @@ class DataOptions:
     "comma-separated q_lang values to keep"
     skip_bad: Annotated[bool, READ] = False
     "leave bad entries out and count them"
+    max_pixels: Annotated[Count, READ] = 50_000_000
+    "images of more are refused before they are decoded"
 
     def __post_init__(self):
         if self.hold_out and self.eval_split_file:

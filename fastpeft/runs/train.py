@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.adapters import describe, fingerprint, load_adapter
+from fastpeft.data.images import allow_pixels
 from fastpeft.evaluate import Scoring
 from fastpeft.files import write_json
 from fastpeft.models import ModelSource, resolve
@@ -69,6 +70,7 @@ def train_run(
     generated text, with the scores. ``quantize``: as
     :func:`fastpeft.build` takes it, from weights in the run's dtype. ``init_adapter``: an adapter of the same base and plan to go on from,
     with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`."""
+    allow_pixels(data.max_pixels)
     source, text = resolve(model, image_encoder), text or TextOptions()
     before = None if init_adapter is None else described(init_adapter)
     run, model_options = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}

@@ -73,7 +73,7 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
             try:
                 run, *_ = split(options, *RECIPE)
                 plan_for(resolve(run.model, run.image_encoder).family.parts, run.plan, **run.lora)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise ValueError(f"{study.path}: row {job.row}: {error}") from None
 
 

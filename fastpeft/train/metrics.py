@@ -56,7 +56,8 @@ class MetricsLog(contextlib.ExitStack):
             done["steady_seconds"] += seconds
         done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
         row |= {"seconds": seconds, "samples_per_second": row["samples"] / max(seconds, 1e-9), "memory_bytes": memory_bytes(self.device)}
-        shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
+        shown = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.3f}"}
+        shown |= {"samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if self.file is not None:
@@ -64,7 +65,8 @@ class MetricsLog(contextlib.ExitStack):
             self.file.flush()
         if self.board is not None:
             for name in SCALARS:
-                self.board.add_scalar(name, row[name], row["step"])
+                if row[name] is not None:
+                    self.board.add_scalar(name, row[name], row["step"])
             for name, value in {"validation_loss": row.get("validation_loss"), **row.get("eval", {})}.items():
                 if value is not None:
                     self.board.add_scalar(name, value, row["step"])

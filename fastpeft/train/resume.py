@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -59,6 +60,8 @@ def open_run(trainer) -> dict[str, Any] | None:
     trainer.optimizer.schedule(trainer.total_steps)
     load_state(found, trainer.model, trainer.optimizer)
     trainer.saved_step = trainer.done["step"]
+    if trainer.config.progress:
+        print(f"resumed from step {trainer.done['step']}", file=sys.stderr)
     if not damaged and (finished := _finished(trainer)) is not None:
         trainer.end_with_best()
         return finished

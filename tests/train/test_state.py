@@ -301,10 +301,10 @@ def test_an_error_before_the_update_saves_the_step_before(runs, phantoms, tmp_pa
     def failing(module, args, output):
         calls.append(1)
         if len(calls) == 6:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("device lost")
 
     ended.model.register_forward_hook(failing)
-    with pytest.raises(RuntimeError, match="out of memory; stopped after step 5; --resume goes on from there"):
+    with pytest.raises(RuntimeError, match="device lost; stopped after step 5; --resume goes on from there"):
         ended.fit()
     resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
     resumed.fit()
