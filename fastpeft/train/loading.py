@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,14 +69,24 @@ class Loading:
         stuck = "DataLoader timed out" in text
         if not isinstance(error, RuntimeError) or not (dead or stuck):
             return None
-        for worker in getattr(self._iterator, "_workers", ()):
-            worker.kill()
+        self._end_workers()
         waited = f"of {', '.join(names_of(self.dataset.samples[i] for i in self.indices(self.next)))}"
         if stuck:
             return ChildProcessError(f"a data worker is stuck: no batch came for {self.timeout:g} s, {waited} (worker_timeout)")
         killed = re.search(r"killed by signal: ([\w ]+)", dead[2])
         how = f" ({killed[0].strip()})" if killed else ""
         return ChildProcessError(f"data worker {dead[1].strip()} died{how}, before the batch {waited}")
+
+    def _end_workers(self) -> None:
+        """At once; torch's handler of SIGCHLD would raise for each of them, wherever the run stands."""
+        workers, here = getattr(self._iterator, "_workers", ()), threading.current_thread() is threading.main_thread()
+        heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here and hasattr(signal, "SIGCHLD") else None
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(10)
+        if heard is not None:
+            signal.signal(signal.SIGCHLD, heard)
 
 
 def names_of(samples) -> list[str]:
