@@ -101,9 +101,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     draft = _beside(path, "new")
     try:
         yield draft
-        _sync(draft)
+        sync(draft)
         os.replace(draft, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -152,7 +152,7 @@ def atomic_folder(
         else:
             os.replace(draft, folder)
         if durable:
-            _sync(folder.parent)
+            sync(folder.parent)
     except BaseException:
         if moved is not None and not folder.exists():
             os.replace(moved, folder)
@@ -172,7 +172,7 @@ def _finish(folder: Path, draft: Path, keep: Callable[[str], bool] | None, durab
         _keep_entries(folder, draft, keep)
     if durable:
         for path in [*draft.rglob("*"), draft]:
-            _sync(path)
+            sync(path)
 
 
 def _exchange(draft: Path, folder: Path) -> bool:
@@ -241,7 +241,7 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk. Not every system can do the latter."""
     if os.name == "nt" or path.is_symlink() or not (path.is_file() or path.is_dir()):
         return

@@ -164,9 +164,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
-    said, replace, sync = [], os.replace, files._sync
+    said, replace, sync = [], os.replace, files.sync
     monkeypatch.setattr("os.replace", lambda source, target: (said.append("renamed"), replace(source, target)))
-    monkeypatch.setattr(files, "_sync", lambda path: (said.append(path.name), sync(path)))
+    monkeypatch.setattr(files, "sync", lambda path: (said.append(path.name), sync(path)))
     with atomic_folder(tmp_path / "out") as draft:
         (draft / "inner").mkdir()
         (draft / "inner" / "file").write_text("a")

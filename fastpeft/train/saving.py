@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.adapters import adapter_state, write_adapter
+from fastpeft.files import sync
 from fastpeft.train.state import run_state, write_state
 
 
@@ -37,6 +38,7 @@ class Saver:
         more, out, keep = self._more(), trainer.out, trainer.config.keep_checkpoints
 
         def write() -> None:
+            sync(out / "metrics.jsonl")  # a checkpoint's steps have their rows, whatever happens
             write_adapter(adapter, out / "adapter", more)
             write_state(out / "checkpoint", state, keep)
 
