@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -202,6 +203,13 @@ def recover_folder(folder: str | Path) -> None:
     for kind in ("new", "old"):
         for left in folder.parent.glob(f".{escape(folder.name)}-{kind}-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove unfinished files of processes that were killed in :func:`atomic_file`. Not for a folder that another process writes in."""
+    for left in folder.glob(".*-new-*"):
+        if left.is_file() and re.fullmatch(r"\..+-new-[0-9a-f]{8}", left.name):
+            left.unlink(missing_ok=True)
 
 
 def _beside(path: Path, kind: str) -> Path:

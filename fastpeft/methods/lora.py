@@ -196,6 +196,8 @@ class LoRA(Method):
 
 def _pairs(field: str, pattern: Any) -> tuple[tuple[str, Any], ...]:
     """A pattern's mapping from expressions for names to numbers, as pairs; ValueError for anything else."""
+    if not isinstance(pattern, Mapping | list | tuple) and pattern:
+        raise ValueError(f"LoRA: {field}={pattern!r} is no mapping from names of modules to numbers")
     pairs = list(pattern.items() if isinstance(pattern, Mapping) else pattern or ())
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise ValueError(f"LoRA: {field}={pattern!r} is no mapping from names of modules to numbers")

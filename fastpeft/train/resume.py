@@ -11,7 +11,7 @@ from typing import Any
 from fastpeft.adapters import fingerprint
 from fastpeft.data.tokenizer import tokenizer_digest
 from fastpeft.documents import parse_json
-from fastpeft.files import recover_folder
+from fastpeft.files import clear_drafts, recover_folder
 from fastpeft.train.config import FREE
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote
@@ -45,6 +45,7 @@ def open_run(trainer) -> dict[str, Any] | None:
             raise ValueError(f"{trainer.out} holds a run already: resume it (--resume), or choose another --out")
         metrics.unlink(missing_ok=True)
         return None
+    clear_drafts(trainer.out)
     for folder in (checkpoint, trainer.out / "adapter", trainer.out / BEST):
         recover_folder(folder)
     found, progress, damaged = newest_intact(checkpoint, trainer.done)
