@@ -101,7 +101,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Everything is checked before anything is copied, and shapes against the files' headers before memory is taken.
     ValueError names a missing file; every missing, unexpected or misshapen key; every tensor that is not of floating point, or holds NaN
-    or an infinity; every field of a PEFT configuration that would change the outputs and is not known here (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
+    or an infinity; every field of a PEFT configuration that would change the outputs and is not known here
+    (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
     """
     folder = Path(folder)
     if not is_folder(folder):

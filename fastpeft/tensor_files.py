@@ -18,6 +18,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
+def is_zip(path: Path) -> bool:
+    """Whether it is one, damaged or not."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it says that it goes on in other files
+        return True
+
+
 def check_archive(path: Path) -> None:
     """ValueError for a zip whose members would take far more than the file itself."""
     try:

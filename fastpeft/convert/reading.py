@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from fastpeft.convert.tensors import listing
-from fastpeft.tensor_files import check_archive, check_tensors
+from fastpeft.tensor_files import check_archive, check_tensors, is_zip
 
 MODULES = 100_000  # of a TorchScript archive
 
@@ -44,7 +44,7 @@ def read_file(path: Path) -> Contents:
     """ValueError for a damaged file, one that holds more than tensors and plain values, and one without a state dict."""
     if path.suffix == ".safetensors":
         return Contents(read_safetensors(path))
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         check_archive(path)
     content = _read_torchscript(path) if is_torchscript(path) else _read_pickle(path)
     if not isinstance(content, dict):
@@ -117,7 +117,7 @@ def _read_pickle(path: Path, stand_ins=_STAND_INS):
     """MISS and MILE save the ruamel.yaml objects of their config beside the tensors, LaVIN its argparse.Namespace: for these names the
     unpickler gets classes that do nothing, whether the packages are installed or not. Any other name that weights_only refuses is an
     error."""
-    zipped = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 is no zip: it cannot be mapped, nor its names listed
+    zipped = is_zip(path)  # the format before PyTorch 1.6 is no zip: it cannot be mapped, nor its names listed
     try:
         names = sorted(get_unsafe_globals_in_checkpoint(path)) if zipped else []
         known = {name: next((cls for pattern, cls in stand_ins if pattern.fullmatch(name)), None) for name in names}
@@ -140,7 +140,7 @@ def _read_pickle(path: Path, stand_ins=_STAND_INS):
 
 def is_torchscript(path: Path) -> bool:
     """Whether it is a zip that torch.jit.save wrote: torch.load tells by the same name."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:

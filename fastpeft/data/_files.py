@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fastpeft.documents import parse_json
@@ -20,6 +20,12 @@ class BadEntry(ValueError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def listed(names: Iterable, most: int = 20) -> str:
+    """Names from a file, in a message of one line."""
+    short = [" ".join(str(name).split())[:60] or repr(name) for name in names]
+    return ", ".join(short[:most]) + (", ..." if len(short) > most else "")
 
 
 def value_of(entry: dict, name: str):

@@ -41,9 +41,8 @@ class DataSource:
 
 
 def _sources(data) -> tuple[DataSource, ...]:
-    return tuple(
-        DataSource(**(_spelt(one) if isinstance(one, str) else one)) for one in ((data,) if isinstance(data, str | dict) else data)
-    )
+    given = (data,) if isinstance(data, str | dict) else data
+    return tuple(declared.split(_spelt(one) if isinstance(one, str) else one, DataSource)[0] for one in given)
 
 
 _OPTION = re.compile(r",(weight|kind|image_folder|image_prefix|turns)=([^,]*)")

@@ -12,6 +12,8 @@ from fastpeft.adapters import fingerprint
 from fastpeft.data.tokenizer import tokenizer_digest
 from fastpeft.documents import parse_json
 from fastpeft.files import clear_drafts, recover_folder
+from fastpeft.models import parts_of
+from fastpeft.plan import parse
 from fastpeft.train.config import FREE
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote
@@ -79,11 +81,20 @@ def _compare(trainer, was: dict[str, Any]) -> None:
     allowed, mine = set(trainer.config.allow_change or ()), trainer.identity
     if unknown := sorted(allowed - mine.keys()):
         raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {', '.join(mine)}")
+    was = was | ({"plan": _plan_now(trainer, was["plan"])} if "plan" in was else {})
     changed = {name: differences(name, then, mine.get(name)) for name, then in was.items()}
     if refused := {name: said for name, said in changed.items() if said and name not in allowed}:
         how = "" if DATA & refused.keys() else f"; --allow-change {','.join(refused)} goes on all the same"
         raise ValueError(f"cannot resume {trainer.out}: " + "; ".join(text for said in refused.values() for text in said) + how)
     trainer.notes += [f"changed when it was resumed: {text}" for said in changed.values() for text in said]
+
+
+def _plan_now(trainer, plan: Any) -> Any:
+    """A checkpoint's plan with the options that methods have had since, at their defaults."""
+    try:
+        return json.loads(json.dumps(parse(plan, parts_of(trainer.model)).to_dict()))
+    except ValueError:
+        return plan
 
 
 def _finished(trainer) -> dict[str, Any] | None:

@@ -237,10 +237,11 @@ def _check_moments(optimizer, state: Any) -> None:
     """ValueError names what is no state of AdamW for these parameters: groups, moments and masters of other shapes, or not finite."""
     try:
         groups, moments, masters = state["adamw"]["param_groups"], state["adamw"]["state"], state["masters"]
-        same = [list(group["params"]) for group in groups] == [group["params"] for group in optimizer.adamw.state_dict()["param_groups"]]
+        numbers = [list(group["params"]) for group in groups]
     except (KeyError, TypeError) as error:
         raise ValueError(f"optimizer.pt lacks {error}") from None
-    if not same:
+    wanted = [group["params"] for group in optimizer.adamw.state_dict()["param_groups"]]
+    if not all(type(number) is int for group in numbers for number in group) or numbers != wanted:
         raise ValueError("it groups its parameters by other learning rates or weight decays")
     if not isinstance(moments, dict) or not isinstance(masters, list):
         raise ValueError("optimizer.pt holds another thing than moments and masters")

@@ -69,8 +69,9 @@ class Disk:
     # what is patched ----------------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        import fastpeft.files
         import torch
+
+        import fastpeft.files
         from fastpeft.train import state
 
         self.owner = os.getpid()

@@ -115,7 +115,9 @@ def test_the_first_step_after_a_resumption_is_that_of_a_run_that_went_on(runs, p
     def run(out, steps, **more):
         options = {"save_every": 0, "batch_size": 3, "out": tmp_path / out} | SETTINGS[setting] | more
         small = runs.DROPOUT if options.pop("small", False) else None
-        trainer = runs.trainer(phantoms, options.pop("plan", "F/LoRA/LoRA"), small=small, samples=20, steps=steps, learning_rate=1e-3, **options)
+        trainer = runs.trainer(
+            phantoms, options.pop("plan", "F/LoRA/LoRA"), small=small, samples=20, steps=steps, learning_rate=1e-3, **options
+        )
         trainer.optimizer.schedule(8)  # of the longer run
         after = {}
         take = trainer._step

@@ -104,8 +104,8 @@ def main() -> int:
             if at % 5000 == 0:
                 print(f"{at} cases, {len(fuzz.failures)} failed, {time.time() - began:.0f} s, {memory() / 1e9:.2f} GB", flush=True)
         grown = memory() - before
-    print(f"{sum(fuzz.done.values())} cases in {time.time() - began:.0f} s: {len(fuzz.failures)} failed, {sum(fuzz.refused.values())} refused, "
-          f"memory grew by {grown / 1e6:.0f} MB")  # fmt: skip
+    counts = f"{len(fuzz.failures)} failed, {sum(fuzz.refused.values())} refused"
+    print(f"{sum(fuzz.done.values())} cases in {time.time() - began:.0f} s: {counts}, memory grew by {grown / 1e6:.0f} MB")
     for name, count in sorted(fuzz.done.items()):
         print(f"{name:>14}: {count:>6} cases, {fuzz.refused[name]:>6} refused, {1000 * fuzz.seconds[name] / count:.1f} ms of CPU each")
     return bool(fuzz.failures or grown > GROWTH)

@@ -24,8 +24,16 @@ import fastpeft as fp
 from fastpeft.adapters import describe, load_adapter
 from fastpeft.caching.store import read_header, read_tensor
 from fastpeft.convert.reading import read_file
-from fastpeft.data import load_causal_tokenizer, load_image, load_instructions, load_samples, load_tokenizer, save_tokenizer
-from fastpeft.data import train_causal_tokenizer, train_tokenizer
+from fastpeft.data import (
+    load_causal_tokenizer,
+    load_image,
+    load_instructions,
+    load_samples,
+    load_tokenizer,
+    save_tokenizer,
+    train_causal_tokenizer,
+    train_tokenizer,
+)
 from fastpeft.documents import parse_json, parse_yaml
 from fastpeft.models import resolve
 from fastpeft.plan import build, detach, parse
@@ -149,9 +157,14 @@ RECIPE = {
 STUDY = {
     "title": "t", "options": {"model": "miss-tiny", "steps": 2}, "data": {"a": {"made": "phantoms"}, "b": {}}, "seeds": [0, 1],
     "rows": [{"plan": "F/LoRA/LoRA", "rank": 4}, {"name": "full", "plan": "T/T/T"}, {"plan": "T/T/T", "from": "full", "data": "b"}],
-    "score_on": ["a"], "columns": ["rank", "open"], "figures": ["loss"], "tiny": {"options": {"steps": 1}, "data": {"a": {"made": "phantoms"}}},
+    "score_on": ["a"], "columns": ["rank", "open"], "figures": ["loss"],
+    "tiny": {"options": {"steps": 1}, "data": {"a": {"made": "phantoms"}}},
 }  # fmt: skip
-PLAN = {"vit": "F", "jtm": [{"LoRA": {"r": 4, "target_modules": "query|value", "rank_pattern": {"query": 2}}}], "dec": {"PTv2": {"num_virtual_tokens": 3}}}
+PLAN = {
+    "vit": "F",
+    "jtm": [{"LoRA": {"r": 4, "target_modules": "query|value", "rank_pattern": {"query": 2}}}],
+    "dec": {"PTv2": {"num_virtual_tokens": 3}},
+}
 BOMB = "a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]\n"
 
 
@@ -188,7 +201,10 @@ def _study(corpus: Corpus, draw: random.Random) -> None:
 def _plan(corpus: Corpus, draw: random.Random) -> None:
     from fastpeft.models import parts_of
 
-    parse(mutate.document(PLAN, draw) if draw.random() < 0.8 else draw.choice(("F/LoRA", "a/b/c", "LoRA+LoRA/F/F", "//", "F+F/F/F", "")), parts_of(corpus.model))
+    parse(
+        mutate.document(PLAN, draw) if draw.random() < 0.8 else draw.choice(("F/LoRA", "a/b/c", "LoRA+LoRA/F/F", "//", "F+F/F/F", "")),
+        parts_of(corpus.model),
+    )
 
 
 def _images_of(folder: Path) -> None:
@@ -196,7 +212,9 @@ def _images_of(folder: Path) -> None:
     Image.new("RGB", (4, 4)).save(folder / "imgs" / "a.png")
 
 
-SLAKE = [{"img_name": "a.png", "question": "What?", "answer": "Liver", "q_lang": "en", "answer_type": "OPEN", "content_type": "Organ", "qid": 1}] * 2
+SLAKE = [
+    {"img_name": "a.png", "question": "What?", "answer": "Liver", "q_lang": "en", "answer_type": "OPEN", "content_type": "Organ", "qid": 1}
+] * 2
 RAD = [{"image_name": "a.png", "question": "Is it?", "answer": "Yes", "answer_type": "CLOSED ", "qid": 1}]
 MILE = [{"img_name": "a.png", "qid": 3, "answer": "no", "question_pool": ["Is it?", "Is it so?"]}]
 INSTRUCTIONS = (
@@ -320,7 +338,8 @@ def _tokenizer(corpus: Corpus, draw: random.Random) -> None:
 
 SUMMARY = {
     "steps": 2, "samples": 4, "samples_per_second": 1.0, "loss_first": 2.0, "loss_last": 1.0, "plan": "F/LoRA/LoRA", "notes": ["n"],
-    "eval": {"open": 0.5, "closed": 0.5, "global": 0.5, "n": 2}, "parameters": {"parts": {"vit": {"trainable": 1}}}, "versions": {"torch": "2"},
+    "eval": {"open": 0.5, "closed": 0.5, "global": 0.5, "n": 2}, "parameters": {"parts": {"vit": {"trainable": 1}}},
+    "versions": {"torch": "2"},
     "parts": {"vit": {"saved_bytes": 1, "flops_per_sample": 2.0}}, "routing": {"text": [[0.5, 0.5]]}, "sources": {"a": {"samples": 1}},
 }  # fmt: skip
 
@@ -328,17 +347,28 @@ SUMMARY = {
 def _report(corpus: Corpus, draw: random.Random) -> None:
     folder = corpus.empty()
     rows = [{"step": n, "loss": 1.0 / n, "samples_per_second": 2.0, "memory_bytes": 10} for n in (1, 2, 3)]
-    asked = [{"qid": "1", "question": "q", "answer": "a", "prediction": "b", "correct": True, "image": str(corpus.work / "x.png"), "answer_type": "OPEN"}]
+    asked = [
+        {
+            "qid": "1",
+            "question": "q",
+            "answer": "a",
+            "prediction": "b",
+            "correct": True,
+            "image": str(corpus.work / "x.png"),
+            "answer_type": "OPEN",
+        }
+    ]
     (folder / "summary.json").write_text(mutate.text_of(mutate.document(SUMMARY, draw)))
     (folder / "metrics.jsonl").write_text("\n".join(mutate.text_of(mutate.document(row, draw)) for row in rows))
     (folder / "predictions.json").write_text(mutate.text_of(mutate.document(asked, draw)))
     write_report(folder)
 
 
-COMMANDS = ("train", "eval", "params", "estimate", "merge", "convert", "ask", "study", "instruct", "bench-", "--version", "--help", "")
+COMMANDS = ("train", "eval", "params", "merge", "convert", "ask", "study", "instruct", "bench-", "--version", "--help", "")
 OPTIONS = (
     "--model", "--plan", "--data", "--out", "--adapter", "--steps", "--batch-size", "--rank", "--json", "--resume", "--config", "--seed",
-    "--image", "--dtype", "--quantize", "--lr", "--languages", "--metrics", "--memory-budget", "--on-nan", "--max-pixels", "--hold-out", "-x",
+    "--image", "--dtype", "--quantize", "--lr", "--languages", "--metrics", "--memory-budget", "--on-nan", "--max-pixels", "--hold-out",
+    "-x",
     "--gpu-memory", "--seq-len", "--help",
 )  # fmt: skip
 WORDS = (

@@ -27,7 +27,11 @@ def poison(trainer, qids, where="jtm"):
     module = trainer.model.text_encoder.encoder.layer[1].output.dense
     seen = []
     passes = trainer.step.passes
-    trainer.step.passes = lambda batches, **how: (seen.clear(), seen.extend(s.qid for b in batches for s in b["samples"]), passes(batches, **how))[2]
+    trainer.step.passes = lambda batches, **how: (
+        seen.clear(),
+        seen.extend(s.qid for b in batches for s in b["samples"]),
+        passes(batches, **how),
+    )[2]
     module.register_forward_hook(lambda module, args, output: output * float("nan") if qids & {*seen} else None)
 
 
@@ -64,7 +68,9 @@ def test_a_weight_that_is_not_finite_is_named(runs, phantoms, tmp_path):
     trainer = start(runs, phantoms, tmp_path / "run")
     with torch.no_grad():
         trainer.model.text_encoder.encoder.layer[0].output.LayerNorm.weight[3] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"that of text_encoder.encoder.layer.0.output.LayerNorm, whose weight is not finite itself"):
+    with pytest.raises(
+        FloatingPointError, match=r"that of text_encoder.encoder.layer.0.output.LayerNorm, whose weight is not finite itself"
+    ):
         trainer.fit()
 
 
@@ -94,7 +100,10 @@ def test_too_many_skipped_steps_end_the_run(runs, phantoms, tmp_path):
     trainer = start(runs, phantoms, tmp_path / "run", on_nan="skip", steps=20, save_every=0)
     poison(trainer, {sample.qid for sample in trainer.dataset.samples})
     before = runs.weights(trainer)
-    with pytest.raises(FloatingPointError, match=r"at step 11 .*10 steps before it were skipped.*stopped after step 10"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(FloatingPointError, match=r"at step 11 .*10 steps before it were skipped.*stopped after step 10"),
+        pytest.warns(UserWarning),
+    ):
         trainer.fit()
     runs.assert_same_weights(runs.weights(trainer), before)
 
@@ -105,7 +114,9 @@ def forgetful(trainer, step: int, room: int) -> None:
 
     def hook(module, args, kwargs):
         if trainer.done["step"] + 1 >= step and len(kwargs["input_ids"]) > room:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+            )
 
     trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
     assert passes
@@ -150,7 +161,7 @@ def test_a_halved_run_resumes_halved(runs, phantoms, tmp_path):
 def test_memory_that_does_not_suffice_for_half_is_an_error_with_a_checkpoint(runs, phantoms, tmp_path):
     trainer = start(runs, phantoms, tmp_path / "run")
     forgetful(trainer, 3, 1)
-    with pytest.raises(RuntimeError, match="can't allocate memory.*; stopped after step 2; --resume goes on from there"):
+    with pytest.raises(RuntimeError, match=r"can't allocate memory.*; stopped after step 2; --resume goes on from there"):
         trainer.fit()
     assert [out_of_memory(e) for e in (MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("shape"), ValueError("out of memory"))] == [
         True,
@@ -179,7 +190,9 @@ def test_a_dead_data_worker_is_named_and_the_run_saved(runs, phantoms, tmp_path,
     else:
         update = trainer.optimizer.step
         trainer.optimizer.step = lambda n: (update(n), kill() if n == 2 else None)[0]
-    with pytest.raises(ChildProcessError, match=r"data worker \d+ died \(killed by signal: Killed\), before the batch of .*; stopped after step \d"):
+    with pytest.raises(
+        ChildProcessError, match=r"data worker \d+ died \(killed by signal: Killed\), before the batch of .*; stopped after step \d"
+    ):
         trainer.fit()
     step = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["done"]["step"]
     assert step == 3 if when == "in a step" else step in (2, 3, 4)
@@ -194,7 +207,9 @@ def test_a_stuck_data_worker_is_named_and_ended(runs, phantoms, tmp_path):
     item = trainer.dataset._item
     trainer.dataset._item = lambda index: time.sleep(60) if trainer.dataset.samples[index].qid == last[0] else item(index)
     began = time.perf_counter()
-    with pytest.raises(ChildProcessError, match=r"a data worker is stuck: no batch came for 1 s, of (.*) \(worker_timeout\); stopped after step 4") as error:
+    with pytest.raises(
+        ChildProcessError, match=r"a data worker is stuck: no batch came for 1 s, of (.*) \(worker_timeout\); stopped after step 4"
+    ) as error:
         trainer.fit()
     assert ", ".join(last) in str(error.value) and time.perf_counter() - began < 30
     (worker,) = trainer.loading._iterator._workers
