@@ -76,7 +76,7 @@ def read_header(path: Path) -> tuple[str, dict[str, Place]]:
     for key, told in content.items():
         (begin, end), shape, dtype = told["data_offsets"], tuple(told["shape"]), DTYPES[told["dtype"]]
         numbers = (begin, end, sums[key], *shape)
-        if not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError(f"{key}: its header holds another thing than numbers")
         if begin > end or math.prod(shape) * dtype.itemsize != end - begin:
             raise ValueError(f"{key}: its shape is not its bytes'")

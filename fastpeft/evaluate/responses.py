@@ -7,7 +7,6 @@ import inspect
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
 from fastpeft.device import to_device
@@ -17,6 +16,7 @@ from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
+from fastpeft.progress import progress_bar
 
 
 def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def respond(
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
         with callers_settings_only(model):
-            for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
+            for indices, batch in zip(batches, progress_bar(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
                 inputs = to_device(batch, names, first.device, first.dtype)
                 ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]
                 responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))

@@ -237,9 +237,9 @@ def _check_moments(optimizer, state: Any) -> None:
     """ValueError names what is no state of AdamW for these parameters: groups, moments and masters of other shapes, or not finite."""
     try:
         groups, moments, masters = state["adamw"]["param_groups"], state["adamw"]["state"], state["masters"]
-        numbers = [list(group["params"]) for group in groups]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"optimizer.pt lacks {error}") from None
+        numbers = [list(group["params"]) for group in groups] if isinstance(groups, list) else []
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"optimizer.pt is of another form ({error})") from None
     wanted = [group["params"] for group in optimizer.adamw.state_dict()["param_groups"]]
     if not all(type(number) is int for group in numbers for number in group) or numbers != wanted:
         raise ValueError("it groups its parameters by other learning rates or weight decays")

@@ -7,6 +7,7 @@ import functools
 import math
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
+from fastpeft.report.report import write_report
 from fastpeft.savings import without
+from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.faults import IN_A_ROW, passes_in_memory, where_not_finite
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
@@ -48,7 +51,7 @@ class Trainer:
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
     ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
     of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
-    the run then ends with the best adapter.
+    the run then ends with the best adapter. ``callbacks`` follow the run (:class:`fastpeft.train.callbacks.Callback`), as do ``track``'s.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class Trainer:
         scoring: Scoring | None = None,
         started_from: dict[str, Any] | None = None,
         validation: ValidationData | None = None,
+        callbacks: Iterable[Callback] = (),
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
         config = self.config
+        self.followers = Followers([*callbacks, *(TRACKERS[name]() for name in config.trackers)])
         if dataset.tokenizer is None:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
@@ -93,6 +98,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.notes: list[str] = []
         self.saver = Saver(self)
+        self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
@@ -100,6 +106,11 @@ class Trainer:
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+
+    @property
+    def model_name(self) -> str:
+        source = getattr(self.model, "fastpeft_source", {})
+        return source.get("model") or type(self.model).__name__
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -133,7 +144,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps() as stop:
+        with locked(self.out), StopBetweenSteps() as stop, self.followers:
             if self.out is not None and (finished := open_run(self)) is not None:
                 return finished
             reset_peak(self.device)
@@ -159,7 +170,9 @@ class Trainer:
         config, done = self.config, self.done
         if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
-        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
+        about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
+        self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
+        log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
         with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
             began = time.perf_counter()
             for batches in self._batches():
@@ -168,11 +181,13 @@ class Trainer:
                     row, seconds = self._step(batches), time.perf_counter() - began
                     row |= self._validate()
                     log.log(row, seconds)
+                    self.followers.step(row)
                     if tracer is not None:
                         tracer.step()
                     due = config.save_every and done["step"] % config.save_every == 0
                     if self.out and due and done["step"] < self.total_steps:
                         self.save()
+                self.followers.check()
                 began = time.perf_counter()
         if self.features is not None:
             self.features.flush()
@@ -229,13 +244,12 @@ class Trainer:
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
         summary = self.summary(scored)
         if self.out:
-            from fastpeft.report.report import write_report  # here, so that `python -m fastpeft.report.report` finds it not yet imported
-
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
             asked = self.eval_dataset.samples if self.eval_dataset is not None else ()
-            write_report(self.out, {sample.image.parent for sample in asked if sample.image is not None})
+            write_report(self.out, data={sample.image.parent for sample in asked if sample.image is not None})
+        self.followers.end(summary)
         if failure is not None:
             raise failure
         return summary
@@ -333,7 +347,7 @@ class Trainer:
         scored = {"eval": evaluation, "generation": generation}
         scored |= {"features": self.features.counts()} if self.features is not None else {}
         scored |= {name: self.done[name] for name in ("skipped", "half_batches") if self.done[name]}
-        return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
+        return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
