@@ -43,21 +43,25 @@ def check_config(config: PretrainedConfig, where: Any, tensors: int | None = Non
 
     for prefix, each in [("", config), *((f"{name}.", getattr(config, name, None)) for name in config.sub_configs)]:
         for name, value in vars(each).items() if each is not None else ():
-            told = f"{where}: {prefix}{name} = {value!r}"
+            told = f"{where}: {prefix}{name} = {str(value)[:100]!r}"
             if name.endswith("_act") and isinstance(value, str) and value not in ACT2FN:
                 raise ValueError(f"{told} is no activation that transformers knows")
             if name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-                kind = value.get("rope_type", value.get("type", "default"))
-                if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-                    raise ValueError(f"{where}: {prefix}{name}: {kind!r} is no rotary embedding that transformers knows")
-            if isinstance(value, bool) or not isinstance(value, int) or name.endswith("token_id"):
-                continue
-            if abs(value) > MOST:
-                raise ValueError(f"{told} is beyond any model")
-            if SIZES.fullmatch(name) and value < 1:
-                raise ValueError(f"{told}: it must be 1 or more")
-            if name.endswith("layers") and value > (MOST_LAYERS if tensors is None else tensors):
-                raise ValueError(f"{told}, and {'that is beyond any model' if tensors is None else f'its files hold {tensors} tensors'}")
+                kind = str(value.get("rope_type", value.get("type", "default")))
+                if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+                    raise ValueError(f"{where}: {prefix}{name}: {kind[:100]!r} is no rotary embedding that transformers knows")
+            if type(value) is int and not name.endswith("token_id") and (problem := _problem(name, value, tensors)):
+                raise ValueError(f"{told}: {problem}")
+
+
+def _problem(name: str, value: int, tensors: int | None) -> str:
+    """What is wrong with a number of a configuration; '' for nothing."""
+    layers = name.endswith("layers")
+    if abs(value) > MOST or (layers and tensors is None and value > MOST_LAYERS):
+        return "that is beyond any model"
+    if SIZES.fullmatch(name) and value < 1:
+        return "it must be 1 or more"
+    return f"its files hold {tensors} tensors" if layers and tensors is not None and value > tensors else ""
 
 
 def tensors_in(folder: Path) -> tuple[int | None, int]:

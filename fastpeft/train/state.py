@@ -247,24 +247,33 @@ def _check_moments(optimizer, state: Any) -> None:
         raise ValueError("optimizer.pt holds another thing than moments and masters")
     owned = [p for group in optimizer.adamw.param_groups for p in group["params"]]
     for number, held in moments.items():
-        if not isinstance(number, int) or not 0 <= number < len(owned) or not isinstance(held, dict):
+        if type(number) is not int or not 0 <= number < len(owned) or not isinstance(held, dict):
             raise ValueError(f"it has moments of parameter {number!r}, and there are {len(owned)}")
-        for name, value in held.items():
-            if name == "step":
-                good = isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-                good = good and math.isfinite(float(value)) and float(value) >= 0
-            else:
-                good = isinstance(value, torch.Tensor) and value.shape == owned[number].shape and bool(value.isfinite().all())
-            if not good:
-                told = f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-                raise ValueError(f"its {name} of parameter {number} is {told}, and {list(owned[number].shape)} of finite numbers is needed")
-        if missing := {"step", "exp_avg", "exp_avg_sq"} - held.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))} of parameter {number}")
+        _check_moment(number, held, owned[number])
     mine = [master for p, master in optimizer.pairs if master is not p]
     if len(mine) != len(masters):
         raise ValueError("it was saved with another dtype")
-    if any(not isinstance(t, torch.Tensor) or t.shape != m.shape or not t.isfinite().all() for t, m in zip(masters, mine)):
+    if not all(map(_alike, masters, mine)):
         raise ValueError("its masters are of other shapes, or not finite")
+
+
+def _check_moment(number: int, held: dict, parameter: torch.Tensor) -> None:
+    if missing := {"step", "exp_avg", "exp_avg_sq"} - held.keys():
+        raise ValueError(f"it has no {', '.join(sorted(missing))} of parameter {number}")
+    for name, value in held.items():
+        if not (_is_count(value) if name == "step" else _alike(value, parameter)):
+            told = f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"its {name} of parameter {number} is {told}, and {list(parameter.shape)} of finite numbers is needed")
+
+
+def _is_count(value: Any) -> bool:
+    number = isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return number and math.isfinite(float(value)) and float(value) >= 0
+
+
+def _alike(value: Any, mine: torch.Tensor) -> bool:
+    """A tensor of the same shape whose values are finite."""
+    return isinstance(value, torch.Tensor) and value.shape == mine.shape and bool(value.isfinite().all())
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:

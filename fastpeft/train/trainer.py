@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
