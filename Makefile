@@ -6,7 +6,7 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
+.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers crash fuzz soak aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
@@ -40,6 +40,16 @@ test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions 
 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest $(PYTEST) -m slow
+
+# runs killed at 500 of their file operations, and resumed; 100,000 drawn files and command lines; a run of an hour. Long: by hand
+crash: $(VENV)/.built
+	OMP_NUM_THREADS=1 $(PY) tests/crash/crash_harness.py --points 500
+
+fuzz: $(VENV)/.built
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/fuzz.py --cases 100000
+
+soak: $(VENV)/.built
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -m slow tests/crash/test_soak.py
 
 # The oldest transformers and peft that pyproject.toml allows, with what they need, laid over the installed ones
 OLDEST = $(CURDIR)/build/oldest

@@ -22,14 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from fastpeft.adapter_description import checked
 from fastpeft.documents import parse_json
-from fastpeft.files import atomic_folder, save_tensors, tensor_digest
+from fastpeft.files import atomic_folder, is_folder, save_tensors, tensor_digest
 from fastpeft.methods import Frozen, Method, Part, from_peft, is_adapter
-from fastpeft.methods.adapted import Adapted
+from fastpeft.methods.adapted import Adapted, without_memory
 from fastpeft.methods.base import shorten
 from fastpeft.methods.quantized import dequantize, is_quantized
 from fastpeft.models import parts_of
 from fastpeft.plan import Plan, adapt, detach, parse, undone_on_error
+from fastpeft.tensor_files import read_shapes
 
 FORMAT = 1
 DESCRIPTION = "fastpeft.json"
@@ -49,76 +51,113 @@ def save_adapter(
 
     An adapter that stands at ``folder`` is replaced; ValueError for a folder that holds anything else.
     """
-    plan, folder = _plan_of(model), Path(folder)
+    return write_adapter(adapter_state(model, description), folder, write_more)
+
+
+def adapter_state(model: nn.Module, description: dict[str, Any] | None = None, *, copy: bool = False) -> dict[str, Any]:
+    """What :func:`save_adapter` writes, for :func:`write_adapter`: by folder its files' contents. ``copy``: tensors of their own, so that
+    training may go on meanwhile."""
+    plan, saved = _plan_of(model), {}
+    for part in parts_of(model):
+        for method, name in zip(plan.treatments[part.name], _folders(plan, part)):
+            root = part.of(model)
+            if tensors := {key: t.cpu().contiguous() for key, t in method.tensors(root, part).items()}:
+                config = None if method.peft_type is None else method.peft_config(root, part)
+                saved[name] = ({key: t.clone() for key, t in tensors.items()} if copy else tensors, config)
+    about = {
+        "format": FORMAT,
+        "plan": str(plan),
+        "treatments": plan.to_dict(),
+        "base": dict(getattr(model, "fastpeft_source", {})),
+        "base_fingerprint": fingerprint(model),
+    }
+    return {"about": about | (description or {}), "parts": saved}
+
+
+def write_adapter(state: dict[str, Any], folder: str | Path, write_more: Callable[[Path], None] | None = None) -> Path:
+    """Write what :func:`adapter_state` took, as :func:`save_adapter` does."""
+    folder = Path(folder)
     if folder.exists() and not (folder / DESCRIPTION).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is not an adapter, and one would replace it; give a new or an empty folder")
     with atomic_folder(folder) as draft:
-        for part in parts_of(model):
-            for method, name in zip(plan.treatments[part.name], _folders(plan, part)):
-                _save_method(method, part, part.of(model), draft / name)
-        about = {
-            "format": FORMAT,
-            "plan": str(plan),
-            "treatments": plan.to_dict(),
-            "base": getattr(model, "fastpeft_source", {}),
-            "base_fingerprint": fingerprint(model),
-        }
-        (draft / DESCRIPTION).write_text(json.dumps(about | (description or {}), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, (tensors, config) in state["parts"].items():
+            (draft / name).mkdir()
+            checksum = {CHECKSUM: tensor_digest(tensors)}
+            if config is None:
+                save_tensors(tensors, draft / name / "model.safetensors", metadata=checksum)
+                continue
+            config = config | {"inference_mode": True, "base_model_name_or_path": None}
+            (draft / name / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+            save_tensors(tensors, draft / name / "adapter_model.safetensors", metadata={"format": "pt"} | checksum)
+        (draft / DESCRIPTION).write_text(json.dumps(state["about"], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if write_more is not None:
             write_more(draft)
     return folder
-
-
-def _save_method(method: Method, part: Part, root: nn.Module, folder: Path) -> None:
-    tensors = method.tensors(root, part)
-    if not tensors:
-        return
-    folder.mkdir()
-    copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    checksum = {CHECKSUM: tensor_digest(copies)}
-    if method.peft_type is None:
-        save_tensors(copies, folder / "model.safetensors", metadata=checksum)
-        return
-    config = method.peft_config(root, part) | {"inference_mode": True, "base_model_name_or_path": None}
-    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    save_tensors(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"} | checksum)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not). Of a
     model of one part, such as LLaMA, the folder may also be what PEFT wrote itself.
 
-    Everything is checked before anything is copied. ValueError names a missing file; every missing, unexpected or misshapen key; every
-    tensor that is not of floating point, or holds NaN or an infinity; every field of a PEFT configuration that would change the outputs
-    and is not known here (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
+    Everything is checked before anything is copied, and shapes against the files' headers before memory is taken.
+    ValueError names a missing file; every missing, unexpected or misshapen key; every tensor that is not of floating point, or holds NaN
+    or an infinity; every field of a PEFT configuration that would change the outputs and is not known here
+    (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ValueError(f"no adapter folder at {folder}")
     plan = read_plan(model, folder)
     mine = getattr(model, "fastpeft_plan", None)
     if mine is not None and not _equivalent(mine, plan, parts_of(model)):
         raise ValueError(f"{folder} holds {plan}, and the model is adapted with {mine} (options included); load it into a fresh base")
-    about = describe(folder)
+    if mine is None:
+        _check_shapes(model, plan, folder)
     with undone_on_error(model) if mine is None else nullcontext():
         if mine is None:
             adapt(model, plan)
-        if about.get("base_fingerprint") not in (None, fingerprint(model)):
-            warnings.warn(f"{folder} was trained on other base weights than this model's", stacklevel=2)
-        found, whole = [], _is_peft_folder(folder, parts_of(model))
-        for part in parts_of(model):
-            for method, name in zip(model.fastpeft_plan.treatments[part.name], _folders(plan, part)):
-                root, where = part.of(model), folder if whole else folder / name
-                if method.tensors(root, part):
-                    _check_config(where, method, root, part)
-                    found.append((method, root, part, _read_tensors(where, method), str(where)))
-        if not whole:
+        else:
+            _warn_of_another_base(model, folder)
+        found = []
+        for method, root, part, where in _saved(model, plan, folder):
+            _check_config(where, method, root, part)
+            found.append((method, root, part, _read_tensors(where, method), str(where)))
+        if not _is_peft_folder(folder, parts_of(model)):
             _refuse_unread(folder, {Path(where).name for *_, where in found}, plan)
         for method, root, part, tensors, where in found:
             method.check(root, part, tensors, where)
         for method, root, part, tensors, _ in found:
             method.load(root, part, tensors)
     return model
+
+
+def _saved(model: nn.Module, plan: Plan, folder: Path) -> Iterator[tuple[Method, nn.Module, Part, Path]]:
+    """What an adapted model has tensors of in ``folder``: (method, the part's module, part, where)."""
+    whole = _is_peft_folder(folder, parts_of(model))
+    for part in parts_of(model):
+        for method, name in zip(model.fastpeft_plan.treatments[part.name], _folders(plan, part)):
+            if method.tensors(part.of(model), part):
+                yield method, part.of(model), part, folder if whole else folder / name
+
+
+def _check_shapes(model: nn.Module, plan: Plan, folder: Path) -> None:
+    """ValueError where the plan's tensors are not those of the files' headers. Takes no memory, whatever the plan says, and leaves the
+    model as it was."""
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    with without_memory(), undone_on_error(model):
+        adapt(model, plan)
+        _warn_of_another_base(model, folder)
+        for method, root, part, where in _saved(model, plan, folder):
+            _check_config(where, method, root, part)
+            method.check(root, part, read_shapes(_tensor_file(where, method)), str(where))
+    detach(model)
+    for parameter, required in trainable:
+        parameter.requires_grad_(required)
+
+
+def _warn_of_another_base(model: nn.Module, folder: Path) -> None:
+    if describe(folder).get("base_fingerprint") not in (None, fingerprint(model)):
+        warnings.warn(f"{folder} was trained on other base weights than this model's", stacklevel=4)
 
 
 def _equivalent(mine: Plan, theirs: Plan, parts: tuple[Part, ...]) -> bool:
@@ -133,13 +172,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
         return {}
     try:
         about = parse_json(path.read_text(encoding="utf-8"))
-        if about["format"] > FORMAT:
+        if isinstance(about, dict) and isinstance(about.get("format"), int) and about["format"] > FORMAT:
             raise ValueError(f"format {about['format']} is newer than this fastpeft reads ({FORMAT})")
-        if not isinstance(about["treatments"], dict):
-            raise ValueError("its treatments are no mapping from parts to methods")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return checked(about)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not ours: {error}") from None
-    return about
 
 
 def read_plan(model: nn.Module, folder: Path) -> Plan:
@@ -197,12 +234,17 @@ def _is_peft_folder(folder: Path, parts: tuple[Part, ...]) -> bool:
     return len(parts) == 1 and (folder / PEFT_CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
 
 
-def _read_tensors(folder: Path, method: Method) -> dict[str, torch.Tensor]:
+def _tensor_file(folder: Path, method: Method) -> Path:
     path = folder / ("model.safetensors" if method.peft_type is None else "adapter_model.safetensors")
     if method.old_file is not None and not path.is_file() and (folder / method.old_file).is_file():
         path = folder / method.old_file
     if not path.is_file():
         raise ValueError(f"the adapter is incomplete: {path} is missing")
+    return path
+
+
+def _read_tensors(folder: Path, method: Method) -> dict[str, torch.Tensor]:
+    path = _tensor_file(folder, method)
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:

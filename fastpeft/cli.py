@@ -281,12 +281,13 @@ app.command()(study)
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="folders that fastpeft train wrote")],
     out: Annotated[str | None, typer.Option(help="page to write (default: RUN/report.html; of several runs comparison.html)")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="folder whose images the page may show, beside those in RUN; repeats")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its files, or a page that compares several runs."""
     from fastpeft.report.compare import write_reports
 
-    written = str(write_reports(runs, out))
+    written = str(write_reports(runs, out, data or ()))
     emit({"out": written}, as_json, [f"report in {written}"])
 
 
@@ -340,7 +341,7 @@ def _run() -> int:
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except OptionError as error:
         return _complain(f"{error} (option '{_flag_of(error.option)}')")
-    except (ValueError, TypeError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError) as error:
         return _complain(error)
     except Exception as error:
         kind = type(error).__name__  # by name: these classes are torch's and safetensors', which may not be loaded

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 ASIDE = "aside"  # in a folder that is being removed: what stood at atomic_folder's ``aside``
+SETTLED = 10  # seconds after which an unfinished folder that no process holds is one of a killed process
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, making the folder where absent; half a surrogate pair, which no UTF-8 holds, becomes "?"."""
-    with atomic_file(path) as draft:
-        draft.write_bytes(text.encode("utf-8", "replace"))
+    with atomic_file(path) as draft, open_new(draft) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def open_new(path: str | Path) -> IO[bytes]:
+    """A file that is not there yet, to write to. OSError where anything stands there, a link that somebody planted among them."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666), "wb")
+
+
+def open_append(path: str | Path) -> IO[str]:
+    """A text file to add lines to, made where absent. OSError where a link stands there: it may lead out of the folder."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666), "a", encoding="utf-8")
+
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -84,9 +102,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     draft = _beside(path, "new")
     try:
         yield draft
-        _sync(draft)
+        sync(draft)
         os.replace(draft, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -107,34 +125,35 @@ def atomic_folder(
     durable: reach the disk before the rename, so that power may fail; not for what can be made again.
     aside: a name beside ``folder`` that the replaced folder keeps, in place of what stands there; None: it is removed.
 
-    Two renames replace a folder: a process killed between them leaves it under another name, and the next writer of it, or
-    :func:`recover_folder`, puts it back.
+    On Linux a folder is replaced in one step, so that a whole one stands at any moment. Elsewhere two renames replace it: a process killed
+    between them leaves it under another name, and the next writer, reader (:func:`is_folder`) or :func:`recover_folder` puts it back.
+    What killed processes left unfinished is removed by the next writer.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _put_back(folder)
+    _clear_abandoned(folder)
     draft, old = _beside(folder, "new"), _beside(folder, "old")
     draft.mkdir()  # with the permissions that the umask leaves
     moved = None
     try:
-        yield draft
-        mode = stat.S_IMODE(draft.stat().st_mode) & 0o666
-        for file in (path for path in draft.rglob("*") if path.is_file() and not path.is_symlink()):
-            file.chmod(stat.S_IMODE(file.stat().st_mode) | mode)  # as in save_tensors, for what transformers wrote
-        if keep is not None and folder.is_dir():
-            _keep_entries(folder, draft, keep)
-        if durable:
-            for path in [*draft.rglob("*"), draft]:
-                _sync(path)
+        with locked(draft):
+            yield draft
+        _finish(folder, draft, keep, durable)
         if replace and folder.exists():
             old.mkdir()
             if aside is not None and os.path.lexists(aside):
                 os.replace(aside, old / ASIDE)
-            os.replace(folder, old / folder.name if aside is None else aside)
-            moved = aside
-        os.replace(draft, folder)
+            if not _exchange(draft, folder):
+                os.replace(folder, old / folder.name if aside is None else aside)
+                moved = aside
+                os.replace(draft, folder)
+            elif aside is not None:
+                os.replace(draft, aside)
+        else:
+            os.replace(draft, folder)
         if durable:
-            _sync(folder.parent)
+            sync(folder.parent)
     except BaseException:
         if moved is not None and not folder.exists():
             os.replace(moved, folder)
@@ -143,6 +162,37 @@ def atomic_folder(
     finally:
         for left in (draft, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _finish(folder: Path, draft: Path, keep: Callable[[str], bool] | None, durable: bool) -> None:
+    """A draft as it is to stand: permissions, entries that are kept, on the disk."""
+    mode = stat.S_IMODE(draft.stat().st_mode) & 0o666
+    for file in (path for path in draft.rglob("*") if path.is_file() and not path.is_symlink()):
+        file.chmod(stat.S_IMODE(file.stat().st_mode) | mode)  # as in save_tensors, for what transformers wrote
+    if keep is not None and folder.is_dir():
+        _keep_entries(folder, draft, keep)
+    if durable:
+        for path in [*draft.rglob("*"), draft]:
+            sync(path)
+
+
+def _exchange(draft: Path, folder: Path) -> bool:
+    """Give two folders each other's names, in one step. False, with nothing changed, where the system or the file system cannot."""
+    if not sys.platform.startswith("linux") or folder.is_symlink():  # a link is replaced, not what it leads to
+        return False
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(-100, os.fsencode(draft), -100, os.fsencode(folder), 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder stands there, put back where a writer was killed while replacing it."""
+    path = Path(path)
+    if not path.exists():
+        _put_back(path)
+    return path.is_dir()
 
 
 def recover_folder(folder: str | Path) -> None:
@@ -155,8 +205,24 @@ def recover_folder(folder: str | Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def clear_drafts(folder: Path) -> None:
+    """Remove unfinished files of processes that were killed in :func:`atomic_file`. Not for a folder that another process writes in."""
+    for left in folder.glob(".*-new-*"):
+        if left.is_file() and re.fullmatch(r"\..+-new-[0-9a-f]{8}", left.name):
+            left.unlink(missing_ok=True)
+
+
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove drafts of the folder that killed processes left: whoever writes one holds its lock."""
+    for draft in folder.parent.glob(f".{escape(folder.name)}-new-*"):
+        with suppress(OSError, ValueError):
+            if draft.is_dir() and time.time() - draft.stat().st_mtime > SETTLED:
+                with locked(draft, sure=True):
+                    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:
@@ -183,7 +249,7 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk. Not every system can do the latter."""
     if os.name == "nt" or path.is_symlink() or not (path.is_file() or path.is_dir()):
         return
@@ -198,15 +264,17 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: str | Path | None, *, what: str = "process", wait: bool = False) -> Iterator[None]:
+def locked(folder: str | Path | None, *, what: str = "process", wait: bool = False, sure: bool = False) -> Iterator[None]:
     """The folder is this process's alone inside, and free when the process ends, however it ends. Where another process has it,
     ValueError that names the ``what`` running there, or (``wait``) a wait until it ends. Nothing is locked for None, and where the
-    system or the file system has no such locks."""
+    system or the file system has no such locks, unless (``sure``) that is an OSError."""
     try:
         import fcntl
     except ImportError:
         fcntl = None
     if folder is None or fcntl is None:
+        if sure:
+            raise OSError("no locks here")
         yield
         return
     number = os.open(folder, os.O_RDONLY)
@@ -216,7 +284,8 @@ def locked(folder: str | Path | None, *, what: str = "process", wait: bool = Fal
         except BlockingIOError:
             raise ValueError(f"another {what}{_holder(number)} is running in {folder}: wait for it, or choose another --out") from None
         except OSError:
-            pass
+            if sure:
+                raise
         _held.add(number)
         yield
     finally:

@@ -2,17 +2,28 @@
 
 import os
 import stat
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fastpeft import files
-from fastpeft.files import atomic_file, atomic_folder, recover_folder, save_tensors, write_text
+from fastpeft.files import atomic_file, atomic_folder, is_folder, locked, open_append, recover_folder, save_tensors, write_text
 
 
 class Killed(BaseException):
     pass
+
+
+@pytest.fixture(params=["in one step", "by two renames"])
+def either_way(request, monkeypatch):
+    """How a folder is replaced: on Linux in one step, elsewhere by two renames."""
+    if request.param == "by two renames":
+        monkeypatch.setattr(files, "_exchange", lambda draft, folder: False)
+    elif not sys.platform.startswith("linux"):
+        pytest.skip("the same in every mode")
+    return request.param
 
 
 def test_the_next_writer_puts_back_what_a_killed_one_moved_aside(tmp_path):
@@ -27,7 +38,80 @@ def test_the_next_writer_puts_back_what_a_killed_one_moved_aside(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_replacement_keeps_what_it_is_asked_to(tmp_path):
+def test_a_reader_puts_back_what_a_killed_writer_moved_aside(tmp_path):
+    folder, aside = tmp_path / "a", tmp_path / ".a-old-x" / "a"
+    aside.mkdir(parents=True)
+    assert is_folder(folder) and not is_folder(tmp_path / "b")
+
+
+def test_the_next_writer_removes_drafts_that_nobody_writes(tmp_path):
+    folder, dead, alive, fresh = tmp_path / "a", *(tmp_path / f".a-new-{name}" for name in ("dead", "alive", "fresh"))
+    for draft in (dead, alive, fresh):
+        draft.mkdir()
+        (draft / "half").write_text("1")
+    for draft in (dead, alive):
+        os.utime(draft, (0, 0))
+    with locked(alive), atomic_folder(folder):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([alive, fresh, folder])
+
+
+def test_a_whole_folder_stands_at_every_moment(tmp_path, monkeypatch):
+    """Another process looks as often as it can while this one replaces the folder."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the same in every mode")
+    folder, seen = tmp_path / "out", tmp_path / "seen"
+    with atomic_folder(folder) as draft:
+        (draft / "a").write_text("0")
+    pid = os.fork()
+    if not pid:
+        missing = 0
+        while not seen.exists():
+            missing += not folder.is_dir()
+        os._exit(min(missing, 100))
+    for number in range(200):
+        with atomic_folder(folder, durable=False) as draft:
+            (draft / "a").write_text(str(number))
+    seen.touch()
+    assert os.waitpid(pid, 0)[1] == 0 and (folder / "a").read_text() == "199"
+
+
+def test_what_stood_there_keeps_another_name(tmp_path, either_way):
+    folder = tmp_path / "out"
+    for number in range(3):
+        with atomic_folder(folder, aside=tmp_path / "before") as draft:
+            (draft / "a").write_text(str(number))
+    assert (folder / "a").read_text() == "2" and (tmp_path / "before" / "a").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "out"]
+
+
+def test_a_link_to_a_folder_is_replaced_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").write_text("theirs")
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    with atomic_folder(tmp_path / "out") as draft:
+        (draft / "a").write_text("ours")
+    assert (tmp_path / "there" / "a").read_text() == "theirs" and not (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "there"]
+
+
+def test_planted_links_are_not_followed(tmp_path, monkeypatch):
+    theirs, draft = tmp_path / "theirs", tmp_path / ".out-new-known"
+    theirs.write_text("theirs")
+    draft.symlink_to(theirs)
+    monkeypatch.setattr(files, "_beside", lambda path, kind: draft)  # as if its name could be guessed
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "out", "ours")
+    (tmp_path / "log").symlink_to(theirs)
+    with pytest.raises(OSError):
+        open_append(tmp_path / "log")
+    (tmp_path / "text").symlink_to(theirs)
+    monkeypatch.undo()
+    write_text(tmp_path / "text", "ours")
+    assert theirs.read_text() == "theirs" and (tmp_path / "text").read_text() == "ours"
+
+
+def test_a_replacement_keeps_what_it_is_asked_to(tmp_path, either_way):
     folder = tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
     for name in ("gone", "both", "kept", "deep/er"):
@@ -43,6 +127,7 @@ def test_a_replacement_keeps_what_it_is_asked_to(tmp_path):
 
 
 def test_a_failure_leaves_the_folder_whole_although_something_of_it_was_to_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda draft, folder: False)
     folder, replace = tmp_path / "out", os.replace
     folder.mkdir()
     (folder / "kept").write_text("old")
@@ -79,9 +164,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
-    said, replace, sync = [], os.replace, files._sync
+    said, replace, sync = [], os.replace, files.sync
     monkeypatch.setattr("os.replace", lambda source, target: (said.append("renamed"), replace(source, target)))
-    monkeypatch.setattr(files, "_sync", lambda path: (said.append(path.name), sync(path)))
+    monkeypatch.setattr(files, "sync", lambda path: (said.append(path.name), sync(path)))
     with atomic_folder(tmp_path / "out") as draft:
         (draft / "inner").mkdir()
         (draft / "inner" / "file").write_text("a")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import uuid
@@ -35,11 +36,11 @@ from torch import Tensor
 
 from fastpeft.documents import parse_json
 from fastpeft.files import save_tensors
+from fastpeft.tensor_files import DTYPES
 
 SHARD_BYTES = 64 << 20  # of a file: large enough that a data set takes few, small enough to lose when a process is killed
 ABANDONED = 3600  # seconds after which an unfinished file is removed: its process was killed
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+HEADER_BYTES = 100_000_000  # at most, as in safetensors
 
 
 class Place(NamedTuple):
@@ -63,17 +64,23 @@ def crc(tensor: Tensor) -> int:
 
 
 def read_header(path: Path) -> tuple[str, dict[str, Place]]:
-    """(digest of a file's header, its tensors by key). ValueError where it is damaged or the file is shorter than it says."""
+    """(digest of a file's header, its tensors by key). ValueError where it is damaged, the file is shorter than it says, or a tensor's
+    shape is not its bytes'."""
     with open(path, "rb") as file:
         length = int.from_bytes(start := file.read(8), "little")
-        if not 0 < length <= os.fstat(file.fileno()).st_size - 8:
+        if not 0 < length <= min(os.fstat(file.fileno()).st_size - 8, HEADER_BYTES):
             raise ValueError("it ends within its header")
         raw, size = file.read(length), os.fstat(file.fileno()).st_size
     content = parse_json(raw)
     sums, first, places = parse_json(content.pop("__metadata__")["crc32"]), 8 + length, {}
     for key, told in content.items():
-        begin, end = told["data_offsets"]
-        places[key] = Place(SAFETENSORS_DTYPES[told["dtype"]], tuple(told["shape"]), first + begin, first + end, sums[key])
+        (begin, end), shape, dtype = told["data_offsets"], tuple(told["shape"]), DTYPES[told["dtype"]]
+        numbers = (begin, end, sums[key], *shape)
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError(f"{key}: its header holds another thing than numbers")
+        if begin > end or math.prod(shape) * dtype.itemsize != end - begin:
+            raise ValueError(f"{key}: its shape is not its bytes'")
+        places[key] = Place(dtype, shape, first + begin, first + end, sums[key])
     if max((place.end for place in places.values()), default=first) != size:
         raise ValueError("its length is not what its header says")
     return hashlib.blake2b(start + raw, digest_size=16).hexdigest(), places

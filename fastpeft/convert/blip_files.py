@@ -53,8 +53,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], BlipConfig]:
         config = BlipConfig.from_dict(values)
         index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
         if index.exists() and not (folder / shards[0]).exists():
-            shards = sorted(set(parse_json(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+            shards = sorted({Path(name).name for name in parse_json(index.read_text())["weight_map"].values()}) or shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"no transformers folder to convert: {' '.join(str(error).split())}") from None
     if not (folder / shards[0]).exists() and (folder / "pytorch_model.bin").exists():
         return read_file(folder / "pytorch_model.bin").state, config

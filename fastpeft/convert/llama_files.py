@@ -18,6 +18,7 @@ from fastpeft.convert.tensors import check_tensors
 from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
 from fastpeft.documents import parse_json
 from fastpeft.files import atomic_folder
+from fastpeft.models.untrusted import check_config, naming_config
 
 _TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -90,7 +91,8 @@ def _from_transformers(folder: Path) -> OpenedLlama:
     except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"no LLaMA: neither params.json nor transformers' files ({' '.join(str(error).split())})") from None
     weights = Weights(folder)
-    with torch.device("meta"):
+    check_config(config, "config.json", len(weights))
+    with naming_config("config.json"), torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
     names = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]  # older versions saved it
     if config.tie_word_embeddings and "lm_head.weight" not in names:
@@ -111,7 +113,7 @@ class Weights(Mapping[str, Tensor]):
         indices = [folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
         if found is None and (index := next((path for path in indices if path.is_file()), None)) is not None:
             try:
-                files = [folder / name for name in sorted(set(parse_json(index.read_text())["weight_map"].values()))]
+                files = [folder / Path(name).name for name in sorted(set(parse_json(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index.name} is damaged: {error!r}") from None
         elif found is not None:

@@ -7,6 +7,7 @@ transformers' turns (i, i + d/2): rows of q and k change places within each head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -43,6 +44,8 @@ def llama_to_transformers(
         raise ValueError("params.json asks for Llama 3.1's scaled rotary embedding, which is not converted: use transformers' own files")
     if dim % (2 * heads) or heads % groups:
         raise ValueError(f"params.json: n_heads = {heads} must divide dim = {dim} evenly, n_kv_heads = {groups} n_heads")
+    if layers > len(shards[0]):
+        raise ValueError(f"params.json: n_layers = {layers}, and the first shard holds {len(shards[0])} tensors")
     names = _names(layers)
     _check_names(shards, set(names))
     shapes = {new: _joined_shape(name, [s[name] for s in shards], split) for name, (new, split) in names.items()}
@@ -53,8 +56,8 @@ def llama_to_transformers(
         num_key_value_heads=groups,
         intermediate_size=shapes["model.layers.0.mlp.gate_proj.weight"][0],
         vocab_size=shapes["model.embed_tokens.weight"][0],
-        rms_norm_eps=params.get("norm_eps", 1e-5),
-        rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10_000.0))},
+        rms_norm_eps=_number(params, "norm_eps", 1e-5),
+        rope_parameters={"rope_type": "default", "rope_theta": _number(params, "rope_theta", 10_000.0)},
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
@@ -102,6 +105,12 @@ def _check_shapes(config: LlamaConfig, shapes: dict[str, tuple[int, ...]], shard
         raise ValueError(f"misshapen over {shards} shard(s) (is one missing?): {'; '.join(wrong[:5])}")
     if unlike := [name for name, shape in wanted.items() if name in delta and tuple(delta[name].shape) != shape]:
         raise ValueError(f"the delta's {unlike[0]} is {tuple(delta[unlike[0]].shape)}, not {wanted[unlike[0]]}: made for another LLaMA")
+
+
+def _number(params: dict, name: str, default: float) -> float:
+    if not isinstance(value := params.get(name, default), int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"params.json: {name} must be a number above 0, not {value!r}")
+    return float(value)
 
 
 def _positive(params: dict, name: str) -> int:

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from fastpeft.convert.tensors import listing
+from fastpeft.tensor_files import check_archive, check_tensors, is_zip
+
+MODULES = 100_000  # of a TorchScript archive
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,18 @@ def read_file(path: Path) -> Contents:
     """ValueError for a damaged file, one that holds more than tensors and plain values, and one without a state dict."""
     if path.suffix == ".safetensors":
         return Contents(read_safetensors(path))
+    if is_zip(path):
+        check_archive(path)
     content = _read_torchscript(path) if is_torchscript(path) else _read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}, not a state dict")
+    found = Contents(content)
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
-            return Contents(content[key], key, {str(k): v for k, v in content.items() if k != key})
-    return Contents(content)
+            found = Contents(content[key], key, {str(k): v for k, v in content.items() if k != key})
+            break
+    check_tensors(found.state, path.stat().st_size)
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -109,7 +117,7 @@ def _read_pickle(path: Path, stand_ins=_STAND_INS):
     """MISS and MILE save the ruamel.yaml objects of their config beside the tensors, LaVIN its argparse.Namespace: for these names the
     unpickler gets classes that do nothing, whether the packages are installed or not. Any other name that weights_only refuses is an
     error."""
-    zipped = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 is no zip: it cannot be mapped, nor its names listed
+    zipped = is_zip(path)  # the format before PyTorch 1.6 is no zip: it cannot be mapped, nor its names listed
     try:
         names = sorted(get_unsafe_globals_in_checkpoint(path)) if zipped else []
         known = {name: next((cls for pattern, cls in stand_ins if pattern.fullmatch(name)), None) for name in names}
@@ -132,7 +140,7 @@ def _read_pickle(path: Path, stand_ins=_STAND_INS):
 
 def is_torchscript(path: Path) -> bool:
     """Whether it is a zip that torch.jit.save wrote: torch.load tells by the same name."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
@@ -161,15 +169,18 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
         module = _read_pickle(bare, _TORCHSCRIPT_STAND_INS)
     if not isinstance(module, Attributes):
         raise ValueError(f"a TorchScript archive of a {type(module).__name__}, not of a module")
-    return dict(_tensors(module, "", ()))
+    return dict(_tensors(module, "", (), iter(range(MODULES))))
 
 
-def _tensors(module: Attributes, path: str, outer: tuple) -> Iterator[tuple[str, Tensor]]:
-    """Tensors inside ``module`` by dotted names that begin with ``path``; ``outer``: the modules around it."""
+def _tensors(module: Attributes, path: str, outer: tuple, left: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors inside ``module`` by dotted names that begin with ``path``; ``outer``: the modules around it; ``left``: counts modules,
+    which may hold each other many times over."""
     if any(module is one for one in outer):
         raise ValueError(f"a TorchScript module that holds itself, as {path[:-1]}")
+    if next(left, None) is None:
+        raise ValueError(f"a TorchScript archive of more than {MODULES:,} modules")
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
             yield path + name, value
         elif isinstance(value, Attributes):
-            yield from _tensors(value, f"{path}{name}.", (*outer, module))
+            yield from _tensors(value, f"{path}{name}.", (*outer, module), left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fastpeft.documents import parse_json
@@ -20,6 +20,12 @@ class BadEntry(ValueError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def listed(names: Iterable, most: int = 20) -> str:
+    """Names from a file, in a message of one line."""
+    short = [" ".join(str(name).split())[:60] or repr(name) for name in names]
+    return ", ".join(short[:most]) + (", ..." if len(short) > most else "")
 
 
 def value_of(entry: dict, name: str):
@@ -123,6 +129,8 @@ def read_split_file(file: Path) -> tuple[list, list[str]]:
 class ImageFinder:
     """Paths of images by the names entries give them, never outside the data folder; with `check`, each decoded once.
 
+    An image folder may itself be a link, as on clusters: whoever made the data folder chose where it leads, and no entry can.
+
     Looked for in the folder and in its image folders (imgs, images, image, "VQA_RAD Image Folder"). Then, as in MILE's
     "slake/..." and "vqa-rad/...", the name's first component is taken for a data set's: its own image folders if there is
     one, else left out.
@@ -139,6 +147,10 @@ class ImageFinder:
             named = {d.name.lower(): d for d in sorted(folder.iterdir()) if d.is_dir()}
             self._bases[folder] = [folder, *(named[name] for name in _IMAGE_FOLDERS if name in named)]
         return self._bases[folder]
+
+    def _allowed(self) -> list[Path]:
+        """Where images may lie: the data folder, and what its own image folders are links to."""
+        return [self.root, *(folder.resolve() for folder in self._folders(self.root)[1:] if folder.is_symlink())]
 
     def __call__(self, name: str) -> Path:
         """The absolute path of an image. `BadEntry` where it is absent or outside, or, with `check`, damaged."""
@@ -173,7 +185,7 @@ class ImageFinder:
             if not os.path.isfile(place):  # False, not an error, for names too long
                 continue
             path = place.resolve()
-            if not path.is_relative_to(self.root):
+            if not any(path.is_relative_to(base) for base in self._allowed()):
                 raise BadEntry("unsafe image path", refused + "it leaves the data folder through a symbolic link")
             return path
         looked = ", ".join(dict.fromkeys(str(place.parent.relative_to(self.root)) for place in places))

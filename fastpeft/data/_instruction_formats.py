@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastpeft.data._files import BadEntry, ImageFinder, place_of_image_mark, value_of, without_image_mark
+from fastpeft.data._files import BadEntry, ImageFinder, listed, place_of_image_mark, value_of, without_image_mark
 from fastpeft.data._splits import AnnotationFile, Format
 from fastpeft.data.formats import QuestionReader, format_of
 from fastpeft.data.samples import Instruction, Sample
@@ -58,7 +58,7 @@ def text_of(entry: dict, name: str, required: bool = True, empty: bool = False) 
     is "". `empty`: an empty text is one, too."""
     value = value_of(entry, name)
     if value is None and required:
-        has = f"{name} is null or not a number" if name in entry else f"no field {name!r} (it has {', '.join(map(str, entry)) or 'none'})"
+        has = f"{name} is null or not a number" if name in entry else f"no field {name!r} (it has {listed(entry) or 'none'})"
         raise BadEntry(f"missing {name}", has)
     infinite = isinstance(value, float) and math.isinf(value)
     if infinite or isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
@@ -174,7 +174,7 @@ def _conversation(messages) -> tuple[list[str], list[str]]:
         raise BadEntry("bad conversations", "conversations must be a list of one or more messages with 'from' and 'value'")
     speakers = [message.get("from") for message in messages]
     if len(messages) % 2 or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
-        said = ", ".join(map(str, speakers[:6])) + (", ..." if len(speakers) > 6 else "")
+        said = listed(speakers, 6)
         raise BadEntry("bad conversations", f"conversations must go human, gpt, human, gpt, ..., not {said}")
     texts = [text_of(message, "value") for message in messages]
     return texts[::2], texts[1::2]

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from fastpeft.data._files import SUFFIXES, BadEntry, read_value, value_of
+from fastpeft.data._files import SUFFIXES, BadEntry, listed, read_value, value_of
 
 SPLITS = ("train", "val", "test")
 UNNAMED = "unnamed"  # the kind of a file whose name says no split
@@ -97,7 +97,7 @@ class AnnotationFile:
         """The fields of its first entry, for messages."""
         shown = self.value if isinstance(self.value, list) else [self.value]
         first = next((content for content in shown if isinstance(content, dict)), None)
-        return f"fields {', '.join(list(map(str, first))[:8])}" if first else f"{type(self.value).__name__} without fields"
+        return f"fields {listed(first, 8)}" if first else f"{type(self.value).__name__} without fields"
 
 
 def _synonym(split: Any) -> str:

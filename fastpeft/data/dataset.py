@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from fastpeft.data.images import ImageCache, Preprocess
+from fastpeft.data.images import ImageCache, Preprocess, allowed_pixels
 from fastpeft.labels import IGNORE_INDEX
 
 
@@ -30,7 +30,7 @@ class SampleDataset(Dataset):
         self.source_weights: dict[str, float] = dict(getattr(samples, "weights", {}))  # of mixed data sets
         self.cache = ImageCache(cache_bytes)
         self.skipped: dict[str, int] = {}  # samples left out, by reason
-        self.load_images = True
+        self.load_images, self.max_pixels = True, allowed_pixels()  # of an image; kept, for workers that are no copies of this process
         self._image_keys: dict[Path, str] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, for workers kept alive across epochs
 
@@ -80,7 +80,7 @@ class SampleDataset(Dataset):
 
     def pixels(self, path: Path) -> torch.Tensor:
         """float32 [3, S, S] of one image, through the cache. ValueError naming the file where it can't be decoded."""
-        return self.preprocess.scale(self.cache.get(path, lambda: self.preprocess.pixels(path)))
+        return self.preprocess.scale(self.cache.get(path, lambda: self.preprocess.pixels(path, self.max_pixels)))
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]

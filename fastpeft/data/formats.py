@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from fastpeft.data._files import BadEntry, ImageFinder, find_split_file, read_json, read_split_file, value_of, without_image_mark
+from fastpeft.data._files import BadEntry, ImageFinder, find_split_file, listed, read_json, read_split_file, value_of, without_image_mark
 from fastpeft.data._splits import AnnotationFile, Format, QuestionNaming, names, nothing_left, read_entries, resolve
 from fastpeft.data.samples import Sample, SampleList, hold_out, normalise_answer
 
@@ -90,7 +90,7 @@ def format_of(source: AnnotationFile) -> Format:
     if not fields:
         what = f"entry 0: expected an object with fields, not {type(source.value[0]).__name__}"
     else:
-        what = f"unknown format: entries have the fields {', '.join(sorted(fields[0])) or '(none)'}"
+        what = f"unknown format: entries have the fields {listed(sorted(fields[0])) or '(none)'}"
     raise ValueError(f"{source.path}: {what}; supported formats: {_KNOWN}")
 
 
@@ -159,7 +159,7 @@ QUESTION_FORMATS = (
 def _text(entry: dict, name: str) -> str:
     """A field as text, stripped: numbers as written, true and false as yes and no."""
     if name not in entry:
-        raise BadEntry(f"missing {name}", f"no field {name!r} (it has {', '.join(sorted(entry)) or 'none'})")
+        raise BadEntry(f"missing {name}", f"no field {name!r} (it has {listed(sorted(entry)) or 'none'})")
     value = value_of(entry, name)
     if isinstance(value, bool):
         value = "yes" if value else "no"

@@ -5,6 +5,7 @@ S = image_size. Pixels are kept as uint8 until the last step, so that a cache of
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -20,41 +21,85 @@ from fastpeft.data._resize import resize_and_crop
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # Pillow's others have decoders that run other programs (EPS: Ghostscript)
 MAX_PIXELS = 50_000_000  # of an image that is decoded: as RGB 150 MB
+MOST_PIXELS_A_SIDE = 8192  # of what a model is given; every published one takes less than a quarter
 _ROWS = 256  # of an image of more than 8 bits, scaled at a time
 
 # Pillow's decoders raise more than OSError on damaged files, by format and by where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
 
 
+# bytes a pixel while it is decoded and made RGB, by Pillow's mode: the decoded image, what it is scaled to, and RGB's four
+_BYTES = {"RGB": 4, "I": 10, "F": 10} | dict.fromkeys(("1", "L", "P"), 5)
+_BYTES |= dict.fromkeys(("LA", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16"), 8)
+_MOST_BYTES = 8  # a pixel, on average: `max_pixels` of RGBA or of 16 bits; of 32 bits somewhat fewer pixels
+
+
 def _to_rgb(image):
     """Any Pillow mode to RGB. Transparency is dropped; more than 8 bits are scaled by their own range, darkest to 0."""
     if image.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, F: convert() would clip them at 255
-        from PIL import Image
-
-        values = np.asarray(image)
-        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        scaled = np.empty(values.shape, np.uint8)
-        for top in range(0, len(values), _ROWS):  # float64 is 8 times what comes out
-            part = (values[top : top + _ROWS].astype(np.float64) - low) / ((high - low) or 1.0)
-            part = np.clip(np.nan_to_num(part, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
-            scaled[top : top + _ROWS] = (part * 255 + 0.5).astype(np.uint8)
-        image = Image.fromarray(scaled, "L")
+        image = _scaled(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def load_image(image, max_pixels: int = MAX_PIXELS):
+def _scaled(image):
+    """A grey image of more than 8 bits as one of 8, some rows at a time: all of its values as numbers would be eight times the result."""
+    from PIL import Image
+
+    boxes = [(0, top, image.width, min(top + _ROWS, image.height)) for top in range(0, image.height, _ROWS)]
+    low, high = math.inf, -math.inf
+    for box in boxes:
+        values = np.asarray(image.crop(box))
+        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    low, high = (low, high) if low <= high else (0.0, 0.0)
+    scaled = Image.new("L", image.size)
+    for box in boxes:
+        part = (np.asarray(image.crop(box)).astype(np.float64) - low) / ((high - low) or 1.0)
+        part = np.clip(np.nan_to_num(part, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+        scaled.paste(Image.fromarray((part * 255 + 0.5).astype(np.uint8), "L"), box)
+    return scaled
+
+
+def _check_size(image, max_pixels: int) -> None:
+    """ValueError for an image, opened and not yet decoded, that takes too much memory."""
+    from PIL import Image
+
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; at most {max_pixels:,} are read")
+    mode = "I;16" if image.mode.startswith("I;16") else image.mode
+    if (needed := pixels * _BYTES.get(mode, 16)) > _MOST_BYTES * max_pixels:
+        raise Image.DecompressionBombError(f"{needed:,} bytes to decode; at most {_MOST_BYTES * max_pixels:,} are taken")
+
+
+_allowed = MAX_PIXELS
+
+
+def allow_pixels(count: int) -> None:
+    """How many pixels an image may have in this process and the ones that load its data, instead of MAX_PIXELS."""
+    global _allowed
+    _allowed = count
+
+
+def allowed_pixels() -> int:
+    """How many pixels an image may have here."""
+    return _allowed
+
+
+def load_image(image, max_pixels: int | None = None):
     """An RGB `PIL.Image` from a path or from an image already open: its first frame, as it is stored. An EXIF orientation is not applied,
     as the official loaders, which open and convert, don't.
 
     Grey, palette, LA, RGBA, CMYK and 16-bit images are accepted; an image of more than 8 bits is scaled by its own range. A file is
-    one of `FORMATS`, whatever its name says, and has at most `max_pixels`.
+    one of `FORMATS`, whatever its name says, and has at most `max_pixels` (None: MAX_PIXELS, or what :func:`allow_pixels` said).
     ValueError naming the file where it is missing, damaged, of another format, or too large for `max_pixels` or for the memory.
     """
     from PIL import Image
 
+    max_pixels = _allowed if max_pixels is None else max_pixels
     opened_already = isinstance(image, Image.Image)
     path = image if opened_already else Path(image)
     try:
@@ -63,8 +108,7 @@ def load_image(image, max_pixels: int = MAX_PIXELS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's own limit; ours is below, and an error
             with Image.open(path, formats=FORMATS) as opened:
-                if opened.width * opened.height > max_pixels:
-                    raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels; at most {max_pixels:,} are read")
+                _check_size(opened, max_pixels)
                 opened.load()
                 return _to_rgb(opened)
     except FileNotFoundError:
@@ -104,8 +148,10 @@ class Preprocess:
     def __post_init__(self):
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f'interpolation={self.interpolation!r}: use "bilinear" or "bicubic"')
-        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480")
+        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or not 1 <= self.image_size <= MOST_PIXELS_A_SIDE:
+            raise ValueError(
+                f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480, of at most {MOST_PIXELS_A_SIDE:,}"
+            )
         if self.pad and self.mean is None:
             raise ValueError("pad=True fills with the colour of mean: give mean and std")
         if (self.mean is None) != (self.std is None):
@@ -130,11 +176,11 @@ class Preprocess:
             raise ValueError(f"unknown preprocessing fields {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**values)
 
-    def pixels(self, image) -> torch.Tensor:
-        """uint8 [3, S, S] from a path or a `PIL.Image`: decoded and resized, not yet scaled. Errors as `load_image`."""
+    def pixels(self, image, max_pixels: int | None = None) -> torch.Tensor:
+        """uint8 [3, S, S] from a path or a `PIL.Image`: decoded and resized, not yet scaled. `max_pixels`, errors: as `load_image`."""
         from PIL import Image
 
-        loaded, S = load_image(image), self.image_size
+        loaded, S = load_image(image, max_pixels), self.image_size
         resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
         try:
             if self.pad:

@@ -7,6 +7,9 @@ the adapter's parameters stand beside them: ``query.weight``, ``query.lora_A``, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -168,8 +171,26 @@ def _new_adapted(theirs: type[nn.Module]) -> nn.Module:
     return object.__new__(adapted_quantized(theirs))
 
 
+_without_memory = ContextVar("_without_memory", default=False)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """What is attached inside lies on the meta device: its shapes are looked at before memory is taken."""
+    token = _without_memory.set(True)
+    try:
+        yield
+    finally:
+        _without_memory.reset(token)
+
+
+def device_for(weight: Tensor) -> torch.device:
+    """Where the parameters of an adapter beside ``weight`` lie."""
+    return torch.device("meta") if _without_memory.get() else weight.device
+
+
 def new_parameter(module: nn.Module, *shape: int) -> nn.Parameter:
     """An uninitialised adapter parameter on the module's device: float32 under a half-precision base, else its dtype."""
     weight = module.weight
     dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) or not weight.is_floating_point() else weight.dtype
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device_for(weight)))

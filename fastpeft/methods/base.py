@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import regex
 import torch
 from torch import nn
 
@@ -22,6 +23,7 @@ from fastpeft.methods.peft_config import Refused
 # Registered methods bring theirs (``Method.adapter_modules``).
 ADAPTER_MODULES = ["prefix_encoder", "excitor", "adaption", "mm_adapter", "mm_adapter_mlp"]
 _ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l")
+MATCHING = 0.5  # seconds for one expression and one name; a real one takes microseconds
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,20 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
 def matches(name: str, targets: Sequence[str] | str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name; a sequence holds names or their endings."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return matched(targets, name, whole=True)
     return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def matched(expression: str, name: str, whole: bool = False) -> bool:
+    """Whether a regular expression matches from the start of ``name``, or (``whole``) all of it. ValueError for one that takes too long:
+    some grow exponentially with the name."""
+    try:
+        return bool((regex.fullmatch if whole else regex.match)(expression, name, timeout=MATCHING))
+    except TimeoutError:
+        wrong = f"the regular expression {expression[:200]!r} takes too long to match {name!r}: write it without nested repeats"
+        raise ValueError(wrong) from None
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"{expression[:200]!r} is no regular expression ({error})") from None
 
 
 def check_targets(method: str, targets: Any) -> tuple[str, ...] | str | None:
@@ -112,8 +126,13 @@ def in_layers(name: str, layers: Sequence[int], patterns: Sequence[str]) -> bool
     """PEFT's ``layers_to_transform`` and ``layers_pattern``: whether the first number in ``name`` that follows one of the names
     ``patterns`` (none given: any name but the first) is one of ``layers``."""
     heads = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
-    found = next(filter(None, (re.match(rf"{head}\.(\d+)\.", name) for head in heads)), None)
-    return found is not None and int(found.group(1)) in layers
+    for head in heads:
+        try:
+            if found := regex.match(rf"{head}\.(\d+)\.", name, timeout=MATCHING):
+                return int(found.group(1)) in layers
+        except (TimeoutError, regex.error, IndexError) as error:
+            raise ValueError(f"layers_pattern: {head!r} is no usable regular expression ({error})") from None
+    return False
 
 
 def find(root: nn.Module, targets: Sequence[str] | str, kinds: tuple[type, ...] = (nn.Module,)) -> Iterator[tuple[str, nn.Module]]:
@@ -255,8 +274,8 @@ def check_keys(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], 
 
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether finite values stay finite in ``dtype``."""
-    if not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+    """Whether finite values stay finite in ``dtype``; of a tensor without values, yes."""
+    if tensor.is_meta or not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return True
     return bool(tensor.to(dtype).isfinite().all())
 

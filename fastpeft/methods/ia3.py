@@ -6,7 +6,6 @@ feed-forward module. All start at one, so a fresh adapter changes nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import AdaptedLinear, adapted, new_parameter
-from fastpeft.methods.base import Method, Part, as_json, check_targets, find, matches, targets_read
+from fastpeft.methods.base import Method, Part, as_json, check_targets, find, matched, matches, targets_read
 from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 
 PEFT_FIELDS = {
@@ -108,7 +107,7 @@ class IA3(Method):
 
 def _is_feedforward(name: str, modules: tuple[str, ...] | str) -> bool:
     """PEFT's rule, which differs from that of target_modules: any ending of the name, within a word too."""
-    return re.fullmatch(modules, name) is not None if isinstance(modules, str) else name.endswith(tuple(modules))
+    return matched(modules, name, whole=True) if isinstance(modules, str) else name.endswith(tuple(modules))
 
 
 def merge_ia3(module: AdaptedLinear) -> None:

@@ -6,7 +6,6 @@ On a convolution the factors are PEFT's: A is the base's kernel with r outputs, 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from fastpeft.methods.adapted import Adapted, adapted, new_parameter
-from fastpeft.methods.base import Method, Part, as_json, check_layers, check_targets, find, in_layers, matches, targets_read
+from fastpeft.methods.base import Method, Part, as_json, check_layers, check_targets, find, in_layers, matched, matches, targets_read
 from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, WITH_PEFT, Refused, check_fields
 
 _RUN_BY_PEFT = Refused(f"it is another method than LoRA: {WITH_PEFT}", accepted=(None, False))  # {} switches it on
@@ -199,6 +198,8 @@ class LoRA(Method):
 
 def _pairs(field: str, pattern: Any) -> tuple[tuple[str, Any], ...]:
     """A pattern's mapping from expressions for names to numbers, as pairs; ValueError for anything else."""
+    if not isinstance(pattern, Mapping | list | tuple) and pattern:
+        raise ValueError(f"LoRA: {field}={pattern!r} is no mapping from names of modules to numbers")
     pairs = list(pattern.items() if isinstance(pattern, Mapping) else pattern or ())
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise ValueError(f"LoRA: {field}={pattern!r} is no mapping from names of modules to numbers")
@@ -208,7 +209,7 @@ def _pairs(field: str, pattern: Any) -> tuple[tuple[str, Any], ...]:
 
 def _by_name(name: str, pattern: tuple[tuple[str, Any], ...], other: Any) -> Any:
     """The number of the first expression that matches the end of ``name``, from a dot on (PEFT's rule); ``other`` where none does."""
-    return next((number for expression, number in pattern if re.match(rf"(.*\.)?({expression})$", name)), other)
+    return next((number for expression, number in pattern if matched(rf"(.*\.)?({expression})$", name)), other)
 
 
 def _is_number(value: Any) -> bool:

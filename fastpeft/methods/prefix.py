@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft.methods.adapted import device_for
 from fastpeft.methods.base import Method, Part
 from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 
@@ -85,7 +86,7 @@ class PTv2(Method):
         layers, heads, head_dim = host.prefix_shape
         reference = next(root.parameters())
         dtype = torch.float32 if reference.dtype in (torch.float16, torch.bfloat16) else reference.dtype
-        factory = {"dtype": dtype, "device": reference.device}
+        factory = {"dtype": dtype, "device": device_for(reference)}
         host.prefix_encoder = PrefixEncoder(
             self.num_virtual_tokens or part.prefix_tokens, layers, heads, head_dim, self.projection_width(heads * head_dim), **factory
         )

@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fastpeft.documents import parse_json
+from fastpeft.files import is_folder
 from fastpeft.methods import Part
+from fastpeft.models.untrusted import check_config, check_memory, check_size, naming_config, tensors_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -94,7 +96,7 @@ class ModelSource:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The folder's configuration, or that of the name."""
-        return self.family.configs[self.name](**self.overrides) if self.folder is None else _read_config(self.folder, self.family)
+        return _named_config(self, self.overrides) if self.folder is None else _read_config(self.folder, self.family)
 
     def without_weights(self) -> ModelSource:
         """The same name with random weights; a folder stays what it is."""
@@ -135,7 +137,7 @@ def _resolve(model: str | Path | ModelSource) -> ModelSource:
         shipped = ASSETS / name
         return ModelSource(name, shipped if (shipped / "model.safetensors").is_file() else None, entry.family())
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if is_folder(folder):
         return ModelSource(name, folder, _family_of_folder(folder))
     if (cached := _in_hub_cache(name)) is not None:
         return ModelSource(name, cached, _family_of_folder(cached), on_hub=True)
@@ -176,19 +178,36 @@ def parts_of(model: nn.Module) -> tuple[Part, ...]:
 
 
 def new_model(source: ModelSource, *, device: torch.device, seed: int, **overrides) -> nn.Module:
-    """A named backbone with random weights that depend on ``seed`` alone; on ``meta`` it costs nothing."""
-    family = source.family
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+    """A named backbone with random weights that depend on ``seed`` alone; on ``meta`` it costs nothing. ValueError where no model can be
+    made of the overrides, or it does not fit the machine's memory."""
+    make, config = source.family.model, _named_config(source, overrides)
+    if overrides or device.type == "meta":
+        with naming_config(source), torch.device("meta"):
+            shapes = make(config)
+        if device.type == "meta":
+            return shapes
+        check_memory(shapes, source)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return family.model(family.configs[source.name](**overrides))
+        return make(config)
+
+
+def _named_config(source: ModelSource, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    with naming_config(source):
+        config = source.family.configs[source.name](**overrides)
+        check_config(config, source)
+    return config
 
 
 def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A folder of transformers (config.json and safetensors, sharded or not). ValueError names missing, unexpected or misshapen keys."""
+    """A folder of transformers (config.json and safetensors, sharded or not). ValueError names missing, unexpected or misshapen keys, and
+    what config.json says that no model can be made of, or not of these files."""
     family, folder = source.family, source.folder
+    with naming_config(folder / "config.json"), torch.device("meta"):
+        shapes = family.model(source.config)
     if device.type == "meta":
-        with torch.device("meta"):
-            return family.model(source.config)
+        return shapes
+    check_size(shapes, folder / "config.json", tensors_in(folder)[1], hasattr(source.config, "quantization_config"))
     try:
         model, info = family.model.from_pretrained(
             folder,
@@ -220,7 +239,8 @@ def _content(folder: Path) -> dict[str, Any]:
 
 def _family_of_folder(folder: Path) -> Family:
     content = _content(folder)
-    kind, classes = content.get("model_type"), content.get("architectures") or ()
+    kind, classes = content.get("model_type"), content.get("architectures")
+    classes = classes if isinstance(classes, list) else ()
     found = [entry for entry in _ENTRIES if entry.model_type == kind]
     if not found:
         known = ", ".join(f"{entry.model_type!r} ({entry.architecture})" for entry in _ENTRIES)
@@ -229,7 +249,10 @@ def _family_of_folder(folder: Path) -> Family:
 
 
 def _read_config(folder: Path, family: Family) -> PretrainedConfig:
-    config = family.config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    where = folder / "config.json"
+    with naming_config(where):
+        config = family.config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_config(config, where, tensors_in(folder)[0])
     for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         attention = getattr(each, "_attn_implementation", None)
         if isinstance(attention, str) and "/" in attention:  # transformers would fetch that repository's code and run it

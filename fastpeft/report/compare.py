@@ -26,11 +26,12 @@ COLUMNS = (  # heading, where it is in a summary, and the filter that puts it in
 )
 
 
-def write_reports(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """One run: its report.html again (at ``out``). Several: a page that compares them, ``out`` or comparison.html here. Returns its path;
-    ValueError names a folder that holds no run."""
+def write_reports(runs: Sequence[str | Path], out: str | Path | None = None, data: Sequence[str | Path] = ()) -> Path:
+    """One run: its report.html again (at ``out``), with images below the folders ``data``.
+
+    Several: a page that compares them, ``out`` or comparison.html here. Returns its path; ValueError names a folder that holds no run."""
     if len(runs) == 1:
-        return write_report(runs[0], out)
+        return write_report(runs[0], out, data)
     page = Path(out or "comparison.html")
     write_text(page, comparison(list(map(Path, runs))))
     return page

@@ -1,7 +1,7 @@
 """HTML report of a run: one self-contained file, from the files in the run's folder.
 
     write_report("runs/a")                      # after training, which does so itself
-    fastpeft report runs/a                      # again, from the same files
+    fastpeft report runs/a --data slake         # again, from the same files and the data's images
 
 Reads summary.json, and metrics.jsonl and predictions.json where they are; a piece whose data is missing is left out. This file turns
 data into numbers, paths and words; report.html.j2 lays them out and escapes every string.
@@ -15,6 +15,7 @@ import hashlib
 import io
 import math
 from collections import Counter
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,17 @@ THUMBNAIL = 200  # pixels, the longer side
 LOOKS = 500  # images tried for the examples, where many are gone
 
 
-def write_report(out: str | Path, page: str | Path | None = None) -> Path:
-    """Write the report of the run in ``out`` to ``page`` (``out/report.html``), whole or not at all; returns its path.
+def write_report(out: str | Path, page: str | Path | None = None, data: Iterable[str | Path] = ()) -> Path:
+    """Write the report of the run in ``out`` to ``page`` (``out/report.html``), whole or not at all; returns its path. ``data``: folders
+    whose images it may show, beside those in ``out``: predictions.json names images, and a run's folder from elsewhere could name any file
+    of this machine.
 
     ValueError naming the file (and line): summary.json missing, or JSON that can't be read. A torn last line of metrics.jsonl, which
     a killed run leaves, is skipped.
     """
     out = Path(out)
     page = out / "report.html" if page is None else Path(page)
-    write_text(page, _page(out))
+    write_text(page, _page(out, [Path(folder).resolve() for folder in (out, *data)]))
     return page
 
 
@@ -58,7 +61,7 @@ def template(name: str = "report.html.j2", folder: Path | None = None) -> jinja2
     return house.get_template(name)
 
 
-def _page(out: Path) -> str:
+def _page(out: Path, shown: list[Path]) -> str:
     summary = read_summary(out)
     rows = read_metrics(out / "metrics.jsonl")
     predictions = _load(out / "predictions.json", list) if (out / "predictions.json").is_file() else []
@@ -78,7 +81,7 @@ def _page(out: Path) -> str:
         filled=_text(mapping(mapping(summary.get("eval")).get("filled_by")).get("open")),
         text_metrics=text_metrics(summary),
         sources=sources(summary),
-        examples=_examples(predictions),
+        examples=_examples(predictions, shown),
         right=sum(p.get("correct") is True for p in predictions),
         asked=len(predictions),
         notes=[note for note in summary.get("notes") or [] if isinstance(note, str)] if isinstance(summary.get("notes"), list) else [],
@@ -229,9 +232,9 @@ def _parts(summary: dict) -> dict | None:
 # examples -----------------------------------------------------------------------------------------------------------------------
 
 
-def _examples(predictions: list[dict]) -> list[dict]:
-    """Up to EXAMPLES with an image that can be read: right and wrong, open and closed in turn, each image once; the same for the same
-    predictions, in any order."""
+def _examples(predictions: list[dict], shown: list[Path]) -> list[dict]:
+    """Up to EXAMPLES with an image that lies in one of the folders ``shown`` and can be read: right and wrong, open and closed in turn,
+    each image once; the same for the same predictions, in any order."""
 
     def shuffled(row: dict) -> bytes:
         return hashlib.sha256(f"{row.get('qid')}\0{row.get('question')}".encode("utf-8", "replace")).digest()
@@ -247,7 +250,10 @@ def _examples(predictions: list[dict]) -> list[dict]:
         if row["image"] not in seen:
             seen.add(row["image"])
             try:
-                picture = _thumbnail(row["image"])
+                path = Path(row["image"]).resolve()
+                if not any(path.is_relative_to(folder) for folder in shown):
+                    continue
+                picture = _thumbnail(path)
             except (ValueError, OSError):
                 continue
             fields = {key: _text(row.get(key)) for key in ("img_name", "question", "answer", "prediction", "answer_type")}
@@ -255,7 +261,7 @@ def _examples(predictions: list[dict]) -> list[dict]:
     return sorted(chosen, key=lambda e: not e["correct"])
 
 
-def _thumbnail(path: str) -> str:
+def _thumbnail(path: Path) -> str:
     image = load_image(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     data = io.BytesIO()

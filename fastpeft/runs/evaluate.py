@@ -12,9 +12,11 @@ from torch import nn
 
 from fastpeft.adapters import describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
+from fastpeft.data.images import allow_pixels
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
 from fastpeft.evaluate.judge import write_outputs
+from fastpeft.files import is_folder
 from fastpeft.models import ModelSource, family_of, resolve
 from fastpeft.plan import build
 from fastpeft.runs import causal, vqa
@@ -30,7 +32,7 @@ def load_run(
     """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer; or those of a model's own folder. ``model``
     replaces a moved base. ``adapted`` False: the base alone."""
     adapter = Path(adapter)
-    if not adapter.is_dir():
+    if not is_folder(adapter):
         raise ValueError(f"no adapter folder at {adapter}")
     about = describe(adapter)
     if not about and (adapter / "config.json").is_file() and model is None:
@@ -40,14 +42,15 @@ def load_run(
     prompted = "prompt" in about
     if not about.get("tokenizer") or not (prompted or about.get("preprocess")):
         raise ValueError(f"{adapter} holds an adapter alone: its tokenizer and preprocessing, which a training run writes, are missing")
+    if "base" not in about or not about["base"].get("model"):
+        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: it does not say the base's model")
+    base = dict(about["base"])
+    name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
+    kept = {"dtype": dtype, "quantize": base.pop("quantize", None)}
     try:
-        base = dict(about["base"])
-        name, dtype, overrides = base.pop("model"), getattr(torch, base.pop("dtype", "float32")), base.pop("overrides", {})
-        kept = {"dtype": dtype, "quantize": base.pop("quantize", None)}
         preprocess = Preprocess.from_dict(about["preprocess"]) if about.get("preprocess") else None
-        about["treatments"] = dict(about["treatments"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: preprocess: {error}") from None
     device = choose_device(device)
     tokenizer = (load_causal_tokenizer if prompted else load_tokenizer)(adapter / about["tokenizer"])
     network = build(model, **kept) if model else build(name, **kept, **overrides, **base)
@@ -102,6 +105,7 @@ def eval_run(
     asked apart. outputs: a file for the responses in AlpacaEval's form, under the name ``generator``. mmlu, kept: of a folder of MMLU, see
     :func:`fastpeft.runs.mmlu.mmlu_run`: nothing is generated there."""
     _refuse_folders(out, outputs)
+    allow_pixels(data.max_pixels)
     if asks_mmlu(data):
         if any((generation, num_beams, prompt_format, template, outputs, draw_unparsed is not None)):
             raise ValueError("MMLU is scored by likelihood: leave out the options of generation, of its outputs and of ScienceQA")

@@ -41,9 +41,8 @@ class DataSource:
 
 
 def _sources(data) -> tuple[DataSource, ...]:
-    return tuple(
-        DataSource(**(_spelt(one) if isinstance(one, str) else one)) for one in ((data,) if isinstance(data, str | dict) else data)
-    )
+    given = (data,) if isinstance(data, str | dict) else data
+    return tuple(declared.split(_spelt(one) if isinstance(one, str) else one, DataSource)[0] for one in given)
 
 
 _OPTION = re.compile(r",(weight|kind|image_folder|image_prefix|turns)=([^,]*)")
@@ -130,6 +129,8 @@ class DataOptions:
     "comma-separated q_lang values to keep"
     skip_bad: Annotated[bool, READ] = False
     "leave bad entries out and count them"
+    max_pixels: Annotated[Count, READ] = 50_000_000
+    "images of more are refused before they are decoded"
 
     def __post_init__(self):
         if self.hold_out and self.eval_split_file:

@@ -45,7 +45,7 @@ def stages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
             if not made[-1].get("data"):
                 raise ValueError("data is missing: give a data folder")
             split(made[-1], *RECIPE)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"stage {number}: {str(error).removeprefix(f'stage {number}: ')}") from None
     return made
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.adapters import describe, fingerprint, load_adapter
+from fastpeft.data.images import allow_pixels
 from fastpeft.evaluate import Scoring
 from fastpeft.files import write_json
 from fastpeft.models import ModelSource, resolve
@@ -73,6 +74,7 @@ def train_run(
     with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`.
     plan None: of the model's paper. ``command``: a command line that does the same, for the summary. With progress shown, the step is
     estimated first, and the summary has the estimate beside what was measured."""
+    allow_pixels(data.max_pixels)
     source, text = resolve(model, image_encoder), text or TextOptions()
     before = None if init_adapter is None else described(init_adapter)
     run, model_options = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}

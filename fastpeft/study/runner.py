@@ -79,7 +79,7 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
                 run, *_ = split(options, *RECIPE)
                 family = resolve(run.model, run.image_encoder).family
                 plan_for(family.parts, run.plan or family.plan, **run.lora)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise ValueError(f"{study.path}: row {job.row}: {error}") from None
 
 

@@ -17,7 +17,7 @@ VALIDATE = Option(panel="Validation")
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
     *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
-    "track",
+    *("async_save", "worker_timeout", "track"),
     *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
 }
 
@@ -73,6 +73,12 @@ class TrainConfig:
     "savings to switch off: remake, labelled, absorb (see fastpeft.without)"
     num_workers: Annotated[CountOrZero, RUN, Option(names=("workers", "dataloader_num_workers"))] = 0
     "processes that decode images"
+    worker_timeout: Annotated[Count, RUN] = 1800
+    "seconds after which a data worker that gives no batch counts as stuck, and the run saves and ends"
+    on_nan: Annotated[Literal["stop", "skip"], RUN] = "stop"
+    "where a step's loss or gradients are not finite: stop, or skip its update, up to 10 in a row; the batch and the module are named"
+    async_save: Annotated[bool, OUTPUT] = False
+    "copy what a checkpoint holds, and write it in a thread while training goes on"
     save_every: Annotated[CountOrZero, OUTPUT, Option(names=("save_steps",))] = 200
     "steps between checkpoints; 0: at the end only"
     keep_checkpoints: Annotated[Count, OUTPUT, Option(names=("save_total_limit",))] = 2

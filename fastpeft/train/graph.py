@@ -80,6 +80,8 @@ def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: Mem
     """The step of a run, in graphs where it asks for them and they hold; on a GPU its note says why not."""
     device = next(model.parameters()).device
     reason = why_not(model, device, budget=budget is not None, mixed=mixed)
+    if config.on_nan == "skip" and not reason:
+        reason = "on_nan=skip reads each step's loss before its update"
     parts |= {"budget": budget, "mixed": mixed}
     if config.cuda_graph and not reason:
         return GraphedStep(model, dataset, *known, **parts, samples=config.batch_size, seed=config.seed)

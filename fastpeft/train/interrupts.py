@@ -27,12 +27,14 @@ class Interrupted(KeyboardInterrupt):
 
 class StopBetweenSteps:
     """SIGINT, SIGTERM, SIGHUP and SIGUSR1 as :class:`Interrupted`, at once while waiting for data, but only after a step, or a save, that
-    has begun: weights, optimiser and random state then belong together. Under nohup SIGHUP stays ignored. Outside the main
-    thread, where Python sets no handlers, it does nothing."""
+    has begun: weights, optimiser and random state then belong together. A data worker's death, which torch raises from a handler wherever
+    the run stands, waits as well (:meth:`hold_workers`). Under nohup SIGHUP stays ignored. Outside the main thread, where Python sets no
+    handlers, it does nothing."""
 
     def __init__(self):
         self.busy, self.asked = False, 0
         self.before: dict[int, Any] = {}
+        self._worker_died = False
 
     def __enter__(self) -> StopBetweenSteps:
         if threading.current_thread() is threading.main_thread():
@@ -43,6 +45,21 @@ class StopBetweenSteps:
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def hold_workers(self) -> None:
+        """Once torch has set its handler of SIGCHLD, which it does for the first data worker: call it between steps only."""
+        number = getattr(signal, "SIGCHLD", None)
+        if number is None or number in self.before or threading.current_thread() is not threading.main_thread():
+            return
+        if callable(theirs := signal.getsignal(number)):
+            self.before[number] = theirs
+            signal.signal(number, self._child)
+
+    def _child(self, number, frame) -> None:
+        if self.busy:
+            self._worker_died = True
+        else:
+            self.before[number](number, frame)
 
     def _handle(self, number, frame) -> None:
         if not self.busy or self.asked:
@@ -57,3 +74,6 @@ class StopBetweenSteps:
         self.busy = False
         if self.asked:
             raise Interrupted(number=self.asked)
+        if self._worker_died:
+            self._worker_died = False
+            self.before[signal.SIGCHLD](signal.SIGCHLD, None)

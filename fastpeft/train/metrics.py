@@ -11,7 +11,7 @@ import torch
 
 from fastpeft.cost.profile import memory_bytes, peak_memory_bytes
 from fastpeft.documents import parse_json
-from fastpeft.files import write_text
+from fastpeft.files import open_append, write_text
 from fastpeft.progress import progress_bar
 
 
@@ -26,7 +26,7 @@ class MetricsLog(contextlib.ExitStack):
 
     def __enter__(self) -> MetricsLog:
         super().__enter__()
-        self.file = self.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
+        self.file = self.enter_context(open_append(self.out / "metrics.jsonl")) if self.out else None
         shown = {"desc": "training", "unit": "step", "disable": not self.progress}
         self.bar = self.enter_context(progress_bar(total=self.total_steps, initial=self.done["step"], **shown))
         return self
@@ -42,7 +42,8 @@ class MetricsLog(contextlib.ExitStack):
             done["steady_seconds"] += seconds
         done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
         row |= {"seconds": seconds, "samples_per_second": row["samples"] / max(seconds, 1e-9), "memory_bytes": memory_bytes(self.device)}
-        shown = {"loss": f"{row['loss']:.3f}", "samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
+        shown = {"loss": "skipped" if row["loss"] is None else f"{row['loss']:.3f}"}
+        shown |= {"samples/s": f"{row['samples_per_second']:.1f}", "GB": f"{row['memory_bytes'] / 1e9:.2f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         if self.file is not None:

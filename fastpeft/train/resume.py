@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from fastpeft.adapters import fingerprint
 from fastpeft.data.tokenizer import tokenizer_digest
 from fastpeft.documents import parse_json
-from fastpeft.files import recover_folder
+from fastpeft.files import clear_drafts, recover_folder
+from fastpeft.models import parts_of
+from fastpeft.plan import parse
 from fastpeft.train.config import FREE
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote
@@ -44,6 +47,7 @@ def open_run(trainer) -> dict[str, Any] | None:
             raise ValueError(f"{trainer.out} holds a run already: resume it (--resume), or choose another --out")
         metrics.unlink(missing_ok=True)
         return None
+    clear_drafts(trainer.out)
     for folder in (checkpoint, trainer.out / "adapter", trainer.out / BEST):
         recover_folder(folder)
     found, progress, damaged = newest_intact(checkpoint, trainer.done)
@@ -59,6 +63,8 @@ def open_run(trainer) -> dict[str, Any] | None:
     trainer.optimizer.schedule(trainer.total_steps)
     load_state(found, trainer.model, trainer.optimizer)
     trainer.saved_step = trainer.done["step"]
+    if trainer.config.progress:
+        print(f"resumed from step {trainer.done['step']}", file=sys.stderr)
     if not damaged and (finished := _finished(trainer)) is not None:
         trainer.end_with_best()
         return finished
@@ -75,11 +81,20 @@ def _compare(trainer, was: dict[str, Any]) -> None:
     allowed, mine = set(trainer.config.allow_change or ()), trainer.identity
     if unknown := sorted(allowed - mine.keys()):
         raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {', '.join(mine)}")
+    was = was | ({"plan": _plan_now(trainer, was["plan"])} if "plan" in was else {})
     changed = {name: differences(name, then, mine.get(name)) for name, then in was.items()}
     if refused := {name: said for name, said in changed.items() if said and name not in allowed}:
         how = "" if DATA & refused.keys() else f"; --allow-change {','.join(refused)} goes on all the same"
         raise ValueError(f"cannot resume {trainer.out}: " + "; ".join(text for said in refused.values() for text in said) + how)
     trainer.notes += [f"changed when it was resumed: {text}" for said in changed.values() for text in said]
+
+
+def _plan_now(trainer, plan: Any) -> Any:
+    """A checkpoint's plan with the options that methods have had since, at their defaults."""
+    try:
+        return json.loads(json.dumps(parse(plan, parts_of(trainer.model)).to_dict()))
+    except ValueError:
+        return plan
 
 
 def _finished(trainer) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
@@ -33,12 +32,16 @@ from fastpeft.report.report import write_report
 from fastpeft.savings import without
 from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.faults import IN_A_ROW, passes_in_memory, where_not_finite
 from fastpeft.train.graph import step_for
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
+from fastpeft.train.loading import Loading
 from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_run
-from fastpeft.train.state import random_state, save_state
+from fastpeft.train.saving import Saver
+from fastpeft.train.state import random_state
+from fastpeft.train.step import Passed
 from fastpeft.train.summary import WINDOW, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
@@ -86,13 +89,17 @@ class Trainer:
         self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
         self.out = Path(config.out) if config.out else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
+        self.done |= {"half_batches": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
         self.mixed = len({sample.data for sample in dataset.samples}) > 1
+        how = {"workers": config.num_workers, "timeout": config.worker_timeout, "pin_memory": self.device.type == "cuda"}
+        self.loading = Loading(dataset, self.sampler, **how)
         self.plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
         self.saved_step: int | None = None
         self.notes: list[str] = []
+        self.saver = Saver(self)
         self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
@@ -152,9 +159,11 @@ class Trainer:
             except Interrupted as error:
                 raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
             except Exception as error:
-                if (said := self._saved_at_end(stop, "")) and type(error) in (RuntimeError, ValueError, OSError):
-                    raise type(error)(f"{error}; {said}") from error
-                raise
+                cause, error = error, self.loading.fault(error) or error
+                said = self._saved_at_end(stop, "")
+                if said and type(error) in (RuntimeError, ValueError, OSError, ChildProcessError, FloatingPointError):
+                    raise type(error)(f"{error}; {said}") from cause
+                raise error from cause if cause is not error else error.__cause__
             try:
                 return self._finish()
             except Interrupted as error:
@@ -174,6 +183,7 @@ class Trainer:
             began = time.perf_counter()
             try:
                 for batches in self._batches():
+                    stop.hold_workers()
                     with stop.later():
                         self._waiting.append(self._step(batches))
                         saves = self.out and config.save_every and done["step"] % config.save_every == 0
@@ -196,9 +206,10 @@ class Trainer:
             with stop.later():
                 self.save()
         with stop.later():
+            self.saver.wait()
             self.end_with_best()
             if self.out and self.done["validation"].get("best_step") is not None:
-                self._save_adapter("adapter")
+                self.saver.save_adapter("adapter")
 
     def _is_due(self) -> bool:
         """Whether the losses of the steps so far are read now: waiting for the device costs time, so every few steps where it can be put
@@ -214,7 +225,7 @@ class Trainer:
         finally:
             seconds = (time.perf_counter() - began) / max(1, len(rows))
             for row in rows[:-1]:
-                if row["loss"] is not None:
+                if row["loss"] is not None or "skipped" in row:
                     self._tell(log, row, seconds)
         for row in rows[-1:]:
             self._tell(log, row | self._validate(), seconds)
@@ -226,11 +237,11 @@ class Trainer:
     def _settle(self, rows: list[dict[str, Any]]) -> None:
         """Enters the losses of steps whose losses were left on the device. FloatingPointError where one is not finite: what came after it
         changed nothing."""
-        unread = [row for row in rows if row["loss"] is None]
+        unread = [row for row in rows if row["loss"] is None and "skipped" not in row]
         for row, (loss, norm) in zip(unread, self.step.read()):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = "the gradient's norm" if math.isfinite(loss) else "the loss"
-                raise self._not_finite(f"{what} is {norm if math.isfinite(loss) else loss}", row["step"])
+                raise self._found_later(f"{what} is {norm if math.isfinite(loss) else loss}", row["step"])
             row |= {"loss": loss, "grad_norm": norm}
             self._enter(loss)
 
@@ -239,7 +250,7 @@ class Trainer:
         done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
         done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
 
-    def _not_finite(self, error: str, step: int) -> FloatingPointError:
+    def _found_later(self, error: str, step: int) -> FloatingPointError:
         saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
         return FloatingPointError(f"{error} at step {step}: lower learning_rate, or use fp32{saved}")
 
@@ -257,6 +268,7 @@ class Trainer:
         try:
             if self.saved_step != step:
                 self.save(rng=self._before if stop.busy else None)
+            self.saver.wait()
         except OSError as error:
             return f"{how or 'stopped'} after step {step}, which could not be saved: {error}"
         return f"{how or 'stopped'} after step {step}; --resume goes on from there"
@@ -269,7 +281,7 @@ class Trainer:
         began, row = time.perf_counter(), validation.row()
         if validation.better(done["step"], row, done["validation"]):
             if self.out:
-                self._save_adapter(BEST)
+                self.saver.save_adapter(BEST)
             else:
                 validation.keep()
         if validation.exhausted(done["validation"]):
@@ -289,7 +301,8 @@ class Trainer:
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
-            write_report(self.out)
+            asked = self.eval_dataset.samples if self.eval_dataset is not None else ()
+            write_report(self.out, data={sample.image.parent for sample in asked if sample.image is not None})
         self.followers.end(summary)
         if failure is not None:
             raise failure
@@ -299,19 +312,8 @@ class Trainer:
         """Groups of ``gradient_accumulation`` batches, the last of what is left, from where the run stands to its last step."""
         group = []
         while self.done["batches"] < self.total_batches:
-            epoch, start = divmod(self.done["batches"] + len(group), len(self.sampler))
-            self.sampler.set_epoch(epoch, start)
-            self.dataset.set_epoch(epoch)
             self.dataset.load_images = self.features is None
-            loader = DataLoader(
-                self.dataset,
-                batch_sampler=self.sampler,
-                collate_fn=self.dataset.collator(),
-                num_workers=self.config.num_workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
-            )
-            for batch in loader:
+            for batch in self.loading.epoch_from(self.done["batches"] + len(group)):
                 group.append(batch)
                 if len(group) == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
                     yield group
@@ -321,25 +323,70 @@ class Trainer:
 
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
-        self._before = random_state() if self.out else None
+        before = random_state()
+        self._before = before if self.out else None
         done, samples = self.done, sum(len(batch["samples"]) for batch in batches)
-        loss, by_source, cost = self.step.passes(batches, measured=done["cost"] is None)
+        loss, by_source, cost = self._passes(batches, before)
         done["cost"] = done["cost"] or cost
         if loss is not None:
             self._settle(self._waiting)
+        row: dict[str, Any] = {"step": done["step"] + 1, "loss": loss}
         try:
             self._before = None
-            rate, norm = self.step.update(done["step"], loss)
+            row["learning_rate"], row["grad_norm"] = self.step.update(done["step"], loss)
+            done["skipped_in_a_row"] = 0
         except FloatingPointError as error:
-            raise self._not_finite(str(error), done["step"] + 1) from None
+            self._before = before if self.out else None  # nothing has changed
+            row |= self._not_finite(error, batches, before)
+        self._before = None
         done["step"] += 1
         done["batches"] += len(batches)
         done["samples"] += samples
         done["tokens"] += sum(map(self.dataset.tokens, batches))
-        if loss is not None:
-            self._enter(loss)
-        row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
-        return row | ({"loss_by_source": by_source.log(done["sources"])} if self.mixed else {})
+        row["samples"] = samples
+        if "skipped" not in row:
+            if loss is not None:
+                self._enter(loss)
+            row |= {"loss_by_source": by_source.log(done["sources"])} if self.mixed else {}
+        self._before = random_state() if self.out else None  # the step is whole: what fails now may be saved after it
+        return row
+
+    def _passes(self, batches: list[dict], before: dict[str, Any]) -> Passed:
+        """A group's forwards and backwards; from the first that memory does not suffice for, on batches half as large: the same samples
+        and gradients in each step, so that only rounding, and dropout's draws, differ."""
+        done = self.done
+
+        def halves() -> list[dict]:
+            return [half for at in range(done["batches"], done["batches"] + len(batches)) for half in self.loading.halves(at)]
+
+        measured = done["cost"] is None
+        if done["half_batches"]:
+            return self.step.passes(halves(), measured=measured)
+        passed, halved = passes_in_memory(self.step, batches, before, halves, measured=measured)
+        if halved:
+            done["half_batches"] = done["step"] + 1
+            note = f"out of memory at step {done['step'] + 1}: from there on batches are halved, and each step's samples stay the same"
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=2)
+        return passed
+
+    def _not_finite(self, error: FloatingPointError, batches: list[dict], before: dict[str, Any]) -> dict[str, Any]:
+        """What a step without an update adds to its row, where ``on_nan`` says so; else FloatingPointError that names batch and module."""
+        done = self.done
+        if done["half_batches"]:
+            batches = [half for at in range(done["batches"], done["batches"] + len(batches)) for half in self.loading.halves(at)]
+        what = f"{error} at step {done['step'] + 1} {where_not_finite(self.step, batches, before)}"
+        done["skipped"] += 1
+        done["skipped_in_a_row"] += 1
+        if self.config.on_nan == "stop" or done["skipped_in_a_row"] > IN_A_ROW:
+            many = f" ({IN_A_ROW} steps before it were skipped)" if self.config.on_nan == "skip" else ""
+            done["skipped"] -= 1
+            done["skipped_in_a_row"] -= 1
+            raise FloatingPointError(f"{what}{many}: lower learning_rate, or use fp32") from None
+        if done["skipped"] <= IN_A_ROW:
+            self.notes.append(f"skipped: {what}")
+            warnings.warn(f"skipped: {what}", stacklevel=2)
+        return {"loss": None, "learning_rate": None, "grad_norm": None, "skipped": str(error)}
 
     def evaluate(self) -> dict[str, Any] | None:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
@@ -356,19 +403,14 @@ class Trainer:
         notes = self.notes + [note for note in (self.step.said(),) if note] + savings
         scored = {"eval": evaluation, "generation": generation}
         scored |= {"features": self.features.counts()} if self.features is not None else {}
+        scored |= {name: self.done[name] for name in ("skipped", "half_batches") if self.done[name]}
         return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
         self._settle(self._waiting)
-        self._save_adapter("adapter")
-        progress = {"done": self.done, "identity": self.identity, "config": asdict(self.config)}
-        save_state(self.out / "checkpoint", self.model, self.optimizer, progress, rng=rng, keep=self.config.keep_checkpoints)
+        self.saver.save(rng)
         self.saved_step = self.done["step"]
-
-    def _save_adapter(self, name: str) -> None:
-        lineage = {"started_from": self.started_from} if self.started_from else {}
-        save_adapter(self.model, self.out / name, description=self.dataset.describe() | lineage, write_more=self.dataset.save)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

@@ -153,7 +153,8 @@ def test_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, fault)
     replace = os.replace
     if fault == "save_file":
         monkeypatch.setattr(writing, "save_tensors", full_disk)
-    else:  # the new folder cannot take the name: the old one gets it back
+    else:  # where a folder is replaced by two renames, the new one cannot take the name: the old one gets it back
+        monkeypatch.setattr("fastpeft.files._exchange", lambda draft, folder: False)
         monkeypatch.setattr("os.replace", lambda a, b: full_disk() if b == out and "-new-" in str(a) else replace(a, b))
     with pytest.raises(OSError, match="No space"):
         convert(checkpoint, out, overwrite=True)
