@@ -8,6 +8,8 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | serves, on CPU and CUDA alike           |
 | gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd, geglu_fwd, geglu_bwd      | native             | likewise                                |
 | rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| low_rank_grads                                                        | native             | two skinny products of one matrix, read |
+|                                                                       |                    | once; on the CPU alone                  |
 | lora_linears_fwd, lora_linears_bwd                                    | triton             | a skinny product joins a wide one in    |
 |                                                                       |                    | its tiles; on a CPU ATen's GEMMs serve  |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |

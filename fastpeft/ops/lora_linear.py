@@ -44,6 +44,7 @@ from fastpeft.ops._quantized_weight import QuantizedWeight, dequantized, shape_p
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops._tiled import triton_launcher
 from fastpeft.ops.dropout import draw, new_seed
+from fastpeft.ops.low_rank_grads import low_rank_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
 
@@ -125,15 +126,19 @@ def _fwd_fake(x, weights, biases, As, Bs, scalings, p, seed):
     return [*(x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights), x.new_empty(sum(_ranks(As)), rows)]
 
 
-def _branch_grads(flat, Bs, scalings, ranks, branches):
-    """dS of all ``branches``, [R, M], and its rows by branch. They lie together, so that dx and dA take one GEMM each."""
-    first = next(iter(flat.values()))
-    stack = first.new_empty(sum(ranks[i] for i in branches), first.shape[0])
-    ds = dict(zip(branches, stack.split([ranks[i] for i in branches])))
-    for i, rows in ds.items():
-        torch.mm(Bs[i].to(stack.dtype).t().contiguous(), flat[i].t(), out=rows)
-        rows.mul_(scalings[i])
-    return stack, ds
+def _branch_grads(flat, Bs, s, scalings, ranks, branches, trained):
+    """(dS of all ``branches``, [R, M], its rows by branch, dB of those ``trained``), each dy read once for both. The dS lie together, so
+    that dx and dA take one GEMM each."""
+    ds, dbs, parts = {}, {}, () if s is None else s.split(ranks)
+    for i, dy in flat.items():
+        up, low = (Bs[i].to(dy.dtype) if i in branches else None), (parts[i].to(dy.dtype) if i in trained else None)
+        rows, db = low_rank_grads(dy, up, low, scalings[i], Bs[i].dtype if low is not None else None)
+        ds |= {} if rows is None else {i: rows}
+        dbs |= {} if db is None else {i: db}
+    if len(ds) < 2:
+        return next(iter(ds.values()), None), ds, dbs
+    stack = torch.cat(list(ds.values()))
+    return stack, dict(zip(ds, stack.split([ranks[i] for i in ds]))), dbs
 
 
 def _input_grad(flat, weights, As, stack, ds, p, seed):
@@ -170,14 +175,13 @@ def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
     x2 = None if x is None else x.reshape(-1, x.shape[-1]).to(work)
     flat = {i: dys[i].reshape(-1, dys[i].shape[-1]).to(work) for i in live}
     branches = [i for i in live if ranks[i] and (need_dx or needs[i] & DLA)]
-    stack, ds = _branch_grads(flat, Bs, scalings, ranks, branches) if branches else (None, {})
+    stack, ds, dbs = _branch_grads(flat, Bs, s, scalings, ranks, branches, [i for i in live if needs[i] & DLB])
 
     grads = []
     if need_dx:
         dx = _input_grad(flat, weights, As, stack, ds, p, seed)
         grads.append(dx.to(like.dtype).view(*like.shape[:-1], dx.shape[-1]))
     das = _lora_A_grads([i for i in live if needs[i] & DLA], x2, stack, ds, p, seed)
-    parts = () if s is None else s.split(ranks)
     for i in live:
         if needs[i] & DW:
             grads.append((flat[i].t() @ x2).to(like.dtype))
@@ -186,8 +190,7 @@ def _bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs):
         if needs[i] & DLA:
             grads.append(das[i].to(As[i].dtype))
         if needs[i] & DLB:
-            db = parts[i].to(work) @ flat[i]
-            grads.append(Bs[i].new_empty(Bs[i].shape).copy_(db.t()).mul_(scalings[i]))
+            grads.append(dbs[i])
     return grads
 
 
