@@ -45,8 +45,8 @@ class Outputs(NamedTuple):
 
 
 def together(before: Outputs | None, module: nn.Module, x: Tensor, *others: tuple[str, Tensor]) -> Outputs | None:
-    """The outputs of ``module``'s layers of these names that are handed ``x``; None where fewer than two can run as one, or nothing is gained.
-    A layer with hooks is called in its place. ``before``: what is there already, which may be of ``x``."""
+    """The outputs of ``module``'s layers of these names that are handed ``x``; None where fewer than two can run as one, or nothing is
+    gained. A layer with hooks is called in its place. ``before``: what is there already, which may be of ``x``."""
     if before is not None and before.x is x:
         return before
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
@@ -67,7 +67,7 @@ def take(outputs: Outputs | None, name: str, layer: nn.Module, x: Tensor) -> Ten
 
 
 def join_calls(function: FunctionType) -> FunctionType:
-    """``function``, a forward, whose calls of layers with one input run together; itself where there are none, or its source is not there."""
+    """``function``, a forward, whose calls of layers with one input run together; itself where there are none, or no source."""
     if function.__closure__ or (tree := _tree(function)) is None:
         return function
     if not _Joiner(tree).join():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpeft import _library
 
-# Up to this rank csrc's form serves. Milliseconds, csrc's and ATen's two products (Intel Xeon, Sapphire Rapids, one thread of a busy machine,
+# Up to this rank csrc's form serves. Milliseconds, csrc's and ATen's two products (Intel Xeon, Sapphire Rapids, one thread, others busy,
 # fp32, interleaved, least of 15): rank 8, 788 x 3072 1.3 and 2.2, 788 x 768 0.37 and 0.58, 1024 x 2752 1.3 and 2.5, 1024 x 1024 0.56 and
 # 1.03; rank 16, 1024 x 2752 2.9 and 3.4; rank 32, 6.0 and 6.3.
 RANK = 16

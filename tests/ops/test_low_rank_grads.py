@@ -17,7 +17,9 @@ def error(value, truth):
 
 
 # odd sizes around vectors, blocks of three and of rows; several parts; ranks of one block and of two, and beyond csrc's
-@pytest.mark.parametrize("M, N, r", [(1, 1, 1), (2, 7, 3), (37, 101, 5), (64, 768, 8), (190, 252, 16), (5, 130, 9), (801, 2700, 8), (12, 40, RANK + 4)])
+@pytest.mark.parametrize(
+    "M, N, r", [(1, 1, 1), (2, 7, 3), (37, 101, 5), (64, 768, 8), (190, 252, 16), (5, 130, 9), (801, 2700, 8), (12, 40, RANK + 4)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_no_worse_than_pytorch(M, N, r, dtype):
     dy, B, S = make(M, N, r, dtype)
