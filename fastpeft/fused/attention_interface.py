@@ -43,6 +43,7 @@ from fastpeft.fused.attention_masks import MaskContent, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
 from fastpeft.fused.layout import Layout
+from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
@@ -117,8 +118,8 @@ class FusedInterfaceAttention:
 
     @staticmethod
     def forward_of(cls: type) -> FunctionType:
-        """The forward of ``cls``, with the function looked up here."""
-        theirs = cls.forward
+        """The forward of ``cls``, with the function looked up here, and its projections of one input joined."""
+        theirs = join_calls(cls.forward)
         code, namespace = theirs.__code__, theirs.__globals__
         others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
         for name, make in (others := {THEIRS: Functions} | others).items():

@@ -55,6 +55,8 @@ class Encoded(NamedTuple):
         mask = as_key_mask(mask)
         if mask is not None and mask.dim() == 2 and len(mask) == 1:
             mask = mask.expand(samples, -1)
+        if mask is not None and mask.dim() == 2 and mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None  # as transformers' models make one of ones for every image: without it, layers may absorb their keys
         return cls(states, index, mask)
 
     @property

@@ -6,8 +6,10 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |-----------------------------------------------------------------------|--------------------|-----------------------------------------|
 | layer_norm_fwd, layer_norm_bwd, rms_norm_fwd, rms_norm_bwd            | native             | row-wise: memory decides, one pass      |
 |                                                                       |                    | serves, on CPU and CUDA alike           |
-| gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd                            | native             | likewise                                |
+| gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd, geglu_fwd, geglu_bwd      | native             | likewise                                |
 | rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| low_rank_grads                                                        | native             | two skinny products of one matrix, read |
+|                                                                       |                    | once; on the CPU alone                  |
 | lora_linears_fwd, lora_linears_bwd                                    | triton             | a skinny product joins a wide one in    |
 |                                                                       |                    | its tiles; on a CPU ATen's GEMMs serve  |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
@@ -19,7 +21,7 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 """
 
 from fastpeft.ops.absorbed_attention import absorbed_attention
-from fastpeft.ops.activations import gelu, swiglu
+from fastpeft.ops.activations import geglu, gelu, swiglu
 from fastpeft.ops.attention import attention
 from fastpeft.ops.dropout import dropout
 from fastpeft.ops.excitor_keys import excitor_keys
@@ -40,6 +42,7 @@ __all__ = [
     "attention",
     "dropout",
     "excitor_keys",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",

@@ -19,8 +19,9 @@ Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (
 |                                    | so backward recomputes z                                  |                     |
 | none                               | nothing                                                   | 1                   |
 
-A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; with a trained head
-as many bytes as dW takes anyway). The mean's 1/n is put into G, except in float16, where small entries would vanish.
+A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; up to ROWS
+rows may take a quarter of W's bytes; with a trained head as many bytes as dW takes anyway). The mean's 1/n is put into G, except in
+float16, where small entries would vanish.
 The number of labelled rows sizes the GEMMs, so the host must know it: labels on the host (a collator's) tell it and nothing waits for the
 GPU; for labels on the GPU there is one wait for one integer per loss. Under torch.compile, and for labels without values (meta, fake), no
 shape may depend on data: there the operator finds the labelled rows itself and dh is dense, [M, C], zero at the others.
