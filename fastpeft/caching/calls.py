@@ -71,7 +71,7 @@ class Call:
         for name, value in sorted(self.values.items()):
             if name in self.rows or name in NOT_READ:
                 continue
-            if (text := _told(value)) is None:
+            if (text := as_text(value)) is None:
                 return None
             told.append(f"{name}={text}")
         kind = self.device.type
@@ -113,14 +113,14 @@ class Call:
         return values, [self.sizes[i] for i in images]
 
 
-def _told(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """Text that tells ``value``; None where no text does."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {row_digests(value.reshape(1, -1))[0].hex()}"
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return repr(value)
     if isinstance(value, (list, tuple)):
-        parts = [_told(part) for part in value]
+        parts = [as_text(part) for part in value]
         return None if None in parts else f"{type(value).__name__}{parts}"
     return None
 
