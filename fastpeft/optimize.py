@@ -44,7 +44,7 @@ def optimize(
     if lean_logits is not None and not isinstance(lean_logits, bool):
         raise TypeError(f"optimize: lean_logits must be True, False or None, not {type(lean_logits).__name__}")
     place = None if cache_images in (None, False) else place_of(cache_images)
-    below = None if cache_layers in (None, False) else place_of(cache_layers, "cache_layers")
+    below = None if cache_layers in (None, False) else place_of(cache_layers, "optimize: cache_layers")
     reasons, swapped = {}, set()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
         if is_fused(module) or form_of(module) is None:

@@ -1,4 +1,4 @@
-"""One call of a stack whose lower layers are kept: what stands in its loop for each, the rows that are computed, and what is put together."""
+"""One call of a stack whose lower layers are kept: what stands for them, which rows are computed, and what is put together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from fastpeft.caching.layers import LayerCache
 
 TIMED = 3  # calls of each kind that are timed
-NOT_READ_BELOW = (*NOT_READ, "visual", "output_mask", LAYOUT, "layout")  # by layers without an Excitor; or what says where tokens lie
+# by layers without an Excitor, or what says where tokens lie
+NOT_READ_BELOW = (*NOT_READ, "visual", "visual_index", "visual_seen", "output_mask", LAYOUT, "layout")
 
 
 class LayerCall:
@@ -138,10 +139,14 @@ class LayerCall:
         at = rows.to(hidden.device)
         if self.layout is None:
             count = hidden.shape[0]
-            return hidden.index_select(0, at), {name: _select(name, value, at, count) for name, value in options.items()}
+            return hidden.index_select(0, at), {
+                name: value if name in NOT_READ_BELOW else _select(name, value, at, count) for name, value in options.items()
+            }
         tokens = torch.isin(self._rows_of_tokens(), rows).nonzero().flatten()
         layout, index = sub_layout(self.layout, rows, tokens, hidden.device), tokens.to(hidden.device)
-        options = {name: _select_tokens(name, value, index, at, self.total) for name, value in options.items()}
+        options = {
+            name: value if name in NOT_READ_BELOW else _select_tokens(name, value, index, at, self.total) for name, value in options.items()
+        }
         options[LAYOUT if LAYOUT in options else "layout"] = layout
         return hidden.index_select(-2, index), options
 

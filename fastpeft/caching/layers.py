@@ -18,8 +18,8 @@ states, so token ids and image features, positions and masks.
 from __future__ import annotations
 
 import ast
+import functools
 import threading
-import time
 from collections import Counter, defaultdict
 from copy import deepcopy
 from pathlib import Path
@@ -67,7 +67,6 @@ class LayerCache:
 
     def __init__(self, stack: nn.Module, count: int, limit_bytes: int, folder: Path | None):
         self.stack, self.count, self.limit_bytes, self.folder = stack, count, limit_bytes, folder
-        self.before = before_layers(stack)
         self.layers = list(map(str, range(count)))
         self.computed = self.reused = 0
         self.passed: Counter[str] = Counter()
@@ -79,6 +78,11 @@ class LayerCache:
         self.seconds: dict[str, list[float]] = defaultdict(list)  # per token, of computing and of reading
         self._loaded_before, self._state, self.mixing = 0, None, ""
         self.lock = threading.RLock()
+
+    @functools.cached_property
+    def before(self) -> list[str]:
+        """Names of what the stack uses before its layers are through."""
+        return before_layers(self.stack)
 
     @property
     def loaded(self) -> int:
@@ -206,6 +210,33 @@ def _packed_only_without_cache(stack: nn.Module, given: dict[str, Any]) -> bool:
     return bool((positions.diff(dim=-1) != 1).any())
 
 
+class Known:
+    """Stands for a cache that has every state, of what a step costs: hidden states pass its layers as they are."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def call(self, stack: nn.Module, given: dict[str, Any]) -> Known:
+        self.layers = [_Passed(layer) if i < self.count else layer for i, layer in enumerate(stack._modules["layers"])]
+        return self
+
+    def refused(self, reason: str) -> None:
+        raise RuntimeError(reason)
+
+
+class _Passed:
+    """Returns what a layer is given."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
 def layer_caches(model: nn.Module) -> list[LayerCache]:
     """The caches in ``model``."""
-    return [cache for module in model.modules() if (cache := module.__dict__.get(LAYER_CACHE)) is not None]
+    return [cache for module in model.modules() if isinstance(cache := module.__dict__.get(LAYER_CACHE), LayerCache)]

@@ -16,7 +16,8 @@ VALIDATE = Option(panel="Validation")
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
     *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
-    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
+    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "cache_layers", "memory_budget", "without"),
+    "eval_scores",
 }
 
 
@@ -63,6 +64,8 @@ class TrainConfig:
     "how much memory they may take, such as 2GB (default: a third of what is free)"
     feature_dtype: Annotated[Dtype | None, MEMORY] = None
     "fp32 or bf16, kept so (default: as computed)"
+    cache_layers: Annotated[Text | None, MEMORY, Option(must="a size or a folder")] = None
+    "keep what a language model's lower layers compute where they train nothing: a size of memory, such as 4GB, or a folder"
     memory_budget: Annotated[Size | None, MEMORY] = None
     "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
     without: Annotated[Text | None, MEMORY] = None

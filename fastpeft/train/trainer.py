@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fastpeft.adapters import save_adapter
+from fastpeft.caching.attach import forget_layers, keep_layers, place_of
+from fastpeft.caching.layers import layer_caches
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
@@ -91,6 +93,8 @@ class Trainer:
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+        if config.cache_layers is not None:
+            self.notes += keep_layers(model, *place_of(config.cache_layers, "cache_layers"))
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
@@ -167,6 +171,8 @@ class Trainer:
                 began = time.perf_counter()
         if self.features is not None:
             self.features.flush()
+        self.notes += [cache.note() for cache in layer_caches(self.model)]
+        forget_layers(self.model)
         if self.out:
             with stop.later():
                 self.save()
@@ -321,7 +327,6 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, unless ``allow_change`` names it."""
         return identity_of(self)
-
 
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
