@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastpeft.caching.frozen import NotUnderstood, calls, delegates, modules_below, names_below, why_not_constant
-from fastpeft.caching.images import ImageCache, image_caches
+from fastpeft.caching.images import REPLICATE, ImageCache, Replicas, image_caches
 from fastpeft.caching.layers import Known, LayerCache, before_layers, layer_caches
 from fastpeft.fused.any_stack import FusedTextStack
 from fastpeft.fused.flatten import why_not_flat
@@ -28,6 +28,7 @@ def forget_images(model: nn.Module) -> None:
     for cache in image_caches(model):
         cache.flush()
         cache.owner.__dict__.pop(cache.method, None)
+        cache.owner.__dict__.pop(REPLICATE, None)
 
 
 def forget_layers(model: nn.Module) -> None:
@@ -120,6 +121,7 @@ def keep_images(model: nn.Module, limit: int, folder: Path | None) -> list[str]:
     points, reasons = _points(model)
     names = {module: name for name, module in model.named_modules()}
     for owner, method, below in points:
+        owner.__dict__[REPLICATE] = Replicas(owner, method)
         owner.__dict__[method] = ImageCache(owner, method, below, limit // len(points), folder)
     notes = [f"image features: what {'.'.join(filter(None, (names[owner], method)))} returns is kept" for owner, method, _ in points]
     if not points and not reasons:

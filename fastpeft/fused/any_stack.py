@@ -133,7 +133,8 @@ class FusedTextStack:
         host = read.positions()
         if not 0 < int(host.sum()) <= FULL * host.numel():
             return None
-        return self_layout(tuple(host.shape), host, next(self.parameters()).device)
+        tokens = options.get("input_ids") if options.get("inputs_embeds") is None else options["inputs_embeds"]
+        return self_layout(tuple(host.shape), host, tokens.device)
 
 
 def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:

@@ -548,3 +548,20 @@ def test_a_file_is_no_folder_and_false_takes_the_cache_back(tmp_path):
     assert not image_caches(model)
     text = nn.Linear(3, 3)
     assert any("no module here encodes images" in note for note in fp.optimize(text, cache_images="1MB").notes)
+
+
+def test_images_of_one_and_of_two_tiles_are_kept_one_by_one():
+    """Idefics3 and SmolVLM leave empty tiles out: rows of their outputs are the others'."""
+    model, batch = build("idefics3")
+    plain, pixels = copy.deepcopy(model), images(6)
+    assert {bool(image[0, 0, 0] > 0) for image in pixels} == {True, False}
+    fp.optimize(model, cache_images="1GB")
+    fp.optimize(plain)
+    (cache,) = image_caches(model)
+    for mix in ([0, 1, 2], [3, 4, 5], [5, 0, 3], [2, 4], [1]):
+        (loss, grads), (expected, theirs) = results(model, batch(pixels[mix])), results(plain, batch(pixels[mix]))
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+        for name, grad in theirs.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-7, atol=1e-12, msg=name)
+    assert (cache.computed, cache.reused) == (6, 6), cache.note()
+    assert not cache.passed

@@ -39,7 +39,7 @@ def untimed(monkeypatch):
     monkeypatch.setattr(layer_calls, "TIMED", 0)
 
 
-def adapted(name: str, lowest: int = 2, **options) -> nn.Module:
+def adapted(name: str, lowest: int = 2) -> nn.Module:
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=2,
