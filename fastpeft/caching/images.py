@@ -44,7 +44,6 @@ from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
 
-
 REPLICATE = "_replicate_for_data_parallel"
 
 

@@ -8,6 +8,7 @@ whatever a mask says is as it was.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,8 +103,11 @@ class FusedTextStack:
 
     @signature_of_replaced
     def forward(self, *args, **kwargs):
-        if args:
-            return super().forward(*args, **kwargs)
+        if args:  # GPT-NeoX's model hands token ids by position
+            names = list(inspect.signature(super().forward).parameters)
+            if len(args) > len(names):
+                return super().forward(*args, **kwargs)
+            kwargs = dict(zip(names, args)) | kwargs
         return run_stack(self, kwargs, self._run)
 
     def _run(self, options: dict[str, Any]) -> Any:
