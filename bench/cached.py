@@ -6,7 +6,8 @@ SmolVLM-256M's shape with random weights: SigLIP-B/16 on 512 x 512 pixels (1024 
 (r = 8) on the text model's query and value projections, in all layers, and (--lowest) from layer 20 on. With adapters in all layers the
 model without caches is compared with one that keeps image features; with adapters in the upper layers only, with one that also keeps the
 hidden states below them. All models of a comparison start equal and take the same batches, each epoch in another order, one after the
-other within each epoch; losses are compared at every step. FLOPs are PyTorch's count of an epoch, forward and backward. On the CPU one
+other within each epoch; losses are compared at every step. FLOPs are PyTorch's count of one epoch more, forward and
+backward; its counter reads every field of an encoder's output, so that the bytes told after it are of all fields. On the CPU one
 thread and its CPU time. Writes cached_DEVICE.json to $OUT, or bench/results.
 """
 

@@ -110,6 +110,8 @@ class LayerCache:
             return "a replica of the model runs"
         if torch.is_inference_mode_enabled():
             return "inference mode"
+        if self.count >= min(len(stack._modules["layers"]), stack.config.num_hidden_layers):
+            return "it has fewer layers than it had"
         keeps_keys = given.get("use_cache")
         if keeps_keys is None:
             keeps_keys = stack.config.use_cache and not (stack.training and torch.is_grad_enabled())

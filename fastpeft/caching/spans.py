@@ -182,36 +182,39 @@ def _before_padding(real: Tensor) -> list[Span] | None:
 def _parts(hidden: Tensor, options: dict[str, Any], given: dict[str, Any], layout: Layout | None, shape: tuple[int, int]):
     """({name: [N, k]} of every token, digests of every row, text about everything else) of all that enters. ``given`` is read first: names
     of what the first layer gets start with a dot."""
-    rows, columns = shape if layout is None else (1, hidden[..., 0].numel())
     parts = {"hidden": hidden.reshape(-1, hidden.shape[-1])}
     text, of_rows = [], []
-    deep = given.get("deepstack_visual_embeds")
-    if deep is not None:
+    if (deep := given.get("deepstack_visual_embeds")) is not None:
         of_rows = _deepstack(deep, given.get("visual_pos_masks"), shape)
     for name, value in given.items():
         if name in (*TOKENS, "deepstack_visual_embeds") or value is None or (name == "attention_mask" and _given_masks(value)):
             continue
-        if not isinstance(value, Tensor):
+        if layout is not None and name in ("attention_mask", "position_ids"):
+            continue  # of these two the layout and the first layer's own arguments tell
+        if (table := _per_token(name, value, *shape)) is None:
             text.append(f"{name}={_told(name, value)}")
-        elif (table := _per_token(name, value, *shape)) is not None:
-            if layout is None:
-                parts[name] = table
-            elif name not in ("attention_mask", "position_ids"):  # of these two the layout and the first layer's own arguments tell
-                if shape != tuple(value.shape[:2]):
-                    raise NotCut(f"{name} is of another shape than the batch")
-                parts[name] = layout.unpad(table.view(*shape, -1))
-        elif layout is None or name not in ("attention_mask", "position_ids"):
-            text.append(f"{name}={_told(name, value)}")
+        elif layout is None:
+            parts[name] = table
+        elif shape == tuple(value.shape[:2]):
+            parts[name] = layout.unpad(table.view(*shape, -1))
+        else:
+            raise NotCut(f"{name} is of another shape than the batch")
+    told = _of_first_layer(parts, options, *(shape if layout is None else (1, hidden[..., 0].numel())), layout)
+    return parts, of_rows, " ".join(text + told)
+
+
+def _of_first_layer(parts: dict[str, Tensor], options: dict[str, Any], rows: int, columns: int, layout: Layout | None) -> list[str]:
+    """Add to ``parts`` what the first layer gets by token; text about the rest."""
+    text = []
     for name, value in options.items():
         if name == "attention_mask" or value is None:
             continue
         for number, one in enumerate(value if isinstance(value, tuple) else (value,)):
-            table = _per_token(name, one, rows, columns) if isinstance(one, Tensor) else None
-            if table is not None:
+            if (table := _per_token(name, one, rows, columns)) is not None:
                 parts[f".{name}.{number}"] = table
             elif layout is None or name != "position_ids":
                 text.append(f".{name}={_told(name, one)}")
-    return parts, of_rows, " ".join(text)
+    return text
 
 
 def _told(name: str, value: Any) -> str:
@@ -220,8 +223,10 @@ def _told(name: str, value: Any) -> str:
     return text
 
 
-def _per_token(name: str, value: Tensor, rows: int, columns: int) -> Tensor | None:
-    """[rows * columns, k] of [rows or 1, columns, ...], of positions [k, rows, columns], or of [columns]; None of other shapes."""
+def _per_token(name: str, value: Any, rows: int, columns: int) -> Tensor | None:
+    """[rows * columns, k] of [rows or 1, columns, ...], of positions [k, rows, columns], or of [columns]; None of anything else."""
+    if not isinstance(value, Tensor):
+        return None
     if name == "cache_position" and value.shape == (columns,):
         value = value[None]
     if name in POSITIONS and value.dim() == 3:

@@ -17,6 +17,7 @@ from vision_models import MODELS, SEEN, build, images
 import fastpeft as fp
 from fastpeft import features
 from fastpeft.caching.attach import encodes_images
+from fastpeft.caching.frozen import Wrapper
 from fastpeft.caching.images import ImageCache, image_caches
 
 MIXES = ([0, 1, 2], [0, 1, 2], [2, 3, 0], [4, 1, 4], [1])  # the same, one new, one twice, one alone
@@ -565,3 +566,18 @@ def test_images_of_one_and_of_two_tiles_are_kept_one_by_one():
             torch.testing.assert_close(grads[name], grad, rtol=1e-7, atol=1e-12, msg=name)
     assert (cache.computed, cache.reused) == (6, 6), cache.note()
     assert not cache.passed
+
+
+def test_replicas_of_data_parallel_run_their_own():
+    """Their tensors are others, on other devices than the cache's module."""
+    model, _ = build("gemma3")
+    fp.optimize(model, cache_images="1GB")
+    for one in (model, copy.deepcopy(model)):
+        (cache,) = image_caches(one)
+        replica = cache.owner._replicate_for_data_parallel()
+        assert replica is not cache.owner and type(replica) is type(cache.owner)
+        assert not any(isinstance(value, Wrapper) for value in vars(replica).values())
+        assert getattr(replica, cache.method).__self__ is replica
+    fp.restore(model)
+    assert not any(isinstance(value, Wrapper) for module in model.modules() for value in vars(module).values())
+    pickle.loads(pickle.dumps(copy.deepcopy(one)))

@@ -205,6 +205,17 @@ def test_a_change_of_a_lower_weight_empties_it():
     assert cache.computed == 8
 
 
+def test_layers_taken_away_are_not_asked_for():
+    without, kept = pair("qwen3")
+    assert_same(without, kept, padded([0, 1]))
+    for model in (without, kept):
+        del model.base_model.model.model.layers[2:]
+        model.config.num_hidden_layers = 2
+        model.base_model.model.lm_head.weight.requires_grad_(True)
+    assert_same(without, kept, padded([0, 1]))
+    assert list(layer_caches(kept)[0].passed) == ["it has fewer layers than it had"]
+
+
 def test_memory_is_bounded_and_says_so():
     without = adapted("llama")
     kept = copy.deepcopy(without)
@@ -322,3 +333,24 @@ def test_our_own_runs_take_it_as_an_option(tmp_path):
     notes = " ".join(summaries["1GB"]["notes"])
     assert "after 2 of 4 layers are kept" in notes
     assert "computed 3 times" in notes, notes
+
+
+def test_a_stack_that_gets_its_tokens_by_position():
+    config = tf.GPTNeoXConfig(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    model = tf.GPTNeoXForCausalLM(config).double().train()
+    model.gpt_neox.layers[0].requires_grad_(False)
+    model.gpt_neox.embed_in.requires_grad_(False)
+    kept = copy.deepcopy(model)
+    fp.optimize(model)
+    fp.optimize(kept, cache_layers="1GB")
+    for rows in ([0, 1], [1, 0]):
+        assert_same(model, kept, padded(rows), exactly=False)
+    assert layer_caches(kept)[0].reused == 2
+
+
+def test_replicas_of_data_parallel_run_their_own_layers():
+    _, kept = pair("qwen3")
+    (cache,) = layer_caches(kept)
+    replica = cache.stack._replicate_for_data_parallel()
+    assert cache.call(replica, {}) is None
+    assert list(cache.passed) == ["a replica of the model runs"]
