@@ -207,6 +207,7 @@ def estimate(
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
     gradient_accumulation: Annotated[int, typer.Option(help="forwards per step")] = 1,
     no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
+    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="without a language model's lowest layers, if frozen")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
     as_json: Json = False,
@@ -220,7 +221,7 @@ def estimate(
     source = resolve(model, image_encoder)
     step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
     step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
-    step |= {"feature_cache": not no_feature_cache, "optimized": not plain, "gpu_memory": gpu_memory}
+    step |= {"feature_cache": not no_feature_cache, "cache_layers": cache_layers, "optimized": not plain, "gpu_memory": gpu_memory}
     chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
     found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]

@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from fastpeft.caching.attach import lower_layers_known
 from fastpeft.cost.profile import measure
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
@@ -74,6 +75,7 @@ class _Step:
     dtype: str
     questions_per_image: int
     feature_cache: bool
+    cache_layers: bool
     gradient_accumulation: int
     optimized: bool
     quantize: str | None
@@ -86,6 +88,8 @@ class _Step:
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+        if self.cache_layers and not self.optimized:
+            raise ValueError("cache_layers=True has no plain counterpart, which keeps nothing: leave one out")
         if self.quantize and not self.optimized:
             raise ValueError(f"quantize={self.quantize!r} has no plain counterpart, which writes a quantised base out: leave one out")
 
@@ -142,6 +146,7 @@ def estimate(
     dtype: str | torch.dtype = "fp32",
     questions_per_image: int = 1,
     feature_cache: bool = True,
+    cache_layers: bool = False,
     gradient_accumulation: int = 1,
     optimized: bool = True,
     gpu_memory: str | None = None,
@@ -153,7 +158,8 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. optimized=False: the
+    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. cache_layers: neither is
+    what lower layers of a language model compute that train nothing, as after a first epoch. optimized=False: the
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
     own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
@@ -167,6 +173,7 @@ def estimate(
         dtype={v: k for k, v in DTYPES.items()}.get(dtype, dtype),
         questions_per_image=questions_per_image,
         feature_cache=feature_cache,
+        cache_layers=cache_layers,
         gradient_accumulation=gradient_accumulation,
         optimized=optimized,
         quantize=quantize or getattr(model, "fastpeft_source", {}).get("quantize"),
@@ -262,7 +269,8 @@ def _estimate_step(
         with _no_collection():
             before = tracker.live
             tracker.peak = before
-            with measure(network) as cost, lean_logits(network):
+            known = lower_layers_known(network) if step.cache_layers else nullcontext([])
+            with known as left_out, measure(network) as cost, lean_logits(network):
                 network(**inputs).loss.backward()
     halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
@@ -272,6 +280,8 @@ def _estimate_step(
     peak = max(weights + optimizer + held + tracker.peak - before + written, weights + optimizer + gradients)
     process = psutil.Process().memory_info().rss if on_cpu else 0
     notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
+    if step.cache_layers:
+        notes += left_out or ["cache_layers changes nothing: a language model's lowest layers are trained, or there is no language model"]
     return Estimate(
         name, str(network.fastpeft_plan), step.batch_size, step.dtype, cost.flops / step.batch_size, weights, gradients, optimizer,
         cost.saved_bytes, peak + process, process, cost.flops_by_part, notes=notes,

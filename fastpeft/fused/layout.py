@@ -98,6 +98,12 @@ def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.de
     return Layout(rows, columns, to_device_async(cells, device), counts, order, cells)
 
 
+def sub_layout(layout: Layout, rows: Tensor, tokens: Tensor, device: torch.device) -> Layout:
+    """The tokens of some ``rows`` alone, which are ``tokens`` in reading order, both int64 and sorted, on the CPU."""
+    cells = layout.cells[tokens]
+    return _laid(len(rows), layout.columns, torch.searchsorted(rows, cells // layout.columns), cells % layout.columns, device)
+
+
 def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device, static: int | None = None) -> Layout:
     """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for. ``static``: so many tokens are laid out,
     those beyond the mask's are padding."""

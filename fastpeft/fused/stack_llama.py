@@ -26,6 +26,7 @@ from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout
+from fastpeft.fused.lower import run_stack
 from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.mm_adapter import Place, Routing
@@ -81,6 +82,16 @@ class FusedLlamaModel:
         output_mask [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero; and no cache unless
         use_cache=True.
         modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        given |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "output_mask": output_mask}
+        given |= {"modality": modality, "modality_embeds": modality_embeds}
+        return run_stack(self, given | kwargs, lambda options: self._call(**options))
+
+    def _call(
+        self, *, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_mask, modality, modality_embeds,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """``forward``, its lower layers ours or those that stand for them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
@@ -121,7 +132,7 @@ class FusedLlamaModel:
 
     def _sees_tokens_alone(self) -> bool:
         """Whether every layer can do without the padding of a batch."""
-        return not torch.compiler.is_compiling() and not why_not_flat(self, self.layers, self.norm)
+        return not torch.compiler.is_compiling() and not why_not_flat(self, self._modules["layers"], self.norm)
 
     @staticmethod
     def _counted(hidden: Tensor, cache) -> Tensor:
@@ -165,7 +176,7 @@ class FusedLlamaModel:
                 and (output_mask is None or _outside(output_mask, mask))
             ):
                 return False  # what padding attends to there is everything
-        return not why_not_flat(self, self.layers, self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
+        return not why_not_flat(self, self._modules["layers"], self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]

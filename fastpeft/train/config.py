@@ -17,8 +17,8 @@ VALIDATE = Option(panel="Validation")
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
     *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
-    *("async_save", "worker_timeout", "track"),
-    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
+    *("async_save", "worker_timeout", "track", "eval_scores"),
+    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "cache_layers", "memory_budget", "without"),
 }
 
 
@@ -67,6 +67,8 @@ class TrainConfig:
     "fp32 or bf16, kept so (default: as computed)"
     cuda_graph: Annotated[bool, RUN, Option(off="no_cuda_graph")] = True
     "launch whole steps as CUDA graphs, on padded batches; where a step cannot be captured, or is too large to gain, it runs as it is"
+    cache_layers: Annotated[Text | None, MEMORY, Option(must="a size or a folder")] = None
+    "keep what a language model's lower layers compute where they train nothing: a size of memory, such as 4GB, or a folder"
     memory_budget: Annotated[Size | None, MEMORY] = None
     "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
     without: Annotated[Text | None, MEMORY] = None

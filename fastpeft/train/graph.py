@@ -80,6 +80,8 @@ def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: Mem
     """The step of a run, in graphs where it asks for them and they hold; on a GPU its note says why not."""
     device = next(model.parameters()).device
     reason = why_not(model, device, budget=budget is not None, mixed=mixed)
+    if config.cache_layers is not None and not reason:
+        reason = "cache_layers looks up on the host what it keeps"
     if config.on_nan == "skip" and not reason:
         reason = "on_nan=skip reads each step's loss before its update"
     parts |= {"budget": budget, "mixed": mixed}

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.caching.attach import forget_layers, keep_layers, place_of
+from fastpeft.caching.layers import layer_caches
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
@@ -103,6 +105,8 @@ class Trainer:
         self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+        if config.cache_layers is not None:
+            self.notes += keep_layers(model, *place_of(config.cache_layers, "cache_layers"))
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
         known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
         self.step = step_for(config, *known, **parts)
@@ -202,6 +206,8 @@ class Trainer:
                 raise
         if self.features is not None:
             self.features.flush()
+        self.notes += [cache.note() for cache in layer_caches(self.model)]
+        forget_layers(self.model)
         if self.out:
             with stop.later():
                 self.save()
