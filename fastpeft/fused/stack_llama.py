@@ -25,9 +25,10 @@ from fastpeft.fused.any_stack import read_of
 from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout
+from fastpeft.fused.layout import Layout, TokenPlan, TreeLayout, packed_rows, rows_layout, self_layout, tree_layout
 from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
+from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import fuses, path_of
@@ -74,12 +75,15 @@ class FusedLlamaModel:
         output_mask: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer.
         output_mask [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero; and no cache unless
         use_cache=True.
-        modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
+        modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by.
+        prefix_lengths [B] int64: the B samples lie in one row, and each goes on from so many first tokens of the one before, which are in
+        the row once; position_ids [1, T] begin there (:class:`fastpeft.data.CausalCollator` makes such rows)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
@@ -87,15 +91,33 @@ class FusedLlamaModel:
             read = read_of(self, given | {"attention_mask": attention_mask})
             output_mask = None if read is None else read.positions()
         ours = getattr(self, "prefix_encoder", None) is not None or modality is not None or kwargs.get("visual") is not None
+        tree = None if prefix_lengths is None else self._tree(given, attention_mask, position_ids, prefix_lengths, use_cache)
+        if tree is not None:
+            _check_one_image(tree, modality, kwargs.get("visual"))
+        ours |= tree is not None
         alone = self.alone or ours
-        asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
+        asked, use_cache = use_cache, tree is None and self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
         if not ours and not self._is_plain(given, attention_mask, kwargs, output_mask):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
-        return self._forward(attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours, given, kwargs)
+        about = (asked, use_cache, output_mask, modality, modality_embeds, tree)
+        return self._forward(attention_mask, position_ids, *about, ours, given, kwargs)
+
+    def _tree(self, given: dict, mask: Tensor | None, position_ids: Tensor | None, lengths: Tensor, use_cache: bool | None) -> TreeLayout:
+        """Where the tokens of samples that share prefixes lie. ValueError where this call cannot be of such."""
+        for name, wrong in (
+            ("a cache", use_cache or given["past_key_values"] is not None),
+            ("attention_mask", mask is not None),
+            ("torch.compile", torch.compiler.is_compiling()),
+            ("attention that is not causal", not is_causal(self)),
+        ):
+            if wrong:
+                raise ValueError(f"samples that share prefixes (prefix_lengths) go without {name}: leave one of the two out")
+        tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
+        return tree_layout(position_ids, lengths, tokens)
 
     def _forward(
-        self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours: bool, given: dict, kwargs: dict
+        self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, tree, ours: bool, given, kwargs
     ) -> BaseModelOutputWithPast:
         """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
@@ -110,7 +132,7 @@ class FusedLlamaModel:
             use_cache = cached = False
         flat = not ours or self._sees_tokens_alone()
         read = output_mask if flat and not cached and states is None else None
-        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None))
+        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None), tree)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         position_ids = self._counted(hidden, cache) if position_ids is None else position_ids
@@ -168,8 +190,10 @@ class FusedLlamaModel:
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None) -> TokenPlan:
+    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None, tree: TreeLayout | None) -> TokenPlan:
         """How the tokens lie. position_ids: where they may mark packed samples; output_mask: the only outputs that are read."""
+        if tree is not None:
+            return TokenPlan(Layout(*hidden.shape[:2], None) if flat else None, tree, output_mask=output_mask)
         causal = is_causal(self) if causal is None else causal
         mask = as_key_mask(mask)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
@@ -275,6 +299,14 @@ class FusedLlamaModel:
 def is_fixed(cache) -> bool:
     """Whether a cache is of fixed size, as transformers' static ones are."""
     return cache is not None and cache.is_compileable
+
+
+def _check_one_image(layout: TreeLayout, modality: Tensor | None, visual: Visual | None) -> None:
+    """ValueError where samples that share a prefix have not the same modality, or do not see the same image: the prefix would differ."""
+    root = torch.tensor(layout.tree.shared).eq(0).cumsum(0) - 1
+    for name, index in (("modality", modality), ("image (visual_index)", None if visual is None else visual.index)):
+        if index is not None and (wrong := index.cpu() != index.cpu()[layout.tree.roots][root]).any():
+            raise ValueError(f"sample {int(wrong.nonzero()[0])} shares a prefix with one of another {name}: give it a prefix_length of 0")
 
 
 def _outside(output_mask: Tensor, mask: Tensor) -> bool:

@@ -63,6 +63,7 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Text as LlamaForCausalLM takes it, padded or packed; images as :class:`VisionLanguageModel` says."""
@@ -70,6 +71,7 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
         if images is not None:
             index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
             kwargs |= {"visual": images, "visual_index": index}
+        kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         return self.llm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, **kwargs)
 
     @torch.no_grad()

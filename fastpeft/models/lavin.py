@@ -100,11 +100,14 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
         image_mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Text as LlamaForCausalLM takes it, padded or packed, without the modality token; images as :class:`VisionLanguageModel` says.
         Samples without an image are of the modality "text"."""
-        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids, attention_mask)
+        places = (position_ids, attention_mask, prefix_lengths)
+        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, *places)
+        kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         return self.llm(attention_mask=attention_mask, position_ids=position_ids, labels=labels, **given, **kwargs)
 
     @torch.no_grad()
@@ -133,7 +136,9 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         self.config.modality = modality
         return found
 
-    def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
+    def _prepared(
+        self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None, prefix_lengths=None
+    ) -> dict:
         images = self.images_of(pixel_values, image_embeds)
         index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
         if (kept := self.config.modality) is not None and bool(((index >= 0) != (kept == "image")).any()):
@@ -141,7 +146,7 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         text = self.get_input_embeddings()(input_ids)
         if images is not None and bool((index >= 0).any()):
             seen, places = (
-                self.neck(images)[to_device_async(index[index >= 0], images.device)],
+                self.neck(images)[to_device_async(self.placed_images(index, image_mask, position_ids, prefix_lengths), images.device)],
                 input_ids.new_zeros(()) if image_mask is None else image_mask,
             )
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:

@@ -25,6 +25,7 @@ from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.parts import FrozenEvaluates
+from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.ops._common import to_device_async
 
 SIZES = {"llava-med": ("L/14", "llama-7b", 32_004), "llava-med-tiny": ("tiny", "llama-tiny", 512)}
@@ -91,7 +92,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
     def host_inputs(self) -> tuple[str, ...]:
         """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
         fused = isinstance(self.model.language_model, FusedLlamaModel)
-        return ("attention_mask", "position_ids", "labels", "image_index", "image_mask") if fused else ()
+        return ("attention_mask", "position_ids", "labels", "prefix_lengths", "image_index", "image_mask") if fused else ()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[U, 3, S, S] -> patches [U, N, C_vision] of the last layer but one; the last is not run."""
@@ -116,6 +117,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
         image_mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
@@ -123,8 +125,11 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_embeds is not None:
-                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
-        decoder, to_model = self.model.language_model, {}
+                holes = input_ids == self.config.image_token_index if image_mask is None else image_mask
+                if image_index is not None:
+                    image_index = VisionLanguageModel.placed_images(image_index, holes, position_ids, prefix_lengths)
+                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, holes)
+        decoder, to_model = self.model.language_model, {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         asked = None
         if self.training and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import measure, reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.data.causal_batches import sharing_note
 from fastpeft.device import choose_device, to_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
@@ -89,6 +91,7 @@ class Trainer:
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
         self.saved_step: int | None = None
         self.notes: list[str] = []
+        self.collator = self._collator()
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
         if config.eval_every and validation is None:
@@ -108,6 +111,14 @@ class Trainer:
             raise ValueError(f"cannot resume {self.out}: it stands at step {done['step']}, past {limit}")
         self.total_batches = done["batches"] + max(0, left)
         self.total_steps = done["step"] + math.ceil(max(0, left) / config.gradient_accumulation)
+
+    def _collator(self) -> Callable[[list[dict]], dict]:
+        """The data set's; with ``share_prefix``, where the model takes such batches, samples share what they begin with."""
+        known = self.inputs, getattr(self.model, "host_inputs", ())  # LLaVA-Med takes it where its language model is a fused one
+        if not (self.config.share_prefix and all("prefix_lengths" in names for names in known)):
+            return self.dataset.collator()
+        self.notes += [note] if (note := sharing_note(self.dataset, self.sampler)) else []
+        return self.dataset.collator(share=True)
 
     def _feature_cache(self) -> FeatureCache | None:
         config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
@@ -239,7 +250,7 @@ class Trainer:
             loader = DataLoader(
                 self.dataset,
                 batch_sampler=self.sampler,
-                collate_fn=self.dataset.collator(),
+                collate_fn=self.collator,
                 num_workers=self.config.num_workers,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
