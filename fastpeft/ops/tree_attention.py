@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, check_floating, to_device_async, wants_grad
+from fastpeft.ops._common import accumulator, check_floating, no_view, to_device_async, wants_grad
 from fastpeft.ops._flash import flash, flash_bwd, kernel_of
 from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.attention import attention
@@ -71,7 +71,7 @@ class PrefixTree:
         asked = torch.arange(self.tokens) if self.queries is None else self.queries.cpu()
         object.__setattr__(self, "parts", tuple(_within(part, asked) for part in _shared_parts(self.starts, self.shared)))
         object.__setattr__(self, "parts", tuple(p for p in self.parts if p[0].start < p[0].stop))
-        object.__setattr__(self, "own", tuple(_own(self.starts, asked, self.queries is None, self.device)))
+        object.__setattr__(self, "own", tuple(_own(self.starts, asked, self.queries is None, torch.device(self.device))))
 
     @property
     def tokens(self) -> int:
@@ -150,7 +150,7 @@ def _within(part: tuple[slice, slice], asked: Tensor) -> tuple[slice, slice]:
     return slice(*ends), keys
 
 
-def _own(starts: Sequence[int], asked: Tensor, all_ask: bool, device: torch.device | str) -> list[Own]:
+def _own(starts: Sequence[int], asked: Tensor, all_ask: bool, device: torch.device) -> list[Own]:
     """Samples of like length in one table: as many products as lengths double."""
     bounds = torch.searchsorted(asked, torch.tensor(starts)).tolist()
     alike = defaultdict(list)
@@ -241,7 +241,7 @@ class _Tree(Function):
         ctx.tree, ctx.scale = tree, scale
         ctx.recipe, kept = to_save_all(q, k, v)
         ctx.save_for_backward(o, lse, pk, pv, *kept)
-        return o
+        return no_view(o)
 
     @staticmethod
     @first_order
@@ -332,12 +332,11 @@ def tree_attention(
     """
     _check(q, k, v, tree, prefix)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    prefix = prefix if prefix is not None and prefix[0].shape[1] else None
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    pk, pv = prefix if prefix is not None and prefix[0].shape[1] else (None, None)
+    q, k, v, pk, pv = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, pk, pv))
     masked = any(own.allowed is not None for own in tree.own)
     if dropout_p > 0.0 or scale <= 0.0 or q.numel() == 0 or kernel_of(q, k, v, True, masked) == "":
-        return _under_a_mask(q, k, v, tree, scale, prefix, dropout_p)
-    pk, pv = prefix or (None, None)
+        return _under_a_mask(q, k, v, tree, scale, None if pk is None else (pk, pv), dropout_p)
     if wants_grad(q, k, v, pk, pv):
         return _Tree.apply(tree, scale, q, k, v, pk, pv)
     return _forward(tree, scale, q, k, v, pk, pv)[0]
