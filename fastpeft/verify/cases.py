@@ -103,7 +103,7 @@ LLAMA_FLOOR = 64 * torch.finfo(torch.float32).eps
 def texts(vocabulary: int, lengths: tuple[int, ...], generator: torch.Generator, device: torch.device) -> tuple[list[Batch], Batch, Batch]:
     """Texts, the last three tokens of each labelled: each alone, as one padded batch, and packed into one row."""
     ids = [torch.randint(3, vocabulary, (n,), generator=generator).to(device) for n in lengths]
-    ids[-1][:-3] = ids[0][: len(ids[-1]) - 3]  # the last begins as the first
+    ids[-1][:-4] = ids[0][: len(ids[-1]) - 4]  # the last begins as the first
     labels = [t.index_fill(0, torch.arange(len(t) - 3, device=device), -100) for t in ids]
     alone = [{"input_ids": t[None], "labels": label[None]} for t, label in zip(ids, labels)]
     padded = {
@@ -141,7 +141,7 @@ def vision_language_case(model: VisionLanguageModel, generator: torch.Generator,
     """Four texts, two on one image, one without any. LaVIN's have places for the image's tokens."""
     size, index = model.config.vision_config.image_size, torch.tensor([1, -1, 0, 1], device=device)
     places = getattr(model.config, "visual_tokens", 0)
-    alone, padded, packed = texts(model.config.text_config.vocab_size, (places + 9, 7, places + 6, places + 4), generator, device)
+    alone, padded, packed = texts(model.config.text_config.vocab_size, (places + 9, 7, places + 6, places + 7), generator, device)
     images = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64).to(device)
     for sample, image in zip(alone, index.tolist()):
         if image >= 0:
