@@ -161,19 +161,17 @@ class SharedPrefixCollator:
     def __call__(self, items: Sequence[dict]) -> dict[str, Tensor]:
         samples = [self._checked(item) for item in items]
         images = _numbered([sample.get("pixel_values") for sample in samples])
-        places = [sample["input_ids"] == self.image_token_id if image >= 0 else None for sample, image in zip(samples, images)]
+        places = [self._places(sample) for sample in samples]
         tokens = [with_images(sample["input_ids"], place, image) for sample, place, image in zip(samples, places, images)]
         limits = [most_shared(sample["labels"], len(sample["input_ids"])) for sample in samples]
-        # without places in the ids an image may be seen from any token on
-        roots = [(image >= 0, image if place is None or not bool(place.any()) else None) for image, place in zip(images, places)]
-        order, lengths = sharing = share(tokens, limits, roots, self.worth)
+        order, lengths = sharing = share(tokens, limits, worth=self.worth)
         self.saved = self.saved.and_of(sharing, tokens)
         rows = [_Row() for n in lengths if n == 0]
         row, seen = -1, []
         for index, length in zip(order, lengths):
             row += length == 0
             rows[row].add(samples[index], length)
-            if images[index] >= 0 and (places[index] is None or bool(places[index][length:].any())):
+            if places[index] is not None and bool(places[index][length:].any()):
                 seen.append(samples[index]["pixel_values"])
         batch = self._filled_up(rows)
         return batch | ({"pixel_values": torch.stack(seen)} if seen else {})
@@ -194,6 +192,15 @@ class SharedPrefixCollator:
         if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
             raise ValueError("an item is padded (its attention_mask has zeros): give samples without padding")
         return sample
+
+    def _places(self, sample: dict[str, Tensor]) -> Tensor | None:
+        """Of a sample's image in its ids [n], None where it has none. Without places an image may be seen from any token: refused."""
+        if "pixel_values" not in sample:
+            return None
+        places = sample["input_ids"] == (-1 if self.image_token_id is None else self.image_token_id)
+        if not bool(places.any()):
+            raise ValueError("an item has pixel_values and no places for them in its input_ids: say their token (image_token_id=)")
+        return places
 
     def _filled_up(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         longest = max(len(row.ids) for row in rows)
