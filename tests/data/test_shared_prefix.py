@@ -69,8 +69,6 @@ def test_what_is_shared_where_it_pays():
     assert share([image, image], [10, 10]).lengths == (0, 0) and share([image, image], [10, 10], worth=1).lengths == (0, 1)
     assert share([image, image], [22, 10]) == Sharing((1, 0), (0, 22))  # whose labels come first, goes first
     assert share([image, image], [22, 22]).lengths == (0, 22)
-    with pytest.raises(ValueError):
-        share([[1, 2]], [1], ["a", "b"])
 
 
 def test_labels_stay_behind_tokens_of_their_own():
@@ -91,8 +89,8 @@ def test_a_batch_of_two_images():
     assert sorted(lengths) == [0, 0, 20, 28, 28] and batch["input_ids"].shape == (1, 53 + 25)
     starts = batch["cu_seqlens"].tolist()
     assert [batch["position_ids"][0, start].item() for start in starts[:-1]] == lengths
-    assert batch["image_mask"].sum() == 16 and batch["images"] == [Path("1"), Path("2")]
-    assert [batch["samples"][b].image for b in range(5)] == [None if i < 0 else batch["images"][i] for i in batch["image_index"]]
+    assert batch["image_mask"].sum() == 16 and sorted(batch["images"]) == [Path("1"), Path("2")]
+    assert [sample.image for sample in batch["samples"]] == [None if i < 0 else batch["images"][i] for i in batch["image_index"]]
     assert (batch["labels"] != IGNORE_INDEX).sum() == 10 and (batch["labels"][0, starts[:-1]] == IGNORE_INDEX).all()
     assert "prefix_lengths" not in CausalCollator(0, share=False)(items)
     assert "prefix_lengths" not in CausalCollator(0, share=True)(items[:1])
