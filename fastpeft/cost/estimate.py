@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.cost.profile import measure
+from fastpeft.data.shared_prefix import most_shared
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.labels import IGNORE_INDEX
@@ -151,7 +152,7 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. optimized=False: the
+    (6; a quarter). No padding. questions_per_image: so many of a batch are about one image, which is computed once for them. feature_cache: what frozen stages compute is kept, so it is not in the step. optimized=False: the
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
     own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
@@ -251,7 +252,8 @@ def _estimate_step(model: ModelSource | nn.Module, plan: str | Plan, step: _Step
         trained = [p for p in network.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("nothing to train: the plan freezes every part")
-        inputs = _inputs(network, step.batch_size, step.seq_len, step.answer_len, step.questions_per_image, step.feature_cache, dtype)
+        sizes = (step.batch_size, step.seq_len, step.answer_len, step.questions_per_image, step.feature_cache)
+        inputs = _inputs(network, *sizes, dtype, share=step.optimized)
         tracker.building = False
         with _no_collection():
             before = tracker.live
@@ -323,6 +325,20 @@ def _fill(network: nn.Module) -> None:
                 table[name] = made[id(tensor)][1]
 
 
+def _image_once(inputs: dict[str, Tensor], tokens: int, per_image: int) -> dict[str, Tensor]:
+    """Samples [B, L] that begin with an image's ``tokens``, in one row where these are once for ``per_image`` of them; {} where that cannot
+    be."""
+    labels = inputs["labels"]
+    batch, length = labels.shape
+    if per_image == 1 or not most_shared(labels[0], length) >= tokens:
+        return {}
+    lengths = torch.where(torch.arange(batch) % per_image == 0, 0, tokens)
+    positions = torch.arange(length).expand(batch, length)
+    own = positions >= lengths[:, None]
+    rows = {name: inputs[name][own][None] for name in ("input_ids", "labels", "image_mask")}
+    return rows | {"position_ids": positions[own][None], "prefix_lengths": lengths}
+
+
 def _check_lengths(config, family: Family, length: int, answer: int | None) -> None:
     """ValueError where the model has no room for so many tokens, or a sample none for its image and answer."""
     if family.kind == "vqa":
@@ -334,8 +350,9 @@ def _check_lengths(config, family: Family, length: int, answer: int | None) -> N
         raise ValueError(f"seq_len={length} leaves no room: image and answer alone take {least} tokens")
 
 
-def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
-    """A batch without padding: ids and indices with data, pixels and features without."""
+def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype, share: bool = True) -> dict[str, Tensor]:
+    """A batch without padding: ids and indices with data, pixels and features without. ``share``: an image's tokens are in a causal model's
+    batch once for all its questions, as the trainer's are."""
     family = family_of(network)
     kept = longest_frozen_stages(network) if feature_cache else None
     config, images, is_vqa = network.config, -(-batch // per_image), family.kind == "vqa"
@@ -364,4 +381,5 @@ def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype
             tokens = family.image_tokens(config)
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
+                inputs |= _image_once(inputs, tokens, per_image) if share else {}
     return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}

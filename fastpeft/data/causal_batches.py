@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastpeft.data.dataset import batch_images
-from fastpeft.data.shared_prefix import Saved, Sharing, most_shared, share, with_images
+from fastpeft.data.shared_prefix import WORTH, Saved, Sharing, most_shared, share, with_images
 from fastpeft.data.vqa import EpochSampler
 from fastpeft.labels import IGNORE_INDEX
 
@@ -77,7 +77,7 @@ class CausalCollator:
         return torch.nn.functional.pad(row, (more, 0) if self.padding_side == "left" else (0, more), value=fill)
 
 
-def sharing_of(items: Sequence[dict]) -> tuple[Sharing, list[np.ndarray]]:
+def sharing_of(items: Sequence[dict], worth: int = WORTH) -> tuple[Sharing, list[np.ndarray]]:
     """How items of a `CausalDataset` share what they begin with, and the tokens that were compared: ids, and images by their files. Where
     an image has no places in the text, every token may see it: then samples on one image alone share."""
     images = {path: i for i, path in enumerate(dict.fromkeys(item["sample"].image for item in items))}
@@ -87,7 +87,13 @@ def sharing_of(items: Sequence[dict]) -> tuple[Sharing, list[np.ndarray]]:
         tokens.append(with_images(item["input_ids"], places, images[image]))
         limits.append(most_shared(item.get("labels"), len(item["input_ids"])))
         roots.append((image is not None, None if places is not None else image))
-    return share(tokens, limits, roots), tokens
+    return share(tokens, limits, roots, worth), tokens
+
+
+def common_prefix(items: Sequence[dict]) -> int:
+    """How many first tokens all of the items begin with; each has more."""
+    sharing, _ = sharing_of(items, worth=1)
+    return min(sharing.lengths[1:], default=0)
 
 
 def sharing_note(data, batches: Iterable[Sequence[int]], most: int = 20) -> str:

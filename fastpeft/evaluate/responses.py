@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
+from fastpeft.data.causal_batches import common_prefix
 from fastpeft.device import to_device
 from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.decoding import callers_settings_only, response_settings
@@ -17,6 +19,8 @@ from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
+
+WORTH_A_BATCH = 256  # tokens that a batch of one image's prompts must save: with fewer, full batches of any prompts cost less
 
 
 def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
@@ -38,28 +42,49 @@ def respond(
     model's ``generation_config`` says beside token ids does not count.
 
     dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
-    depend on the other samples of its batch.
+    depend on the other samples of its batch. Prompts about one image go together where the model can compute what they begin with once
+    (its ``generate`` takes ``prefix_length``) and that saves enough.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
     tokenizer, was_training, first = dataset.tokenizer, model.training, next(model.parameters())
-    lengths = dataset.lengths
-    order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     names = model_inputs(model, dataset)
+    batches, prefixes = _batches(dataset, batch_size, share="prefix_lengths" in getattr(model, "host_inputs", ()))
     settings = response_settings(tokenizer, max_new_tokens, **generation)
     responses: dict[int, str] = {}
     model.eval()
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
         with callers_settings_only(model):
-            for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
-                inputs = to_device(batch, names, first.device, first.dtype)
+            told = tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)
+            for indices, prefix, batch in zip(batches, prefixes, told):
+                inputs = to_device(batch, names, first.device, first.dtype) | ({"prefix_length": prefix} if prefix else {})
                 ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]
                 responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
     return [responses[i].strip() for i in range(len(dataset))]
+
+
+def _batches(dataset: CausalDataset, batch_size: int, share: bool) -> tuple[list[list[int]], list[int]]:
+    """Batches of samples, and of each how many first tokens its prompts share, 0 where that is not worth a batch of one image's alone."""
+    lengths, about = dataset.lengths, defaultdict(list)
+    if share:
+        for i, sample in enumerate(dataset.samples):
+            if sample.image is not None:
+                about[sample.image].append(i)
+    batches, prefixes, alone = [], [], set(range(len(dataset)))
+    for indices in about.values():
+        for at in range(0, len(indices), batch_size):
+            batch = indices[at : at + batch_size]
+            prefix = common_prefix([dataset.text_item(i) for i in batch]) if len(batch) > 1 else 0
+            if prefix * (len(batch) - 1) >= WORTH_A_BATCH:
+                batches.append(batch)
+                prefixes.append(prefix)
+                alone -= set(batch)
+    order = sorted(alone, key=lambda i: -lengths[i])
+    rest = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches + rest, prefixes + [0] * len(rest)
 
 
 def respond_and_score(

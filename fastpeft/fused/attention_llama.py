@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastpeft import ops
 from fastpeft.fused.attention import READ_BY_ATTENTION, dense_mask_attention, forms_probabilities, why_not_fused
 from fastpeft.fused.layout import LabelledQueries, Layout, TreeLayout, rows_of
+from fastpeft.fused.prefix_cache import shared_before
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
@@ -96,6 +97,7 @@ class FusedLlamaAttention(Recomputes):
             k, v, prefix = self._with_excitor(excitor, k, v, prefix, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+            prefix = shared_before(past_key_values, self.layer_idx, prefix)
         tree = layout.tree if isinstance(layout, TreeLayout) else None
         context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"), tree)
         if prompted is not None:

@@ -26,6 +26,7 @@ from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, TreeLayout, packed_rows, rows_layout, self_layout, tree_layout
+from fastpeft.fused.prefix_cache import SharedPrefixCache
 from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
@@ -94,7 +95,7 @@ class FusedLlamaModel:
         tree = None if prefix_lengths is None else self._tree(given, attention_mask, position_ids, prefix_lengths, use_cache)
         if tree is not None:
             _check_one_image(tree, modality, kwargs.get("visual"))
-        ours |= tree is not None
+        ours |= tree is not None or isinstance(past_key_values, SharedPrefixCache)
         alone = self.alone or ours
         asked, use_cache = use_cache, tree is None and self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
@@ -226,7 +227,7 @@ class FusedLlamaModel:
             norm=self.norm,
             states=states,
             attention_mask=None if plan.mask is None else to_device_async(plan.mask, hidden.device),
-            position_embeddings=self._rotary_tables(hidden, plan, flat, position_ids),
+            position_embeddings=self._rotary_tables(hidden, plan, flat, position_ids, cache),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -237,9 +238,11 @@ class FusedLlamaModel:
             last_hidden_state=last, past_key_values=cache, hidden_states=None if states is None else tuple(states)
         )
 
-    def _rotary_tables(self, hidden: Tensor, plan: TokenPlan, flat: bool, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary_tables(self, hidden: Tensor, plan: TokenPlan, flat: bool, position_ids: Tensor, cache) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [B or 1, L, d], or [T, d] where the plan lays tokens out; positions count on from the end of a prefix."""
         encoder, positions = getattr(self, "prefix_encoder", None), to_device_async(position_ids, hidden.device)
+        if isinstance(cache, SharedPrefixCache):
+            positions = positions + cache.prefix_tokens
         if encoder is not None:
             positions = positions + encoder.tokens
         like = hidden.new_empty(0, dtype=accumulator(hidden.dtype))  # float32 tables, where only our own modules read them

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fastpeft.fused.prefix_cache import generate_after
 from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
@@ -111,10 +112,17 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         return self.llm(attention_mask=attention_mask, position_ids=position_ids, labels=labels, **given, **kwargs)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, **options):
-        """transformers' own; the ids of prompt and response."""
+    def generate(
+        self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, prefix_length: int = 0, **options
+    ):
+        """transformers' own; the ids of prompt and response. ``prefix_length``: tokens that all prompts begin with, computed once."""
         given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask)
-        answer = self.llm.generate(**given, **options)  # as transformers does with embeddings, without the prompt
+        # as transformers does with embeddings, without the prompt
+        if prefix_length:
+            embeds, mask = given.pop("inputs_embeds"), options.pop("attention_mask", None)
+            answer = generate_after(self.llm, prefix_length, embeds, mask, given, **options)
+        else:
+            answer = self.llm.generate(**given, **options)
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.fused.outputs import with_deferred_logits
+from fastpeft.fused.prefix_cache import generate_after
 from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods import Part
 from fastpeft.methods.base import has_hooks
@@ -152,14 +153,21 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, image_index=None, image_mask=None, image_embeds=None, **options):
-        """transformers' own, for batches of distinct images too: ids of prompt and answer."""
-        if image_index is None and image_mask is None and image_embeds is None:
+    def generate(
+        self, input_ids: Tensor | None = None, image_index=None, image_mask=None, image_embeds=None, prefix_length: int = 0, **options
+    ):
+        """transformers' own, for batches of distinct images too: ids of prompt and answer. ``prefix_length``: tokens that all prompts begin
+        with, computed once."""
+        if image_index is None and image_mask is None and image_embeds is None and not prefix_length:
             return super().generate(input_ids, **options)
         embeds, pixels = self.get_input_embeddings()(input_ids), options.pop("pixel_values", None)
         if pixels is not None or image_embeds is not None:
             embeds = self._with_images(input_ids, embeds, pixels, image_embeds, image_index, image_mask)
-        answer = super().generate(inputs_embeds=embeds, **options)  # as transformers does with embeddings, without the prompt
+        # as transformers does with embeddings, without the prompt
+        if prefix_length:
+            answer = generate_after(self, prefix_length, embeds, options.pop("attention_mask", None), {}, **options)
+        else:
+            answer = super().generate(inputs_embeds=embeds, **options)
         repeats = len(answer) // len(input_ids)  # num_return_sequences
         return torch.cat([input_ids.repeat_interleave(repeats, 0), answer], 1)
 
