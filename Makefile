@@ -1,4 +1,4 @@
-# make demo | make test | make test-{oldest,trainers} | make lint | make bench | make gpu | make gpu-{right,kernels,steps} | make venv | make wheel | make clean
+# make demo | make test | make test-{oldest,trainers} | make lint | make docs | make bench | make gpu | make gpu-{right,kernels,steps} | make venv | make wheel | make clean
 # `demo`, `test` and `lint` set up everything they need in .venv; `gpu` uses the python3 and packages already on the machine.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -6,13 +6,13 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers aot lint bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
+.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
 	PYTHONSAFEPATH=1 $(PY) -m fastpeft.demo
 
-test: lint test-native test-composite test-triton test-oldest test-trainers $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
+test: lint docs test-native test-composite test-triton test-oldest test-trainers $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
 
 # each run lists what it skips and why; a reason that tests/_skips.py does not know fails it
 PYTEST = -q --known-skips
@@ -80,6 +80,10 @@ $(CUDA_LIBRARY): $(VENV)/.built $(SRC)
 aot: $(VENV)/.built $(OLD_TRITON)/.done $(if $(NVCC),$(CUDA_LIBRARY))
 	$(PY) bench/aot.py --check bench/aot_limits.json $(if $(NVCC),--library $(CUDA_LIBRARY))
 	PYTHONPATH=$(OLD_TRITON) $(PY) bench/aot.py --check bench/aot_limits.json
+
+# every link and anchor checked; its Python and its commands are run and read by tests/test_docs.py
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

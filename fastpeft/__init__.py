@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Prefix,
         PTv2,
         RepAdapter,
+        register_method,
     )
     from fastpeft.optimize import Report, optimize, restore
     from fastpeft.peft import ExcitorConfig
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "methods": (
         *("FFN", "IA3", "AdaptionPrompt", "Attention", "Excitor", "Frozen", "Full", "LayerNorm", "LoRA", "MMAdapter"),
-        *("PTv2", "Prefix", "RepAdapter"),
+        *("PTv2", "Prefix", "RepAdapter", "register_method"),
     ),
     "savings": ("without",),
     "optimize": ("Report", "optimize", "restore"),

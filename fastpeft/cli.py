@@ -21,12 +21,14 @@ from fastpeft.cli_files import READING, convert, instruct
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, TextOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
-PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
+PlanOption = Annotated[
+    str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file (default: of the model's paper)")
+]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
 ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
@@ -54,14 +56,14 @@ def fastpeft(
 
 @app.command()
 def params(
-    model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
+    model: Model = "miss", plan: PlanOption = None, rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
 ) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count, plan_for
 
     source = resolve(model, image_encoder)
-    network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
+    network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan or source.family.plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
     lines = [f"{model}  {network.fastpeft_plan}", f"{'part':>10} {'base':>15} {'adapters':>13} {'trainable':>13}"]
@@ -93,7 +95,8 @@ def train(
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
+    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
+    emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -198,14 +201,18 @@ def ask(
 
 
 @app.command()
+@with_options(DataOptions, TextOptions, without=("data", "eval_split_file"))
 def estimate(
     model: Model = "miss",
-    plan: PlanOption = "F/LoRA/LoRA",
+    plan: PlanOption = None,
     rank: Rank = None,
     batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantize: Quantize = None,
     image_encoder: ImageEncoder = None,
+    data: Annotated[str | None, typer.Option(help="folder of a data set, whose lengths and images the batches have")] = None,
+    vocab: Annotated[str | None, typer.Option(help="with --data: tokenizer (default: the model's, else learnt from the data)")] = None,
+    steps: Annotated[int | None, typer.Option(help="with --data: how long so many take (default: those of one epoch)")] = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
     answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
@@ -214,34 +221,27 @@ def estimate(
     plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
     as_json: Json = False,
+    **reading,
 ) -> None:
-    """FLOPs and memory of a training step, without running it."""
-    from fastpeft.cost.estimate import estimate as run
+    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here."""
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
+    from fastpeft.runs.estimate import estimate_command
 
     source = resolve(model, image_encoder)
-    found = run(
-        source,
-        plan_for(source.family.parts, plan, r=rank),
-        batch_size=batch_size,
-        seq_len=seq_len,
-        answer_len=answer_len,
-        dtype=dtype,
-        questions_per_image=questions_per_image,
-        feature_cache=not no_feature_cache,
-        gradient_accumulation=gradient_accumulation,
-        optimized=not plain,
-        gpu_memory=gpu_memory,
-        quantize=quantize,
-    )
+    step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
+    step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
+    step |= {"feature_cache": not no_feature_cache, "optimized": not plain, "gpu_memory": gpu_memory}
+    chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
+    found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
     rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
-    lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.1f} GFLOP per sample"]
+    lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.2f} GFLOP per sample"]
     lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
     if found.fits is not None:
         lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
-    emit(found.to_dict(), as_json, lines + [f"  {line}" for line in found.advice] + [f"note: {note}" for note in found.notes])
+    lines += [f"  {line}" for line in found.advice] + [f"note: {note}" for note in [*found.notes, *run.pop("notes", [])]]
+    emit(found.to_dict() | run, as_json, lines)
 
 
 app.command(context_settings=other_names(*READING))(instruct)
@@ -285,6 +285,19 @@ def verify(
 
 
 app.command()(study)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="folders that fastpeft train wrote")],
+    out: Annotated[str | None, typer.Option(help="page to write (default: RUN/report.html; of several runs comparison.html)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report again from its files, or a page that compares several runs."""
+    from fastpeft.report.compare import write_reports
+
+    written = str(write_reports(runs, out))
+    emit({"out": written}, as_json, [f"report in {written}"])
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from fastpeft.documents import parse_yaml
 from fastpeft.fused.stack_llama import FusedLlamaModel
-from fastpeft.methods import METHODS, Frozen, LoRA, Method, Part, is_adapter
+from fastpeft.methods import METHODS, Frozen, LoRA, Method, Part, find_method, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import ADAPTER_MODULES
 from fastpeft.methods.quantized import size_of
@@ -99,9 +100,11 @@ def _treatment(entry: Treatment | list, options: Mapping[str, Any], used: set[st
 
 
 def _method(name: str, own: Mapping[str, Any] | None, options: Mapping[str, Any], used: set[str], part: str) -> Method:
-    cls = {known.lower(): cls for known, cls in METHODS.items()}.get(str(name).lower())
+    cls = find_method(str(name))
     if cls is None:
-        raise ValueError(f"part {part!r}: unknown treatment {name!r}; known: {', '.join(METHODS)}")
+        close = get_close_matches(str(name).lower(), [known.lower() for known in METHODS], n=1)
+        hint = "".join(f" (did you mean {known}?)" for known in METHODS if [known.lower()] == close)
+        raise ValueError(f"part {part!r}: unknown treatment {name!r}{hint}; known: {', '.join(METHODS)}")
     own = {} if own is None else own
     if not isinstance(own, Mapping):
         raise ValueError(f"part {part!r}: {own!r} are no options of {cls.name}; give a mapping, such as {{'r': 4}}")
@@ -157,7 +160,7 @@ def build(
         raise ValueError(f"{source} is a folder; its shape is in its config.json, so {', '.join(overrides)}= cannot change it")
     else:
         built = load_model(source, device=device, dtype=dtype)
-        about = {"model": source.name if source.named else str(source.folder.resolve())}
+        about = {"model": source.name if source.named or source.on_hub else str(source.folder.resolve())}
     built.fastpeft_source = about | {"dtype": str(dtype).removeprefix("torch.")} | ({"quantize": quantize} if quantize else {})
     if getattr(built, "is_quantized", False):  # the folder's own doing, by its config.json
         if quantize is not None:

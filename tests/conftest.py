@@ -73,6 +73,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def methods_restored():
+    """Methods that a test registers are gone after it."""
+    from fastpeft.methods import METHODS
+    from fastpeft.methods.base import ADAPTER_MODULES, is_adapter
+
+    names, modules = dict(METHODS), list(ADAPTER_MODULES)
+    yield
+    METHODS.clear()
+    METHODS.update(names)
+    ADAPTER_MODULES[:] = modules
+    is_adapter.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -203,7 +203,7 @@ def test_plan_survives_json(miss):
     [
         ("F/LoRA", {}, r"2 treatments.*3 parts: vit/jtm/dec"),
         ("F/LoRA/LoRA/F", {}, r"4 treatments"),
-        ("F/Lora/Lroa", {}, r"part 'dec': unknown treatment 'Lroa'; known: F, T, LoRA"),
+        ("F/Lora/Lroa", {}, r"part 'dec': unknown treatment 'Lroa' \(did you mean LoRA\?\); known: F, T, LoRA"),
         ("F//F", {}, r"part 'jtm': unknown treatment ''"),
         ("F/LoRA/LoRA", {"rank": 4}, r"no method of this plan takes rank"),
         ("F/IA3/IA3", {"r": 4}, r"no method of this plan takes r"),

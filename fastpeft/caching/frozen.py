@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import ctypes
-import functools
 import inspect
 import json
 import textwrap
@@ -20,9 +19,6 @@ HARMLESS = ("config", "dtype", "device", "training", "loss_function")  # attribu
 NO_MATHEMATICS = ("problem_type", "id2label", "label2id", "architectures", "_name_or_path", "transformers_version", "dtype", "use_cache")
 ASK_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' hook, and PEFT's
 SAMPLE = 64  # bytes read at a tensor's start, middle and end
-
-
-_is_adapter = functools.lru_cache(maxsize=1 << 16)(is_adapter)  # asked of every name at every call
 
 
 class NotUnderstood(ValueError):
@@ -118,7 +114,7 @@ def why_not_constant(owner: nn.Module, names: list[str]) -> str:
     for name, tensor in tensors_below(owner, names):
         if tensor.requires_grad:
             return f"{name} is trained"
-        if _is_adapter(name):
+        if is_adapter(name):
             return f"{name} belongs to an adapter"
         if tensor.device.type == "meta":
             return f"{name} has no data"

@@ -101,6 +101,20 @@ def with_images(ids: Tensor, places: Tensor | None, image: int) -> np.ndarray:
     return ids if places is None else np.where(places.numpy(), -1 - image, ids)
 
 
+def image_once(inputs: dict[str, Tensor], tokens: int, per_image: int) -> dict[str, Tensor]:
+    """Samples [B, L] that begin with an image's ``tokens``, in one row where these are once for ``per_image`` of them; {} where that cannot
+    be."""
+    labels = inputs["labels"]
+    batch, length = labels.shape
+    if per_image == 1 or not most_shared(labels[0], length) >= tokens:
+        return {}
+    lengths = torch.where(torch.arange(batch) % per_image == 0, 0, tokens)
+    positions = torch.arange(length).expand(batch, length)
+    own = positions >= lengths[:, None]
+    rows = {name: inputs[name][own][None] for name in ("input_ids", "labels", "image_mask")}
+    return rows | {"position_ids": positions[own][None], "prefix_lengths": lengths}
+
+
 class Saved(NamedTuple):
     """Over batches: ``tokens`` of their samples; ``shared``, those not computed; ``repeated``, an image's tokens computed once more, as
     something else comes before them."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastpeft.data import EpochSampler, VQACollator, VQADataset, decode
 from fastpeft.device import to_device
 from fastpeft.evaluate.decoding import answer_settings, callers_settings_only
+from fastpeft.progress import progress_bar
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_index")
 
@@ -40,7 +40,7 @@ def answer_questions(
     model.eval()
     try:
         with callers_settings_only(model):
-            for batch in tqdm(loader, desc="answering", unit="batch", disable=not progress, leave=False):
+            for batch in progress_bar(loader, desc="answering", unit="batch", disable=not progress, leave=False):
                 ids = model.generate(**to_device(batch, MODEL_INPUTS, first.device, first.dtype), **settings)
                 answers += decode(tokenizer, ids)
     finally:

@@ -8,7 +8,6 @@ from collections import defaultdict
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
 from fastpeft.data.causal_batches import common_prefix
@@ -19,6 +18,7 @@ from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
+from fastpeft.progress import progress_bar
 
 WORTH_A_BATCH = 256  # tokens that a batch of one image's prompts must save: with fewer, full batches of any prompts cost less
 
@@ -56,7 +56,7 @@ def respond(
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
         with callers_settings_only(model):
-            told = tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)
+            told = progress_bar(loader, desc="responding", unit="batch", disable=not progress, leave=False)
             for indices, prefix, batch in zip(batches, prefixes, told):
                 inputs = to_device(batch, names, first.device, first.dtype) | ({"prefix_length": prefix} if prefix else {})
                 ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]

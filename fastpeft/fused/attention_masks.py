@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft.ops.attention import attention
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.tree_attention import PrefixTree, tree_attention
 
@@ -17,8 +18,8 @@ class MaskContent(NamedTuple):
 
     ``allowed``: the same as bool, True = attend; ``causal`` with ``padding`` [B or 1, N]: the same as causality (or none) and key padding,
     ``causal`` None where it is neither; ``bias``: the mask itself where it adds other numbers than 0 and its dtype's least, ``allowed`` is
-    None then; ``dead``: some query has no key; ``least``: what stands for "no" in a mask of numbers; ``trees``, one for each of B rows or of
-    one: the same as samples that share prefixes, as :class:`fastpeft.data.SharedPrefixCollator` lays them out."""
+    None then; ``dead``: some query has no key; ``least``: what stands for "no" in a mask of numbers; ``trees``, one for each of B rows or
+    for all: the same as samples that share prefixes, as :class:`fastpeft.data.SharedPrefixCollator` lays them out."""
 
     allowed: Tensor | None = None
     causal: bool | None = None
@@ -38,8 +39,12 @@ def read_mask(mask: Tensor) -> MaskContent:
     return noted[1]
 
 
-def attend_trees(q: Tensor, k: Tensor, v: Tensor, trees: tuple[PrefixTree, ...], **options) -> Tensor:
-    """[B, H, T, d] of q [B, H, T, d] and k, v [B, H_kv, T, d], each row as its tree says."""
+def attend_allowed(q: Tensor, k: Tensor, v: Tensor, content: MaskContent, *, rescale=None, bias: Tensor | None = None, **options) -> Tensor:
+    """[B, H, T, d] of q [B, H, M, d] and k, v [B, H_kv, N, d] under a mask that is neither causality nor padding: by parts where samples
+    share prefixes. rescale, bias, options: as :func:`fastpeft.ops.attention`'s."""
+    trees = content.trees
+    if trees is None or rescale is not None or bias is not None:
+        return attention(q, k, v, attn_mask=content.allowed, rescale=rescale, bias=bias, **options)
     rows = [tree_attention(*(t[i : i + 1] for t in (q, k, v)), trees[i if len(trees) > 1 else 0], **options) for i in range(len(q))]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 

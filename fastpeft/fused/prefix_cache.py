@@ -42,9 +42,9 @@ def shared_before(cache: Any, layer: int, prefix: tuple[Tensor, Tensor] | None) 
 def generate_after(
     model: nn.Module, prefix_length: int, inputs_embeds: Tensor, attention_mask: Tensor | None, of_samples: dict[str, Tensor], **options
 ) -> Tensor:
-    """transformers' ``model.generate``: the ids of the responses to prompts inputs_embeds [B, L, C], padded on the left, that all begin with
-    the same ``prefix_length`` tokens, each having more. ``of_samples``: further arguments, one row for each sample. ValueError where a prompt
-    has no more."""
+    """transformers' ``model.generate``: the ids of the responses to prompts inputs_embeds [B, L, C], padded on the left, that all begin
+    with the same ``prefix_length`` tokens, each having more. ``of_samples``: further arguments, one row for each sample. ValueError where
+    a prompt has no more."""
     B, L = inputs_embeds.shape[:2]
     mask = torch.ones(B, L, dtype=torch.bool, device=inputs_embeds.device) if attention_mask is None else attention_mask.bool()
     lengths, P = mask.sum(1, keepdim=True), prefix_length

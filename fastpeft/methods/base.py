@@ -6,6 +6,7 @@ A method knows operators and module types, never a particular backbone: where it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from fastpeft._when_imported import loaded
 from fastpeft.methods.peft_config import Refused
 
 # Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
-ADAPTER_MODULES = ("prefix_encoder", "excitor", "adaption", "mm_adapter")
-ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l", *ADAPTER_MODULES)
+# Registered methods bring theirs (``Method.adapter_modules``).
+ADAPTER_MODULES = ["prefix_encoder", "excitor", "adaption", "mm_adapter"]
+_ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l")
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,10 @@ def sees_values(hook: Callable) -> bool:
     return where != "torch.utils.module_tracker" and not getattr(hook, "sees_no_values", False)  # it follows names, for FlopCounterMode
 
 
+@functools.lru_cache(maxsize=1 << 16)  # the image cache asks of every name at every call
 def is_adapter(name: str) -> bool:
     """Whether the parameter of this name was added by a method (as opposed to belonging to the base)."""
-    return any(piece in ADAPTER_PARAMETERS for piece in name.split("."))
+    return any(piece in _ADAPTER_PARAMETERS or piece in ADAPTER_MODULES for piece in name.split("."))
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ class Method:
     merge_order: ClassVar[int] = 0  # lower first: IA3 rescales what LoRA adds, and an adapter's output is the input of both
     by_modality: ClassVar[bool] = False  # whether what it computes depends on a sample's modality
     needs_fused_attention: ClassVar[bool] = False  # whether it reaches attention through fastpeft's own modules alone
+    adapter_modules: ClassVar[tuple[str, ...]] = ()  # of a registered method: attributes of the base's modules under which it adds its own
 
     def attach(self, root: nn.Module, part: Part) -> None:
         """Attach or mark this method's parameters in ``root``, all of whose base parameters are frozen on entry."""

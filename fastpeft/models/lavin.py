@@ -171,6 +171,7 @@ FAMILY = Family(
     model=LavinForConditionalGeneration,
     config=LavinConfig,
     parts=PARTS,
+    plan="MMAdapter/T/MMAdapter",
     configs={name: partial(lavin_config, name) for name in SIZES},
     template="lavin",
     image_tokens=lambda config: config.visual_tokens,

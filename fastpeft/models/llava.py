@@ -191,6 +191,7 @@ FAMILY = Family(
     model=LlavaMedForConditionalGeneration,
     config=LlavaConfig,
     parts=PARTS,
+    plan="F/F/LayerNorm/F",
     configs={name: partial(llava_med_config, name) for name in SIZES},
     template="llava",
     image_tokens=lambda config: config.image_seq_length,

@@ -275,5 +275,6 @@ FAMILY = Family(
     model=MissForQuestionAnswering,
     config=BlipConfig,
     parts=PARTS,
+    plan="F/LoRA/LoRA",
     configs={"miss": miss_config, "miss-tiny": partial(miss_config, tiny=True)},
 )

@@ -43,26 +43,32 @@ def model_for(
     folder's, else learnt from the data. ``base``: more that :func:`fastpeft.build` takes (quantize, dtype)."""
     source = resolve(model)
     source = source if pretrained else source.without_weights()
-    folder = source.folder
-    if vocab is not None:
-        tokenizer = load_causal_tokenizer(vocab)
-    elif folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = load_causal_tokenizer(folder)
-    elif folder is not None:
-        raise ValueError(f"{folder} has no tokenizer: give one (--vocab FOLDER)")
-    else:
-        tokenizer = learn_tokenizer([text for sample in samples for text in _texts(sample)])
-    if folder is None:
-        text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        text["pad_token_id"] = tokenizer.pad_token_id
-        nested = "text_config" in source.family.config.sub_configs
-        network = build(source, pretrained=False, seed=seed, **base or {}, **({"text_config": text} if nested else text))
-    else:
-        network = build(source, **base or {})
+    tokenizer = tokenizer_for(source, samples, vocab)
+    random = {} if source.folder is not None else {"pretrained": False, "seed": seed, **vocabulary_of(tokenizer, source)}
+    network = build(source, **base or {}, **random)
     size = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {source} embeds {size}: use the one it was trained with")
-    return network, tokenizer, clip_preprocess(folder, network)
+    return network, tokenizer, clip_preprocess(source.folder, network)
+
+
+def tokenizer_for(source: ModelSource, samples: SampleList, vocab: str | None = None):
+    """``vocab``'s, else the model folder's, else one learnt from the data; ValueError for a folder without."""
+    folder = source.folder
+    if vocab is not None:
+        return load_causal_tokenizer(vocab)
+    if folder is None:
+        return learn_tokenizer([text for sample in samples for text in _texts(sample)])
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer: give one (--vocab FOLDER)")
+    return load_causal_tokenizer(folder)
+
+
+def vocabulary_of(tokenizer, source: ModelSource) -> dict[str, Any]:
+    """What of the model's configuration is the vocabulary's."""
+    text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text["pad_token_id"] = tokenizer.pad_token_id
+    return {"text_config": text} if "text_config" in source.family.config.sub_configs else text
 
 
 def _texts(sample: Instruction) -> list[str]:

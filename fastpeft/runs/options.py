@@ -81,8 +81,8 @@ class RunOptions:
     "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
     image_encoder: Annotated[Text | None, METHOD] = None
     "of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)"
-    plan: Annotated[Text | dict[str, Any], METHOD, Option(must="a plan such as F/LoRA/LoRA")] = "F/LoRA/LoRA"
-    "one treatment per part, or a YAML file"
+    plan: Annotated[Text | dict[str, Any] | None, METHOD, Option(must="a plan such as F/LoRA/LoRA")] = None
+    "one treatment per part, or a YAML file (default: of the model's paper: F/LoRA/LoRA of MISS, LoRA of LLaMA, F/Excitor, ...)"
     rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
     "LoRA's rank (default 4)"
     lora_alpha: Annotated[float | None, METHOD] = None

@@ -20,7 +20,7 @@ from typing import Any
 
 from fastpeft.documents import parse_json
 from fastpeft.files import recover_folder, write_json
-from fastpeft.options import checked, split
+from fastpeft.options import as_command, checked, split
 from fastpeft.runs import train as one_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import RECIPE
@@ -55,7 +55,8 @@ def train_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("stages"):
         return train_stages(given)
     run, data, text, metrics, training = split(given, *RECIPE)
-    return one_run.train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+    more = run.arguments() | run.lora | {"command": as_command("train", given, *RECIPE)}
+    return one_run.train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **more)
 
 
 def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:

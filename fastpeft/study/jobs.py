@@ -115,7 +115,7 @@ def _plan_text(plan: Any) -> str:
         return "/".join(_plan_text(entry) if isinstance(entry, list) else _treatment(entry) for entry in plan.values())
     if isinstance(plan, list):
         return "+".join(map(_treatment, plan))
-    return "F/LoRA/LoRA" if plan is None else str(plan)
+    return "the model's own plan" if plan is None else str(plan)
 
 
 def _treatment(entry: Any) -> str:

@@ -147,7 +147,7 @@ def memory_of(job: Job) -> dict[str, Any] | None:
     source = resolve(run.model, run.image_encoder)
     try:
         step = {"batch_size": config.batch_size, "dtype": config.dtype, "questions_per_image": config.questions_per_image}
-        found = estimate(source, plan_for(source.family.parts, run.plan, **run.lora), **step, quantize=run.quantize)
+        found = estimate(source, plan_for(source.family.parts, run.plan or source.family.plan, **run.lora), **step, quantize=run.quantize)
     except ValueError as error:
         return {"missing": str(error)}
     return {"peak_bytes": found.peak_bytes - found.process_bytes, "saved_bytes": found.saved_bytes}

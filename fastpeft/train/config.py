@@ -9,6 +9,7 @@ from fastpeft.options import Count, CountOrZero, FilePath, Fraction, Number, Opt
 from fastpeft.savings import SAVINGS
 
 DTYPES = ("fp32", "bf16")
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # fastpeft.train.callbacks has a class for each
 Dtype = Literal["fp32", "bf16"]
 RUN, OPTIMISER, MEMORY, OUTPUT = (Option(panel=name) for name in ("Run", "Optimiser", "Memory", "Output"))
 VALIDATE = Option(panel="Validation")
@@ -16,6 +17,7 @@ VALIDATE = Option(panel="Validation")
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
     *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
+    "track",
     *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
 }
 
@@ -93,6 +95,8 @@ class TrainConfig:
     "cpu, cuda, ... (default: CUDA where there is one)"
     tensorboard: Annotated[bool, OUTPUT] = False
     "write event files for TensorBoard"
+    track: Annotated[tuple[str, ...] | None, OUTPUT, Option(names=("report_to",), must="names, such as tensorboard,wandb")] = None
+    "programs that follow the run: tensorboard, wandb, mlflow; each by its own environment variables"
     trace: Annotated[bool, OUTPUT] = False
     "torch.profiler's trace of three steps"
     progress: Annotated[bool, OUTPUT, Option(off="quiet")] = True
@@ -109,8 +113,15 @@ class TrainConfig:
             raise ValueError("patience, best_by and eval_loss_only are about validations: give eval_every, the steps between them")
         if self.best_by != "loss" and not self.eval_scores:
             raise ValueError(f"best_by={self.best_by} needs answers: leave eval_loss_only out")
-        if self.out is None and (self.resume or self.tensorboard or self.trace):
-            raise ValueError("resume, tensorboard and trace need a folder: give out")
+        if unknown := sorted(set(self.trackers) - set(TRACKERS)):
+            raise ValueError(f"no tracker is called {', '.join(unknown)}; there are {', '.join(TRACKERS)}")
+        if self.out is None and (self.resume or self.trackers or self.trace):
+            raise ValueError("resume, tensorboard, track and trace need a folder: give out")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Programs that follow the run."""
+        return tuple(dict.fromkeys((*(self.track or ()), *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def savings_off(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,29 @@ from torch.utils.data import DataLoader
 
 from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
-from fastpeft.cost.profile import measure, reset_peak
+from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
 from fastpeft.data.causal_batches import sharing_note
-from fastpeft.device import choose_device, to_device
+from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
 from fastpeft.files import locked, write_json
-from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
+from fastpeft.report.report import write_report
 from fastpeft.savings import without
+from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_run
-from fastpeft.train.sources import SourceLosses
 from fastpeft.train.state import random_state, save_state
+from fastpeft.train.step import Step
 from fastpeft.train.summary import WINDOW, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
@@ -50,7 +51,7 @@ class Trainer:
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
     ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
     of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
-    the run then ends with the best adapter.
+    the run then ends with the best adapter. ``callbacks`` follow the run (:class:`fastpeft.train.callbacks.Callback`), as do ``track``'s.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class Trainer:
         scoring: Scoring | None = None,
         started_from: dict[str, Any] | None = None,
         validation: ValidationData | None = None,
+        callbacks: Iterable[Callback] = (),
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
         config = self.config
+        self.followers = Followers([*callbacks, *(TRACKERS[name]() for name in config.trackers)])
         if dataset.tokenizer is None:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
@@ -92,11 +95,19 @@ class Trainer:
         self.saved_step: int | None = None
         self.notes: list[str] = []
         self.collator = self._collator()
+        self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+        parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
+        self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+
+    @property
+    def model_name(self) -> str:
+        source = getattr(self.model, "fastpeft_source", {})
+        return source.get("model") or type(self.model).__name__
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -112,10 +123,15 @@ class Trainer:
         self.total_batches = done["batches"] + max(0, left)
         self.total_steps = done["step"] + math.ceil(max(0, left) / config.gradient_accumulation)
 
+    @property
+    def shares(self) -> bool:
+        """Whether samples of a batch share what they begin with: LLaVA-Med takes such where its language model is a fused one."""
+        takes = self.inputs, getattr(self.model, "host_inputs", ())
+        return self.config.share_prefix and all("prefix_lengths" in names for names in takes)
+
     def _collator(self) -> Callable[[list[dict]], dict]:
         """The data set's; with ``share_prefix``, where the model takes such batches, samples share what they begin with."""
-        known = self.inputs, getattr(self.model, "host_inputs", ())  # LLaVA-Med takes it where its language model is a fused one
-        if not (self.config.share_prefix and all("prefix_lengths" in names for names in known)):
+        if not self.shares:
             return self.dataset.collator()
         self.notes += [note] if (note := sharing_note(self.dataset, self.sampler)) else []
         return self.dataset.collator(share=True)
@@ -138,7 +154,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps() as stop:
+        with locked(self.out), StopBetweenSteps() as stop, self.followers:
             if self.out is not None and (finished := open_run(self)) is not None:
                 return finished
             reset_peak(self.device)
@@ -162,7 +178,9 @@ class Trainer:
         config, done = self.config, self.done
         if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
-        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
+        about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
+        self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
+        log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
         with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
             began = time.perf_counter()
             for batches in self._batches():
@@ -170,11 +188,13 @@ class Trainer:
                     row, seconds = self._step(batches), time.perf_counter() - began
                     row |= self._validate()
                     log.log(row, seconds)
+                    self.followers.step(row)
                     if tracer is not None:
                         tracer.step()
                     due = config.save_every and done["step"] % config.save_every == 0
                     if self.out and due and done["step"] < self.total_steps:
                         self.save()
+                self.followers.check()
                 began = time.perf_counter()
         if self.features is not None:
             self.features.flush()
@@ -229,12 +249,11 @@ class Trainer:
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
         summary = self.summary(scored)
         if self.out:
-            from fastpeft.report.report import write_report  # here, so that `python -m fastpeft.report.report` finds it not yet imported
-
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
             write_report(self.out)
+        self.followers.end(summary)
         if failure is not None:
             raise failure
         return summary
@@ -266,29 +285,12 @@ class Trainer:
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
         self._before = random_state() if self.out else None
-        done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
-        terms, by_source = sum(map(self.dataset.weight, batches)), SourceLosses()
-        for batch in batches:
-            inputs = to_device(batch, self.inputs, self.device, self.dtype, self.model)
-            if self.features is not None:
-                inputs = self.features.put_in(inputs, batch)
-            if self.budget is not None:
-                self.budget.fit(inputs)
-            with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
-                with token_losses() if self.mixed else contextlib.nullcontext([]) as recorded:
-                    part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
-                part.backward()
-            if self.mixed:
-                by_source.add(batch, self.dataset, recorded)
-            self.optimizer.collect()
-            if cost is not None:
-                done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
-            loss += float(part.detach())
+        done, samples = self.done, sum(len(batch["samples"]) for batch in batches)
+        loss, by_source, cost = self.step.passes(batches, measured=done["cost"] is None)
+        done["cost"] = done["cost"] or cost
         try:
             self._before = None
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss}")
-            rate, norm = self.optimizer.step(done["step"])
+            rate, norm = self.step.update(done["step"], loss)
         except FloatingPointError as error:
             saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
             raise FloatingPointError(f"{error} at step {done['step'] + 1}: lower learning_rate, or use fp32{saved}") from None
@@ -315,7 +317,7 @@ class Trainer:
         notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
         scored = {"eval": evaluation, "generation": generation}
         scored |= {"features": self.features.counts()} if self.features is not None else {}
-        return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
+        return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""

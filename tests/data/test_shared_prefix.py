@@ -60,7 +60,7 @@ def test_every_sample_can_be_read_again(seed, worth):
 def test_what_is_shared_where_it_pays():
     """A beginning of all, a longer one of some, and one too short to pay; equal numbers of an image are shared whole or not at all."""
     a = [9] * 20
-    rows = [a + [1] * 20 + [5, 6], a + [1] * 20 + [7, 6], a + [2, 3], a + [2, 4], [8, 8]]
+    rows = [a + [1] * 20 + [5, 6], a + [1] * 20 + [7, 6], [*a, 2, 3], [*a, 2, 4], [8, 8]]
     sharing = share(rows, [len(row) - 1 for row in rows])
     assert sharing == Sharing((4, 0, 1, 2, 3), (0, 0, 40, 20, 20))
     assert share(rows, [len(row) - 1 for row in rows], worth=1).lengths == (0, 0, 40, 20, 21)
