@@ -110,6 +110,8 @@ class LayerCache:
             return "a replica of the model runs"
         if torch.is_inference_mode_enabled():
             return "inference mode"
+        if given.get("prefix_lengths") is not None:
+            return "samples of a row share what they begin with"
         if self.count >= min(len(stack._modules["layers"]), stack.config.num_hidden_layers):
             return "it has fewer layers than it had"
         keeps_keys = given.get("use_cache")

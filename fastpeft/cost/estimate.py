@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastpeft.caching.attach import lower_layers_known
 from fastpeft.cost.profile import measure
+from fastpeft.data.shared_prefix import image_once
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.labels import IGNORE_INDEX
@@ -158,11 +159,12 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. cache_layers: neither is
-    what lower layers of a language model compute that train nothing, as after a first epoch. optimized=False: the
-    same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
-    ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
-    own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
+    (6; a quarter). No padding. questions_per_image: so many of a batch are about one image, which is computed once for them.
+    feature_cache: what frozen stages compute is kept, so it is not in the step. cache_layers: neither is what lower layers of a language
+    model compute that train nothing, as after a first epoch. optimized=False: the same model and plan without fastpeft
+    (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch
+    that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are then those of that format,
+    and the peak has room for the weights of the block that is largest when written
     out. batch: what a data set's collator made of ``batch_size`` samples; the step is then of this batch, its lengths, padding, labels and
     images, and seq_len, answer_len and questions_per_image say what other batches are like. ValueError names what cannot be.
     """
@@ -351,7 +353,8 @@ def _check_lengths(config, family: Family, length: int, answer: int | None) -> N
 
 
 def _inputs(network: nn.Module, step: _Step, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch without padding: ids and indices with data, pixels and features without."""
+    """A batch without padding: ids and indices with data, pixels and features without. An image's tokens are in a causal model's batch once
+    for all its questions, as the trainer's are."""
     family, batch, per_image = family_of(network), step.batch_size, step.questions_per_image
     kept = longest_frozen_stages(network) if step.feature_cache else None
     config, is_vqa = network.config, family.kind == "vqa"
@@ -371,6 +374,7 @@ def _inputs(network: nn.Module, step: _Step, dtype: torch.dtype) -> dict[str, Te
             tokens = family.image_tokens(config)
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
+                inputs |= image_once(inputs, tokens, per_image) if step.optimized else {}
     return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}
 
 

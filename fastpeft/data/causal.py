@@ -80,7 +80,7 @@ class CausalDataset(SampleDataset):
                 raise ValueError(f"the model puts {token} beside an image, and the tokenizer has no such token: use the model's own")
         self.prompts_only, self.packed, self.reading, self.cut = prompts_only, packed, reading, 0
         of_images = ("image_mask", "pixel_values", "image_index") if any(sample.image for sample in samples) else ()
-        self.inputs = ("input_ids", "attention_mask", "position_ids", "labels", *of_images)
+        self.inputs = ("input_ids", "attention_mask", "position_ids", "prefix_lengths", "labels", *of_images)
         self._encoded: list[list[tuple[array, array]]] = []  # of each sample, each of its alternatives: ids, kinds of token
         kept, refused = [], []
         for start in range(0, len(samples), _CHUNK):
@@ -240,6 +240,10 @@ class CausalDataset(SampleDataset):
         """Tokens of each sample, of the longest of its alternatives."""
         return [max(len(ids) for ids, _ in encoded) for encoded in self._encoded]
 
+    def text_item(self, index: int) -> dict:
+        """`dataset[index]` without its image."""
+        return self._item(index)
+
     def _item(self, index: int) -> dict:
         ids, kinds = (torch.tensor(values, dtype=torch.int64) for values in self._encoded[index][self._drawn(index)])
         item = {"sample": self.samples[index], "input_ids": ids}
@@ -249,8 +253,10 @@ class CausalDataset(SampleDataset):
             item["image_mask"] = kinds == _IMAGE
         return item
 
-    def collator(self) -> CausalCollator:
-        return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed, padding_side="left" if self.prompts_only else "right")
+    def collator(self, share: bool = False) -> CausalCollator:
+        """``share``: what samples of a batch begin with is there once, for models that take "prefix_lengths"."""
+        side = "left" if self.prompts_only else "right"
+        return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed, padding_side=side, share=share and not self.prompts_only)
 
     @staticmethod
     def weight(batch: dict) -> int:
@@ -263,7 +269,10 @@ class CausalDataset(SampleDataset):
 
     @staticmethod
     def tokens(batch: dict) -> int:
-        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1]
+        """Of its samples: those that several share count for each."""
+        if "attention_mask" in batch:
+            return int(batch["attention_mask"].sum())
+        return batch["input_ids"].shape[1] + int(sum(batch.get("prefix_lengths", ())))
 
     def describe(self) -> dict:
         return describe_prompts(self.template, self.max_length, self.image_tokens, self.preprocess, self.reading, self.image_place)

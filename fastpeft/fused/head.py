@@ -26,7 +26,7 @@ class FusedLlamaForCausalLM:
     """LLaMA with its head. A training step with labels forms logits at labelled positions for its loss, and the others when somebody reads
     them (:mod:`fastpeft.fused.outputs`). ``lean_logits``: nobody does; then logits are None, and only what the loss needs is computed."""
 
-    host_inputs = ("attention_mask", "position_ids", "labels")  # best left on the host: nobody then waits for the device
+    host_inputs = ("attention_mask", "position_ids", "labels", "prefix_lengths")  # best left on the host: nobody then waits for the device
     lean_logits = False
 
     @staticmethod
@@ -50,17 +50,17 @@ class FusedLlamaForCausalLM:
         visual_seen: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
         tokens, or their sum over ``num_items_in_batch``. For Excitor,
         visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
-        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds: as FusedLlamaModel takes them."""
+        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds, and
+        prefix_lengths of samples that share prefixes: as FusedLlamaModel takes them."""
         to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
-        if visual is not None:
-            own = torch.arange(len(visual))
-            index = own if visual_index is None else readable(visual_index)
-            to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
+        to_model |= {"prefix_lengths": prefix_lengths, "visual": _visual(visual, visual_index, visual_seen)}
+        to_model = {name: value for name, value in to_model.items() if value is not None}
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
@@ -88,6 +88,15 @@ class FusedLlamaForCausalLM:
             attentions=outputs.attentions,
         )
         return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
+
+
+def _visual(features: Tensor | None, index: Tensor | None, seen: Tensor | None) -> Visual | None:
+    """What Excitor sees, of the arguments of :meth:`FusedLlamaForCausalLM.forward`."""
+    if features is None:
+        return None
+    own = torch.arange(len(features))
+    index = own if index is None else readable(index)
+    return Visual(features, index if seen is None else own.masked_fill(~seen.cpu(), -1))
 
 
 class _ShiftsLabels:

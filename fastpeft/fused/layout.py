@@ -8,6 +8,7 @@ Linear layers, norms and activations see [T, C]: no padding is computed. Self-at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
+from fastpeft.ops.tree_attention import PrefixTree, tree_of
 from fastpeft.static_shapes import first_rows, sizes
 
 
@@ -85,6 +87,28 @@ class Layout:
         if self.is_uncounted:
             return self.unpad(x.view(self.rows, self.columns, -1))
         return x if self.order is None else torch.empty_like(x).index_copy(0, self.order, x)
+
+
+@dataclass(frozen=True)
+class TreeLayout(Layout):
+    """Samples that share prefixes, one after the other in one row: attention reads it as ``tree`` says."""
+
+    tree: PrefixTree | None = None
+
+    @classmethod
+    def of(cls, tree: PrefixTree) -> TreeLayout:
+        return cls(1, tree.tokens if tree.queries is None else len(tree.queries), None, tree=tree)
+
+    @property
+    def row(self) -> Tensor:
+        """[T], on the CPU: the sample whose own each token is."""
+        return self.tree.sample
+
+    @cached_property
+    def by_root(self) -> Layout:
+        """Its trees, each in a row of its own."""
+        ends = torch.tensor([*(self.tree.starts[s] for s in self.tree.roots), self.tree.tokens])
+        return rows_layout(ends.diff(), self.tree.device)
 
 
 def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
@@ -163,9 +187,19 @@ def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
     return rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
 
 
+def tree_layout(position_ids: Tensor | None, prefix_lengths: Tensor, tokens: Tensor) -> TreeLayout:
+    """The layout of tokens [1, T, ...] whose samples share prefixes. ValueError where position_ids [1, T] or prefix_lengths [S] do not
+    fit."""
+    if position_ids is None or position_ids.shape != tokens.shape[:2] or len(tokens) != 1:
+        given = None if position_ids is None else tuple(position_ids.shape)
+        raise ValueError(f"prefix_lengths are of one row of tokens with position_ids [1, T]; these are {given}, in {len(tokens)} rows")
+    return TreeLayout.of(tree_of(position_ids[0], prefix_lengths, tokens.device))
+
+
 class TokenPlan(NamedTuple):
     """Layout of a call's tokens. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
-    ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
+    ``layout``: where they lie in attention (None: as in the batch), a :class:`TreeLayout` where samples share
+    prefixes; ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
     transformers' own mask; ``output_mask`` [B, L] bool: the only outputs that are read (None: all)."""
 
     tokens: Layout | None = None
@@ -200,6 +234,8 @@ def queries_at(
     layout = tokens if attended is None else attended
     if (static := sizes()) is not None:
         return _static_queries_at(tokens, layout, output_mask, static.labelled)
+    if isinstance(layout, TreeLayout):
+        return _queries_in_tree(tokens, output_mask, layout, device)
     at, place = tokens.cells, layout.cells
     hit = output_mask.cpu().flatten()[at]
     if bool(hit.all()) or not bool(hit.any()):
@@ -224,6 +260,22 @@ def _static_queries_at(tokens: Layout, layout: Layout, output_mask: Tensor, labe
     index = first_rows(output_mask.flatten()[at], labelled)
     queries = Layout(layout.rows, layout.columns, layout.cells_on(at.device)[index])
     return LabelledQueries(index, None, queries, layout, Layout(tokens.rows, tokens.columns, at[index]))
+
+
+def _queries_in_tree(tokens: Layout, output_mask: Tensor, layout: TreeLayout, device: torch.device) -> LabelledQueries | None:
+    """Likewise; all keys stay."""
+    at = tokens.cells
+    hit = output_mask.cpu().flatten()[at]
+    if bool(hit.all()) or not bool(hit.any()):
+        return None
+    asked = hit.nonzero().squeeze(1)
+    return LabelledQueries(
+        tokens=to_device_async(asked, device),
+        seen=None,
+        queries=TreeLayout.of(layout.tree.at(asked)),
+        keys=layout,
+        outputs=Layout(tokens.rows, tokens.columns, to_device_async(at[hit], device), host=at[hit]),
+    )
 
 
 def rows_of(x: Tensor, index: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fastpeft.fused.prefix_cache import generate_after
 from fastpeft.methods import Part
 from fastpeft.methods.mm_adapter import Place
 from fastpeft.models.clip import vision_config, vision_part
@@ -102,18 +103,28 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
         image_mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Text as LlamaForCausalLM takes it, padded or packed, without the modality token; images as :class:`VisionLanguageModel` says.
         Samples without an image are of the modality "text"."""
-        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids, attention_mask)
+        places = (position_ids, attention_mask, prefix_lengths)
+        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, *places)
+        kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         return self.llm(attention_mask=attention_mask, position_ids=position_ids, labels=labels, **given, **kwargs)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, **options):
-        """transformers' own; the ids of prompt and response."""
+    def generate(
+        self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, prefix_length: int = 0, **options
+    ):
+        """transformers' own; the ids of prompt and response. ``prefix_length``: tokens that all prompts begin with, computed once."""
         given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask)
-        answer = self.llm.generate(**given, **options)  # as transformers does with embeddings, without the prompt
+        # as transformers does with embeddings, without the prompt
+        if prefix_length:
+            embeds, mask = given.pop("inputs_embeds"), options.pop("attention_mask", None)
+            answer = generate_after(self.llm, prefix_length, embeds, mask, given, **options)
+        else:
+            answer = self.llm.generate(**given, **options)
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
     @torch.no_grad()
@@ -136,7 +147,9 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         self.config.modality = modality
         return found
 
-    def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
+    def _prepared(
+        self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None, prefix_lengths=None
+    ) -> dict:
         images = self.images_of(pixel_values, image_embeds)
         if sizes() is not None:
             return self._prepared_static(input_ids, images, image_index, image_mask)
@@ -146,7 +159,7 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         text = self.get_input_embeddings()(input_ids)
         if images is not None and bool((index >= 0).any()):
             seen, places = (
-                self.neck(images)[to_device_async(index[index >= 0], images.device)],
+                self.neck(images)[to_device_async(self.placed_images(index, image_mask, position_ids, prefix_lengths), images.device)],
                 input_ids.new_zeros(()) if image_mask is None else image_mask,
             )
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:

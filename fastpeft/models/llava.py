@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.fused.outputs import with_deferred_logits
+from fastpeft.fused.prefix_cache import generate_after
 from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods import Part
 from fastpeft.methods.base import has_hooks
@@ -33,7 +34,7 @@ from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
 from fastpeft.models.parts import FrozenEvaluates
-from fastpeft.models.vision_language import place_images
+from fastpeft.models.vision_language import VisionLanguageModel, place_images
 from fastpeft.ops._common import to_device_async
 from fastpeft.static_shapes import sizes
 
@@ -145,7 +146,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
     def host_inputs(self) -> tuple[str, ...]:
         """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
         fused = isinstance(self.model.language_model, FusedLlamaModel)
-        return ("attention_mask", "position_ids", "labels", "image_index", "image_mask") if fused else ()
+        return ("attention_mask", "position_ids", "labels", "prefix_lengths", "image_index", "image_mask") if fused else ()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[U, 3, S, S] -> patches [U, N, C_vision] of the layer that the configuration names, the last but one; those after it are not run.
@@ -171,6 +172,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
         image_mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
@@ -178,8 +180,11 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         if inputs_embeds is None:
             inputs_embeds = self._embedded(input_ids)
             if pixel_values is not None or image_embeds is not None:
-                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
-        decoder, to_model = self.model.language_model, {}
+                holes = input_ids == self.config.image_token_index if image_mask is None else image_mask
+                if image_index is not None:
+                    image_index = VisionLanguageModel.placed_images(image_index, holes, position_ids, prefix_lengths)
+                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, holes)
+        decoder, to_model = self.model.language_model, {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         asked = None
         if self.training and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
@@ -206,14 +211,21 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, image_index=None, image_mask=None, image_embeds=None, **options):
-        """transformers' own, for batches of distinct images too: ids of prompt and answer."""
-        if image_index is None and image_mask is None and image_embeds is None:
+    def generate(
+        self, input_ids: Tensor | None = None, image_index=None, image_mask=None, image_embeds=None, prefix_length: int = 0, **options
+    ):
+        """transformers' own, for batches of distinct images too: ids of prompt and answer. ``prefix_length``: tokens that all prompts begin
+        with, computed once."""
+        if image_index is None and image_mask is None and image_embeds is None and not prefix_length:
             return super().generate(input_ids, **options)
         embeds, pixels = self._embedded(input_ids), options.pop("pixel_values", None)
         if pixels is not None or image_embeds is not None:
             embeds = self._with_images(input_ids, embeds, pixels, image_embeds, image_index, image_mask)
-        answer = super().generate(inputs_embeds=embeds, **options)  # as transformers does with embeddings, without the prompt
+        # as transformers does with embeddings, without the prompt
+        if prefix_length:
+            answer = generate_after(self, prefix_length, embeds, options.pop("attention_mask", None), {}, **options)
+        else:
+            answer = super().generate(inputs_embeds=embeds, **options)
         repeats = len(answer) // len(input_ids)  # num_return_sequences
         return torch.cat([input_ids.repeat_interleave(repeats, 0), answer], 1)
 

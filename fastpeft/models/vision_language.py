@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, Pretra
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 
 from fastpeft.models.parts import FrozenEvaluates
+from fastpeft.ops.tree_attention import tree_of
 from fastpeft.static_shapes import sizes as static_sizes
 
 
@@ -70,6 +71,16 @@ class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
         if pixel_values is not None and image_embeds is not None:
             raise ValueError("give pixel_values, or image_embeds that encode_images() made of them, not both")
         return self.encode_images(pixel_values) if pixel_values is not None else image_embeds
+
+    @staticmethod
+    def placed_images(index: Tensor, places: Tensor | None, position_ids: Tensor | None, prefix_lengths: Tensor | None) -> Tensor:
+        """The images whose tokens lie in the row, in its order: of ``index`` [B], -1 for none. Where samples share prefixes
+        (``prefix_lengths`` [B]), those with ``places`` [1, T] among a sample's own tokens."""
+        if prefix_lengths is None or places is None:
+            return index[index >= 0]
+        own = tree_of(position_ids[0], prefix_lengths, torch.device("cpu")).sample
+        placed = torch.zeros(len(index), dtype=torch.bool).index_fill(0, own[places[0].cpu().bool()].unique(), True)
+        return index[(index >= 0) & placed.to(index.device)]
 
     @staticmethod
     def samples_in(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> int:

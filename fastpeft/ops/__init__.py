@@ -33,8 +33,10 @@ from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
 from fastpeft.ops.rescale import rescale
 from fastpeft.ops.rms_norm import add_rms_norm, rms_norm
 from fastpeft.ops.rotary import rotary
+from fastpeft.ops.tree_attention import PrefixTree, tree_attention
 
 __all__ = [
+    "PrefixTree",
     "Projection",
     "absorbed_attention",
     "add_layer_norm",
@@ -54,4 +56,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "tree_attention",
 ]

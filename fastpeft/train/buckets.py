@@ -78,6 +78,8 @@ def measured_batch(inputs: dict[str, Tensor], batch: dict, samples: int, image_t
     """``inputs`` of a collated ``batch``, laid out as steps of static shapes take them: padded on the right, with an ``image_index`` where
     there are images, each sample's own where sharing them would not pay. ``samples``: of a full batch; ``image_tokens``: places that an
     image takes in a text. NotStatic where a batch cannot be laid out so."""
+    if "prefix_lengths" in inputs:
+        raise NotStatic("samples share what they begin with")
     inputs = _unpacked(inputs, batch["cu_seqlens"]) if "cu_seqlens" in batch else dict(inputs)
     inputs.pop("position_ids", None)
     mask, labels = inputs["attention_mask"], inputs["labels"]

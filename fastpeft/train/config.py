@@ -56,7 +56,9 @@ class TrainConfig:
     seed: Annotated[CountOrZero, RUN] = 0
     "of adapters, dropout and the order of samples"
     questions_per_image: Annotated[Count, RUN] = 1
-    "group a batch's questions by image (see EpochSampler)"
+    "group a batch's questions by image (see EpochSampler), so that the image is computed once for them"
+    share_prefix: Annotated[bool, MEMORY, Option(off="no_share_prefix")] = True
+    "causal models: what samples of a batch begin with (system text, image) is computed once for all; dropout falls on it once"
     feature_cache: Annotated[bool, MEMORY, Option(off="no_feature_cache")] = True
     "keep a frozen image encoder's features instead of computing them at every visit, where they are constants"
     feature_cache_dir: Annotated[FilePath | None, MEMORY, Option(must="text")] = None

@@ -6,7 +6,7 @@ import copy
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ NAMED = 8  # samples of a batch that a message names
 
 
 class Loading:
-    """Batches of a data set in a sampler's order, from any of them on. ``workers``: processes that load them, each with ``timeout``
-    seconds for a batch."""
+    """Batches of a data set in a sampler's order, made by ``collate``, from any of them on. ``workers``: processes that load them, each with
+    ``timeout`` seconds for a batch."""
 
-    def __init__(self, dataset, sampler, *, workers: int, timeout: float, pin_memory: bool):
-        self.dataset, self.sampler, self.workers, self.timeout, self.pin_memory = dataset, sampler, workers, timeout, pin_memory
+    def __init__(self, dataset, sampler, collate: Callable[[list], dict], *, workers: int, timeout: float, pin_memory: bool):
+        self.dataset, self.sampler, self.collate = dataset, sampler, collate
+        self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
         self.next = 0  # the batch of the run that is loaded or waited for, from 0
         self._iterator: Any = None
 
@@ -35,7 +36,7 @@ class Loading:
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
-            collate_fn=self.dataset.collator(),
+            collate_fn=self.collate,
             num_workers=self.workers,
             timeout=self.timeout if self.workers else 0,
             worker_init_fn=_leave_signals,
@@ -58,8 +59,8 @@ class Loading:
         """A batch of the run as two of half its samples, or itself where it has one."""
         indices, dataset = self.indices(batch), copy.copy(self.dataset)
         dataset._epoch = torch.tensor(batch // len(self.sampler))  # not the shared one: workers load later batches meanwhile
-        half, collate = -(-len(indices) // 2), dataset.collator()
-        return [collate(dataset.__getitems__(part)) for part in (indices[:half], indices[half:]) if part]
+        half = -(-len(indices) // 2)
+        return [self.collate(dataset.__getitems__(part)) for part in (indices[:half], indices[half:]) if part]
 
     def fault(self, error: BaseException) -> ChildProcessError | None:
         """A worker's death or standstill, as torch reports it, as an error that names it and what it was loading. None for another error.

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fastpeft.caching.layers import layer_caches
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.data.causal_batches import sharing_note
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
@@ -94,14 +95,14 @@ class Trainer:
         self.done |= {"half_batches": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
         self.mixed = len({sample.data for sample in dataset.samples}) > 1
-        how = {"workers": config.num_workers, "timeout": config.worker_timeout, "pin_memory": self.device.type == "cuda"}
-        self.loading = Loading(dataset, self.sampler, **how)
         self.plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
         self.saved_step: int | None = None
         self.notes: list[str] = []
         self.saver = Saver(self)
+        how = {"workers": config.num_workers, "timeout": config.worker_timeout, "pin_memory": self.device.type == "cuda"}
+        self.loading = Loading(dataset, self.sampler, self._collator(), **how)
         self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
@@ -134,6 +135,21 @@ class Trainer:
             raise ValueError(f"cannot resume {self.out}: it stands at step {done['step']}, past {limit}")
         self.total_batches = done["batches"] + max(0, left)
         self.total_steps = done["step"] + math.ceil(max(0, left) / config.gradient_accumulation)
+
+    @property
+    def shares(self) -> bool:
+        """Whether samples of a batch share what they begin with: LLaVA-Med takes such where its language model is a fused one. Not beside
+        kept lower layers, which hold samples each by itself, nor in place of CUDA graphs where questions come one an image."""
+        config, takes = self.config, (self.inputs, getattr(self.model, "host_inputs", ()))
+        graphs = config.cuda_graph and self.device.type == "cuda" and config.questions_per_image == 1
+        return config.share_prefix and config.cache_layers is None and not graphs and all("prefix_lengths" in names for names in takes)
+
+    def _collator(self) -> Callable[[list[dict]], dict]:
+        """The data set's; with ``share_prefix``, where the model takes such batches, samples share what they begin with."""
+        if not self.shares:
+            return self.dataset.collator()
+        self.notes += [note] if (note := sharing_note(self.dataset, self.sampler)) else []
+        return self.dataset.collator(share=True)
 
     def _feature_cache(self) -> FeatureCache | None:
         config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
