@@ -16,15 +16,14 @@ from torch.utils.data import DataLoader
 
 from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
-from fastpeft.cost.profile import measure, reset_peak
+from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
-from fastpeft.device import choose_device, to_device
+from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
 from fastpeft.features.frozen_stages import longest_frozen_stages
 from fastpeft.files import locked, write_json
-from fastpeft.fused.loss import token_losses
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
@@ -35,8 +34,8 @@ from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_run
-from fastpeft.train.sources import SourceLosses
 from fastpeft.train.state import random_state, save_state
+from fastpeft.train.step import Step
 from fastpeft.train.summary import WINDOW, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
@@ -91,6 +90,8 @@ class Trainer:
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
+        parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
+        self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
@@ -255,29 +256,12 @@ class Trainer:
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches; the run's first batch is also measured."""
         self._before = random_state() if self.out else None
-        done, samples, loss = self.done, sum(len(batch["samples"]) for batch in batches), 0.0
-        terms, by_source = sum(map(self.dataset.weight, batches)), SourceLosses()
-        for batch in batches:
-            inputs = to_device(batch, self.inputs, self.device, self.dtype, self.model)
-            if self.features is not None:
-                inputs = self.features.put_in(inputs, batch)
-            if self.budget is not None:
-                self.budget.fit(inputs)
-            with measure(self.model) if done["cost"] is None else contextlib.nullcontext() as cost:
-                with token_losses() if self.mixed else contextlib.nullcontext([]) as recorded:
-                    part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
-                part.backward()
-            if self.mixed:
-                by_source.add(batch, self.dataset, recorded)
-            self.optimizer.collect()
-            if cost is not None:
-                done["cost"] = asdict(cost) | {"samples": len(batch["samples"])}
-            loss += float(part.detach())
+        done, samples = self.done, sum(len(batch["samples"]) for batch in batches)
+        loss, by_source, cost = self.step.passes(batches, measured=done["cost"] is None)
+        done["cost"] = done["cost"] or cost
         try:
             self._before = None
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss}")
-            rate, norm = self.optimizer.step(done["step"])
+            rate, norm = self.step.update(done["step"], loss)
         except FloatingPointError as error:
             saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
             raise FloatingPointError(f"{error} at step {done['step'] + 1}: lower learning_rate, or use fp32{saved}") from None
