@@ -84,13 +84,17 @@ def train(
             raise ValueError(f"--{name} is missing: give {what}")
     if not given.get("stages"):
         split(given, *RECIPE)  # wrong options are told before torch is loaded
+    from fastpeft.ranks import one_voice
     from fastpeft.runs.stages import train_recipe
 
     try:
-        summary = train_recipe(given)
+        with one_voice() as ranks:
+            summary = train_recipe(given)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
+    if not ranks.first:
+        return
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
@@ -356,6 +360,8 @@ def _flag_of(option: str) -> str:
 
 
 def _complain(error) -> int:
+    if os.environ.get("RANK", "0") != "0" and "fastpeft.ranks" not in sys.modules:  # torchrun gave every rank the same wrong options
+        return 2
     text = str(error)
     if "Original Traceback" in text:  # of a process that loads data: its last line is the error
         text = text.strip().splitlines()[-1].partition(": ")[2] or text

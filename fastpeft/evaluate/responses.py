@@ -17,6 +17,7 @@ from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
+from fastpeft.ranks import ALONE, Ranks
 
 
 def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
@@ -32,12 +33,19 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
 
 @torch.no_grad()
 def respond(
-    model: nn.Module, dataset: CausalDataset, *, batch_size: int = 16, max_new_tokens: int = 128, progress: bool = True, **generation
+    model: nn.Module,
+    dataset: CausalDataset,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+    **generation,
 ) -> list[str]:
     """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default). What the
     model's ``generation_config`` says beside token ids does not count.
 
-    dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
+    ``ranks`` share the batches, and each has all responses. dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
     depend on the other samples of its batch.
     """
     if not dataset.prompts_only:
@@ -45,7 +53,7 @@ def respond(
     tokenizer, was_training, first = dataset.tokenizer, model.training, next(model.parameters())
     lengths = dataset.lengths
     order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][ranks.rank :: ranks.world]
     names = model_inputs(model, dataset)
     settings = response_settings(tokenizer, max_new_tokens, **generation)
     responses: dict[int, str] = {}
@@ -59,6 +67,7 @@ def respond(
                 responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
+    responses = {i: response for part in ranks.gather(responses) for i, response in part.items()}
     return [responses[i].strip() for i in range(len(dataset))]
 
 

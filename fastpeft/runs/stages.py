@@ -13,6 +13,7 @@ OUT/stage-1, OUT/stage-2, ...; what a stage is merged into is in its folder's me
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from fastpeft.documents import parse_json
 from fastpeft.files import recover_folder, write_json
 from fastpeft.options import checked, split
+from fastpeft.ranks import ranks_here
 from fastpeft.runs import train as one_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import RECIPE
@@ -64,7 +66,8 @@ def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
     With ``resume``, stages that are finished are not run again, and the one that was interrupted goes on. ValueError where a finished
     stage's options have changed since."""
     stages, out = stages_of(given), Path(given["out"])
-    _check_finished(stages, out, bool(given.get("resume")))
+    ranks = ranks_here()
+    ranks.first_does(lambda: _check_finished(stages, out, bool(given.get("resume"))))
     told, model, adapter = [], None, None
     for number, options in enumerate(stages, 1):
         folder = out if number == len(stages) else out / f"stage-{number}"
@@ -73,7 +76,7 @@ def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
             if _plan(options) == _plan(stages[number - 2]):
                 options["init_adapter"] = str(adapter)
             else:
-                model = _merged(adapter)
+                model = ranks.first_does(functools.partial(_merged, adapter))
                 options |= {"init_adapter": None, "vocab": None, "quantize": None}
             if model is not None:
                 options |= {"model": str(model), "from_scratch": False}

@@ -99,6 +99,6 @@ def train_run(
         f"to score: {note}" for note in (eval_dataset.notes + [held.note] * bool(held.note) if eval_dataset is not None else ())
     ]
     summary = trainer.fit()
-    if held_out is not None and config.out:
+    if held_out is not None and trainer.out is not None:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held_out])  # a split file
     return summary

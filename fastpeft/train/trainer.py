@@ -1,12 +1,13 @@
-"""Training loop: one process, one device."""
+"""Training loop of one process, or of one of several ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
+import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
+from fastpeft.ranks import RankLost, ranks_here
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
+from fastpeft.train.gradients import trained
 from fastpeft.train.optimizer import Optimizer
-from fastpeft.train.resume import BEST, identity_of, open_run
+from fastpeft.train.resume import BEST, identity_of, open_runs
+from fastpeft.train.shares import Shares
 from fastpeft.train.state import random_state, save_state
 from fastpeft.train.step import Step
 from fastpeft.train.summary import WINDOW, summary_of
@@ -63,13 +67,15 @@ class Trainer:
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
-        self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
-        config = self.config
+        self.ranks, config = ranks_here(), config or TrainConfig()
+        if not self.ranks.first:  # the first one writes and speaks for all
+            config = replace(config, progress=False, tensorboard=False, trace=False)
+        self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config, eval_dataset
         if dataset.tokenizer is None:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
             raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
-        self.device = choose_device(config.device)
+        self.device = choose_device(self.ranks.device(config.device))
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
         self.model.to(self.device)
         for name, parameter in model.named_parameters():
@@ -78,8 +84,8 @@ class Trainer:
         if hasattr(model, "fastpeft_source") and "quantize" not in model.fastpeft_source:  # it was quantised from weights in its dtype
             model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
         self.inputs = model_inputs(model, dataset)
-        self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
-        self.out = Path(config.out) if config.out else None
+        self.sample_batches_of(config.batch_size * self.ranks.world)
+        self.out = Path(config.out) if config.out and self.ranks.first else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
         self.mixed = len({sample.data for sample in dataset.samples}) > 1
@@ -87,14 +93,20 @@ class Trainer:
         self.optimizer = Optimizer(model, config, self.total_steps)
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
         self.saved_step: int | None = None
+        self.sent = 0  # bytes given to the other ranks in the last step
         self.notes: list[str] = []
         self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
         self.features = self._feature_cache()
-        parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
+        parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed, "ranks": self.ranks}
         self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
-        self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+        self.validation = Validation(model, validation, config, self.scoring, self.device, self.ranks) if config.eval_every else None
+
+    def sample_batches_of(self, samples: int) -> None:
+        """Over all ranks."""
+        self.sampler = EpochSampler(self.dataset, samples, self.config.seed, self.config.questions_per_image)
+        self.shares = Shares(self.sampler, self.ranks, self.config.batch_size)
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -116,7 +128,7 @@ class Trainer:
             return None
         limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
         kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
-        return FeatureCache(self.model, self.dataset, limit, config.feature_cache_dir, kept)
+        return FeatureCache(self.model, self.dataset, limit, config.feature_cache_dir, kept, self.ranks)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
@@ -128,8 +140,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps() as stop:
-            if self.out is not None and (finished := open_run(self)) is not None:
+        with locked(self.out), StopBetweenSteps(self.ranks) as stop:
+            if (finished := open_runs(self)) is not None:
                 return finished
             reset_peak(self.device)
             self.model.train()
@@ -137,6 +149,8 @@ class Trainer:
                 self._train(stop)
             except Interrupted as error:
                 raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
+            except RankLost as error:
+                raise RankLost(f"{error}; {said}" if (said := self._saved_at_end(stop, "")) else str(error)) from None
             except Exception as error:
                 if (said := self._saved_at_end(stop, "")) and type(error) in (RuntimeError, ValueError, OSError):
                     raise type(error)(f"{error}; {said}") from error
@@ -150,14 +164,16 @@ class Trainer:
     def _train(self, stop: StopBetweenSteps) -> None:
         """Steps from where the run stands to its last, and the last checkpoint."""
         config, done = self.config, self.done
+        self.stop = stop
         if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
         log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
-        with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
+        with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer, stop.together():
             began = time.perf_counter()
-            for batches in self._batches():
+            for batches, whole in self._batches():
                 with stop.later():
                     row, seconds = self._step(batches), time.perf_counter() - began
+                    done["batches"] += whole
                     row |= self._validate()
                     log.log(row, seconds)
                     if tracer is not None:
@@ -179,7 +195,9 @@ class Trainer:
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
         if self.done["validation"].get("best_step") is not None:
-            self.validation.put_best_back(self.out / BEST if self.out else None)
+            if self.ranks.first:
+                self.validation.put_best_back(self.out / BEST if self.out else None)
+            self.ranks.copy_from_first(trained(self.model))
 
     def _saved_at_end(self, stop: StopBetweenSteps, how: str) -> str:
         """Save a checkpoint of where the run was stopped, if its weights, optimiser and random state belong together; returns what to say
@@ -203,7 +221,7 @@ class Trainer:
         if validation.better(done["step"], row, done["validation"]):
             if self.out:
                 self._save_adapter(BEST)
-            else:
+            elif self.ranks.first:
                 validation.keep()
         if validation.exhausted(done["validation"]):
             self.total_batches, self.total_steps = done["batches"], done["step"]
@@ -211,13 +229,13 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Score and write summary, predictions and report. An error of scoring is raised after the summary is written."""
-        failure, scored = None, None
+        failure, scored, everywhere = None, None, self.ranks.gather(self._measured())
         try:
             scored = self.evaluate()
         except Exception as error:
             failure = error
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
-        summary = self.summary(scored)
+        summary = self.summary(scored, everywhere)
         if self.out:
             from fastpeft.report.report import write_report  # here, so that `python -m fastpeft.report.report` finds it not yet imported
 
@@ -227,67 +245,90 @@ class Trainer:
             write_report(self.out)
         if failure is not None:
             raise failure
-        return summary
+        return self.ranks.from_first(summary)
+
+    def _measured(self) -> dict[str, Any]:
+        """What each rank has measured for itself."""
+        counts = self.features.counts() if self.features is not None else None
+        return {"peak_memory_bytes": self.done["peak_memory_bytes"], "features": counts}
 
     def _batches(self):
-        """Groups of ``gradient_accumulation`` batches, the last of what is left, from where the run stands to its last step."""
-        group = []
+        """(``gradient_accumulation`` batches, their number), the last group of what is left, from where the run stands to its last step.
+        Of several ranks, each has its share of every batch, in as many pieces as forwards."""
+        group, whole = [], 0
         while self.done["batches"] < self.total_batches:
-            epoch, start = divmod(self.done["batches"] + len(group), len(self.sampler))
+            epoch, start = divmod(self.done["batches"] + whole, len(self.sampler))
             self.sampler.set_epoch(epoch, start)
             self.dataset.set_epoch(epoch)
             self.dataset.load_images = self.features is None
             loader = DataLoader(
                 self.dataset,
-                batch_sampler=self.sampler,
+                batch_sampler=self.shares,
                 collate_fn=self.dataset.collator(),
                 num_workers=self.config.num_workers,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
             )
-            for batch in loader:
-                group.append(batch)
-                if len(group) == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
-                    yield group
-                    group = []
+            pieces = iter(loader)
+            for number in range(start, len(self.sampler)):
+                every, own = self.shares.forwards(number)
+                group += [next(pieces) | {"counts": at < own} for at in range(every)]
+                whole += 1
+                if whole == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
+                    yield group, whole
+                    group, whole = [], 0
                     if self.done["batches"] == self.total_batches:
                         return
 
     def _step(self, batches: list[dict]) -> dict[str, float]:
-        """Forward, backward and update on one group of batches; the run's first batch is also measured."""
+        """Forward, backward and update on one group of batches, this rank's part of them; the run's first batch is also measured."""
+        done, ranks, sent = self.done, self.ranks, self.ranks.sent
         self._before = random_state() if self.out else None
-        done, samples = self.done, sum(len(batch["samples"]) for batch in batches)
+        if not ranks.alone:  # a draw of its own for each rank and step: no state of it is needed to go on, on as many ranks or others
+            torch.manual_seed(random.Random(f"dropout {self.config.seed} {ranks.rank} {done['step']}").getrandbits(63))
         loss, by_source, cost = self.step.passes(batches, measured=done["cost"] is None)
         done["cost"] = done["cost"] or cost
+        own = [batch for batch in batches if batch["counts"]]
+        mine = [loss, sum(len(batch["samples"]) for batch in own), sum(map(self.dataset.tokens, own))]
+        loss, samples, tokens, *heard = ranks.sum([*mine, *self.stop.heard()])
+        self.sent = ranks.sent - sent
+        self.stop.agree(heard)
         try:
+            self.step.gradients.finish()
             self._before = None
             rate, norm = self.step.update(done["step"], loss)
         except FloatingPointError as error:
             saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
             raise FloatingPointError(f"{error} at step {done['step'] + 1}: lower learning_rate, or use fp32{saved}") from None
         done["step"] += 1
-        done["batches"] += len(batches)
-        done["samples"] += samples
-        done["tokens"] += sum(map(self.dataset.tokens, batches))
+        done["samples"] += int(samples)
+        done["tokens"] += int(tokens)
         done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
         done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
-        row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": samples}
-        return row | ({"loss_by_source": by_source.log(done["sources"])} if self.mixed else {})
+        row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": int(samples)}
+        return row | ({"loss_by_source": by_source.over(ranks).log(done["sources"])} if self.mixed else {})
 
     def evaluate(self) -> dict[str, Any] | None:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
         if self.eval_dataset is None:
             return None
-        how = {"progress": self.config.progress, "scoring": self.scoring}
+        how = {"progress": self.config.progress, "scoring": self.scoring, "ranks": self.ranks}
         self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
         return scores
 
-    def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns."""
+    def summary(self, evaluation: dict[str, Any] | None, everywhere: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns;
+        ``everywhere``: what each rank has measured (None: this one alone)."""
+        everywhere = everywhere or [self._measured()]
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
         notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
         scored = {"eval": evaluation, "generation": generation}
-        scored |= {"features": self.features.counts()} if self.features is not None else {}
+        if self.features is not None:
+            found = [of["features"] for of in everywhere]
+            scored["features"] = {name: sum(f[name] for f in found) if isinstance(v, int) else v for name, v in found[0].items()}
+        if not self.ranks.alone:
+            about = {"world": self.ranks.world, "batch_size": self.sampler.batch_size, "bytes_sent_per_step": self.sent}
+            scored |= {"ranks": about, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in everywhere)}
         return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
