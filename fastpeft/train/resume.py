@@ -110,8 +110,8 @@ def open_run(trainer) -> dict[str, Any] | None:
 def _compare(trainer, was: dict[str, Any]) -> None:
     """ValueError where what makes the run is not what it ``was``, unless it may change."""
     allowed = set(trainer.config.allow_change or ())
-    if "world" in allowed and was["world"] != trainer.ranks.world:  # the same samples a step, in more or fewer forwards on each
-        trainer.sample_batches_of(was["batch_size"])
+    if was["world"] != trainer.ranks.world and "batch_size" not in allowed:  # the same samples a step, in more or fewer forwards on each
+        trainer.sample_batches_of(was.get("batch_size", trainer.sampler.batch_size))
     mine = trainer.identity
     if unknown := sorted(allowed - mine.keys()):
         raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {', '.join(mine)}")
