@@ -83,6 +83,7 @@ class FeatureCache:
         with self._shared_on_machine() as lent:
             self._prepare(progress, lent)
             self.flush()
+        self._open()
         if self.store is not None:
             self.store.refresh()
 
@@ -220,6 +221,11 @@ class FeatureCache:
         """Write what waits, so that others see it."""
         if self.store is not None:
             self._write(self.store.flush)
+
+    def complete(self) -> bool:
+        """Whether no item has to be computed again."""
+        stored = self.store if self.store is not None else ()
+        return all(item in self.kept or self.stages.key(item) in stored for item in dict.fromkeys(self.stages.items()))
 
     def counts(self) -> dict[str, Any]:
         """Items computed, reused, and of these read from the folder; what they are, and in what unit."""

@@ -29,7 +29,7 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
-from fastpeft.ranks import RankLost, ranks_here
+from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
@@ -37,6 +37,7 @@ from fastpeft.train.metrics import MetricsLog
 from fastpeft.train.gradients import trained
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_runs
+from fastpeft.train.sharding import check_shard, shard_base, sharded_bytes
 from fastpeft.train.shares import Shares
 from fastpeft.train.state import random_state, save_state
 from fastpeft.train.step import Step
@@ -77,7 +78,13 @@ class Trainer:
             raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
         self.device = choose_device(self.ranks.device(config.device))
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-        self.model.to(self.device)
+        if config.shard:
+            check_shard(model, self.ranks)
+        if config.shard and not self._sees_constants():  # its layers go to the device one by one, each in pieces
+            for tensor in (*trained(model), *model.buffers()):
+                tensor.data = tensor.data.to(self.device)
+        else:
+            self.model.to(self.device)
         for name, parameter in model.named_parameters():
             if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != self.dtype:
                 parameter.data = parameter.data.to(self.dtype)
@@ -95,18 +102,23 @@ class Trainer:
         self.saved_step: int | None = None
         self.sent = 0  # bytes given to the other ranks in the last step
         self.notes: list[str] = []
-        self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
+        self.budget = MemoryBudget(model, config.memory_budget, self.ranks if config.shard else ALONE) if config.memory_budget else None
         self.features = self._feature_cache()
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed, "ranks": self.ranks}
         self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
-        self.validation = Validation(model, validation, config, self.scoring, self.device, self.ranks) if config.eval_every else None
+        self.validation = Validation(model, validation, config, self.scoring, self.device, self._askers) if config.eval_every else None
+
+    @property
+    def _askers(self) -> Ranks:
+        """Ranks that share questions; of a base in pieces none does, as all have to run the same layers at the same time."""
+        return ALONE if self.config.shard else self.ranks
 
     def sample_batches_of(self, samples: int) -> None:
         """Over all ranks."""
         self.sampler = EpochSampler(self.dataset, samples, self.config.seed, self.config.questions_per_image)
-        self.shares = Shares(self.sampler, self.ranks, self.config.batch_size)
+        self.shares = Shares(self.sampler, self.ranks, self.config.batch_size, together=bool(self.config.shard))
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -122,9 +134,14 @@ class Trainer:
         self.total_batches = done["batches"] + max(0, left)
         self.total_steps = done["step"] + math.ceil(max(0, left) / config.gradient_accumulation)
 
+    def _sees_constants(self) -> bool:
+        """Whether there are features to keep."""
+        seen = self.config.feature_cache and any(sample.image is not None for sample in self.dataset.samples)
+        return seen and longest_frozen_stages(self.model, self.dataset) is not None
+
     def _feature_cache(self) -> FeatureCache | None:
-        config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
-        if not (config.feature_cache and seen) or longest_frozen_stages(self.model, self.dataset) is None:
+        config = self.config
+        if not self._sees_constants():
             return None
         limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
         kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
@@ -165,8 +182,10 @@ class Trainer:
         """Steps from where the run stands to its last, and the last checkpoint."""
         config, done = self.config, self.done
         self.stop = stop
-        if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
+        if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
+        if config.shard:
+            self._shard()
         log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
         with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer, stop.together():
             began = time.perf_counter()
@@ -191,6 +210,14 @@ class Trainer:
             self.end_with_best()
             if self.out and self.done["validation"].get("best_step") is not None:
                 self._save_adapter("adapter")
+
+    def _shard(self) -> None:
+        """Take the base apart. Then no rank can encode an image by itself: features have to be all there, or are left to the step."""
+        if self.features is not None and any(self.ranks.gather(not self.features.complete())):
+            self.notes.append("features are computed in every step: there is no room for all of them, which a base in pieces needs")
+            self.features = self.step.features = None
+        shard_base(self.model, self.device, self.ranks)
+        self.notes.append(f"each rank holds {sharded_bytes(self.model) / 1e6:.1f} MB of the frozen weights")
 
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
@@ -312,7 +339,7 @@ class Trainer:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
         if self.eval_dataset is None:
             return None
-        how = {"progress": self.config.progress, "scoring": self.scoring, "ranks": self.ranks}
+        how = {"progress": self.config.progress, "scoring": self.scoring, "ranks": self._askers}
         self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
         return scores
 

@@ -228,3 +228,36 @@ def test_gradients_that_are_on_no_rank_stay_none(ranks, tmp_path):
 
     for first, second, third in ranks.run(2, work, tmp_path):
         assert first.tolist() == [5.0] * 3 and second.tolist() == [1.0] * 3 and third is None
+
+
+# a base in pieces ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan, more",
+    [
+        ("F/LoRA/LoRA", {"questions_per_image": 3}),
+        ("LoRA/F/LayerNorm", {"gradient_accumulation": 2, "memory_budget": "1.12MB"}),
+        ("LoRA/LoRA/LoRA", {"without": "remake"}),
+    ],
+)
+def test_a_base_in_pieces_takes_the_same_steps(runs, ranks, phantoms, tmp_path, plan, more):
+    """9 samples in batches of 8: in the second, one rank has nothing, and runs the same layers all the same."""
+    options = {"samples": 9, "epochs": 2, "batch_size": 4, "small": STILL, "evaluate": True, **more}
+    budget = {"memory_budget": options.pop("memory_budget", None)}
+
+    def work(out, **shard):
+        trainer = runs.trainer(phantoms, plan, out=tmp_path / out, **options, **shard)
+        summary, frozen = trainer.fit(), [p for p in trainer.model.parameters() if not p.requires_grad]
+        return summary, runs.weights(trainer), [sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in frozen), sum(p.nbytes for p in frozen)]
+
+    whole = ranks.run(2, lambda rank: work("whole"), tmp_path / "a")
+    found = ranks.run(2, lambda rank: work("pieces", shard="base", **budget), tmp_path / "b")
+    same_losses(rows(tmp_path / "pieces"), rows(tmp_path / "whole"))
+    assert "memory_budget" in more or runs.metrics(tmp_path / "pieces") == runs.metrics(tmp_path / "whole")  # a budget recomputes: it rounds
+    for summary, weights, (held, _) in found:
+        runs.assert_same_weights(weights, found[0][1])
+        assert held <= 1.1 / 2 * whole[0][2][1]
+        assert summary["eval"] == whole[0][0]["eval"]
+        (kept, flops), (before, least) = ([of[k] for k in ("saved_bytes_per_step", "flops_per_sample")] for of in (summary, whole[0][0]))
+        assert (kept < before and flops > least) if "memory_budget" in more else (kept <= 1.03 * before and flops == least)
