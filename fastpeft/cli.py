@@ -20,7 +20,7 @@ from fastpeft._when_imported import when_imported
 from fastpeft.cli_files import READING, convert, instruct
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_study import study
-from fastpeft.options import OptionError, canonical, fields, split
+from fastpeft.options import OptionError, bytes_of, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -217,10 +217,18 @@ def estimate(
     no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
+    world: Annotated[int, typer.Option(help="ranks, a device each, of this batch size each")] = 1,
+    nodes: Annotated[int, typer.Option(help="machines that they are on")] = 1,
+    shard: Annotated[str | None, typer.Option(help="base: frozen weights in pieces over the ranks")] = None,
+    link: Annotated[str | None, typer.Option(help="bytes a second between a machine's devices, such as 300GB")] = None,
+    network: Annotated[str | None, typer.Option(help="bytes a second of a machine's network, such as 25GB")] = None,
+    latency: Annotated[float, typer.Option(help="microseconds to start a message")] = 10.0,
+    tflops: Annotated[float | None, typer.Option(help="that a device sustains in such a step")] = None,
     as_json: Json = False,
 ) -> None:
-    """FLOPs and memory of a training step, without running it."""
+    """FLOPs and memory of a training step, without running it; on several devices also what travels."""
     from fastpeft.cost.estimate import estimate as run
+    from fastpeft.cost.several_devices import Links
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
 
@@ -238,6 +246,11 @@ def estimate(
         optimized=not plain,
         gpu_memory=gpu_memory,
         quantize=quantize,
+        world=world,
+        nodes=nodes,
+        shard=shard,
+        links=None if link is None else Links(bytes_of(link), None if network is None else bytes_of(network), latency * 1e-6),
+        flops_per_second=None if tflops is None else tflops * 1e12,
     )
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
     rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
@@ -245,7 +258,16 @@ def estimate(
     lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
     if found.fits is not None:
         lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
+    lines += _of_ranks(found.ranks)
     emit(found.to_dict(), as_json, lines + [f"  {line}" for line in found.advice] + [f"note: {note}" for note in found.notes])
+
+
+def _of_ranks(found: dict | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [f"each of {found['world']} ranks on {found['nodes']} nodes; a step of {found['batch_size']} samples:"]
+    lines += [f"{name.replace('_', ' '):>24} {value / 1e9:>10.4f} GB" for name, value in found.items() if "bytes" in name]
+    return lines + [f"{name.replace('_', ' '):>24} {value * 1e3:>10.3f} ms" for name, value in found.items() if "seconds" in name]
 
 
 app.command(context_settings=other_names(*READING))(instruct)

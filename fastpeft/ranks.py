@@ -137,13 +137,19 @@ class Ranks:
         return self.first
 
 
+def lost(error: RuntimeError) -> RankLost:
+    """What a failed collective operation means."""
+    text = " ".join(str(error).split())[:200]
+    return RankLost("another rank has ended" + ("" if "onnection" in text else f" ({text})"))
+
+
 @contextmanager
 def _watching() -> Iterator[None]:
     """A connection that breaks is another process's end."""
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(f"another rank has ended ({' '.join(str(error).split())[:120]})") from None
+        raise lost(error) from None
 
 
 ALONE = Ranks()

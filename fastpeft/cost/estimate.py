@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.cost.profile import measure
+from fastpeft.cost.several_devices import Links, on_several_devices
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.labels import IGNORE_INDEX
@@ -39,7 +40,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Estimate:
     """One training step of ``batch_size`` samples. flops_per_sample: forward and backward, two per multiply-add. saved_bytes: kept from
     forward to backward. peak_bytes: the most that tensors hold at once, optimiser included, and on a CPU the process around them
-    (process_bytes). fits, largest_batch_size: into a GPU's memory, less RESERVE. advice: what would make it smaller, with its peak."""
+    (process_bytes). ranks: of several devices (:class:`SeveralDevices`). fits, largest_batch_size: into a GPU's memory,
+    less RESERVE. advice: what would make it smaller, with its peak."""
 
     model: str
     plan: str
@@ -57,6 +59,7 @@ class Estimate:
     largest_batch_size: int | None = None
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ranks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not asked for is left out."""
@@ -145,6 +148,11 @@ def estimate(
     optimized: bool = True,
     gpu_memory: str | None = None,
     quantize: str | None = None,
+    world: int = 1,
+    nodes: int = 1,
+    shard: str | None = None,
+    links: Links | None = None,
+    flops_per_second: float | None = None,
     **options,
 ) -> Estimate:
     """FLOPs, saved bytes and peak memory of one training step; allocates nothing.
@@ -155,7 +163,7 @@ def estimate(
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
     own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
-    out. ValueError names what cannot be.
+    out. world, nodes, shard, links, flops_per_second: of several devices, as :func:`on_several_devices`. ValueError names what cannot be.
     """
     step = _Step(
         batch_size=batch_size,
@@ -174,6 +182,10 @@ def estimate(
         return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None)
 
     result = run()
+    if world != 1 or nodes != 1 or shard is not None:
+        network = adapt(_meta_model(model, DTYPES[step.dtype], step.quantize)[0], plan, **options)
+        how = {"shard": shard, "links": links, "flops_per_second": flops_per_second}
+        result.ranks = on_several_devices(network, result, world, nodes, **how).to_dict()
     if gpu_memory is None:
         return result
     room = bytes_of(str(gpu_memory)) - int(RESERVE)

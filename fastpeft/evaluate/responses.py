@@ -45,8 +45,8 @@ def respond(
     """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default). What the
     model's ``generation_config`` says beside token ids does not count.
 
-    ``ranks`` share the batches, and each has all responses. dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
-    depend on the other samples of its batch.
+    dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
+    depend on the other samples of its batch. ``ranks`` share the batches, and each has all responses.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")

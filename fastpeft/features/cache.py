@@ -47,8 +47,9 @@ class FeatureCache:
     question): in memory up to ``limit_bytes``, what does not fit in ``folder``, and without one computed again each time.
 
     With a ``folder`` all are written there (safetensors, see :class:`fastpeft.caching.store.FeatureStore`), found again by the item's
-    content and :func:`identity_of`, by later runs and by other processes; ``ranks`` on a machine without one share a folder that ends with the run. Outputs are those of evaluation mode and equal those of an
-    uncached step up to the rounding of another batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
+    content and :func:`identity_of`, by later runs and by other processes; ``ranks`` on one machine share a folder of the run's own
+    where none is given. Outputs are those of evaluation mode and equal those of an uncached step up to the rounding of another
+    batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
     ``computed``, ``reused`` and ``loaded`` count items. ValueError where the model has no frozen stage.
     """
 

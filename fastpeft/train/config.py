@@ -15,8 +15,9 @@ VALIDATE = Option(panel="Validation")
 
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
-    *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
-    *("trace", "progress", "shard", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
+    *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers"),
+    *("tensorboard", "eval_scores"),
+    *("trace", "progress", "shard", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without"),
 }
 
 

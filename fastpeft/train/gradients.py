@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpeft.ranks import Ranks, RankLost
+from fastpeft.ranks import Ranks, lost
 
 
 class GradientSum:
@@ -46,7 +46,7 @@ class GradientSum:
             for work in self.waiting:
                 work.wait()
         except RuntimeError as error:
-            raise RankLost(f"another rank has ended ({' '.join(str(error).split())[:120]})") from None
+            raise lost(error) from None
         for master, place, took_part in zip(self.masters, self._places(), self.took_part.tolist()):
             master.grad = place if took_part else None
 

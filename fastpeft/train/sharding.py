@@ -7,6 +7,9 @@ time, however few samples it has; :class:`~fastpeft.train.shares.Shares` and the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.adapters import fingerprint
 from fastpeft.methods.quantized import is_held, is_quantized
-from fastpeft.models import parts_of
 from fastpeft.ranks import Ranks
 
 
@@ -24,7 +26,7 @@ def check_shard(model: nn.Module, ranks: Ranks) -> None:
     if ranks.alone:
         raise ValueError("shard=base spreads the base over several ranks, and this is one process: start it with torchrun, or leave it out")
     if any(map(is_quantized, model.parameters())) or any(map(is_held, model.modules())):
-        raise ValueError("shard=base is for a base in fp32 or bf16: FSDP2 loses what a quantised weight holds beside its codes; leave one out")
+        raise ValueError("shard=base is for a base in fp32 or bf16: FSDP2 loses a quantised weight's scales; leave quantize or shard out")
     plan = model.fastpeft_plan
     if routed := [name for name, methods in plan.treatments.items() if any(method.by_modality for method in methods)]:
         raise ValueError(
@@ -40,20 +42,18 @@ def shard_base(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     trained = {p for p in model.parameters() if p.requires_grad}
     mesh = init_device_mesh(device.type, (ranks.world,))
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    parts = [root for part in parts_of(model) if (root := part.of(model)) is not model]
-    for module in [*layers, *parts]:
+    for module in layers:
         fully_shard(module, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, ignored_params=trained)
     model.gathered, sizes = [], []
-    for module in [*layers, *parts, model]:
+    for module in [*layers, model]:
         held = {id(p) for p in module.parameters()}
         module.unshard()
         whole = [p for p in module.parameters() if id(p) not in held]
         model.gathered += [p.data for p in whole]
         sizes.append(sum(p.nbytes for p in whole))
         module.reshard()
-    of_layers, of_parts = sizes[: len(layers)], sizes[len(layers) :]
-    model.gathered_bytes = 2 * max(of_layers, default=0) + sum(of_parts)  # the next layer is gathered while one runs
+    model.gathered_bytes = 2 * max(sizes[:-1], default=0) + sizes[-1]  # the next layer is gathered while one runs
 
 
 def sharded_bytes(model: nn.Module) -> int:
@@ -61,5 +61,12 @@ def sharded_bytes(model: nn.Module) -> int:
     return sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in model.parameters() if not p.requires_grad)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+@contextmanager
+def rest_gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, what lies outside the layers (embeddings, head) is whole, for generation, which calls a model's pieces one by one."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    yield
+    model.reshard()

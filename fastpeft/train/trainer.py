@@ -32,12 +32,12 @@ from fastpeft.options import bytes_of
 from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
 from fastpeft.savings import without
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.gradients import trained
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.metrics import MetricsLog
-from fastpeft.train.gradients import trained
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_runs
-from fastpeft.train.sharding import check_shard, shard_base, sharded_bytes
+from fastpeft.train.sharding import check_shard, rest_gathered, shard_base, sharded_bytes
 from fastpeft.train.shares import Shares
 from fastpeft.train.state import random_state, save_state
 from fastpeft.train.step import Step
@@ -244,7 +244,9 @@ class Trainer:
         validation, done = self.validation, self.done
         if validation is None or not validation.due(done["step"], self.total_steps):
             return {}
-        began, row = time.perf_counter(), validation.row()
+        began = time.perf_counter()
+        with rest_gathered(self.model):
+            row = validation.row()
         if validation.better(done["step"], row, done["validation"]):
             if self.out:
                 self._save_adapter(BEST)
@@ -340,7 +342,8 @@ class Trainer:
         if self.eval_dataset is None:
             return None
         how = {"progress": self.config.progress, "scoring": self.scoring, "ranks": self._askers}
-        self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
+        with rest_gathered(self.model):
+            self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
         return scores
 
     def summary(self, evaluation: dict[str, Any] | None, everywhere: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -373,7 +376,6 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, unless ``allow_change`` names it."""
         return identity_of(self)
-
 
     def _tracer(self):
         """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""

@@ -60,7 +60,9 @@ def test_each_sample_comes_once_over_all_ranks(world, size, n, q):
 # the same run -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world, plan, more", [(2, "F/LoRA/LoRA", {"gradient_accumulation": 2}), (4, "T/IA3/LoRA", {"questions_per_image": 3})])
+@pytest.mark.parametrize(
+    "world, plan, more", [(2, "F/LoRA/LoRA", {"gradient_accumulation": 2}), (4, "T/IA3/LoRA", {"questions_per_image": 3})]
+)
 def test_ranks_equal_a_single_process(runs, ranks, phantoms, tmp_path, world, plan, more):
     """29 samples in batches of 8: the last of an epoch has 5, so that ranks have two samples, one or none."""
     options = {"samples": 27, "epochs": 1.5, "small": STILL, "evaluate": True, **more}
@@ -88,7 +90,8 @@ def test_ranks_equal_a_single_process(runs, ranks, phantoms, tmp_path, world, pl
 
 def test_labelled_tokens_weigh_alike_on_every_rank(ranks, tmp_path):
     """Responses of 1 to 40 words, packed: ranks have unequal numbers of labels, and a data set of several has losses of each."""
-    texts = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))} for n in (1, 40, 2, 3, 25, 1, 1, 30, 4, 2, 9)]
+    counts = (1, 40, 2, 3, 25, 1, 1, 30, 4, 2, 9)
+    texts = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))} for n in counts]
     for name, part in (("some", texts[:6]), ("more", texts[6:])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "alpaca_data.json").write_text(json.dumps(part))
@@ -112,7 +115,8 @@ def test_labelled_tokens_weigh_alike_on_every_rank(ranks, tmp_path):
 
 
 def trainer_of(runs, phantoms, out, **more):
-    return runs.trainer(phantoms, out=out, batch_size=3, steps=6, save_every=2, learning_rate=1e-2, small={"hidden_dropout_prob": 0.1}, **more)
+    options = {"batch_size": 3, "steps": 6, "save_every": 2, "learning_rate": 1e-2, "small": {"hidden_dropout_prob": 0.1}}
+    return runs.trainer(phantoms, out=out, **options, **more)
 
 
 def weights_after(runs, trainer):
@@ -237,7 +241,7 @@ def test_gradients_that_are_on_no_rank_stay_none(ranks, tmp_path):
     "plan, more",
     [
         ("F/LoRA/LoRA", {"questions_per_image": 3}),
-        ("LoRA/F/LayerNorm", {"gradient_accumulation": 2, "memory_budget": "1.12MB"}),
+        ("LoRA/F/LayerNorm", {"gradient_accumulation": 2, "memory_budget": "1.22MB"}),
         ("LoRA/LoRA/LoRA", {"without": "remake"}),
     ],
 )
@@ -249,12 +253,14 @@ def test_a_base_in_pieces_takes_the_same_steps(runs, ranks, phantoms, tmp_path, 
     def work(out, **shard):
         trainer = runs.trainer(phantoms, plan, out=tmp_path / out, **options, **shard)
         summary, frozen = trainer.fit(), [p for p in trainer.model.parameters() if not p.requires_grad]
-        return summary, runs.weights(trainer), [sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in frozen), sum(p.nbytes for p in frozen)]
+        held = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in frozen)
+        return summary, runs.weights(trainer), (held, sum(p.nbytes for p in frozen))
 
     whole = ranks.run(2, lambda rank: work("whole"), tmp_path / "a")
     found = ranks.run(2, lambda rank: work("pieces", shard="base", **budget), tmp_path / "b")
     same_losses(rows(tmp_path / "pieces"), rows(tmp_path / "whole"))
-    assert "memory_budget" in more or runs.metrics(tmp_path / "pieces") == runs.metrics(tmp_path / "whole")  # a budget recomputes: it rounds
+    if "memory_budget" not in more:  # which recomputes, and so rounds
+        assert runs.metrics(tmp_path / "pieces") == runs.metrics(tmp_path / "whole")
     for summary, weights, (held, _) in found:
         runs.assert_same_weights(weights, found[0][1])
         assert held <= 1.1 / 2 * whole[0][2][1]
