@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -382,8 +383,8 @@ def _flag_of(option: str) -> str:
 
 
 def _complain(error) -> int:
-    if os.environ.get("RANK", "0") != "0" and "fastpeft.ranks" not in sys.modules:  # torchrun gave every rank the same wrong options
-        return 2
+    if os.environ.get("RANK", "0") != "0" and "fastpeft.ranks" not in sys.modules:
+        time.sleep(10)  # torchrun gave every rank the same wrong options: the first one says so, and its end ends this process
     text = str(error)
     if "Original Traceback" in text:  # of a process that loads data: its last line is the error
         text = text.strip().splitlines()[-1].partition(": ")[2] or text

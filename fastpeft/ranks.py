@@ -7,6 +7,7 @@ GPUs), and with a sharded base its weights (train/sharding.py). Every method of 
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -193,6 +194,7 @@ def one_voice() -> Iterator[Ranks]:
     except (Exception, KeyboardInterrupt) as error:
         if ranks.tells(error):
             raise
+        time.sleep(1)  # an earlier end might end the one that speaks
         raise SystemExit(getattr(error, "exit_status", 130 if isinstance(error, KeyboardInterrupt) else 2)) from None
     if not ranks.alone:
         ranks.wait()

@@ -85,37 +85,52 @@ def on_several_devices(
 ) -> SeveralDevices:
     """``network``: adapted, on meta tensors will do; ``step``: the :class:`~fastpeft.cost.estimate.Estimate` of one device's step;
     ``flops_per_second``: that a device sustains in such a step. ValueError for numbers that do not fit."""
+    _check(world, nodes, shard, links)
+    layers, rest = _frozen_bytes(network)
+    base = sum(layers) + rest
+    if shard and base > step.weight_bytes:
+        raise ValueError("shard=base is for a base in fp32, bf16 or fp16; leave quantize out")
+    pieces, gathered, units = step.weight_bytes, 0, []
+    if shard and world > 1:
+        pieces, gathered = step.weight_bytes - base + -(-base // world), 2 * max(layers, default=0) + rest
+        units = [*layers, *layers, rest]  # what lies outside the layers stays from forward to backward
+    trained = sum(4 * p.numel() for p in network.parameters() if p.requires_grad)
+    flat = trained if world > 1 else 0  # the buffer in which gradients travel
+    return SeveralDevices(
+        world, nodes, shard, world * step.batch_size, pieces, gathered, step.peak_bytes - step.weight_bytes + pieces + gathered + flat,
+        2 * (world - 1) * trained // world, (world - 1) * sum(units) // world,
+        *_seconds(step, trained, units, world, nodes, links, flops_per_second),
+    )  # fmt: skip
+
+
+def _check(world: int, nodes: int, shard: str | None, links: Links | None) -> None:
     if world < 1 or nodes < 1 or world % nodes:
         raise ValueError(f"world={world}, nodes={nodes}: use whole numbers of 1 or more, the same number of ranks on each node")
     if shard not in (None, "base"):
         raise ValueError(f"shard must be base, not {shard!r}")
     if links is not None and nodes > 1 and links.between is None:
         raise ValueError("several nodes need the network's speed beside the link's")
-    frozen, layers = {}, []
-    for layer in (m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)):
-        own = {id(p): p.nbytes for p in layer.parameters() if not p.requires_grad and id(p) not in frozen}
+
+
+def _frozen_bytes(network: nn.Module) -> tuple[list[int], int]:
+    """(of each layer, of all the rest)."""
+    seen, layers = {}, []
+    for module in (*(m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)), network):
+        own = {id(p): p.nbytes for p in module.parameters() if not p.requires_grad and id(p) not in seen}
         layers.append(sum(own.values()))
-        frozen |= own
-    rest = sum({id(p): p.nbytes for p in network.parameters() if not p.requires_grad and id(p) not in frozen}.values())
-    if shard and abs(sum(layers) + rest) > step.weight_bytes:
-        raise ValueError("shard=base is for a base in fp32, bf16 or fp16; leave quantize out")
-    pieces, gathered = step.weight_bytes, 0
-    if shard and world > 1:
-        base = sum(layers) + rest
-        pieces, gathered = step.weight_bytes - base + -(-base // world), 2 * max(layers, default=0) + rest
-    trained = sum(4 * p.numel() for p in network.parameters() if p.requires_grad)
-    received = 2 * sum(layers) + rest if gathered else 0  # what lies outside the layers stays from forward to backward
-    seconds = dict.fromkeys(("gradient_seconds", "gather_seconds", "compute_seconds", "step_seconds"))
+        seen |= own
+    return layers[:-1], layers[-1]
+
+
+def _seconds(
+    step, trained: int, units: list[int], world: int, nodes: int, links: Links | None, flops_per_second: float | None
+) -> tuple[float | None, ...]:
+    """The four of :class:`SeveralDevices`."""
+    summing = gathering = computing = None
     if links is not None:
-        seconds["gradient_seconds"] = all_reduce_seconds(trained, world, nodes, links)
-        units = [*layers, *layers, rest] if gathered else []
-        seconds["gather_seconds"] = sum(all_gather_seconds(n, world, nodes, links) for n in units)
+        summing = all_reduce_seconds(trained, world, nodes, links)
+        gathering = sum(all_gather_seconds(n, world, nodes, links) for n in units)
     if flops_per_second is not None:
-        seconds["compute_seconds"] = step.flops_per_sample * step.batch_size / flops_per_second
-        if links is not None:
-            seconds["step_seconds"] = max(seconds["compute_seconds"], seconds["gather_seconds"]) + seconds["gradient_seconds"]
-    flat = trained if world > 1 else 0  # the buffer in which gradients travel
-    return SeveralDevices(
-        world, nodes, shard, world * step.batch_size, pieces, gathered, step.peak_bytes - step.weight_bytes + pieces + gathered + flat,
-        2 * (world - 1) * trained // world, (world - 1) * received // world, **seconds,
-    )  # fmt: skip
+        computing = step.flops_per_sample * step.batch_size / flops_per_second
+    known = None not in (summing, computing)
+    return summing, gathering, computing, max(computing, gathering) + summing if known else None

@@ -78,13 +78,7 @@ class Trainer:
             raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
         self.device = choose_device(self.ranks.device(config.device))
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-        if config.shard:
-            check_shard(model, self.ranks)
-        if config.shard and not self._sees_constants():  # its layers go to the device one by one, each in pieces
-            for tensor in (*trained(model), *model.buffers()):
-                tensor.data = tensor.data.to(self.device)
-        else:
-            self.model.to(self.device)
+        self._to_device()
         for name, parameter in model.named_parameters():
             if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != self.dtype:
                 parameter.data = parameter.data.to(self.dtype)
@@ -109,6 +103,16 @@ class Trainer:
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
         self.validation = Validation(model, validation, config, self.scoring, self.device, self._askers) if config.eval_every else None
+
+    def _to_device(self) -> None:
+        """Of a base that is taken apart only what is trained, unless it has features to compute: its layers follow in pieces."""
+        if self.config.shard:
+            check_shard(self.model, self.ranks)
+        if self.config.shard and not self._sees_constants():
+            for tensor in (*trained(self.model), *self.model.buffers()):
+                tensor.data = tensor.data.to(self.device)
+        else:
+            self.model.to(self.device)
 
     @property
     def _askers(self) -> Ranks:
