@@ -5,7 +5,6 @@ import html
 import re
 from pathlib import Path
 
-import click
 import typer
 from typer.cli import get_docs_for_click
 
@@ -25,16 +24,15 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 def commands() -> str:
     group = typer.main.get_command(app)
-    return html.unescape(get_docs_for_click(obj=group, ctx=click.Context(group, info_name="fastpeft"), name="fastpeft"))
+    return html.unescape(get_docs_for_click(obj=group, ctx=group.context_class(group, info_name="fastpeft"), name="fastpeft"))
 
 
 def treatments() -> str:
     """Every treatment with the options a plan may give it, and their defaults."""
-    rows = ["| treatment | option | default |", "|---|---|---|"]
+    rows = ["| treatment | options and their defaults |", "|---|---|"]
     for name, method in METHODS.items():
-        options = [(f.name, f.default if f.default is not dataclasses.MISSING else f.default_factory()) for f in dataclasses.fields(method)]
-        for first, (option, default) in enumerate(options or [("", "")]):
-            rows.append(f"| {'' if first else f'`{name}`'} | {option and f'`{option}`'} | {'' if default == '' else f'`{default}`'} |")
+        options = [f"`{f.name}={f.default!r}`" for f in dataclasses.fields(method)]
+        rows.append(f"| `{name}` | {', '.join(options)} |")
     return "\n".join(rows)
 
 

@@ -22,12 +22,14 @@ from fastpeft.cli_files import READING, convert, instruct
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, bytes_of, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, TextOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
-PlanOption = Annotated[str, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file")]
+PlanOption = Annotated[
+    str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file (default: of the model's paper)")
+]
 Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
 ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
 Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
@@ -55,14 +57,14 @@ def fastpeft(
 
 @app.command()
 def params(
-    model: Model = "miss", plan: PlanOption = "F/LoRA/LoRA", rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
+    model: Model = "miss", plan: PlanOption = None, rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
 ) -> None:
     """Count what a plan trains; allocates nothing."""
     from fastpeft.models import resolve
     from fastpeft.plan import adapt, build, count, plan_for
 
     source = resolve(model, image_encoder)
-    network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan, r=rank))
+    network = adapt(build(source, device="meta"), plan_for(source.family.parts, plan or source.family.plan, r=rank))
     counted = count(network)
     rows = [(name, c) for name, c in counted["parts"].items()] + [("all", counted)]
     lines = [f"{model}  {network.fastpeft_plan}", f"{'part':>10} {'base':>15} {'adapters':>13} {'trainable':>13}"]
@@ -98,7 +100,8 @@ def train(
         return
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    emit(summary, as_json, lines + _accuracy(summary["eval"]) + [f"everything is in {given['out']} (report.html to look at)"])
+    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
+    emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 
 def _accuracy(scored: dict | None) -> list[str]:
@@ -129,6 +132,7 @@ def evaluate(
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
+    template: Annotated[str | None, typer.Option(help="of prompts, instead of the one trained with")] = None,
     draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -136,7 +140,7 @@ def evaluate(
     as_json: Json = False,
     **given,
 ) -> None:
-    """Answer a data set's questions with an adapter and score the answers."""
+    """Answer a data set's questions with an adapter, or with a model's folder alone, and score the answers."""
     chosen, generation, metrics = split({"data": data, **given}, *EVAL)
     import torch
 
@@ -144,6 +148,7 @@ def evaluate(
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
+    decoding["template"] = template
     decoding["draw_unparsed"] = seed if draw_unparsed else None
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
     emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
@@ -203,14 +208,18 @@ def ask(
 
 
 @app.command()
+@with_options(DataOptions, TextOptions, without=("data", "eval_split_file"))
 def estimate(
     model: Model = "miss",
-    plan: PlanOption = "F/LoRA/LoRA",
+    plan: PlanOption = None,
     rank: Rank = None,
     batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     quantize: Quantize = None,
     image_encoder: ImageEncoder = None,
+    data: Annotated[str | None, typer.Option(help="folder of a data set, whose lengths and images the batches have")] = None,
+    vocab: Annotated[str | None, typer.Option(help="with --data: tokenizer (default: the model's, else learnt from the data)")] = None,
+    steps: Annotated[int | None, typer.Option(help="with --data: how long so many take (default: those of one epoch)")] = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
     answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
@@ -226,41 +235,33 @@ def estimate(
     latency: Annotated[float, typer.Option(help="microseconds to start a message")] = 10.0,
     tflops: Annotated[float | None, typer.Option(help="that a device sustains in such a step")] = None,
     as_json: Json = False,
+    **reading,
 ) -> None:
-    """FLOPs and memory of a training step, without running it; on several devices also what travels."""
-    from fastpeft.cost.estimate import estimate as run
+    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here; on
+    several devices (--world) also what travels."""
     from fastpeft.cost.several_devices import Links
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
+    from fastpeft.runs.estimate import estimate_command
 
     source = resolve(model, image_encoder)
-    found = run(
-        source,
-        plan_for(source.family.parts, plan, r=rank),
-        batch_size=batch_size,
-        seq_len=seq_len,
-        answer_len=answer_len,
-        dtype=dtype,
-        questions_per_image=questions_per_image,
-        feature_cache=not no_feature_cache,
-        gradient_accumulation=gradient_accumulation,
-        optimized=not plain,
-        gpu_memory=gpu_memory,
-        quantize=quantize,
-        world=world,
-        nodes=nodes,
-        shard=shard,
-        links=None if link is None else Links(bytes_of(link), None if network is None else bytes_of(network), latency * 1e-6),
-        flops_per_second=None if tflops is None else tflops * 1e12,
-    )
+    step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
+    step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
+    step |= {"feature_cache": not no_feature_cache, "optimized": not plain, "gpu_memory": gpu_memory}
+    step |= {"world": world, "nodes": nodes, "shard": shard, "flops_per_second": None if tflops is None else tflops * 1e12}
+    if link is not None:
+        step["links"] = Links(bytes_of(link), None if network is None else bytes_of(network), latency * 1e-6)
+    chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
+    found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
     rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
-    lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.1f} GFLOP per sample"]
+    lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.2f} GFLOP per sample"]
     lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
     if found.fits is not None:
         lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
     lines += _of_ranks(found.ranks)
-    emit(found.to_dict(), as_json, lines + [f"  {line}" for line in found.advice] + [f"note: {note}" for note in found.notes])
+    lines += [f"  {line}" for line in found.advice] + [f"note: {note}" for note in [*found.notes, *run.pop("notes", [])]]
+    emit(found.to_dict() | run, as_json, lines)
 
 
 def _of_ranks(found: dict | None) -> list[str]:
@@ -312,6 +313,19 @@ def verify(
 
 
 app.command()(study)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="folders that fastpeft train wrote")],
+    out: Annotated[str | None, typer.Option(help="page to write (default: RUN/report.html; of several runs comparison.html)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report again from its files, or a page that compares several runs."""
+    from fastpeft.report.compare import write_reports
+
+    written = str(write_reports(runs, out))
+    emit({"out": written}, as_json, [f"report in {written}"])
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -40,12 +40,16 @@ def convert(
         str,
         typer.Argument(
             help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
-            "(ViT-L-14.pt), or LaVIN's adapters (.pth)"
+            "(ViT-L-14.pt), LLaVA-Med's folder or connector (mm_projector.bin), or LaVIN's adapters (.pth)"
         ),
     ],
     out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
-    llama: Annotated[str | None, typer.Option(help="beside CLIP or LaVIN's adapters: LLaMA's folder, original or transformers'")] = None,
-    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters: OpenAI's CLIP (ViT-L-14.pt)")] = None,
+    llama: Annotated[
+        str | None, typer.Option(help="beside CLIP, a LLaVA's delta or LaVIN's adapters: LLaMA's folder, original or transformers'")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters or LLaVA's: OpenAI's CLIP (ViT-L-14.pt)")] = None,
+    mm_projector: Annotated[str | None, typer.Option(help="beside a LLaVA's folder: its connector, where it is a file of its own")] = None,
+    template: Annotated[str | None, typer.Option(help="of a LLaVA: its prompts (default: those of its release)")] = None,
     backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
     vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
     temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
@@ -56,11 +60,12 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Json = False,
 ) -> None:
-    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
+    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; official files of LLaMA, CLIP, LLaVA-Med and LaVIN to one."""
     from fastpeft.runs.convert import convert_run
 
     heads = {"text_heads": text_heads, "vision_heads": vision_heads}
     companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
+    companions |= {"mm_projector": mm_projector, "template": template}
     router = {"temperature": temperature, "adapter_scale": adapter_scale}
     report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
     about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}

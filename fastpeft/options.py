@@ -16,6 +16,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -282,3 +283,23 @@ def _from_yaml(cls: type, field: FieldOption, value: Any, written: str) -> Any:
     except ValidationError as error:
         raise _sentence(cls, error.errors(include_url=False)[0] | {"loc": (field.name,), "input": value}, written) from None
     return value
+
+
+def as_command(name: str, given: Mapping[str, Any], *classes: type) -> str:
+    """The command line ``fastpeft NAME`` with these options of ``classes``; what only YAML can say is left out, as are ``out`` and
+    ``resume``, which do not bear on the result."""
+    words = ["fastpeft", name]
+    for field in (field for cls in classes for field in fields(cls)):
+        value = given.get(field.name)
+        if value is None or field.name in ("out", "resume") or value == field.default:
+            continue
+        if field.kind is bool:
+            words.append(f"--{(field.option.off if field.default is True else field.name).replace('_', '-')}")
+            continue
+        values = value if field.option.repeats and isinstance(value, list | tuple) else [value]
+        for one in values:
+            if isinstance(one, dict):
+                break
+            text = ",".join(map(str, one)) if isinstance(one, list | tuple) else str(one)
+            words += [f"--{field.name.replace('_', '-')}", text]
+    return shlex.join(words)

@@ -160,7 +160,7 @@ def build(
         raise ValueError(f"{source} is a folder; its shape is in its config.json, so {', '.join(overrides)}= cannot change it")
     else:
         built = load_model(source, device=device, dtype=dtype)
-        about = {"model": source.name if source.named else str(source.folder.resolve())}
+        about = {"model": source.name if source.named or source.on_hub else str(source.folder.resolve())}
     built.fastpeft_source = about | {"dtype": str(dtype).removeprefix("torch.")} | ({"quantize": quantize} if quantize else {})
     if getattr(built, "is_quantized", False):  # the folder's own doing, by its config.json
         if quantize is not None:

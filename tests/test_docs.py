@@ -6,7 +6,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import click
 import pytest
 import typer
 import yaml
@@ -66,8 +65,8 @@ def test_commands_are_commands(page, words):
     complete = len(arguments) == len(words[1:])
     try:
         command.make_context(name, list(arguments))
-    except click.MissingParameter:
-        assert not complete
+    except Exception as error:  # of the copy of click that typer has
+        assert type(error).__name__ == "MissingParameter" and not complete, error
 
 
 def test_every_page_is_in_the_navigation():

@@ -33,7 +33,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._C._functorch import get_interpreter_stack
-from tqdm import tqdm
 from transformers.utils import ModelOutput
 
 from fastpeft.caching.calls import Call, digest_of_text
@@ -42,6 +41,7 @@ from fastpeft.caching.frozen import Wrapper, asks_for_gradients, configuration_o
 from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
+from fastpeft.progress import progress_bar
 
 
 class _Filled(BaseException):
@@ -271,7 +271,7 @@ def fill(model: nn.Module, batches: Iterable[Mapping[str, Any]], progress: bool 
     before = sum(cache.computed for cache in caches)
     caches[0].filling = len(caches) == 1
     try:
-        for batch in tqdm(batches, desc="image features", unit="batch", disable=not progress, leave=False):
+        for batch in progress_bar(batches, desc="image features", unit="batch", disable=not progress, leave=False):
             inputs = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
             with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(_Filled):
                 model(**inputs)

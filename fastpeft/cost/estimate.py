@@ -7,9 +7,10 @@ and saved bytes are those of the step that the trainer measures, and the peak is
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -153,6 +154,7 @@ def estimate(
     shard: str | None = None,
     links: Links | None = None,
     flops_per_second: float | None = None,
+    batch: Mapping[str, Any] | None = None,
     **options,
 ) -> Estimate:
     """FLOPs, saved bytes and peak memory of one training step; allocates nothing.
@@ -163,7 +165,9 @@ def estimate(
     same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
     ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
     own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
-    out. world, nodes, shard, links, flops_per_second: of several devices, as :func:`on_several_devices`. ValueError names what cannot be.
+    out. batch: what a data set's collator made of ``batch_size`` samples; the step is then of this batch, its lengths, padding, labels and
+    images, and seq_len, answer_len and questions_per_image say what other batches are like. world, nodes, shard, links, flops_per_second:
+    of several devices, as :func:`on_several_devices`. ValueError names what cannot be.
     """
     step = _Step(
         batch_size=batch_size,
@@ -179,7 +183,8 @@ def estimate(
     model = model if isinstance(model, nn.Module) else resolve(model)
 
     def run(**change) -> Estimate:
-        return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None)
+        alike = batch if not change.keys() & {"batch_size", "questions_per_image"} else None
+        return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None, batch=alike)
 
     result = run()
     if world != 1 or nodes != 1 or shard is not None:
@@ -248,8 +253,10 @@ def _advice(run: Callable[..., Estimate], step: _Step, room: int) -> list[str]:
     return advice
 
 
-def _estimate_step(model: ModelSource | nn.Module, plan: str | Plan, step: _Step, options: dict[str, Any], on_cpu: bool) -> Estimate:
-    """The estimate of one step; ``on_cpu``: with the process around it."""
+def _estimate_step(
+    model: ModelSource | nn.Module, plan: str | Plan, step: _Step, options: dict[str, Any], on_cpu: bool, batch: Mapping[str, Any] | None
+) -> Estimate:
+    """The estimate of one step, of ``batch`` if there is one; ``on_cpu``: with the process around it."""
     dtype = DTYPES[step.dtype]
     tracker, (network, name) = _Tracker(), _meta_model(model, dtype, step.quantize)
     adapt(network, plan, **options)
@@ -263,7 +270,7 @@ def _estimate_step(model: ModelSource | nn.Module, plan: str | Plan, step: _Step
         trained = [p for p in network.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("nothing to train: the plan freezes every part")
-        inputs = _inputs(network, step.batch_size, step.seq_len, step.answer_len, step.questions_per_image, step.feature_cache, dtype)
+        inputs = _inputs_of(network, batch, step.feature_cache, dtype) if batch is not None else _inputs(network, step, dtype)
         tracker.building = False
         with _no_collection():
             before = tracker.live
@@ -346,23 +353,14 @@ def _check_lengths(config, family: Family, length: int, answer: int | None) -> N
         raise ValueError(f"seq_len={length} leaves no room: image and answer alone take {least} tokens")
 
 
-def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype) -> dict[str, Tensor]:
+def _inputs(network: nn.Module, step: _Step, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch without padding: ids and indices with data, pixels and features without."""
-    family = family_of(network)
-    kept = longest_frozen_stages(network) if feature_cache else None
-    config, images, is_vqa = network.config, -(-batch // per_image), family.kind == "vqa"
-    length, answer = (seq_len or 20, answer_len or 6) if is_vqa else (seq_len or 512, answer_len)
+    family, batch, per_image = family_of(network), step.batch_size, step.questions_per_image
+    kept = longest_frozen_stages(network) if step.feature_cache else None
+    config, is_vqa = network.config, family.kind == "vqa"
+    length, answer = (step.seq_len or 20, step.answer_len or 6) if is_vqa else (step.seq_len or 512, step.answer_len)
     vision = getattr(config, "vision_config", None)
-    inputs: dict[str, Tensor] = {}
-    if kept is QuestionStates:
-        inputs["question_states"] = torch.empty(batch, length, config.text_config.hidden_size, dtype=dtype)
-    elif vision is not None:
-        pixels = torch.empty(images, 3, vision.image_size, vision.image_size, dtype=dtype)
-        if kept is ImageFeatures and hasattr(network, "encode_images"):
-            with torch.no_grad():
-                inputs["image_embeds"] = torch.empty_like(network.encode_images(pixels))
-        else:
-            inputs["pixel_values"] = pixels
+    inputs = _without_data(network, kept, -(-batch // per_image), (batch, length), dtype)
     _check_lengths(config, family, length, answer)
     real = {"input_ids": (batch, length), "labels": (batch, length)}
     if is_vqa:
@@ -377,3 +375,28 @@ def _inputs(network, batch, seq_len, answer_len, per_image, feature_cache, dtype
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
     return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}
+
+
+def _inputs_of(network: nn.Module, batch: Mapping[str, Any], feature_cache: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A collated batch as the network takes it: ids, masks and indices are its own, pixels and features without data."""
+    images = len(batch.get("images", ()))
+    kept = longest_frozen_stages(network) if feature_cache and images else None
+    inputs = _without_data(network, kept, images, batch["input_ids"].shape, dtype) if images else {}
+    taken = inspect.signature(network.forward).parameters
+    own = {n: t for n, t in batch.items() if isinstance(t, Tensor) and not t.is_floating_point() and n in taken}
+    return {name: t for name, t in (inputs | own).items() if kept is None or name not in kept.replaced}
+
+
+def _without_data(network: nn.Module, kept: type | None, images: int, tokens: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a step is given of its distinct images: pixels, or what is ``kept`` in their place."""
+    config = network.config
+    vision = getattr(config, "vision_config", None)
+    if kept is QuestionStates:
+        return {"question_states": torch.empty(*tokens, config.text_config.hidden_size, dtype=dtype)}
+    if vision is None:
+        return {}
+    pixels = torch.empty(images, 3, vision.image_size, vision.image_size, dtype=dtype)
+    if kept is ImageFeatures and hasattr(network, "encode_images"):
+        with torch.no_grad():
+            return {"image_embeds": torch.empty_like(network.encode_images(pixels))}
+    return {"pixel_values": pixels}

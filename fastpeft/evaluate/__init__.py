@@ -23,7 +23,7 @@ def answer_and_score(model, dataset, tokenizer, *, progress: bool = True, scorin
 
 def generation_settings(dataset, tokenizer, **given) -> dict:
     """The arguments of transformers' ``generate`` that answer a data set: ``given`` over that kind's defaults."""
-    return answer_settings(**given) if isinstance(dataset, VQADataset) else response_settings(tokenizer, **given)
+    return answer_settings(**given) if isinstance(dataset, VQADataset) else response_settings(tokenizer, stop=dataset.ending.stop, **given)
 
 
 def write_answers(path, dataset, answers: list[str]) -> None:

@@ -7,16 +7,17 @@ import inspect
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastpeft.data import CausalDataset
 from fastpeft.device import to_device
+from fastpeft.evaluate.answers import images_left_alone
 from fastpeft.evaluate.captions import references_of, score_captions
 from fastpeft.evaluate.decoding import callers_settings_only, response_settings
 from fastpeft.evaluate.metrics import score_responses
 from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
+from fastpeft.progress import progress_bar
 from fastpeft.ranks import ALONE, Ranks
 
 
@@ -40,13 +41,15 @@ def respond(
     max_new_tokens: int = 128,
     progress: bool = True,
     ranks: Ranks = ALONE,
+    features=None,
     **generation,
 ) -> list[str]:
     """One response per sample, in the data set's order; ``generation`` goes to transformers' ``generate`` (greedy by default). What the
     model's ``generation_config`` says beside token ids does not count.
 
-    dataset: with ``prompts_only``. Prompts of similar length are batched, padded on the left and masked, so that a response does not
-    depend on the other samples of its batch. ``ranks`` share the batches, and each has all responses.
+    dataset: with ``prompts_only``. A response ends before the template's stop string, where it has one. Prompts of similar length are
+    batched, padded on the left and masked, so that a response does not depend on the other samples of its batch. ``features``: a
+    FeatureCache of this model, whose images are then not encoded again. ``ranks`` share the batches, and each has all responses.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
@@ -55,20 +58,25 @@ def respond(
     order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][ranks.rank :: ranks.world]
     names = model_inputs(model, dataset)
-    settings = response_settings(tokenizer, max_new_tokens, **generation)
+    stop = dataset.ending.stop
+    settings = response_settings(tokenizer, max_new_tokens, stop, **generation)
+    if stop:
+        settings["tokenizer"] = tokenizer
     responses: dict[int, str] = {}
     model.eval()
     try:
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
-        with callers_settings_only(model):
-            for indices, batch in zip(batches, tqdm(loader, desc="responding", unit="batch", disable=not progress, leave=False)):
+        bar = progress_bar(loader, desc="responding", unit="batch", disable=not progress, leave=False)
+        with callers_settings_only(model), images_left_alone(dataset, features is not None):
+            for indices, batch in zip(batches, bar):
                 inputs = to_device(batch, names, first.device, first.dtype)
+                inputs = inputs if features is None else features.put_in(inputs, batch)
                 ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]
                 responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
     responses = {i: response for part in ranks.gather(responses) for i, response in part.items()}
-    return [responses[i].strip() for i in range(len(dataset))]
+    return [(responses[i].partition(stop)[0] if stop else responses[i]).strip() for i in range(len(dataset))]
 
 
 def respond_and_score(

@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fastpeft
 from fastpeft.caching.digest import digest_of_weights
 from fastpeft.caching.store import FeatureStore
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.methods import Frozen
+from fastpeft.progress import progress_bar
 from fastpeft.ranks import ALONE, Ranks
 
 CHUNK = 16  # images encoded at a time
@@ -126,7 +126,7 @@ class FeatureCache:
                 self.folder, self.store, self.limit_bytes, self.kept, self.bytes = None, None, 0, {}, 0
                 return
         told = f"encoding {len(items)} {stages.unit}s ({size / 1e6:.0f} MB, {where})"
-        with tqdm(total=sum(map(len, chunks)), desc=told, unit=stages.unit, disable=not progress, leave=False) as bar:
+        with progress_bar(total=sum(map(len, chunks)), desc=told, unit=stages.unit, disable=not progress, leave=False) as bar:
             for chunk in chunks:
                 self.read(chunk)
                 bar.update(len(chunk))

@@ -18,6 +18,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.ops._common import to_device_async
 from fastpeft.registry import fuses, original_class, signature_of_replaced
+from fastpeft.static_shapes import first_rows, sizes
 
 
 @fuses("transformers.models.llama.modeling_llama.LlamaForCausalLM")
@@ -58,7 +59,7 @@ class FusedLlamaForCausalLM:
         to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
         if visual is not None:
             own = torch.arange(len(visual))
-            index = own if visual_index is None else visual_index.cpu()
+            index = own if visual_index is None else readable(visual_index)
             to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
@@ -185,7 +186,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
         options = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if logits is None and not why_not_flat(self, self.cls) and original_class(self.cls.predictions.decoder) is nn.Linear:
-            rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            rows = labelled_rows(targets)
             at = to_device_async(rows, hidden.device)
             states = self.cls.predictions.transform(hidden.flatten(0, -2)[at])
             loss = labelled_loss(self.cls.predictions.decoder, states, targets[rows], items, **options)
@@ -194,6 +195,17 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
             loss = loss_of_logits(self.cls(hidden) if logits is None else logits, targets, items, **options)
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss
+
+
+def labelled_rows(targets: Tensor) -> Tensor:
+    """[n]: where targets [M] are labels; in a step of static shapes as many as it has room for, others after these."""
+    labelled, static = targets != IGNORE_INDEX, sizes()
+    return labelled.nonzero().squeeze(1) if static is None else first_rows(labelled, static.labelled)
+
+
+def readable(index: Tensor) -> Tensor:
+    """``index`` where its values may be read: nobody does in a step of static shapes."""
+    return index.cpu() if sizes() is None else index
 
 
 def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
+from fastpeft.static_shapes import first_rows, sizes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Layout:
     def tokens(self) -> int:
         return self.rows * self.columns if self.place is None else len(self.place)
 
+    @property
+    def per_row(self) -> float:
+        """Tokens of a row, on average; the row's cells where they are not counted."""
+        return self.columns if self.counts is None else self.tokens / max(1, self.rows)
+
+    def cells_on(self, device: torch.device) -> Tensor:
+        """[T], on the device: what ``place`` says."""
+        return torch.arange(self.rows * self.columns, device=device) if self.place is None else self.place
+
     def pad(self, x: Tensor) -> Tensor:
         """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
         x = x.reshape(-1, x.shape[-1])
@@ -59,12 +69,21 @@ class Layout:
         flat = table.reshape(self.rows * self.columns, -1)
         return flat if self.place is None else flat.index_select(0, self.place)
 
+    @property
+    def is_uncounted(self) -> bool:
+        """Whether the tokens of each row are known on the device alone: in steps of static shapes."""
+        return self.place is not None and self.counts is None
+
     def by_row(self, x: Tensor) -> Tensor:
-        """[T, C] -> the same tokens, row by row."""
+        """[T, C] -> the same tokens, row by row; where they are not counted all cells, those without a token zero."""
+        if self.is_uncounted:
+            return self.pad(x).flatten(0, 1)
         return x if self.order is None else x.index_select(0, self.order)
 
     def from_rows(self, x: Tensor) -> Tensor:
-        """[T, C] row by row -> as the tokens lie."""
+        """What :meth:`by_row` lays row by row -> as the tokens lie."""
+        if self.is_uncounted:
+            return self.unpad(x.view(self.rows, self.columns, -1))
         return x if self.order is None else torch.empty_like(x).index_copy(0, self.order, x)
 
 
@@ -79,18 +98,35 @@ def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.de
     return Layout(rows, columns, to_device_async(cells, device), counts, order, cells)
 
 
-def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> Layout:
-    """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for."""
-    if mask is None:
+def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device, static: int | None = None) -> Layout:
+    """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for. ``static``: so many tokens are laid out,
+    those beyond the mask's are padding."""
+    if mask is None or (static is not None and static >= mask.numel()):
         return Layout(*shape, None)
+    if static is not None:
+        return Layout(*shape, first_rows(mask.flatten(), static))
     return _laid(*shape, *mask.cpu().nonzero().unbind(1), device)
 
 
 def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch.device) -> Layout:
     """The same tokens, by the image they ask about: image_index [B] gives each sample's image, of ``images``."""
+    if (static := sizes()) is not None:
+        return _static_image_layout(tokens, image_index, images, static.questions_per_image)
     owner = image_index.cpu()[tokens.row]  # [T], the image of each token
     counts = torch.bincount(owner, minlength=images)
     return _laid(images, int(counts.max()), owner, _slots(owner, counts), device)
+
+
+def _static_image_layout(tokens: Layout, image_index: Tensor, images: int, per_image: int) -> Layout:
+    """Each image's row has room for ``per_image`` samples of as many columns as ``tokens`` has."""
+    if per_image == 1:
+        return tokens
+    same = image_index[:, None] == image_index
+    slot = same.tril(-1).sum(1)  # [B], samples before that share the image
+    cells = tokens.cells_on(image_index.device)
+    row, column = cells // tokens.columns, cells % tokens.columns
+    columns = per_image * tokens.columns
+    return Layout(images, columns, image_index[row] * columns + slot[row] * tokens.columns + column)
 
 
 def _slots(row: Tensor, counts: Tensor) -> Tensor:
@@ -156,6 +192,8 @@ def queries_at(
     causality stays aligned at both tables' last columns.
     """
     layout = tokens if attended is None else attended
+    if (static := sizes()) is not None:
+        return _static_queries_at(tokens, layout, output_mask, static.labelled)
     at, place = tokens.cells, layout.cells
     hit = output_mask.cpu().flatten()[at]
     if bool(hit.all()) or not bool(hit.any()):
@@ -170,6 +208,16 @@ def queries_at(
         keys=_laid(layout.rows, last + 1, rows[seen], columns[seen], device),
         outputs=Layout(tokens.rows, tokens.columns, to_device_async(at[hit], device), host=at[hit]),
     )
+
+
+def _static_queries_at(tokens: Layout, layout: Layout, output_mask: Tensor, labelled: int) -> LabelledQueries | None:
+    """So many queries, those of ``output_mask`` first; their table has all columns, as where the labels lie is not known here."""
+    if labelled >= tokens.tokens:
+        return None
+    at = tokens.cells_on(output_mask.device)
+    index = first_rows(output_mask.flatten()[at], labelled)
+    queries = Layout(layout.rows, layout.columns, layout.cells_on(at.device)[index])
+    return LabelledQueries(index, None, queries, layout, Layout(tokens.rows, tokens.columns, at[index]))
 
 
 def rows_of(x: Tensor, index: Tensor | None) -> Tensor:

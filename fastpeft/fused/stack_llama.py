@@ -31,6 +31,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.mm_adapter import Routing
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import fuses, path_of
+from fastpeft.static_shapes import NotStatic, sizes
 
 ROTARY = "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding"
 
@@ -159,6 +160,7 @@ class FusedLlamaModel:
                 return False
             if (
                 self.config._attn_implementation == "eager"
+                and sizes() is None
                 and not bool(mask.all())
                 and (output_mask is None or _outside(output_mask, mask))
             ):
@@ -172,6 +174,8 @@ class FusedLlamaModel:
         """How the tokens lie. position_ids: where they may mark packed samples; output_mask: the only outputs that are read."""
         causal = is_causal(self) if causal is None else causal
         mask = as_key_mask(mask)
+        if (static := sizes()) is not None:
+            return self._static_plan(hidden, mask, output_mask, causal, static.tokens)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
             return TokenPlan(mask=mask, causal=None if mask.dim() == 4 else causal)
         if torch.compiler.is_compiling():
@@ -187,6 +191,14 @@ class FusedLlamaModel:
             return TokenPlan(mask=mask)
         tokens = self_layout(hidden.shape[:2], mask, hidden.device)
         return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), output_mask=output_mask)
+
+    @staticmethod
+    def _static_plan(hidden: Tensor, mask: Tensor | None, output_mask: Tensor | None, causal: bool, tokens: int) -> TokenPlan:
+        """Of padding on the right, which lies behind every token that causality lets see: attention needs no mask."""
+        if output_mask is None or not causal or mask is None or mask.shape != hidden.shape[:2]:
+            raise NotStatic("the stack computes padding here, or is not causal")
+        layout = self_layout(hidden.shape[:2], mask, hidden.device, tokens)
+        return TokenPlan(layout, layout, output_mask=output_mask)
 
     def _run(self, hidden, plan, flat, position_ids, cache, modality, modality_embeds, states, kwargs) -> BaseModelOutputWithPast:
         """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
@@ -233,7 +245,8 @@ class FusedLlamaModel:
             hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
         index = to_device_async(modality, hidden.device)
         if plan.layout is not None:
-            index = index[to_device_async(plan.layout.row, hidden.device)]
+            row = plan.layout.row if sizes() is None else plan.layout.cells_on(hidden.device) // plan.layout.columns
+            index = index[to_device_async(row, hidden.device)]
             index = index if plan.tokens is not None else index.view(hidden.shape[:2])
         return hidden, Routing(index, weights)
 
@@ -279,7 +292,7 @@ def is_fixed(cache) -> bool:
 
 def _outside(output_mask: Tensor, mask: Tensor) -> bool:
     """Whether some of ``output_mask`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
-    return output_mask.shape != mask.shape or bool((output_mask.cpu() & (mask.cpu() == 0)).any())
+    return output_mask.shape != mask.shape or (sizes() is None and bool((output_mask.cpu() & (mask.cpu() == 0)).any()))
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:

@@ -88,6 +88,7 @@ FAMILY = Family(
     model=ExcitorForConditionalGeneration,
     config=ExcitorModelConfig,
     parts=PARTS,
+    plan="F/Excitor",
     configs={name: partial(excitor_config, name) for name in SIZES},
     template="alpaca",
     image_encoder=lambda fields: {"vision_config": fields},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,9 +29,10 @@ Kind = Literal["vqa", "causal"]
 class Family:
     """Backbones of one class: ``known`` is what has these parts, ``model`` what is built, ``configs`` makes a configuration by name.
 
-    kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter
-    ``template`` is the prompt it was trained with, and ``image_tokens(config)`` the number of places an image takes among its tokens.
-    ``image_encoder(fields)``: overrides of a configuration for CLIP of these fields; None where the encoder is no CLIP.
+    kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter ``template``
+    is the prompt it was trained with, where its configuration names none (``prompt_template``), and ``image_tokens(config)`` the number of
+    places an image takes among its tokens. ``image_encoder(fields)``: overrides of a configuration for CLIP of these fields; None where the
+    encoder is no CLIP. ``plan``: of its paper, used where a run names none.
     """
 
     kind: Kind
@@ -41,6 +44,7 @@ class Family:
     template: str = ""
     image_tokens: Callable[[PretrainedConfig], int] = lambda config: 0
     image_encoder: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    plan: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Entry:
 _ENTRIES = (
     _Entry("miss", "blip", "BlipForQuestionAnswering", ("miss", "miss-tiny")),
     _Entry("llama", "llama", "LlamaForCausalLM", ("llama-7b", "llama-13b", "llama-tiny")),
-    _Entry("llava", "llava", "LlavaMedForConditionalGeneration", ("llava-med", "llava-med-tiny")),
+    _Entry("llava", "llava", "LlavaMedForConditionalGeneration", ("llava-med", "llava-med-v1.5", "llava-med-tiny", "llava-med-v1.5-tiny")),
     _Entry("excitor", "fastpeft-excitor", "ExcitorForConditionalGeneration", ("excitor-7b", "excitor-13b", "excitor-tiny")),
     _Entry("lavin", "fastpeft-lavin", "LavinForConditionalGeneration", ("lavin-7b", "lavin-13b", "lavin-tiny")),
 )
@@ -69,12 +73,14 @@ NAMES = tuple(name for entry in _ENTRIES for name in entry.names)
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model comes from, resolved once: ``name`` as it was given; ``folder`` of its weights, None where they are random.
-    ``overrides``: what differs from the name's configuration. ``build``, runs and estimates take one in place of a name."""
+    ``overrides``: what differs from the name's configuration. ``on_hub``: the name is a hub's, the folder in its local cache. ``build``,
+    runs and estimates take one in place of a name."""
 
     name: str
     folder: Path | None
     family: Family
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    on_hub: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -129,9 +135,29 @@ def _resolve(model: str | Path | ModelSource) -> ModelSource:
         shipped = ASSETS / name
         return ModelSource(name, shipped if (shipped / "model.safetensors").is_file() else None, entry.family())
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{name!r} is neither a model name ({', '.join(NAMES)}) nor a folder; nothing is downloaded")
-    return ModelSource(name, folder, _family_of_folder(folder))
+    if folder.is_dir():
+        return ModelSource(name, folder, _family_of_folder(folder))
+    if (cached := _in_hub_cache(name)) is not None:
+        return ModelSource(name, cached, _family_of_folder(cached), on_hub=True)
+    near = "".join(f"; did you mean {known}?" for known in get_close_matches(name, NAMES, 1))
+    if not near and _HUB_NAME.fullmatch(name) and not folder.parent.is_dir():
+        near = f", and the local Hugging Face cache has no such model. Where downloads are allowed: `hf download {name}`, then it is found "
+        near += f"by this name; or `hf download {name} --local-dir DIR`, then give DIR"
+    raise ValueError(f"{name!r} is neither a model name ({', '.join(NAMES)}) nor a folder; nothing is downloaded{near}")
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a repository: owner/name
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The folder of a repository that `hf download` has put into the local cache, newest revision of its main branch; None where there is
+    none. Reads the disk alone."""
+    if not _HUB_NAME.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def family_of(model: nn.Module) -> Family:

@@ -20,8 +20,9 @@ from fastpeft.methods import Part
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
-from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel, place_images
 from fastpeft.ops._common import to_device_async
+from fastpeft.static_shapes import NotStatic, sizes
 
 SIZES = {"lavin-7b": ("L/14", "llama-7b", 128), "lavin-13b": ("L/14", "llama-13b", 128), "lavin-tiny": ("tiny", "llama-tiny", 32)}
 MODALITIES = ("text", "image")  # rows of the neck's modality tokens
@@ -135,6 +136,8 @@ class LavinForConditionalGeneration(VisionLanguageModel):
 
     def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
         images = self.images_of(pixel_values, image_embeds)
+        if sizes() is not None:
+            return self._prepared_static(input_ids, images, image_index, image_mask)
         index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
         if (kept := self.config.modality) is not None and bool(((index >= 0) != (kept == "image")).any()):
             raise ValueError(f"this model's adapters were merged for samples {'with' if kept == 'image' else 'without'} an image alone")
@@ -151,6 +154,16 @@ class LavinForConditionalGeneration(VisionLanguageModel):
             return {"inputs_embeds": text}
         return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}
 
+    def _prepared_static(self, input_ids: Tensor, images: Tensor | None, index: Tensor | None, image_mask: Tensor | None) -> dict:
+        if self.config.modality is not None:
+            raise NotStatic("its adapters were merged")
+        text = self.get_input_embeddings()(input_ids)
+        if images is None:
+            modality = input_ids.new_zeros(len(input_ids))
+        else:
+            text, modality = place_images(text, self.neck(images), index, image_mask), (index >= 0).long()
+        return {"inputs_embeds": text, "modality": modality, "modality_embeds": tuple(self.neck.modality.weight)}
+
 
 FAMILY = Family(
     kind="causal",
@@ -158,6 +171,7 @@ FAMILY = Family(
     model=LavinForConditionalGeneration,
     config=LavinConfig,
     parts=PARTS,
+    plan="MMAdapter/T/MMAdapter",
     configs={name: partial(lavin_config, name) for name in SIZES},
     template="lavin",
     image_tokens=lambda config: config.visual_tokens,

@@ -48,6 +48,7 @@ FAMILY = Family(
     model=LlamaForCausalLM,
     config=LlamaConfig,
     parts=PARTS,
+    plan="LoRA",
     configs={name: partial(llama_config, name) for name in SIZES},
     template="alpaca",
 )

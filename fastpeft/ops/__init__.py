@@ -13,8 +13,9 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
+| dropout                                                               | triton             | one launch; on a CPU PyTorch's own      |
+|                                                                       |                    | generator                               |
 | attention_dq                                                          | none               | three of ATen's products, by blocks     |
-| keep_mask                                                             | none               | PyTorch's own generator                 |
 """
 
 from fastpeft.ops.absorbed_attention import absorbed_attention

@@ -1,7 +1,7 @@
 """HTML report of a run: one self-contained file, from the files in the run's folder.
 
     write_report("runs/a")                      # after training, which does so itself
-    python -m fastpeft.report.report runs/a      # again, from the same files
+    fastpeft report runs/a                      # again, from the same files
 
 Reads summary.json, and metrics.jsonl and predictions.json where they are; a piece whose data is missing is left out. This file turns
 data into numbers, paths and words; report.html.j2 lays them out and escapes every string.
@@ -9,13 +9,12 @@ data into numbers, paths and words; report.html.j2 lays them out and escapes eve
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import hashlib
 import io
 import math
-import sys
+from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,16 @@ THUMBNAIL = 200  # pixels, the longer side
 LOOKS = 500  # images tried for the examples, where many are gone
 
 
-def write_report(out: str | Path) -> Path:
-    """Write ``out/report.html`` whole or not at all; returns its path.
+def write_report(out: str | Path, page: str | Path | None = None) -> Path:
+    """Write the report of the run in ``out`` to ``page`` (``out/report.html``), whole or not at all; returns its path.
 
     ValueError naming the file (and line): summary.json missing, or JSON that can't be read. A torn last line of metrics.jsonl, which
     a killed run leaves, is skipped.
     """
     out = Path(out)
-    write_text(out / "report.html", _page(out))
-    return out / "report.html"
+    page = out / "report.html" if page is None else Path(page)
+    write_text(page, _page(out))
+    return page
 
 
 @functools.cache
@@ -59,12 +59,18 @@ def template(name: str = "report.html.j2", folder: Path | None = None) -> jinja2
 
 
 def _page(out: Path) -> str:
-    summary = _load(out / "summary.json", dict)
+    summary = read_summary(out)
     rows = read_metrics(out / "metrics.jsonl")
     predictions = _load(out / "predictions.json", list) if (out / "predictions.json").is_file() else []
     predictions = [p for p in predictions if isinstance(p, dict)]
+    parts = mapping(summary.get("parts"))
     return template().render(
-        summary={key: mapping(value) if key in ("eval", "parameters", "versions") else value for key, value in summary.items()},
+        window=_window(summary),
+        answers=_answers(predictions),
+        settings=settings_of(summary),
+        backward=mapping(parts.get("backward")).get("flops_per_sample"),
+        other=mapping(parts.get("other")).get("flops_per_sample"),
+        summary={key: mapping(value) if key in ("eval", "parameters", "versions", "estimate") else value for key, value in summary.items()},
         charts=charts(rows),
         routing=routing(summary),
         parts=_parts(summary),
@@ -77,6 +83,11 @@ def _page(out: Path) -> str:
         asked=len(predictions),
         notes=[note for note in summary.get("notes") or [] if isinstance(note, str)] if isinstance(summary.get("notes"), list) else [],
     )
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """summary.json of the run in ``out``. ValueError where there is none, or it can't be read."""
+    return _load(out / "summary.json", dict)
 
 
 # reading ------------------------------------------------------------------------------------------------------------------------
@@ -151,6 +162,47 @@ def _time(seconds) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
+# words for the page -----------------------------------------------------------------------------------------------------------
+
+
+def _window(summary: dict) -> dict[str, str]:
+    """Which steps the first and the last loss are means of."""
+    steps = number(summary.get("loss_window")) or 1
+    return {end: f"the {end} {steps:.0f} steps" if steps > 1 else f"the {end} step" for end in ("first", "last")}
+
+
+def _answers(predictions: list[dict], most: int = 6) -> list[tuple[str, float, float, float]]:
+    """The answers given most: (answer, share of all given, share of the data's, share right); [] where there is nothing to count."""
+    rows = [(_text(p.get("prediction"), 60), _text(p.get("answer"), 60), p.get("correct") is True) for p in predictions]
+    given, true = Counter(row[0].casefold() for row in rows), Counter(row[1].casefold() for row in rows)
+    if not rows or len(given) > 0.8 * len(rows):  # sentences, each its own
+        return []
+    right = Counter(row[0].casefold() for row in rows if row[2])
+    return [(a, n / len(rows), true[a] / len(rows), right[a] / n) for a, n in given.most_common(most)]
+
+
+def settings_of(summary: dict) -> list[tuple[str, str]]:
+    """What reproduces the run, beside its command: names and values."""
+    config, of = mapping(summary.get("config")), []
+    for one in summary.get("data") or [] if isinstance(summary.get("data"), list) else []:
+        of.append(("Data", _text(mapping(one).get("path"))))
+    counts = {what: _count(summary.get(f"samples_to_{what}")) for what in ("train", "score")}
+    of += [("Samples", ", ".join(f"{count} to {what}" for what, count in counts.items() if count))]
+    of += [("Model", _text(summary.get("model"))), ("Plan", _text(summary.get("plan")))]
+    for part, methods in mapping(summary.get("treatments")).items():
+        for method in methods if isinstance(methods, list) else []:
+            for name, given in mapping(method).items():
+                told = ", ".join(f"{key} {value}" for key, value in mapping(given).items() if value not in (None, [], ()))
+                of += [(f"{name} of {part}", _text(told))] if told else []
+    names = {"learning_rate": "Learning rate", "base_learning_rate": "of the base's weights", "min_learning_rate": "at the end"}
+    names |= {"warmup": "Warm-up", "weight_decay": "Weight decay", "beta1": "AdamW's first beta", "beta2": "AdamW's second beta"}
+    names |= {"max_grad_norm": "Gradient norm at most", "batch_size": "Batch size", "gradient_accumulation": "Batches per step"}
+    names |= {"questions_per_image": "Questions per image", "seed": "Seed"}
+    of += [(words, _text(config.get(name, summary.get(name)))) for name, words in names.items()]
+    of += [("Precision", _text(summary.get("dtype"))), ("Device", _text(summary.get("device")))]
+    return [(_text(name, 60), value) for name, value in of if value]
+
+
 # by part ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -160,9 +212,9 @@ def _parts(summary: dict) -> dict | None:
     measures = [
         ("Trained parameters", counts, "trainable", _count),
         ("Saved for backward", costs, "saved_bytes", lambda v: _si(v, "B")),
-        ("Work per sample", costs, "flops_per_sample", lambda v: _si(v, "F")),
+        ("Work per sample, forward", costs, "flops_per_sample", lambda v: _si(v, "F")),
     ]
-    names = list(dict.fromkeys([*counts, *costs]))
+    names = [name for name in dict.fromkeys([*counts, *costs]) if name not in ("backward", "other")]  # no parts
     columns = []
     for title, source, key, words in measures:
         values = [number(mapping(source.get(name)).get(key)) for name in names]
@@ -171,7 +223,6 @@ def _parts(summary: dict) -> dict | None:
             shares = [max(0.0, v or 0) / total if total else 0.0 for v in values]
             columns.append((title, [(words(v), round(100 * s, 1)) for v, s in zip(values, shares)]))
     rows = [(_text(name, 40), [cells[i] for _, cells in columns]) for i, name in enumerate(names)]
-    rows = [(name, cells) for name, cells in rows if name != "other" or any(share > 0 for _, share in cells)]
     return {"titles": [title for title, _ in columns], "rows": rows} if columns else None
 
 
@@ -210,18 +261,3 @@ def _thumbnail(path: str) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=82, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastpeft.report.report", description="Write OUT/report.html again from a run's files.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder that a training run wrote")
-    try:
-        print(write_report(parser.parse_args(argv).out))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

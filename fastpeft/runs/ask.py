@@ -10,14 +10,12 @@ from typing import Any
 from torch import nn
 
 from fastpeft.adapters import describe
-from fastpeft.data import Instruction, Sample, load_causal_tokenizer, load_tokenizer
+from fastpeft.data import Instruction, Sample
 from fastpeft.data.images import Preprocess, load_image
-from fastpeft.device import choose_device
 from fastpeft.evaluate import answer_questions, respond
 from fastpeft.models import family_of, resolve
-from fastpeft.plan import build
-from fastpeft.runs import causal, vqa
-from fastpeft.runs.evaluate import load_run
+from fastpeft.runs import causal
+from fastpeft.runs.evaluate import load_folder, load_run, text_options
 from fastpeft.runs.options import TextOptions
 from fastpeft.runs.train import RUNS
 
@@ -77,13 +75,8 @@ def load(folder: str | Path, device: str | None = None, model: str | None = None
     source = resolve(folder)
     if source.folder is None:
         raise ValueError(f"{source} has random weights: give a run's folder, an adapter or a model's folder")
-    network = build(source)
-    if source.kind == "vqa":
-        tokenizer, preprocess = load_tokenizer(source.folder), vqa.preprocess_for(source.folder, network)
-        vqa.check_vocabulary(network, tokenizer, source.name)
-    else:
-        tokenizer, preprocess = load_causal_tokenizer(source.folder), causal.clip_preprocess(source.folder, network)
-    return Loaded(network.to(choose_device(device)).eval(), tokenizer, preprocess, TextOptions())
+    network, tokenizer, preprocess = load_folder(source, device)
+    return Loaded(network, tokenizer, preprocess, text_options(source.folder, network))
 
 
 def _paths(images: Sequence[Any], folder: Path) -> list[Path | None]:

@@ -19,6 +19,7 @@ from fastpeft.runs.options import DataOptions, TextOptions
 BEAMS = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+AROUND = ("<im_start>", "<im_end>")  # beside an image, where LLaVA's configuration says so (mm_use_im_start_end)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -43,26 +44,32 @@ def model_for(
     folder's, else learnt from the data. ``base``: more that :func:`fastpeft.build` takes (quantize, dtype)."""
     source = resolve(model)
     source = source if pretrained else source.without_weights()
-    folder = source.folder
-    if vocab is not None:
-        tokenizer = load_causal_tokenizer(vocab)
-    elif folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = load_causal_tokenizer(folder)
-    elif folder is not None:
-        raise ValueError(f"{folder} has no tokenizer: give one (--vocab FOLDER)")
-    else:
-        tokenizer = learn_tokenizer([text for sample in samples for text in _texts(sample)])
-    if folder is None:
-        text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        text["pad_token_id"] = tokenizer.pad_token_id
-        nested = "text_config" in source.family.config.sub_configs
-        network = build(source, pretrained=False, seed=seed, **base or {}, **({"text_config": text} if nested else text))
-    else:
-        network = build(source, **base or {})
+    tokenizer = tokenizer_for(source, samples, vocab)
+    random = {} if source.folder is not None else {"pretrained": False, "seed": seed, **vocabulary_of(tokenizer, source)}
+    network = build(source, **base or {}, **random)
     size = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {source} embeds {size}: use the one it was trained with")
-    return network, tokenizer, clip_preprocess(folder, network)
+    return network, tokenizer, clip_preprocess(source.folder, network)
+
+
+def tokenizer_for(source: ModelSource, samples: SampleList, vocab: str | None = None):
+    """``vocab``'s, else the model folder's, else one learnt from the data; ValueError for a folder without."""
+    folder = source.folder
+    if vocab is not None:
+        return load_causal_tokenizer(vocab)
+    if folder is None:
+        return learn_tokenizer([text for sample in samples for text in _texts(sample)])
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer: give one (--vocab FOLDER)")
+    return load_causal_tokenizer(folder)
+
+
+def vocabulary_of(tokenizer, source: ModelSource) -> dict[str, Any]:
+    """What of the model's configuration is the vocabulary's."""
+    text = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text["pad_token_id"] = tokenizer.pad_token_id
+    return {"text_config": text} if "text_config" in source.family.config.sub_configs else text
 
 
 def _texts(sample: Instruction) -> list[str]:
@@ -71,7 +78,7 @@ def _texts(sample: Instruction) -> list[str]:
 
 def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | None:
     """CLIP's own resize, crop and normalisation at the encoder's size, its numbers the folder's preprocessor_config.json's where there is
-    one. LaVIN, as published, squeezes the whole image in and takes ImageNet's numbers."""
+    one. LaVIN, as published, squeezes the whole image in and takes ImageNet's numbers; LLaVA-Med v1.5 pads it to a square."""
     vision = getattr(network.config, "vision_config", None)
     if vision is None:
         return None
@@ -84,7 +91,13 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
             mean, std = content.get("image_mean", mean), content.get("image_std", std)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
-    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not squeezed)
+    padded = getattr(network.config, "image_aspect_ratio", None) == "pad"
+    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not squeezed, pad=padded)
+
+
+def template_of(network: nn.Module, text: TextOptions) -> str:
+    """The prompt template that was chosen, else the folder's own, else the family's."""
+    return text.template or getattr(network.config, "prompt_template", None) or family_of(network).template
 
 
 def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
@@ -97,10 +110,12 @@ def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOption
     return CausalDataset(
         samples,
         tokenizer,
-        text.template or family.template,
+        template_of(network, text),
         text.max_length,
         preprocess=preprocess,
         image_tokens=family.image_tokens(network.config),
+        image_place=text.image_place,
+        image_around=AROUND if getattr(network.config, "mm_use_im_start_end", False) else None,
         prompts_only=prompts_only,
         packed=text.packed and not prompts_only,
         reading=text.reading(),
@@ -111,6 +126,13 @@ def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOption
 def answer(network: nn.Module, asked: CausalDataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:
     """(responses, scores). ``generation``: batch_size, progress, and options of transformers' ``generate``."""
     return respond_and_score(network, asked, **generation)
+
+
+def asking_options(network: nn.Module) -> TextOptions:
+    """For a model that says nothing of prompts: 512 tokens of text beside the image's, as far as the model has positions."""
+    config, options = network.config, TextOptions()
+    places, positions = family_of(network).image_tokens(config), getattr(config, "text_config", config).max_position_embeddings
+    return dataclasses.replace(options, max_length=min(options.max_length + places, positions))
 
 
 def options_of(about: dict[str, Any]) -> TextOptions:

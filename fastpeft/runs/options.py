@@ -81,8 +81,8 @@ class RunOptions:
     "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
     image_encoder: Annotated[Text | None, METHOD] = None
     "of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)"
-    plan: Annotated[Text | dict[str, Any], METHOD, Option(must="a plan such as F/LoRA/LoRA")] = "F/LoRA/LoRA"
-    "one treatment per part, or a YAML file"
+    plan: Annotated[Text | dict[str, Any] | None, METHOD, Option(must="a plan such as F/LoRA/LoRA")] = None
+    "one treatment per part, or a YAML file (default: of the model's paper: F/LoRA/LoRA of MISS, LoRA of LLaMA, F/Excitor, ...)"
     rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
     "LoRA's rank (default 4)"
     lora_alpha: Annotated[float | None, METHOD] = None
@@ -153,7 +153,10 @@ class TextOptions:
     """How a causal language model's samples become tokens."""
 
     template: Annotated[Text | None, PROMPT] = None
-    "prompt: alpaca, llava, lavin, plain (default: the model's own)"
+    """prompt (default: the model's own): alpaca, lavin, plain, scienceqa, or a conversation of LLaVA's or LLaVA-Med's by version: llava
+    (v1), v0, v0_train, llava_v0, llava_v1, llama_2, llava_llama_2, mistral_instruct, simple, multimodal, ..."""
+    image_place: Annotated[Literal["before", "after", "data"] | None, PROMPT] = None
+    "of these conversations: the image before or after the first question, or where the data have <image> (default: the template's own)"
     max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
     "tokens of the longest sample; longer ones are cut"
     max_question: Annotated[int, Field(ge=3), READ] = 35

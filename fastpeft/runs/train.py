@@ -18,6 +18,7 @@ from fastpeft.models.family import Kind
 from fastpeft.models.quantize import check_quantize
 from fastpeft.plan import adapt, plan_for
 from fastpeft.runs import causal, vqa
+from fastpeft.runs.estimate import about_run, expectations
 from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
 from fastpeft.runs.splits import data_notes, load_splits, load_validation
 from fastpeft.train.config import TrainConfig
@@ -51,7 +52,7 @@ def go_on_from(network: nn.Module, adapter: str | Path, about: dict[str, Any]) -
 
 def train_run(
     model: str | ModelSource,
-    plan: str | dict,
+    plan: str | dict | None,
     data: DataOptions,
     config: TrainConfig,
     *,
@@ -63,12 +64,15 @@ def train_run(
     quantize: str | None = None,
     init_adapter: str | None = None,
     image_encoder: str | None = None,
+    command: str | None = None,
     **lora,
 ) -> dict[str, Any]:
     """Load, adapt, train, score; returns the summary. ``text``: how a causal language model reads its data. ``metrics``: of
     generated text, with the scores. ``quantize``: as
     :func:`fastpeft.build` takes it, from weights in the run's dtype. ``init_adapter``: an adapter of the same base and plan to go on from,
-    with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`."""
+    with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`.
+    plan None: of the model's paper. ``command``: a command line that does the same, for the summary. With progress shown, the step is
+    estimated first, and the summary has the estimate beside what was measured."""
     source, text = resolve(model, image_encoder), text or TextOptions()
     before = None if init_adapter is None else described(init_adapter)
     run, model_options = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
@@ -83,7 +87,7 @@ def train_run(
         validating, held = load_validation(data, held, read=run.read, text=text)
     network, tokenizer, preprocess = run.model_for(source, samples, **model_options)
     torch.manual_seed(config.seed)  # new adapters are drawn at random
-    adapt(network, plan_for(source.family.parts, plan, **lora))
+    adapt(network, plan_for(source.family.parts, plan or source.family.plan, **lora))
     started_from = None if before is None else go_on_from(network, init_adapter, before)
     reading = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
     dataset = run.dataset(network, samples, seed=config.seed, **reading)
@@ -94,10 +98,8 @@ def train_run(
         asked = run.dataset(network, validating, prompts_only=True, **reading) if config.eval_scores else None
         more["validation"] = ValidationData(run.dataset(network, validating, seed=config.seed, **reading), asked)
     trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset, scoring=scoring, **more)
-    trainer.notes += data_notes(samples) + dataset.notes
-    trainer.notes += [
-        f"to score: {note}" for note in (eval_dataset.notes + [held.note] * bool(held.note) if eval_dataset is not None else ())
-    ]
+    trainer.notes += data_notes(samples) + dataset.notes + expectations(source, data, held, eval_dataset, evaluate)
+    trainer.about = about_run(trainer, data, command)
     summary = trainer.fit()
     if held_out is not None and trainer.out is not None:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held_out])  # a split file

@@ -35,21 +35,30 @@ def model_for(
     """A backbone, its tokenizer and its preprocessing. The vocabulary is ``vocab``, else the model folder's, else learnt from the data."""
     source = resolve(model)
     source = source if pretrained else source.without_weights()
-    folder = source.folder
-    if vocab is not None:
-        tokenizer = load_tokenizer(vocab)
-    elif folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        tokenizer = load_tokenizer(folder)
-    else:
-        texts = [text for s in samples for text in (s.question, *s.question_pool, s.answer)]
-        tokenizer = train_tokenizer(texts, vocab_size=4096)
-    if folder is None:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
-        network = build(source, pretrained=False, seed=seed, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids)
+    tokenizer = tokenizer_for(source, samples, vocab)
+    if source.folder is None:
+        network = build(source, pretrained=False, seed=seed, **vocabulary_of(tokenizer))
     else:
         network = build(source)
         check_vocabulary(network, tokenizer, source.name)
-    return network, tokenizer, preprocess_for(folder, network)
+    return network, tokenizer, preprocess_for(source.folder, network)
+
+
+def tokenizer_for(source: ModelSource, samples: SampleList, vocab: str | None = None):
+    """``vocab``'s, else the model folder's, else one learnt from the data."""
+    folder = source.folder
+    if vocab is not None:
+        return load_tokenizer(vocab)
+    if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return load_tokenizer(folder)
+    texts = [text for s in samples for text in (s.question, *s.question_pool, s.answer)]
+    return train_tokenizer(texts, vocab_size=4096)
+
+
+def vocabulary_of(tokenizer) -> dict[str, int]:
+    """What of a configuration is the vocabulary's."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
+    return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids}
 
 
 def check_vocabulary(network: nn.Module, tokenizer, model: str) -> None:

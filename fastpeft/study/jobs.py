@@ -97,7 +97,7 @@ def _readings(study: StudyFile, out: Path, folders: dict[str, str]) -> tuple[dic
 
 def _names(study: StudyFile, row: Row) -> dict[str, str]:
     """The row's name for each data set that it runs on."""
-    options = study.options | row.options
+    options = study.options | row.options | row.stages[-1][1]
     given = row.name or _plan_text(options.get("plan"))
     if row.name is None:
         given += f" r={options['rank']}" if options.get("rank") and "LoRA" in given else ""
@@ -115,7 +115,7 @@ def _plan_text(plan: Any) -> str:
         return "/".join(_plan_text(entry) if isinstance(entry, list) else _treatment(entry) for entry in plan.values())
     if isinstance(plan, list):
         return "+".join(map(_treatment, plan))
-    return "F/LoRA/LoRA" if plan is None else str(plan)
+    return "the model's own plan" if plan is None else str(plan)
 
 
 def _treatment(entry: Any) -> str:

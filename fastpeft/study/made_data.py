@@ -66,6 +66,33 @@ def _reports(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: rand
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
 
 
+def _summaries(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """XrayGPT's layout: one list, which says nothing of splits, and images by number."""
+    (folder / "image").mkdir()
+    listed = []
+    for rows in splits.values():
+        for name, asked in _by_image(rows).items():
+            number = len(listed) + 1
+            load_image(drawn / "imgs" / name).save(folder / "image" / f"{number}.png")
+            listed.append({"image_id": str(number), "caption": _findings(asked)})
+    (folder / "filter_cap.json").write_text(json.dumps({"annotations": listed}, indent=1))
+
+
+def _conversations(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """LLaVA-Med's layout: dialogues with <image> before or after the first question; to test, questions by themselves with answer_type."""
+    shutil.copytree(drawn / "imgs", folder / "images")
+    for split, rows in splits.items():
+        listed = []
+        for name, asked in _by_image(rows).items():
+            for talk in [asked[:3]] if split == "train" else [[row] for row in asked]:
+                first = talk[0]["question"]
+                said = [rng.choice((f"<image>\n{first}", f"{first}\n<image>")), *(row["question"] for row in talk[1:])]
+                turns = [t for q, row in zip(said, talk) for t in ({"from": "human", "value": q}, {"from": "gpt", "value": row["answer"]})]
+                listed.append({"id": str(len(listed)), "image": name, "domain": {"chest_xray": True}, "conversations": turns})
+                listed[-1] |= {} if split == "train" else {"answer_type": talk[0]["answer_type"]}
+        (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
+
+
 def _instruction_form(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
     """MILE's layout for training (img_name, qid, answer, question_pool); the test split asks in the original words."""
     shutil.copytree(drawn / "imgs", folder / "imgs")
@@ -147,6 +174,8 @@ KINDS: dict[str, Maker | None] = {
     "phantoms": None,
     "instruction_form": _instruction_form,
     "reports": _reports,
+    "summaries": _summaries,
+    "conversations": _conversations,
     "captions": _captions,
     "scienceqa": _scienceqa,
     "instructions": _instructions,

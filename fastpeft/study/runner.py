@@ -72,7 +72,8 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
         for options in job.stages:
             try:
                 run, *_ = split(options, *RECIPE)
-                plan_for(resolve(run.model, run.image_encoder).family.parts, run.plan, **run.lora)
+                family = resolve(run.model, run.image_encoder).family
+                plan_for(family.parts, run.plan or family.plan, **run.lora)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{study.path}: row {job.row}: {error}") from None
 

@@ -80,11 +80,15 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
 
 def _train(job: Job, at: int, out: Path, start: Path | None, features: str | None) -> None:
     """One stage, from its checkpoint where it has one."""
+    from fastpeft.runs.stages import going_on
     from fastpeft.runs.train import train_run
 
     given = {"feature_cache_dir": features} | job.stages[at - 1] | {"out": str(out), "resume": True, "progress": False}
-    if start is not None:
+    if at > 1:
+        given |= going_on(job.stages, at, lambda stage: Path(job.folder) / f"stage-{stage}" / "adapter")
+    elif start is not None:
         given["init_adapter"] = str(start)
+    given = {name: value for name, value in given.items() if value is not None}
     if job.score_on or job.generation or at < len(job.stages):
         given["no_eval"] = True
     run, data, text, metrics, training = split(given, *RECIPE)
@@ -147,7 +151,7 @@ def memory_of(job: Job) -> dict[str, Any] | None:
     source = resolve(run.model, run.image_encoder)
     try:
         step = {"batch_size": config.batch_size, "dtype": config.dtype, "questions_per_image": config.questions_per_image}
-        found = estimate(source, plan_for(source.family.parts, run.plan, **run.lora), **step, quantize=run.quantize)
+        found = estimate(source, plan_for(source.family.parts, run.plan or source.family.plan, **run.lora), **step, quantize=run.quantize)
     except ValueError as error:
         return {"missing": str(error)}
     return {"peak_bytes": found.peak_bytes - found.process_bytes, "saved_bytes": found.saved_bytes}

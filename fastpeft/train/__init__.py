@@ -2,7 +2,7 @@
 
 import importlib
 
-_LATER = {"TrainConfig": "config", "Trainer": "trainer"}  # options are read without torch
+_LATER = {"Callback": "callbacks", "TrainConfig": "config", "Trainer": "trainer"}  # options are read without torch
 
 
 def __getattr__(name: str):
@@ -11,4 +11,4 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'fastpeft.train' has no attribute {name!r}")
 
 
-__all__ = ["TrainConfig", "Trainer"]
+__all__ = ["Callback", "TrainConfig", "Trainer"]

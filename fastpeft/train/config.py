@@ -9,15 +9,16 @@ from fastpeft.options import Count, CountOrZero, FilePath, Fraction, Number, Opt
 from fastpeft.savings import SAVINGS
 
 DTYPES = ("fp32", "bf16")
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # fastpeft.train.callbacks has a class for each
 Dtype = Literal["fp32", "bf16"]
 RUN, OPTIMISER, MEMORY, OUTPUT = (Option(panel=name) for name in ("Run", "Optimiser", "Memory", "Output"))
 VALIDATE = Option(panel="Validation")
 
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
-    *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers"),
-    *("tensorboard", "eval_scores"),
-    *("trace", "progress", "shard", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without"),
+    *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
+    *("track", "eval_scores", "shard"),
+    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without"),
 }
 
 
@@ -64,6 +65,8 @@ class TrainConfig:
     "how much memory they may take, such as 2GB (default: a third of what is free)"
     feature_dtype: Annotated[Dtype | None, MEMORY] = None
     "fp32 or bf16, kept so (default: as computed)"
+    cuda_graph: Annotated[bool, RUN, Option(off="no_cuda_graph")] = True
+    "launch whole steps as CUDA graphs, on padded batches; where a step cannot be captured, or is too large to gain, it runs as it is"
     memory_budget: Annotated[Size | None, MEMORY] = None
     "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
     shard: Annotated[Literal["base"] | None, MEMORY] = None
@@ -94,6 +97,8 @@ class TrainConfig:
     "cpu, cuda, ... (default: CUDA where there is one)"
     tensorboard: Annotated[bool, OUTPUT] = False
     "write event files for TensorBoard"
+    track: Annotated[tuple[str, ...] | None, OUTPUT, Option(names=("report_to",), must="names, such as tensorboard,wandb")] = None
+    "programs that follow the run: tensorboard, wandb, mlflow; each by its own environment variables"
     trace: Annotated[bool, OUTPUT] = False
     "torch.profiler's trace of three steps"
     progress: Annotated[bool, OUTPUT, Option(off="quiet")] = True
@@ -110,8 +115,15 @@ class TrainConfig:
             raise ValueError("patience, best_by and eval_loss_only are about validations: give eval_every, the steps between them")
         if self.best_by != "loss" and not self.eval_scores:
             raise ValueError(f"best_by={self.best_by} needs answers: leave eval_loss_only out")
-        if self.out is None and (self.resume or self.tensorboard or self.trace):
-            raise ValueError("resume, tensorboard and trace need a folder: give out")
+        if unknown := sorted(set(self.trackers) - set(TRACKERS)):
+            raise ValueError(f"no tracker is called {', '.join(unknown)}; there are {', '.join(TRACKERS)}")
+        if self.out is None and (self.resume or self.trackers or self.trace):
+            raise ValueError("resume, tensorboard, track and trace need a folder: give out")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Programs that follow the run."""
+        return tuple(dict.fromkeys((*(self.track or ()), *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def savings_off(self) -> tuple[str, ...]:

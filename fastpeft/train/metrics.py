@@ -1,4 +1,4 @@
-"""Metrics of a run, a row per step: metrics.jsonl, TensorBoard, the progress bar, and what the run adds up."""
+"""Metrics of a run, a row per step: metrics.jsonl, the progress bar, and what the run adds up."""
 
 from __future__ import annotations
 
@@ -8,50 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastpeft.cost.profile import memory_bytes, peak_memory_bytes
 from fastpeft.documents import parse_json
 from fastpeft.files import write_text
-
-SCALARS = ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes")  # for TensorBoard
+from fastpeft.progress import progress_bar
 
 
 class MetricsLog(contextlib.ExitStack):
     """Writers of one process's steps; to be entered. ``done``: the run's totals, which :meth:`log` adds to. ``out`` None: no files."""
 
-    def __init__(
-        self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, tensorboard: bool, progress: bool
-    ):
+    def __init__(self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, progress: bool):
         super().__init__()
         self.out, self.done, self.device, self.total_steps = out, done, device, total_steps
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
-        self.tensorboard, self.progress = tensorboard, progress
+        self.progress = progress
 
     def __enter__(self) -> MetricsLog:
         super().__enter__()
-        self.board = self._tensorboard() if self.tensorboard else None  # first: it may be missing
         self.file = self.enter_context(open(self.out / "metrics.jsonl", "a", encoding="utf-8")) if self.out else None
         shown = {"desc": "training", "unit": "step", "disable": not self.progress}
-        self.bar = self.enter_context(tqdm(total=self.total_steps, initial=self.done["step"], **shown))
+        self.bar = self.enter_context(progress_bar(total=self.total_steps, initial=self.done["step"], **shown))
         return self
-
-    def _tensorboard(self):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("tensorboard is not installed: pip install 'fastpeft[tensorboard]'") from None
-        board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.done["step"] + 1)
-        self.callback(board.close)
-        return board
 
     def log(self, row: dict[str, float], seconds: float) -> None:
         """A step's ``row`` (step, loss, learning_rate, grad_norm, samples), and the ``seconds`` since the step before: its own time and the
         wait for its data."""
         done = self.done
-        self.first_step = self.first_step or done["step"]
+        self.first_step = self.first_step or row["step"]
         done["seconds"] += seconds
-        if done["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
+        if row["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
             done["steady_samples"] += row["samples"]
             done["steady_seconds"] += seconds
         done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
@@ -62,12 +48,6 @@ class MetricsLog(contextlib.ExitStack):
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for name in SCALARS:
-                self.board.add_scalar(name, row[name], row["step"])
-            for name, value in {"validation_loss": row.get("validation_loss"), **row.get("eval", {})}.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, row["step"])
 
 
 def keep_lines(path: Path, last_step: int) -> int:
@@ -83,3 +63,16 @@ def keep_lines(path: Path, last_step: int) -> int:
                 steps.add(step)
     write_text(path, "".join(line + "\n" for line in kept))
     return last_step - len(steps)
+
+
+def step_tracer(out: Path | None, steps: int):
+    """torch.profiler over this process's steps 2 to 4 of ``steps``, written as a Chrome trace to ``out/trace.json``; None: nothing."""
+    if out is None:
+        return contextlib.nullcontext()
+    from torch.profiler import profile, schedule
+
+    return profile(
+        schedule=schedule(wait=0, warmup=int(steps > 1), active=3, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(out / "trace.json")),
+        profile_memory=True,
+    )

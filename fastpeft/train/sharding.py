@@ -35,6 +35,27 @@ def check_shard(model: nn.Module, ranks: Ranks) -> None:
         )
 
 
+def to_device_whole_or_not(model: nn.Module, device: torch.device, ranks: Ranks, *, sharded: bool, whole: bool) -> None:
+    """The model, in place. Of a base that will be taken apart only what is trained, unless it is needed ``whole`` before: its layers follow
+    in pieces. ValueError as of :func:`check_shard`."""
+    if sharded:
+        check_shard(model, ranks)
+    if not sharded or whole:
+        model.to(device)
+        return
+    for tensor in (*(p for p in model.parameters() if p.requires_grad), *model.buffers()):
+        tensor.data = tensor.data.to(device)
+
+
+def take_apart(trainer) -> None:
+    """A run's base. Then no rank can encode an image by itself: features have to be all there, or are left to the step."""
+    if trainer.features is not None and any(trainer.ranks.gather(not trainer.features.complete())):
+        trainer.notes.append("features are computed in every step: there is no room for all of them, which a base in pieces needs")
+        trainer.features = trainer.step.features = None
+    shard_base(trainer.model, trainer.device, trainer.ranks)
+    trainer.notes.append(f"each rank holds {sharded_bytes(trainer.model) / 1e6:.1f} MB of the frozen weights")
+
+
 def shard_base(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """Take the frozen weights apart, layer by layer, in place; they may still be on the CPU. ``model.gathered`` then holds the tensors that
     they are gathered into, empty between uses, and ``model.gathered_bytes`` says how much of them is there at once."""

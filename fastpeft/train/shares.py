@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader, Sampler
 
 from fastpeft.data import EpochSampler
 from fastpeft.ranks import Ranks
@@ -33,3 +34,32 @@ class Shares(Sampler[list[int]]):
             share, (all_of_them, _) = self.ranks.share(batch), self.forwards(number)
             for at in range(0, all_of_them * self.size, self.size):
                 yield list(share[at : at + self.size]) or batch[:1]
+
+
+def groups(trainer) -> Iterator[tuple[list[dict], int]]:
+    """(``gradient_accumulation`` batches, their number), the last group of what is left, from where the run stands to its last step. Of
+    several ranks, each has its share of every batch, in as many pieces as forwards; those with "counts" False are not its own."""
+    dataset, config, done, group, whole = trainer.dataset, trainer.config, trainer.done, [], 0
+    while done["batches"] < trainer.total_batches:
+        epoch, start = divmod(done["batches"] + whole, len(trainer.sampler))
+        trainer.sampler.set_epoch(epoch, start)
+        dataset.set_epoch(epoch)
+        dataset.load_images = trainer.features is None
+        loader = DataLoader(
+            dataset,
+            batch_sampler=trainer.shares,
+            collate_fn=dataset.collator(),
+            num_workers=config.num_workers,
+            pin_memory=trainer.device.type == "cuda",
+            generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
+        )
+        pieces = iter(loader)
+        for number in range(start, len(trainer.sampler)):
+            every, own = trainer.shares.forwards(number)
+            group += [next(pieces) | {"counts": at < own} for at in range(every)]
+            whole += 1
+            if whole == min(config.gradient_accumulation, trainer.total_batches - done["batches"]):
+                yield group, whole
+                group, whole = [], 0
+                if done["batches"] == trainer.total_batches:
+                    return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
+import subprocess
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,20 +48,36 @@ def summary_of(model: nn.Module, config: TrainConfig, device: torch.device, done
         "flops_per_sample": cost["flops"] / cost["samples"],
         "loss_first": statistics.fmean(done["first_losses"][:window]) if done["step"] else None,
         "loss_last": statistics.fmean(done["last_losses"][-window:]) if done["step"] else None,
+        "loss_window": window,
         "model": model.fastpeft_source.get("model") if hasattr(model, "fastpeft_source") else type(model).__name__,
         "plan": str(model.fastpeft_plan),
         "dtype": config.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "batch_size": config.batch_size,
         "seed": config.seed,
+        "treatments": model.fastpeft_plan.to_dict(),
+        "config": {name: value for name, value in asdict(config).items() if name not in ("resume", "progress", "allow_change")},
         "seconds": done["seconds"],
         "parameters": count(model),
         "parts": parts,
         **_routing(model),
         **_sources(done),
         **({"validation": done["validation"] | {"by": config.best_by}} if done["validation"] else {}),
-        "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"fastpeft": fastpeft.__version__, "torch": torch.__version__, "transformers": transformers.__version__, **_commit()},
     }
+
+
+@functools.cache
+def _commit() -> dict[str, str]:
+    """Of a checkout: its commit, and whether files have changed since."""
+    root = Path(fastpeft.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {}
+    try:
+        told = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": told.stdout.strip()} if told.returncode == 0 and told.stdout.strip() else {}
 
 
 def _sources(done: dict[str, Any]) -> dict[str, Any]:
@@ -75,3 +94,11 @@ def _routing(model: nn.Module) -> dict[str, Any]:
     found = model.mixtures() if hasattr(model, "mixtures") else {}
     lists = {name: [weights.tolist() for weights in layers.values()] for name, layers in found.items() if layers}
     return {"routing": lists} if lists else {}
+
+
+def over_ranks(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of what each rank has measured for itself: the highest peak, and features of all together."""
+    fields: dict[str, Any] = {"peak_memory_bytes": max(of["peak_memory_bytes"] for of in measured)}
+    if (found := [of["features"] for of in measured])[0] is not None:
+        fields["features"] = {name: sum(of[name] for of in found) if isinstance(v, int) else v for name, v in found[0].items()}
+    return fields

@@ -7,13 +7,13 @@ import functools
 import math
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fastpeft.adapters import save_adapter
 from fastpeft.cost.memory_budget import MemoryBudget
@@ -30,18 +30,20 @@ from fastpeft.methods import is_adapter
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.options import bytes_of
 from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
+from fastpeft.report.report import write_report
 from fastpeft.savings import without
+from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.gradients import trained
+from fastpeft.train.graph import step_for
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
-from fastpeft.train.metrics import MetricsLog
+from fastpeft.train.metrics import MetricsLog, step_tracer
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.resume import BEST, identity_of, open_runs
-from fastpeft.train.sharding import check_shard, rest_gathered, shard_base, sharded_bytes
-from fastpeft.train.shares import Shares
+from fastpeft.train.sharding import rest_gathered, take_apart, to_device_whole_or_not
+from fastpeft.train.shares import Shares, groups
 from fastpeft.train.state import random_state, save_state
-from fastpeft.train.step import Step
-from fastpeft.train.summary import WINDOW, summary_of
+from fastpeft.train.summary import WINDOW, over_ranks, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
 
@@ -52,7 +54,7 @@ class Trainer:
     :class:`fastpeft.data.VQADataset` with a tokenizer; ``eval_dataset`` is answered and scored at the end, with
     ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
     of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
-    the run then ends with the best adapter.
+    the run then ends with the best adapter. ``callbacks`` follow the run (:class:`fastpeft.train.callbacks.Callback`), as do ``track``'s.
     """
 
     def __init__(
@@ -65,20 +67,22 @@ class Trainer:
         scoring: Scoring | None = None,
         started_from: dict[str, Any] | None = None,
         validation: ValidationData | None = None,
+        callbacks: Iterable[Callback] = (),
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
         self.ranks, config = ranks_here(), config or TrainConfig()
         if not self.ranks.first:  # the first one writes and speaks for all
-            config = replace(config, progress=False, tensorboard=False, trace=False)
+            config, callbacks = replace(config, progress=False, tensorboard=False, track=None, trace=False), ()
         self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config, eval_dataset
+        self.followers = Followers([*callbacks, *(TRACKERS[name]() for name in config.trackers)])
         if dataset.tokenizer is None:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
             raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
         self.device = choose_device(self.ranks.device(config.device))
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-        self._to_device()
+        to_device_whole_or_not(model, self.device, self.ranks, sharded=bool(config.shard), whole=self._sees_constants())
         for name, parameter in model.named_parameters():
             if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != self.dtype:
                 parameter.data = parameter.data.to(self.dtype)
@@ -96,23 +100,17 @@ class Trainer:
         self.saved_step: int | None = None
         self.sent = 0  # bytes given to the other ranks in the last step
         self.notes: list[str] = []
+        self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget, self.ranks if config.shard else ALONE) if config.memory_budget else None
         self.features = self._feature_cache()
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed, "ranks": self.ranks}
-        self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
+        known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
+        self.step = step_for(config, *known, **parts)
+        self._waiting: list[dict[str, Any]] = []  # rows of steps that are not yet logged
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
-        self.validation = Validation(model, validation, config, self.scoring, self.device, self._askers) if config.eval_every else None
-
-    def _to_device(self) -> None:
-        """Of a base that is taken apart only what is trained, unless it has features to compute: its layers follow in pieces."""
-        if self.config.shard:
-            check_shard(self.model, self.ranks)
-        if self.config.shard and not self._sees_constants():
-            for tensor in (*trained(self.model), *self.model.buffers()):
-                tensor.data = tensor.data.to(self.device)
-        else:
-            self.model.to(self.device)
+        more = (self.scoring, self.device, None if config.shard else self.features, self._askers)
+        self.validation = Validation(model, validation, config, *more) if config.eval_every else None
 
     @property
     def _askers(self) -> Ranks:
@@ -123,6 +121,11 @@ class Trainer:
         """Over all ranks."""
         self.sampler = EpochSampler(self.dataset, samples, self.config.seed, self.config.questions_per_image)
         self.shares = Shares(self.sampler, self.ranks, self.config.batch_size, together=bool(self.config.shard))
+
+    @property
+    def model_name(self) -> str:
+        source = getattr(self.model, "fastpeft_source", {})
+        return source.get("model") or type(self.model).__name__
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -161,7 +164,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps(self.ranks) as stop:
+        with locked(self.out), StopBetweenSteps(self.ranks) as stop, self.followers:
             if (finished := open_runs(self)) is not None:
                 return finished
             reset_peak(self.device)
@@ -189,22 +192,38 @@ class Trainer:
         if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
         if config.shard:
-            self._shard()
-        log = MetricsLog(self.out, done, self.device, self.total_steps, tensorboard=config.tensorboard, progress=config.progress)
-        with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer, stop.together():
+            take_apart(self)
+        about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
+        self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
+        log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
+        with (
+            without(*config.savings_off),
+            lean_logits(self.model),
+            log,
+            step_tracer(self.out if config.trace else None, self.total_steps - done["step"]) as tracer,
+            stop.together(),
+        ):
+            self.step.start(done["batches"])
             began = time.perf_counter()
-            for batches, whole in self._batches():
-                with stop.later():
-                    row, seconds = self._step(batches), time.perf_counter() - began
-                    done["batches"] += whole
-                    row |= self._validate()
-                    log.log(row, seconds)
-                    if tracer is not None:
-                        tracer.step()
-                    due = config.save_every and done["step"] % config.save_every == 0
-                    if self.out and due and done["step"] < self.total_steps:
-                        self.save()
-                began = time.perf_counter()
+            try:
+                for batches, whole in groups(self):
+                    with stop.later():
+                        self._waiting.append(self._step(batches))
+                        done["batches"] += whole
+                        saves = self.out and config.save_every and done["step"] % config.save_every == 0
+                        if not (saves or tracer or stop.asked or self._is_due()):
+                            continue
+                        self._log(log, began)
+                        if tracer is not None:
+                            tracer.step()
+                        if saves and done["step"] < self.total_steps:
+                            self.save()
+                    self.followers.check()
+                    began = time.perf_counter()
+            except BaseException:
+                with contextlib.suppress(FloatingPointError):
+                    self._log(log, began)
+                raise
         if self.features is not None:
             self.features.flush()
         if self.out:
@@ -215,13 +234,48 @@ class Trainer:
             if self.out and self.done["validation"].get("best_step") is not None:
                 self._save_adapter("adapter")
 
-    def _shard(self) -> None:
-        """Take the base apart. Then no rank can encode an image by itself: features have to be all there, or are left to the step."""
-        if self.features is not None and any(self.ranks.gather(not self.features.complete())):
-            self.notes.append("features are computed in every step: there is no room for all of them, which a base in pieces needs")
-            self.features = self.step.features = None
-        shard_base(self.model, self.device, self.ranks)
-        self.notes.append(f"each rank holds {sharded_bytes(self.model) / 1e6:.1f} MB of the frozen weights")
+    def _is_due(self) -> bool:
+        """Whether the losses of the steps so far are read now: waiting for the device costs time, so every few steps where it can be put
+        off, before a validation, and at the end."""
+        validates = self.validation is not None and self.validation.due(self.done["step"], self.total_steps)
+        return validates or len(self._waiting) >= self.step.reads_every or self.done["batches"] >= self.total_batches
+
+    def _log(self, log: MetricsLog, began: float) -> None:
+        """The steps since ``began``, each with an equal share of the seconds; the last with a validation, where one is due."""
+        rows, self._waiting = self._waiting, []
+        try:
+            self._settle(rows)
+        finally:
+            seconds = (time.perf_counter() - began) / max(1, len(rows))
+            for row in rows[:-1]:
+                if row["loss"] is not None:
+                    self._tell(log, row, seconds)
+        for row in rows[-1:]:
+            self._tell(log, row | self._validate(), seconds)
+
+    def _tell(self, log: MetricsLog, row: dict[str, Any], seconds: float) -> None:
+        log.log(row, seconds)
+        self.followers.step(row)
+
+    def _settle(self, rows: list[dict[str, Any]]) -> None:
+        """Enters the losses of steps whose losses were left on the device. FloatingPointError where one is not finite: what came after it
+        changed nothing."""
+        unread = [row for row in rows if row["loss"] is None]
+        for row, (loss, norm) in zip(unread, self.step.read()):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = "the gradient's norm" if math.isfinite(loss) else "the loss"
+                raise self._not_finite(f"{what} is {norm if math.isfinite(loss) else loss}", row["step"])
+            row |= {"loss": loss, "grad_norm": norm}
+            self._enter(loss)
+
+    def _enter(self, loss: float) -> None:
+        done = self.done
+        done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
+        done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
+
+    def _not_finite(self, error: str, step: int) -> FloatingPointError:
+        saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
+        return FloatingPointError(f"{error} at step {step}: lower learning_rate, or use fp32{saved}")
 
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
@@ -270,12 +324,11 @@ class Trainer:
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
         summary = self.summary(scored, everywhere)
         if self.out:
-            from fastpeft.report.report import write_report  # here, so that `python -m fastpeft.report.report` finds it not yet imported
-
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
             write_json(self.out / "summary.json", summary)
             write_report(self.out)
+        self.followers.end(summary)
         if failure is not None:
             raise failure
         return self.ranks.from_first(summary)
@@ -285,38 +338,10 @@ class Trainer:
         counts = self.features.counts() if self.features is not None else None
         return {"peak_memory_bytes": self.done["peak_memory_bytes"], "features": counts}
 
-    def _batches(self):
-        """(``gradient_accumulation`` batches, their number), the last group of what is left, from where the run stands to its last step.
-        Of several ranks, each has its share of every batch, in as many pieces as forwards."""
-        group, whole = [], 0
-        while self.done["batches"] < self.total_batches:
-            epoch, start = divmod(self.done["batches"] + whole, len(self.sampler))
-            self.sampler.set_epoch(epoch, start)
-            self.dataset.set_epoch(epoch)
-            self.dataset.load_images = self.features is None
-            loader = DataLoader(
-                self.dataset,
-                batch_sampler=self.shares,
-                collate_fn=self.dataset.collator(),
-                num_workers=self.config.num_workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
-            )
-            pieces = iter(loader)
-            for number in range(start, len(self.sampler)):
-                every, own = self.shares.forwards(number)
-                group += [next(pieces) | {"counts": at < own} for at in range(every)]
-                whole += 1
-                if whole == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
-                    yield group, whole
-                    group, whole = [], 0
-                    if self.done["batches"] == self.total_batches:
-                        return
-
     def _step(self, batches: list[dict]) -> dict[str, float]:
         """Forward, backward and update on one group of batches, this rank's part of them; the run's first batch is also measured."""
-        done, ranks, sent = self.done, self.ranks, self.ranks.sent
         self._before = random_state() if self.out else None
+        done, ranks, sent = self.done, self.ranks, self.ranks.sent
         if not ranks.alone:  # a draw of its own for each rank and step: no state of it is needed to go on, on as many ranks or others
             torch.manual_seed(random.Random(f"dropout {self.config.seed} {ranks.rank} {done['step']}").getrandbits(63))
         loss, by_source, cost = self.step.passes(batches, measured=done["cost"] is None)
@@ -324,20 +349,21 @@ class Trainer:
         own = [batch for batch in batches if batch["counts"]]
         mine = [loss, sum(len(batch["samples"]) for batch in own), sum(map(self.dataset.tokens, own))]
         loss, samples, tokens, *heard = ranks.sum([*mine, *self.stop.heard()])
-        self.sent = ranks.sent - sent
         self.stop.agree(heard)
+        self.sent = ranks.sent - sent
+        if loss is not None:
+            self._settle(self._waiting)
         try:
             self.step.gradients.finish()
             self._before = None
             rate, norm = self.step.update(done["step"], loss)
         except FloatingPointError as error:
-            saved = f"; the last checkpoint is in {self.out / 'checkpoint'}" if self.out and (self.out / "checkpoint").is_dir() else ""
-            raise FloatingPointError(f"{error} at step {done['step'] + 1}: lower learning_rate, or use fp32{saved}") from None
+            raise self._not_finite(str(error), done["step"] + 1) from None
         done["step"] += 1
         done["samples"] += int(samples)
         done["tokens"] += int(tokens)
-        done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
-        done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
+        if loss is not None:
+            self._enter(loss)
         row = {"step": done["step"], "loss": loss, "learning_rate": rate, "grad_norm": norm, "samples": int(samples)}
         return row | ({"loss_by_source": by_source.over(ranks).log(done["sources"])} if self.mixed else {})
 
@@ -355,18 +381,17 @@ class Trainer:
         ``everywhere``: what each rank has measured (None: this one alone)."""
         everywhere = everywhere or [self._measured()]
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
-        notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        savings = [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        notes = self.notes + [note for note in (self.step.said(),) if note] + savings
         scored = {"eval": evaluation, "generation": generation}
-        if self.features is not None:
-            found = [of["features"] for of in everywhere]
-            scored["features"] = {name: sum(f[name] for f in found) if isinstance(v, int) else v for name, v in found[0].items()}
+        scored |= over_ranks(everywhere)
         if not self.ranks.alone:
-            about = {"world": self.ranks.world, "batch_size": self.sampler.batch_size, "bytes_sent_per_step": self.sent}
-            scored |= {"ranks": about, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in everywhere)}
-        return summary_of(self.model, self.config, self.device, self.done) | scored | {"notes": notes}
+            scored["ranks"] = {"world": self.ranks.world, "batch_size": self.sampler.batch_size, "bytes_sent_per_step": self.sent}
+        return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
+        self._settle(self._waiting)
         self._save_adapter("adapter")
         progress = {"done": self.done, "identity": self.identity, "config": asdict(self.config)}
         save_state(self.out / "checkpoint", self.model, self.optimizer, progress, rng=rng, keep=self.config.keep_checkpoints)
@@ -380,16 +405,3 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, unless ``allow_change`` names it."""
         return identity_of(self)
-
-    def _tracer(self):
-        """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
-        if not self.config.trace:
-            return contextlib.nullcontext()
-        from torch.profiler import profile, schedule
-
-        path = str(self.out / "trace.json")
-        return profile(
-            schedule=schedule(wait=0, warmup=int(self.total_steps - self.done["step"] > 1), active=3, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(path),
-            profile_memory=True,
-        )

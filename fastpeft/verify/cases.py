@@ -11,8 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipForQuestionAnswering, LlamaForCausalLM
 
 from fastpeft.methods import is_adapter
+from fastpeft.models import family_of, parts_of
 from fastpeft.models.excitor import ExcitorForConditionalGeneration
 from fastpeft.models.lavin import LavinForConditionalGeneration
+from fastpeft.models.llava import LlavaMedForConditionalGeneration
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.savings import force
 
@@ -121,10 +123,13 @@ def llama_case(model: LlamaForCausalLM, generator: torch.Generator, device: torc
     return Case(alone, [3.0] * len(alone), forms, floor=LLAMA_FLOOR)
 
 
-def vision_language_case(model: VisionLanguageModel, generator: torch.Generator, device: torch.device) -> Case:
-    """Four texts, two on one image, one without any. LaVIN's have places for the image's tokens."""
+def vision_language_case(
+    model: VisionLanguageModel | LlavaMedForConditionalGeneration, generator: torch.Generator, device: torch.device
+) -> Case:
+    """Four texts, two on one image, one without any. LaVIN's and LLaVA-Med's have places for the image's tokens."""
     size, index = model.config.vision_config.image_size, torch.tensor([1, -1, 0, 1], device=device)
-    places = getattr(model.config, "visual_tokens", 0)
+    places = family_of(model).image_tokens(model.config)
+    vision = next(part for part in parts_of(model) if part.name == "vision").of(model)
     alone, padded, packed = texts(model.config.text_config.vocab_size, (places + 9, 7, places + 6, places + 4), generator, device)
     images = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64).to(device)
     for sample, image in zip(alone, index.tolist()):
@@ -140,7 +145,7 @@ def vision_language_case(model: VisionLanguageModel, generator: torch.Generator,
     seen = {"pixel_values": images, "image_index": index}
     forms = [Form("one padded batch", lambda model: padded | seen), Form("packed into one row", lambda model: packed | seen)]
     skipped = []
-    if any(p.requires_grad for p in model.vision.parameters()):
+    if any(p.requires_grad for p in vision.parameters()):
         skipped.append(("image features kept", "the image encoder is trained"))
     else:
 
@@ -157,4 +162,5 @@ FAMILIES: dict[type[nn.Module], Callable[..., Case]] = {
     LlamaForCausalLM: llama_case,
     ExcitorForConditionalGeneration: vision_language_case,
     LavinForConditionalGeneration: vision_language_case,
+    LlavaMedForConditionalGeneration: vision_language_case,
 }

@@ -4,14 +4,16 @@ import base64
 import io
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastpeft.cli import main as cli_main
 from fastpeft.report.charts import _running_mean, _thin, _ticks, curve
-from fastpeft.report.report import EXAMPLES, _si, main, write_report
+from fastpeft.report.report import EXAMPLES, _si, write_report
 
 ROUTING = {"text": [[0.25, 0.75], [0.5, 0.5], [0.125, 0.875]], "image": [[0.75, 0.25], [0.5, 0.5], [0.625, 0.375]]}
 HOSTILE = "</p><script>alert(1)</script> & \"quoted\" 'too' {{ 7 * 7 }}"
@@ -174,24 +176,32 @@ def test_a_step_written_twice_counts_once(page):
 
 
 @pytest.mark.parametrize("damage", ["summary.json", "summary.json []", "summary.json {", "predictions.json {}", "predictions.json ["])
-def test_errors_name_the_file(make, capsys, damage):
+def test_errors_name_the_file(make, capsys, monkeypatch, damage):
     out, (name, _, content) = make(), damage.partition(" ")
     report = write_report(out).read_text()
     (out / name).write_text(content) if content else (out / name).unlink()
     with pytest.raises(ValueError, match=name):
         write_report(out)
-    assert main([str(out)]) == 2
+    assert command(monkeypatch, str(out)) == 2
     error = capsys.readouterr().err
     assert name in error and error.count("\n") == 1
     assert (out / "report.html").read_text() == report  # the old one stands
 
 
-def test_command_renders_again(make, capsys):
+def command(monkeypatch, *arguments: str) -> int:
+    """`fastpeft report ...`; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fastpeft", "report", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli_main()
+    return ended.value.code
+
+
+def test_command_renders_again(make, capsys, monkeypatch):
     out = make(rows=[row(1)])
-    assert main([str(out)]) == 0 and capsys.readouterr().out.strip() == str(out / "report.html")
+    assert command(monkeypatch, str(out)) == 0 and capsys.readouterr().out.strip() == f"report in {out / 'report.html'}"
     first = (out / "report.html").read_bytes()
-    main([str(out)])
-    assert (out / "report.html").read_bytes() == first
+    command(monkeypatch, str(out), "--out", str(out / "again.html"))
+    assert (out / "again.html").read_bytes() == first
 
 
 def test_many_steps_stay_small(page):

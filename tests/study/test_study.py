@@ -18,6 +18,7 @@ from fastpeft.study.file import data_folders, read_study
 from fastpeft.study.jobs import jobs_of
 from fastpeft.study.runner import check, run_study
 from fastpeft.study.table import CLOCK, COLUMNS, check_columns, table_of
+from fastpeft.study.work import run_job
 
 STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
 SMALL = """
@@ -59,6 +60,54 @@ def test_every_shipped_study_is_runnable(path, scale):
     if scale == "tiny":  # in minutes
         assert all(stage["steps"] <= 60 for job in found for stage in job.stages)
         assert not [stage for job in found for stage in job.stages if stage.get("image_encoder", "tiny") != "tiny"]
+
+
+RECIPE = """
+model: llama-tiny
+batch_size: 2
+steps: 1
+learning_rate: 1.0e-3
+metrics: [tokens]
+stages:
+  - {plan: T, data: first}
+  - {plan: LoRA, rank: 2, data: second}
+"""
+STAGED = """
+recipe: recipe.yaml
+data: {first: {data: FIRST}, second: {data: SECOND}}
+generation: {max_new_tokens: 2}
+columns: [loss]
+rows:
+  - {name: lora}
+  - {name: ia3, plan: IA3, data: first}
+  - {name: alone, plan: T, stages: [first]}
+"""
+
+
+def test_a_recipes_stages_are_the_rows(tmp_path):
+    """Of rows without their own, whose options go over the last stage's; another plan goes on from the merged weights."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name in ("FIRST", "SECOND"):
+        (tmp_path / name).mkdir()
+        said = json.dumps([{"instruction": "Spell it.", "input": "", "output": name}] * 2)
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.json").write_text(said)
+    text = STAGED.replace("FIRST", str(tmp_path / "FIRST")).replace("SECOND", str(tmp_path / "SECOND"))
+    lora, ia3, alone = jobs(write(tmp_path, text), tmp_path / "out")
+    kept = ("plan", "rank", "data")
+    told = [[tuple(stage.get(name) for name in kept) for stage in job.stages] for job in (lora, ia3, alone)]
+    first, second = str(tmp_path / "FIRST"), str(tmp_path / "SECOND")
+    assert told[0] == [("T", None, first), ("LoRA", 2, second)] and told[1] == [("T", None, first), ("IA3", 2, first)]
+    assert told[2] == [("T", None, first)] and not any("stages" in stage for job in (lora, ia3, alone) for stage in job.stages)
+    result = run_job(lora, None)
+    merged = Path(lora.folder) / "stage-1" / "merged"
+    assert result["plan"] == "LoRA" and result["steps"] == 2 and (merged / "config.json").is_file()
+    about = json.loads((Path(lora.folder) / "stage-2" / "adapter" / "fastpeft.json").read_text())
+    assert about["base"]["model"] == str(merged.resolve()) and result["scores"]["second"]["n"] == 2
+    with pytest.raises(ValueError, match="there is no data set 'first'; data has other"):
+        jobs(write(tmp_path, text.replace("first: {", "other: {").replace("data: first", "data: other").replace("[first]", "[other]")))
+    with pytest.raises(ValueError, match="tiny: options: stages are a row's, or the recipe's"):
+        read_study(write(tmp_path, text + "tiny: {options: {stages: [{steps: 1}]}}"), "tiny")
 
 
 def test_studies_of_all_papers_are_shipped():

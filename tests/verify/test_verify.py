@@ -75,6 +75,7 @@ def test_a_llama_padded_and_packed(plan, dtype):
 
 
 SEEING = [
+    ("llava-med-v1.5-tiny", "F/T/LoRA/LoRA"),
     ("excitor-tiny", "F/Excitor"),
     ("excitor-tiny", "LoRA/AdaptionPrompt"),
     ("lavin-tiny", "MMAdapter/T/MMAdapter"),
