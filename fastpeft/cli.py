@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from fastpeft.cli_files import READING, convert, instruct, judge
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
 from fastpeft.cli_scores import accuracy_lines, mmlu_lines
 from fastpeft.cli_study import study
-from fastpeft.options import OptionError, canonical, fields, split
+from fastpeft.options import OptionError, bytes_of, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, TextOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -87,13 +88,17 @@ def train(
             raise ValueError(f"--{name} is missing: give {what}")
     if not given.get("stages"):
         split(given, *RECIPE)  # wrong options are told before torch is loaded
+    from fastpeft.ranks import one_voice
     from fastpeft.runs.stages import train_recipe
 
     try:
-        summary = train_recipe(given)
+        with one_voice() as ranks:
+            summary = train_recipe(given)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
+    if not ranks.first:
+        return
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     lines += accuracy_lines(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
@@ -210,10 +215,19 @@ def estimate(
     cache_layers: Annotated[bool, typer.Option("--cache-layers", help="without a language model's lowest layers, if frozen")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
+    world: Annotated[int, typer.Option(help="ranks, a device each, of this batch size each")] = 1,
+    nodes: Annotated[int, typer.Option(help="machines that they are on")] = 1,
+    shard: Annotated[str | None, typer.Option(help="base: frozen weights in pieces over the ranks")] = None,
+    link: Annotated[str | None, typer.Option(help="bytes a second between a machine's devices, such as 300GB")] = None,
+    network: Annotated[str | None, typer.Option(help="bytes a second of a machine's network, such as 25GB")] = None,
+    latency: Annotated[float, typer.Option(help="microseconds to start a message")] = 10.0,
+    tflops: Annotated[float | None, typer.Option(help="that a device sustains in such a step")] = None,
     as_json: Json = False,
     **reading,
 ) -> None:
-    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here."""
+    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here; on
+    several devices (--world) also what travels."""
+    from fastpeft.cost.several_devices import Links
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
     from fastpeft.runs.estimate import estimate_command
@@ -222,6 +236,9 @@ def estimate(
     step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
     step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
     step |= {"feature_cache": not no_feature_cache, "cache_layers": cache_layers, "optimized": not plain, "gpu_memory": gpu_memory}
+    step |= {"world": world, "nodes": nodes, "shard": shard, "flops_per_second": None if tflops is None else tflops * 1e12}
+    if link is not None:
+        step["links"] = Links(bytes_of(link), None if network is None else bytes_of(network), latency * 1e-6)
     chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
     found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
@@ -230,8 +247,17 @@ def estimate(
     lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
     if found.fits is not None:
         lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
+    lines += _of_ranks(found.ranks)
     lines += [f"  {line}" for line in found.advice] + [f"note: {note}" for note in [*found.notes, *run.pop("notes", [])]]
     emit(found.to_dict() | run, as_json, lines)
+
+
+def _of_ranks(found: dict | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [f"each of {found['world']} ranks on {found['nodes']} nodes; a step of {found['batch_size']} samples:"]
+    lines += [f"{name.replace('_', ' '):>24} {value / 1e9:>10.4f} GB" for name, value in found.items() if "bytes" in name]
+    return lines + [f"{name.replace('_', ' '):>24} {value * 1e3:>10.3f} ms" for name, value in found.items() if "seconds" in name]
 
 
 app.command(context_settings=other_names(*READING))(instruct)
@@ -361,6 +387,8 @@ def _flag_of(option: str) -> str:
 
 
 def _complain(error) -> int:
+    if os.environ.get("RANK", "0") != "0" and "fastpeft.ranks" not in sys.modules:
+        time.sleep(10)  # torchrun gave every rank the same wrong options: the first one says so, and its end ends this process
     text = str(error)
     if "Original Traceback" in text:  # of a process that loads data: its last line is the error
         text = text.strip().splitlines()[-1].partition(": ")[2] or text

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastpeft.caching.attach import lower_layers_known
 from fastpeft.cost.profile import measure
+from fastpeft.cost.several_devices import Links, on_several_devices
 from fastpeft.data.shared_prefix import image_once
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
@@ -42,7 +43,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Estimate:
     """One training step of ``batch_size`` samples. flops_per_sample: forward and backward, two per multiply-add. saved_bytes: kept from
     forward to backward. peak_bytes: the most that tensors hold at once, optimiser included, and on a CPU the process around them
-    (process_bytes). fits, largest_batch_size: into a GPU's memory, less RESERVE. advice: what would make it smaller, with its peak."""
+    (process_bytes). ranks: of several devices (:class:`SeveralDevices`). fits, largest_batch_size: into a GPU's memory,
+    less RESERVE. advice: what would make it smaller, with its peak."""
 
     model: str
     plan: str
@@ -60,6 +62,7 @@ class Estimate:
     largest_batch_size: int | None = None
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ranks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not asked for is left out."""
@@ -152,6 +155,11 @@ def estimate(
     optimized: bool = True,
     gpu_memory: str | None = None,
     quantize: str | None = None,
+    world: int = 1,
+    nodes: int = 1,
+    shard: str | None = None,
+    links: Links | None = None,
+    flops_per_second: float | None = None,
     batch: Mapping[str, Any] | None = None,
     **options,
 ) -> Estimate:
@@ -166,7 +174,8 @@ def estimate(
     that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are then those of that format,
     and the peak has room for the weights of the block that is largest when written
     out. batch: what a data set's collator made of ``batch_size`` samples; the step is then of this batch, its lengths, padding, labels and
-    images, and seq_len, answer_len and questions_per_image say what other batches are like. ValueError names what cannot be.
+    images, and seq_len, answer_len and questions_per_image say what other batches are like. world, nodes, shard, links, flops_per_second:
+    of several devices, as :func:`on_several_devices`. ValueError names what cannot be.
     """
     step = _Step(
         batch_size=batch_size,
@@ -187,6 +196,10 @@ def estimate(
         return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None, batch=alike)
 
     result = run()
+    if world != 1 or nodes != 1 or shard is not None:
+        network = adapt(_meta_model(model, DTYPES[step.dtype], step.quantize)[0], plan, **options)
+        how = {"shard": shard, "links": links, "flops_per_second": flops_per_second}
+        result.ranks = on_several_devices(network, result, world, nodes, **how).to_dict()
     if gpu_memory is None:
         return result
     room = bytes_of(str(gpu_memory)) - int(RESERVE)

@@ -20,6 +20,7 @@ from fastpeft.evaluate.scienceqa import score_scienceqa
 from fastpeft.evaluate.scoring import Scoring
 from fastpeft.files import write_json
 from fastpeft.progress import progress_bar
+from fastpeft.ranks import ALONE, Ranks
 
 WORTH_A_BATCH = 256  # tokens that a batch of one image's prompts must save: with fewer, full batches of any prompts cost less
 
@@ -43,6 +44,7 @@ def respond(
     batch_size: int = 16,
     max_new_tokens: int = 128,
     progress: bool = True,
+    ranks: Ranks = ALONE,
     features=None,
     **generation,
 ) -> list[str]:
@@ -52,13 +54,15 @@ def respond(
     dataset: with ``prompts_only``. A response ends before the template's stop string, where it has one. Prompts of similar length are
     batched, padded on the left and masked, so that a response does not depend on the other samples of its batch. Prompts about one image go
     together where the model can compute what they begin with once (its ``generate`` takes ``prefix_length``) and that saves enough.
-    ``features``: a FeatureCache of this model, whose images are then not encoded again.
+    ``features``: a FeatureCache of this model, whose images are then not encoded again. ``ranks`` share the
+    batches, and each has all responses.
     """
     if not dataset.prompts_only:
         raise ValueError("to generate, give a data set of prompts: CausalDataset(..., prompts_only=True)")
     tokenizer, was_training, first = dataset.tokenizer, model.training, next(model.parameters())
     names = model_inputs(model, dataset)
-    batches, prefixes = _batches(dataset, batch_size, share="prefix_lengths" in getattr(model, "host_inputs", ()))
+    whole = _batches(dataset, batch_size, share="prefix_lengths" in getattr(model, "host_inputs", ()))
+    batches, prefixes = (of[ranks.rank :: ranks.world] for of in whole)
     stop = dataset.ending.stop
     settings = response_settings(tokenizer, max_new_tokens, stop, **generation)
     if stop:
@@ -76,6 +80,7 @@ def respond(
                 responses |= dict(zip(indices, tokenizer.batch_decode(ids, skip_special_tokens=True)))
     finally:
         model.train(was_training)
+    responses = {i: response for part in ranks.gather(responses) for i, response in part.items()}
     return [(responses[i].partition(stop)[0] if stop else responses[i]).strip() for i in range(len(dataset))]
 
 

@@ -164,13 +164,17 @@ def sees_no_values(hook: Callable) -> Callable:
     return hook
 
 
+FSDP = "torch.distributed.fsdp._fully_shard._fsdp_state"
+
+
 def sees_values(hook: Callable) -> bool:
     """Whether a hook may read or change what its module computes."""
     where = getattr(hook, "__module__", None)
     if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
         collector = getattr(loaded(where), "_active_collector", None)
         return collector is None or bool(collector.get())
-    return where != "torch.utils.module_tracker" and not getattr(hook, "sees_no_values", False)  # it follows names, for FlopCounterMode
+    # the tracker follows names, for FlopCounterMode; FSDP's gather the weights of a module that is called, and let them go
+    return where not in ("torch.utils.module_tracker", FSDP) and not getattr(hook, "sees_no_values", False)
 
 
 @functools.lru_cache(maxsize=1 << 16)  # the image cache asks of every name at every call

@@ -13,6 +13,7 @@ OUT/stage-1, OUT/stage-2, ...; what a stage is merged into is in its folder's me
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from fastpeft.documents import parse_json
 from fastpeft.files import recover_folder, write_json
 from fastpeft.options import as_command, checked, split
+from fastpeft.ranks import ranks_here
 from fastpeft.runs import train as one_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import RECIPE
@@ -65,13 +67,14 @@ def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
     With ``resume``, stages that are finished are not run again, and the one that was interrupted goes on. ValueError where a finished
     stage's options have changed since."""
     stages, out = stages_of(given), Path(given["out"])
-    _check_finished(stages, out, bool(given.get("resume")))
+    ranks = ranks_here()
+    ranks.first_does(lambda: _check_finished(stages, out, bool(given.get("resume"))))
     told = []
     for number, options in enumerate(stages, 1):
         folder = out if number == len(stages) else out / f"stage-{number}"
         options = options | {"out": str(folder)}
         if number > 1:
-            options |= going_on(stages, number, lambda stage: out / f"stage-{stage}" / "adapter")
+            options |= ranks.first_does(functools.partial(going_on, stages, number, lambda stage: out / f"stage-{stage}" / "adapter"))
         if number < len(stages) and (folder / "summary.json").is_file():  # written last
             summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
         else:

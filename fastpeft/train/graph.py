@@ -21,6 +21,7 @@ from fastpeft.fused.projections import Recomputes
 from fastpeft.methods.quantized import is_held
 from fastpeft.models import family_of
 from fastpeft.ops._common import to_device_async
+from fastpeft.ranks import ALONE
 from fastpeft.static_shapes import NotStatic, Seeds, static_shapes
 from fastpeft.train.buckets import Bucket, measured_batch, padded
 from fastpeft.train.config import TrainConfig
@@ -85,6 +86,8 @@ def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: Mem
     if config.on_nan == "skip" and not reason:
         reason = "on_nan=skip reads each step's loss before its update"
     parts |= {"budget": budget, "mixed": mixed}
+    if not parts.get("ranks", ALONE).alone:
+        reason = reason or "gradients of several ranks travel between backward and update"
     if config.cuda_graph and not reason:
         return GraphedStep(model, dataset, *known, **parts, samples=config.batch_size, seed=config.seed)
     step = Step(model, dataset, *known, **parts)

@@ -13,29 +13,31 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastpeft.train.interrupts import SIGNALS
+from fastpeft.train.shares import Shares
 
 NAMED = 8  # samples of a batch that a message names
 
 
 class Loading:
-    """Batches of a data set in a sampler's order, made by ``collate``, from any of them on. ``workers``: processes that load them, each with
-    ``timeout`` seconds for a batch."""
+    """Batches of a data set, made by ``collate``, from any of them on: this rank's share of each. ``workers``: processes that load them,
+    each with ``timeout`` seconds for a batch."""
 
-    def __init__(self, dataset, sampler, collate: Callable[[list], dict], *, workers: int, timeout: float, pin_memory: bool):
-        self.dataset, self.sampler, self.collate = dataset, sampler, collate
+    def __init__(self, dataset, shares: Shares, collate: Callable[[list], dict], *, workers: int, timeout: float, pin_memory: bool):
+        self.dataset, self.shares, self.sampler, self.collate = dataset, shares, shares.sampler, collate
         self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
         self.next = 0  # the batch of the run that is loaded or waited for, from 0
         self._iterator: Any = None
 
-    def epoch_from(self, batch: int) -> Iterator[dict]:
-        """The run's batches from this one on to the end of its epoch."""
+    def epoch_from(self, batch: int) -> Iterator[list[dict]]:
+        """The run's batches from this one on to the end of its epoch, each in pieces of a forward; those with "counts" False are not this
+        rank's own."""
         epoch, start = divmod(batch, len(self.sampler))
         self.sampler.set_epoch(epoch, start)
         self.dataset.set_epoch(epoch)
         self.next = batch
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=self.shares,
             collate_fn=self.collate,
             num_workers=self.workers,
             timeout=self.timeout if self.workers else 0,
@@ -44,9 +46,11 @@ class Loading:
             generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
         )
         self._iterator = iter(loader)
-        for loaded in self._iterator:
+        for number in range(start, len(self.sampler)):
+            every, own = self.shares.forwards(number)
+            pieces = [next(self._iterator) | {"counts": at < own} for at in range(every)]
             self.next += 1
-            yield loaded
+            yield pieces
 
     def indices(self, batch: int) -> list[int]:
         """The samples of a batch of the run."""
@@ -60,7 +64,7 @@ class Loading:
         indices, dataset = self.indices(batch), copy.copy(self.dataset)
         dataset._epoch = torch.tensor(batch // len(self.sampler))  # not the shared one: workers load later batches meanwhile
         half = -(-len(indices) // 2)
-        return [self.collate(dataset.__getitems__(part)) for part in (indices[:half], indices[half:]) if part]
+        return [self.collate(dataset.__getitems__(part)) | {"counts": True} for part in (indices[:half], indices[half:]) if part]
 
     def fault(self, error: BaseException) -> ChildProcessError | None:
         """A worker's death or standstill, as torch reports it, as an error that names it and what it was loading. None for another error.

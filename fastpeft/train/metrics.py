@@ -64,3 +64,16 @@ def keep_lines(path: Path, last_step: int) -> int:
                 steps.add(step)
     write_text(path, "".join(line + "\n" for line in kept))
     return last_step - len(steps)
+
+
+def step_tracer(out: Path | None, steps: int):
+    """torch.profiler over this process's steps 2 to 4 of ``steps``, written as a Chrome trace to ``out/trace.json``; None: nothing."""
+    if out is None:
+        return contextlib.nullcontext()
+    from torch.profiler import profile, schedule
+
+    return profile(
+        schedule=schedule(wait=0, warmup=int(steps > 1), active=3, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(out / "trace.json")),
+        profile_memory=True,
+    )

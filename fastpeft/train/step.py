@@ -15,6 +15,8 @@ from fastpeft.cost.profile import StepCost, measure
 from fastpeft.device import to_device
 from fastpeft.features.cache import FeatureCache
 from fastpeft.fused.loss import token_losses
+from fastpeft.ranks import ALONE, Ranks
+from fastpeft.train.gradients import GradientSum
 from fastpeft.train.optimizer import Optimizer
 from fastpeft.train.sources import SourceLosses
 
@@ -43,9 +45,11 @@ class Step:
         features: FeatureCache | None,
         budget: MemoryBudget | None,
         mixed: bool,
+        ranks: Ranks = ALONE,
     ):
         self.model, self.dataset, self.optimizer, self.inputs = model, dataset, optimizer, inputs
         self.device, self.dtype, self.features, self.budget, self.mixed = device, dtype, features, budget, mixed
+        self.ranks, self.sums = ranks, GradientSum([master for _, master in optimizer.pairs], ranks)
         self.note, self.reads_every = "", 1
 
     def start(self, batches: int) -> None:
@@ -60,21 +64,24 @@ class Step:
         return []
 
     def passes(self, batches: list[dict], *, measured: bool) -> Passed:
-        """Forward and backward of one group of batches, weighted by what their losses are means over; ``measured``: the first of them is
-        profiled."""
+        """Forward and backward of one group of batches, weighted by what their losses are means over, on all ranks; those with "counts"
+        False have no weight. ``measured``: the first of them is profiled. The gradients are then on their way to the other ranks, and
+        ``sums.finish`` waits for them; loss and its parts are this rank's."""
         loss, cost = 0.0, None
-        terms, by_source = sum(map(self.dataset.weight, batches)), SourceLosses()
-        for batch in batches:
+        weights = [self.dataset.weight(batch) if batch.get("counts", True) else 0 for batch in batches]
+        (terms,), by_source = self.ranks.sum([sum(weights)]), SourceLosses()
+        for batch, weight in zip(batches, weights):
             inputs = self._inputs(batch)
             with measure(self.model) if measured and cost is None else contextlib.nullcontext() as counted:
                 with token_losses() if self.mixed else contextlib.nullcontext([]) as recorded:
-                    part = self.model(**inputs).loss * (self.dataset.weight(batch) / terms)
+                    part = self.model(**inputs).loss * (weight / terms)
                 part.backward()
-            if self.mixed:
+            if self.mixed and batch.get("counts", True):
                 by_source.add(batch, self.dataset, recorded)
             self.optimizer.collect()
             cost = cost or cost_of(counted, batch)
             loss += float(part.detach())
+        self.sums.start()
         return Passed(loss, by_source, cost)
 
     def _inputs(self, batch: dict) -> dict[str, Tensor]:

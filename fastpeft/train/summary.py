@@ -98,3 +98,11 @@ def _routing(model: nn.Module) -> dict[str, Any]:
             kind = name if place.before == ATTENTION else f"{name}, before feed-forward"
             lists.setdefault(kind, []).append(weights.tolist())
     return {"routing": lists} if lists else {}
+
+
+def over_ranks(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of what each rank has measured for itself: the highest peak, and features of all together."""
+    fields: dict[str, Any] = {"peak_memory_bytes": max(of["peak_memory_bytes"] for of in measured)}
+    if (found := [of["features"] for of in measured])[0] is not None:
+        fields["features"] = {name: sum(of[name] for of in found) if isinstance(v, int) else v for name, v in found[0].items()}
+    return fields

@@ -23,6 +23,7 @@ from fastpeft.evaluate import Scoring, answer_and_score
 from fastpeft.evaluate.answers import images_left_alone
 from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import FeatureCache
+from fastpeft.ranks import ALONE, Ranks
 from fastpeft.train.config import TrainConfig
 
 SCORES = ("open", "closed", "global")
@@ -55,7 +56,9 @@ class Validation:
         scoring: Scoring,
         device: torch.device,
         features: FeatureCache | None = None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.model, self.data, self.config, self.scoring, self.device = model, data, config, scoring, device
         self.features = features
         self.inputs = model_inputs(model, data.labelled)
@@ -73,17 +76,18 @@ class Validation:
         with random_state_kept(self.device):
             found: dict[str, Any] = {"validation_loss": self.loss()}
             if config.eval_scores and self.data.asked is not None:
-                how = {"progress": config.progress, "scoring": Scoring(self.scoring.training, {"metrics": ()}), "features": self.features}
+                how = {"progress": config.progress, "scoring": Scoring(self.scoring.training, {"metrics": ()})}
+                how |= {"features": self.features, "ranks": self.ranks}
                 _, scores = answer_and_score(self.model, self.data.asked, self.data.labelled.tokenizer, **how)
                 found["eval"] = {name: scores.get(name) for name in SCORES}
         return found
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean over all samples, each batch by its terms; dropout is off."""
+        """The mean over all samples, each batch by its terms; dropout is off. Ranks share the batches."""
         labelled, was_training = self.data.labelled, self.model.training
         batches = [range(i, min(i + self.config.batch_size, len(labelled))) for i in range(0, len(labelled), self.config.batch_size)]
-        loader = DataLoader(labelled, batch_sampler=batches, collate_fn=labelled.collator(), generator=torch.Generator())
+        loader = DataLoader(labelled, batch_sampler=self.ranks.share(batches), collate_fn=labelled.collator(), generator=torch.Generator())
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         total, terms = 0.0, 0
         self.model.eval()
@@ -98,6 +102,7 @@ class Validation:
                         terms += weight
         finally:
             self.model.train(was_training)
+        total, terms = self.ranks.sum([total, terms])
         return total / terms if terms else math.nan
 
     def better(self, step: int, row: dict[str, Any], done: dict[str, Any]) -> bool:
