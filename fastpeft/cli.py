@@ -20,7 +20,7 @@ import typer
 from fastpeft._when_imported import when_imported
 from fastpeft.cli_files import READING, convert, instruct, judge
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
-from fastpeft.cli_scores import accuracy_lines, mmlu_lines
+from fastpeft.cli_scores import accuracy_lines, mmlu_lines, ranks_lines
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, bytes_of, canonical, fields, split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, TextOptions, read_yaml
@@ -247,17 +247,9 @@ def estimate(
     lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
     if found.fits is not None:
         lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
-    lines += _of_ranks(found.ranks)
+    lines += ranks_lines(found.ranks)
     lines += [f"  {line}" for line in found.advice] + [f"note: {note}" for note in [*found.notes, *run.pop("notes", [])]]
     emit(found.to_dict() | run, as_json, lines)
-
-
-def _of_ranks(found: dict | None) -> list[str]:
-    if found is None:
-        return []
-    lines = [f"each of {found['world']} ranks on {found['nodes']} nodes; a step of {found['batch_size']} samples:"]
-    lines += [f"{name.replace('_', ' '):>24} {value / 1e9:>10.4f} GB" for name, value in found.items() if "bytes" in name]
-    return lines + [f"{name.replace('_', ' '):>24} {value * 1e3:>10.3f} ms" for name, value in found.items() if "seconds" in name]
 
 
 app.command(context_settings=other_names(*READING))(instruct)

@@ -30,3 +30,12 @@ def mmlu_lines(scored: dict | None) -> list[str]:
         told = f"{scored['wins']} tasks won, {scored['ties']} tied, {scored['losses']} lost"
         lines.append(f"without the adapter {scored['base']['task_mean']:.1%}: {scored['change']:+.1%}; {told}")
     return lines
+
+
+def ranks_lines(found: dict | None) -> list[str]:
+    """An estimate's figures of several ranks."""
+    if found is None:
+        return []
+    lines = [f"each of {found['world']} ranks on {found['nodes']} nodes; a step of {found['batch_size']} samples:"]
+    lines += [f"{name.replace('_', ' '):>24} {value / 1e9:>10.4f} GB" for name, value in found.items() if "bytes" in name]
+    return lines + [f"{name.replace('_', ' '):>24} {value * 1e3:>10.3f} ms" for name, value in found.items() if "seconds" in name]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.caching.attach import lower_layers_known
+from fastpeft.cost.largest import largest
 from fastpeft.cost.profile import measure
 from fastpeft.cost.several_devices import Links, on_several_devices
 from fastpeft.data.shared_prefix import image_once
@@ -204,38 +205,11 @@ def estimate(
         return result
     room = bytes_of(str(gpu_memory)) - int(RESERVE)
     result.fits = result.peak_bytes <= room
-    result.largest_batch_size = _largest(lambda n: run(batch_size=n).peak_bytes, batch_size, result.peak_bytes, room)
+    result.largest_batch_size = largest(lambda n: run(batch_size=n).peak_bytes, batch_size, result.peak_bytes, room)
     if not result.fits:
         result.advice = _advice(run, step, room)
     result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU are left for the CUDA context, workspaces and fragmentation")
     return result
-
-
-def _largest(peak: Callable[[int], int], batch: int, known: int, room: int) -> int:
-    """The largest batch whose peak is within ``room``: by doubling and bisection on estimates; 0 where not even one sample is."""
-    peaks = {batch: known}
-
-    def fits(n: int) -> bool:
-        if n not in peaks:
-            peaks[n] = peak(n)
-        return peaks[n] <= room
-
-    other = 2 * batch if batch == 1 else max(1, batch // 2)
-    fits(other)
-    slope = max(1.0, (peaks[batch] - peaks[other]) / (batch - other))
-    guess = max(1, min(1 << 20, int(batch + (room - peaks[batch]) / slope)))  # a peak is close to affine in the batch
-    low, high = (guess, None) if fits(guess) else (0, guess)
-    step = max(1, guess // 64)
-    while high is None or low == 0:
-        at = low + step if high is None else max(0, high - step)
-        if at == 0:
-            break
-        low, high = (at, high) if fits(at) else (low, at)
-        step *= 2
-    while high is not None and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _advice(run: Callable[..., Estimate], step: _Step, room: int) -> list[str]:

@@ -145,7 +145,11 @@ class FusedLlamaModel:
             use_cache = cached = False
         flat = not ours or self._sees_tokens_alone()
         read = output_mask if flat and not cached and states is None else None
-        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None), tree)
+        causal = kwargs.pop("is_causal", None)
+        if tree is None:
+            plan = self._plan(hidden, attention_mask, packed, read, flat, causal)
+        else:
+            plan = TokenPlan(Layout(*hidden.shape[:2], None) if flat else None, tree, output_mask=read)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         position_ids = self._counted(hidden, cache) if position_ids is None else position_ids
@@ -204,10 +208,8 @@ class FusedLlamaModel:
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None, tree: TreeLayout | None) -> TokenPlan:
+    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None) -> TokenPlan:
         """How the tokens lie. position_ids: where they may mark packed samples; output_mask: the only outputs that are read."""
-        if tree is not None:
-            return TokenPlan(Layout(*hidden.shape[:2], None) if flat else None, tree, output_mask=output_mask)
         causal = is_causal(self) if causal is None else causal
         mask = as_key_mask(mask)
         if (static := sizes()) is not None:

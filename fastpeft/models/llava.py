@@ -181,7 +181,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             inputs_embeds = self._embedded(input_ids)
             if pixel_values is not None or image_embeds is not None:
                 holes = input_ids == self.config.image_token_index if image_mask is None else image_mask
-                if image_index is not None:
+                if image_index is not None and sizes() is None:
                     image_index = VisionLanguageModel.placed_images(image_index, holes, position_ids, prefix_lengths)
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, holes)
         decoder, to_model = self.model.language_model, {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import subprocess
 from dataclasses import asdict
@@ -56,7 +57,7 @@ def summary_of(model: nn.Module, config: TrainConfig, device: torch.device, done
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "treatments": model.fastpeft_plan.to_dict(),
+        "treatments": json.loads(json.dumps(model.fastpeft_plan.to_dict())),
         "config": {name: value for name, value in asdict(config).items() if name not in ("resume", "progress", "allow_change")},
         "seconds": done["seconds"],
         "parameters": count(model),

@@ -135,8 +135,7 @@ class Trainer:
 
     @property
     def model_name(self) -> str:
-        source = getattr(self.model, "fastpeft_source", {})
-        return source.get("model") or type(self.model).__name__
+        return getattr(self.model, "fastpeft_source", {}).get("model") or type(self.model).__name__
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their

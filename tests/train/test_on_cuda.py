@@ -12,7 +12,6 @@ from fastpeft.device import to_device
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
 from fastpeft.train import step
-from fastpeft.train.shares import groups
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +39,7 @@ def test_a_run(runs, phantoms, tmp_path, plan):
 @pytest.mark.parametrize("plan", ["F/LoRA/LoRA", "LoRA/LoRA/LoRA", "F/IA3/Prefix", "T/T/T"])
 def test_a_step_waits_for_nothing(runs, phantoms, plan):
     run = runs.trainer(phantoms, plan, device="cuda", steps=3, feature_cache=False)
-    batch = next(groups(run))[0][0]
+    batch = next(run._batches())[0][0]
     inputs = to_device(batch, run.inputs, run.device, run.dtype, run.model)
     run.model.train()
     run.model(**inputs).loss.backward()

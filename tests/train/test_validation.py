@@ -124,7 +124,7 @@ def test_a_resumed_run_is_that_of_an_uninterrupted_one(runs, phantoms, tmp_path,
     whole = make(runs, phantoms, out=tmp_path / "whole", **how)
     summary = whole.fit()
     cut, step = make(runs, phantoms, out=tmp_path / "cut", **how), Trainer._step
-    monkeypatch.setattr(cut, "_step", lambda batches: step(cut, batches) if cut.done["step"] < stop else 1 / 0)
+    monkeypatch.setattr(cut, "_step", lambda *group: step(cut, *group) if cut.done["step"] < stop else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cut.fit()
     again = make(runs, phantoms, out=tmp_path / "cut", resume=True, **how)
