@@ -145,11 +145,7 @@ class FusedLlamaModel:
             use_cache = cached = False
         flat = not ours or self._sees_tokens_alone()
         read = output_mask if flat and not cached and states is None else None
-        causal = kwargs.pop("is_causal", None)
-        if tree is None:
-            plan = self._plan(hidden, attention_mask, packed, read, flat, causal)
-        else:
-            plan = TokenPlan(Layout(*hidden.shape[:2], None) if flat else None, tree, output_mask=read)
+        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None), tree)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         position_ids = self._counted(hidden, cache) if position_ids is None else position_ids
@@ -208,10 +204,15 @@ class FusedLlamaModel:
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None) -> TokenPlan:
+    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None, tree: TreeLayout | None) -> TokenPlan:
         """How the tokens lie. position_ids: where they may mark packed samples; output_mask: the only outputs that are read."""
+        if tree is not None:
+            return _tree_plan(tree, hidden, output_mask, flat)
         causal = is_causal(self) if causal is None else causal
-        mask = as_key_mask(mask)
+        return self._text_plan(hidden, as_key_mask(mask), position_ids, output_mask, flat, causal)
+
+    def _text_plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool) -> TokenPlan:
+        """The same of texts each by itself, ``mask`` over keys."""
         if (static := sizes()) is not None:
             return self._static_plan(hidden, mask, output_mask, causal, static.tokens)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
@@ -323,6 +324,11 @@ class FusedLlamaModel:
         return create_causal_mask(
             config=self.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=positions
         )
+
+
+def _tree_plan(tree: TreeLayout, hidden: Tensor, output_mask: Tensor | None, flat: bool) -> TokenPlan:
+    """Of samples that share prefixes; all of the row's tokens are somebody's."""
+    return TokenPlan(Layout(*hidden.shape[:2], None) if flat else None, tree, output_mask=output_mask)
 
 
 def is_fixed(cache) -> bool:

@@ -162,7 +162,7 @@ def about_run(trainer: Trainer, data: DataOptions, command: str | None) -> dict[
 def _first_step(trainer: Trainer) -> dict[str, Any] | None:
     """What the estimate is of the first step; None where there is none."""
     config, network = trainer.config, trainer.model
-    run = run_of(trainer.dataset, config.batch_size, config.seed, config.questions_per_image, trainer.shares)
+    run = run_of(trainer.dataset, config.batch_size, config.seed, config.questions_per_image, trainer.shares_prefixes)
     step = {"feature_cache": config.feature_cache, "gradient_accumulation": config.gradient_accumulation, "dtype": config.dtype}
     try:
         found = estimate_run(network, network.fastpeft_plan, run, **step, questions_per_image=config.questions_per_image)

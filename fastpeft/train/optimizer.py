@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastpeft.methods import is_adapter
+from fastpeft.methods.quantized import is_quantized
 from fastpeft.train.config import TrainConfig
 
 
@@ -163,3 +164,12 @@ class KeptGradients:
         for p, master in self.pairs:
             p.grad = master.grad = None
         self.optimizer.adamw.found_inf = None
+
+
+def base_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the base's weights into ``dtype``, in place; adapters stay as they are, and so do quantised weights."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    if hasattr(model, "fastpeft_source") and "quantize" not in model.fastpeft_source:  # it was quantised from weights in its dtype
+        model.fastpeft_source["dtype"] = str(dtype).removeprefix("torch.")  # the adapter's answers are those of this base

@@ -27,8 +27,6 @@ from fastpeft.evaluate.responses import model_inputs
 from fastpeft.features.cache import cache_of, sees_constants
 from fastpeft.files import locked, write_json
 from fastpeft.fused.outputs import lean_logits
-from fastpeft.methods import is_adapter
-from fastpeft.methods.quantized import is_quantized
 from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
 from fastpeft.report.report import write_report
 from fastpeft.savings import without
@@ -40,7 +38,7 @@ from fastpeft.train.graph import step_for
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.loading import Loading
 from fastpeft.train.metrics import MetricsLog, step_tracer
-from fastpeft.train.optimizer import Optimizer
+from fastpeft.train.optimizer import Optimizer, base_in
 from fastpeft.train.resume import BEST, identity_of, open_runs
 from fastpeft.train.rows import Rows
 from fastpeft.train.saving import Saver
@@ -87,11 +85,7 @@ class Trainer:
         self.device = choose_device(self.ranks.device(config.device))
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
         to_device_whole_or_not(model, self.device, self.ranks, sharded=bool(config.shard), whole=sees_constants(model, dataset, config))
-        for name, parameter in model.named_parameters():
-            if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != self.dtype:
-                parameter.data = parameter.data.to(self.dtype)
-        if hasattr(model, "fastpeft_source") and "quantize" not in model.fastpeft_source:  # it was quantised from weights in its dtype
-            model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
+        base_in(model, self.dtype)
         self.inputs = model_inputs(model, dataset)
         self.notes: list[str] = []
         self.sample_batches_of(config.batch_size * self.ranks.world)
@@ -239,10 +233,7 @@ class Trainer:
                 with contextlib.suppress(FloatingPointError):
                     self.rows.log(log, began)
                 raise
-        if self.features is not None:
-            self.features.flush()
-        self.notes += [cache.note() for cache in layer_caches(self.model)]
-        forget_layers(self.model)
+        self._leave_caches()
         if self.out:
             with stop.later():
                 self.save()
@@ -251,6 +242,12 @@ class Trainer:
             self.end_with_best()
             if self.out and self.done["validation"].get("best_step") is not None:
                 self.saver.save_adapter("adapter")
+
+    def _leave_caches(self) -> None:
+        if self.features is not None:
+            self.features.flush()
+        self.notes += [cache.note() for cache in layer_caches(self.model)]
+        forget_layers(self.model)
 
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""

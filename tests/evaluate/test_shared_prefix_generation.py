@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastpeft as fp
+from fastpeft.data.prompts import Ending
 from fastpeft.evaluate.responses import respond
 from fastpeft.fused import prefix_cache
 from fastpeft.fused.prefix_cache import SharedPrefixCache, generate_after
@@ -89,7 +90,7 @@ class Asked:
 class Prompts(torch.utils.data.Dataset):
     """What :func:`respond` reads of a data set of prompts."""
 
-    prompts_only = True
+    prompts_only, load_images, ending = True, True, Ending()
 
     def __init__(self, model):
         from fastpeft.data import CausalCollator

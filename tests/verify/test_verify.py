@@ -103,7 +103,7 @@ def test_an_excitors_options(gate):
     assert result.ok, result.lines()
 
 
-ALL_FORMS = ["samples alone", "one padded batch", "packed into one row"]
+ALL_FORMS = ["samples alone", "one padded batch", "packed into one row", "a common beginning once"]
 
 
 def test_faults_of_excitors_and_adapters(monkeypatch):
