@@ -276,7 +276,9 @@ def detach(model: nn.Module) -> None:
         if isinstance(module, Adapted):
             module.remove()
         for name in ADAPTER_MODULES:
-            if getattr(module, name, None) is not None:
+            if (adapter := getattr(module, name, None)) is not None:
+                for handle in getattr(adapter, "handles", ()):
+                    handle.remove()
                 delattr(module, name)
         module.__dict__.pop("samples_alone", None)
     model.requires_grad_(False)
