@@ -42,6 +42,8 @@ def check_config(config: PretrainedConfig, where: Any, tensors: int | None = Non
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for prefix, each in [("", config), *((f"{name}.", getattr(config, name, None)) for name in config.sub_configs)]:
+        if not isinstance(kind := getattr(each, "model_type", ""), str):
+            raise ValueError(f"{where}: {prefix}model_type = {str(kind)[:100]!r} is no name of a kind of model")
         for name, value in vars(each).items() if each is not None else ():
             told = f"{where}: {prefix}{name} = {str(value)[:100]!r}"
             if name.endswith("_act") and isinstance(value, str) and value not in ACT2FN:

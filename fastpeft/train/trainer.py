@@ -181,6 +181,7 @@ class Trainer:
                 with stop.later():
                     row, seconds = self._step(batches), time.perf_counter() - began
                     row |= self._validate()
+                    self._before = random_state() if self.out else None  # the step is whole: what fails now may be saved after it
                     log.log(row, seconds)
                     self.followers.step(row)
                     if tracer is not None:
@@ -293,7 +294,6 @@ class Trainer:
             done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
             done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
             row |= {"loss_by_source": by_source.log(done["sources"])} if self.mixed else {}
-        self._before = random_state() if self.out else None  # the step is whole: what fails now may be saved after it
         return row
 
     def _passes(self, batches: list[dict], before: dict[str, Any]) -> Passed:

@@ -213,7 +213,11 @@ class Disk:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             content = live.get(file, self.gone.get(file, b""))
-            if content != (synced := self.contents.get(file)):
+            synced = self.contents.get(file)
+            if synced and content.startswith(synced):  # added to since, such as a log
+                tail = content[len(synced) :]
+                content = synced + draw.choice([tail, tail[: len(tail) // 2], b"", b"\0" * len(tail)])
+            elif content != synced:
                 half = content[: len(content) // 2]
                 content = draw.choice([content, half, b"", b"\0" * len(content), half + b"\0" * (len(content) - len(half)), synced or b""])
             path.write_bytes(content)
