@@ -74,8 +74,10 @@ def kernels() -> list[tuple[str, list[str], float]]:
 
 
 def steps() -> list[tuple[str, list[str], float]]:
-    rivals = ["peft", "sdpa", "fastpeft", "off"] if importlib.util.find_spec("peft") else ["fastpeft", "off", "frozen"]
+    has_peft = importlib.util.find_spec("peft") is not None
+    rivals = ["peft", "sdpa", "fastpeft", "graphed", "off"] if has_peft else ["fastpeft", "graphed", "off", "frozen"]
     miss = ["--batch-size", "20", "--rounds", "5", "--rivals", *rivals, "--device", "cuda", "--dtype", "bf16", "--lines"]
+    miss += ["--dropout", "0", "0.1"]
     llama = ["--device", "cuda", "--dtype", "bf16", "--size", "7b", "--tokens", "512", "--lines"]
     python = sys.executable
     return [

@@ -19,10 +19,15 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
+from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import parts_of
 from fastpeft.plan import detach
-from fastpeft.verify.baseline import plain, with_peft
+from fastpeft.train.config import TrainConfig
+from fastpeft.train.graph import GraphedStep
+from fastpeft.train.optimizer import Optimizer
+from fastpeft.verify.baseline import plain, with_peft, without_dropout
 
+FEATURES = ("image_embeds", "question_states")  # of a step: they stay on the device, as do pixels
 ROOM = 1.3  # a step's peak over what it keeps for backward: temporaries of its widest operator
 
 
@@ -88,11 +93,33 @@ def frozen(model: nn.Module) -> nn.Module:
 FORMS = {form.__name__: form for form in (ours, peft, peft_sdpa, full, frozen)}
 
 
+def with_dropout(model: nn.Module, p: float) -> None:
+    """Every dropout of the model at the rate ``p``, those of its attentions and adapters too; parts that evaluate draw nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        for name in ("lora_dropout", "attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, p)
+
+
 class MissStep:
     """One rival's runner. form: of FORMS; cached: features in place of pixels; grouped: each image once, with an index, instead of once
-    per question; memory: bytes a step may take, micro-batches otherwise (the same loss and gradients, summed over them)."""
+    per question; memory: bytes a step may take, micro-batches otherwise (the same loss and gradients, summed over them).
+    dropout: in the steps that are timed; those that are compared have none."""
 
-    def __init__(self, file: Path, form: str, *, cached: bool, grouped: bool, memory: float, compiled: bool = False, device: str = "cpu"):
+    def __init__(
+        self,
+        file: Path,
+        form: str,
+        *,
+        cached: bool,
+        grouped: bool,
+        memory: float,
+        compiled: bool = False,
+        device: str = "cpu",
+        dropout: float = 0.0,
+    ):
         held = torch.load(file, mmap=True, weights_only=False)
         self.model, self.grouped, self.memory, self.compiled = FORMS[form](held["model"]).to(device), grouped, memory, compiled
         batch = dict(held["batch"])
@@ -101,7 +128,7 @@ class MissStep:
             batch |= held["kept"]
         self.images = next((name for name in ("pixel_values", "image_embeds") if name in batch), None)  # None: question states instead
         self.batch = {name: t.to(device) for name, t in batch.items()}
-        self.samples = len(batch["labels"])
+        self.samples, self.dropout = len(batch["labels"]), dropout
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6) if self.trained else None
 
@@ -140,6 +167,8 @@ class MissStep:
             told["saved_bytes"] += cost.saved_bytes
         told["grad_norm"] = math.hypot(*(float(p.grad.double().norm()) for p in self.trained if p.grad is not None))
         self.model.zero_grad(set_to_none=True)
+        if self.dropout:
+            with_dropout(self.model, self.dropout)
         if self.compiled:
             self.model = torch.compile(self.model)
             self.step()
@@ -151,3 +180,48 @@ class MissStep:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+
+class GraphedMissStep(MissStep):
+    """fastpeft's step as CUDA graphs, in whole batches: padded, replayed, its loss read with every step."""
+
+    def measure(self) -> dict[str, Any]:
+        told = super().measure()
+        names = tuple(self.pieces[0])
+        labels = self.batch["labels"]
+        self.whole = self.piece(0, self.samples) | {"samples": [None] * self.samples}
+        self.whole |= {"decoder_input_ids": labels.clamp(min=0), "decoder_attention_mask": (labels != -100).long()}
+        self.whole = {name: t.cpu() if isinstance(t, Tensor) and name not in FEATURES else t for name, t in self.whole.items()}
+        optimizer, config = self._optimizer()
+        names = (*names, "decoder_input_ids", "decoder_attention_mask")
+        device, dtype = self.batch["labels"].device, next(self.model.parameters()).dtype
+        known = (self.model, _Weights(), optimizer, names, device, dtype)
+        self.graphed = GraphedStep(*known, features=None, budget=None, mixed=False, samples=self.samples, seed=config.seed)
+        if self.dropout:
+            without_dropout(self.model)
+        told["loss"], told["grad_norm"] = self._step()
+        if self.dropout:
+            with_dropout(self.model, self.dropout)
+        self._step()
+        if self.graphed.note:
+            raise RuntimeError(self.graphed.note)
+        return told
+
+    def _optimizer(self) -> tuple[Optimizer, TrainConfig]:
+        config = TrainConfig(steps=1000, learning_rate=1e-6, base_learning_rate=1e-6, warmup=0, max_grad_norm=0)
+        return Optimizer(self.model, config, 1000), config
+
+    def _step(self) -> tuple[float, float]:
+        with lean_logits(self.model):
+            self.graphed.passes([self.whole], measured=False)
+            self.graphed.update(0, None)
+        return self.graphed.read()[0]
+
+    def step(self) -> None:
+        self._step()
+
+
+class _Weights:
+    @staticmethod
+    def weight(batch: dict[str, Any]) -> int:
+        return len(batch["samples"])

@@ -2,8 +2,8 @@
 
     python -m bench steps [--model miss] [--plans F/LoRA/LoRA T/LoRA/LoRA] [--data FOLDER] [--batch-size 20] [--out FILE.json]
 
-Losses and lengths of gradients are compared before anything is timed; dropout is off. FLOPs and saved bytes are exact; seconds are medians
-of forward, backward and update. Rivals (--rivals, the first is the baseline of all ratios):
+Losses and lengths of gradients are compared before anything is timed, without dropout; steps are timed with each rate of --dropout. FLOPs
+and saved bytes are exact; seconds are medians of forward, backward and update. Rivals (--rivals, the first is the baseline of all ratios):
 
     peft       transformers' own modules wrapped by PEFT, eager: what BLIP has. Its lost cross-attention mask is put right, at no cost, so
                that padded questions give everyone the same loss
@@ -11,6 +11,7 @@ of forward, backward and update. Rivals (--rivals, the first is the baseline of 
     compile    the same as peft, through torch.compile (within --patience seconds)
     full       full tuning (T in every part), transformers, eager
     fastpeft   fastpeft: each image once; where the image encoder is frozen, on features (or question states) kept from an earlier visit
+    graphed    the same as fastpeft, as the trainer runs it on CUDA: batches padded to sizes that many share, a step as two CUDA graphs
     uncached   fastpeft without kept features (the plans with a frozen encoder)
     ungrouped  fastpeft, the image (or its features) once per question (--questions-per-image above 1)
     off        fastpeft with both switched off
@@ -26,6 +27,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -35,7 +37,7 @@ from torch import nn
 import fastpeft as fp
 from bench import frame
 from bench.pieces import say
-from bench.rivals import MissStep
+from bench.rivals import GraphedMissStep, MissStep
 from fastpeft.data import EpochSampler, Preprocess, VQACollator, VQADataset, load_samples, train_tokenizer
 from fastpeft.features.frozen_stages import QuestionStates, longest_frozen_stages
 from fastpeft.models import parts_of
@@ -50,6 +52,7 @@ RIVALS = {
     "compile": ("transformers + PEFT, torch.compile", "peft", False, False, True, True),
     "full": ("full tuning, transformers", "full", False, False, False, False),
     "fastpeft": ("fastpeft", "ours", True, True, False, True),
+    "graphed": ("fastpeft, CUDA graphs", "graphed", True, True, False, True),
     "uncached": ("fastpeft, no features kept", "ours", False, True, False, True),
     "ungrouped": ("fastpeft, images not grouped", "ours", True, False, False, True),
     "off": ("fastpeft, all switched off", "ours", False, False, False, True),
@@ -80,7 +83,7 @@ def batch_of(model: nn.Module, args) -> dict[str, torch.Tensor]:
     }
 
 
-def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple[list[frame.Rival], dict[str, str]]:
+def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path, dropout: float = 0.0) -> tuple[list[frame.Rival], dict[str, str]]:
     """The rivals that make sense for a plan and a batch, and why the others do not."""
     cachable, groupable = plan.startswith("F/"), len(batch["pixel_values"]) < len(batch["image_index"])
     useless = {}
@@ -92,15 +95,19 @@ def chosen(plan: str, batch: dict[str, torch.Tensor], args, file: Path) -> tuple
         useless["uncached" if cachable else "ungrouped"] = f"there is one saving to switch off: see {RIVALS['off'][0]!r}"
     elif not cachable:
         useless["off"] = "there is nothing to switch off"
+    if torch.device(args.device).type != "cuda":
+        useless["graphed"] = f"there are no CUDA graphs on {args.device}"
     rivals, left_out = [], {}
     for key in args.rivals:
         name, form, cached, grouped, compiled, same = RIVALS[key]
         if key in useless:
             left_out[name] = useless[key]
             continue
-        options = {"form": form, "cached": cached and cachable, "grouped": grouped, "compiled": compiled, "device": args.device}
+        make = GraphedMissStep if form == "graphed" else MissStep
+        options = {"form": "ours" if form == "graphed" else form, "cached": cached and cachable, "grouped": grouped, "compiled": compiled}
+        options |= {"device": args.device, "dropout": dropout}
         patience = args.patience if compiled else 1800.0
-        rivals.append(frame.Rival(name, MissStep, options | {"file": file, "memory": args.memory * 1e9}, same, patience))
+        rivals.append(frame.Rival(name, make, options | {"file": file, "memory": args.memory * 1e9}, same, patience))
     return rivals, left_out
 
 
@@ -117,8 +124,8 @@ def kept_of(model: nn.Module, batch: dict[str, torch.Tensor], device: str = "cpu
     return {"question_states": model.encode_questions(batch["input_ids"], batch["attention_mask"], features, batch["image_index"])}
 
 
-def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str, str]]:
-    """Rows of one plan."""
+def compare(base: nn.Module, plan: str, args, dropout: float = 0.0) -> tuple[list[frame.Row], dict[str, str]]:
+    """Rows of one plan, its steps timed with ``dropout``."""
     torch.manual_seed(0)
     model = fp.adapt(base, plan_for(parts_of(base), plan, r=args.rank))
     without_dropout(model)
@@ -127,7 +134,7 @@ def compare(base: nn.Module, plan: str, args) -> tuple[list[frame.Row], dict[str
     held["batch"]["pixel_values"] = held["batch"]["pixel_values"].to(dtype)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "step.pt"
-        rivals, left_out = chosen(plan, held["batch"], args, file)
+        rivals, left_out = chosen(plan, held["batch"], args, file, dropout)
         if any(rival.options["cached"] for rival in rivals):
             with torch.no_grad():
                 held["kept"] = kept_of(model, held["batch"], args.device)
@@ -156,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--answer-tokens", type=int, default=6)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0], help="rates of the steps that are timed, one table each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each rival")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
@@ -174,16 +182,17 @@ def main(argv: list[str] | None = None) -> int:
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in hidden}
     report, tables = {"options": told, "machine": frame.about_machine(), "rows": [], "left_out": {}}, []
     try:
-        for plan in args.plans:
+        for plan, dropout in product(args.plans, args.dropout):
             began = time.perf_counter()
             base = fp.build(args.model, pretrained=False, dtype=dtype, **overrides)
-            rows, left_out = compare(base, plan, args)
-            report["rows"] += [{"plan": plan} | row.to_dict() for row in rows]
+            rows, left_out = compare(base, plan, args, dropout)
+            report["rows"] += [{"plan": plan, "dropout": dropout} | row.to_dict() for row in rows]
             report["left_out"][plan] = left_out
             if args.lines:
-                say({"case": plan, "rows": [row.to_dict() for row in rows], "left_out": left_out})
+                say({"case": f"{plan}, dropout {dropout:g}", "rows": [row.to_dict() for row in rows], "left_out": left_out})
             notes = [f"- left out: {name}: {why}" for name, why in left_out.items()]
             title = f"**{args.model}, {plan}**, {args.batch_size} questions, {args.questions_per_image} per image, {args.dtype}"
+            title += f", dropout {dropout:g}" * bool(dropout)
             tables.append("\n".join([title, "", frame.markdown(rows), "", *notes]))
             print(f"{tables[-1]}\n({time.perf_counter() - began:.0f} s)\n", flush=True)
     except ValueError as error:

@@ -1,4 +1,4 @@
-// SwiGLU, and GELU with an (IA)^3 scale, for CPU tensors (schemas and equations in fastpeft/ops/activations.py).
+// SwiGLU, GEGLU, and GELU with an (IA)^3 scale, for CPU tensors (schemas and equations in fastpeft/ops/activations.py).
 #include <cmath>
 
 #include "cpu.h"
@@ -150,6 +150,10 @@ FASTPEFT_INLINE void backward_rows(const Args<T>& a, int64_t begin, int64_t end)
 
 FASTPEFT_PER_DTYPE(swiglu_fwd_rows, Args, (forward_rows<SwiGLU, true>))
 FASTPEFT_PER_DTYPE(swiglu_bwd_rows, Args, (backward_rows<SwiGLU, true>))
+FASTPEFT_PER_DTYPE(geglu_fwd_rows, Args, (forward_rows<GELU, true>))
+FASTPEFT_PER_DTYPE(geglu_bwd_rows, Args, (backward_rows<GELU, true>))
+FASTPEFT_PER_DTYPE(tanh_geglu_fwd_rows, Args, (forward_rows<GELUTanh, true>))
+FASTPEFT_PER_DTYPE(tanh_geglu_bwd_rows, Args, (backward_rows<GELUTanh, true>))
 FASTPEFT_PER_DTYPE(gelu_fwd_rows, Args, (forward_rows<GELU, false>))
 FASTPEFT_PER_DTYPE(gelu_bwd_rows, Args, (backward_rows<GELU, false>))
 FASTPEFT_PER_DTYPE(tanh_fwd_rows, Args, (forward_rows<GELUTanh, false>))
@@ -167,6 +171,8 @@ Tensor run_forward(Kind kind, const Tensor& gate, const Maybe& up, const Maybe& 
                     nullptr, nullptr, nullptr, nullptr};
     parallel_rows(g.count, g.n, [&](int64_t begin, int64_t end) {
       if (kind == kSwiGLU) swiglu_fwd_rows(a, begin, end);
+      else if (up && kind == kGELU) geglu_fwd_rows(a, begin, end);
+      else if (up) tanh_geglu_fwd_rows(a, begin, end);
       else if (kind == kGELU) gelu_fwd_rows(a, begin, end);
       else tanh_fwd_rows(a, begin, end);
     });
@@ -175,11 +181,11 @@ Tensor run_forward(Kind kind, const Tensor& gate, const Maybe& up, const Maybe& 
 }
 
 std::tuple<Tensor, Tensor, Tensor> run_backward(
-    Kind kind, const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup,
+    Kind kind, bool gated, const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup,
     bool need_dscale) {
   const Rows d = rows_of(dy), g = rows_of(gate), u = up ? rows_of(*up) : g;
   STD_TORCH_CHECK(d.count == g.count && d.n == g.n && u.count == g.count, "activation backward: shapes differ");
-  STD_TORCH_CHECK(up || kind != kSwiGLU || !(need_dgate || need_dscale), "swiglu_bwd: up was not kept");
+  STD_TORCH_CHECK(up || !gated || !(need_dgate || need_dscale), "activation backward: up was not kept");
   Tensor dgate = output_like(gate, need_dgate), dup = output_like(gate, need_dup);
   Tensor dscale = torch::stable::new_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
@@ -194,6 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
                       nullptr, need_dgate ? write<T>(dgate) : nullptr, need_dup ? write<T>(dup) : nullptr, sum,
                       need_dscale ? sum + g.n : nullptr};
       if (kind == kSwiGLU) swiglu_bwd_rows(a, begin, end);
+      else if (gated && kind == kGELU) geglu_bwd_rows(a, begin, end);
+      else if (gated) tanh_geglu_bwd_rows(a, begin, end);
       else if (kind == kGELU) gelu_bwd_rows(a, begin, end);
       else tanh_bwd_rows(a, begin, end);
     });
@@ -210,11 +218,19 @@ Tensor gelu_forward(const Tensor& x, const Maybe& scale, std::string approximate
 }
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward(
     const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup, bool need_dscale) {
-  return run_backward(kSwiGLU, dy, gate, up, scale, need_dgate, need_dup, need_dscale);
+  return run_backward(kSwiGLU, true, dy, gate, up, scale, need_dgate, need_dup, need_dscale);
+}
+Tensor geglu_forward(const Tensor& gate, const Tensor& up, const Maybe& scale, std::string approximate) {
+  return run_forward(gelu_kind(approximate), gate, up, scale);
+}
+std::tuple<Tensor, Tensor, Tensor> geglu_backward(
+    const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, std::string approximate, bool need_dgate, bool need_dup,
+    bool need_dscale) {
+  return run_backward(gelu_kind(approximate), true, dy, gate, up, scale, need_dgate, need_dup, need_dscale);
 }
 std::tuple<Tensor, Tensor> gelu_backward(
     const Tensor& dy, const Tensor& x, const Maybe& scale, std::string approximate, bool need_dx, bool need_dscale) {
-  auto [dx, none, dscale] = run_backward(gelu_kind(approximate), dy, x, std::nullopt, scale, need_dx, false, need_dscale);
+  auto [dx, none, dscale] = run_backward(gelu_kind(approximate), false, dy, x, std::nullopt, scale, need_dx, false, need_dscale);
   return {dx, dscale};
 }
 
@@ -223,6 +239,8 @@ std::tuple<Tensor, Tensor> gelu_backward(
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&fastpeft::activations::swiglu_forward));
   m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::activations::swiglu_backward));
+  m.impl("geglu_fwd", TORCH_BOX(&fastpeft::activations::geglu_forward));
+  m.impl("geglu_bwd", TORCH_BOX(&fastpeft::activations::geglu_backward));
   m.impl("gelu_fwd", TORCH_BOX(&fastpeft::activations::gelu_forward));
   m.impl("gelu_bwd", TORCH_BOX(&fastpeft::activations::gelu_backward));
 }

@@ -191,6 +191,15 @@ Tensor swiglu_forward(const Tensor& gate, const Tensor& up, const Maybe& scale) 
 Tensor gelu_forward(const Tensor& x, const Maybe& scale, std::string approximate) {
   return approximate == "tanh" ? run_forward<kGELUTanh>(x, std::nullopt, scale) : run_forward<kGELU>(x, std::nullopt, scale);
 }
+Tensor geglu_forward(const Tensor& gate, const Tensor& up, const Maybe& scale, std::string approximate) {
+  return approximate == "tanh" ? run_forward<kGELUTanh>(gate, up, scale) : run_forward<kGELU>(gate, up, scale);
+}
+std::tuple<Tensor, Tensor, Tensor> geglu_backward(
+    const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, std::string approximate, bool need_dgate, bool need_dup,
+    bool need_dscale) {
+  auto run = approximate == "tanh" ? run_backward<kGELUTanh> : run_backward<kGELU>;
+  return run(dy, gate, up, scale, need_dgate, need_dup, need_dscale);
+}
 std::tuple<Tensor, Tensor> gelu_backward(
     const Tensor& dy, const Tensor& x, const Maybe& scale, std::string approximate, bool need_dx, bool need_dscale) {
   auto run = approximate == "tanh" ? run_backward<kGELUTanh> : run_backward<kGELU>;
@@ -203,6 +212,8 @@ std::tuple<Tensor, Tensor> gelu_backward(
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, FASTPEFT_CUDA_KEY, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&fastpeft::cuda_activations::swiglu_forward));
   m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::run_backward<fastpeft::cuda_activations::kSwiGLU>));
+  m.impl("geglu_fwd", TORCH_BOX(&fastpeft::cuda_activations::geglu_forward));
+  m.impl("geglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::geglu_backward));
   m.impl("gelu_fwd", TORCH_BOX(&fastpeft::cuda_activations::gelu_forward));
   m.impl("gelu_bwd", TORCH_BOX(&fastpeft::cuda_activations::gelu_backward));
 }

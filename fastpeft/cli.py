@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +18,12 @@ from typing import Annotated
 import typer
 
 from fastpeft._when_imported import when_imported
-from fastpeft.cli_files import READING, convert, instruct
+from fastpeft.cli_files import READING, convert, instruct, judge
 from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
+from fastpeft.cli_scores import accuracy_lines, mmlu_lines, ranks_lines
 from fastpeft.cli_study import study
-from fastpeft.options import OptionError, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, RunOptions, TextOptions, read_yaml
+from fastpeft.options import OptionError, bytes_of, canonical, fields, split
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, TextOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -86,36 +88,24 @@ def train(
             raise ValueError(f"--{name} is missing: give {what}")
     if not given.get("stages"):
         split(given, *RECIPE)  # wrong options are told before torch is loaded
+    from fastpeft.ranks import one_voice
     from fastpeft.runs.stages import train_recipe
 
     try:
-        summary = train_recipe(given)
+        with one_voice() as ranks:
+            summary = train_recipe(given)
     except KeyboardInterrupt as error:  # typer would drop what it says
         _say(str(error) or "interrupted")
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
+    if not ranks.first:
+        return
     lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
     lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    lines += _accuracy(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
+    lines += accuracy_lines(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
     emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 
-def _accuracy(scored: dict | None) -> list[str]:
-    if scored is None:
-        return []
-    shown = ", ".join(f"{k} {scored[k]:.1%}" for k in ("open", "closed", "global") if scored[k] is not None)
-    lines = [f"accuracy on {scored['n']} questions: {shown} (most frequent answer: {scored['majority']:.1%})"]
-    if scored["closed"] is not None:
-        always, verdict = scored["always_no_closed"], "beats" if scored["closed"] > scored["always_no_closed"] else "does NOT beat"
-        lines.append(f"on closed questions it {verdict} always answering 'no' ({always:.1%})")
-    found = scored.get("metrics", {})
-    means = {name: v if name == "tokens" else v.get("f1", v.get("score")) for name, v in found.items() if name != "missing"}
-    text = [f"{v:.1f} tokens" if name == "tokens" else f"{name} {v:.3f}" for name, v in means.items()]
-    lines += [f"text: {', '.join(text)}"] if text else []
-    asked = {name: reason for name, reason in found.get("missing", {}).items() if not reason.startswith("no model folder")}
-    return lines + [f"no {name}: {reason}" for name, reason in asked.items()]
-
-
-EVAL = (DataOptions, GenerationOptions, MetricOptions)
+EVAL = (DataOptions, GenerationOptions, MetricOptions, MMLUOptions)
 
 
 @app.command("eval", context_settings=other_names(*EVAL))
@@ -125,8 +115,11 @@ def evaluate(
     data: Annotated[str, typer.Option(help=fields(DataOptions)[0].description)],
     model: MovedBase = None,
     out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
+    outputs: Annotated[str | None, typer.Option(help="where to write the responses as AlpacaEval's outputs, for `fastpeft judge`")] = None,
+    generator: Annotated[str, typer.Option(help="the model's name in --outputs")] = "fastpeft",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
+    template: Annotated[str | None, typer.Option(help="of prompts, instead of the one trained with")] = None,
     draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -134,17 +127,18 @@ def evaluate(
     as_json: Json = False,
     **given,
 ) -> None:
-    """Answer a data set's questions with an adapter and score the answers."""
-    chosen, generation, metrics = split({"data": data, **given}, *EVAL)
+    """Answer a data set's questions with an adapter, or with a model's folder alone, and score the answers."""
+    chosen, generation, metrics, mmlu = split({"data": data, **given}, *EVAL)
     import torch
 
     from fastpeft.runs.evaluate import eval_run
 
     torch.manual_seed(seed)
     decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
-    decoding["draw_unparsed"] = seed if draw_unparsed else None
+    decoding |= {"template": template, "draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu}
+    decoding |= {"outputs": outputs, "generator": generator}
     scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
-    emit(scored, as_json, [*scored["notes"], *_accuracy(scored)])
+    emit(scored, as_json, [*scored["notes"], *accuracy_lines(scored), *mmlu_lines(scored.get("mmlu"))])
 
 
 @app.command(context_settings=other_names(GenerationOptions))
@@ -218,12 +212,22 @@ def estimate(
     questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
     gradient_accumulation: Annotated[int, typer.Option(help="forwards per step")] = 1,
     no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
+    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="without a language model's lowest layers, if frozen")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
     gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
+    world: Annotated[int, typer.Option(help="ranks, a device each, of this batch size each")] = 1,
+    nodes: Annotated[int, typer.Option(help="machines that they are on")] = 1,
+    shard: Annotated[str | None, typer.Option(help="base: frozen weights in pieces over the ranks")] = None,
+    link: Annotated[str | None, typer.Option(help="bytes a second between a machine's devices, such as 300GB")] = None,
+    network: Annotated[str | None, typer.Option(help="bytes a second of a machine's network, such as 25GB")] = None,
+    latency: Annotated[float, typer.Option(help="microseconds to start a message")] = 10.0,
+    tflops: Annotated[float | None, typer.Option(help="that a device sustains in such a step")] = None,
     as_json: Json = False,
     **reading,
 ) -> None:
-    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here."""
+    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here; on
+    several devices (--world) also what travels."""
+    from fastpeft.cost.several_devices import Links
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for
     from fastpeft.runs.estimate import estimate_command
@@ -231,7 +235,10 @@ def estimate(
     source = resolve(model, image_encoder)
     step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
     step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
-    step |= {"feature_cache": not no_feature_cache, "optimized": not plain, "gpu_memory": gpu_memory}
+    step |= {"feature_cache": not no_feature_cache, "cache_layers": cache_layers, "optimized": not plain, "gpu_memory": gpu_memory}
+    step |= {"world": world, "nodes": nodes, "shard": shard, "flops_per_second": None if tflops is None else tflops * 1e12}
+    if link is not None:
+        step["links"] = Links(bytes_of(link), None if network is None else bytes_of(network), latency * 1e-6)
     chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
     found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
     rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
@@ -240,12 +247,14 @@ def estimate(
     lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
     if found.fits is not None:
         lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
+    lines += ranks_lines(found.ranks)
     lines += [f"  {line}" for line in found.advice] + [f"note: {note}" for note in [*found.notes, *run.pop("notes", [])]]
     emit(found.to_dict() | run, as_json, lines)
 
 
 app.command(context_settings=other_names(*READING))(instruct)
 app.command()(convert)
+app.command()(judge)
 
 
 @app.command()
@@ -370,6 +379,8 @@ def _flag_of(option: str) -> str:
 
 
 def _complain(error) -> int:
+    if os.environ.get("RANK", "0") != "0" and "fastpeft.ranks" not in sys.modules:
+        time.sleep(10)  # torchrun gave every rank the same wrong options: the first one says so, and its end ends this process
     text = str(error)
     if "Original Traceback" in text:  # of a process that loads data: its last line is the error
         text = text.strip().splitlines()[-1].partition(": ")[2] or text

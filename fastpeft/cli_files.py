@@ -35,17 +35,55 @@ def instruct(
     emit(made | {"out": out, "style": style, "seed": seed}, as_json, lines + made["notes"])
 
 
+def judge(
+    ours: Annotated[str, typer.Argument(help="our outputs, as `eval --outputs` writes them: AlpacaEval's JSON")],
+    theirs: Annotated[str, typer.Argument(help="another model's outputs on the same instructions")],
+    out: Annotated[str | None, typer.Option(help="JSON lines to write: each pair in both orders, with messages for a judge")] = None,
+    judgments: Annotated[str | None, typer.Option(help="what the judge said: JSON lines with id, or AlpacaEval's annotations")] = None,
+    as_json: Json = False,
+) -> None:
+    """Two models' responses as pairs for a judge, in both orders; and the judge's answers as wins, ties and losses."""
+    from fastpeft.evaluate.judge import read_judgments, read_outputs, write_pairs
+
+    if (out is None) == (judgments is None):
+        raise ValueError("give --out FILE to write the pairs, or --judgments FILE to read what a judge said of them")
+    a, b = read_outputs(ours), read_outputs(theirs)
+    if out is not None:
+        count = write_pairs(out, a, b)
+        left = len(a.responses) + len(b.responses) - count
+        lines = [f"{out}: {count // 2} pairs of {a.generator} and {b.generator}, each in both orders"]
+        emit({"out": out, "pairs": count // 2, "lines": count}, as_json, lines + [f"{left} outputs have no counterpart"] * bool(left))
+        return
+    found = read_judgments(judgments, a, b)
+    lines = [f"{a.generator} against {b.generator}: {found['wins']} won, {found['ties']} tied, {found['losses']} lost of {found['n']}"]
+    if found["first_preferred"] is not None:
+        lines.append(f"the judge favoured the response it read first in {found['first_preferred']:.0%} of its judgments that are no ties")
+    lines += [f"{found[name]} {told}" for name, told in _JUDGED if found[name]]
+    emit(found, as_json, lines)
+
+
+_JUDGED = (
+    ("one_order", "pairs were judged in one order alone"),
+    ("unread", "judgments have no scores to be read"),
+    ("unjudged", "pairs have no judgment"),
+)
+
+
 def convert(
     checkpoint: Annotated[
         str,
         typer.Argument(
             help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
-            "(ViT-L-14.pt), or LaVIN's adapters (.pth)"
+            "(ViT-L-14.pt), LLaVA-Med's folder or connector (mm_projector.bin), or LaVIN's adapters (.pth)"
         ),
     ],
     out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
-    llama: Annotated[str | None, typer.Option(help="beside CLIP or LaVIN's adapters: LLaMA's folder, original or transformers'")] = None,
-    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters: OpenAI's CLIP (ViT-L-14.pt)")] = None,
+    llama: Annotated[
+        str | None, typer.Option(help="beside CLIP, a LLaVA's delta or LaVIN's adapters: LLaMA's folder, original or transformers'")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters or LLaVA's: OpenAI's CLIP (ViT-L-14.pt)")] = None,
+    mm_projector: Annotated[str | None, typer.Option(help="beside a LLaVA's folder: its connector, where it is a file of its own")] = None,
+    template: Annotated[str | None, typer.Option(help="of a LLaVA: its prompts (default: those of its release)")] = None,
     backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
     vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
     temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
@@ -56,11 +94,12 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     as_json: Json = False,
 ) -> None:
-    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; LLaMA's, CLIP's and LaVIN's official files to one."""
+    """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; official files of LLaMA, CLIP, LLaVA-Med and LaVIN to one."""
     from fastpeft.runs.convert import convert_run
 
     heads = {"text_heads": text_heads, "vision_heads": vision_heads}
     companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
+    companions |= {"mm_projector": mm_projector, "template": template}
     router = {"temperature": temperature, "adapter_scale": adapter_scale}
     report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
     about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}

@@ -16,6 +16,8 @@ def study(
     out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
     data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
     scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
+    steps: Annotated[int | None, typer.Option(min=1, help="of every stage, in place of the file's: 2 show that all rows run")] = None,
+    side_by_side: Annotated[int, typer.Option(min=1, help="rows that run at once; their memory adds up, and seconds are of each")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +26,8 @@ def study(
     from fastpeft.study.runner import run_study
 
     try:
-        results = run_study(file, out, data=data_folders(file, data or []), scale=scale, device=device, say=_tell)
+        how = {"scale": scale, "steps": steps, "side_by_side": side_by_side, "device": device, "say": _tell}
+        results = run_study(file, out, data=data_folders(file, data or []), **how)
     except KeyboardInterrupt as error:
         print(printable(f"fastpeft: {error or 'interrupted'}"), file=sys.stderr)
         raise typer.Exit(130) from None

@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import nn
 
 import fastpeft.fused  # noqa: F401  its modules register what they replace
-from fastpeft.caching.attach import forget_images, keep_images, place_of
+from fastpeft.caching.attach import forget_images, forget_layers, keep_images, keep_layers, place_of
 from fastpeft.coverage import Report, full_losses, measure_coverage
+from fastpeft.methods.mm_adapter import BEFORE
 from fastpeft.registry import exchange, form_of, give_back, is_fused, known_names, why_not_inside
 
 READ_LOGITS = "logits of a training step are formed when they are read; its loss forms them at labelled positions only"
@@ -26,11 +27,13 @@ def optimize(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     cache_images: str | Path | bool | None = None,
     lean_logits: bool | None = None,
+    cache_layers: str | Path | bool | None = None,
 ) -> Report:
     """Exchange every known module of ``model`` for its fused form, in place, and report on all that hold parameters.
 
     filter_fn(module, name) -> bool: return False to leave a module as it is. cache_images: a size of host memory ("4GB") or a folder, to
-    keep there what frozen image encoders compute (:mod:`fastpeft.caching.images`). lean_logits: True says that nobody reads the logits
+    keep there what frozen image encoders compute (:mod:`fastpeft.caching.images`); cache_layers: the same, to keep what the lower layers
+    of language models compute that train nothing (:mod:`fastpeft.caching.layers`). lean_logits: True says that nobody reads the logits
     of a training step, so they are not returned. False takes either back; None leaves it. Outputs, losses and gradients stay those of the
     model, up to rounding, except where the report's ``notes`` say otherwise. A module with hooks is called, never computed by the one
     around it.
@@ -42,6 +45,7 @@ def optimize(
     if lean_logits is not None and not isinstance(lean_logits, bool):
         raise TypeError(f"optimize: lean_logits must be True, False or None, not {type(lean_logits).__name__}")
     place = None if cache_images in (None, False) else place_of(cache_images)
+    below = None if cache_layers in (None, False) else place_of(cache_layers, "optimize: cache_layers")
     reasons, swapped = {}, set()
     for name, module in reversed(list(model.named_modules())):  # what is inside a module before the module
         if is_fused(module) or form_of(module) is None:
@@ -57,6 +61,9 @@ def optimize(
     if cache_images is not None:
         forget_images(model)
         report.notes += [] if place is None else keep_images(model, *place)
+    if cache_layers is not None:
+        forget_layers(model)
+        report.notes += [] if below is None else keep_layers(model, *below)
     if not (report.swapped or report.already_fused or reasons):
         report.notes.insert(0, f"nothing here that fastpeft has a fused form of; known: {', '.join(known_names())}")
     return report
@@ -110,6 +117,7 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
     (Prefix, PTv2, Excitor, AdaptionPrompt, RepAdapter, MMAdapter) only runs in them. TypeError for anything but a module."""
     _check_module("restore", model)
     forget_images(model)
+    forget_layers(model)
     needed, stayed = _needed(model), []
     for name, module in model.named_modules():
         module.__dict__.pop("lean_logits", None)
@@ -121,8 +129,9 @@ def restore(model: nn.Module) -> list[tuple[str, str]]:
     return stayed
 
 
-WORDS = {"prefix_encoder": "prefix", "excitor": "Excitor", "adaption": "adaption prompt", "mm_adapter": "adapter"}
-FROM_ABOVE = ("excitor", "mm_adapter")  # the modules around these hand images or routes down to them
+WORDS = {"prefix_encoder": "prefix", "excitor": "Excitor", "adaption": "adaption prompt"}
+WORDS |= dict.fromkeys(BEFORE, "adapter")
+FROM_ABOVE = ("excitor", *BEFORE)  # the modules around these hand images or routes down to them
 
 
 def _needed(model: nn.Module) -> dict[nn.Module, str]:

@@ -52,8 +52,9 @@ class Plan:
 def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], **options) -> Plan:
     """A plan from "F/LoRA/LoRA", from ``{"vit": "F", "jtm": LoRA(r=8)}`` (parts left out are frozen), or from a YAML file of that form.
 
-    Treatments combine with "+" ("Excitor+LoRA"). ``options`` (``r=8``) go to every method of the plan that has a field of that name.
-    ValueError names what is wrong: an unknown treatment, a wrong number of parts, an option nobody takes.
+    Treatments combine with "+" ("Excitor+LoRA") and take options in brackets ("Excitor(layers=[2, 4], r=8)"). ``options`` (``r=8``) go to
+    every method of the plan that has a field of that name. ValueError names what is wrong: an unknown treatment, a wrong number of parts,
+    an option nobody takes.
     """
     names = [part.name for part in parts]
     if not isinstance(plan, str | Path | Mapping):
@@ -61,7 +62,7 @@ def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], *
     if isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith((".yaml", ".yml"))):
         plan = _read_yaml(Path(plan))
     if isinstance(plan, str):
-        entries = [entry.strip() for entry in plan.split("/")]
+        entries = split_outside(plan, "/")
         if len(entries) != len(names):
             raise ValueError(f"plan {plan!r} has {len(entries)} treatments; this model has {len(names)} parts: {'/'.join(names)}")
         plan = dict(zip(names, entries))
@@ -72,6 +73,42 @@ def parse(plan: str | Path | Mapping[str, Treatment], parts: tuple[Part, ...], *
     if unused := sorted(set(options) - used):
         raise ValueError(f"no method of this plan takes {', '.join(unused)}")
     return Plan(treatments)
+
+
+def split_outside(text: str, mark: str) -> list[str]:
+    """``text`` taken apart at each ``mark`` outside brackets, without the spaces around it."""
+    pieces, depth, begin = [], 0, 0
+    for at, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == mark and depth == 0:
+            pieces.append(text[begin:at])
+            begin = at + 1
+    return [piece.strip() for piece in (*pieces, text[begin:])]
+
+
+def _named(entry: str, part: str) -> tuple[str, dict[str, Any]]:
+    """A treatment's name and options of "Excitor(layers=[2, 4], r=8)"; values are YAML's. ValueError for what is written otherwise."""
+    name, bracket, rest = entry.partition("(")
+    if not bracket:
+        return name, {}
+    pairs = [pair.partition("=") for pair in split_outside(rest.removesuffix(")"), ",")]
+    if not rest.endswith(")") or not all(key.strip() and equals and value.strip() for key, equals, value in pairs):
+        raise ValueError(f"part {part!r}: {entry!r} is no treatment with options: write {name.strip()}(option=value, option=value)")
+    if len({key.strip() for key, *_ in pairs}) < len(pairs):
+        raise ValueError(f"part {part!r}: {entry!r} has an option twice")
+    try:
+        return name.strip(), {key.strip(): _value(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ValueError(f"part {part!r}: {entry!r}: {' '.join(str(error).split())}") from None
+
+
+def _value(text: str) -> Any:
+    """A YAML value; 1e-2, which YAML reads as text, is a number."""
+    value = parse_yaml(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _read_yaml(path: Path) -> Mapping[str, Treatment] | str:
@@ -91,7 +128,7 @@ def _treatment(entry: Treatment | list, options: Mapping[str, Any], used: set[st
     if isinstance(entry, Method):
         return (entry,)
     if isinstance(entry, str):
-        return tuple(_method(name.strip(), {}, options, used, part) for name in entry.split("+"))
+        return tuple(_method(*_named(one, part), options, used, part) for one in split_outside(entry, "+"))
     if isinstance(entry, Mapping):
         return tuple(_method(name, own, options, used, part) for name, own in entry.items())
     if isinstance(entry, list | tuple):
@@ -239,7 +276,9 @@ def detach(model: nn.Module) -> None:
         if isinstance(module, Adapted):
             module.remove()
         for name in ADAPTER_MODULES:
-            if getattr(module, name, None) is not None:
+            if (adapter := getattr(module, name, None)) is not None:
+                for handle in getattr(adapter, "handles", ()):
+                    handle.remove()
                 delattr(module, name)
         module.__dict__.pop("samples_alone", None)
     model.requires_grad_(False)

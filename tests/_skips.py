@@ -14,6 +14,7 @@ import pytest
 # What may be skipped in `make test`, and why no other run of it is missing. A package that requirements.txt installs is no reason.
 KNOWN = [
     r"needs a CUDA device",  # make gpu; make test-cuda runs those of the ops and of training on a lookalike
+    r"needs tests/cuda/lookalike.py: .*",  # make test-cuda
     r"there is one",  # what a machine without a GPU is told
     r"make test-cuda compiles the CUDA sources for the CPU",
     r"the same in every mode",  # runs once, in make test-native

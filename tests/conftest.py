@@ -59,6 +59,12 @@ def runs():
 
 
 @pytest.fixture(scope="session")
+def ranks():
+    """A function on several ranks at once: tests/_ranks.py."""
+    return _load(Path(__file__).with_name("_ranks.py"))
+
+
+@pytest.fixture(scope="session")
 def phantoms(runs, tmp_path_factory):
     """A folder of phantoms in Slake's layout: 50 training and 20 test questions."""
     return runs.make_data(tmp_path_factory.mktemp("data"))

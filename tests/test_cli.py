@@ -290,7 +290,7 @@ def test_runs_are_neither_overwritten_nor_resumed_as_another(bad, ok, train, tmp
 def test_adapters_that_are_none_are_refused(bad, ok, train, phantoms, small, tmp_path):
     ok(*train("--no-eval"))
     adapter, asked = tmp_path / "run" / "adapter", ("--data", phantoms)
-    assert "it is not an adapter folder that fastpeft wrote" in bad("eval", "--adapter", small, *asked)
+    assert "neither fastpeft.json nor config.json: it is no adapter" in bad("eval", "--adapter", phantoms, *asked)
     assert "no adapter folder at" in bad("eval", "--adapter", tmp_path / "nowhere", *asked)
     assert "'--num-beams'" in bad("eval", "--adapter", adapter, *asked, "--num-beams", 0)
     assert "is a folder: give a file for the predictions" in bad("eval", "--adapter", adapter, *asked, "--out", tmp_path)

@@ -51,7 +51,7 @@ DOCTOR = "import json, sys; sys.modules[{gone!r}] = None; from fastpeft.runs.doc
         (
             {"FASTPEFT_BACKEND": "native"},
             "flash_attn",
-            {"lora_linears_fwd": ("native, and it has triton only",) * 2, "keep_mask": ("native, and it has no other form",) * 2},
+            {"lora_linears_fwd": ("native, and it has triton only",) * 2, "attention_dq": ("native, and it has no other form",) * 2},
         ),
     ],
 )

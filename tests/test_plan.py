@@ -191,6 +191,19 @@ def test_options_reach_the_methods_that_have_them(miss):
     assert mixed.treatments["jtm"] + mixed.treatments["dec"] == (fp.LoRA(r=3), fp.LoRA(r=2))
 
 
+def test_options_in_brackets(miss):
+    parts = parts_of(miss.build())
+    said = "LoRA(r=2, target_modules=[fc1, fc2])/LoRA(r=8,lora_alpha=1e1)+Prefix( num_virtual_tokens = 3 )/"
+    said += "LoRA(target_modules='.*/x+(q|v)')"
+    assert parse(said, parts).treatments == {
+        "vit": (fp.LoRA(r=2, target_modules=["fc1", "fc2"]),),
+        "jtm": (fp.LoRA(r=8, lora_alpha=10.0), fp.Prefix(num_virtual_tokens=3)),
+        "dec": (fp.LoRA(target_modules=".*/x+(q|v)"),),
+    }
+    assert parse(said.replace("r=2, ", "").split("/LoRA")[0] + "/F/F", parts, r=3).treatments["vit"][0].r == 3
+    assert parse({"dec": "LoRA(r=5)"}, parts).treatments["dec"] == (fp.LoRA(r=5),)
+
+
 def test_plan_survives_json(miss):
     parts = parts_of(miss.build())
     plan = parse({"vit": "LoRA", "jtm": fp.LoRA(r=3, target_modules=["query"]), "dec": "LayerNorm+Prefix"}, parts, r=2)
@@ -220,6 +233,15 @@ def test_plan_survives_json(miss):
         ("LoRA/F/Prefix+PTv2", {}, r"part 'dec': 'Prefix\+PTv2' cannot be combined"),
         ("F/LoRA+LoRA/F", {}, r"part 'jtm': 'LoRA\+LoRA' cannot be combined"),
         ("F+LoRA/F/F", {}, r"F stands alone"),
+        ("F/LoRA(r=4/F", {}, r"2 treatments"),
+        ("F/F/LoRA(r=4", {}, r"'LoRA\(r=4' is no treatment with options: write LoRA\(option=value"),
+        ("F/F/LoRA(4)", {}, r"is no treatment with options"),
+        ("F/F/LoRA()", {}, r"is no treatment with options"),
+        ("F/F/LoRA(r=4, r=5)", {}, r"has an option twice"),
+        ("F/F/LoRA(rank=4)", {}, r"LoRA has no option rank"),
+        ("F/F/LoRA(r=[1)", {}, r"part 'dec'"),
+        ("F/F/LoRA(r=&a [*a])", {}, r"part 'dec'"),
+        ("F/F/LoRA(r=many)", {}, r"r must be a positive integer, not 'many'"),
         ("LoRA/LoRA/Prefix+", {}, r"unknown treatment ''"),
         ("Prefix/F/F", {}, r"Prefix is not defined for part 'vit'"),
         ({"vti": "F"}, {}, r"no part called 'vti'; this model's parts are vit, jtm, dec"),

@@ -17,6 +17,9 @@ LAVIN = {"batch_size": 32, "weight_decay": 0.02, "learning_rate": 9e-3 * 32 / 25
          "min_learning_rate": 0, "template": "lavin", "max_length": 511, "dtype": "bf16"}  # fmt: skip
 EXCITOR = {"epochs": 5, "batch_size": 64, "weight_decay": 0.02, "learning_rate": 9e-3 * 64 / 256, "beta1": 0.9, "beta2": 0.95,
            "max_grad_norm": 0, "warmup": 2 / 5, "min_learning_rate": 0, "dtype": "bf16"}  # fmt: skip
+MED = {"weight_decay": 0, "warmup": 0.03, "min_learning_rate": 0, "dtype": "bf16", "max_length": 2048, "batch_size": 128}  # its README
+WHOLE_7B = 6_738_415_616 + 2 * 4 * 4096 + 4_198_400  # LLaMA, four more tokens, the connector
+MED |= {"learning_rate": 2e-5, "base_learning_rate": 2e-5, "epochs": 3}
 # options (of any class), and what the plan trains: the papers' number where they print one
 PAPERS: dict[str, tuple[dict, int | None]] = {
     "mile": (MILE | {"plan": "F/LoRA/LoRA", "rank": 4, "lora_alpha": 32, "lora_dropout": 0.1}, 589_824),
@@ -26,8 +29,16 @@ PAPERS: dict[str, tuple[dict, int | None]] = {
                    "epochs": 120, "batch_size": 16, "learning_rate": 2e-5, "base_learning_rate": 2e-5,
                    "weight_decay": 0.05, "warmup": 0, "max_grad_norm": 0}, 224_277_308),
     "llava_med": ({"model": "llava-med", "learning_rate": 2e-5, "base_learning_rate": 2e-5, "warmup": 0.03}, 262_144),
+    "llava_med_align": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/F/F", "epochs": 1, "learning_rate": 2e-3,
+                               "base_learning_rate": 2e-3}, 1024 * 4096 + 4096),
+    "llava_med_instruct": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/T/T"}, WHOLE_7B),
+    "llava_med_vqa": (MED | {"model": "llava-med", "template": "v0_train", "plan": "F/T/T/T"}, WHOLE_7B),
+    "llava_med_v1_5": (MED | {"model": "llava-med-v1.5", "template": "mistral_instruct", "plan": "F/T/LoRA/F"}, 31_465_472),
+    "llava_med_reports": ({"model": "llava-med", "learning_rate": 2e-5, "base_learning_rate": 2e-5, "warmup": 0.03, "weight_decay": 0},
+                          262_144),
     "excitor": (EXCITOR | {"model": "llama-7b", "template": "alpaca"}, 7_619_520),
-    "excitor_scienceqa": (EXCITOR | {"model": "excitor-7b", "image_encoder": "L/14@336", "prompt_format": "QCM-LEA"}, 14_386_112),
+    "excitor_scienceqa": (EXCITOR | {"model": "excitor-7b", "image_encoder": "L/14@336", "prompt_format": ("QCM-LEA", "QCM-A")},
+                          14_386_112),
     "lavin": (LAVIN | {"model": "lavin-7b", "epochs": 20, "warmup": 2 / 20, "prompt_format": "QCM-ALE", "base_learning_rate": 1.125e-3},
               3_781_296),
     "lavin_13b": (LAVIN | {"model": "lavin-13b", "epochs": 20, "warmup": 2 / 20, "prompt_format": "QCM-ALE",

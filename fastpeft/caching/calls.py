@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ NOT_READ = (*OF_THE_LOSS, "labels", "logits_to_keep", "use_cache")  # handed dow
 @dataclass
 class Call:
     """One call, by image. ``values``: arguments by name; ``rows``: names of those that hold an entry for each image; ``sizes``: rows of
-    the flat patches that each image has, or ones; ``tiled``: see :meth:`Pattern.split`; ``whole``: kept as one."""
+    the flat patches that each image has, or ones; ``tiles``: of each image of several tiles, how many are not
+    empty; ``whole``: kept as one."""
 
     values: dict[str, Any]
     pixels: str
     rows: tuple[str, ...]
     sizes: list[int]
     flat: bool = False
-    tiled: bool = False
+    tiles: tuple[int, ...] = ()
     whole: bool = False
 
     @classmethod
@@ -60,7 +61,10 @@ class Call:
             return None
         if any(tensors[other].dim() == 0 or len(tensors[other]) != len(pixels) for other in others):
             return None
-        return Call(self.values, self.pixels, (self.pixels, *sorted(others)), [1] * len(pixels), tiled=pixels.dim() == 5)
+        tiles = tuple((pixels != 0).flatten(2).any(-1).sum(1).tolist()) if pixels.dim() == 5 else ()
+        if 0 in tiles:  # Idefics3 computes an empty image where it is alone, and leaves it out elsewhere
+            return None
+        return Call(self.values, self.pixels, (self.pixels, *sorted(others)), [1] * len(pixels), tiles=tiles)
 
     def as_whole(self) -> Call:
         return Call(self.values, self.pixels, (), [1], whole=True)
@@ -71,7 +75,7 @@ class Call:
         for name, value in sorted(self.values.items()):
             if name in self.rows or name in NOT_READ:
                 continue
-            if (text := _told(value)) is None:
+            if (text := as_text(value)) is None:
                 return None
             told.append(f"{name}={text}")
         kind = self.device.type
@@ -86,7 +90,7 @@ class Call:
         """One for each image. The host waits for the digests, if a device computes them."""
         if self.whole:
             return [digest_of_text(constants)]
-        drop = 2 if self.tiled else 1
+        drop = 2 if self.tiles else 1
         parts = []
         for name in self.rows:
             value, grids = self.values[name], name in GRIDS
@@ -99,8 +103,8 @@ class Call:
         """[images, most patches, ...]: zeros at the end enter no digest, sizes do."""
         return nn.utils.rnn.pad_sequence(patches.split(self.sizes), batch_first=True)
 
-    def only(self, images: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """(the arguments, the sizes) for some of the images."""
+    def only(self, images: list[int]) -> Call:
+        """The call for some of the images."""
         index = torch.tensor(images)
         values = dict(self.values)
         for name in self.rows:
@@ -110,17 +114,18 @@ class Call:
                 values[name] = torch.cat([pieces[i] for i in images])
             else:
                 values[name] = value[index.to(value.device)]
-        return values, [self.sizes[i] for i in images]
+        tiles = tuple(self.tiles[i] for i in images) if self.tiles else ()
+        return replace(self, values=values, sizes=[self.sizes[i] for i in images], tiles=tiles)
 
 
-def _told(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """Text that tells ``value``; None where no text does."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {row_digests(value.reshape(1, -1))[0].hex()}"
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return repr(value)
     if isinstance(value, (list, tuple)):
-        parts = [_told(part) for part in value]
+        parts = [as_text(part) for part in value]
         return None if None in parts else f"{type(value).__name__}{parts}"
     return None
 

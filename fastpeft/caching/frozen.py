@@ -39,7 +39,7 @@ def calls(owner: nn.Module, method: str, called: str) -> bool:
     seen, waiting = set(), [method]
     while waiting:
         name = waiting.pop()
-        if name in seen or (tree := _source(type(owner), name)) is None:
+        if name in seen or (tree := source_of(type(owner), name)) is None:
             continue
         seen.add(name)
         names = {node.attr for node in ast.walk(tree) if _is_of_self(node)}
@@ -51,7 +51,7 @@ def calls(owner: nn.Module, method: str, called: str) -> bool:
 
 def delegates(owner: nn.Module, method: str) -> bool:
     """Whether ``method`` calls the method of its name of a module inside."""
-    tree = _source(type(owner), method)
+    tree = source_of(type(owner), method)
     return tree is not None and any(isinstance(node, ast.Attribute) and node.attr == method for node in ast.walk(tree))
 
 
@@ -59,7 +59,8 @@ def _is_of_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
-def _source(cls: type, name: str) -> ast.AST | None:
+def source_of(cls: type, name: str) -> ast.AST | None:
+    """The code of a method, parsed; None where there is none to read."""
     attribute = inspect.getattr_static(cls, name, None)
     attribute = attribute.fget if isinstance(attribute, property) else attribute
     attribute = attribute.__func__ if isinstance(attribute, (staticmethod, classmethod)) else attribute
@@ -73,7 +74,7 @@ def _follow(owner: nn.Module, method: str, found: dict[str, None], seen: set[str
     if method in seen:
         return
     seen.add(method)
-    if (tree := _source(type(owner), method)) is None:
+    if (tree := source_of(type(owner), method)) is None:
         raise NotUnderstood(f"the source of {type(owner).__name__}.{method} is not there")
     named = {id(node.value) for node in ast.walk(tree) if _is_of_self(node)}
     for node in ast.walk(tree):

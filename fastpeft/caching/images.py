@@ -14,6 +14,7 @@ known by the digest of its pixels as they are given and of every other argument 
   taken apart, whole calls are kept.
 - The host waits once a call for the digests (32 bytes an image), nowhere else; what fills the cache is copied beside the device's work.
 - torch.compile, torch.func and inference mode run the model's own method. Compile the language model alone to have both.
+- DataParallel's replicas run the model's own method.
 - Pickles hold no cache and load without fastpeft; a copy of a model has an empty cache of its own.
 """
 
@@ -42,6 +43,8 @@ from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
 from fastpeft.progress import progress_bar
+
+REPLICATE = "_replicate_for_data_parallel"
 
 
 class _Filled(BaseException):
@@ -147,12 +150,12 @@ class ImageCache(Wrapper):
 
     def _made(self, pattern: Pattern, call: Call, keys: list[str], missing: list[str], run: Callable) -> dict[str, Entry] | None:
         """The entries of some of the images, computed and kept; None where nothing can be kept after all."""
-        values, sizes = call.only([keys.index(key) for key in missing])
-        part = self._run(run, values)
+        call = call.only([keys.index(key) for key in missing])
+        part = self._run(run, call.values)
         if self._varies:
             return None
         try:
-            made = dict(zip(missing, pattern.split(part, sizes, call.tiled)))
+            made = dict(zip(missing, pattern.split(part, call.sizes, call.tiles)))
         except (ValueError, TypeError, KeyError):
             return None
         self._put(made)
@@ -180,13 +183,13 @@ class ImageCache(Wrapper):
             one = output
             if len(keys) > 1:
                 try:
-                    one = run(call.only([len(keys) - 1])[0])
+                    one = run(call.only([len(keys) - 1]).values)
                 except (RuntimeError, ValueError, IndexError, TypeError) as error:
                     pattern = Pattern(None, frozenset(), compared=True, whole=f"an image alone is refused ({error})")
             if pattern is None or not pattern.whole:
                 pattern = Pattern.of(one, self._read)
             if len(keys) > 1 and not pattern.whole:
-                pattern.compare(one, output, call.sizes, call.tiled)
+                pattern.compare(one, output, call.sizes, call.tiles)
             self._patterns[constants] = pattern
         if pattern.whole and not call.whole:
             self.passed[f"kept by call, not by image: {pattern.whole}"] += 1
@@ -195,7 +198,7 @@ class ImageCache(Wrapper):
                 self._learn(whole, constants, whole.keys(constants), output, run)
             return
         try:
-            parts = pattern.split(output, call.sizes, call.tiled)
+            parts = pattern.split(output, call.sizes, call.tiles)
         except (ValueError, TypeError, KeyError):
             pattern.whole = "how a batch's output holds its images is not known"
             return
@@ -254,6 +257,25 @@ class ImageCache(Wrapper):
         held = f"{len(self.kept)} kept, {self.kept.bytes / 1e6:.0f} MB in memory"
         others = "".join(f"; {count} calls: {reason}" for reason, count in self.passed.items())
         return f"image features of {where}: {held}; computed {self.computed} times, reused {self.reused} times{others}"
+
+
+class Replicas(Wrapper):
+    """Stands over ``owner``'s method that makes DataParallel's replicas, which have tensors of their own and run their own ``method``."""
+
+    def __init__(self, owner: nn.Module, method: str):
+        self.owner, self.method = owner, method
+
+    def __call__(self) -> nn.Module:
+        replica = getattr(type(self.owner), REPLICATE)(self.owner)
+        for name in (REPLICATE, self.method):
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def __deepcopy__(self, memo) -> Replicas:
+        return Replicas(deepcopy(self.owner, memo), self.method)
+
+    def __reduce__(self):
+        return getattr, (self.owner, REPLICATE)
 
 
 def image_caches(model: nn.Module) -> list[ImageCache]:

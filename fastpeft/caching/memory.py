@@ -31,6 +31,7 @@ class Kept:
 
     def __init__(self, limit_bytes: int, store: FeatureStore | None = None):
         self.limit_bytes, self.store, self.bytes, self.lookups, self.loaded = limit_bytes, store, 0, 0, 0
+        self.refused = self.evicted = 0  # entries for which there was no room, and that made room
         self._entries: OrderedDict[str, tuple[Entry, int, Any]] = OrderedDict()  # in order of use: (entry, look-up, event of its copy)
         self._copying: deque[tuple[str, Entry, Any]] = deque()  # to be written once they are complete
         self._lock, self._looked = threading.RLock(), time.monotonic()
@@ -87,14 +88,22 @@ class Kept:
         self._forget(key)
         size = sum(tensor.nbytes for tensor in entry.values())
         if size > self.limit_bytes:
+            self.refused += 1
             return
         while self.bytes + size > self.limit_bytes:
             oldest, (_, used, _) = next(iter(self._entries.items()))
             if self.lookups - used <= IDLE * len(self._entries):
+                self.refused += 1
                 return
+            self.evicted += 1
             self._forget(oldest)
         self._entries[key] = (entry, self.lookups, copied)
         self.bytes += size
+
+    def forget(self, key: str) -> None:
+        """Take an entry out of memory, if it is there."""
+        with self._lock:
+            self._forget(key)
 
     def _forget(self, key: str) -> None:
         if key in self._entries:

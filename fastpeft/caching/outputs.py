@@ -87,14 +87,14 @@ class Pattern:
     def without_unkept(self, output: ModelOutput) -> ModelOutput:
         return _rebuilt(output, [(name, value) for name, value in children(output) if name not in self.unkept])
 
-    def compare(self, one: Any, batch: Any, sizes: Sequence[int], tiled: bool) -> None:
+    def compare(self, one: Any, batch: Any, sizes: Sequence[int], tiles: Sequence[int]) -> None:
         """Learn how a batch holds its images from its last one's own output. Sets ``whole`` where it cannot be told, or where an image's
         values depend on the others."""
         self.compared = True
         try:
             self._compare(one, batch, len(sizes), ())
             for path, mine in self.kept(one).items():
-                theirs = self.split(batch, sizes, tiled)[-1][path]
+                theirs = self.split(batch, sizes, tiles)[-1][path]
                 if mine.shape != theirs.shape or not _close(mine, theirs):
                     self.whole = "an image's features depend on the others of its batch"
                     return
@@ -114,23 +114,24 @@ class Pattern:
         for key, mine in inside:
             self._compare(mine, dict(theirs)[key], count, (*path, key))
 
-    def split(self, batch: Any, sizes: Sequence[int], tiled: bool) -> list[dict[Path, Tensor]]:
-        """What each image has of a batch's output: tensors by the paths of one image's output; views. ``tiled``: images are of several
-        tiles, of which the batch holds more than are used: a tensor's rows then cannot be told, a list's entries can. ValueError there."""
+    def split(self, batch: Any, sizes: Sequence[int], tiles: Sequence[int]) -> list[dict[Path, Tensor]]:
+        """What each image has of a batch's output: tensors by the paths of one image's output; views. ``tiles``: how many each
+        image uses of those that the batch holds; a tensor's rows can then be told where they are as many. ValueError where they cannot."""
         if len(sizes) == 1:
             return [self.kept(batch)]
         parts: list[dict[Path, Tensor]] = [{} for _ in sizes]
-        self._split(self.output, batch, None if tiled else sizes, (), parts)
+        self._split(self.output, batch, sizes, tiles, (), parts)
         return parts
 
-    def _split(self, one: Any, batch: Any, sizes: Sequence[int] | None, path: Path, parts: list[dict[Path, Tensor]]) -> None:
+    def _split(self, one: Any, batch: Any, sizes: Sequence[int], tiles: Sequence[int], path: Path, parts: list[dict[Path, Tensor]]) -> None:
         if path and path[0] in self.unkept:
             return
         if isinstance(one, Tensor):
             if not isinstance(batch, Tensor) or not batch.dim():
                 raise ValueError("a batch's output differs from an image's")
-            rows, rest = divmod(len(batch) * sizes[-1], sum(sizes)) if sizes else (0, 1)
-            if rest or any(size * rows % sizes[-1] for size in sizes):
+            sizes = tiles or sizes
+            rows, rest = divmod(len(batch) * sizes[-1], sum(sizes))
+            if rest or any(size * rows % sizes[-1] for size in sizes) or (tiles and len(batch) != sum(tiles)):
                 raise ValueError("the images' rows cannot be told")
             for part, rows_of_one in zip(parts, batch.split([size * rows // sizes[-1] for size in sizes])):
                 part[path] = rows_of_one
@@ -141,7 +142,7 @@ class Pattern:
             theirs = dict(children(batch) or ())
             for key, mine in children(one) or ():
                 if mine is not None:
-                    self._split(mine, theirs[key], sizes, (*path, key), parts)
+                    self._split(mine, theirs[key], sizes, tiles, (*path, key), parts)
 
     def join(self, entries: Sequence[Mapping[Path, Tensor]]) -> Any:
         """The output of a batch of these images, on the device it had; unkept fields are None."""

@@ -120,6 +120,10 @@ class FeatureStore:
     def __contains__(self, key: str) -> bool:
         return key in self._waiting or key in self._where
 
+    def keys(self) -> list[str]:
+        """Of all that is in files or waits."""
+        return [*self._where, *self._waiting]
+
     def refresh(self) -> None:
         """See what others have written since."""
         try:

@@ -40,7 +40,7 @@ def write_clip_folder(out: Path, source: Path, contents: Contents, vision_heads=
     with atomic_folder(out, keep=besides_weights) as draft:
         count = write_model(draft, config, tensors, tokenizer)
         if backbone != "lavin":  # which squeezes images in and takes ImageNet's numbers
-            (draft / "preprocessor_config.json").write_text(json.dumps(_clip_preprocessing(config), indent=1) + "\n")
+            (draft / "preprocessor_config.json").write_text(json.dumps(clip_preprocessing(config), indent=1) + "\n")
     return ConversionReport(direction, count, notes)
 
 
@@ -68,7 +68,7 @@ def lavin_vision(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     return ((f"vision.{n.removeprefix('vision_model.')}", t) for n, t in state.items() if n.startswith("vision_model."))
 
 
-def _clip_preprocessing(config: PretrainedConfig) -> dict:
+def clip_preprocessing(config: PretrainedConfig) -> dict:
     """What transformers' CLIPImageProcessor reads: OpenAI's resize, crop and numbers."""
     size = getattr(config, "vision_config", config).image_size
     return {

@@ -36,7 +36,7 @@ _NECK = {
     "adapter_modality_embedding.weight": "neck.modality.weight",
 }
 _NOT_OURS = (  # what LaVIN's code can also train, and why it does not convert
-    (r"\.adapter_mlp\.", "adapters before feed-forward layers (adapter_type block or router_block), which fastpeft's LaVIN does not have"),
+    (r"\.adapter_mlp\.", "adapters before feed-forward layers (adapter_type block or router_block), which no published file has"),
 )
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastpeft.cost.profile import CPU_ATTENTION
 from fastpeft.fused.flatten import sees_no_values
 from fastpeft.fused.projections import Recomputes
-from fastpeft.ops._private import StorageWeakRef, TorchDispatchMode, tree_iter
+from fastpeft.ops._private import StorageWeakRef, TorchDispatchMode, storage_id, tree_iter
 
 RANDOM_STATE = 5056  # bytes of the CPU generator's state, which a layer's recomputation keeps
 
@@ -99,7 +99,9 @@ class _Recorder:
     def __init__(self, model: nn.Module):
         self.own, self.kept, self.shared = _Storages(), _Storages(), _Storages()
         for t in (*model.parameters(), *model.buffers()):
-            self.own.add(t)
+            if not hasattr(t, "to_local"):  # a piece, which nobody saves
+                self.own.add(t)
+        self.gathered = {storage_id(t.untyped_storage()) for t in getattr(model, "gathered", ())}  # of a base in pieces
         self.layers: dict[str, Layer] = defaultdict(Layer)
         self.projected: dict[int, tuple[RecomputablePiece, StorageWeakRef]] = {}  # address of a projection's output -> its piece
         self.stack = [""]  # names of the layers that run now
@@ -113,6 +115,8 @@ class _Recorder:
             piece.freed -= size
             self.layers[self.stack[-1]].saved -= size
             del self.projected[address]
+        if storage_id(tensor.untyped_storage()) in self.gathered:
+            return
         if not self.own.holds(tensor) and self.kept.add(tensor):
             self.layers["" if self.shared.holds(tensor) else self.stack[-1]].saved += size
 

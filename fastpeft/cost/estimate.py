@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from fastpeft.caching.attach import lower_layers_known
+from fastpeft.cost.largest import largest
 from fastpeft.cost.profile import measure
+from fastpeft.cost.several_devices import Links, on_several_devices
+from fastpeft.data.shared_prefix import image_once
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.labels import IGNORE_INDEX
@@ -40,7 +44,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Estimate:
     """One training step of ``batch_size`` samples. flops_per_sample: forward and backward, two per multiply-add. saved_bytes: kept from
     forward to backward. peak_bytes: the most that tensors hold at once, optimiser included, and on a CPU the process around them
-    (process_bytes). fits, largest_batch_size: into a GPU's memory, less RESERVE. advice: what would make it smaller, with its peak."""
+    (process_bytes). ranks: of several devices (:class:`SeveralDevices`). fits, largest_batch_size: into a GPU's memory,
+    less RESERVE. advice: what would make it smaller, with its peak."""
 
     model: str
     plan: str
@@ -58,6 +63,7 @@ class Estimate:
     largest_batch_size: int | None = None
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ranks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not asked for is left out."""
@@ -74,6 +80,7 @@ class _Step:
     dtype: str
     questions_per_image: int
     feature_cache: bool
+    cache_layers: bool
     gradient_accumulation: int
     optimized: bool
     quantize: str | None
@@ -86,6 +93,8 @@ class _Step:
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+        if self.cache_layers and not self.optimized:
+            raise ValueError("cache_layers=True has no plain counterpart, which keeps nothing: leave one out")
         if self.quantize and not self.optimized:
             raise ValueError(f"quantize={self.quantize!r} has no plain counterpart, which writes a quantised base out: leave one out")
 
@@ -142,10 +151,16 @@ def estimate(
     dtype: str | torch.dtype = "fp32",
     questions_per_image: int = 1,
     feature_cache: bool = True,
+    cache_layers: bool = False,
     gradient_accumulation: int = 1,
     optimized: bool = True,
     gpu_memory: str | None = None,
     quantize: str | None = None,
+    world: int = 1,
+    nodes: int = 1,
+    shard: str | None = None,
+    links: Links | None = None,
+    flops_per_second: float | None = None,
     batch: Mapping[str, Any] | None = None,
     **options,
 ) -> Estimate:
@@ -153,12 +168,15 @@ def estimate(
 
     model: a name, a local transformers folder, or a model (whose configuration is taken). plan, ``options`` (r=8): as
     :func:`fastpeft.adapt`. seq_len: tokens of a question (20), or of a causal language model's sample (512); answer_len: of its answer
-    (6; a quarter). No padding. feature_cache: what frozen stages compute is kept, so it is not in the step. optimized=False: the
-    same model and plan without fastpeft (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory
-    ("24GB"): whether it fits, the largest batch that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's
-    own); weight_bytes are then those of that format, and the peak has room for the weights of the block that is largest when written
+    (6; a quarter). No padding. questions_per_image: so many of a batch are about one image, which is computed once for them.
+    feature_cache: what frozen stages compute is kept, so it is not in the step. cache_layers: neither is what lower layers of a language
+    model compute that train nothing, as after a first epoch. optimized=False: the same model and plan without fastpeft
+    (:func:`fastpeft.verify.baseline.plain`), attention forming its probabilities. gpu_memory ("24GB"): whether it fits, the largest batch
+    that does, and what would help. quantize: as :func:`fastpeft.build` (None: a model's own); weight_bytes are then those of that format,
+    and the peak has room for the weights of the block that is largest when written
     out. batch: what a data set's collator made of ``batch_size`` samples; the step is then of this batch, its lengths, padding, labels and
-    images, and seq_len, answer_len and questions_per_image say what other batches are like. ValueError names what cannot be.
+    images, and seq_len, answer_len and questions_per_image say what other batches are like. world, nodes, shard, links, flops_per_second:
+    of several devices, as :func:`on_several_devices`. ValueError names what cannot be.
     """
     step = _Step(
         batch_size=batch_size,
@@ -167,6 +185,7 @@ def estimate(
         dtype={v: k for k, v in DTYPES.items()}.get(dtype, dtype),
         questions_per_image=questions_per_image,
         feature_cache=feature_cache,
+        cache_layers=cache_layers,
         gradient_accumulation=gradient_accumulation,
         optimized=optimized,
         quantize=quantize or getattr(model, "fastpeft_source", {}).get("quantize"),
@@ -178,42 +197,19 @@ def estimate(
         return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None, batch=alike)
 
     result = run()
+    if world != 1 or nodes != 1 or shard is not None:
+        network = adapt(_meta_model(model, DTYPES[step.dtype], step.quantize)[0], plan, **options)
+        how = {"shard": shard, "links": links, "flops_per_second": flops_per_second}
+        result.ranks = on_several_devices(network, result, world, nodes, **how).to_dict()
     if gpu_memory is None:
         return result
     room = bytes_of(str(gpu_memory)) - int(RESERVE)
     result.fits = result.peak_bytes <= room
-    result.largest_batch_size = _largest(lambda n: run(batch_size=n).peak_bytes, batch_size, result.peak_bytes, room)
+    result.largest_batch_size = largest(lambda n: run(batch_size=n).peak_bytes, batch_size, result.peak_bytes, room)
     if not result.fits:
         result.advice = _advice(run, step, room)
     result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU are left for the CUDA context, workspaces and fragmentation")
     return result
-
-
-def _largest(peak: Callable[[int], int], batch: int, known: int, room: int) -> int:
-    """The largest batch whose peak is within ``room``: by doubling and bisection on estimates; 0 where not even one sample is."""
-    peaks = {batch: known}
-
-    def fits(n: int) -> bool:
-        if n not in peaks:
-            peaks[n] = peak(n)
-        return peaks[n] <= room
-
-    other = 2 * batch if batch == 1 else max(1, batch // 2)
-    fits(other)
-    slope = max(1.0, (peaks[batch] - peaks[other]) / (batch - other))
-    guess = max(1, min(1 << 20, int(batch + (room - peaks[batch]) / slope)))  # a peak is close to affine in the batch
-    low, high = (guess, None) if fits(guess) else (0, guess)
-    step = max(1, guess // 64)
-    while high is None or low == 0:
-        at = low + step if high is None else max(0, high - step)
-        if at == 0:
-            break
-        low, high = (at, high) if fits(at) else (low, at)
-        step *= 2
-    while high is not None and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _advice(run: Callable[..., Estimate], step: _Step, room: int) -> list[str]:
@@ -262,7 +258,8 @@ def _estimate_step(
         with _no_collection():
             before = tracker.live
             tracker.peak = before
-            with measure(network) as cost, lean_logits(network):
+            known = lower_layers_known(network) if step.cache_layers else nullcontext([])
+            with known as left_out, measure(network) as cost, lean_logits(network):
                 network(**inputs).loss.backward()
     halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
@@ -272,6 +269,8 @@ def _estimate_step(
     peak = max(weights + optimizer + held + tracker.peak - before + written, weights + optimizer + gradients)
     process = psutil.Process().memory_info().rss if on_cpu else 0
     notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
+    if step.cache_layers:
+        notes += left_out or ["cache_layers changes nothing: a language model's lowest layers are trained, or there is no language model"]
     return Estimate(
         name, str(network.fastpeft_plan), step.batch_size, step.dtype, cost.flops / step.batch_size, weights, gradients, optimizer,
         cost.saved_bytes, peak + process, process, cost.flops_by_part, notes=notes,
@@ -341,7 +340,8 @@ def _check_lengths(config, family: Family, length: int, answer: int | None) -> N
 
 
 def _inputs(network: nn.Module, step: _Step, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch without padding: ids and indices with data, pixels and features without."""
+    """A batch without padding: ids and indices with data, pixels and features without. An image's tokens are in a causal model's batch once
+    for all its questions, as the trainer's are."""
     family, batch, per_image = family_of(network), step.batch_size, step.questions_per_image
     kept = longest_frozen_stages(network) if step.feature_cache else None
     config, is_vqa = network.config, family.kind == "vqa"
@@ -361,6 +361,7 @@ def _inputs(network: nn.Module, step: _Step, dtype: torch.dtype) -> dict[str, Te
             tokens = family.image_tokens(config)
             if tokens:
                 inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
+                inputs |= image_once(inputs, tokens, per_image) if step.optimized else {}
     return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}
 
 

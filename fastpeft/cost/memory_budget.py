@@ -17,6 +17,7 @@ The estimate leaves out Python itself, a data set's cache and CUDA's context. Re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from fastpeft.cost.activations import ActivationProfile, profile_activations
 from fastpeft.fused.projections import Recomputes
 from fastpeft.methods.quantized import bytes_held, is_held, is_quantized
 from fastpeft.options import bytes_of
+from fastpeft.ranks import ALONE, Ranks
 
 TRANSIENT = 1.5  # of the forward's: measured 0.7 to 1.4 in backward, over MISS's plans
 
@@ -60,9 +62,12 @@ class Recomputation:
 
 
 def fixed_bytes(model: nn.Module) -> int:
-    """Weights and buffers, and for what is trained gradients and AdamW's two moments (with float32 masters under half precision)."""
-    own = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not is_quantized(t)}
+    """Weights and buffers, and for what is trained gradients and AdamW's two moments (with float32 masters under half precision). Of a
+    base in pieces, this rank's piece and what is gathered at once."""
+    held = (t.to_local() if hasattr(t, "to_local") else t for t in (*model.parameters(), *model.buffers()) if not is_quantized(t))
+    own = {t.data_ptr(): t for t in held}
     total = sum(t.untyped_storage().nbytes() for t in own.values()) + sum(bytes_held(m) for m in model.modules() if is_held(m))
+    total += getattr(model, "gathered_bytes", 0)
     for p in model.parameters():
         if p.requires_grad:
             total += p.numel() * (12 if p.dtype not in (torch.bfloat16, torch.float16) else 2 + 4 + 12)
@@ -134,16 +139,23 @@ def apply(model: nn.Module, modules: Iterable[str] = (), layers: Iterable[str] =
 
 class MemoryBudget:
     """Keeps a run under ``limit`` (bytes, or text such as "6GB"): profiles its first batch, and again every batch that might not fit what
-    was chosen. ``fit(inputs)`` before each forward is all a training loop has to add."""
+    was chosen. ``fit(inputs)`` before each forward is all a training loop has to add. ``together``: ranks that run every forward together,
+    and so profile together."""
 
-    def __init__(self, model: nn.Module, limit: int | str):
-        self.model, self.limit, self.fixed = model, bytes_of(limit) if isinstance(limit, str) else limit, fixed_bytes(model)
+    def __init__(self, model: nn.Module, limit: int | str, together: Ranks = ALONE):
+        self.model, self.limit, self.together = model, bytes_of(limit) if isinstance(limit, str) else limit, together
         self.chosen, self.sizes, self.room = Recomputation(), {}, 0  # room: the estimate beyond fixed, of batches of these sizes
+
+    @functools.cached_property
+    def fixed(self) -> int:
+        """Of :func:`fixed_bytes`, at the first step."""
+        return fixed_bytes(self.model)
 
     def fit(self, inputs: dict[str, Tensor]) -> None:
         """Make room for a step on ``inputs``, the model's keyword arguments. ValueError where there is no room."""
         sizes = {name: t.numel() for name, t in inputs.items()}
-        if self.sizes and self.fixed + self.room * _growth(self.sizes, sizes) <= self.limit:
+        fits = bool(self.sizes) and self.fixed + self.room * _growth(self.sizes, sizes) <= self.limit
+        if not any(self.together.sum([not fits])):
             return
         found = profile_activations(self.model, lambda: self.model(**inputs).loss)
         largest = {name: max(n, self.sizes.get(name, 0)) for name, n in sizes.items()}

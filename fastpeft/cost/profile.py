@@ -73,7 +73,8 @@ class _NoModules:
 def measure(model: nn.Module):
     """Count what runs inside, forward and backward of one step; yields a :class:`StepCost` that is filled in on exit."""
     cost, at = StepCost(), [OUTSIDE]
-    own = {storage_id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+    weights = (*model.parameters(), *model.buffers(), *getattr(model, "gathered", ()))  # the last: of a base in pieces
+    own = {storage_id(t.untyped_storage()) for t in weights}
     kept = WeakValueDictionary()  # by storage; weak, so that measuring frees memory when autograd does
     saved, flops = defaultdict(int), defaultdict(int)
 

@@ -9,6 +9,7 @@ from fastpeft.data.instruct import write_instruction_data
 from fastpeft.data.instructions import load_instructions
 from fastpeft.data.samples import Instruction, Sample, SampleList, hold_out, mix, normalise_answer
 from fastpeft.data.scienceqa import load_scienceqa
+from fastpeft.data.shared_prefix import SharedPrefixCollator
 from fastpeft.data.tokenizer import decode, encode_answers, encode_questions, load_tokenizer, save_tokenizer, train_tokenizer
 from fastpeft.data.vqa import EpochSampler, VQACollator, VQADataset
 
@@ -22,6 +23,7 @@ __all__ = [
     "Preprocess",
     "Sample",
     "SampleList",
+    "SharedPrefixCollator",
     "VQACollator",
     "VQADataset",
     "decode",

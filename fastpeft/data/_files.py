@@ -38,7 +38,7 @@ IMAGE_MARK = "<image>"  # LLaVA's, for an image's place in a question
 
 
 def without_image_mark(texts: Sequence[str], has_image: bool, *others: str) -> list[str]:
-    """The questions of a sample without "<image>": models here always read the image before the first question.
+    """The questions of a sample without "<image>": where an image stands is the prompt template's to say (see `place_of_image_mark`).
 
     `BadEntry` where the mark is in a text without an image, in a later question, there more than once, or in one of `others` (answers).
     """
@@ -51,6 +51,14 @@ def without_image_mark(texts: Sequence[str], has_image: bool, *others: str) -> l
         where = f"{sum(marks)} times" if sum(marks) > 1 else "in a later question"
         raise BadEntry("stray <image>", f"{IMAGE_MARK} stands {where}: one image is read, before the first question")
     return [text.replace(IMAGE_MARK, "").strip() if n else text for text, n in zip(texts, marks)]
+
+
+def place_of_image_mark(text: str) -> int | None:
+    """Where "<image>" stands in a question that :func:`without_image_mark` takes it out of; None where there is none."""
+    before, mark, after = text.partition(IMAGE_MARK)
+    if not mark:
+        return None
+    return len((before + after).strip()) if not after.strip() else len(before.lstrip()) if before.strip() else 0
 
 
 def find_split_file(folder: Path, split_file) -> Path:

@@ -65,12 +65,14 @@ class AnnotationFile:
         if isinstance(self.value.get("images"), list):
             joined = _annotations if isinstance(self.value.get("annotations"), list) else _sentences
             return list(joined(self.value))
+        if self.summaries:
+            return [Entry(None, *numbered) for numbered in enumerate(self.value["annotations"])]
         lists = [(name, entries) for name, entries in self.value.items() if isinstance(entries, list)]
         return [Entry(_synonym(name), *numbered) for name, entries in lists for numbered in enumerate(entries)]
 
     def format(self, formats: Sequence[Format]) -> Format | None:
         """Its format: the first entry that shows one speaks for the file."""
-        by_split = isinstance(self.value, dict) and not isinstance(self.value.get("images"), list)
+        by_split = isinstance(self.value, dict) and not isinstance(self.value.get("images"), list) and not self.summaries
         shown = (entry.content for entry in self.all_entries if not by_split or entry.split in SPLITS)
         fields = (set(content) for content in shown if isinstance(content, dict))
         return next((form for names in fields for form in formats if form.detect(names)), None)
@@ -82,7 +84,13 @@ class AnnotationFile:
 
     def holds(self, split: str) -> bool:
         """Whether the content itself, without the file's name, says that there are entries of a split other than for training."""
-        return isinstance(self.value, dict) or any(entry.split == split for entry in self.all_entries)
+        return (isinstance(self.value, dict) and not self.summaries) or any(entry.split == split for entry in self.all_entries)
+
+    @property
+    def summaries(self) -> bool:
+        """Whether it is laid out as XrayGPT's filter_cap.json: one list of annotations, which says nothing of splits."""
+        value = self.value
+        return isinstance(value, dict) and isinstance(value.get("annotations"), list) and "images" not in value
 
     @property
     def fields(self) -> str:
@@ -300,8 +308,10 @@ class InstructionNaming(Naming):
         return [source for source in self._readable(sources) if split in ("train", None) or source.kind != UNNAMED or source.holds(split)]
 
     def only(self, named: list[AnnotationFile], sources: list[AnnotationFile]) -> list[AnnotationFile]:
-        """Of question answering data alone, as by their own names."""
+        """Of question answering data alone, as by their own names, and XrayGPT's summaries, which have none for splits."""
         rest = self._readable(named) or [source for source in sources if source not in named]
+        if rest and all(source.summaries for source in rest):
+            return rest
         forms = [source.format(self.formats) for source in rest]
         return rest if self.kind in (None, "vqa") and all(form is not None and form.name == "vqa" for form in forms) else []
 

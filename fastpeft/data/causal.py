@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ from fastpeft.data.causal_batches import CausalCollator
 from fastpeft.data.causal_tokenizer import encode_texts
 from fastpeft.data.dataset import SampleDataset
 from fastpeft.data.images import Preprocess
-from fastpeft.data.prompts import IMAGE, frame, render
+from fastpeft.data.prompts import BOS, IMAGE, Piece, Token, check_place, ending, frame, render
 from fastpeft.data.samples import Instruction, Turns
 from fastpeft.data.tokenizer import save_tokenizer
 from fastpeft.labels import IGNORE_INDEX
 
 _CHUNK = 4096  # samples tokenised at once
 _PROMPT, _RESPONSE, _IMAGE = range(3)  # kinds of token
+_EOS = Token("</s>")  # the tokenizer's own, whatever its text
 
 
 class CausalDataset(SampleDataset):
@@ -58,6 +60,8 @@ class CausalDataset(SampleDataset):
         *,
         preprocess: Preprocess | None = None,
         image_tokens: int = 0,
+        image_place: str | None = None,
+        image_around: tuple[str, str] | None = None,
         prompts_only: bool = False,
         packed: bool = False,
         skip_bad: bool = False,
@@ -68,10 +72,15 @@ class CausalDataset(SampleDataset):
         if max_length < 2 or image_tokens < 0:
             raise ValueError(f"max_length={max_length}, image_tokens={image_tokens}: use 2 or more, and 0 or more")
         super().__init__(samples, preprocess, seed, cache_bytes, tokenizer)
+        check_place(template, image_place)
         self.template, self.max_length, self.image_tokens = template, max_length, image_tokens
+        self.image_place, self.image_around, self.ending = image_place, image_around, ending(template)
+        for token in image_around or ():
+            if tokenizer.get_vocab().get(token) is None:
+                raise ValueError(f"the model puts {token} beside an image, and the tokenizer has no such token: use the model's own")
         self.prompts_only, self.packed, self.reading, self.cut = prompts_only, packed, reading, 0
         of_images = ("image_mask", "pixel_values", "image_index") if any(sample.image for sample in samples) else ()
-        self.inputs = ("input_ids", "attention_mask", "position_ids", "labels", *of_images)
+        self.inputs = ("input_ids", "attention_mask", "position_ids", "prefix_lengths", "labels", *of_images)
         self._encoded: list[list[tuple[array, array]]] = []  # of each sample, each of its alternatives: ids, kinds of token
         kept, refused = [], []
         for start in range(0, len(samples), _CHUNK):
@@ -113,22 +122,28 @@ class CausalDataset(SampleDataset):
         return self._cut_prompt(sample, turns, ids[:], kinds[:])
 
     def _cut_prompt(self, sample: Instruction, turns: Turns, ids: array, kinds: array) -> tuple[array, array] | None:
-        (*openings, _), _ = render(self.template, sample, turns, self.image_tokens > 0)[0]
-        before, before_context, after = frame(self.template, sample, turns[0][0], self.image_tokens > 0)
-        texts = list({text for text in (*openings, before, before_context, after) if text is not None})
+        pieces = self._rendered(sample, turns)[0][0]
+        words = frame(self.template, sample, turns[0][0], self.image_tokens > 0, self.image_place, self.image_around)
+        at = words.piece
+        closing = pieces[-1] if at < len(pieces) - 1 else None  # of an image after the question
+        around = [words.before, words.before_context, words.after, closing, *filter(_is_text, pieces[: at + 1])]
+        texts = list({text for text in around if text is not None})
         tokens = dict(zip(texts, encode_texts(self.tokenizer, texts)))
-        start = 1 + sum(self.image_tokens if piece is IMAGE else len(tokens[piece]) for piece in openings)
-        asked = start + _common_prefix(tokens[before], ids[start:])  # where the question begins
-        end = max(asked, len(ids) - _common_prefix(tokens[after][::-1], ids[::-1]))
+        start = 1 + sum(self._length(piece, tokens) for piece in pieces[:at])
+        stop = len(ids) if closing is None else start + len(tokens[pieces[at]])
+        asked = start + _common_prefix(tokens[words.before], ids[start:stop])  # where the question begins
+        end = max(asked, stop - _common_prefix(tokens[words.after][::-1], ids[start:stop][::-1]))
         given = end  # where its context begins
-        if before_context is not None and len(turns) == 1:
-            given = min(max(asked, start + _common_prefix(tokens[before_context], ids[start:])), end)
+        if words.before_context is not None and (len(turns) == 1 or closing is not None):
+            given = min(max(asked, start + _common_prefix(tokens[words.before_context], ids[start:])), end)
         over = len(ids) - self.max_length
         if over <= end - asked:
             of_context = min(over, end - given)
             cuts = [(given, of_context), (asked, over - of_context)]  # the later first
         elif _IMAGE not in kinds:
             cuts = [(1, over)]
+        elif closing is not None:
+            return self._cut_around_image(over, end, tokens[closing], ids, kinds)
         elif start + len(ids) - end <= self.max_length:
             cuts = [(start, over)]
         else:
@@ -137,44 +152,81 @@ class CausalDataset(SampleDataset):
             del ids[begin : begin + count], kinds[begin : begin + count]
         return ids, kinds
 
+    def _cut_around_image(self, over: int, end: int, closing: list[int], ids: array, kinds: array) -> tuple[array, array] | None:
+        """Of a prompt whose image follows the question: what is left of a later turn goes from its beginning, and then the words before the
+        image; bos, the image and the last words stay."""
+        seen = len(kinds) - kinds[::-1].index(_IMAGE) + (self.image_around is not None)
+        later = max(seen, len(ids) - _common_prefix(closing[::-1], ids[::-1]))
+        first = min(over, end - 1)
+        rest = over - first
+        if rest > later - seen:
+            return None
+        for begin, count in ((seen, rest), (1, first)):
+            del ids[begin : begin + count], kinds[begin : begin + count]
+        return ids, kinds
+
+    def _length(self, piece: Piece, tokens: dict[str, list[int]]) -> int:
+        return self.image_tokens if piece is IMAGE else 1 if isinstance(piece, Token) else len(tokens[piece])
+
+    def _rendered(self, sample: Instruction, turns: Turns) -> list[tuple[list[Piece], str]]:
+        return render(self.template, sample, turns, self.image_tokens > 0, self.image_place, self.image_around)
+
     def _encode(self, samples: Sequence[Instruction]) -> list[list[tuple[array, array]]]:
-        rendered = [
-            [render(self.template, sample, turns, self.image_tokens > 0) for turns in (sample.turns, *sample.alternatives)]
-            for sample in samples
-        ]
-        texts: dict[str, list[int]] = {}
-        for turns in (turns for alternatives in rendered for turns in alternatives):
-            for pieces, response in turns:
-                texts.update(dict.fromkeys(p for p in pieces if p is not IMAGE))
-                texts[pieces[-1] + response] = []
+        read = [[self._runs(self._rendered(s, turns)) for turns in (s.turns, *s.alternatives)] for s in samples]
+        texts: dict[str, list[int]] = dict.fromkeys(
+            text for runs in (runs for alternatives in read for runs in alternatives) for run in runs for text in _cumulative(run)
+        )
         for text, ids in zip(texts, encode_texts(self.tokenizer, list(texts))):
             texts[text] = ids
-        return [[self._join(turns, texts) for turns in alternatives] for alternatives in rendered]
+        return [[self._join(runs, texts) for runs in alternatives] for alternatives in read]
 
-    def _join(self, turns: list, texts: dict[str, list[int]]) -> tuple[array, array]:
+    def _runs(self, turns: list[tuple[list[Piece], str]]) -> list[list[tuple[Piece, int]]]:
+        """Pieces and responses with their kinds; those in one list are tokenised as one text."""
+        runs: list[list[tuple[Piece, int]]] = []
+        goes_on = False  # whether the text of the turn before does
+        for number, (pieces, response) in enumerate(turns, 1):
+            for piece in pieces:
+                if goes_on and _is_text(piece):
+                    runs[-1].append((piece, _PROMPT))
+                else:
+                    runs.append([(piece, _IMAGE if piece is IMAGE else _PROMPT)])
+                goes_on = False
+            if self.prompts_only and number == len(turns):
+                break
+            runs[-1].append((response + self.ending.text, _RESPONSE))
+            if self.ending.eos:
+                runs.append([(_EOS, _RESPONSE)])
+            goes_on = not self.ending.eos
+        return runs
+
+    def _join(self, runs: list[list[tuple[Piece, int]]], texts: dict[str, list[int]]) -> tuple[array, array]:
         ids, kinds = array("i", [self.tokenizer.bos_token_id]), array("b", [_PROMPT])
 
         def add(more: list[int], kind: int) -> None:
             ids.extend(more)
             kinds.extend([kind] * len(more))
 
-        for number, (pieces, response) in enumerate(turns, 1):
-            for piece in pieces[:-1]:
-                if piece is IMAGE:
-                    add([self.tokenizer.pad_token_id] * self.image_tokens, _IMAGE)
-                else:
-                    add(texts[piece], _PROMPT)
-            prompt, whole = texts[pieces[-1]], texts[pieces[-1] + response]
-            if self.prompts_only and number == len(turns):
-                add(prompt, _PROMPT)
-                return ids, kinds
-            same = _common_prefix(prompt, whole)
-            add(whole[:same], _PROMPT)
-            add([*whole[same:], self.tokenizer.eos_token_id], _RESPONSE)
+        for run in runs:
+            piece, kind = run[0]
+            if not _is_text(piece):
+                add([self.tokenizer.pad_token_id] * self.image_tokens if piece is IMAGE else [self._id(piece)], kind)
+                continue
+            parts, done = _cumulative(run), 0
+            whole = texts[parts[-1]]
+            for (_, kind), text in zip(run, parts):
+                upto = len(whole) if text is parts[-1] else max(done, _common_prefix(texts[text], whole))
+                add(whole[done:upto], kind)
+                done = upto
         return ids, kinds
+
+    def _id(self, token: Token) -> int:
+        own = {BOS: self.tokenizer.bos_token_id, _EOS: self.tokenizer.eos_token_id}
+        return own[token] if token in own else self.tokenizer.get_vocab()[token]
 
     def _drawn(self, index: int) -> int:
         n = len(self._encoded[index])
+        if self.prompts_only and self.samples[index].kind == "reports":
+            return 0  # whatever was drawn in training, one wording asks
         return random.Random(f"turns {self.seed} {self.epoch} {index}").randrange(n) if n > 1 else 0
 
     @property
@@ -188,6 +240,10 @@ class CausalDataset(SampleDataset):
         """Tokens of each sample, of the longest of its alternatives."""
         return [max(len(ids) for ids, _ in encoded) for encoded in self._encoded]
 
+    def text_item(self, index: int) -> dict:
+        """`dataset[index]` without its image."""
+        return self._item(index)
+
     def _item(self, index: int) -> dict:
         ids, kinds = (torch.tensor(values, dtype=torch.int64) for values in self._encoded[index][self._drawn(index)])
         item = {"sample": self.samples[index], "input_ids": ids}
@@ -197,8 +253,10 @@ class CausalDataset(SampleDataset):
             item["image_mask"] = kinds == _IMAGE
         return item
 
-    def collator(self) -> CausalCollator:
-        return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed, padding_side="left" if self.prompts_only else "right")
+    def collator(self, share: bool = False) -> CausalCollator:
+        """``share``: what samples of a batch begin with is there once, for models that take "prefix_lengths"."""
+        side = "left" if self.prompts_only else "right"
+        return CausalCollator(self.tokenizer.pad_token_id, packed=self.packed, padding_side=side, share=share and not self.prompts_only)
 
     @staticmethod
     def weight(batch: dict) -> int:
@@ -211,13 +269,27 @@ class CausalDataset(SampleDataset):
 
     @staticmethod
     def tokens(batch: dict) -> int:
-        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1]
+        """Of its samples: those that several share count for each."""
+        if "attention_mask" in batch:
+            return int(batch["attention_mask"].sum())
+        return batch["input_ids"].shape[1] + int(sum(batch.get("prefix_lengths", ())))
 
     def describe(self) -> dict:
-        return describe_prompts(self.template, self.max_length, self.image_tokens, self.preprocess, self.reading)
+        return describe_prompts(self.template, self.max_length, self.image_tokens, self.preprocess, self.reading, self.image_place)
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+
+def _is_text(piece: Piece) -> bool:
+    return piece is not IMAGE and not isinstance(piece, Token)
+
+
+def _cumulative(run: list[tuple[Piece, int]]) -> list[str]:
+    """The beginnings of a run's text, as far as each of its pieces; none where it is no text."""
+    if not _is_text(run[0][0]):
+        return []
+    return list(accumulate(piece for piece, _ in run))
 
 
 def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
@@ -226,9 +298,15 @@ def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
 
 
 def describe_prompts(
-    template: str, max_length: int, image_tokens: int, preprocess: Preprocess | None = None, reading: dict | None = None
+    template: str,
+    max_length: int,
+    image_tokens: int,
+    preprocess: Preprocess | None = None,
+    reading: dict | None = None,
+    image_place: str | None = None,
 ) -> dict:
     """The entries of an adapter's description about the samples it was trained on."""
     images = {} if preprocess is None else {"preprocess": preprocess.to_dict()}
     prompt = {"template": template, "max_length": max_length, "image_tokens": image_tokens} | (reading or {})
+    prompt |= {} if image_place is None else {"image_place": image_place}
     return {**images, "tokenizer": "tokenizer", "prompt": prompt}

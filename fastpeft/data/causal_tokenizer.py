@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastpeft.data._sentencepiece import BYTE, CONTROL, UNKNOWN, byte_pair_merges, read_pieces
 from fastpeft.data.tokenizer import refuse_own_code
+from fastpeft.documents import parse_json
 
 _ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -16,7 +17,8 @@ def load_causal_tokenizer(path):
 
     Args:
         path: a folder with tokenizer.json or any tokenizer that transformers loads without code from the folder, a folder with
-            LLaMA's tokenizer.model or below one that has it (the original layout: tokenizer.model beside 7B/), or that file.
+            LLaMA's tokenizer.model or below one that has it (the original layout: tokenizer.model beside 7B/), or that file; tokens of
+            an added_tokens.json beside it come after its own.
 
     Without a padding token, the unknown token pads, else the end token: padding is masked and carries no label, so which one
     makes no difference, and the vocabulary keeps its size. ValueError where nothing is found, or bos or eos is missing.
@@ -35,6 +37,7 @@ def load_causal_tokenizer(path):
             raise ValueError(f"{path}: this tokenizer cannot be loaded ({what})") from None
     elif model is not None:
         tokenizer = _from_sentencepiece(model)
+        _add_listed(tokenizer, model.parent / "added_tokens.json")
     else:
         raise ValueError(f"{path}: no tokenizer here; give a folder with tokenizer.json or tokenizer.model, or a tokenizer.model file")
     missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, f"{name}_id") is None]
@@ -43,6 +46,30 @@ def load_causal_tokenizer(path):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
     return tokenizer
+
+
+def add_tokens(tokenizer, tokens: Sequence[str]) -> None:
+    """Special tokens after a tokenizer's own, in this order; [PAD] becomes the one that pads."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    if "[PAD]" in tokens:
+        tokenizer.pad_token = "[PAD]"
+
+
+def _add_listed(tokenizer, file: Path) -> None:
+    """The tokens of an added_tokens.json. ValueError where their ids do not follow the tokenizer's."""
+    if not file.is_file():
+        return
+    try:
+        listed = parse_json(file.read_text(encoding="utf-8"))
+        tokens = sorted(listed, key=listed.__getitem__)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a mapping of tokens to ids ({error})") from None
+    new = [token for token in tokens if token not in tokenizer.get_vocab()]
+    add_tokens(tokenizer, new)
+    if wrong := [token for token in tokens if tokenizer.get_vocab()[token] != listed[token]]:
+        raise ValueError(f"{file}: {wrong[0]} has id {listed[wrong[0]]}, and {tokenizer.get_vocab()[wrong[0]]} follows the tokenizer's own")
 
 
 def _from_sentencepiece(file: Path):

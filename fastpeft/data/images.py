@@ -132,6 +132,7 @@ class Preprocess:
     interpolation: "bilinear", or "bicubic", as CLIP and LaVIN have it. crop: the shorter side to S and the middle square, as CLIP,
     instead of both sides to S. With "bicubic" the pixels are those of transformers' CLIPImageProcessorPil to the bit; its
     CLIPImageProcessor resizes by torchvision, whose rounding differs by a level here and there.
+    pad: first make it a square, in the middle of one of ``mean``'s colour, as LLaVA's image_aspect_ratio pad.
     extra_255: divide by 255 once more after scaling to [0, 1]: the preprocessing the official MISS and MILE checkpoints were
     trained with.
     """
@@ -142,6 +143,7 @@ class Preprocess:
     extra_255: bool = False
     interpolation: str = "bilinear"
     crop: bool = False
+    pad: bool = False
 
     def __post_init__(self):
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -150,6 +152,8 @@ class Preprocess:
             raise ValueError(
                 f"image_size={self.image_size!r}: use a positive whole number of pixels, such as 480, of at most {MOST_PIXELS_A_SIDE:,}"
             )
+        if self.pad and self.mean is None:
+            raise ValueError("pad=True fills with the colour of mean: give mean and std")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both, or neither")
         for name in ("mean", "std"):
@@ -179,6 +183,8 @@ class Preprocess:
         loaded, S = load_image(image, max_pixels), self.image_size
         resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[self.interpolation]
         try:
+            if self.pad:
+                loaded = self._square(loaded)
             if self.crop:
                 resized = resize_and_crop(loaded, S, self.interpolation)
             else:
@@ -187,6 +193,15 @@ class Preprocess:
         except MemoryError:
             size = f"{loaded.width} x {loaded.height}"
             raise ValueError(f"{image}: not enough memory to resize this image of {size} pixels to {S}") from None
+
+    def _square(self, image):
+        """An RGB image in the middle of a square of the mean colour."""
+        from PIL import Image
+
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
 
     def scale(self, pixels: torch.Tensor) -> torch.Tensor:
         """float32 [..., 3, S, S] from the uint8 of `pixels`: to [0, 1], then the second /255 and the normalisation, if any."""

@@ -44,7 +44,8 @@ def load_instructions(
             to `data`, whose images it names. Of a file that holds several splits, the entries of `split` where there are any. Or a
             JSON list or a text file of qids, picked out of the training split if it has them all, else out of everything.
         languages: of question answering data, values of q_lang to keep (no q_lang counts as "en"); None keeps all.
-        instruction: what is asked where the data hold responses only (captions, reports).
+        instruction: what is asked where the data hold responses only (captions, reports). None: of captions the papers' words, of reports
+            one of XrayGPT's wordings, drawn anew in every epoch of training.
         image_folder: put before each image's name: "train2017" for LLaVA's bare names of COCO images.
         image_prefix: put before each image's file name: LaVIN's "COCO_train2014_".
         turns: of conversations: "dialogue", a sample of all turns; "each", every turn a sample of its own, or "first", the first turn
@@ -85,7 +86,8 @@ def load_instructions(
     )
     finder = ImageFinder(folder, skip_bad if check_images is None else check_images)
     inside = f"{image_folder.strip('/')}/" if image_folder else ""
-    reader = InstructionReader(finder, QuestionReader(finder, languages), instruction, inside, image_prefix, turns)
+    drawn = split in ("train", None)
+    reader = InstructionReader(finder, QuestionReader(finder, languages), instruction, inside, image_prefix, turns, drawn)
     samples, used, skipped = [], [], Counter()
     for source in sources:
         form = source.format(INSTRUCTION_FORMATS)

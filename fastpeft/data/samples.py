@@ -43,7 +43,8 @@ class Instruction:
     `image` is an absolute, existing path or None; `image_name` the name the file gives it. `context` is what the first question
     is about (Alpaca's "input"). `alternatives` are other turns of the same sample; each epoch draws one of all. `kind` is the
     name of its format; `entry` its place in `source` (an index in a list, or a problem's id). `facts` holds what the format
-    says beside the text, such as a problem's subject and grade.
+    says beside the text, such as a problem's subject and grade. `image_at`: where in the first question the data have the image's mark,
+    which is taken out of it; None where they have none.
     """
 
     turns: Turns
@@ -56,6 +57,7 @@ class Instruction:
     image_name: str = ""
     alternatives: tuple[Turns, ...] = ()
     facts: dict = field(default_factory=dict)
+    image_at: int | None = None
     data: str = ""  # the data set's name, where several are mixed
 
     @property

@@ -14,6 +14,8 @@ is kept because the published results of these formats were made with it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastpeft.data._files import BadEntry, ImageFinder, read_value, value_of, without_image_mark
@@ -71,6 +73,14 @@ def scienceqa_prompt(problem: dict, prompt_format: str = "QCM-ALE", use_caption:
     answer = f"The answer is {OPTIONS[problem['answer']]}."
     response = f"{_joined(before, problem)} {answer}" if before else f"{answer} BECAUSE: {_joined(after, problem)}" if after else answer
     return prompt, response.replace("  ", " ").strip().removesuffix("BECAUSE:").strip()
+
+
+def asked_in(samples: Sequence[Instruction], formats: Sequence[str]) -> list[Instruction]:
+    """Problems that were read in several ``formats`` as they are asked after training: in the format whose response is the answer alone,
+    where that is one of them (paper 003), else in the first."""
+    at = next((i for i, each in enumerate(formats) if check_prompt_format(each)[1] == "A"), 0)
+    asked = [(sample.turns, *sample.alternatives)[at] if sample.kind == "scienceqa" else None for sample in samples]
+    return [s if turns is None else replace(s, turns=turns, alternatives=()) for s, turns in zip(samples, asked)]
 
 
 DIRECT = "Answer with the option's letter from the given choices directly."  # LLaVA's words

@@ -11,7 +11,8 @@ from fastpeft.evaluate.scoring import Scoring
 
 
 def answer_and_score(model, dataset, tokenizer, *, progress: bool = True, scoring: Scoring | None = None, **how) -> tuple[list[str], dict]:
-    """(answers, scores) of a model on a data set, as the papers generate and score that kind of data; ``how``: of generation."""
+    """(answers, scores) of a model on a data set, as the papers generate and score that kind of data; ``how``: of generation, and
+    ``ranks``, which share the questions; each then has all answers."""
     scoring = scoring or Scoring()
     if not isinstance(dataset, VQADataset):
         return respond_and_score(model, dataset, progress=progress, scoring=scoring, **how)
@@ -22,7 +23,7 @@ def answer_and_score(model, dataset, tokenizer, *, progress: bool = True, scorin
 
 def generation_settings(dataset, tokenizer, **given) -> dict:
     """The arguments of transformers' ``generate`` that answer a data set: ``given`` over that kind's defaults."""
-    return answer_settings(**given) if isinstance(dataset, VQADataset) else response_settings(tokenizer, **given)
+    return answer_settings(**given) if isinstance(dataset, VQADataset) else response_settings(tokenizer, stop=dataset.ending.stop, **given)
 
 
 def write_answers(path, dataset, answers: list[str]) -> None:

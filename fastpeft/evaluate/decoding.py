@@ -26,9 +26,9 @@ def answer_settings(num_beams: int = 3, max_length: int = 10) -> dict[str, Any]:
     return decoding_settings(num_beams=num_beams, max_length=max_length)
 
 
-def response_settings(tokenizer, max_new_tokens: int = 128, **given) -> dict[str, Any]:
-    """Of a causal model's responses: greedy search, until the tokenizer's end token."""
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+def response_settings(tokenizer, max_new_tokens: int = 128, stop: str = "", **given) -> dict[str, Any]:
+    """Of a causal model's responses: greedy search, until the tokenizer's end token or the template's ``stop`` string."""
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id} | ({"stop_strings": [stop]} if stop else {})
     return decoding_settings(max_new_tokens=max_new_tokens, **tokens | given)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from fastpeft.caching.digest import digest_of_weights
 from fastpeft.caching.store import FeatureStore
 from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.methods import Frozen
+from fastpeft.options import bytes_of
 from fastpeft.progress import progress_bar
+from fastpeft.ranks import ALONE, Ranks
 
 CHUNK = 16  # images encoded at a time
 
@@ -44,19 +48,27 @@ class FeatureCache:
     question): in memory up to ``limit_bytes``, what does not fit in ``folder``, and without one computed again each time.
 
     With a ``folder`` all are written there (safetensors, see :class:`fastpeft.caching.store.FeatureStore`), found again by the item's
-    content and :func:`identity_of`, by later runs and by other processes. Outputs are those of evaluation mode and equal those of an
-    uncached step up to the rounding of another batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
+    content and :func:`identity_of`, by later runs and by other processes; ``ranks`` on one machine share a folder of the run's own
+    where none is given. Outputs are those of evaluation mode and equal those of an uncached step up to the rounding of another
+    batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
     ``computed``, ``reused`` and ``loaded`` count items. ValueError where the model has no frozen stage.
     """
 
     def __init__(
-        self, model: nn.Module, dataset, limit_bytes: int | None = None, folder: str | Path | None = None, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        dataset,
+        limit_bytes: int | None = None,
+        folder: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ):
         found = longest_frozen_stages(model, dataset)
         if found is None:
             raise ValueError(f"there are no image features to keep: {ImageFeatures.why_not(model, dataset)}")
         self.model, self.dataset, self.stages = model, dataset, found(model, dataset)
-        self.limit_bytes = psutil.virtual_memory().available // 3 if limit_bytes is None else limit_bytes
+        self.limit_bytes = psutil.virtual_memory().available // 3 // ranks.local_world if limit_bytes is None else limit_bytes
+        self.ranks = ranks
         self.dtype = next(model.parameters()).dtype if dtype is None else dtype
         self.folder = None if folder is None else Path(folder)
         self.store: FeatureStore | None = None
@@ -68,11 +80,39 @@ class FeatureCache:
             self.notes.append(f"question states are not kept: {QuestionStates.why_not(model, dataset)}")
 
     def prepare(self, progress: bool = True) -> None:
-        """Compute the outputs of all samples' distinct items now, saying how large they will be. ValueError names an unreadable image."""
-        stages, items = self.stages, list(dict.fromkeys(self.stages.items()))
-        if not items:
+        """Compute the outputs of all samples' distinct items now, saying how large they will be. ValueError names an unreadable image.
+        The ranks on a machine compute a part each, and read the others' from a folder."""
+        with self._shared_on_machine() as lent:
+            self._prepare(progress, lent)
+            self.flush()
+        self._open()
+        if self.store is not None:
+            self.store.refresh()
+
+    @contextmanager
+    def _shared_on_machine(self) -> Iterator[bool]:
+        """Inside, each rank writes its part; after it all are written. True where the folder is one for this run alone."""
+        ranks = self.ranks
+        if ranks.alone:
+            yield False
             return
-        one = self.read(items[:1])[0].numel() * self.dtype.itemsize // stages.tokens(items[0])
+        lend = self.folder is None and ranks.local_rank == 0 and ranks.local_world > 1
+        self._lent = tempfile.TemporaryDirectory(prefix="fastpeft-features-") if lend else None  # removed with this object
+        names = ranks.gather(self._lent.name if lend else None)
+        if (name := names[ranks.rank - ranks.local_rank]) is not None:
+            self.folder = Path(name)
+        yield name is not None
+        ranks.wait()
+
+    def _prepare(self, progress: bool, lent: bool) -> None:
+        """This rank's part. ``lent``: the folder is there to share alone, so what it holds is worth keeping in memory."""
+        stages, items = self.stages, list(dict.fromkeys(self.stages.items()))
+        at, of = (self.ranks.local_rank, self.ranks.local_world) if self.folder is not None else (0, 1)
+        chunks = list(self._chunks(items))[at::of]
+        if not chunks:
+            return
+        first = chunks[0][0]
+        one = self.read([first])[0].numel() * self.dtype.itemsize // stages.tokens(first)
         size = one * sum(map(stages.tokens, items))
         where = "memory" if size <= self.limit_bytes else "memory and computed again beyond its limit"
         if self.folder is not None:
@@ -82,16 +122,15 @@ class FeatureCache:
             if size > free:
                 self.notes.append(f"{self.folder} has {free / 1e9:.1f} GB free, all {stages.what} take {size / 1e9:.1f}: kept in memory")
                 self.folder = self.store = None
-            elif self._slower_to_load(items[0]):
+            elif not lent and self._slower_to_load(first):
                 self.notes.append(f"{stages.what} are computed again at every visit: that is faster here than to load them")
                 self.folder, self.store, self.limit_bytes, self.kept, self.bytes = None, None, 0, {}, 0
                 return
         told = f"encoding {len(items)} {stages.unit}s ({size / 1e6:.0f} MB, {where})"
-        with progress_bar(total=len(items), desc=told, unit=stages.unit, disable=not progress, leave=False) as bar:
-            for chunk in self._chunks(items):
+        with progress_bar(total=sum(map(len, chunks)), desc=told, unit=stages.unit, disable=not progress, leave=False) as bar:
+            for chunk in chunks:
                 self.read(chunk)
                 bar.update(len(chunk))
-        self.flush()
 
     def _chunks(self, items: Sequence[Hashable]) -> Iterator[list[Hashable]]:
         """Those of 16 images at a time, an image's together."""
@@ -185,6 +224,11 @@ class FeatureCache:
         if self.store is not None:
             self._write(self.store.flush)
 
+    def complete(self) -> bool:
+        """Whether no item has to be computed again."""
+        stored = self.store if self.store is not None else ()
+        return all(item in self.kept or self.stages.key(item) in stored for item in dict.fromkeys(self.stages.items()))
+
     def counts(self) -> dict[str, Any]:
         """Items computed, reused, and of these read from the folder; what they are, and in what unit."""
         return {
@@ -198,3 +242,18 @@ class FeatureCache:
         kept += f", all in {self.folder}" if self.store is not None else ""
         counts = f"encoded {self.computed} times, reused {self.reused} times" + (f", {self.loaded} from disk" if self.loaded else "")
         return "; ".join([f"{self.stages.what} kept ({kept}): {counts}; not in flops_per_sample", *self.notes])
+
+
+def sees_constants(model: nn.Module, dataset, config) -> bool:
+    """Whether a run of these options (feature_cache) has outputs of frozen stages to keep."""
+    return config.feature_cache and any(s.image is not None for s in dataset.samples) and longest_frozen_stages(model, dataset) is not None
+
+
+def cache_of(model: nn.Module, dataset, config, ranks: Ranks = ALONE) -> FeatureCache | None:
+    """The cache that a run's options (feature_cache, feature_cache_memory, feature_cache_dir, feature_dtype) ask for, where there is
+    something to keep."""
+    if not sees_constants(model, dataset, config):
+        return None
+    limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
+    kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
+    return FeatureCache(model, dataset, limit, config.feature_cache_dir, kept, ranks)

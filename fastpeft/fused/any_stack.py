@@ -8,6 +8,7 @@ whatever a mask says is as it was.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, self_layout
+from fastpeft.fused.lower import run_stack, standing
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
@@ -101,12 +103,21 @@ class FusedTextStack:
 
     @signature_of_replaced
     def forward(self, *args, **kwargs):
-        read = None if args or torch.compiler.is_compiling() else read_of(self, kwargs)
-        layout = None if read is None else self._layout(read, kwargs)
+        if args:  # GPT-NeoX's model hands token ids by position
+            names = list(inspect.signature(super().forward).parameters)
+            if len(args) > len(names):
+                return super().forward(*args, **kwargs)
+            kwargs = dict(zip(names, args)) | kwargs
+        return run_stack(self, kwargs, self._run)
+
+    def _run(self, options: dict[str, Any]) -> Any:
+        own = super().forward
+        read = None if torch.compiler.is_compiling() else read_of(self, options)
+        layout = None if read is None else self._layout(read, options)
         if layout is None:
-            return super().forward(*args, **kwargs)
+            return own(**options)
         with _on_tokens(self, layout):
-            return super().forward(**kwargs | {"use_cache": False})
+            return own(**options | {"use_cache": False})
 
     def _layout(self, read: Read, options: dict[str, Any]) -> Layout | None:
         """Where the real tokens lie; None where every token is computed."""
@@ -114,7 +125,7 @@ class FusedTextStack:
             return None
         if options.get("attention_mask") is None:  # then position_ids may mark packed samples, but only where there is no cache
             return None
-        if any(_asked(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
+        if any(asked_for(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
             return None
         if (name := self.config._attn_implementation) not in ("sdpa", "eager"):
             return None  # others get masks of other kinds
@@ -126,10 +137,12 @@ class FusedTextStack:
         host = read.positions()
         if not 0 < int(host.sum()) <= FULL * host.numel():
             return None
-        return self_layout(tuple(host.shape), host, next(self.parameters()).device)
+        tokens = options.get("input_ids") if options.get("inputs_embeds") is None else options["inputs_embeds"]
+        return self_layout(tuple(host.shape), host, tokens.device)
 
 
-def _asked(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
+def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
+    """Whether the caller of a stack, or else its configuration, asks for ``output_<what>``."""
     value = options.get(f"output_{what}")
     return bool(getattr(stack.config, f"output_{what}", False) if value is None else value is not False)
 
@@ -184,14 +197,9 @@ class _Padded(Function):
 def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     call = _Call(layout)
-    layers = list(stack._modules["layers"])
-    standing = [_OnTokens(layer, call, last=layer is layers[-1]) for layer in layers]
-    stack.__dict__["layers"] = standing
-    try:
+    layers = list(stack.layers)
+    with standing(stack, [_OnTokens(layer, call, last=layer is layers[-1]) for layer in layers]):
         yield
-    finally:
-        if stack.__dict__.get("layers") is standing:
-            del stack.__dict__["layers"]
 
 
 class _Call:

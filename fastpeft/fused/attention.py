@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpeft import ops
-from fastpeft.fused.attention_masks import read_mask
+from fastpeft.fused.attention_masks import attend_allowed, read_mask
 from fastpeft.fused.leaves import FusedDropout
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import accumulator, wants_grad
@@ -104,7 +104,7 @@ def _by_content(q, k, v, mask, prefix, rescale, dropout_p, scale, eager) -> Tens
         return ops.attention(q, k, v, causal=content.causal, key_padding_mask=padding, prefix=prefix, **options)
     if prefix is not None or content.allowed is None or (content.dead and content.least is not None):
         return None
-    return ops.attention(q, k, v, attn_mask=content.allowed, **options)
+    return attend_allowed(q, k, v, content, **options)
 
 
 def as_key_mask(mask: Tensor | None) -> Tensor | None:

@@ -39,10 +39,11 @@ from transformers.utils import output_capturing
 from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.fused.attention import why_not_fused
-from fastpeft.fused.attention_masks import MaskContent, read_mask
+from fastpeft.fused.attention_masks import MaskContent, attend_allowed, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
 from fastpeft.fused.layout import Layout
+from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
@@ -117,8 +118,8 @@ class FusedInterfaceAttention:
 
     @staticmethod
     def forward_of(cls: type) -> FunctionType:
-        """The forward of ``cls``, with the function looked up here."""
-        theirs = cls.forward
+        """The forward of ``cls``, with the function looked up here, and its projections of one input joined."""
+        theirs = join_calls(cls.forward)
         code, namespace = theirs.__code__, theirs.__globals__
         others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
         for name, make in (others := {THEIRS: Functions} | others).items():
@@ -226,8 +227,10 @@ def _attend(query, key, value, content: MaskContent, causal: bool, bias, eager: 
     if uniform or any(extra is not None for extra in extras.values()) or (bias is not None and bias.requires_grad):
         allowed = allowed_keys(query, key, causal, content.allowed)
         return attention_with_scores(query, key, value, allowed, options.pop("scale"), bias=bias, uniform=uniform, **extras, **options)
+    if content.causal is None and not causal:
+        return attend_allowed(query, key, value, content, bias=bias, **options)
     if content.causal is None:
-        return ops.attention(query, key, value, causal=causal, attn_mask=content.allowed, bias=bias, **options)
+        return ops.attention(query, key, value, causal=causal, bias=bias, **options)
     padding = content.padding if content.padding is None else content.padding.expand(len(query), -1)
     return ops.attention(query, key, value, causal=content.causal, key_padding_mask=padding, bias=bias, **options)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastpeft import ops
 from fastpeft.fused.attention import READ_BY_ATTENTION, dense_mask_attention, forms_probabilities, why_not_fused
-from fastpeft.fused.layout import LabelledQueries, Layout, rows_of
+from fastpeft.fused.layout import LabelledQueries, Layout, TreeLayout, rows_of
+from fastpeft.fused.prefix_cache import shared_before
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
@@ -96,7 +97,9 @@ class FusedLlamaAttention(Recomputes):
             k, v, prefix = self._with_excitor(excitor, k, v, prefix, hidden_states, keys, visual, tables)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"))
+            prefix = shared_before(past_key_values, self.layer_idx, prefix)
+        tree = layout.tree if isinstance(layout, TreeLayout) else None
+        context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"), tree)
         if prompted is not None:
             context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, values_raw, past_key_values), prompted.gate)
         output = self._output(context, l_v, layout, shape)
@@ -122,12 +125,23 @@ class FusedLlamaAttention(Recomputes):
         if (groups := self.num_key_value_groups) > 1:
             k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
             prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
-        return excitor(k, hidden_states, keys, visual, tables), v, prefix
+        if not isinstance(keys, TreeLayout) or visual is None:
+            return excitor(k, hidden_states, keys, visual, tables), v, prefix
+        rows, by_token = keys.by_root, k.transpose(1, 2).flatten(2)  # an image is seen by all tokens of a tree
+        visual = visual._replace(index=visual.index[keys.tree.roots])
+        k = rows.pad(by_token).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
+        k = excitor(k, hidden_states.reshape(-1, hidden_states.shape[-1]), rows, visual, tuple(t.flatten(0, -3) for t in tables))
+        return rows.unpad(k.transpose(1, 2).flatten(2))[None].unflatten(-1, (k.shape[1], -1)).transpose(1, 2), v, prefix
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, prefix, is_causal: bool | None) -> Tensor:
-        """[B, H, M, d]. ``causal`` None: ``mask`` and ``is_causal`` mean what they mean to transformers' functions."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, prefix, is_causal: bool | None, tree=None
+    ) -> Tensor:
+        """[B, H, M, d]. ``causal`` None: ``mask`` and ``is_causal`` mean what they mean to transformers' functions. ``tree``: samples share
+        prefixes."""
         options = {"prefix": prefix, "rescale": None, "scale": float(self.scaling)}
         options["dropout_p"] = self.attention_dropout if self.training else 0.0
+        if tree is not None:
+            return ops.tree_attention(q, k, v, tree, prefix=prefix, scale=options["scale"], dropout_p=options["dropout_p"])
         if causal is not None:
             return ops.attention(q, k, v, causal=causal, key_padding_mask=mask, **options)
         if mask is not None:

@@ -1,13 +1,16 @@
-"""What a mask of transformers' says: causality, key padding, any other pattern, or numbers added to the scores."""
+"""What a mask of transformers' says: causality, key padding, shared prefixes, any other pattern, or numbers added to the scores."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpeft.ops.attention import attention
 from fastpeft.ops.attention_backends import allowed_keys
+from fastpeft.ops.tree_attention import PrefixTree, tree_attention
 
 
 class MaskContent(NamedTuple):
@@ -15,7 +18,8 @@ class MaskContent(NamedTuple):
 
     ``allowed``: the same as bool, True = attend; ``causal`` with ``padding`` [B or 1, N]: the same as causality (or none) and key padding,
     ``causal`` None where it is neither; ``bias``: the mask itself where it adds other numbers than 0 and its dtype's least, ``allowed`` is
-    None then; ``dead``: some query has no key; ``least``: what stands for "no" in a mask of numbers."""
+    None then; ``dead``: some query has no key; ``least``: what stands for "no" in a mask of numbers; ``trees``, one for each of B rows or
+    for all: the same as samples that share prefixes, as :class:`fastpeft.data.SharedPrefixCollator` lays them out."""
 
     allowed: Tensor | None = None
     causal: bool | None = None
@@ -23,6 +27,7 @@ class MaskContent(NamedTuple):
     bias: Tensor | None = None
     dead: bool = False
     least: float | None = None
+    trees: tuple[PrefixTree, ...] | None = None
 
 
 def read_mask(mask: Tensor) -> MaskContent:
@@ -32,6 +37,16 @@ def read_mask(mask: Tensor) -> MaskContent:
         with torch.no_grad():
             noted = mask._fastpeft_content = (mask._version, _read(mask.detach()))
     return noted[1]
+
+
+def attend_allowed(q: Tensor, k: Tensor, v: Tensor, content: MaskContent, *, rescale=None, bias: Tensor | None = None, **options) -> Tensor:
+    """[B, H, T, d] of q [B, H, M, d] and k, v [B, H_kv, N, d] under a mask that is neither causality nor padding: by parts where samples
+    share prefixes. rescale, bias, options: as :func:`fastpeft.ops.attention`'s."""
+    trees = content.trees
+    if trees is None or rescale is not None or bias is not None:
+        return attention(q, k, v, attn_mask=content.allowed, rescale=rescale, bias=bias, **options)
+    rows = [tree_attention(*(t[i : i + 1] for t in (q, k, v)), trees[i if len(trees) > 1 else 0], **options) for i in range(len(q))]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _read(mask: Tensor) -> MaskContent:
@@ -58,4 +73,24 @@ def _pattern(allowed: Tensor, least: float | None) -> MaskContent:
     triangle = allowed_keys(rows[:, None], rows[:, None].mT, True, None) if rows.shape[1] == rows.shape[2] else None
     if triangle is not None and bool((rows == (seen & triangle[0])).all()):
         return content._replace(causal=True, padding=padding)
+    if triangle is not None and bool((rows <= triangle[0]).all()):
+        return content._replace(trees=_trees(rows))
     return content
+
+
+def _trees(rows: Tensor) -> tuple[PrefixTree, ...] | None:
+    """Of a mask [B, T, T] within causality; None where it is something else, or nothing is shared."""
+    trees = tuple(map(_tree, rows.cpu()))
+    if None in trees or not any(any(tree.shared) for tree in trees):
+        return None
+    return tuple(replace(tree, device=rows.device) for tree in trees)
+
+
+def _tree(row: Tensor) -> PrefixTree | None:
+    before = row.diagonal(-1)  # whether a token sees the one before it
+    starts = (0, *((~before).nonzero().squeeze(1) + 1).tolist())
+    try:
+        tree = PrefixTree((*starts, len(row)), tuple((row[list(starts)].sum(1) - 1).tolist()))
+    except ValueError:
+        return None
+    return tree if torch.equal(tree.mask(), row) else None

@@ -135,7 +135,7 @@ class FusedBlipTextSelfAttention(Attends, Recomputes):
             return False
         if (use := forced("absorb")) is not None:
             return use
-        shape = (layout.tokens / max(1, layout.rows), states.shape[1], states.shape[2], self.num_attention_heads)
+        shape = (layout.per_row, states.shape[1], states.shape[2], self.num_attention_heads)
         return absorbed_pays(*shape, training=torch.is_grad_enabled(), states_need_grad=states.requires_grad)
 
 

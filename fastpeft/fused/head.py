@@ -18,6 +18,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.ops._common import to_device_async
 from fastpeft.registry import fuses, original_class, signature_of_replaced
+from fastpeft.static_shapes import first_rows, sizes
 
 
 @fuses("transformers.models.llama.modeling_llama.LlamaForCausalLM")
@@ -25,7 +26,7 @@ class FusedLlamaForCausalLM:
     """LLaMA with its head. A training step with labels forms logits at labelled positions for its loss, and the others when somebody reads
     them (:mod:`fastpeft.fused.outputs`). ``lean_logits``: nobody does; then logits are None, and only what the loss needs is computed."""
 
-    host_inputs = ("attention_mask", "position_ids", "labels")  # best left on the host: nobody then waits for the device
+    host_inputs = ("attention_mask", "position_ids", "labels", "prefix_lengths")  # best left on the host: nobody then waits for the device
     lean_logits = False
 
     @staticmethod
@@ -49,17 +50,17 @@ class FusedLlamaForCausalLM:
         visual_seen: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as LlamaForCausalLM's: labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled
         tokens, or their sum over ``num_items_in_batch``. For Excitor,
         visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
-        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds: as FusedLlamaModel takes them."""
+        ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds, and
+        prefix_lengths of samples that share prefixes: as FusedLlamaModel takes them."""
         to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
-        if visual is not None:
-            own = torch.arange(len(visual))
-            index = own if visual_index is None else visual_index.cpu()
-            to_model["visual"] = Visual(visual, index if visual_seen is None else own.masked_fill(~visual_seen.cpu(), -1))
+        to_model |= {"prefix_lengths": prefix_lengths, "visual": _visual(visual, visual_index, visual_seen)}
+        to_model = {name: value for name, value in to_model.items() if value is not None}
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
@@ -87,6 +88,15 @@ class FusedLlamaForCausalLM:
             attentions=outputs.attentions,
         )
         return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
+
+
+def _visual(features: Tensor | None, index: Tensor | None, seen: Tensor | None) -> Visual | None:
+    """What Excitor sees, of the arguments of :meth:`FusedLlamaForCausalLM.forward`."""
+    if features is None:
+        return None
+    own = torch.arange(len(features))
+    index = own if index is None else readable(index)
+    return Visual(features, index if seen is None else own.masked_fill(~seen.cpu(), -1))
 
 
 class _ShiftsLabels:
@@ -185,7 +195,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
             raise ValueError(f"{len(targets)} labels for states {list(hidden.shape[:-1])}: give one for each")
         options = {"label_smoothing": self.label_smoothing, "reduction": reduction}
         if logits is None and not why_not_flat(self, self.cls) and original_class(self.cls.predictions.decoder) is nn.Linear:
-            rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            rows = labelled_rows(targets)
             at = to_device_async(rows, hidden.device)
             states = self.cls.predictions.transform(hidden.flatten(0, -2)[at])
             loss = labelled_loss(self.cls.predictions.decoder, states, targets[rows], items, **options)
@@ -194,6 +204,17 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
             loss = loss_of_logits(self.cls(hidden) if logits is None else logits, targets, items, **options)
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss
+
+
+def labelled_rows(targets: Tensor) -> Tensor:
+    """[n]: where targets [M] are labels; in a step of static shapes as many as it has room for, others after these."""
+    labelled, static = targets != IGNORE_INDEX, sizes()
+    return labelled.nonzero().squeeze(1) if static is None else first_rows(labelled, static.labelled)
+
+
+def readable(index: Tensor) -> Tensor:
+    """``index`` where its values may be read: nobody does in a step of static shapes."""
+    return index.cpu() if sizes() is None else index
 
 
 def labelled_positions(labels: Tensor, shift_labels: Tensor | None, shape: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastpeft.fused.layout import LabelledQueries, rows_of
 from fastpeft.fused.norms import add_norm
-from fastpeft.methods.mm_adapter import Routing
+from fastpeft.methods.mm_adapter import ATTENTION, FEED_FORWARD, Place, Routing
 from fastpeft.ops._recompute import without_recipe
 from fastpeft.registry import fuses
 
@@ -32,9 +32,8 @@ class FusedLlamaDecoderLayer:
     ) -> Tensor:
         """Arguments as :class:`FusedLlamaAttention`'s, and what routes MM-Adapters; returns the shape of hidden_states."""
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache} | ({} if labelled is None else {"labelled": labelled})
-        norm, adapter = self.input_layernorm, getattr(self, "mm_adapter", None)
         attended, *_ = self.self_attn(
-            hidden_states=norm(hidden_states) if adapter is None else adapter(hidden_states, norm, routing, self.self_attn.layer_idx),
+            hidden_states=self._adapted(ATTENTION, self.input_layernorm, hidden_states, routing),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_embeddings=position_embeddings,
@@ -42,19 +41,32 @@ class FusedLlamaDecoderLayer:
         )
         if labelled is not None:
             hidden_states = rows_of(hidden_states, labelled.tokens)
-        x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
+        if getattr(self, FEED_FORWARD, None) is None:
+            x, hidden_states = add_norm(attended, hidden_states, self.post_attention_layernorm)
+        else:
+            hidden_states = hidden_states + attended
+            routing = routing if labelled is None or routing is None else routing.at(labelled.tokens)
+            x = self._adapted(FEED_FORWARD, self.post_attention_layernorm, hidden_states, routing)
         return hidden_states + self.mlp(x)
 
-    @property
-    def adapter_readers(self) -> tuple[nn.Module, ...]:
-        """The projections that read what an adapter puts out."""
-        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
+    def _adapted(self, before: str, norm: nn.Module, hidden_states: Tensor, routing: Routing | None) -> Tensor:
+        """norm(hidden_states), through the adapter ``before`` what reads it, where there is one."""
+        if (adapter := getattr(self, before, None)) is None:
+            return norm(hidden_states)
+        return adapter(hidden_states, norm, routing, Place(self.self_attn.layer_idx, before))
 
-    def give_biases(self) -> None:
-        """Zeros to the attention's linear layers, and word of them to the configuration: a merged adapter has a bias."""
-        for linear in (*self.adapter_readers, self.self_attn.o_proj):
+    def adapter_readers(self, before: str) -> tuple[nn.Module, ...]:
+        """The projections that read what an adapter ``before`` them puts out."""
+        attention, mlp = self.self_attn, self.mlp
+        return (attention.q_proj, attention.k_proj, attention.v_proj) if before == ATTENTION else (mlp.gate_proj, mlp.up_proj)
+
+    def give_biases(self, before: str) -> None:
+        """Zeros to the linear layers of the attention or of the feed-forward block, and word of them to the configuration: a merged adapter
+        has a bias."""
+        last = self.self_attn.o_proj if before == ATTENTION else self.mlp.down_proj
+        for linear in (*self.adapter_readers(before), last):
             linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=False)
-        self.self_attn.config.attention_bias = True
+        setattr(self.self_attn.config, "attention_bias" if before == ATTENTION else "mlp_bias", True)
 
 
 @fuses("transformers.models.mistral.modeling_mistral.MistralDecoderLayer", code="dc93916b5118")
@@ -150,19 +162,20 @@ class FusedCLIPEncoderLayer:
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """[B, M, C]."""
-        attended, _ = self.self_attn(hidden_states=self.before_attention(hidden_states), attention_mask=attention_mask, **kwargs)
+        seen = self._adapted(ATTENTION, self.layer_norm1(hidden_states))
+        attended, _ = self.self_attn(hidden_states=seen, attention_mask=attention_mask, **kwargs)
         x, hidden_states = add_norm(attended, hidden_states, self.layer_norm2)
-        return hidden_states + self.mlp(x)
+        return hidden_states + self.mlp(self._adapted(FEED_FORWARD, x))
 
-    def before_attention(self, hidden_states: Tensor) -> Tensor:
-        """What attention sees."""
-        x, adapter = self.layer_norm1(hidden_states), getattr(self, "mm_adapter", None)
+    def _adapted(self, before: str, x: Tensor) -> Tensor:
+        """x, after a norm, through the adapter ``before`` what reads it, where there is one."""
+        adapter = getattr(self, before, None)
         return x if adapter is None else adapter.by_token(x)
 
-    @property
-    def adapter_readers(self) -> tuple[nn.Module, ...]:
-        """The projections that read what an adapter puts out."""
-        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
+    def adapter_readers(self, before: str) -> tuple[nn.Module, ...]:
+        """The projections that read what an adapter ``before`` them puts out."""
+        attention = self.self_attn
+        return (attention.q_proj, attention.k_proj, attention.v_proj) if before == ATTENTION else (self.mlp.fc1,)
 
 
 @fuses("transformers.models.blip.modeling_blip_text.BlipTextLayer", layout_aware=True)

@@ -8,6 +8,7 @@ Linear layers, norms and activations see [T, C]: no padding is computed. Self-at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
+from fastpeft.ops.tree_attention import PrefixTree, tree_of
+from fastpeft.static_shapes import first_rows, sizes
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,15 @@ class Layout:
     def tokens(self) -> int:
         return self.rows * self.columns if self.place is None else len(self.place)
 
+    @property
+    def per_row(self) -> float:
+        """Tokens of a row, on average; the row's cells where they are not counted."""
+        return self.columns if self.counts is None else self.tokens / max(1, self.rows)
+
+    def cells_on(self, device: torch.device) -> Tensor:
+        """[T], on the device: what ``place`` says."""
+        return torch.arange(self.rows * self.columns, device=device) if self.place is None else self.place
+
     def pad(self, x: Tensor) -> Tensor:
         """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
         x = x.reshape(-1, x.shape[-1])
@@ -59,13 +71,44 @@ class Layout:
         flat = table.reshape(self.rows * self.columns, -1)
         return flat if self.place is None else flat.index_select(0, self.place)
 
+    @property
+    def is_uncounted(self) -> bool:
+        """Whether the tokens of each row are known on the device alone: in steps of static shapes."""
+        return self.place is not None and self.counts is None
+
     def by_row(self, x: Tensor) -> Tensor:
-        """[T, C] -> the same tokens, row by row."""
+        """[T, C] -> the same tokens, row by row; where they are not counted all cells, those without a token zero."""
+        if self.is_uncounted:
+            return self.pad(x).flatten(0, 1)
         return x if self.order is None else x.index_select(0, self.order)
 
     def from_rows(self, x: Tensor) -> Tensor:
-        """[T, C] row by row -> as the tokens lie."""
+        """What :meth:`by_row` lays row by row -> as the tokens lie."""
+        if self.is_uncounted:
+            return self.unpad(x.view(self.rows, self.columns, -1))
         return x if self.order is None else torch.empty_like(x).index_copy(0, self.order, x)
+
+
+@dataclass(frozen=True)
+class TreeLayout(Layout):
+    """Samples that share prefixes, one after the other in one row: attention reads it as ``tree`` says."""
+
+    tree: PrefixTree | None = None
+
+    @classmethod
+    def of(cls, tree: PrefixTree) -> TreeLayout:
+        return cls(1, tree.tokens if tree.queries is None else len(tree.queries), None, tree=tree)
+
+    @property
+    def row(self) -> Tensor:
+        """[T], on the CPU: the sample whose own each token is."""
+        return self.tree.sample
+
+    @cached_property
+    def by_root(self) -> Layout:
+        """Its trees, each in a row of its own."""
+        ends = torch.tensor([*(self.tree.starts[s] for s in self.tree.roots), self.tree.tokens])
+        return rows_layout(ends.diff(), self.tree.device)
 
 
 def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
@@ -79,18 +122,41 @@ def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.de
     return Layout(rows, columns, to_device_async(cells, device), counts, order, cells)
 
 
-def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> Layout:
-    """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for."""
-    if mask is None:
+def sub_layout(layout: Layout, rows: Tensor, tokens: Tensor, device: torch.device) -> Layout:
+    """The tokens of some ``rows`` alone, which are ``tokens`` in reading order, both int64 and sorted, on the CPU."""
+    cells = layout.cells[tokens]
+    return _laid(len(rows), layout.columns, torch.searchsorted(rows, cells // layout.columns), cells % layout.columns, device)
+
+
+def self_layout(shape: tuple[int, int], mask: Tensor | None, device: torch.device, static: int | None = None) -> Layout:
+    """Tokens in reading order; mask [B, L] bool, on the CPU if the device is not to be waited for. ``static``: so many tokens are laid out,
+    those beyond the mask's are padding."""
+    if mask is None or (static is not None and static >= mask.numel()):
         return Layout(*shape, None)
+    if static is not None:
+        return Layout(*shape, first_rows(mask.flatten(), static))
     return _laid(*shape, *mask.cpu().nonzero().unbind(1), device)
 
 
 def image_layout(tokens: Layout, image_index: Tensor, images: int, device: torch.device) -> Layout:
     """The same tokens, by the image they ask about: image_index [B] gives each sample's image, of ``images``."""
+    if (static := sizes()) is not None:
+        return _static_image_layout(tokens, image_index, images, static.questions_per_image)
     owner = image_index.cpu()[tokens.row]  # [T], the image of each token
     counts = torch.bincount(owner, minlength=images)
     return _laid(images, int(counts.max()), owner, _slots(owner, counts), device)
+
+
+def _static_image_layout(tokens: Layout, image_index: Tensor, images: int, per_image: int) -> Layout:
+    """Each image's row has room for ``per_image`` samples of as many columns as ``tokens`` has."""
+    if per_image == 1:
+        return tokens
+    same = image_index[:, None] == image_index
+    slot = same.tril(-1).sum(1)  # [B], samples before that share the image
+    cells = tokens.cells_on(image_index.device)
+    row, column = cells // tokens.columns, cells % tokens.columns
+    columns = per_image * tokens.columns
+    return Layout(images, columns, image_index[row] * columns + slot[row] * tokens.columns + column)
 
 
 def _slots(row: Tensor, counts: Tensor) -> Tensor:
@@ -121,9 +187,19 @@ def packed_rows(position_ids: Tensor, hidden: Tensor) -> Layout | None:
     return rows_layout(torch.diff(first, append=first.new_tensor([ids.numel()])), hidden.device)
 
 
+def tree_layout(position_ids: Tensor | None, prefix_lengths: Tensor, tokens: Tensor) -> TreeLayout:
+    """The layout of tokens [1, T, ...] whose samples share prefixes. ValueError where position_ids [1, T] or prefix_lengths [S] do not
+    fit."""
+    if position_ids is None or position_ids.shape != tokens.shape[:2] or len(tokens) != 1:
+        given = None if position_ids is None else tuple(position_ids.shape)
+        raise ValueError(f"prefix_lengths are of one row of tokens with position_ids [1, T]; these are {given}, in {len(tokens)} rows")
+    return TreeLayout.of(tree_of(position_ids[0], prefix_lengths, tokens.device))
+
+
 class TokenPlan(NamedTuple):
     """Layout of a call's tokens. ``tokens``: where in the batch those lie that layers see flattened (None: layers see [B, L, C]);
-    ``layout``: where they lie in attention (None: as in the batch); ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
+    ``layout``: where they lie in attention (None: as in the batch), a :class:`TreeLayout` where samples share
+    prefixes; ``mask`` [B, N] bool over keys; ``causal`` None: attention gets
     transformers' own mask; ``output_mask`` [B, L] bool: the only outputs that are read (None: all)."""
 
     tokens: Layout | None = None
@@ -156,6 +232,10 @@ def queries_at(
     causality stays aligned at both tables' last columns.
     """
     layout = tokens if attended is None else attended
+    if (static := sizes()) is not None:
+        return _static_queries_at(tokens, layout, output_mask, static.labelled)
+    if isinstance(layout, TreeLayout):
+        return _queries_in_tree(tokens, output_mask, layout, device)
     at, place = tokens.cells, layout.cells
     hit = output_mask.cpu().flatten()[at]
     if bool(hit.all()) or not bool(hit.any()):
@@ -168,6 +248,32 @@ def queries_at(
         seen=None if bool(seen.all()) else to_device_async(seen.nonzero().squeeze(1), device),
         queries=_laid(layout.rows, last - first + 1, rows[hit], columns[hit] - first, device),
         keys=_laid(layout.rows, last + 1, rows[seen], columns[seen], device),
+        outputs=Layout(tokens.rows, tokens.columns, to_device_async(at[hit], device), host=at[hit]),
+    )
+
+
+def _static_queries_at(tokens: Layout, layout: Layout, output_mask: Tensor, labelled: int) -> LabelledQueries | None:
+    """So many queries, those of ``output_mask`` first; their table has all columns, as where the labels lie is not known here."""
+    if labelled >= tokens.tokens:
+        return None
+    at = tokens.cells_on(output_mask.device)
+    index = first_rows(output_mask.flatten()[at], labelled)
+    queries = Layout(layout.rows, layout.columns, layout.cells_on(at.device)[index])
+    return LabelledQueries(index, None, queries, layout, Layout(tokens.rows, tokens.columns, at[index]))
+
+
+def _queries_in_tree(tokens: Layout, output_mask: Tensor, layout: TreeLayout, device: torch.device) -> LabelledQueries | None:
+    """Likewise; all keys stay."""
+    at = tokens.cells
+    hit = output_mask.cpu().flatten()[at]
+    if bool(hit.all()) or not bool(hit.any()):
+        return None
+    asked = hit.nonzero().squeeze(1)
+    return LabelledQueries(
+        tokens=to_device_async(asked, device),
+        seen=None,
+        queries=TreeLayout.of(layout.tree.at(asked)),
+        keys=layout,
         outputs=Layout(tokens.rows, tokens.columns, to_device_async(at[hit], device), host=at[hit]),
     )
 

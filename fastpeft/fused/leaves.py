@@ -112,3 +112,12 @@ class FusedQuickGELU:
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
         return silu(input, 1.702)
+
+
+def gelu_kind(act: nn.Module) -> str | None:
+    """The ``approximate`` of GELU that a fused activation computes; None for others."""
+    if isinstance(act, FusedTorchGELU):
+        return act.approximate
+    if isinstance(act, FusedWrittenGELU) or (isinstance(act, FusedGELUTanh) and not act.why_not(act)):
+        return "tanh"
+    return "none" if isinstance(act, FusedGELU) and not act.why_not(act) else None

@@ -22,6 +22,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.quantized import is_quantized
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import original_class
+from fastpeft.static_shapes import NotStatic, first_rows, sizes
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -122,6 +123,11 @@ def labelled_loss(
     """Cross entropy of hidden [..., C] under ``head`` with targets [...], ignore_index for none: the mean over labelled tokens, or their
     sum over ``items``; reduction "none": of each of N tokens. Logits exist at labelled positions only."""
     reduced, options = _reduced(reduction, items), {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if (static := sizes()) is not None and targets.numel() > static.labelled:
+        if reduction == "none":
+            raise NotStatic("the loss of every token is asked for")
+        rows = first_rows(targets.flatten() != ignore_index, static.labelled)
+        hidden, targets = hidden.flatten(0, -2).index_select(0, rows), targets.flatten()[rows]
     if (recorded := _recording_into()) is not None and reduction != "none":
         losses = labelled_loss(head, hidden, targets, reduction="none", **options)
         return _over(items, reduction, _recording(recorded, losses, targets, ignore_index, reduced))
@@ -130,6 +136,8 @@ def labelled_loss(
         return _over(items, reduction, loss)
     # an adapter on the head, ours or PEFT's, or a quantised head: the weight alone is not what it computes
     targets = to_device_async(targets, hidden.device).flatten()
+    if static is not None:  # rows without a label count nothing in the loss of logits
+        return loss_of_logits(project_one(head, hidden.flatten(0, -2)), targets, items, reduction=reduction, **options)
     rows = targets != ignore_index
     logits = project_one(head, hidden.flatten(0, -2)[rows])
     loss = loss_of_logits(logits, targets[rows], items, reduction=reduction, **options)

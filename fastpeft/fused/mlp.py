@@ -11,10 +11,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from fastpeft import ops
+from fastpeft.fused.leaves import gelu_kind
 from fastpeft.fused.norms import add_norm
 from fastpeft.fused.projections import Recomputes, project, project_one
 from fastpeft.methods.adapted import linear_spec
@@ -57,13 +59,14 @@ class _Gated(Recomputes):
         else:
             linears = (getattr(self, names.gate), getattr(self, names.up))
             gate, up = self.projected(partial(project, linears), x, linears)
-        down = getattr(self, names.down)
-        if act is not None and original_class(act) not in SILU:
-            product = multiply(act(gate), up)
+        down, kind = getattr(self, names.down), None if act is None else gelu_kind(act)
+        unit = ops.swiglu if act is None or original_class(act) in SILU else partial(ops.geglu, approximate=kind) if kind else None
+        if unit is None or gate.dtype != up.dtype:
+            product = multiply(F.silu(gate) if act is None else act(gate), up)
         elif drop is None and (spec := linear_spec(down)) is not None:
-            return spec._replace(input_scale=None)(ops.swiglu(gate, up, spec.input_scale))
+            return spec._replace(input_scale=None)(unit(gate, up, spec.input_scale))
         else:
-            product = ops.swiglu(gate, up)
+            product = unit(gate, up)
         return project_one(down, self.cast_for_last(product if drop is None else drop(product)))
 
     def cast_for_last(self, product: Tensor) -> Tensor:

@@ -39,9 +39,16 @@ class Recomputes:
 def project_together(linears: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
     """Several projections of one input, without IA3's factors on outputs, which attention folds into q and into its own output."""
     specs = [linear_spec(linear) for linear in linears]
-    if _joins(specs, x):
-        return lora_linears(x, [spec.projection for spec in specs], max(spec.dropout_p for spec in specs))
+    if (outputs := joined(specs, x)) is not None:
+        return outputs
     return tuple(linear(x) if spec is None else spec.apply_without_output_scale(x) for linear, spec in zip(linears, specs))
+
+
+def joined(specs: list[LinearSpec | None], x: Tensor) -> tuple[Tensor, ...] | None:
+    """The outputs of several linear layers of one input, without IA3's factors on them, by one op; None where they do not join."""
+    if not _joins(specs, x):
+        return None
+    return lora_linears(x, [spec.projection for spec in specs], max(spec.dropout_p for spec in specs))
 
 
 def _joins(specs: list[LinearSpec | None], x: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Driver of a stack of text layers: padding removed, prefixes handed down, a last layer at labelled positions, padding back.
 
 A model says in a :class:`~fastpeft.fused.layout.TokenPlan` how the tokens of a call lie; :func:`run_layers` lays them out, runs the layers
-and returns [B, L, C]. BLIP's text stack and LLaMA's call it. ``plan.layout`` is the one place that says which tokens attend together: a
-layout in which several samples share a prefix (its tokens once, each branch's own after it) belongs there, beside the attention that reads
-it; the driver, linear layers, norms and losses see tokens [T, C] and do not change.
+and returns [B, L, C]. BLIP's text stack and LLaMA's call it. ``plan.layout`` is the one place that says which tokens attend together: so
+too where samples share a prefix, whose tokens are there once (:class:`~fastpeft.fused.layout.TreeLayout`); the driver, linear layers,
+norms and losses see tokens [T, C] and do not change.
 """
 
 from __future__ import annotations

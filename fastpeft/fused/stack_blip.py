@@ -30,6 +30,7 @@ from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import to_device_async
 from fastpeft.registry import fuses
+from fastpeft.static_shapes import NotStatic, sizes
 
 # what treats every token by itself; nobody calls the encoder: its layers are run one by one
 ROW_WISE_PATHS.update(
@@ -54,6 +55,8 @@ class Encoded(NamedTuple):
         mask = as_key_mask(mask)
         if mask is not None and mask.dim() == 2 and len(mask) == 1:
             mask = mask.expand(samples, -1)
+        if mask is not None and mask.dim() == 2 and mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None  # as transformers' models make one of ones for every image: without it, layers may absorb their keys
         return cls(states, index, mask)
 
     @property
@@ -187,6 +190,10 @@ class FusedBlipTextModel:
         is masked as a whole attends to all keys alike)."""
         if mask is None or mask.dim() != 2 or cache is not None or torch.compiler.is_compiling():
             return True, True
+        if sizes() is not None:
+            if not unread and output_mask is None:
+                raise NotStatic("the states of a question's padding are read")
+            return True, True
         real = mask.cpu()
         if unread if output_mask is None else not bool((output_mask.cpu() & ~real).any()):
             return True, True
@@ -201,9 +208,13 @@ class FusedBlipTextModel:
     @staticmethod
     def _plan(hidden: Tensor, masks, cache, causal: bool, output_mask: Tensor | None, flat: bool) -> TokenPlan:
         """How the tokens lie: as they are where layers are not ``flat``, or where a cache or a 4-D mask forbids another layout."""
+        if not flat and sizes() is not None:
+            raise NotStatic("a layer of the text stack has to see padding")
         if not flat or cache is not None or any(mask is not None and mask.dim() == 4 for mask in masks):
             return TokenPlan(mask=masks[0], causal=causal)
-        layout = self_layout(hidden.shape[:2], masks[0], hidden.device)
+        static = sizes()
+        computed = None if static is None else static.answers if causal else static.tokens
+        layout = self_layout(hidden.shape[:2], masks[0], hidden.device, computed)
         return TokenPlan(layout, layout, masks[0], causal, output_mask)
 
     def _run(self, hidden: Tensor, plan: TokenPlan, seen: Encoded, cache, states: list | None) -> Tensor:

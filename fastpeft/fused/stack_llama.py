@@ -25,12 +25,16 @@ from fastpeft.fused.any_stack import read_of
 from fastpeft.fused.attention import READ_BY_ATTENTION, as_key_mask
 from fastpeft.fused.attention_llama import FusedLlamaAttention
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import Layout, TokenPlan, packed_rows, rows_layout, self_layout
+from fastpeft.fused.layout import Layout, TokenPlan, TreeLayout, packed_rows, rows_layout, self_layout, tree_layout
+from fastpeft.fused.lower import run_stack
+from fastpeft.fused.prefix_cache import SharedPrefixCache
 from fastpeft.fused.stack import prefixes_of, run_layers
 from fastpeft.methods.base import has_hooks
-from fastpeft.methods.mm_adapter import Routing
+from fastpeft.methods.excitor import Visual
+from fastpeft.methods.mm_adapter import Place, Routing
 from fastpeft.ops._common import accumulator, to_device_async
 from fastpeft.registry import fuses, path_of
+from fastpeft.static_shapes import NotStatic, sizes
 
 ROTARY = "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding"
 
@@ -74,12 +78,25 @@ class FusedLlamaModel:
         output_mask: Tensor | None = None,
         modality: Tensor | None = None,
         modality_embeds: tuple[Tensor, ...] | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Arguments as LlamaModel's; attention_mask [B, N]: nonzero = attend. What kwargs hold reaches every layer.
         output_mask [B, L] bool: the caller reads the last hidden state there only, elsewhere it may be zero; and no cache unless
         use_cache=True.
-        modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by."""
+        modality [B] int64: of each sample; modality_embeds, a tuple of [C]: the modalities' tokens, which MM-Adapters are routed by.
+        prefix_lengths [B] int64: the B samples lie in one row, and each goes on from so many first tokens of the one before, which are in
+        the row once; position_ids [1, T] begin there (:class:`fastpeft.data.CausalCollator` makes such rows)."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        given |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "output_mask": output_mask}
+        given |= {"modality": modality, "modality_embeds": modality_embeds, "prefix_lengths": prefix_lengths}
+        return run_stack(self, given | kwargs, lambda options: self._call(**options))
+
+    def _call(
+        self, *, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_mask, modality, modality_embeds,
+        prefix_lengths, **kwargs,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """``forward``, its lower layers ours or those that stand for them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
@@ -87,15 +104,33 @@ class FusedLlamaModel:
             read = read_of(self, given | {"attention_mask": attention_mask})
             output_mask = None if read is None else read.positions()
         ours = getattr(self, "prefix_encoder", None) is not None or modality is not None or kwargs.get("visual") is not None
+        tree = None if prefix_lengths is None else self._tree(given, attention_mask, position_ids, prefix_lengths, use_cache)
+        if tree is not None:
+            _check_one_image(tree, modality, kwargs.get("visual"))
+        ours |= tree is not None or isinstance(past_key_values, SharedPrefixCache)
         alone = self.alone or ours
-        asked, use_cache = use_cache, self._uses_cache(use_cache, alone)
+        asked, use_cache = use_cache, tree is None and self._uses_cache(use_cache, alone)
         position_ids = self._positions(given, attention_mask, position_ids) if alone else position_ids
         if not ours and not self._is_plain(given, attention_mask, kwargs, output_mask):
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **given, **kwargs)
-        return self._forward(attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours, given, kwargs)
+        about = (asked, use_cache, output_mask, modality, modality_embeds, tree)
+        return self._forward(attention_mask, position_ids, *about, ours, given, kwargs)
+
+    def _tree(self, given: dict, mask: Tensor | None, position_ids: Tensor | None, lengths: Tensor, use_cache: bool | None) -> TreeLayout:
+        """Where the tokens of samples that share prefixes lie. ValueError where this call cannot be of such."""
+        for name, wrong in (
+            ("a cache", use_cache or given["past_key_values"] is not None),
+            ("attention_mask", mask is not None),
+            ("torch.compile", torch.compiler.is_compiling()),
+            ("attention that is not causal", not is_causal(self)),
+        ):
+            if wrong:
+                raise ValueError(f"samples that share prefixes (prefix_lengths) go without {name}: leave one of the two out")
+        tokens = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
+        return tree_layout(position_ids, lengths, tokens)
 
     def _forward(
-        self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, ours: bool, given: dict, kwargs: dict
+        self, attention_mask, position_ids, asked, use_cache, output_mask, modality, modality_embeds, tree, ours: bool, given, kwargs
     ) -> BaseModelOutputWithPast:
         """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
@@ -110,7 +145,7 @@ class FusedLlamaModel:
             use_cache = cached = False
         flat = not ours or self._sees_tokens_alone()
         read = output_mask if flat and not cached and states is None else None
-        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None))
+        plan = self._plan(hidden, attention_mask, packed, read, flat, kwargs.pop("is_causal", None), tree)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         position_ids = self._counted(hidden, cache) if position_ids is None else position_ids
@@ -120,7 +155,7 @@ class FusedLlamaModel:
 
     def _sees_tokens_alone(self) -> bool:
         """Whether every layer can do without the padding of a batch."""
-        return not torch.compiler.is_compiling() and not why_not_flat(self, self.layers, self.norm)
+        return not torch.compiler.is_compiling() and not why_not_flat(self, self._modules["layers"], self.norm)
 
     @staticmethod
     def _counted(hidden: Tensor, cache) -> Tensor:
@@ -159,19 +194,27 @@ class FusedLlamaModel:
                 return False
             if (
                 self.config._attn_implementation == "eager"
+                and sizes() is None
                 and not bool(mask.all())
                 and (output_mask is None or _outside(output_mask, mask))
             ):
                 return False  # what padding attends to there is everything
-        return not why_not_flat(self, self.layers, self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
+        return not why_not_flat(self, self._modules["layers"], self.norm) and not any(map(FusedLlamaAttention.why_not, attentions(self)))
 
     def _layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None) -> TokenPlan:
+    def _plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool | None, tree: TreeLayout | None) -> TokenPlan:
         """How the tokens lie. position_ids: where they may mark packed samples; output_mask: the only outputs that are read."""
+        if tree is not None:
+            return _tree_plan(tree, hidden, output_mask, flat)
         causal = is_causal(self) if causal is None else causal
-        mask = as_key_mask(mask)
+        return self._text_plan(hidden, as_key_mask(mask), position_ids, output_mask, flat, causal)
+
+    def _text_plan(self, hidden, mask, position_ids, output_mask, flat: bool, causal: bool) -> TokenPlan:
+        """The same of texts each by itself, ``mask`` over keys."""
+        if (static := sizes()) is not None:
+            return self._static_plan(hidden, mask, output_mask, causal, static.tokens)
         if mask is not None and (mask.dim() == 4 or torch.compiler.is_compiling()):
             return TokenPlan(mask=mask, causal=None if mask.dim() == 4 else causal)
         if torch.compiler.is_compiling():
@@ -188,6 +231,14 @@ class FusedLlamaModel:
         tokens = self_layout(hidden.shape[:2], mask, hidden.device)
         return TokenPlan(tokens, tokens if mask is None else rows_layout(mask.sum(1), hidden.device), output_mask=output_mask)
 
+    @staticmethod
+    def _static_plan(hidden: Tensor, mask: Tensor | None, output_mask: Tensor | None, causal: bool, tokens: int) -> TokenPlan:
+        """Of padding on the right, which lies behind every token that causality lets see: attention needs no mask."""
+        if output_mask is None or not causal or mask is None or mask.shape != hidden.shape[:2]:
+            raise NotStatic("the stack computes padding here, or is not causal")
+        layout = self_layout(hidden.shape[:2], mask, hidden.device, tokens)
+        return TokenPlan(layout, layout, output_mask=output_mask)
+
     def _run(self, hidden, plan, flat, position_ids, cache, modality, modality_embeds, states, kwargs) -> BaseModelOutputWithPast:
         """The layers over hidden [B, L, C]. ``states``: a list for the hidden states, None where nobody asks."""
         layers = self._layers()
@@ -202,7 +253,7 @@ class FusedLlamaModel:
             norm=self.norm,
             states=states,
             attention_mask=None if plan.mask is None else to_device_async(plan.mask, hidden.device),
-            position_embeddings=self._rotary_tables(hidden, plan, flat, position_ids),
+            position_embeddings=self._rotary_tables(hidden, plan, flat, position_ids, cache),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -213,9 +264,11 @@ class FusedLlamaModel:
             last_hidden_state=last, past_key_values=cache, hidden_states=None if states is None else tuple(states)
         )
 
-    def _rotary_tables(self, hidden: Tensor, plan: TokenPlan, flat: bool, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary_tables(self, hidden: Tensor, plan: TokenPlan, flat: bool, position_ids: Tensor, cache) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [B or 1, L, d], or [T, d] where the plan lays tokens out; positions count on from the end of a prefix."""
         encoder, positions = getattr(self, "prefix_encoder", None), to_device_async(position_ids, hidden.device)
+        if isinstance(cache, SharedPrefixCache):
+            positions = positions + cache.prefix_tokens
         if encoder is not None:
             positions = positions + encoder.tokens
         like = hidden.new_empty(0, dtype=accumulator(hidden.dtype))  # float32 tables, where only our own modules read them
@@ -233,11 +286,12 @@ class FusedLlamaModel:
             hidden = hidden + 0.0 * modalities.sum()  # nothing reads them: their gradient is zero, not absent
         index = to_device_async(modality, hidden.device)
         if plan.layout is not None:
-            index = index[to_device_async(plan.layout.row, hidden.device)]
+            row = plan.layout.row if sizes() is None else plan.layout.cells_on(hidden.device) // plan.layout.columns
+            index = index[to_device_async(row, hidden.device)]
             index = index if plan.tokens is not None else index.view(hidden.shape[:2])
         return hidden, Routing(index, weights)
 
-    def _routes_of(self, modalities: Tensor, cache, prefixes) -> dict[int, Tensor]:
+    def _routes_of(self, modalities: Tensor, cache, prefixes) -> dict[Place, Tensor]:
         """What :meth:`routes` gives; in generation it stays with the cache."""
         if getattr(cache, "routes", None) is not None:
             return cache.routes
@@ -246,8 +300,8 @@ class FusedLlamaModel:
             cache.routes = weights
         return weights
 
-    def routes(self, hidden: Tensor, prefixes=None) -> dict[int, Tensor]:
-        """The mixture [modalities, 2] that each layer's MM-Adapter gives to the modalities' tokens, hidden [modalities, C].
+    def routes(self, hidden: Tensor, prefixes=None) -> dict[Place, Tensor]:
+        """The mixture [modalities, 2] that each MM-Adapter gives to the modalities' tokens, hidden [modalities, C].
 
         Nothing attends to these tokens and they to nothing but themselves, as in the official masks, so one of each serves the whole
         batch, in a pass of its own."""
@@ -272,14 +326,27 @@ class FusedLlamaModel:
         )
 
 
+def _tree_plan(tree: TreeLayout, hidden: Tensor, output_mask: Tensor | None, flat: bool) -> TokenPlan:
+    """Of samples that share prefixes; all of the row's tokens are somebody's."""
+    return TokenPlan(Layout(*hidden.shape[:2], None) if flat else None, tree, output_mask=output_mask)
+
+
 def is_fixed(cache) -> bool:
     """Whether a cache is of fixed size, as transformers' static ones are."""
     return cache is not None and cache.is_compileable
 
 
+def _check_one_image(layout: TreeLayout, modality: Tensor | None, visual: Visual | None) -> None:
+    """ValueError where samples that share a prefix have not the same modality, or do not see the same image: the prefix would differ."""
+    root = torch.tensor(layout.tree.shared).eq(0).cumsum(0) - 1
+    for name, index in (("modality", modality), ("image (visual_index)", None if visual is None else visual.index)):
+        if index is not None and (wrong := index.cpu() != index.cpu()[layout.tree.roots][root]).any():
+            raise ValueError(f"sample {int(wrong.nonzero()[0])} shares a prefix with one of another {name}: give it a prefix_length of 0")
+
+
 def _outside(output_mask: Tensor, mask: Tensor) -> bool:
     """Whether some of ``output_mask`` stands where ``mask`` has nothing, or cannot be told (a cache is before it)."""
-    return output_mask.shape != mask.shape or bool((output_mask.cpu() & (mask.cpu() == 0)).any())
+    return output_mask.shape != mask.shape or (sizes() is None and bool((output_mask.cpu() & (mask.cpu() == 0)).any()))
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:

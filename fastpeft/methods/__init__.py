@@ -24,9 +24,10 @@ def register_method(method: type[Method]) -> type[Method]:
 
     A subclass of :class:`Method`, a frozen dataclass whose fields are its options; at least :meth:`Method.attach` and, for a method that
     adds parameters, :meth:`Method.tensors`. These are modules of its own, kept in the base's modules under the attributes it names in
-    ``adapter_modules``; removing the method deletes them. Saved in fastpeft's own format, whose reader needs the same registration: import
-    the method's module before loading. Registering the same class again changes nothing (a notebook's cell that is run twice replaces its
-    earlier self). TypeError for what is no such class; ValueError for a name that cannot be in a plan or is another method's.
+    ``adapter_modules``; removing the method deletes them, and removes the hooks whose handles such a module keeps in ``handles``. Saved in
+    fastpeft's own format, whose reader needs the same registration: import the method's module before loading. Registering the same class
+    again changes nothing (a notebook's cell that is run twice replaces its earlier self). TypeError for what is no such class; ValueError
+    for a name that cannot be in a plan or is another method's.
     """
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise TypeError(f"{method!r} is no method; give a subclass of fastpeft.methods.Method")

@@ -21,7 +21,7 @@ from fastpeft.methods.peft_config import Refused
 
 # Names of the modules that methods attach to the base's own, and of every parameter they add; whatever else a model holds is its base.
 # Registered methods bring theirs (``Method.adapter_modules``).
-ADAPTER_MODULES = ["prefix_encoder", "excitor", "adaption", "mm_adapter"]
+ADAPTER_MODULES = ["prefix_encoder", "excitor", "adaption", "mm_adapter", "mm_adapter_mlp"]
 _ADAPTER_PARAMETERS = ("lora_A", "lora_B", "ia3_l")
 MATCHING = 0.5  # seconds for one expression and one name; a real one takes microseconds
 
@@ -164,13 +164,17 @@ def sees_no_values(hook: Callable) -> Callable:
     return hook
 
 
+FSDP = "torch.distributed.fsdp._fully_shard._fsdp_state"
+
+
 def sees_values(hook: Callable) -> bool:
     """Whether a hook may read or change what its module computes."""
     where = getattr(hook, "__module__", None)
     if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
         collector = getattr(loaded(where), "_active_collector", None)
         return collector is None or bool(collector.get())
-    return where != "torch.utils.module_tracker" and not getattr(hook, "sees_no_values", False)  # it follows names, for FlopCounterMode
+    # the tracker follows names, for FlopCounterMode; FSDP's gather the weights of a module that is called, and let them go
+    return where not in ("torch.utils.module_tracker", FSDP) and not getattr(hook, "sees_no_values", False)
 
 
 @functools.lru_cache(maxsize=1 << 16)  # the image cache asks of every name at every call

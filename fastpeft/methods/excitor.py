@@ -21,6 +21,7 @@ from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ,
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops.excitor_keys import merge_keys
 from fastpeft.ops.lora_linear import linear
+from fastpeft.static_shapes import sizes
 
 PEFT_FIELDS = {
     **COMMON,
@@ -31,8 +32,8 @@ PEFT_FIELDS = {
 
 
 class Visual(NamedTuple):
-    """Images that Excitor sees: ``features`` [U, V, D] of distinct images, ``index`` [B] int64 on the CPU: the image of each sample, -1
-    for none."""
+    """Images that Excitor sees: ``features`` [U, V, D] of distinct images, ``index`` [B] int64 on the CPU (on the device in a step of
+    static shapes): the image of each sample, -1 for none."""
 
     features: Tensor
     index: Tensor
@@ -84,9 +85,19 @@ class ExcitorBlock(nn.Module):
         return k + ops.rotary(merged, cos, sin)
 
     def _merged(self, k: Tensor, u: Tensor, gate: Tensor, visual: Visual | None) -> Tensor:
-        if visual is None or not hasattr(self, "wk_up") or bool((visual.index < 0).all()):
+        static = sizes()
+        unseen = visual is None or not hasattr(self, "wk_up")
+        if unseen or (bool((visual.index < 0).all()) if static is None else static.images == "none"):
             return merge_keys(k, u, self.w_up, self.prompt, gate, scale=self.scale)
         zk, zv = (linear(visual.features.to(w.dtype), w) for w in (self.wk_down, self.wv_down))  # once per distinct image
+        if static is not None:
+            images = visual.index.clamp(min=0)
+            pair = (zk[images], self.wk_up, zv[images], self.wv_up)  # its gradient adds up in a fixed order on CUDA
+            seen = merge_keys(k, u, self.w_up, self.prompt, gate, pair, self.scale)
+            if static.images == "every":
+                return seen
+            alone = merge_keys(k, u, self.w_up, self.prompt, gate, scale=self.scale)
+            return torch.where((visual.index >= 0)[:, None, None, None], seen, alone)
         seeing = (visual.index >= 0).nonzero().squeeze(1)
         images = to_device_async(visual.index[seeing], k.device)
         seen = (zk.index_select(0, images), self.wk_up, zv.index_select(0, images), self.wv_up)

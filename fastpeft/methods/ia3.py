@@ -54,7 +54,8 @@ class IA3(Method):
 
     def attach(self, root: nn.Module, part: Part) -> None:
         targets, feedforward = self._targets(part)
-        found = [(n, m) for n, m in find(root, targets, (nn.Linear,)) if not matches(n, self.exclude_modules or ())]
+        left_out = self.exclude_modules or ()
+        found = [(n, m) for n, m in find(root, targets, (nn.Linear,)) if part.holds(n) and not matches(n, left_out)]
         if not found:
             raise ValueError(f"IA3: no linear layer of {part.name!r} matches target_modules={targets!r}")
         for name, module in found:
@@ -75,12 +76,12 @@ class IA3(Method):
         return {
             f"base_model.model.{name}.ia3_l": module.ia3_l.detach().view((1, -1) if module.ia3_feedforward else (-1, 1))
             for name, module in root.named_modules()
-            if isinstance(module, AdaptedLinear) and module.ia3_l is not None
+            if isinstance(module, AdaptedLinear) and module.ia3_l is not None and part.holds(name)
         }
 
     def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
-        for module in root.modules():
-            if isinstance(module, AdaptedLinear) and module.ia3_l is not None:
+        for name, module in root.named_modules():
+            if isinstance(module, AdaptedLinear) and module.ia3_l is not None and part.holds(name):
                 merge_ia3(module)
         return True
 

@@ -114,7 +114,7 @@ class LoRA(Method):
 
     def attach(self, root: nn.Module, part: Part) -> None:
         targets = self.target_modules or part.lora
-        found = [(n, m) for n, m in find(root, targets, (nn.Linear, nn.Conv2d)) if self.selects(n, targets)]
+        found = [(n, m) for n, m in find(root, targets, (nn.Linear, nn.Conv2d)) if part.holds(n) and self.selects(n, targets)]
         if not found:
             names = ("exclude_modules", "layers_to_transform", "layers_pattern")
             more = "".join(f", {name}={value!r}" for name in names if (value := getattr(self, name)))
@@ -148,12 +148,14 @@ class LoRA(Method):
     def tensors(self, root: nn.Module, part: Part) -> dict[str, torch.Tensor]:
         """``base_model.model.<module>.lora_A.weight``: PEFT's keys."""
         return {
-            f"base_model.model.{name}.weight": p.detach() for name, p in root.named_parameters() if name.endswith((".lora_A", ".lora_B"))
+            f"base_model.model.{name}.weight": p.detach()
+            for name, p in root.named_parameters()
+            if name.endswith((".lora_A", ".lora_B")) and part.holds(name)
         }
 
     def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, torch.Tensor]) -> bool:
-        for module in root.modules():
-            if isinstance(module, Adapted) and module.lora_A is not None:
+        for name, module in root.named_modules():
+            if isinstance(module, Adapted) and module.lora_A is not None and part.holds(name):
                 merge_lora(module)
         return True
 

@@ -1,8 +1,13 @@
-"""Adapters before a layer's attention: RepAdapter, and LaVIN's MM-Adapter, two of them mixed by a sample's modality.
+"""Adapters before a layer's attention, or before both its halves: RepAdapter, and LaVIN's MM-Adapter, two of them mixed by a sample's
+modality.
 
 Source: Luo et al., "Cheap and Quick: Efficient Vision-Language Instruction Tuning for Large Language Models" (NeurIPS 2023), equations
 2-4, and its code: Z' = Z + s (w_0 f_0(Z) + w_1 f_1(Z)), where both share the projection down, the projection up is grouped, and
-w = softmax(router(t_m) / t) for the modality token t_m, read after the layer's norm.
+w = softmax(router(t_m) / t) for the modality token t_m, read after the norm before the adapter.
+
+The paper's adapters stand before attention. Its code has a second place (``adapter_type`` block, ``visual_adapter_type`` router_block):
+one more adapter, with a router of its own, before the feed-forward block, after that block's norm. There t_m is read as it leaves the
+layer's attention, as the official code trains; its generation reads t_m as it enters the layer, which is another number.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +26,32 @@ from fastpeft.methods.adapted import new_parameter
 from fastpeft.methods.base import Method, Part, has_hooks
 from fastpeft.ops.lora_linear import linear
 
+ATTENTION, FEED_FORWARD = BEFORE = ("mm_adapter", "mm_adapter_mlp")  # attributes of a layer: adapters before its halves
+POSITIONS = {"attn": (ATTENTION,), "block": BEFORE}
+
+
+class Place(NamedTuple):
+    """Where an adapter stands: the number of its layer, and one of BEFORE."""
+
+    layer: int
+    before: str
+
 
 @dataclass
 class Routing:
-    """Which modality's mixture each token takes: ``index`` [T], [B] or [B, M], int64, into the rows of a layer's weights [modalities, 2].
+    """Which modality's mixture each token takes: ``index`` [T], [B] or [B, M], int64, into the rows of an adapter's weights
+    [modalities, 2].
 
-    A layer's weights depend on the modality tokens alone, as these attend to nothing else. In the pass of these tokens themselves each
-    layer computes its weights and leaves them in ``weights``; the batch finds them there.
+    An adapter's weights depend on the modality tokens alone, as these attend to nothing else. In the pass of these tokens themselves each
+    adapter computes its weights and leaves them in ``weights``; the batch finds them there.
     """
 
     index: Tensor
-    weights: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[Place, Tensor] = field(default_factory=dict)
+
+    def at(self, tokens: Tensor) -> Routing:
+        """Of some tokens alone, their numbers int64 [T']."""
+        return Routing(self.index.index_select(0, tokens), self.weights)
 
 
 class AdapterParameters(nn.Module):
@@ -94,7 +114,7 @@ class AdapterBlock(AdapterParameters):
     def __init__(self, like: nn.Linear, method: RepAdapter):
         super().__init__(like.in_features, method, partial(new_parameter, like))
 
-    def forward(self, hidden: Tensor, norm: nn.Module, routing: Routing | None, layer: int) -> Tensor:
+    def forward(self, hidden: Tensor, norm: nn.Module, routing: Routing | None, place: Place) -> Tensor:
         """adapter(norm(hidden)) for hidden [T, C] or [B, M, C] under an RMSNorm, in one pass."""
         tokens = hidden if hidden.dim() == 3 else hidden[None]
         if not self.routed:
@@ -102,9 +122,9 @@ class AdapterBlock(AdapterParameters):
         elif routing is None:
             raise ValueError("MMAdapter routes by a modality token: give modality= and modality_embeds=, as LaVIN does, or use RepAdapter")
         else:
-            if layer not in routing.weights:
-                routing.weights[layer] = self.weights_of(norm(hidden))
-            weights = routing.weights[layer].index_select(0, routing.index.flatten()).unflatten(0, routing.index.shape)
+            if place not in routing.weights:
+                routing.weights[place] = self.weights_of(norm(hidden))
+            weights = routing.weights[place].index_select(0, routing.index.flatten()).unflatten(0, routing.index.shape)
             weights = weights if hidden.dim() == 3 else weights[None]
         branch = (self.w_down, self.b_down, *self._experts(), weights, *self._options())
         if has_hooks(norm):
@@ -116,9 +136,10 @@ class AdapterBlock(AdapterParameters):
 
 @dataclass(frozen=True)
 class RepAdapter(Method):
-    """A plain adapter before attention, in every layer.
+    """A plain adapter in every layer.
 
-    h: width of the bottleneck. groups: of the projection up. scale: s. dropout: on the bottleneck, in training.
+    h: width of the bottleneck. groups: of the projection up. scale: s. dropout: on the bottleneck, in training. position: "attn", before
+    attention, or "block", one before attention and one before the feed-forward block.
     """
 
     name: ClassVar[str] = "RepAdapter"
@@ -130,8 +151,11 @@ class RepAdapter(Method):
     scale: float = 1.0
     dropout: float = 0.1
     temperature: float = 10.0
+    position: str = "attn"
 
     def __post_init__(self):
+        if self.position not in POSITIONS:
+            raise ValueError(f"{self.name}: position must be one of {', '.join(POSITIONS)}, not {self.position!r}")
         for name in ("h", "groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -146,18 +170,20 @@ class RepAdapter(Method):
         if not found:
             raise ValueError(f"{self.name} is not defined for part {part.name!r}: it needs the layers of a LLaMA or of CLIP")
         for layer in found:
-            layer.mm_adapter = AdapterBlock(layer.adapter_readers[0], self)
+            for before in POSITIONS[self.position]:
+                setattr(layer, before, AdapterBlock(layer.adapter_readers(before)[0], self))
 
     def tensors(self, root: nn.Module, part: Part) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in root.named_parameters() if "mm_adapter" in name.split(".")}
+        return {name: p.detach() for name, p in root.named_parameters() if not set(BEFORE).isdisjoint(name.split("."))}
 
     def merge(self, root: nn.Module, part: Part, mixtures: Mapping[nn.Module, Tensor]) -> bool:
-        """False where a layer is not in ``mixtures`` and routes every token by itself: no weight can hold that."""
-        layers = [m for n, m in root.named_modules() if part.holds(n) and getattr(m, "mm_adapter", None) is not None]
-        foldable = [layer for layer in layers if layer in mixtures or not layer.mm_adapter.routed]
-        for layer in foldable:
-            merge_adapter(layer, mixtures.get(layer))
-        return len(foldable) == len(layers)
+        """False where an adapter is not in ``mixtures`` and routes every token by itself: no weight can hold that."""
+        layers = [m for n, m in root.named_modules() if part.holds(n)]
+        found = [(m, before, block) for m in layers for before in BEFORE if (block := getattr(m, before, None)) is not None]
+        foldable = [one for one in found if one[2] in mixtures or not one[2].routed]
+        for layer, before, block in foldable:
+            merge_adapter(layer, before, mixtures.get(block))
+        return len(foldable) == len(found)
 
 
 @dataclass(frozen=True)
@@ -172,13 +198,14 @@ class MMAdapter(RepAdapter):
     experts: ClassVar[int] = 2
 
 
-def merge_adapter(layer: nn.Module, weights: Tensor | None = None) -> None:
-    """Fold the layer's adapter into the projections that read it, with the mixture ``weights`` [2] of its experts (one expert needs none);
-    the adapter is removed.
+def merge_adapter(layer: nn.Module, before: str, weights: Tensor | None = None) -> None:
+    """Fold the adapter ``before`` (one of BEFORE) into the projections that read it, with the mixture ``weights`` [2] of its experts (one
+    expert needs none); the adapter is removed.
 
     W (x + s U (D x + a) + s b) = (W + s W U D) x + s W (U a + b), in float32 (float64 for float64), rounded once.
     """
-    block, acc = layer.mm_adapter, torch.promote_types(layer.adapter_readers[0].weight.dtype, torch.float32)
+    block, readers = getattr(layer, before), layer.adapter_readers(before)
+    acc = torch.promote_types(readers[0].weight.dtype, torch.float32)
     if weights is None:
         weights = block.w_down.new_ones(1)
     down, a, ups, biases = (t.detach().to(acc) for t in (block.w_down, block.b_down, block.w_up, block.b_up))
@@ -186,10 +213,10 @@ def merge_adapter(layer: nn.Module, weights: Tensor | None = None) -> None:
     bias = block.scale * torch.einsum("e,ec->c", weights, biases)
     mixed = block.scale * torch.einsum("e,ech->ch", weights, ups)
     up = torch.block_diag(*mixed.chunk(block.groups))  # [C, h]
-    for reader in layer.adapter_readers:
+    for reader in readers:
         weight = reader.weight.detach().to(acc)
         if reader.bias is None:
-            layer.give_biases()
+            layer.give_biases(before)
         reader.bias.copy_(reader.bias.detach().to(acc) + weight @ (up @ a + bias))
         reader.weight.copy_(weight + (weight @ up) @ down)
-    del layer.mm_adapter
+    delattr(layer, before)

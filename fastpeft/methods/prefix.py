@@ -81,6 +81,8 @@ class PTv2(Method):
         if part.prefix_host is None:
             raise ValueError(f"{self.name} is not defined for part {part.name!r}: it needs text self-attention")
         host = root.get_submodule(part.prefix_host)
+        if not hasattr(host, "prefix_shape"):
+            raise ValueError(f"{self.name} is not defined for a {type(host).__name__}: it needs self-attention that fastpeft runs itself")
         layers, heads, head_dim = host.prefix_shape
         reference = next(root.parameters())
         dtype = torch.float32 if reference.dtype in (torch.float16, torch.bfloat16) else reference.dtype

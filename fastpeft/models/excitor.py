@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
+from fastpeft.fused.prefix_cache import generate_after
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
@@ -63,6 +64,7 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Text as LlamaForCausalLM takes it, padded or packed; images as :class:`VisionLanguageModel` says."""
@@ -70,16 +72,22 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
         if images is not None:
             index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
             kwargs |= {"visual": images, "visual_index": index}
+        kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         return self.llm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, **kwargs)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, **options):
-        """transformers' own; the ids of prompt and response."""
-        images = self.images_of(pixel_values, image_embeds)
+    def generate(self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, prefix_length: int = 0, **options):
+        """transformers' own; the ids of prompt and response. ``prefix_length``: tokens that all prompts begin with, on one image, computed
+        once."""
+        images, seen = self.images_of(pixel_values, image_embeds), {}
         if images is not None:
             index = self.index_of(images, image_index, len(input_ids)).to(images.device)
-            options |= {"visual": images[index.clamp(min=0)], "visual_seen": index >= 0}
-        return self.llm.generate(input_ids, **options)
+            seen = {"visual": images[index.clamp(min=0)], "visual_seen": index >= 0}
+        if not prefix_length:
+            return self.llm.generate(input_ids, **seen, **options)
+        embeds, mask = self.get_input_embeddings()(input_ids), options.pop("attention_mask", None)
+        answer = generate_after(self.llm, prefix_length, embeds, mask, seen, **options)
+        return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
 
 FAMILY = Family(

@@ -31,10 +31,10 @@ Kind = Literal["vqa", "causal"]
 class Family:
     """Backbones of one class: ``known`` is what has these parts, ``model`` what is built, ``configs`` makes a configuration by name.
 
-    kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter
-    ``template`` is the prompt it was trained with, and ``image_tokens(config)`` the number of places an image takes among its tokens.
-    ``image_encoder(fields)``: overrides of a configuration for CLIP of these fields; None where the encoder is no CLIP. ``plan``: of its
-    paper, used where a run names none.
+    kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter ``template``
+    is the prompt it was trained with, where its configuration names none (``prompt_template``), and ``image_tokens(config)`` the number of
+    places an image takes among its tokens. ``image_encoder(fields)``: overrides of a configuration for CLIP of these fields; None where the
+    encoder is no CLIP. ``plan``: of its paper, used where a run names none.
     """
 
     kind: Kind
@@ -65,7 +65,7 @@ class _Entry:
 _ENTRIES = (
     _Entry("miss", "blip", "BlipForQuestionAnswering", ("miss", "miss-tiny")),
     _Entry("llama", "llama", "LlamaForCausalLM", ("llama-7b", "llama-13b", "llama-tiny")),
-    _Entry("llava", "llava", "LlavaMedForConditionalGeneration", ("llava-med", "llava-med-tiny")),
+    _Entry("llava", "llava", "LlavaMedForConditionalGeneration", ("llava-med", "llava-med-v1.5", "llava-med-tiny", "llava-med-v1.5-tiny")),
     _Entry("excitor", "fastpeft-excitor", "ExcitorForConditionalGeneration", ("excitor-7b", "excitor-13b", "excitor-tiny")),
     _Entry("lavin", "fastpeft-lavin", "LavinForConditionalGeneration", ("lavin-7b", "lavin-13b", "lavin-tiny")),
 )

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fastpeft.fused.prefix_cache import generate_after
 from fastpeft.methods import Part
+from fastpeft.methods.mm_adapter import Place
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
-from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel
+from fastpeft.models.vision_language import VisionLanguageConfig, VisionLanguageModel, place_images
 from fastpeft.ops._common import to_device_async
+from fastpeft.static_shapes import NotStatic, sizes
 
 SIZES = {"lavin-7b": ("L/14", "llama-7b", 128), "lavin-13b": ("L/14", "llama-13b", 128), "lavin-tiny": ("tiny", "llama-tiny", 32)}
 MODALITIES = ("text", "image")  # rows of the neck's modality tokens
@@ -100,48 +103,63 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         image_embeds: Tensor | None = None,
         image_index: Tensor | None = None,
         image_mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Text as LlamaForCausalLM takes it, padded or packed, without the modality token; images as :class:`VisionLanguageModel` says.
         Samples without an image are of the modality "text"."""
-        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids, attention_mask)
+        places = (position_ids, attention_mask, prefix_lengths)
+        given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, *places)
+        kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         return self.llm(attention_mask=attention_mask, position_ids=position_ids, labels=labels, **given, **kwargs)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, **options):
-        """transformers' own; the ids of prompt and response."""
+    def generate(
+        self, input_ids: Tensor, pixel_values=None, image_embeds=None, image_index=None, image_mask=None, prefix_length: int = 0, **options
+    ):
+        """transformers' own; the ids of prompt and response. ``prefix_length``: tokens that all prompts begin with, computed once."""
         given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask)
-        answer = self.llm.generate(**given, **options)  # as transformers does with embeddings, without the prompt
+        # as transformers does with embeddings, without the prompt
+        if prefix_length:
+            embeds, mask = given.pop("inputs_embeds"), options.pop("attention_mask", None)
+            answer = generate_after(self.llm, prefix_length, embeds, mask, given, **options)
+        else:
+            answer = self.llm.generate(**given, **options)
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)
 
     @torch.no_grad()
-    def mixtures(self) -> dict[str, dict[int, Tensor]]:
-        """By modality and layer of the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation; {} where the LLaMA runs as
+    def mixtures(self) -> dict[str, dict[Place, Tensor]]:
+        """By modality and place in the LLaMA: the mixture [2] of a routed adapter (figure 4), as in evaluation; {} where the LLaMA runs as
         transformers' own, which has no such pass."""
         if not hasattr(self.llm.model, "routes"):
             return {}
         was = self.training
         weights = self.eval().llm.model.routes(self.neck.modality.weight.to(self.llm.dtype))
         self.train(was)
-        return {name: {layer: w[row] for layer, w in weights.items()} for row, name in enumerate(MODALITIES)}
+        return {name: {place: w[row] for place, w in weights.items()} for row, name in enumerate(MODALITIES)}
 
     def specialise(self, modality: str | None) -> dict[nn.Module, Tensor]:
-        """Be a model of samples of one modality; returns the mixture [2] of each LLaMA layer that the modality's token routes."""
+        """Be a model of samples of one modality; returns the mixture [2] of each adapter that the modality's token routes."""
         if modality not in MODALITIES:
             raise ValueError(f"MMAdapter has a mixture for each modality: say which, modality='text' or 'image', not {modality!r}")
-        found = {self.llm.model.layers[layer]: weights for layer, weights in self.mixtures()[modality].items()}
+        layers = self.llm.model.layers
+        found = {getattr(layers[place.layer], place.before): weights for place, weights in self.mixtures()[modality].items()}
         self.config.modality = modality
         return found
 
-    def _prepared(self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None) -> dict:
+    def _prepared(
+        self, input_ids, pixel_values, image_embeds, image_index, image_mask, position_ids=None, attention_mask=None, prefix_lengths=None
+    ) -> dict:
         images = self.images_of(pixel_values, image_embeds)
+        if sizes() is not None:
+            return self._prepared_static(input_ids, images, image_index, image_mask)
         index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
         if (kept := self.config.modality) is not None and bool(((index >= 0) != (kept == "image")).any()):
             raise ValueError(f"this model's adapters were merged for samples {'with' if kept == 'image' else 'without'} an image alone")
         text = self.get_input_embeddings()(input_ids)
         if images is not None and bool((index >= 0).any()):
             seen, places = (
-                self.neck(images)[to_device_async(index[index >= 0], images.device)],
+                self.neck(images)[to_device_async(self.placed_images(index, image_mask, position_ids, prefix_lengths), images.device)],
                 input_ids.new_zeros(()) if image_mask is None else image_mask,
             )
             if int(places.sum()) != seen.shape[0] * seen.shape[1]:
@@ -150,6 +168,16 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         if kept is not None:  # nothing is left to route
             return {"inputs_embeds": text}
         return {"inputs_embeds": text, "modality": (index >= 0).long(), "modality_embeds": tuple(self.neck.modality.weight)}
+
+    def _prepared_static(self, input_ids: Tensor, images: Tensor | None, index: Tensor | None, image_mask: Tensor | None) -> dict:
+        if self.config.modality is not None:
+            raise NotStatic("its adapters were merged")
+        text = self.get_input_embeddings()(input_ids)
+        if images is None:
+            modality = input_ids.new_zeros(len(input_ids))
+        else:
+            text, modality = place_images(text, self.neck(images), index, image_mask), (index >= 0).long()
+        return {"inputs_embeds": text, "modality": modality, "modality_embeds": tuple(self.neck.modality.weight)}
 
 
 FAMILY = Family(

@@ -217,27 +217,32 @@ class MissForQuestionAnswering(FrozenEvaluates, BlipForQuestionAnswering):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_index: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        question_states: Tensor | None = None,
         **generate_kwargs,
     ) -> Tensor:
-        """Token ids of the answers; ``generate_kwargs`` go to transformers' ``generate`` (papers: num_beams=3, max_length=10).
+        """Token ids of the answers; ``generate_kwargs`` go to transformers' ``generate`` (papers: num_beams=3, max_length=10). image_embeds
+        and question_states, of :meth:`encode_images` and :meth:`encode_questions`, stand in for what they were made of.
 
         The question's padding is masked, so an answer does not depend on what else is in the batch (the official code attends to it).
         """
-        image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        question = self.encode_questions(input_ids, attention_mask, image_embeds, image_index)
+        question = question_states
+        if question is None:
+            if image_embeds is None:
+                image_embeds = self.encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+            question = self.encode_questions(input_ids, attention_mask, image_embeds, image_index)
+        elif attention_mask is not None and attention_mask.shape != question.shape[:2]:
+            raise ValueError(f"attention_mask is {list(attention_mask.shape)}, and question_states are {list(question.shape)}: give [B, M]")
         text = self.config.text_config
         return self.text_decoder.generate(
-            input_ids=torch.full((len(question), 1), self.decoder_start_token_id, device=question.device),
-            eos_token_id=text.sep_token_id,
-            pad_token_id=text.pad_token_id,
-            encoder_hidden_states=question,
-            encoder_attention_mask=attention_mask if attention_mask is not None else torch.ones_like(input_ids),
-            **generate_kwargs,
+            input_ids=torch.full((len(question), 1), self.decoder_start_token_id, device=question.device), eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id, encoder_hidden_states=question, encoder_attention_mask=attention_mask if attention_mask is not
+            None else question.new_ones(question.shape[:2], dtype=torch.long), **generate_kwargs,
         )
 
 

@@ -10,6 +10,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, Pretra
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 
 from fastpeft.models.parts import FrozenEvaluates
+from fastpeft.ops.tree_attention import tree_of
+from fastpeft.static_shapes import sizes as static_sizes
 
 
 class VisionLanguageConfig(PretrainedConfig):
@@ -71,6 +73,16 @@ class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
         return self.encode_images(pixel_values) if pixel_values is not None else image_embeds
 
     @staticmethod
+    def placed_images(index: Tensor, places: Tensor | None, position_ids: Tensor | None, prefix_lengths: Tensor | None) -> Tensor:
+        """The images whose tokens lie in the row, in its order: of ``index`` [B], -1 for none. Where samples share prefixes
+        (``prefix_lengths`` [B]), those with ``places`` [1, T] among a sample's own tokens."""
+        if prefix_lengths is None or places is None:
+            return index[index >= 0]
+        own = tree_of(position_ids[0], prefix_lengths, torch.device("cpu")).sample
+        placed = torch.zeros(len(index), dtype=torch.bool).index_fill(0, own[places[0].cpu().bool()].unique(), True)
+        return index[(index >= 0) & placed.to(index.device)]
+
+    @staticmethod
     def samples_in(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> int:
         """Samples of a batch: its rows, or where they are packed into one, the places where positions start again."""
         if attention_mask is not None or position_ids is None or len(input_ids) > 1:
@@ -80,6 +92,8 @@ class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
     @staticmethod
     def index_of(images: Tensor | None, image_index: Tensor | None, samples: int) -> Tensor:
         """[samples] int64: each sample's image, -1 for none; without ``image_index`` sample b sees image b."""
+        if static_sizes() is not None and image_index is not None:  # checked where the batch was made
+            return image_index
         count = 0 if images is None else len(images)
         if image_index is None:
             if count not in (0, samples):
@@ -88,3 +102,11 @@ class VisionLanguageModel(FrozenEvaluates, PreTrainedModel):
         if image_index.shape != (samples,) or int(image_index.max()) >= count or int(image_index.min()) < -1:
             raise ValueError(f"image_index {image_index.tolist()} must give each of {samples} samples one of {count} images, or -1")
         return image_index
+
+
+def place_images(text: Tensor, seen: Tensor, index: Tensor, places: Tensor) -> Tensor:
+    """text [B, L, C] with, at ``places`` [B, L] bool of sample b, the rows of ``seen[index[b]]`` in their order; seen [U, N, C], index [B].
+    All on the device, whose values nobody reads."""
+    row = (places.cumsum(1) - 1).clamp(0, seen.shape[1] - 1) + index.clamp(min=0)[:, None] * seen.shape[1]
+    rows = torch.nn.functional.embedding(row, seen.to(text.dtype).flatten(0, 1))  # its gradient adds up in a fixed order on CUDA
+    return torch.where(places[..., None].bool(), rows, text)

@@ -6,19 +6,22 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |-----------------------------------------------------------------------|--------------------|-----------------------------------------|
 | layer_norm_fwd, layer_norm_bwd, rms_norm_fwd, rms_norm_bwd            | native             | row-wise: memory decides, one pass      |
 |                                                                       |                    | serves, on CPU and CUDA alike           |
-| gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd                            | native             | likewise                                |
+| gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd, geglu_fwd, geglu_bwd      | native             | likewise                                |
 | rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| low_rank_grads                                                        | native             | two skinny products of one matrix, read |
+|                                                                       |                    | once; on the CPU alone                  |
 | lora_linears_fwd, lora_linears_bwd                                    | triton             | a skinny product joins a wide one in    |
 |                                                                       |                    | its tiles; on a CPU ATen's GEMMs serve  |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
+| dropout                                                               | triton             | one launch; on a CPU PyTorch's own      |
+|                                                                       |                    | generator                               |
 | attention_dq                                                          | none               | three of ATen's products, by blocks     |
-| keep_mask                                                             | none               | PyTorch's own generator                 |
 """
 
 from fastpeft.ops.absorbed_attention import absorbed_attention
-from fastpeft.ops.activations import gelu, swiglu
+from fastpeft.ops.activations import geglu, gelu, swiglu
 from fastpeft.ops.attention import attention
 from fastpeft.ops.dropout import dropout
 from fastpeft.ops.excitor_keys import excitor_keys
@@ -30,8 +33,10 @@ from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
 from fastpeft.ops.rescale import rescale
 from fastpeft.ops.rms_norm import add_rms_norm, rms_norm
 from fastpeft.ops.rotary import rotary
+from fastpeft.ops.tree_attention import PrefixTree, tree_attention
 
 __all__ = [
+    "PrefixTree",
     "Projection",
     "absorbed_attention",
     "add_layer_norm",
@@ -39,6 +44,7 @@ __all__ = [
     "attention",
     "dropout",
     "excitor_keys",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
@@ -50,4 +56,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "tree_attention",
 ]

@@ -38,7 +38,7 @@ from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import to_device_async, wants_grad
 from fastpeft.ops._gemm import matmul, work_dtype
 from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute, to_save
-from fastpeft.ops.dropout import keep_mask, new_seed
+from fastpeft.ops.dropout import dropped, new_seed
 from fastpeft.ops.lora_linear import Projection
 
 
@@ -188,7 +188,7 @@ def _forward(q, states, weight, bias, lora_A, lora_B, scaling: float, p: float, 
     narrow, work = q.dtype, work_dtype(q)
     q, states, weight = q.to(work), states.to(work), weight.to(work)
     P = images.times(q, states.mT).softmax(-1)
-    P = P if seed is None else P.mul_(keep_mask(P, p, seed))
+    P = P if seed is None else dropped(P, p, seed)
     return _mix(P, states, weight, bias, lora_A, lora_B, scaling, images, H).to(narrow)
 
 
@@ -212,8 +212,7 @@ class _Attend(Function):
         q, dW, db, dA, dB = recompute(ctx.recipe, kept).to(work), None, None, None, None
         dout, states, weight = dout.to(work), states.to(work), weight.to(work)
         P = images.times(q, states.mT).softmax(-1)
-        mask = None if seed is None else keep_mask(P, ctx.p, seed)
-        D = P if mask is None else P * mask
+        D = P if seed is None else dropped(P, ctx.p, seed)
         dlow = None
         if A is not None and (need_P or need_A):
             dlow = ctx.scaling * _by_head(dout, B.to(P.dtype).unflatten(0, per_head))  # [T H, r]
@@ -231,10 +230,10 @@ class _Attend(Function):
         if dlow is not None:
             dmixed = dmixed.add_(dlow @ A.to(P.dtype))
         dP = images.times(dmixed, states.mT)
-        if mask is not None:
+        if seed is not None:
             if bias is not None:
                 dP += (dout.unflatten(0, (-1, H)) * bias.view(H, -1)).sum(-1, keepdim=True).flatten(0, 1)
-            dP *= mask
+            dP = dropped(dP, ctx.p, seed)
         dstates = images.sums(D, dmixed) if need_states else None
         dS = dP.sub_((P * dP).sum(-1, keepdim=True)).mul_(P)
         if need_states:

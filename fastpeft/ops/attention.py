@@ -24,7 +24,8 @@ One strategy is chosen for a call (:func:`_strategy`), each with its own autogra
 | joined   | CPU, a prefix: put before the keys for the call, and once more   | q, k, v, o, lse, P_k, P_v                               |
 |          | in backward                                                      |                                                         |
 | split    | a prefix, on CUDA, and on the CPU where it alone is trained      | q, o, lse, P_k, P_v; for q, k or v also k and v         |
-|          | (float32, float64): parts that meet by their lse                 |                                                         |
+|          | (float32, float64) or a LONG one is read without any gradient:   |                                                         |
+|          | parts that meet by their lse                                     |                                                         |
 | dropout  | CPU, dropout on the probabilities                                | attention_scores.py: a seed in place of o and lse       |
 | sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
 |          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
@@ -55,6 +56,7 @@ from fastpeft.ops.rescale import rescale as times
 # is trained. Forward and backward over torch.cat and SDPA (AMD EPYC, one thread, fp32, n10 d64, interleaved, least of many, the middle of
 # three runs), this file's own first: B4 H12 M20 1.19, 1.03; B20 H12 M10 1.13, 1.02; M20 1.03, 1.00.
 FEW = 1 << 18
+LONG = 64  # tokens of a prefix that generation reads where it lies: put before the keys, it is copied for every sample and token
 
 
 def attention_reference(q, k, v, *, causal=False, key_padding_mask=None, scale=None, prefix=None, rescale=None) -> Tensor:
@@ -149,7 +151,8 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
         return "dropout" if on_cpu else "sdpa"
     if not on_cpu and (prefix is None or CHOICE not in ("", "sdpa")):
         return "sdpa"
-    if prefix is not None and _few(q, k, v, prefix):
+    in_place = prefix is not None and prefix[0].shape[1] >= LONG and not wants_grad(q, k, v, *prefix)
+    if prefix is not None and not in_place and _few(q, k, v, prefix):
         return "sdpa"
     is_causal = causal and q.shape[2] == k.shape[2]
     masked = padding is not None or (causal and not is_causal and q.shape[2] > 1)
@@ -157,7 +160,7 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
         return "sdpa"
     if prefix is None:
         return "plain"
-    return "joined" if _joined(q, alone=_trains_prefix_alone(q, k, v, prefix)) else "split"
+    return "joined" if not in_place and _joined(q, alone=_trains_prefix_alone(q, k, v, prefix)) else "split"
 
 
 def _plain(causal, scale, padding, bias, q, k, v, lk):

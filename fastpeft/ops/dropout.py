@@ -7,7 +7,9 @@
 | x                   | one int64 seed; PyTorch keeps a mask (CPU: of x's own dtype) |
 
 The seed comes from PyTorch's CPU generator, so torch.manual_seed rules it, a run resumed with its random state draws the same masks, and
-no device is waited for. Shapes: any; dtype: that of x.
+no device is waited for. In a step of static shapes it comes from a counter on the device (fastpeft/static_shapes.py), where ATen's form
+hashes positions in place of a generator, whose seed the host would have to read. Triton's kernel is one launch for either seed: Philox on
+(seed, position). Shapes: any; dtype: that of x.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._common import wants_grad
+from fastpeft.ops._tiled import triton_launcher
+from fastpeft.static_shapes import device_seed, mixed
 
 
 def dropout_reference(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -26,28 +30,36 @@ def dropout_reference(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def new_seed() -> Tensor:
-    """An int64 seed, [1], on the CPU: reading it never waits for a device."""
-    return torch.randint(0, 2**31, (1,))
+    """An int64 seed, [1], on the CPU: reading it never waits for a device. In a step of static shapes on the device: nobody reads it."""
+    seed = device_seed()
+    return torch.randint(0, 2**31, (1,)) if seed is None else seed
 
 
 def draw(x: Tensor, p: float, seed: Tensor, index: int = 0) -> Tensor:
     """1 with probability 1 - p, else 0, in x's shape and dtype: the mask number ``index`` of a seed. Not for torch.compile to look into."""
+    if seed.device.type != "cpu":  # nobody reads it
+        numbers = mixed(mixed(seed + index) + torch.arange(x.numel(), device=x.device))
+        return ((numbers >> 33 & 0x7FFFFFFF) >= int(p * 2**31)).to(x.dtype).view(x.shape)
     generator = torch.Generator(x.device).manual_seed(int(seed) + index)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
 
 
+def _composite(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return draw(x, p, seed).mul_(1 / (1 - p)).mul_(x)
+
+
 # an operator, because torch.compile cannot look into a generator
-_keep_mask = _library.define(
-    "keep_mask(Tensor x, float p, Tensor seed) -> Tensor",
+_op = _library.define(
+    "dropout(Tensor x, float p, Tensor seed) -> Tensor",
     fake=lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    composite=lambda x, p, seed: draw(x, p, seed).mul_(1 / (1 - p)),
-    native=False,
+    composite=_composite,
+    triton=triton_launcher("dropout", "dropout", _composite, draws=True),
 )
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """0 or 1 / (1 - p) per element, of x's shape and dtype; the same for the same seed, shape and device."""
-    return _keep_mask(x.detach(), p, seed)
+    return _op(torch.ones_like(x), p, seed)
 
 
 class _Dropout(Function):
@@ -55,12 +67,16 @@ class _Dropout(Function):
     def forward(ctx, x, p, seed):
         ctx.p = p
         ctx.save_for_backward(seed)
-        return keep_mask(x, p, seed).mul_(x)
+        return _op(x, p, seed)
 
     @staticmethod
     def backward(ctx, dy):
-        (seed,) = ctx.saved_tensors
-        return keep_mask(dy, ctx.p, seed).mul_(dy), None, None
+        return dropped(dy, ctx.p, *ctx.saved_tensors), None, None
+
+
+def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """``x`` under the mask of a seed."""
+    return _Dropout.apply(x, p, seed) if wants_grad(x) else _op(x, p, seed)
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -69,5 +85,4 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         raise ValueError(f"dropout: p is {p}; it must lie in [0, 1)")
     if not training or p == 0.0:
         return x
-    seed = new_seed()
-    return _Dropout.apply(x, p, seed) if wants_grad(x) else keep_mask(x, p, seed).mul_(x)
+    return dropped(x, p, new_seed())

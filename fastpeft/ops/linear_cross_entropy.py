@@ -19,8 +19,9 @@ Accumulation: logits of a chunk, softmax, loss and dW across chunks in float32 (
 |                                    | so backward recomputes z                                  |                     |
 | none                               | nothing                                                   | 1                   |
 
-A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; with a trained head
-as many bytes as dW takes anyway). The mean's 1/n is put into G, except in float16, where small entries would vanish.
+A frozen head gets no dW. Logits exist for at most CHUNK_BYTES at a time (but at least MIN_ROWS rows, for the GEMM; up to ROWS
+rows may take a quarter of W's bytes; with a trained head as many bytes as dW takes anyway). The mean's 1/n is put into G, except in
+float16, where small entries would vanish.
 The number of labelled rows sizes the GEMMs, so the host must know it: labels on the host (a collator's) tell it and nothing waits for the
 GPU; for labels on the GPU there is one wait for one integer per loss. Under torch.compile, and for labels without values (meta, fake), no
 shape may depend on data: there the operator finds the labelled rows itself and dh is dense, [M, C], zero at the others.
@@ -43,6 +44,7 @@ from fastpeft.ops._private import graph_is_kept, is_fake
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops._tiled import on_device_of
 from fastpeft.ops.rescale import _forward as scaled
+from fastpeft.static_shapes import sizes
 
 
 def linear_cross_entropy_reference(
@@ -165,6 +167,22 @@ class _LinearCrossEntropy(Function):
         return dhidden, *rest, None, None, None, None, None
 
 
+class _SumOfCounted(Function):
+    """The sum over ``counted`` rows, [M] bool of [M, C]. In a step of static shapes the device alone knows which: all are computed."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, counted, smoothing, softcap):
+        needs, row_scale = ctx.needs_input_grad[:3], counted.to(accumulator(hidden.dtype))
+        loss, *grads = _op(hidden, weight, bias, labels.where(counted, 0), row_scale, None, smoothing, *needs, softcap)
+        ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs)))
+        return loss.where(counted, 0.0).sum()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        return *(None if d is None else _scaled(d, grad.view(1)) for d in ctx.saved_tensors), None, None, None, None
+
+
 def _scaled(d: Tensor, grad: Tensor) -> Tensor:
     """d grad. The last backward of a graph may have d itself, which nobody reads after it: with a trained head on the CPU a new tensor of
     dW's size costs as much as a third of the product that made it."""
@@ -247,6 +265,10 @@ def linear_cross_entropy(
     hidden, weight, bias = _alike(hidden, weight, bias)
     y = labels.reshape(-1)
     y = y if y.device.type == "cpu" else y.to(hidden.device)
+    if sizes() is not None and reduction != "none" and wants_grad(hidden, weight, bias):
+        counted = y != ignore_index
+        total = _SumOfCounted.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y, counted, label_smoothing, softcap)
+        return total if reduction == "sum" else total / counted.sum().to(total.dtype)
     if wants_grad(hidden, weight, bias):
         loss = _LinearCrossEntropy.apply(hidden, weight, bias, y, ignore_index, label_smoothing, reduction, softcap)
     else:

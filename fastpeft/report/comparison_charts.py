@@ -12,7 +12,7 @@ BAR_COLOURS = 4
 
 
 def bar_chart(title: str, unit: str, groups: list[str], series: list[tuple[str, list[float | None]]], width: int = 920, height: int = 300):
-    """Bars side by side: ``series`` holds a value for each group (None: none). None without any value."""
+    """Bars side by side, from 0 up or down: ``series`` holds a value for each group (None: none). None without any value."""
     values = [value for _, bars in series for value in bars if value is not None]
     if not values:
         return None
@@ -25,7 +25,8 @@ def bar_chart(title: str, unit: str, groups: list[str], series: list[tuple[str, 
             if (value := of_group[g]) is not None:
                 x, y = left + each * (g + 0.1) + thick * s, down(value)
                 words = f"{group}, {name}: {short(value)} {unit}"
-                bars.append((round(x, 1), round(y, 1), round(thick, 1), round(down.begin - y, 1), f"rect{s % BAR_COLOURS}", words))
+                top, size = min(y, down(0.0)), abs(down(0.0) - y)
+                bars.append((round(x, 1), round(top, 1), round(thick, 1), round(size, 1), f"rect{s % BAR_COLOURS}", words))
     told = "; ".join(bar[5] for bar in bars)
     keys = [(name, f"rect{s % BAR_COLOURS}") for s, (name, _) in enumerate(series)]
     return _chart(title, unit, width, height, down, ticks, told) | {"bars": bars, "bar_keys": keys, "right": right}

@@ -10,14 +10,13 @@ from typing import Any
 from torch import nn
 
 from fastpeft.adapters import describe
-from fastpeft.data import Instruction, Sample, load_causal_tokenizer, load_tokenizer
+from fastpeft.data import Instruction, Sample
+from fastpeft.data._files import place_of_image_mark, without_image_mark
 from fastpeft.data.images import Preprocess, load_image
-from fastpeft.device import choose_device
 from fastpeft.evaluate import answer_questions, respond
 from fastpeft.models import family_of, resolve
-from fastpeft.plan import build
-from fastpeft.runs import causal, vqa
-from fastpeft.runs.evaluate import load_run
+from fastpeft.runs import causal
+from fastpeft.runs.evaluate import load_folder, load_run, text_options
 from fastpeft.runs.options import TextOptions
 from fastpeft.runs.train import RUNS
 
@@ -34,7 +33,8 @@ class Loaded:
 
         image: a path, a ``PIL.Image`` or an array [height, width, 3] of uint8; None for text alone; or a list of these, one for each
         question. question: one, or a list. ``generation``: options of transformers' ``generate`` (num_beams, max_new_tokens, top_p, ...);
-        without them, the decoding of `fastpeft eval`. ValueError names an image that cannot be read or that the model cannot see.
+        without them, the decoding of `fastpeft eval`. "<image>" in a question of a causal model is the image's, as in LLaVA's data: it is
+        left out, and without an image it is an error. ValueError names an image that cannot be read or that the model cannot see.
         """
         questions = [question] if isinstance(question, str) else list(question)
         images = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
@@ -60,7 +60,8 @@ class Loaded:
     def _sample(self, image: Path | None, question: str) -> Sample | Instruction:
         if self.kind == "vqa":
             return Sample(image, question, "")
-        return Instruction(((question, ""),), image, "chat", "", 0, Path())
+        (asked,) = without_image_mark([question], image is not None)
+        return Instruction(((asked, ""),), image, "chat", "", 0, Path(), image_at=place_of_image_mark(question))
 
 
 def load(folder: str | Path, device: str | None = None, model: str | None = None) -> Loaded:
@@ -77,13 +78,8 @@ def load(folder: str | Path, device: str | None = None, model: str | None = None
     source = resolve(folder)
     if source.folder is None:
         raise ValueError(f"{source} has random weights: give a run's folder, an adapter or a model's folder")
-    network = build(source)
-    if source.kind == "vqa":
-        tokenizer, preprocess = load_tokenizer(source.folder), vqa.preprocess_for(source.folder, network)
-        vqa.check_vocabulary(network, tokenizer, source.name)
-    else:
-        tokenizer, preprocess = load_causal_tokenizer(source.folder), causal.clip_preprocess(source.folder, network)
-    return Loaded(network.to(choose_device(device)).eval(), tokenizer, preprocess, TextOptions())
+    network, tokenizer, preprocess = load_folder(source, device)
+    return Loaded(network, tokenizer, preprocess, text_options(source.folder, network))
 
 
 def _paths(images: Sequence[Any], folder: Path) -> list[Path | None]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, load_causal_tokenizer, load_instructions
 from fastpeft.data import train_causal_tokenizer as learn_tokenizer
+from fastpeft.data.scienceqa import asked_in
 from fastpeft.documents import parse_json
 from fastpeft.evaluate import respond_and_score
 from fastpeft.models import ModelSource, family_of, resolve
@@ -19,6 +20,7 @@ from fastpeft.runs.options import DataOptions, TextOptions
 BEAMS = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+AROUND = ("<im_start>", "<im_end>")  # beside an image, where LLaVA's configuration says so (mm_use_im_start_end)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -77,7 +79,7 @@ def _texts(sample: Instruction) -> list[str]:
 
 def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | None:
     """CLIP's own resize, crop and normalisation at the encoder's size, its numbers the folder's preprocessor_config.json's where there is
-    one. LaVIN, as published, squeezes the whole image in and takes ImageNet's numbers."""
+    one. LaVIN, as published, squeezes the whole image in and takes ImageNet's numbers; LLaVA-Med v1.5 pads it to a square."""
     vision = getattr(network.config, "vision_config", None)
     if vision is None:
         return None
@@ -90,23 +92,34 @@ def clip_preprocess(folder: Path | None, network: nn.Module) -> Preprocess | Non
             mean, std = content.get("image_mean", mean), content.get("image_std", std)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
-    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not squeezed)
+    padded = getattr(network.config, "image_aspect_ratio", None) == "pad"
+    return Preprocess(vision.image_size, mean=tuple(mean), std=tuple(std), interpolation="bicubic", crop=not squeezed, pad=padded)
+
+
+def template_of(network: nn.Module, text: TextOptions) -> str:
+    """The prompt template that was chosen, else the folder's own, else the family's."""
+    return text.template or getattr(network.config, "prompt_template", None) or family_of(network).template
 
 
 def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOptions, *, prompts_only: bool = False, **more):
-    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer. A model that sees no images reads their captions,
-    where ``use_caption`` says so."""
+    """Samples as ``network`` reads them, to train on or (``prompts_only``) to answer: ScienceQA's, where it was trained on several prompt
+    formats, in the one without reasons. A model that sees no images reads their captions, where ``use_caption`` says so."""
     family = family_of(network)
     if text.use_caption and preprocess is None:
         blind = [dataclasses.replace(sample, image=None) for sample in samples]
         samples = dataclasses.replace(samples, samples=blind) if isinstance(samples, SampleList) else blind
+    if prompts_only and not isinstance(text.prompt_format, str):
+        asked = asked_in(samples, text.prompt_format)
+        samples = dataclasses.replace(samples, samples=asked) if isinstance(samples, SampleList) else asked
     return CausalDataset(
         samples,
         tokenizer,
-        text.template or family.template,
+        template_of(network, text),
         text.max_length,
         preprocess=preprocess,
         image_tokens=family.image_tokens(network.config),
+        image_place=text.image_place,
+        image_around=AROUND if getattr(network.config, "mm_use_im_start_end", False) else None,
         prompts_only=prompts_only,
         packed=text.packed and not prompts_only,
         reading=text.reading(),
@@ -117,6 +130,13 @@ def dataset(network: nn.Module, samples, tokenizer, preprocess, text: TextOption
 def answer(network: nn.Module, asked: CausalDataset, tokenizer, **generation) -> tuple[list[str], dict[str, Any]]:
     """(responses, scores). ``generation``: batch_size, progress, and options of transformers' ``generate``."""
     return respond_and_score(network, asked, **generation)
+
+
+def asking_options(network: nn.Module) -> TextOptions:
+    """For a model that says nothing of prompts: 512 tokens of text beside the image's, as far as the model has positions."""
+    config, options = network.config, TextOptions()
+    places, positions = family_of(network).image_tokens(config), getattr(config, "text_config", config).max_position_embeddings
+    return dataclasses.replace(options, max_length=min(options.max_length + places, positions))
 
 
 def options_of(about: dict[str, Any]) -> TextOptions:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastpeft.adapters import describe
+from fastpeft.data.prompts import ending
 from fastpeft.evaluate.chat import Chat
 from fastpeft.evaluate.decoding import response_settings
 from fastpeft.models import family_of
 from fastpeft.runs import causal
-from fastpeft.runs.evaluate import load_run
+from fastpeft.runs.evaluate import load_run, text_options
 
 
 def chat_run(adapter: str | Path, image: str | None = None, device: str | None = None, model: str | None = None, **generation):
@@ -18,10 +18,11 @@ def chat_run(adapter: str | Path, image: str | None = None, device: str | None =
     network, tokenizer, preprocess = load_run(adapter, device, model)
     if family_of(network).kind != "causal":
         raise ValueError("chat is for causal language models, and this adapter's base is none: use eval")
-    text = causal.options_of(describe(adapter))
+    text = text_options(adapter, network)
 
     def prompts(samples):
         return causal.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True)
 
     generation = {"max_new_tokens": 128, **generation}
-    return Chat(network, prompts, image, **generation), response_settings(tokenizer, **generation)
+    stop = ending(causal.template_of(network, text)).stop
+    return Chat(network, prompts, image, **generation), response_settings(tokenizer, stop=stop, **generation)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fastpeft.cost.estimate import DTYPES, Estimate, estimate
-from fastpeft.data import EpochSampler, SampleList
+from fastpeft.data import CausalDataset, EpochSampler, SampleList
 from fastpeft.device import choose_device
 from fastpeft.labels import IGNORE_INDEX
 from fastpeft.models import ModelSource
@@ -41,12 +41,13 @@ class Run:
     answer_len: int
 
 
-def run_of(dataset: Dataset, batch_size: int, seed: int = 0, questions_per_image: int = 1) -> Run:
-    """The run that a trainer would make of ``dataset``, read without its images. Samples are drawn as the run draws them."""
+def run_of(dataset: Dataset, batch_size: int, seed: int = 0, questions_per_image: int = 1, share: bool = True) -> Run:
+    """The run that a trainer would make of ``dataset``, read without its images. Samples are drawn as the run draws them. ``share``: what
+    a causal model's samples begin with is in a batch once."""
     sampler, images = EpochSampler(dataset, batch_size, seed, questions_per_image), dataset.load_images
     dataset.load_images = False
     try:
-        collate, batches = dataset.collator(), []
+        collate, batches = dataset.collator(share) if isinstance(dataset, CausalDataset) else dataset.collator(), []
         for indices in sampler:
             batches.append(collate([dataset[i] for i in indices]))
             if len(batches) == BATCHES:
@@ -112,7 +113,8 @@ def estimate_command(
         return estimate(source, plan, **step), {}
     refuse("say how long samples are, and so does --data: leave one out", seq_len=step["seq_len"], answer_len=step["answer_len"])
     options, text = split({"data": data, **reading}, DataOptions, TextOptions)
-    source, run = read_run(source, options, text, step["batch_size"], vocab=vocab, questions_per_image=step["questions_per_image"])
+    how = {"questions_per_image": step["questions_per_image"], "share": step.get("optimized", True)}
+    source, run = read_run(source, options, text, step["batch_size"], vocab=vocab, **how)
     found = estimate_run(source, plan, run, **step)
     return found, run_fields(found, run, steps, step["gradient_accumulation"])
 
@@ -160,7 +162,7 @@ def about_run(trainer: Trainer, data: DataOptions, command: str | None) -> dict[
 def _first_step(trainer: Trainer) -> dict[str, Any] | None:
     """What the estimate is of the first step; None where there is none."""
     config, network = trainer.config, trainer.model
-    run = run_of(trainer.dataset, config.batch_size, config.seed, config.questions_per_image)
+    run = run_of(trainer.dataset, config.batch_size, config.seed, config.questions_per_image, trainer.shares_prefixes)
     step = {"feature_cache": config.feature_cache, "gradient_accumulation": config.gradient_accumulation, "dtype": config.dtype}
     try:
         found = estimate_run(network, network.fastpeft_plan, run, **step, questions_per_image=config.questions_per_image)

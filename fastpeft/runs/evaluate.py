@@ -15,25 +15,32 @@ from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.data.images import allow_pixels
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, generation_settings, write_answers
+from fastpeft.evaluate.judge import write_outputs
 from fastpeft.files import is_folder
-from fastpeft.models import family_of
+from fastpeft.models import ModelSource, family_of, resolve
 from fastpeft.plan import build
-from fastpeft.runs.causal import options_of
-from fastpeft.runs.options import DataOptions, MetricOptions
+from fastpeft.runs import causal, vqa
+from fastpeft.runs.mmlu import asks_mmlu, mmlu_run
+from fastpeft.runs.options import DataOptions, MetricOptions, MMLUOptions, TextOptions
 from fastpeft.runs.splits import data_notes
 from fastpeft.runs.train import RUNS
 
 
-def load_run(adapter: str | Path, device: str | None = None, model: str | None = None) -> tuple[nn.Module, Any, Preprocess]:
-    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer. ``model`` replaces a moved base."""
+def load_run(
+    adapter: str | Path, device: str | None = None, model: str | None = None, adapted: bool = True
+) -> tuple[nn.Module, Any, Preprocess]:
+    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer; or those of a model's own folder. ``model``
+    replaces a moved base. ``adapted`` False: the base alone."""
     adapter = Path(adapter)
     if not is_folder(adapter):
         raise ValueError(f"no adapter folder at {adapter}")
     about = describe(adapter)
+    if not about and (adapter / "config.json").is_file() and model is None:
+        return load_folder(resolve(adapter), device)
     if not about:
-        raise ValueError(f"{adapter} has no fastpeft.json: it is not an adapter folder that fastpeft wrote")
-    causal = "prompt" in about
-    if not about.get("tokenizer") or not (causal or about.get("preprocess")):
+        raise ValueError(f"{adapter} has neither fastpeft.json nor config.json: it is no adapter that fastpeft wrote, and no model")
+    prompted = "prompt" in about
+    if not about.get("tokenizer") or not (prompted or about.get("preprocess")):
         raise ValueError(f"{adapter} holds an adapter alone: its tokenizer and preprocessing, which a training run writes, are missing")
     if "base" not in about or not about["base"].get("model"):
         raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: it does not say the base's model")
@@ -45,10 +52,28 @@ def load_run(adapter: str | Path, device: str | None = None, model: str | None =
     except ValueError as error:
         raise ValueError(f"{adapter / 'fastpeft.json'} is damaged: preprocess: {error}") from None
     device = choose_device(device)
-    tokenizer = (load_causal_tokenizer if causal else load_tokenizer)(adapter / about["tokenizer"])
+    tokenizer = (load_causal_tokenizer if prompted else load_tokenizer)(adapter / about["tokenizer"])
     network = build(model, **kept) if model else build(name, **kept, **overrides, **base)
-    load_adapter(network, adapter)
+    if adapted:
+        load_adapter(network, adapter)
     return network.to(device), tokenizer, preprocess
+
+
+def load_folder(source: ModelSource, device: str | None = None) -> tuple[nn.Module, Any, Preprocess | None]:
+    """A model's folder with its tokenizer and its images' preprocessing, without an adapter."""
+    network = build(source)
+    if source.kind == "vqa":
+        tokenizer, preprocess = load_tokenizer(source.folder), vqa.preprocess_for(source.folder, network)
+        vqa.check_vocabulary(network, tokenizer, source.name)
+    else:
+        tokenizer, preprocess = load_causal_tokenizer(source.folder), causal.clip_preprocess(source.folder, network)
+    return network.to(choose_device(device)).eval(), tokenizer, preprocess
+
+
+def text_options(folder: str | Path, network: nn.Module) -> TextOptions:
+    """How an adapter's model reads text, as it was trained; a model's own folder as its configuration and template say."""
+    about = describe(folder)
+    return causal.options_of(about) if about or family_of(network).kind == "vqa" else causal.asking_options(network)
 
 
 def eval_run(
@@ -63,30 +88,42 @@ def eval_run(
     num_beams: int | None = None,
     metrics: MetricOptions | None = None,
     prompt_format: str | None = None,
+    template: str | None = None,
     draw_unparsed: int | None = None,
+    outputs: str | None = None,
+    generator: str = "fastpeft",
+    mmlu: MMLUOptions | None = None,
+    kept: Path | None = None,
     **generation,
 ) -> dict[str, Any]:
-    """Answer a data set's test split with an adapter and score the answers; the scores, with ``generation`` (the decoding settings) and
-    ``notes``. The base folder's generation_config.json does not count. ``out``: a file for the predictions. num_beams: the papers' by
-    default (3 for visual question answering, 1 for responses). ``generation``: further options of transformers' ``generate``, for responses
-    (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text.
-    prompt_format: of ScienceQA, instead of the one trained with. draw_unparsed: a seed, to draw a choice where a response names none. The
-    candidates
-    of free-text answers are those of the data's training split, the questions that are asked apart."""
-    if out and Path(out).is_dir():
-        raise ValueError(f"{out} is a folder: give a file for the predictions")
+    """Answer a data set's test split with an adapter, or with a model's folder alone, and score the answers; the scores, with
+    ``generation`` (the decoding settings) and ``notes``. The base folder's generation_config.json does not count. ``out``: a file for the
+    predictions. num_beams: the papers' by default (3 for visual question answering, 1 for responses). ``generation``: further options of
+    transformers' ``generate``, for responses (top_p=0.75, temperature=0.1, do_sample=True). ``metrics``: of generated text. prompt_format:
+    of ScienceQA, instead of the one trained with. template: of prompts, instead of the one trained with. draw_unparsed: a seed, to draw a
+    choice where a response names none. The candidates of free-text answers are those of the data's training split, the questions that are
+    asked apart. outputs: a file for the responses in AlpacaEval's form, under the name ``generator``. mmlu, kept: of a folder of MMLU, see
+    :func:`fastpeft.runs.mmlu.mmlu_run`: nothing is generated there."""
+    _refuse_folders(out, outputs)
     allow_pixels(data.max_pixels)
+    if asks_mmlu(data):
+        if any((generation, num_beams, prompt_format, template, outputs, draw_unparsed is not None)):
+            raise ValueError("MMLU is scored by likelihood: leave out the options of generation, of its outputs and of ScienceQA")
+        base, tokenizer, _ = load_run(adapter, device, model, adapted=False)
+        more = {"out": out, "progress": progress, "batch_size": batch_size, "kept": kept}
+        return mmlu_run(adapter, base, tokenizer, data, mmlu or MMLUOptions(), **more)
     network, tokenizer, preprocess = load_run(adapter, device, model)
     kind = family_of(network).kind
     if generation and kind != "causal":
         raise ValueError(f"{', '.join(generation)} are options of causal language models, and this adapter's base is none")
-    run, text = RUNS[kind], options_of(describe(adapter))
-    if (prompt_format, draw_unparsed) != (None, None) and kind != "causal":
+    run, text = RUNS[kind], text_options(adapter, network)
+    chosen = {name: value for name, value in (("prompt_format", prompt_format), ("template", template)) if value is not None}
+    if (chosen or draw_unparsed is not None) and kind != "causal":
         raise ValueError(
-            "prompt_format and draw_unparsed are of ScienceQA, which causal language models answer, and this adapter's base is none"
+            "prompt_format, template and draw_unparsed are of causal language models, which answer in sentences, and this adapter's base "
+            "is none"
         )
-    if prompt_format is not None:
-        text = dataclasses.replace(text, prompt_format=prompt_format)
+    text = dataclasses.replace(text, **chosen)
     samples = run.read(data, text, "test", data.split_file)
     dataset = run.dataset(network, samples, tokenizer, preprocess, text, prompts_only=True, skip_bad=data.skip_bad)
     generation["num_beams"] = num_beams or run.BEAMS
@@ -96,8 +133,15 @@ def eval_run(
     answers, scored = run.answer(network, dataset, tokenizer, **how, **generation)
     if out:
         write_answers(out, dataset, answers)
+    if outputs:
+        write_outputs(outputs, dataset.samples, answers, generator)
     settings = generation_settings(dataset, tokenizer, **generation)
     return scored | {"generation": settings, "notes": data_notes(samples) + dataset.notes + notes}
+
+
+def _refuse_folders(*files: str | None) -> None:
+    if folder := next((path for path in files if path and Path(path).is_dir()), None):
+        raise ValueError(f"{folder} is a folder: give a file for the predictions")
 
 
 def training_split(run, data: DataOptions, text) -> tuple[Sequence, list[str]]:

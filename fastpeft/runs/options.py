@@ -154,7 +154,10 @@ class TextOptions:
     """How a causal language model's samples become tokens."""
 
     template: Annotated[Text | None, PROMPT] = None
-    "prompt: alpaca, llava, lavin, plain (default: the model's own)"
+    """prompt (default: the model's own): alpaca, lavin, plain, scienceqa, or a conversation of LLaVA's or LLaVA-Med's by version: llava
+    (v1), v0, v0_train, llava_v0, llava_v1, llama_2, llava_llama_2, mistral_instruct, simple, multimodal, ..."""
+    image_place: Annotated[Literal["before", "after", "data"] | None, PROMPT] = None
+    "of these conversations: the image before or after the first question, or where the data have <image> (default: the template's own)"
     max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
     "tokens of the longest sample; longer ones are cut"
     max_question: Annotated[int, Field(ge=3), READ] = 35
@@ -220,6 +223,16 @@ class MetricOptions:
     def chosen(self) -> dict[str, Any]:
         """Arguments of :func:`fastpeft.evaluate.text_metrics.text_metrics`."""
         return {field.name: getattr(self, field.name) for field in declared.fields(MetricOptions)} | {"metrics": self.metrics or ()}
+
+
+@options
+class MMLUOptions:
+    """How MMLU is asked."""
+
+    shots: Annotated[int, Field(ge=0, le=5), SCORE, Option(must="a whole number from 0 to 5")] = 5
+    "of MMLU: development questions with their answers in each prompt"
+    no_base: Annotated[bool, SCORE] = False
+    "of MMLU: do not ask the base without the adapter as well"
 
 
 RECIPE = (RunOptions, DataOptions, TextOptions, MetricOptions, TrainConfig)  # what a YAML file of `fastpeft train` may hold

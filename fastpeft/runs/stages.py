@@ -13,14 +13,16 @@ OUT/stage-1, OUT/stage-2, ...; what a stage is merged into is in its folder's me
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
 from fastpeft.files import recover_folder, write_json
 from fastpeft.options import as_command, checked, split
+from fastpeft.ranks import ranks_here
 from fastpeft.runs import train as one_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import RECIPE
@@ -65,28 +67,35 @@ def train_stages(given: Mapping[str, Any]) -> dict[str, Any]:
     With ``resume``, stages that are finished are not run again, and the one that was interrupted goes on. ValueError where a finished
     stage's options have changed since."""
     stages, out = stages_of(given), Path(given["out"])
-    _check_finished(stages, out, bool(given.get("resume")))
-    told, model, adapter = [], None, None
+    ranks = ranks_here()
+    ranks.first_does(lambda: _check_finished(stages, out, bool(given.get("resume"))))
+    told = []
     for number, options in enumerate(stages, 1):
         folder = out if number == len(stages) else out / f"stage-{number}"
         options = options | {"out": str(folder)}
         if number > 1:
-            if _plan(options) == _plan(stages[number - 2]):
-                options["init_adapter"] = str(adapter)
-            else:
-                model = _merged(adapter)
-                options |= {"init_adapter": None, "vocab": None, "quantize": None}
-            if model is not None:
-                options |= {"model": str(model), "from_scratch": False}
+            options |= ranks.first_does(functools.partial(going_on, stages, number, lambda stage: out / f"stage-{stage}" / "adapter"))
         if number < len(stages) and (folder / "summary.json").is_file():  # written last
             summary = parse_json((folder / "summary.json").read_text(encoding="utf-8"))
         else:
             summary = train_recipe({name: value for name, value in options.items() if value is not None})
-        adapter = folder / "adapter"
         told.append(
             {"out": str(folder)} | {name: summary[name] for name in ("plan", "steps", "samples", "loss_first", "loss_last", "eval")}
         )
     return summary | {"stages": told}
+
+
+def going_on(stages: Sequence[Mapping[str, Any]], number: int, adapter: Callable[[int], Path]) -> dict[str, Any]:
+    """What a stage but the first (``number``, from 1) starts from, as options over its own: the adapter of the one before, and where the
+    plan changed, there or earlier, what the adapter before that was merged into. ``adapter``: a stage's adapter folder, by its number."""
+    plans = [_plan(stage) for stage in stages[:number]]
+    changes = [at for at in range(2, number + 1) if plans[at - 1] != plans[at - 2]]
+    found: dict[str, Any] = {"init_adapter": None if number in changes else str(adapter(number - 1))}
+    if changes:
+        found |= {"model": str(_merged(adapter(changes[-1] - 1))), "from_scratch": False, "image_encoder": None}
+    if number in changes:
+        found |= {"vocab": None, "quantize": None}
+    return found
 
 
 def _plan(options: Mapping[str, Any]) -> tuple:

@@ -103,6 +103,6 @@ def train_run(
     trainer.notes += data_notes(samples) + dataset.notes + expectations(source, data, held, eval_dataset, evaluate)
     trainer.about = about_run(trainer, data, command)
     summary = trainer.fit()
-    if held_out is not None and config.out:
+    if held_out is not None and trainer.out is not None:
         write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held_out])  # a split file
     return summary

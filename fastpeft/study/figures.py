@@ -1,5 +1,5 @@
 """Figures across a study's runs, as charts of fastpeft.report: loss curves, accuracy over what is trained, data sets side by side,
-Excitor's gates and similarities, LaVIN's routing."""
+Excitor's gates, similarities and MMLU, LaVIN's routing."""
 
 from __future__ import annotations
 
@@ -99,6 +99,22 @@ def routing(done: Done) -> list[dict | None]:
     return found
 
 
+def mmlu(done: Done) -> list[dict | None]:
+    """Change of MMLU's mean against the base, relative, and the tasks that are won and lost (Excitor's figure 5)."""
+    rows, changes, won, lost = [], [], [], []
+    for job, result in _first_seeds(done):
+        scored = next((scores["mmlu"] for scores in result["scores"].values() if mapping(scores.get("mmlu")).get("base")), None)
+        if scored is not None:
+            rows.append(job.row)
+            changes.append(None if scored["relative_change"] is None else 100 * scored["relative_change"])
+            won.append(float(scored["wins"]))
+            lost.append(float(scored["losses"]))
+    if not rows:
+        return []
+    change = bar_chart("MMLU against the base", "relative change of the tasks' mean, %", rows, [("change", changes)])
+    return [change, bar_chart("MMLU against the base, by task", "tasks of 57", rows, [("won", won), ("lost", lost)])]
+
+
 FIGURES: dict[str, Callable[[Done], list[dict | None]]] = {
     "loss": loss,
     "percent": percent,
@@ -106,6 +122,7 @@ FIGURES: dict[str, Callable[[Done], list[dict | None]]] = {
     "gates": gates,
     "similarity": similarity,
     "routing": routing,
+    "mmlu": mmlu,
 }
 
 

@@ -15,7 +15,9 @@
     tiny:                                # what `--scale tiny` puts over the rest: options, others instead, data sets, a choice of rows
       {options: {steps: 40}, instead: {model: {miss: miss-tiny}}, data: {slake: {made: phantoms}}}
 
-A row runs on every data set it names (``data: [a, b]``; default: all of them) and with every seed.
+A row runs on every data set it names (``data: [a, b]``; default: all of them) and with every seed. A recipe's ``stages:`` are those of rows
+that have none of their own, whose options stand over the last one's: what they name as data are data sets of the study. A stage with
+another plan than the one before goes on from the merged weights.
 """
 
 from __future__ import annotations
@@ -92,7 +94,10 @@ def read_study(path: str | Path, scale: str = "full") -> StudyFile:
     options = read_yaml(path.parent / _text(content["recipe"], f"{path}: recipe")) if content.get("recipe") else {}
     options |= _options(content.get("options"), f"{path}: options")
     over = _options(tiny.get("options"), f"{path}: tiny: options")
-    rows = [_row(entry, f"{path}: row {at}", set(over)) for at, entry in enumerate(_list(content["rows"], f"{path}: rows"), 1)]
+    if "stages" in over:
+        raise ValueError(f"{path}: tiny: options: stages are a row's, or the recipe's: leave them out")
+    stages = list(options.pop("stages", None) or ())
+    rows = [_row(entry, f"{path}: row {at}", set(over), stages) for at, entry in enumerate(_list(content["rows"], f"{path}: rows"), 1)]
     instead = {k: _mapping(v, f"{path}: tiny: instead") for k, v in _mapping(tiny.get("instead"), f"{path}: tiny: instead").items()}
     _known(instead, [f.name for cls in RECIPE for f in fields(cls)], f"{path}: tiny: instead")
     rows = [row.with_others(instead) for row in rows]
@@ -163,17 +168,11 @@ def data_folders(path: str | Path, given: list[str]) -> dict[str, str]:
     return found
 
 
-def _row(entry: Any, where: str, over: set[str]) -> Row:
-    """``over``: options that the tiny block sets for all rows; a row's own are then left out."""
+def _row(entry: Any, where: str, over: set[str], of_recipe: list) -> Row:
+    """``over``: options that the tiny block sets for all rows; a row's own are then left out. ``of_recipe``: the recipe's stages."""
     entry = _mapping(entry, where)
     options = _options({k: v for k, v in entry.items() if k not in ROW_KEYS}, where)
     kept = over - {"plan", "rank"}  # a tiny study has the same plans
-    stages = []
-    for stage in _list(entry.get("stages", [{}]), f"{where}: stages"):
-        stage = {"data": stage} if isinstance(stage, str) else dict(_mapping(stage, f"{where}: stages"))
-        name = stage.pop("data", None)
-        more = _options(stage, f"{where}: stages")
-        stages.append((None if name is None else str(name), {k: v for k, v in more.items() if k not in kept}))
     data = entry.get("data")
     paper = _mapping(entry.get("paper"), f"{where}: paper")
     return Row(
@@ -181,10 +180,22 @@ def _row(entry: Any, where: str, over: set[str]) -> Row:
         options={k: v for k, v in options.items() if k not in kept},
         data=None if data is None else tuple(map(str, [data] if isinstance(data, str) else _list(data, f"{where}: data"))),
         starts_from=None if entry.get("from") is None else _text(entry["from"], f"{where}: from"),
-        stages=tuple(stages),
+        stages=_stages(entry, options, of_recipe, kept, f"{where}: stages"),
         seeds=None if entry.get("seeds") is None else _seeds(entry["seeds"], f"{where}: seeds"),
         paper={str(k): v for k, v in paper.items()},
     )
+
+
+def _stages(entry: dict[str, Any], own: dict[str, Any], of_recipe: list, kept: set[str], where: str):
+    """(data set or None, options without ``kept``) of each of a row's stages, or of the recipe's. ``own``: the row's options."""
+    given, stages = _list(entry.get("stages", of_recipe or [{}]), where), []
+    for at, stage in enumerate(given, 1):
+        stage = {"data": stage} if isinstance(stage, str) else dict(_mapping(stage, where))
+        if "stages" not in entry and at == len(given):  # the row is its last stage
+            stage = {k: v for k, v in stage.items() if k not in own and not (k == "data" and "data" in entry)}
+        name = stage.pop("data", None)
+        stages.append((None if name is None else str(name), {k: v for k, v in _options(stage, where).items() if k not in kept}))
+    return tuple(stages)
 
 
 def _chosen(rows: list[Row], names: list, where: str) -> list[Row]:

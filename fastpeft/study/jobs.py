@@ -17,7 +17,7 @@ class Job:
 
     ``starts_from``: the job whose adapter the first stage goes on from. ``score_on``: options of reading by data set; {}: the last
     stage's own test split, scored as training scores it. ``made``: the data sets to draw, {folder: how}.
-    ``memory``: compute what a step holds (a row's first seed does)."""
+    ``memory``: compute what a step holds; ``similarity``: Excitor's by layer (a row's first seed does)."""
 
     row: str
     data: str
@@ -30,6 +30,7 @@ class Job:
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
     memory: bool = False
+    similarity: bool = False
 
     @property
     def name(self) -> str:
@@ -38,13 +39,14 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What a finished job depends on, as JSON reads it back."""
         stages = [{k: v for k, v in stage.items() if k not in ("device", "num_workers")} for stage in self.stages]
-        kept = {k: v for k, v in asdict(self).items() if k not in ("paper", "folder", "made", "memory")} | {"stages": stages}
+        left_out = ("paper", "folder", "made", "memory") + (() if self.similarity else ("similarity",))
+        kept = {k: v for k, v in asdict(self).items() if k not in left_out} | {"stages": stages}
         return json.loads(json.dumps(kept))
 
 
 def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any) -> list[Job]:
     """All jobs, in the order of the file but for what must come first. ``folders``: data folders from the command line; ``shared``:
-    options of every stage (device). ValueError: two rows of one name, a row to start from that is not there, a data set without a
+    options of every stage (device, steps). ValueError: two rows of one name, a row to start from that is not there, a data set without a
     folder."""
     reading, made = _readings(study, out, folders)
     named = [(row, _names(study, row)) for row in study.rows]
@@ -69,10 +71,15 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
                     generation=study.generation,
                     made={folder: how for folder, how in made.items() if folder in used},
                     paper=row.paper,
-                    memory=seed == (row.seeds or study.seeds)[0] and (study.columns is None or "memory" in study.columns),
+                    **(_looked_at(study) if seed == (row.seeds or study.seeds)[0] else {}),
                 )
                 jobs.append(job)
     return _ordered(jobs, study)
+
+
+def _looked_at(study: StudyFile) -> dict[str, bool]:
+    """What is computed of a row's first seed alone, where the study shows it."""
+    return {"memory": study.columns is None or "memory" in study.columns, "similarity": "similarity" in study.figures}
 
 
 def _readings(study: StudyFile, out: Path, folders: dict[str, str]) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -97,7 +104,7 @@ def _readings(study: StudyFile, out: Path, folders: dict[str, str]) -> tuple[dic
 
 def _names(study: StudyFile, row: Row) -> dict[str, str]:
     """The row's name for each data set that it runs on."""
-    options = study.options | row.options
+    options = study.options | row.options | row.stages[-1][1]
     given = row.name or _plan_text(options.get("plan"))
     if row.name is None:
         given += f" r={options['rank']}" if options.get("rank") and "LoRA" in given else ""

@@ -1,10 +1,11 @@
-"""Drawn data sets of a study at tiny scale, in the layouts as published: questions, reports, ScienceQA, instructions, captions.
+"""Drawn data sets of a study at tiny scale, in the layouts as published: questions, reports, ScienceQA, instructions, captions, MMLU.
 
-All but the instructions are about the demo's phantoms, so that answers depend on the images; equal arguments give equal files.
+All but the instructions and MMLU are about the demo's phantoms, so that answers depend on the images; equal arguments give equal files.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -63,6 +64,33 @@ def _reports(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: rand
     shutil.copytree(drawn / "imgs", folder / "images")
     for split, rows in splits.items():
         listed = [{"image": name, "report": _findings(asked)} for name, asked in _by_image(rows).items()]
+        (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
+
+
+def _summaries(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """XrayGPT's layout: one list, which says nothing of splits, and images by number."""
+    (folder / "image").mkdir()
+    listed = []
+    for rows in splits.values():
+        for name, asked in _by_image(rows).items():
+            number = len(listed) + 1
+            load_image(drawn / "imgs" / name).save(folder / "image" / f"{number}.png")
+            listed.append({"image_id": str(number), "caption": _findings(asked)})
+    (folder / "filter_cap.json").write_text(json.dumps({"annotations": listed}, indent=1))
+
+
+def _conversations(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """LLaVA-Med's layout: dialogues with <image> before or after the first question; to test, questions by themselves with answer_type."""
+    shutil.copytree(drawn / "imgs", folder / "images")
+    for split, rows in splits.items():
+        listed = []
+        for name, asked in _by_image(rows).items():
+            for talk in [asked[:3]] if split == "train" else [[row] for row in asked]:
+                first = talk[0]["question"]
+                said = [rng.choice((f"<image>\n{first}", f"{first}\n<image>")), *(row["question"] for row in talk[1:])]
+                turns = [t for q, row in zip(said, talk) for t in ({"from": "human", "value": q}, {"from": "gpt", "value": row["answer"]})]
+                listed.append({"id": str(len(listed)), "image": name, "domain": {"chest_xray": True}, "conversations": turns})
+                listed[-1] |= {} if split == "train" else {"answer_type": talk[0]["answer_type"]}
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
 
 
@@ -142,12 +170,28 @@ def _instructions(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng:
         (folder / f"{SPLITS[split]}.json").write_text(json.dumps(listed, indent=1))
 
 
+def _mmlu(folder: Path, drawn: Path, splits: dict[str, list[dict]], rng: random.Random) -> None:
+    """MMLU's layout: sums, in a task of each category."""
+    for task in ("elementary_mathematics", "formal_logic", "econometrics", "nutrition"):
+        for split, count in (("dev", 5), ("test", len(_by_image(splits["test"])))):
+            rows = []
+            for _ in range(count):
+                a, b, at = rng.randrange(10), rng.randrange(10), rng.randrange(4)
+                rows.append([f"What is {a} plus {b}?", *(a + b + i - at for i in range(4)), "ABCD"[at]])
+            (folder / split).mkdir(exist_ok=True)
+            with open(folder / split / f"{task}_{split}.csv", "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(rows)
+
+
 Maker = Callable[[Path, Path, dict[str, list[dict]], random.Random], None]
 KINDS: dict[str, Maker | None] = {
     "phantoms": None,
     "instruction_form": _instruction_form,
     "reports": _reports,
+    "summaries": _summaries,
+    "conversations": _conversations,
     "captions": _captions,
     "scienceqa": _scienceqa,
     "instructions": _instructions,
+    "mmlu": _mmlu,
 }

@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,22 @@ def run_study(
     *,
     data: dict[str, str] | None = None,
     scale: str = "full",
+    steps: int | None = None,
+    side_by_side: int = 1,
     device: str | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
     """Run a study file, or go on with it, in ``out``; returns its results: title, rows, totals, failed (error by job), files.
 
-    data: folders by the file's names of data sets. scale: "full" or "tiny". A job that fails, and those that start from it, are named in
-    the table, and the others run; another call tries them again. ValueError names what is wrong, before anything runs: in the file, a
-    data set without a folder, a job that ``out`` holds with other options. KeyboardInterrupt (Ctrl-C, SIGTERM) lets the step end."""
+    data: folders by the file's names of data sets. scale: "full" or "tiny". steps: of every stage, instead of the file's. side_by_side:
+    rows that run at once; their memory adds up. A job that fails, and those that start from it, are named in the table, and the others run;
+    another call tries them again. ValueError names what is wrong, before anything runs: in the file, a data set without a folder, a job
+    that ``out`` holds with other options. KeyboardInterrupt (Ctrl-C, SIGTERM) lets the steps end."""
     from fastpeft.study.page import write_results
 
     study, out = read_study(path, scale), Path(out)
-    jobs = jobs_of(study, out, data or {}, **({"device": device} if device else {}))
+    shared = {name: value for name, value in (("device", device), ("steps", steps)) if value is not None}
+    jobs = jobs_of(study, out, data or {}, **shared)
     check(study, jobs)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, what="fastpeft study"), _interruptible():
@@ -53,7 +58,7 @@ def run_study(
         for folder, how in {folder: how for job in jobs for folder, how in job.made.items()}.items():
             make(folder, how)
         began = time.perf_counter()
-        failed = run_jobs(jobs, out, say)
+        failed = run_jobs(jobs, out, say, side_by_side)
         results = [(job, read_result(job)) for job in jobs]
         return write_results(study, results, failed, out, time.perf_counter() - began)
 
@@ -78,24 +83,40 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
                 raise ValueError(f"{study.path}: row {job.row}: {error}") from None
 
 
-def run_jobs(jobs: list[Job], out: Path, say: Say) -> dict[str, str]:
-    """Run what has no result yet, one after another; returns the error of each job that has none in the end."""
-    context = job_context()
-    failed: dict[str, str] = {}
-    for at, job in enumerate(jobs, 1):
-        if read_result(job) is not None:
-            say(f"[{at}/{len(jobs)}] {job.name}: finished before")
-            continue
-        if job.starts_from in failed:
-            failed[job.name] = f"it starts from {job.starts_from}, which failed"
-            say(f"[{at}/{len(jobs)}] {job.name}: left out, {failed[job.name]}")
-            continue
-        began = time.perf_counter()
-        error = _run(context, job, out / "features")
-        told = f"failed: {error}" if error else _told(read_result(job))
-        if error:
-            failed[job.name] = error
-        say(f"[{at}/{len(jobs)}] {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
+def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dict[str, str]:
+    """Run what has no result yet, in order, so many at once; returns the error of each job that has none in the end."""
+    context, failed, numbers = job_context(), {}, {job.name: f"[{at}/{len(jobs)}]" for at, job in enumerate(jobs, 1)}
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if len(running) >= side_by_side:
+                    break
+                if job.starts_from in {other.name for other in (*waiting, *(entry[0] for entry in running.values()))}:
+                    continue  # its source comes first
+                waiting.remove(job)
+                if read_result(job) is not None:
+                    say(f"{numbers[job.name]} {job.name}: finished before")
+                elif job.starts_from in failed:
+                    failed[job.name] = f"it starts from {job.starts_from}, which failed"
+                    say(f"{numbers[job.name]} {job.name}: left out, {failed[job.name]}")
+                else:
+                    process = _start(context, job, out / "features")
+                    running[process.sentinel] = (job, process, time.perf_counter())
+            for sentinel in wait(list(running)) if running else ():
+                job, process, began = running.pop(sentinel)
+                error = _error_of(job, process)
+                if error:
+                    failed[job.name] = error
+                told = f"failed: {error}" if error else _told(read_result(job))
+                say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
+    except KeyboardInterrupt:
+        for _, process, _ in running.values():
+            process.terminate()  # it saves a checkpoint between steps
+        for _, process, _ in running.values():
+            process.join()
+        names = ", ".join(job.name for job, *_ in running.values()) or "between rows"
+        raise KeyboardInterrupt(f"stopped in {names}; the same command goes on from there") from None
     return failed
 
 
@@ -109,20 +130,20 @@ def job_context():
     return context
 
 
-def _run(context, job: Job, features: Path) -> str | None:
-    """One job in a process of its own; its error, or None."""
-    failure = Path(job.folder) / FAILED
-    failure.unlink(missing_ok=True)
+def _start(context, job: Job, features: Path):
+    """The job in a process of its own."""
+    (Path(job.folder) / FAILED).unlink(missing_ok=True)
     process = context.Process(target=work, args=(job, str(features)))
     process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.terminate()  # it saves a checkpoint between steps
-        process.join()
-        raise KeyboardInterrupt(f"stopped in {job.name}; the same command goes on from there") from None
+    return process
+
+
+def _error_of(job: Job, process) -> str | None:
+    """The error of a job whose process has ended, or None."""
+    process.join()
     if read_result(job) is not None:
         return None
+    failure = Path(job.folder) / FAILED
     if failure.is_file():
         return parse_json(failure.read_text(encoding="utf-8"))["error"]
     ended = f"killed by signal {-process.exitcode} (out of memory?)" if process.exitcode < 0 else f"ended with code {process.exitcode}"

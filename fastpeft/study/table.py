@@ -46,6 +46,18 @@ def _scienceqa(name: str) -> Callable[[Job, Result, dict], Any]:
     return lambda job, result, scores: (scores.get("scienceqa") or {}).get(name)
 
 
+def _captions(name: str) -> Callable[[Job, Result, dict], Any]:
+    return lambda job, result, scores: (scores.get("captions") or {}).get(name)
+
+
+def _mmlu_of_base(job: Job, result: Result, scores: dict) -> float | None:
+    return ((scores.get("mmlu") or {}).get("base") or {}).get("task_mean")
+
+
+def _mmlu(name: str) -> Callable[[Job, Result, dict], Any]:
+    return lambda job, result, scores: (scores.get("mmlu") or {}).get(name)
+
+
 def adapted_parts(result: Result) -> dict[str, dict[str, Any]]:
     """Parameters of the parts that the plan neither freezes nor trains whole, by name."""
     treatments = dict(zip(result["parameters"]["parts"], result["plan"].split("/")))
@@ -95,6 +107,16 @@ COLUMNS: dict[str, Column] = {
     "rouge_precision": Column("ROUGE-L P, %", _metric("ROUGE-L", "precision"), "percent", "rouge_precision"),
     "rouge_f1": Column("ROUGE-L F1, %", _metric("ROUGE-L", "f1"), "percent", "rouge_f1"),
     "tokens": Column("Mean tokens", _metric("tokens"), "number", "tokens"),
+}
+COLUMNS |= {
+    "bleu_4": Column("BLEU-4, %", _captions("BLEU-4"), "percent", "bleu_4"),
+    "cider": Column("CIDEr, x 100", _captions("CIDEr"), "percent", "cider"),
+    "mmlu": Column("MMLU, %", _mmlu("task_mean"), "percent", "mmlu"),
+    "mmlu_base": Column("MMLU of the base, %", _mmlu_of_base, "percent"),
+    "mmlu_change": Column("relative change, %", _mmlu("relative_change"), "percent", "mmlu_change"),
+    "mmlu_wins": Column("tasks won", _mmlu("wins"), "count"),
+    "mmlu_ties": Column("tied", _mmlu("ties"), "count"),
+    "mmlu_losses": Column("lost", _mmlu("losses"), "count"),
 }
 SCIENCEQA = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
 COLUMNS |= {name: Column(f"{name}, %", _scienceqa(name), "percent", name) for name in SCIENCEQA}

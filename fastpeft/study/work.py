@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 import warnings
+from dataclasses import asdict, replace
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
         "adapter_bytes": sum(file.stat().st_size for file in start.rglob("*.safetensors")),
         "features": {name: sum(counts[name] for counts in used) for name in ("computed", "loaded", "reused")} if used else None,
         "gates": gates_of(start),
+        "similarity": similarity_of(job, start) if job.similarity else None,
         "memory": memory_of(job) if job.memory else None,
         **{name: sum(s[name] for s in summaries) for name in SUMMED},
         **{name: last[name] for name in KEPT if name in last},
@@ -80,11 +82,15 @@ def run_job(job: Job, features: str | None) -> dict[str, Any]:
 
 def _train(job: Job, at: int, out: Path, start: Path | None, features: str | None) -> None:
     """One stage, from its checkpoint where it has one."""
+    from fastpeft.runs.stages import going_on
     from fastpeft.runs.train import train_run
 
     given = {"feature_cache_dir": features} | job.stages[at - 1] | {"out": str(out), "resume": True, "progress": False}
-    if start is not None:
+    if at > 1:
+        given |= going_on(job.stages, at, lambda stage: Path(job.folder) / f"stage-{stage}" / "adapter")
+    elif start is not None:
         given["init_adapter"] = str(start)
+    given = {name: value for name, value in given.items() if value is not None}
     if job.score_on or job.generation or at < len(job.stages):
         given["no_eval"] = True
     run, data, text, metrics, training = split(given, *RECIPE)
@@ -102,6 +108,7 @@ def source_adapter(job: Job) -> Path:
 def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
     """Scores by data set, each kept as soon as it is there."""
     from fastpeft.runs.evaluate import eval_run
+    from fastpeft.runs.mmlu import asks_mmlu
 
     found = {}
     for name, reading in (job.score_on or {job.data: {k: v for k, v in job.stages[-1].items() if k in _READING}}).items():
@@ -113,6 +120,8 @@ def scores_of(job: Job, adapter: Path) -> dict[str, dict[str, Any]]:
             data, generation, metrics = split({k: v for k, v in job.stages[-1].items() if k in _METRICS} | reading | job.generation,
                                               DataOptions, GenerationOptions, MetricOptions)  # fmt: skip
             how = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen()}
+            if asks_mmlu(data):  # the rows of one base share its answers
+                how = {"kept": Path(job.folder).parents[2] / "base-answers"}
             write_json(kept, eval_run(adapter, data, device=job.stages[-1].get("device"), progress=False, **how))
         found[name] = parse_json(kept.read_text(encoding="utf-8"))
     return found
@@ -134,6 +143,26 @@ def gates_of(adapter: Path) -> dict[str, float] | None:
                     layer = name.partition(".layers.")[2].partition(".")[0]
                     found[int(layer)] = float(tensors.get_tensor(name).float().abs().mean())
     return {str(layer): found[layer] for layer in sorted(found)} or None
+
+
+def similarity_of(job: Job, adapter: Path) -> dict[str, dict[str, float]] | None:
+    """By layer, from 0 at the bottom: Excitor's similarity on questions of the job's own test split, else of its training data; None
+    without Excitor."""
+    from fastpeft.evaluate.similarity import excitor_similarity
+    from fastpeft.runs import causal
+    from fastpeft.runs.evaluate import load_run
+
+    if gates_of(adapter) is None:
+        return None
+    _, data, text, _, _ = split(job.stages[-1], *RECIPE)
+    data = replace(data, data={k: v for k, v in asdict(data.sources[0]).items() if v is not None and k != "weight"})
+    network, tokenizer, preprocess = load_run(adapter, job.stages[-1].get("device"))
+    try:
+        samples = causal.read(data, text, "test", check_images=False)
+    except ValueError:  # they have no such split
+        samples = causal.read(data, text, "train", data.split_file, check_images=False)
+    chosen = causal.dataset(network, list(samples)[:16], tokenizer, preprocess, text, prompts_only=True)
+    return {str(layer): found for layer, found in excitor_similarity(network, chosen).items()}
 
 
 def memory_of(job: Job) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
 """Followers of a run: a few methods that are told of its start, its steps and its end; TensorBoard, Weights & Biases and MLflow as such.
 
-    class Print(Callback):
-        def on_step(self, row):
-            print(row["step"], row["loss"])
+class Print(Callback):
+    def on_step(self, row):
+        print(row["step"], row["loss"])
 
-    Trainer(model, dataset, config, callbacks=[Print()])
+Trainer(model, dataset, config, callbacks=[Print()])
 """
 
 from __future__ import annotations

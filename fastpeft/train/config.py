@@ -17,8 +17,8 @@ VALIDATE = Option(panel="Validation")
 # options that a resumed run may have otherwise: how long, where, and what does not bear on the result
 FREE = {
     *("steps", "epochs", "out", "resume", "allow_change", "save_every", "keep_checkpoints", "device", "num_workers", "tensorboard"),
-    *("async_save", "worker_timeout", "track"),
-    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "memory_budget", "without", "eval_scores"),
+    *("async_save", "worker_timeout", "track", "eval_scores", "shard"),
+    *("trace", "progress", "feature_cache", "feature_cache_dir", "feature_cache_memory", "cache_layers", "memory_budget", "without"),
 }
 
 
@@ -32,7 +32,7 @@ class TrainConfig:
     epochs: Annotated[Positive, RUN, Option(names=("num_train_epochs",), must="a number above 0")] = 1.0
     "passes over the data, where steps are not given"
     batch_size: Annotated[Count, RUN, Option(names=("per_device_train_batch_size",))] = 20
-    "samples per forward"
+    "samples per forward, on each device: a step's batch is this times their number"
     gradient_accumulation: Annotated[Count, RUN, Option(names=("gradient_accumulation_steps",))] = 1
     "forwards per step, weighted by their samples, so that a step equals one on all of them together; the last of --epochs may have fewer"
     learning_rate: Annotated[Number, OPTIMISER, Option(names=("lr",))] = 1e-3
@@ -56,7 +56,9 @@ class TrainConfig:
     seed: Annotated[CountOrZero, RUN] = 0
     "of adapters, dropout and the order of samples"
     questions_per_image: Annotated[Count, RUN] = 1
-    "group a batch's questions by image (see EpochSampler)"
+    "group a batch's questions by image (see EpochSampler), so that the image is computed once for them"
+    share_prefix: Annotated[bool, MEMORY, Option(off="no_share_prefix")] = True
+    "causal models: what samples of a batch begin with (system text, image) is computed once for all; dropout falls on it once"
     feature_cache: Annotated[bool, MEMORY, Option(off="no_feature_cache")] = True
     "keep a frozen image encoder's features instead of computing them at every visit, where they are constants"
     feature_cache_dir: Annotated[FilePath | None, MEMORY, Option(must="text")] = None
@@ -65,8 +67,14 @@ class TrainConfig:
     "how much memory they may take, such as 2GB (default: a third of what is free)"
     feature_dtype: Annotated[Dtype | None, MEMORY] = None
     "fp32 or bf16, kept so (default: as computed)"
+    cuda_graph: Annotated[bool, RUN, Option(off="no_cuda_graph")] = True
+    "launch whole steps as CUDA graphs, on padded batches; where a step cannot be captured, or is too large to gain, it runs as it is"
+    cache_layers: Annotated[Text | None, MEMORY, Option(must="a size or a folder")] = None
+    "keep what a language model's lower layers compute where they train nothing: a size of memory, such as 4GB, or a folder"
     memory_budget: Annotated[Size | None, MEMORY] = None
     "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
+    shard: Annotated[Literal["base"] | None, MEMORY] = None
+    "base: of several ranks (torchrun), each holds its part of the frozen weights, and gathers a layer's when it runs (FSDP2)"
     without: Annotated[Text | None, MEMORY] = None
     "savings to switch off: remake, labelled, absorb (see fastpeft.without)"
     num_workers: Annotated[CountOrZero, RUN, Option(names=("workers", "dataloader_num_workers"))] = 0

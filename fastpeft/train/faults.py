@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,58 @@ from fastpeft.train.state import random_state, set_random_state
 from fastpeft.train.step import Passed, Step
 
 IN_A_ROW = 10  # steps that are skipped before the run ends all the same
+
+
+class Faults:
+    """What a trainer does about a step's faults."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def passes(self, batches: list[dict], whole: int, before: dict[str, Any]) -> Passed:
+        """A group's forwards and backwards; from the first that memory does not suffice for, on batches half as large: the same samples
+        and gradients in each step, so that only rounding, and dropout's draws, differ. Of several ranks, which take their steps together,
+        the error ends the run."""
+        trainer, done = self.trainer, self.trainer.done
+        measured = done["cost"] is None
+        if not trainer.ranks.alone:
+            return trainer.step.passes(batches, measured=measured)
+        if done["half_batches"]:
+            return trainer.step.passes(self._halves(whole), measured=measured)
+        passed, halved = passes_in_memory(trainer.step, batches, before, lambda: self._halves(whole), measured=measured)
+        if halved:
+            done["half_batches"] = done["step"] + 1
+            note = f"out of memory at step {done['step'] + 1}: from there on batches are halved, and each step's samples stay the same"
+            self._say(note)
+        return passed
+
+    def _halves(self, whole: int) -> list[dict]:
+        trainer, first = self.trainer, self.trainer.done["batches"]
+        return [half for at in range(first, first + whole) for half in trainer.loading.halves(at)]
+
+    def not_finite(self, error: FloatingPointError, batches: list[dict], whole: int, before: dict[str, Any]) -> dict[str, Any]:
+        """What a step without an update adds to its row, where ``on_nan`` says so; else FloatingPointError that names batch and module.
+        Several ranks find the same together, and look for neither."""
+        trainer, done, on_nan = self.trainer, self.trainer.done, self.trainer.config.on_nan
+        what = f"{error} at step {done['step'] + 1}"
+        if trainer.ranks.alone:
+            again = self._halves(whole) if done["half_batches"] else batches
+            what += f" {where_not_finite(trainer.step, again, before)}"
+        clear(trainer.step)
+        done["skipped"] += 1
+        done["skipped_in_a_row"] += 1
+        if on_nan == "stop" or done["skipped_in_a_row"] > IN_A_ROW:
+            many = f" ({IN_A_ROW} steps before it were skipped)" if on_nan == "skip" else ""
+            done["skipped"] -= 1
+            done["skipped_in_a_row"] -= 1
+            raise FloatingPointError(f"{what}{many}: lower learning_rate, or use fp32") from None
+        if done["skipped"] <= IN_A_ROW:
+            self._say(f"skipped: {what}")
+        return {"loss": None, "learning_rate": None, "grad_norm": None, "skipped": str(error)}
+
+    def _say(self, note: str) -> None:
+        self.trainer.notes.append(note)
+        warnings.warn(note, stacklevel=3)
 
 
 def out_of_memory(error: BaseException) -> bool:

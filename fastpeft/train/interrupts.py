@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from fastpeft.ranks import ALONE, Ranks
+
 # Ctrl-C; kill, a container's or a queue's end; a closed terminal; Slurm's warning (sbatch --signal=USR1@60)
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 NOHUP = getattr(signal, "SIGHUP", None)  # what nohup ignores
@@ -29,10 +31,14 @@ class StopBetweenSteps:
     """SIGINT, SIGTERM, SIGHUP and SIGUSR1 as :class:`Interrupted`, at once while waiting for data, but only after a step, or a save, that
     has begun: weights, optimiser and random state then belong together. A data worker's death, which torch raises from a handler wherever
     the run stands, waits as well (:meth:`hold_workers`). Under nohup SIGHUP stays ignored. Outside the main thread, where Python sets no
-    handlers, it does nothing."""
+    handlers, it does nothing.
 
-    def __init__(self):
-        self.busy, self.asked = False, 0
+    Of several ranks all end after the same step, whichever of them has the signal: inside ``together`` it is only :meth:`heard`, and
+    what :meth:`agree` was told that ranks have heard ends the next ``later``."""
+
+    def __init__(self, ranks: Ranks = ALONE):
+        self.busy, self.asked, self.ranks = False, 0, ranks
+        self.own, self.in_step = 0, False  # the signal this rank has heard; whether it waits for the others
         self.before: dict[int, Any] = {}
         self._worker_died = False
 
@@ -61,7 +67,30 @@ class StopBetweenSteps:
         else:
             self.before[number](number, frame)
 
+    def heard(self) -> list[float]:
+        """For each of SIGNALS 1 if it has come to this rank; to be added up over ranks."""
+        return [float(number == self.own) for number in SIGNALS]
+
+    def agree(self, heard: list[float]) -> None:
+        """Ask for the end that any rank has heard of. Alone there is nothing to agree on."""
+        if not self.ranks.alone:
+            self.asked = next((int(number) for number, count in zip(SIGNALS, heard) if count), 0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Steps that all ranks take together; a signal that was not agreed on in the last ends the process after it."""
+        self.in_step = not self.ranks.alone
+        try:
+            yield
+        finally:
+            self.in_step = False
+        if self.own:
+            raise Interrupted(number=self.own)
+
     def _handle(self, number, frame) -> None:
+        if self.in_step:
+            self.own = self.own or number
+            return
         if not self.busy or self.asked:
             raise Interrupted(number=number)
         self.asked = number

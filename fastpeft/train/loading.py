@@ -6,36 +6,39 @@ import copy
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from fastpeft.train.interrupts import SIGNALS
+from fastpeft.train.shares import Shares
 
 NAMED = 8  # samples of a batch that a message names
 
 
 class Loading:
-    """Batches of a data set in a sampler's order, from any of them on. ``workers``: processes that load them, each with ``timeout``
-    seconds for a batch."""
+    """Batches of a data set, made by ``collate``, from any of them on: this rank's share of each. ``workers``: processes that load them,
+    each with ``timeout`` seconds for a batch."""
 
-    def __init__(self, dataset, sampler, *, workers: int, timeout: float, pin_memory: bool):
-        self.dataset, self.sampler, self.workers, self.timeout, self.pin_memory = dataset, sampler, workers, timeout, pin_memory
+    def __init__(self, dataset, shares: Shares, collate: Callable[[list], dict], *, workers: int, timeout: float, pin_memory: bool):
+        self.dataset, self.shares, self.sampler, self.collate = dataset, shares, shares.sampler, collate
+        self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
         self.next = 0  # the batch of the run that is loaded or waited for, from 0
         self._iterator: Any = None
 
-    def epoch_from(self, batch: int) -> Iterator[dict]:
-        """The run's batches from this one on to the end of its epoch."""
+    def epoch_from(self, batch: int) -> Iterator[list[dict]]:
+        """The run's batches from this one on to the end of its epoch, each in pieces of a forward; those with "counts" False are not this
+        rank's own."""
         epoch, start = divmod(batch, len(self.sampler))
         self.sampler.set_epoch(epoch, start)
         self.dataset.set_epoch(epoch)
         self.next = batch
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.dataset.collator(),
+            batch_sampler=self.shares,
+            collate_fn=self.collate,
             num_workers=self.workers,
             timeout=self.timeout if self.workers else 0,
             worker_init_fn=_leave_signals,
@@ -43,9 +46,11 @@ class Loading:
             generator=torch.Generator(),  # its own: a resumed run must draw the dropout of an uninterrupted one
         )
         self._iterator = iter(loader)
-        for loaded in self._iterator:
+        for number in range(start, len(self.sampler)):
+            every, own = self.shares.forwards(number)
+            pieces = [next(self._iterator) | {"counts": at < own} for at in range(every)]
             self.next += 1
-            yield loaded
+            yield pieces
 
     def indices(self, batch: int) -> list[int]:
         """The samples of a batch of the run."""
@@ -58,35 +63,37 @@ class Loading:
         """A batch of the run as two of half its samples, or itself where it has one."""
         indices, dataset = self.indices(batch), copy.copy(self.dataset)
         dataset._epoch = torch.tensor(batch // len(self.sampler))  # not the shared one: workers load later batches meanwhile
-        half, collate = -(-len(indices) // 2), dataset.collator()
-        return [collate(dataset.__getitems__(part)) for part in (indices[:half], indices[half:]) if part]
+        half = -(-len(indices) // 2)
+        return [self.collate(dataset.__getitems__(part)) | {"counts": True} for part in (indices[:half], indices[half:]) if part]
 
     def fault(self, error: BaseException) -> ChildProcessError | None:
         """A worker's death or standstill, as torch reports it, as an error that names it and what it was loading. None for another error.
         The workers are ended: one that is stuck would hold this process at its own end."""
         text = str(error)
-        dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)(.*)", text)
+        dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", text)
         stuck = "DataLoader timed out" in text
         if not isinstance(error, RuntimeError) or not (dead or stuck):
             return None
-        self._end_workers()
+        ended = self._end_workers()
         waited = f"of {', '.join(names_of(self.dataset.samples[i] for i in self.indices(self.next)))}"
         if stuck:
             return ChildProcessError(f"a data worker is stuck: no batch came for {self.timeout:g} s, {waited} (worker_timeout)")
-        killed = re.search(r"killed by signal: ([\w ]+)", dead[2])
-        how = f" ({killed[0].strip()})" if killed else ""
+        how = f" (killed by signal: {ended})" if ended else ""
         return ChildProcessError(f"data worker {dead[1].strip()} died{how}, before the batch {waited}")
 
-    def _end_workers(self) -> None:
-        """At once; torch's handler of SIGCHLD would raise for each of them, wherever the run stands."""
+    def _end_workers(self) -> str:
+        """At once; torch's handler of SIGCHLD would raise for each of them, wherever the run stands. Returns which signal had ended one of
+        them before; '' for none."""
         workers, here = getattr(self._iterator, "_workers", ()), threading.current_thread() is threading.main_thread()
         heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here and hasattr(signal, "SIGCHLD") else None
+        found = next((signal.strsignal(-code) or "" for worker in workers if (code := worker.exitcode) is not None and code < 0), "")
         for worker in workers:
             worker.kill()
         for worker in workers:
             worker.join(10)
         if heard is not None:
             signal.signal(signal.SIGCHLD, heard)
+        return found
 
 
 def names_of(samples) -> list[str]:

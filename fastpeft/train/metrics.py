@@ -18,9 +18,7 @@ from fastpeft.progress import progress_bar
 class MetricsLog(contextlib.ExitStack):
     """Writers of one process's steps; to be entered. ``done``: the run's totals, which :meth:`log` adds to. ``out`` None: no files."""
 
-    def __init__(
-        self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, progress: bool
-    ):
+    def __init__(self, out: Path | None, done: dict[str, Any], device: torch.device, total_steps: int, *, progress: bool):
         super().__init__()
         self.out, self.done, self.device, self.total_steps = out, done, device, total_steps
         self.first_step: int | None = None  # of this process: it fills caches, and may be the one that is measured
@@ -37,9 +35,9 @@ class MetricsLog(contextlib.ExitStack):
         """A step's ``row`` (step, loss, learning_rate, grad_norm, samples), and the ``seconds`` since the step before: its own time and the
         wait for its data."""
         done = self.done
-        self.first_step = self.first_step or done["step"]
+        self.first_step = self.first_step or row["step"]
         done["seconds"] += seconds
-        if done["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
+        if row["step"] - self.first_step >= min(3, (self.total_steps - self.first_step + 1) // 2):
             done["steady_samples"] += row["samples"]
             done["steady_seconds"] += seconds
         done["peak_memory_bytes"] = max(done["peak_memory_bytes"], peak_memory_bytes(self.device))
@@ -66,3 +64,16 @@ def keep_lines(path: Path, last_step: int) -> int:
                 steps.add(step)
     write_text(path, "".join(line + "\n" for line in kept))
     return last_step - len(steps)
+
+
+def step_tracer(out: Path | None, steps: int):
+    """torch.profiler over this process's steps 2 to 4 of ``steps``, written as a Chrome trace to ``out/trace.json``; None: nothing."""
+    if out is None:
+        return contextlib.nullcontext()
+    from torch.profiler import profile, schedule
+
+    return profile(
+        schedule=schedule(wait=0, warmup=int(steps > 1), active=3, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(out / "trace.json")),
+        profile_memory=True,
+    )

@@ -8,6 +8,8 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from fastpeft.adapters import fingerprint
 from fastpeft.data.tokenizer import tokenizer_digest
 from fastpeft.documents import parse_json
@@ -15,6 +17,7 @@ from fastpeft.files import clear_drafts, recover_folder
 from fastpeft.models import parts_of
 from fastpeft.plan import parse
 from fastpeft.train.config import FREE
+from fastpeft.train.gradients import trained
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote
 
@@ -24,18 +27,52 @@ DATA = {"n", "samples", "images"}  # without these, the position in the data say
 
 def identity_of(trainer) -> dict[str, Any]:
     """Plan, base, data, tokenizer, preprocessing, validation, and every option of :class:`TrainConfig` that bears on the result."""
+    about = {"images": trainer.dataset.image_digest(), "world": trainer.ranks.world}
+    return json.loads(json.dumps(_on_every_rank(trainer) | about))
+
+
+def _on_every_rank(trainer) -> dict[str, Any]:
+    """What of it every rank of a run has to agree on: all but the images' contents, which would have to be read by each."""
     config = {name: value for name, value in asdict(trainer.config).items() if name not in FREE}
     about = {
         "plan": trainer.model.fastpeft_plan.to_dict(),
         "base": fingerprint(trainer.model),
-        "images": trainer.dataset.image_digest(),
         "tokenizer": tokenizer_digest(trainer.dataset.tokenizer),
         "reading": trainer.dataset.describe(),
         **trainer.dataset.identity(),
         **({"validation": trainer.validation.identity()} if trainer.validation else {}),
         **({"started_from": trainer.started_from["tensors"]} if trainer.started_from else {}),
     }
-    return json.loads(json.dumps(config | trainer.sampler.identity() | about))
+    return config | trainer.sampler.identity() | about
+
+
+def open_runs(trainer) -> dict[str, Any] | None:
+    """As :func:`open_run`, on every rank: rank 0 reads the folder, and the others stand where it does. ValueError, on all, where they do
+    not hold the same model, data and options."""
+    ranks = trainer.ranks
+    if ranks.alone:
+        return open_run(trainer) if trainer.out is not None else None
+    ranks.check_same(json.loads(json.dumps(_on_every_rank(trainer))), differences)
+    finished = open_run(trainer) if trainer.out is not None else None
+    where = {name: getattr(trainer, name) for name in ("done", "total_batches", "total_steps", "saved_step")}
+    moments = _on_host(trainer.optimizer.state_dict()) if ranks.first else None
+    finished, where, batch, moments = ranks.from_first((finished, where, trainer.sampler.batch_size, moments))
+    ranks.copy_from_first(trained(trainer.model))
+    if not ranks.first:
+        vars(trainer).update(where)
+        trainer.sample_batches_of(batch)
+        trainer.optimizer.schedule(trainer.total_steps)
+        trainer.optimizer.load_state_dict(moments)
+    return finished
+
+
+def _on_host(state: Any) -> Any:
+    """Nested dicts and lists with their tensors on the CPU: each rank's are on a device of its own."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {name: _on_host(value) for name, value in state.items()}
+    return [_on_host(value) for value in state] if isinstance(state, list | tuple) else state
 
 
 def open_run(trainer) -> dict[str, Any] | None:
@@ -55,7 +92,7 @@ def open_run(trainer) -> dict[str, Any] | None:
         _say(trainer, f"{checkpoint} is not there, so nothing is resumed: the run starts at step 0")
         metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         return None
-    _compare(trainer, progress["identity"])
+    _compare(trainer, {"world": 1} | progress["identity"])  # of before several ranks
     trainer.done |= progress["done"]
     trainer.plan_steps()
     if trainer.validation is not None and trainer.validation.exhausted(trainer.done["validation"]):
@@ -78,7 +115,10 @@ def open_run(trainer) -> dict[str, Any] | None:
 
 def _compare(trainer, was: dict[str, Any]) -> None:
     """ValueError where what makes the run is not what it ``was``, unless it may change."""
-    allowed, mine = set(trainer.config.allow_change or ()), trainer.identity
+    allowed = set(trainer.config.allow_change or ())
+    if was["world"] != trainer.ranks.world and "batch_size" not in allowed:  # the same samples a step, in more or fewer forwards on each
+        trainer.sample_batches_of(was.get("batch_size", trainer.sampler.batch_size))
+    mine = trainer.identity
     if unknown := sorted(allowed - mine.keys()):
         raise ValueError(f"allow_change: {', '.join(unknown)} is nothing that a resumed run compares; known: {', '.join(mine)}")
     was = was | ({"plan": _plan_now(trainer, was["plan"])} if "plan" in was else {})
@@ -114,4 +154,4 @@ def _finished(trainer) -> dict[str, Any] | None:
 def _say(trainer, note: str) -> None:
     """A note for the summary, and on the console now."""
     trainer.notes.append(note)
-    warnings.warn(note, stacklevel=4)
+    warnings.warn(note, stacklevel=5)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastpeft.ranks import Ranks
+
 WINDOW = 20  # steps, as of the summary's other losses
 
 
@@ -29,6 +31,17 @@ class SourceLosses:
             if known:
                 self.sums[sample.data] += sums[i]
                 self.terms[sample.data] += dataset.terms(count)
+
+    def over(self, ranks: Ranks) -> SourceLosses:
+        """Of all ranks together."""
+        if ranks.alone:
+            return self
+        whole = SourceLosses()
+        for sums, terms, samples in ranks.gather((dict(self.sums), dict(self.terms), dict(self.samples))):
+            for mine, theirs in ((whole.sums, sums), (whole.terms, terms), (whole.samples, samples)):
+                for name, value in theirs.items():
+                    mine[name] += value
+        return whole
 
     def log(self, done: dict[str, Any]) -> dict[str, float]:
         """The step's mean loss of each data set in it; ``done`` keeps the run's samples and last losses of each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import subprocess
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.cost.profile import StepCost
+from fastpeft.methods.mm_adapter import ATTENTION
 from fastpeft.plan import count
 from fastpeft.train.config import TrainConfig
 
@@ -55,7 +57,7 @@ def summary_of(model: nn.Module, config: TrainConfig, device: torch.device, done
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "treatments": model.fastpeft_plan.to_dict(),
+        "treatments": json.loads(json.dumps(model.fastpeft_plan.to_dict())),
         "config": {name: value for name, value in asdict(config).items() if name not in ("resume", "progress", "allow_change")},
         "seconds": done["seconds"],
         "parameters": count(model),
@@ -91,6 +93,17 @@ def _sources(done: dict[str, Any]) -> dict[str, Any]:
 
 def _routing(model: nn.Module) -> dict[str, Any]:
     """Weights of each layer's experts by modality, of a model with MM-Adapters."""
-    found = model.mixtures() if hasattr(model, "mixtures") else {}
-    lists = {name: [weights.tolist() for weights in layers.values()] for name, layers in found.items() if layers}
+    lists: dict[str, list] = {}
+    for name, mixtures in (model.mixtures() if hasattr(model, "mixtures") else {}).items():
+        for place, weights in mixtures.items():
+            kind = name if place.before == ATTENTION else f"{name}, before feed-forward"
+            lists.setdefault(kind, []).append(weights.tolist())
     return {"routing": lists} if lists else {}
+
+
+def over_ranks(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of what each rank has measured for itself: the highest peak, and features of all together."""
+    fields: dict[str, Any] = {"peak_memory_bytes": max(of["peak_memory_bytes"] for of in measured)}
+    if (found := [of["features"] for of in measured])[0] is not None:
+        fields["features"] = {name: sum(of[name] for of in found) if isinstance(v, int) else v for name, v in found[0].items()}
+    return fields

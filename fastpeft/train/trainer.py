@@ -1,47 +1,51 @@
-"""Training loop: one process, one device."""
+"""Training loop of one process, or of one of several ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
+import random
 import time
-import warnings
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastpeft.caching.attach import forget_layers, keep_layers, place_of
+from fastpeft.caching.layers import layer_caches
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
+from fastpeft.data.causal_batches import sharing_note
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
 from fastpeft.evaluate.responses import model_inputs
-from fastpeft.features.cache import FeatureCache
-from fastpeft.features.frozen_stages import longest_frozen_stages
+from fastpeft.features.cache import cache_of, sees_constants
 from fastpeft.files import locked, write_json
 from fastpeft.fused.outputs import lean_logits
-from fastpeft.methods import is_adapter
-from fastpeft.methods.quantized import is_quantized
-from fastpeft.options import bytes_of
+from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
 from fastpeft.report.report import write_report
 from fastpeft.savings import without
 from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.faults import IN_A_ROW, passes_in_memory, where_not_finite
+from fastpeft.train.faults import Faults
+from fastpeft.train.gradients import trained
+from fastpeft.train.graph import step_for
 from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
 from fastpeft.train.loading import Loading
-from fastpeft.train.metrics import MetricsLog
-from fastpeft.train.optimizer import Optimizer
-from fastpeft.train.resume import BEST, identity_of, open_run
+from fastpeft.train.metrics import MetricsLog, step_tracer
+from fastpeft.train.optimizer import Optimizer, base_in
+from fastpeft.train.resume import BEST, identity_of, open_runs
+from fastpeft.train.rows import Rows
 from fastpeft.train.saving import Saver
+from fastpeft.train.sharding import rest_gathered, take_apart, to_device_whole_or_not
+from fastpeft.train.shares import Shares
 from fastpeft.train.state import random_state
-from fastpeft.train.step import Passed, Step
-from fastpeft.train.summary import WINDOW, summary_of
+from fastpeft.train.summary import over_ranks, summary_of
 from fastpeft.train.validation import Validation, ValidationData
 
 
@@ -69,49 +73,63 @@ class Trainer:
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
-        self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config or TrainConfig(), eval_dataset
-        config = self.config
+        self.ranks, config = ranks_here(), config or TrainConfig()
+        if not self.ranks.first:  # the first one writes and speaks for all
+            config, callbacks = replace(config, progress=False, tensorboard=False, track=None, trace=False), ()
+        self.model, self.dataset, self.config, self.eval_dataset = model, dataset, config, eval_dataset
         self.followers = Followers([*callbacks, *(TRACKERS[name]() for name in config.trackers)])
         if dataset.tokenizer is None:
             raise ValueError("the data set has no tokenizer: VQADataset(samples, preprocess, tokenizer=...)")
         if getattr(model, "fastpeft_plan", None) is None:
             raise ValueError("the model has no plan: call fastpeft.adapt(model, plan) first")
-        self.device = choose_device(config.device)
+        self.device = choose_device(self.ranks.device(config.device))
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-        self.model.to(self.device)
-        for name, parameter in model.named_parameters():
-            if not is_adapter(name) and not is_quantized(parameter) and parameter.dtype != self.dtype:
-                parameter.data = parameter.data.to(self.dtype)
-        if hasattr(model, "fastpeft_source") and "quantize" not in model.fastpeft_source:  # it was quantised from weights in its dtype
-            model.fastpeft_source["dtype"] = str(self.dtype).removeprefix("torch.")  # the adapter's answers are those of this base
+        to_device_whole_or_not(model, self.device, self.ranks, sharded=bool(config.shard), whole=sees_constants(model, dataset, config))
+        base_in(model, self.dtype)
         self.inputs = model_inputs(model, dataset)
-        self.sampler = EpochSampler(dataset, config.batch_size, config.seed, config.questions_per_image)
-        self.out = Path(config.out) if config.out else None
+        self.notes: list[str] = []
+        self.sample_batches_of(config.batch_size * self.ranks.world)
+        self.out = Path(config.out) if config.out and self.ranks.first else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
         self.done |= {"half_batches": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
         self.mixed = len({sample.data for sample in dataset.samples}) > 1
-        how = {"workers": config.num_workers, "timeout": config.worker_timeout, "pin_memory": self.device.type == "cuda"}
-        self.loading = Loading(dataset, self.sampler, **how)
         self.plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
         self.saved_step: int | None = None
-        self.notes: list[str] = []
-        self.saver = Saver(self)
+        self.sent = 0  # bytes given to the other ranks in the last step
+        self.saver, self.faults = Saver(self), Faults(self)
         self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
-        self.budget = MemoryBudget(model, config.memory_budget) if config.memory_budget else None
-        self.features = self._feature_cache()
-        parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed}
-        self.step = Step(model, dataset, self.optimizer, self.inputs, self.device, self.dtype, **parts)
+        self.budget = MemoryBudget(model, config.memory_budget, self.ranks if config.shard else ALONE) if config.memory_budget else None
+        self.features = cache_of(model, dataset, config, self.ranks)
+        if config.cache_layers is not None:
+            self.notes += keep_layers(model, *place_of(config.cache_layers, "cache_layers"))
+        parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed, "ranks": self.ranks}
+        known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
+        self.step = step_for(config, *known, **parts)
+        self.rows = Rows(self)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
-        self.validation = Validation(model, validation, config, self.scoring, self.device) if config.eval_every else None
+        more = (self.scoring, self.device, None if config.shard else self.features, self._askers)
+        self.validation = Validation(model, validation, config, *more) if config.eval_every else None
+
+    @property
+    def _askers(self) -> Ranks:
+        """Ranks that share questions; of a base in pieces none does, as all have to run the same layers at the same time."""
+        return ALONE if self.config.shard else self.ranks
+
+    def sample_batches_of(self, samples: int) -> None:
+        """Over all ranks."""
+        config = self.config
+        self.sampler = EpochSampler(self.dataset, samples, config.seed, config.questions_per_image)
+        shares = Shares(self.sampler, self.ranks, config.batch_size, together=bool(config.shard))
+        how = {"workers": config.num_workers, "timeout": config.worker_timeout, "pin_memory": self.device.type == "cuda"}
+        self.loading = Loading(self.dataset, shares, self.collator, **how)
 
     @property
     def model_name(self) -> str:
-        source = getattr(self.model, "fastpeft_source", {})
-        return source.get("model") or type(self.model).__name__
+        return getattr(self.model, "fastpeft_source", {}).get("model") or type(self.model).__name__
 
     def plan_steps(self) -> None:
         """Sets total_batches and total_steps, from where the run stands. ``steps`` are full groups of batches. ``epochs`` end with their
@@ -127,13 +145,21 @@ class Trainer:
         self.total_batches = done["batches"] + max(0, left)
         self.total_steps = done["step"] + math.ceil(max(0, left) / config.gradient_accumulation)
 
-    def _feature_cache(self) -> FeatureCache | None:
-        config, seen = self.config, any(sample.image is not None for sample in self.dataset.samples)
-        if not (config.feature_cache and seen) or longest_frozen_stages(self.model, self.dataset) is None:
-            return None
-        limit = None if config.feature_cache_memory is None else bytes_of(config.feature_cache_memory)
-        kept = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
-        return FeatureCache(self.model, self.dataset, limit, config.feature_cache_dir, kept)
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether samples of a batch share what they begin with: LLaVA-Med takes such where its language model is a fused one. Not beside
+        kept lower layers, which hold samples each by itself, nor in place of CUDA graphs where questions come one an image."""
+        config, takes = self.config, (self.inputs, getattr(self.model, "host_inputs", ()))
+        graphs = config.cuda_graph and self.device.type == "cuda" and config.questions_per_image == 1
+        return config.share_prefix and config.cache_layers is None and not graphs and all("prefix_lengths" in names for names in takes)
+
+    @functools.cached_property
+    def collator(self) -> Callable[[list[dict]], dict]:
+        """The data set's; with ``share_prefix``, where the model takes such batches, samples share what they begin with."""
+        if not self.shares_prefixes:
+            return self.dataset.collator()
+        self.notes += [note] if (note := sharing_note(self.dataset, self.sampler)) else []
+        return self.dataset.collator(share=True)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step; returns the summary and, with ``out``, writes summary.json, metrics.jsonl, adapter/, checkpoint/.
@@ -145,8 +171,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps() as stop, self.followers:
-            if self.out is not None and (finished := open_run(self)) is not None:
+        with locked(self.out), StopBetweenSteps(self.ranks) as stop, self.followers:
+            if (finished := open_runs(self)) is not None:
                 return finished
             reset_peak(self.device)
             self.model.train()
@@ -154,6 +180,8 @@ class Trainer:
                 self._train(stop)
             except Interrupted as error:
                 raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
+            except RankLost as error:
+                raise RankLost(f"{error}; {said}" if (said := self._saved_at_end(stop, "")) else str(error)) from None
             except Exception as error:
                 cause, error = error, self.loading.fault(error) or error
                 said = self._saved_at_end(stop, "")
@@ -169,30 +197,43 @@ class Trainer:
     def _train(self, stop: StopBetweenSteps) -> None:
         """Steps from where the run stands to its last, and the last checkpoint."""
         config, done = self.config, self.done
-        if self.features is not None and self.total_batches - done["batches"] >= len(self.sampler):
+        self.stop = stop
+        if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
             self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
+        if config.shard:
+            take_apart(self)
         about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
         self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
         log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
-        with without(*config.savings_off), lean_logits(self.model), log, self._tracer() as tracer:
+        with (
+            without(*config.savings_off),
+            lean_logits(self.model),
+            log,
+            step_tracer(self.out if config.trace else None, self.total_steps - done["step"]) as tracer,
+            stop.together(),
+        ):
+            self.step.start(done["batches"])
             began = time.perf_counter()
-            for batches in self._batches():
-                stop.hold_workers()
-                with stop.later():
-                    row, seconds = self._step(batches), time.perf_counter() - began
-                    row |= self._validate()
-                    self._before = random_state() if self.out else None  # the step is whole: what fails now may be saved after it
-                    log.log(row, seconds)
-                    self.followers.step(row)
-                    if tracer is not None:
-                        tracer.step()
-                    due = config.save_every and done["step"] % config.save_every == 0
-                    if self.out and due and done["step"] < self.total_steps:
-                        self.save()
-                self.followers.check()
-                began = time.perf_counter()
-        if self.features is not None:
-            self.features.flush()
+            try:
+                for batches, whole in self._batches():
+                    stop.hold_workers()
+                    with stop.later():
+                        self.rows.waiting.append(self._step(batches, whole))
+                        saves = self.out and config.save_every and done["step"] % config.save_every == 0
+                        if not (saves or tracer or stop.asked or self.rows.due()):
+                            continue
+                        self.rows.log(log, began)
+                        if tracer is not None:
+                            tracer.step()
+                        if saves and done["step"] < self.total_steps:
+                            self.save()
+                    self.followers.check()
+                    began = time.perf_counter()
+            except BaseException:
+                with contextlib.suppress(FloatingPointError, OSError):
+                    self.rows.log(log, began, whole=False)
+                raise
+        self._leave_caches()
         if self.out:
             with stop.later():
                 self.save()
@@ -202,10 +243,18 @@ class Trainer:
             if self.out and self.done["validation"].get("best_step") is not None:
                 self.saver.save_adapter("adapter")
 
+    def _leave_caches(self) -> None:
+        if self.features is not None:
+            self.features.flush()
+        self.notes += [cache.note() for cache in layer_caches(self.model)]
+        forget_layers(self.model)
+
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
         if self.done["validation"].get("best_step") is not None:
-            self.validation.put_best_back(self.out / BEST if self.out else None)
+            if self.ranks.first:
+                self.validation.put_best_back(self.out / BEST if self.out else None)
+            self.ranks.copy_from_first(trained(self.model))
 
     def _saved_at_end(self, stop: StopBetweenSteps, how: str) -> str:
         """Save a checkpoint of where the run was stopped, if its weights, optimiser and random state belong together; returns what to say
@@ -221,16 +270,18 @@ class Trainer:
             return f"{how or 'stopped'} after step {step}, which could not be saved: {error}"
         return f"{how or 'stopped'} after step {step}; --resume goes on from there"
 
-    def _validate(self) -> dict[str, Any]:
+    def validate(self) -> dict[str, Any]:
         """What a validation adds to the step's row, where one is due; the best adapter is kept as it comes."""
         validation, done = self.validation, self.done
         if validation is None or not validation.due(done["step"], self.total_steps):
             return {}
-        began, row = time.perf_counter(), validation.row()
+        began = time.perf_counter()
+        with rest_gathered(self.model):
+            row = validation.row()
         if validation.better(done["step"], row, done["validation"]):
             if self.out:
                 self.saver.save_adapter(BEST)
-            else:
+            elif self.ranks.first:
                 validation.keep()
         if validation.exhausted(done["validation"]):
             self.total_batches, self.total_steps = done["batches"], done["step"]
@@ -238,13 +289,13 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Score and write summary, predictions and report. An error of scoring is raised after the summary is written."""
-        failure, scored = None, None
+        failure, scored, everywhere = None, None, self.ranks.gather(self._measured())
         try:
             scored = self.evaluate()
         except Exception as error:
             failure = error
             self.notes.append(f"not scored ({type(error).__name__}: {' '.join(str(error).split())[-300:]}): eval scores the adapter")
-        summary = self.summary(scored)
+        summary = self.summary(scored, everywhere)
         if self.out:
             if scored is not None:
                 write_answers(self.out / "predictions.json", self.eval_dataset, self.answers)
@@ -254,104 +305,89 @@ class Trainer:
         self.followers.end(summary)
         if failure is not None:
             raise failure
-        return summary
+        return self.ranks.from_first(summary)
 
-    def _batches(self):
-        """Groups of ``gradient_accumulation`` batches, the last of what is left, from where the run stands to its last step."""
-        group = []
+    def _measured(self) -> dict[str, Any]:
+        """What each rank has measured for itself."""
+        counts = self.features.counts() if self.features is not None else None
+        return {"peak_memory_bytes": self.done["peak_memory_bytes"], "features": counts}
+
+    def _batches(self) -> Iterator[tuple[list[dict], int]]:
+        """(``gradient_accumulation`` batches, their number), the last group of what is left, from where the run stands to its last step.
+        Of several ranks each has its share of every batch, in as many pieces as forwards."""
+        group, whole = [], 0
         while self.done["batches"] < self.total_batches:
             self.dataset.load_images = self.features is None
-            for batch in self.loading.epoch_from(self.done["batches"] + len(group)):
-                group.append(batch)
-                if len(group) == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
-                    yield group
-                    group = []
+            for pieces in self.loading.epoch_from(self.done["batches"] + whole):
+                group, whole = group + pieces, whole + 1
+                if whole == min(self.config.gradient_accumulation, self.total_batches - self.done["batches"]):
+                    yield group, whole
+                    group, whole = [], 0
                     if self.done["batches"] == self.total_batches:
                         return
 
-    def _step(self, batches: list[dict]) -> dict[str, float]:
-        """Forward, backward and update on one group of batches; the run's first batch is also measured."""
+    def _step(self, batches: list[dict], whole: int) -> dict[str, float]:
+        """Forward, backward and update on one group of batches, this rank's part of ``whole`` ones; the run's first is also measured."""
+        done, ranks, sent = self.done, self.ranks, self.ranks.sent
+        if not ranks.alone:  # a draw of its own for each rank and step: no state of it is needed to go on, on as many ranks or others
+            torch.manual_seed(random.Random(f"dropout {self.config.seed} {ranks.rank} {done['step']}").getrandbits(63))
         before = random_state()
         self._before = before if self.out else None
-        done, samples = self.done, sum(len(batch["samples"]) for batch in batches)
-        loss, by_source, cost = self._passes(batches, before)
+        loss, by_source, cost = self.faults.passes(batches, whole, before)
         done["cost"] = done["cost"] or cost
+        own = [batch for batch in batches if batch["counts"]]
+        mine = [loss, sum(len(batch["samples"]) for batch in own), sum(map(self.dataset.tokens, own))]
+        loss, samples, tokens, *heard = ranks.sum([*mine, *self.stop.heard()])
+        self.stop.agree(heard)
+        self.sent = ranks.sent - sent
+        if loss is not None:
+            self.rows.settle()
         row: dict[str, Any] = {"step": done["step"] + 1, "loss": loss}
         try:
+            self.step.sums.finish()
             self._before = None
             row["learning_rate"], row["grad_norm"] = self.step.update(done["step"], loss)
             done["skipped_in_a_row"] = 0
         except FloatingPointError as error:
             self._before = before if self.out else None  # nothing has changed
-            row |= self._not_finite(error, batches, before)
+            row |= self.faults.not_finite(error, batches, whole, before)
         self._before = None
         done["step"] += 1
-        done["batches"] += len(batches)
-        done["samples"] += samples
-        done["tokens"] += sum(map(self.dataset.tokens, batches))
-        row["samples"] = samples
+        done["batches"] += whole
+        done["samples"] += int(samples)
+        done["tokens"] += int(tokens)
+        row["samples"] = int(samples)
         if "skipped" not in row:
-            done["first_losses"] = (done["first_losses"] + [loss])[:WINDOW]
-            done["last_losses"] = (done["last_losses"] + [loss])[-WINDOW:]
-            row |= {"loss_by_source": by_source.log(done["sources"])} if self.mixed else {}
+            if loss is not None:
+                self.rows.enter(loss)
+            row |= {"loss_by_source": by_source.over(ranks).log(done["sources"])} if self.mixed else {}
         return row
-
-    def _passes(self, batches: list[dict], before: dict[str, Any]) -> Passed:
-        """A group's forwards and backwards; from the first that memory does not suffice for, on batches half as large: the same samples
-        and gradients in each step, so that only rounding, and dropout's draws, differ."""
-        done = self.done
-
-        def halves() -> list[dict]:
-            return [half for at in range(done["batches"], done["batches"] + len(batches)) for half in self.loading.halves(at)]
-
-        measured = done["cost"] is None
-        if done["half_batches"]:
-            return self.step.passes(halves(), measured=measured)
-        passed, halved = passes_in_memory(self.step, batches, before, halves, measured=measured)
-        if halved:
-            done["half_batches"] = done["step"] + 1
-            note = f"out of memory at step {done['step'] + 1}: from there on batches are halved, and each step's samples stay the same"
-            self.notes.append(note)
-            warnings.warn(note, stacklevel=2)
-        return passed
-
-    def _not_finite(self, error: FloatingPointError, batches: list[dict], before: dict[str, Any]) -> dict[str, Any]:
-        """What a step without an update adds to its row, where ``on_nan`` says so; else FloatingPointError that names batch and module."""
-        done = self.done
-        if done["half_batches"]:
-            batches = [half for at in range(done["batches"], done["batches"] + len(batches)) for half in self.loading.halves(at)]
-        what = f"{error} at step {done['step'] + 1} {where_not_finite(self.step, batches, before)}"
-        done["skipped"] += 1
-        done["skipped_in_a_row"] += 1
-        if self.config.on_nan == "stop" or done["skipped_in_a_row"] > IN_A_ROW:
-            many = f" ({IN_A_ROW} steps before it were skipped)" if self.config.on_nan == "skip" else ""
-            done["skipped"] -= 1
-            done["skipped_in_a_row"] -= 1
-            raise FloatingPointError(f"{what}{many}: lower learning_rate, or use fp32") from None
-        if done["skipped"] <= IN_A_ROW:
-            self.notes.append(f"skipped: {what}")
-            warnings.warn(f"skipped: {what}", stacklevel=2)
-        return {"loss": None, "learning_rate": None, "grad_norm": None, "skipped": str(error)}
 
     def evaluate(self) -> dict[str, Any] | None:
         """Answers to ``eval_dataset``, scored: open, closed, global; None without one. The answers stay in ``self.answers``."""
         if self.eval_dataset is None:
             return None
-        how = {"progress": self.config.progress, "scoring": self.scoring}
-        self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
+        how = {"progress": self.config.progress, "scoring": self.scoring, "ranks": self._askers}
+        with rest_gathered(self.model):
+            self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
         return scores
 
-    def summary(self, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns."""
+    def summary(self, evaluation: dict[str, Any] | None, everywhere: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """As :func:`fastpeft.train.summary.summary_of`, for the steps so far; ``evaluation``: what :meth:`evaluate` returns;
+        ``everywhere``: what each rank has measured (None: this one alone)."""
+        everywhere = everywhere or [self._measured()]
         generation = None if evaluation is None else generation_settings(self.eval_dataset, self.dataset.tokenizer)
-        notes = self.notes + [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        savings = [saving.note() for saving in (self.features, self.budget) if saving is not None]
+        notes = self.notes + [note for note in (self.step.said(),) if note] + savings
         scored = {"eval": evaluation, "generation": generation}
-        scored |= {"features": self.features.counts()} if self.features is not None else {}
-        scored |= {name: self.done[name] for name in ("skipped", "half_batches") if self.done[name]}
+        scored |= over_ranks(everywhere) | {name: self.done[name] for name in ("skipped", "half_batches") if self.done[name]}
+        if not self.ranks.alone:
+            scored["ranks"] = {"world": self.ranks.world, "batch_size": self.sampler.batch_size, "bytes_sent_per_step": self.sent}
         return summary_of(self.model, self.config, self.device, self.done) | scored | self.about | {"notes": notes}
 
     def save(self, rng: dict[str, Any] | None = None) -> None:
         """Write ``adapter/`` and ``checkpoint/`` in ``out``, each atomically. ``rng``: the random state to save (None: now)."""
+        self.rows.settle()
         self.saver.save(rng)
         self.saved_step = self.done["step"]
 
@@ -359,17 +395,3 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, unless ``allow_change`` names it."""
         return identity_of(self)
-
-
-    def _tracer(self):
-        """torch.profiler over this process's steps 2 to 4, written as a Chrome trace to ``out/trace.json``."""
-        if not self.config.trace:
-            return contextlib.nullcontext()
-        from torch.profiler import profile, schedule
-
-        path = str(self.out / "trace.json")
-        return profile(
-            schedule=schedule(wait=0, warmup=int(self.total_steps - self.done["step"] > 1), active=3, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(path),
-            profile_memory=True,
-        )

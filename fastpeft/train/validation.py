@@ -20,7 +20,10 @@ from torch.utils.data import DataLoader
 from fastpeft.adapters import load_adapter
 from fastpeft.device import to_device
 from fastpeft.evaluate import Scoring, answer_and_score
+from fastpeft.evaluate.answers import images_left_alone
 from fastpeft.evaluate.responses import model_inputs
+from fastpeft.features.cache import FeatureCache
+from fastpeft.ranks import ALONE, Ranks
 from fastpeft.train.config import TrainConfig
 
 SCORES = ("open", "closed", "global")
@@ -42,10 +45,22 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 class Validation:
-    """Validates a run's model every ``config.eval_every`` steps. ``done``: what the run keeps of it, in its checkpoint too."""
+    """Validates a run's model every ``config.eval_every`` steps. ``done``: what the run keeps of it, in its checkpoint too. ``features``:
+    the run's cache of frozen features, None without; validation's images are in it from the first time on."""
 
-    def __init__(self, model: nn.Module, data: ValidationData, config: TrainConfig, scoring: Scoring, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ValidationData,
+        config: TrainConfig,
+        scoring: Scoring,
+        device: torch.device,
+        features: FeatureCache | None = None,
+        ranks: Ranks = ALONE,
+    ):
+        self.ranks = ranks
         self.model, self.data, self.config, self.scoring, self.device = model, data, config, scoring, device
+        self.features = features
         self.inputs = model_inputs(model, data.labelled)
         if config.best_by != "loss" and data.asked is None:
             raise ValueError(f"best_by={config.best_by} needs answers: give the validation samples as prompts, too")
@@ -62,27 +77,32 @@ class Validation:
             found: dict[str, Any] = {"validation_loss": self.loss()}
             if config.eval_scores and self.data.asked is not None:
                 how = {"progress": config.progress, "scoring": Scoring(self.scoring.training, {"metrics": ()})}
+                how |= {"features": self.features, "ranks": self.ranks}
                 _, scores = answer_and_score(self.model, self.data.asked, self.data.labelled.tokenizer, **how)
                 found["eval"] = {name: scores.get(name) for name in SCORES}
         return found
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean over all samples, each batch by its terms; dropout is off."""
+        """The mean over all samples, each batch by its terms; dropout is off. Ranks share the batches."""
         labelled, was_training = self.data.labelled, self.model.training
         batches = [range(i, min(i + self.config.batch_size, len(labelled))) for i in range(0, len(labelled), self.config.batch_size)]
-        loader = DataLoader(labelled, batch_sampler=batches, collate_fn=labelled.collator(), generator=torch.Generator())
+        loader = DataLoader(labelled, batch_sampler=self.ranks.share(batches), collate_fn=labelled.collator(), generator=torch.Generator())
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         total, terms = 0.0, 0
         self.model.eval()
         try:
-            for batch in loader:
-                weight = labelled.weight(batch)
-                if weight:
-                    total += float(self.model(**to_device(batch, self.inputs, self.device, dtype, self.model)).loss) * weight
-                    terms += weight
+            with images_left_alone(labelled, self.features is not None):
+                for batch in loader:
+                    weight = labelled.weight(batch)
+                    if weight:
+                        inputs = to_device(batch, self.inputs, self.device, dtype, self.model)
+                        inputs = inputs if self.features is None else self.features.put_in(inputs, batch)
+                        total += float(self.model(**inputs).loss) * weight
+                        terms += weight
         finally:
             self.model.train(was_training)
+        total, terms = self.ranks.sum([total, terms])
         return total / terms if terms else math.nan
 
     def better(self, step: int, row: dict[str, Any], done: dict[str, Any]) -> bool:

@@ -67,7 +67,7 @@ class _PlainLlavaMed(LlavaMedForConditionalGeneration):
     ):
         """As :class:`LlavaMedForConditionalGeneration`."""
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self._embedded(input_ids)
             if pixel_values is not None or image_embeds is not None:
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, image_mask)
         return LlavaForConditionalGeneration.forward(self, inputs_embeds=inputs_embeds, **kwargs)
@@ -154,7 +154,9 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     detach(twin)
     restore(twin)
     _exchange(twin)
-    for part, methods in zip(parts_of(model), model.fastpeft_plan.treatments.values()):
+    inside = ""  # where the model lies once PEFT is around all of it
+    planned = zip(parts_of(model), model.fastpeft_plan.treatments.values())
+    for part, methods in sorted(planned, key=lambda one: bool(one[0].path)):  # what is around all comes first
         kinds = [m for m in methods if m.peft_type is not None]
         if len(kinds) > 1 or (kinds and len(methods) > 1):
             raise ValueError(f"PEFT does not combine {'+'.join(map(str, methods))} on one module")
@@ -165,25 +167,29 @@ def with_peft(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         if any(hasattr(m, "num_virtual_tokens") for m in methods):
             raise ValueError(f"PEFT's prefix in {part.name!r} lies in the cache that transformers' cross-attention writes to as well")
         if kinds:
-            twin, wrapped = _wrap(twin, model, part, kinds[0])
+            twin, wrapped = _wrap(twin, model, part, kinds[0], inside)
             names |= wrapped
+            inside = inside if part.path else "base_model.model."
+            continue
+        within = f"{part.path}." if part.path else ""
         for method in methods:
-            if not kinds:
-                for name, parameter in method.trains(part.of(twin), part).items():
-                    parameter.requires_grad_(True)
-                    names[f"{part.path}.{name}" if part.path else name] = f"{part.path}.{name}" if part.path else name
+            for name, parameter in method.trains(twin.get_submodule(f"{inside}{within}".rstrip(".")), part).items():
+                parameter.requires_grad_(True)
+                names[f"{inside}{within}{name}"] = f"{within}{name}"
     return mask_cross_attention(twin.train(model.training)), names
 
 
-def _wrap(twin: nn.Module, model: nn.Module, part: Part, method) -> tuple[nn.Module, dict[str, str]]:
-    """Replace one part of ``twin``, or all of it, by a PEFT model with the weights of ``model``'s; returns what :func:`with_peft` does."""
+def _wrap(twin: nn.Module, model: nn.Module, part: Part, method, inside: str = "") -> tuple[nn.Module, dict[str, str]]:
+    """Replace one part of ``twin``, or all of it, by a PEFT model with the weights of ``model``'s; returns what :func:`with_peft` does.
+    ``inside``: where the model lies in ``twin``."""
     import peft
 
-    root, ours = part.of(twin), part.of(model)
+    place, ours = f"{inside}{part.path}" if part.path else "", part.of(model)
+    root = twin.get_submodule(place)
     config = peft.PeftConfig.from_peft_type(**method.peft_config(ours, part) | {"task_type": None})
     wrapped = peft.get_peft_model(root, config)
-    if part.path:
-        twin.get_submodule(part.path.rpartition(".")[0]).__setattr__(part.path.rpartition(".")[2], wrapped)
+    if place:
+        twin.get_submodule(place.rpartition(".")[0]).__setattr__(place.rpartition(".")[2], wrapped)
     wrapped.to(next(ours.parameters()).device)
     kept = method.tensors(ours, part)
     by_address = {p.data_ptr(): name for name, p in model.named_parameters()}
@@ -193,7 +199,7 @@ def _wrap(twin: nn.Module, model: nn.Module, part: Part, method) -> tuple[nn.Mod
             if parameter.requires_grad:
                 key = name.replace(".default", "")
                 parameter.data = kept[key].clone().view(parameter.shape)
-                names[f"{part.path}.{name}" if part.path else name] = by_address[kept[key].data_ptr()]
+                names[f"{place}.{name}" if place else name] = by_address[kept[key].data_ptr()]
     if missing := len(kept) - len(names):
         raise ValueError(f"PEFT attaches {missing} tensors fewer than fastpeft in {part.name!r}")
     return twin if part.path else wrapped, names

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipForQuestionAnswering, LlamaForCausalLM
 
+from fastpeft.data.shared_prefix import most_shared, share, with_images
 from fastpeft.methods import is_adapter
+from fastpeft.models import family_of, parts_of
 from fastpeft.models.excitor import ExcitorForConditionalGeneration
 from fastpeft.models.lavin import LavinForConditionalGeneration
+from fastpeft.models.llava import LlavaMedForConditionalGeneration
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.savings import force
 
@@ -102,6 +105,7 @@ LLAMA_FLOOR = 64 * torch.finfo(torch.float32).eps
 def texts(vocabulary: int, lengths: tuple[int, ...], generator: torch.Generator, device: torch.device) -> tuple[list[Batch], Batch, Batch]:
     """Texts, the last three tokens of each labelled: each alone, as one padded batch, and packed into one row."""
     ids = [torch.randint(3, vocabulary, (n,), generator=generator).to(device) for n in lengths]
+    ids[-1][:-4] = ids[0][: len(ids[-1]) - 4]  # the last begins as the first
     labels = [t.index_fill(0, torch.arange(len(t) - 3, device=device), -100) for t in ids]
     alone = [{"input_ids": t[None], "labels": label[None]} for t, label in zip(ids, labels)]
     padded = {
@@ -114,18 +118,35 @@ def texts(vocabulary: int, lengths: tuple[int, ...], generator: torch.Generator,
     return alone, padded, packed
 
 
+def shared(alone: list[Batch], images: list[int]) -> tuple[Batch, Tensor]:
+    """The same samples in one row, where what two begin with is there once; and their order. ``images``: of each sample, -1 for none."""
+    samples = [{name: t[0] for name, t in sample.items() if name in ("input_ids", "labels", "image_mask")} for sample in alone]
+    tokens = [with_images(s["input_ids"].cpu(), s["image_mask"].cpu() if "image_mask" in s else None, i) for s, i in zip(samples, images)]
+    order, lengths = share(tokens, [most_shared(s["labels"].cpu(), len(s["labels"])) for s in samples], images, worth=1)
+    rows = [{name: t[n:] for name, t in samples[i].items()} for i, n in zip(order, lengths)]
+    batch = {name: torch.cat([row[name] for row in rows])[None] for name in samples[0]}
+    positions = [torch.arange(n, len(samples[i]["input_ids"])) for i, n in zip(order, lengths)]
+    batch["position_ids"] = torch.cat(positions)[None].to(batch["input_ids"].device)
+    return batch | {"prefix_lengths": torch.tensor(lengths)}, torch.tensor(order)
+
+
 def llama_case(model: LlamaForCausalLM, generator: torch.Generator, device: torch.device) -> Case:
     """Four texts of several lengths."""
     alone, padded, packed = texts(model.config.vocab_size, (12, 7, 9, 5), generator, device)
+    row, _ = shared(alone, [-1] * 4)
     forms = [Form("one padded batch", lambda model: padded), Form("packed into one row", lambda model: packed)]
+    forms.append(Form("a common beginning once", lambda model: row))
     return Case(alone, [3.0] * len(alone), forms, floor=LLAMA_FLOOR)
 
 
-def vision_language_case(model: VisionLanguageModel, generator: torch.Generator, device: torch.device) -> Case:
-    """Four texts, two on one image, one without any. LaVIN's have places for the image's tokens."""
+def vision_language_case(
+    model: VisionLanguageModel | LlavaMedForConditionalGeneration, generator: torch.Generator, device: torch.device
+) -> Case:
+    """Four texts, two on one image, one without any. LaVIN's and LLaVA-Med's have places for the image's tokens."""
     size, index = model.config.vision_config.image_size, torch.tensor([1, -1, 0, 1], device=device)
-    places = getattr(model.config, "visual_tokens", 0)
-    alone, padded, packed = texts(model.config.text_config.vocab_size, (places + 9, 7, places + 6, places + 4), generator, device)
+    places = family_of(model).image_tokens(model.config)
+    vision = next(part for part in parts_of(model) if part.name == "vision").of(model)
+    alone, padded, packed = texts(model.config.text_config.vocab_size, (places + 9, 7, places + 6, places + 7), generator, device)
     images = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64).to(device)
     for sample, image in zip(alone, index.tolist()):
         if image >= 0:
@@ -138,9 +159,12 @@ def vision_language_case(model: VisionLanguageModel, generator: torch.Generator,
         masks = [sample["image_mask"][0] for sample in alone]
         padded["image_mask"], packed["image_mask"] = pad_sequence(masks, batch_first=True), torch.cat(masks)[None]
     seen = {"pixel_values": images, "image_index": index}
+    row, order = shared(alone, index.tolist())
+    row |= {"pixel_values": images, "image_index": index[order]}
     forms = [Form("one padded batch", lambda model: padded | seen), Form("packed into one row", lambda model: packed | seen)]
+    forms.append(Form("a common beginning once", lambda model: row))
     skipped = []
-    if any(p.requires_grad for p in model.vision.parameters()):
+    if any(p.requires_grad for p in vision.parameters()):
         skipped.append(("image features kept", "the image encoder is trained"))
     else:
 
@@ -157,4 +181,5 @@ FAMILIES: dict[type[nn.Module], Callable[..., Case]] = {
     LlamaForCausalLM: llama_case,
     ExcitorForConditionalGeneration: vision_language_case,
     LavinForConditionalGeneration: vision_language_case,
+    LlavaMedForConditionalGeneration: vision_language_case,
 }

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb, repeat_kv
 
+from fastpeft.methods.mm_adapter import FEED_FORWARD
+
 
 class PaperAttention(LlamaAttention):
     """A LLaMA's attention with ``excitor`` (Zou et al., 2024, equations 1-9) and/or ``adaption`` (Zhang et al., 2024, section 3.2)."""
@@ -94,25 +96,27 @@ def adapted_by(block: nn.Module, x: Tensor, routed_by: Tensor) -> Tensor:
 
 
 class PaperDecoderLayer(LlamaDecoderLayer):
-    """A LLaMA's layer with an adapter before its attention, routed by the token at position 0."""
+    """A LLaMA's layer with adapters before its attention and before its feed-forward block, routed by the token at position 0."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, 1 + L, C]."""
         x = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=adapted_by(self.mm_adapter, x, x[:, :1]), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        x = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.mlp(x if (block := getattr(self, FEED_FORWARD, None)) is None else adapted_by(block, x, x[:, :1]))
 
 
 class PaperEncoderLayer(CLIPEncoderLayer):
-    """CLIP's layer with an adapter before its attention: every token is routed by itself."""
+    """CLIP's layer with adapters before its attention and before its feed-forward block: every token is routed by itself."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """hidden_states [B, M, C]."""
         x = self.layer_norm1(hidden_states)
         attended, _ = self.self_attn(hidden_states=adapted_by(self.mm_adapter, x, x), attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        x = self.layer_norm2(hidden_states)
+        return hidden_states + self.mlp(x if (block := getattr(self, FEED_FORWARD, None)) is None else adapted_by(block, x, x))
 
 
 PAPER_CLASSES = {LlamaAttention: PaperAttention, LlamaDecoderLayer: PaperDecoderLayer, CLIPEncoderLayer: PaperEncoderLayer}

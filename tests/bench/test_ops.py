@@ -91,9 +91,9 @@ def test_the_most_important_tests_come_first():
 
 
 def test_aten_where_a_kernel_of_ours_was_meant_is_a_failure(monkeypatch, capfd):
-    told = {"gelu_fwd": {"CUDA": "native"}, "keep_mask": {"CUDA": "composite (it has no other form)"}}
+    told = {"gelu_fwd": {"CUDA": "native"}, "attention_dq": {"CUDA": "composite (it has no other form)"}}
     monkeypatch.setattr(_library, "backend_of", lambda: told)
-    monkeypatch.setattr(_library, "has_kernel_of_ours", lambda name: name != "keep_mask")
+    monkeypatch.setattr(_library, "has_kernel_of_ours", lambda name: name != "attention_dq")
     assert gpu.tell_backends() == 0
     told["rotary"] = {"CUDA": "composite (csrc was not built)"}
     assert gpu.tell_backends() == 1

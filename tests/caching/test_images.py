@@ -17,6 +17,7 @@ from vision_models import MODELS, SEEN, build, images
 import fastpeft as fp
 from fastpeft import features
 from fastpeft.caching.attach import encodes_images
+from fastpeft.caching.frozen import Wrapper
 from fastpeft.caching.images import ImageCache, image_caches
 
 MIXES = ([0, 1, 2], [0, 1, 2], [2, 3, 0], [4, 1, 4], [1])  # the same, one new, one twice, one alone
@@ -548,3 +549,35 @@ def test_a_file_is_no_folder_and_false_takes_the_cache_back(tmp_path):
     assert not image_caches(model)
     text = nn.Linear(3, 3)
     assert any("no module here encodes images" in note for note in fp.optimize(text, cache_images="1MB").notes)
+
+
+def test_images_of_one_and_of_two_tiles_are_kept_one_by_one():
+    """Idefics3 and SmolVLM leave empty tiles out: rows of their outputs are the others'."""
+    model, batch = build("idefics3")
+    plain, pixels = copy.deepcopy(model), images(6)
+    assert {bool(image[0, 0, 0] > 0) for image in pixels} == {True, False}
+    fp.optimize(model, cache_images="1GB")
+    fp.optimize(plain)
+    (cache,) = image_caches(model)
+    for mix in ([0, 1, 2], [3, 4, 5], [5, 0, 3], [2, 4], [1]):
+        (loss, grads), (expected, theirs) = results(model, batch(pixels[mix])), results(plain, batch(pixels[mix]))
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+        for name, grad in theirs.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-7, atol=1e-12, msg=name)
+    assert (cache.computed, cache.reused) == (6, 6), cache.note()
+    assert not cache.passed
+
+
+def test_replicas_of_data_parallel_run_their_own():
+    """Their tensors are others, on other devices than the cache's module."""
+    model, _ = build("gemma3")
+    fp.optimize(model, cache_images="1GB")
+    for one in (model, copy.deepcopy(model)):
+        (cache,) = image_caches(one)
+        replica = cache.owner._replicate_for_data_parallel()
+        assert replica is not cache.owner and type(replica) is type(cache.owner)
+        assert not any(isinstance(value, Wrapper) for value in vars(replica).values())
+        assert getattr(replica, cache.method).__self__ is replica
+    fp.restore(model)
+    assert not any(isinstance(value, Wrapper) for module in model.modules() for value in vars(module).values())
+    pickle.loads(pickle.dumps(copy.deepcopy(one)))

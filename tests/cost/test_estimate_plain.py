@@ -45,8 +45,9 @@ class Ours(TorchDispatchMode):
 
 
 def step_inputs(model, name, how, dtype, batch=4):
-    told = [how.get(k, d) for k, d in (("seq_len", None), ("answer_len", None), ("questions_per_image", 1), ("feature_cache", True))]
-    inputs = module._inputs(model, batch, *told, module.DTYPES[dtype])
+    told = {"seq_len": None, "answer_len": None, "questions_per_image": 1, "feature_cache": True, "cache_layers": False}
+    told |= {"batch_size": batch, "dtype": dtype, "gradient_accumulation": 1, "optimized": True, "quantize": None}
+    inputs = module._inputs(model, module._Step(**told | {k: v for k, v in how.items() if k in told}), module.DTYPES[dtype])
     return {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in inputs.items()}
 
 

@@ -122,8 +122,8 @@ def test_the_first_step_after_a_resumption_is_that_of_a_run_that_went_on(runs, p
         after = {}
         take = trainer._step
 
-        def step(batches):
-            row = take(batches)
+        def step(batches, whole):
+            row = take(batches, whole)
             saved = trainer.optimizer.state_dict()
             after[trainer.done["step"]] = {
                 "weights": runs.weights(trainer),

@@ -42,7 +42,7 @@ def test_a_checkpoint_of_an_earlier_format_resumes(tmp_path, number):
     run = trainer(out, 3, resume=True, allow_change=("tokenizer", "reading"))  # a vocabulary may be learnt otherwise by another tokenizers
     seen = []
     step = run._step
-    run._step = lambda batches: (seen.append(state(run)), step(batches))[1]
+    run._step = lambda *group: (seen.append(state(run)), step(*group))[1]
     assert run.fit()["steps"] == 3
     (weights,) = seen
     assert weights.keys() == saved.keys() and all(torch.equal(weights[name], saved[name]) for name in saved)

@@ -7,6 +7,9 @@ CUDA's signatures, layouts and limits. fastpeft's own operators run what serves 
 CPU implementation (the Triton kernels under ``FASTPEFT_BACKEND=triton TRITON_INTERPRET=1``). What a kernel does wrong on a real device,
 or how long it takes, is not seen here.
 
+Capture and replay: ``torch.cuda.graph`` records every operator with its arguments (tests/cuda/capture.py); what it wrote is then as it was,
+and what it made is NaN. ``replay()`` runs the operators again, on the same buffers.
+
 ``python tests/cuda/lookalike.py GUARD.so PYTEST-ARGUMENTS`` loads tests/cuda/lookalike.cpp's library before torch, then runs pytest.
 """
 
@@ -18,10 +21,10 @@ import sys
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
+import capture
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
 from fastpeft import _library
 
@@ -73,6 +76,7 @@ class OnCUDA(Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # or what comes back from the host would be made one of this class again
             out = func(*args, **(kwargs or {}))
         if func == Tensor.data.__set__:
+            capture.refuse("a tensor is put in another's place")
             args[0].held = args[1].held
         return out
 
@@ -82,6 +86,7 @@ class OnCUDA(Tensor):
 
 
 def _wait(what: str) -> None:
+    capture.refuse(f"the host waits for the device: {what}")
     if _forbidden:
         raise RuntimeError(f"the host waits for the device: {what}")
     waits.append(what)
@@ -92,7 +97,7 @@ def _on_cuda(device) -> bool:
 
 
 def _run(func, args, kwargs):
-    tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = [t for t in capture.leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, OnCUDA)]
     to_cuda = bool(ours)
     packet = func.overloadpacket
@@ -122,10 +127,14 @@ def _run(func, args, kwargs):
     if any(isinstance(index, OnCUDA) and index.dtype in (torch.bool, torch.uint8) for index in _indices(packet, args)):
         _wait(f"{func} by a mask")
     implementation = AS_ON_CUDA.get(func, AS_ON_CUDA.get(packet, func)) if ours else func
-    inner_args, inner_kwargs = tree_map_only(OnCUDA, lambda t: t.held, (args, kwargs))
-    out = implementation(*inner_args, **inner_kwargs)
+    inner_args, inner_kwargs = capture.mapped(lambda t: t.held, OnCUDA, (args, kwargs))
+    if ours or to_cuda:
+        hosts = [t for t in tensors if not isinstance(t, OnCUDA)]
+        out = capture.run(func, implementation, inner_args, inner_kwargs, hosts)
+    else:
+        out = implementation(*inner_args, **inner_kwargs)
     if to_cuda:
-        out = tree_map_only(Tensor, lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t), out)
+        out = capture.mapped(lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t), Tensor, out)
     if implementation is not func or not ours:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -253,6 +262,7 @@ def install() -> None:
         _forbidden = mode == "error"
 
     cuda.set_sync_debug_mode = sync_debug_mode
+    capture.install()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)
     Tensor.pin_memory, Tensor.is_pinned = lambda self, device=None: self, lambda self, device=None: True

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.data import hold_out, load_instructions
+from fastpeft.data import CausalDataset, hold_out, load_instructions, train_causal_tokenizer
 
 
 def raises(text: str):
@@ -102,6 +102,67 @@ def test_reports(tmp_path, make):
         load_instructions(tmp_path, split="val")
     make.json(tmp_path / "annotation.json", [{"image": "c.png", "report": "Clear."}])
     assert [s.answer for s in load_instructions(tmp_path)] == ["Clear."]
+
+
+def test_reports_are_asked_for_in_many_words(tmp_path, make):
+    """Drawn anew in every epoch of training, seeded; when answers are wanted, always the same; `instruction` says another."""
+    make.image(tmp_path / "images" / "a.png")
+    make.json(tmp_path / "annotation.json", {split: [{"image": "a.png", "report": "Clear."}] for split in ("train", "val", "test")})
+    (training,) = load_instructions(tmp_path)
+    words = [training.question, *(turns[0][0] for turns in training.alternatives)]
+    assert len(words) == len(set(words)) == 15 and words[0] == "Describe the given chest x-ray image in detail."
+    assert all(turns[0][1] == "Clear." for turns in training.alternatives)
+    assert [load_instructions(tmp_path, split=split)[0].alternatives for split in ("val", "test")] == [(), ()]
+    assert load_instructions(tmp_path, instruction="Report.")[0].turns == (("Report.", "Clear."),)
+    assert load_instructions(tmp_path, instruction="Report.")[0].alternatives == ()
+    tokenizer = train_causal_tokenizer(words)
+    data = CausalDataset([training], tokenizer, "plain", seed=3)
+    drawn = []
+    for epoch in range(40):
+        data.set_epoch(epoch)
+        drawn.append(tokenizer.decode(data[0]["input_ids"], skip_special_tokens=True).split("\n")[0])
+    assert set(drawn) <= set(words) and len(set(drawn)) > 8
+    data.set_epoch(7)
+    assert tokenizer.decode(data[0]["input_ids"], skip_special_tokens=True).split("\n")[0] == drawn[7]
+    asked = CausalDataset([training], tokenizer, "plain", seed=3, prompts_only=True)  # held out of the training split, say
+    for epoch in range(5):
+        asked.set_epoch(epoch)
+        assert tokenizer.decode(asked[0]["input_ids"], skip_special_tokens=True) == f"{words[0]}\n"
+
+
+def test_xraygpts_summaries(tmp_path, make):
+    """filter_cap.json beside image/ID.png (OpenI) or image/ID.jpg (MIMIC); it says nothing of splits."""
+    for name in ("1.png", "abea-9.jpg"):
+        make.image(tmp_path / "image" / name)
+    content = {"annotations": [{"image_id": 1, "caption": "No effusion."}, {"image_id": "abea-9", "caption": " Clear.\n"}]}
+    file = make.json(tmp_path / "filter_cap.json", content)
+    samples = load_instructions(tmp_path)
+    assert samples.format == "reports" and [s.image.name for s in samples] == ["1.png", "abea-9.jpg"] and samples.note == ""
+    assert [s.answer for s in samples] == ["No effusion.", "Clear."] and len(samples[0].alternatives) == 14
+    for given in (tmp_path, file):  # another model's test set
+        asked = load_instructions(given, split="test")
+        assert [s.answer for s in asked] == ["No effusion.", "Clear."] and {s.alternatives for s in asked} == {()}
+    assert load_instructions(tmp_path, split="test").note.startswith("no test file: filter_cap.json is used, the only one")
+    with raises("no val annotations"):
+        load_instructions(tmp_path, split="val")
+    make.json(file, {"annotations": [{"image_id": "2", "caption": "x"}]})
+    with raises(r"entry 0: image '2.png' not found"):
+        load_instructions(tmp_path)
+    make.json(file, {"annotations": [{"image_id": "../1", "caption": "x"}]})
+    with raises(r"entry 0: image path '../1.png' is refused"):
+        load_instructions(tmp_path)
+    assert load_instructions(make.json(file, content), kind="reports").format == "reports"
+
+
+def test_where_llavas_data_have_the_image(tmp_path, make):
+    make.image(tmp_path / "a.png")
+    said = ["<image>\nWhat?", "What?\n<image>", "In <image>, what?", " <image>"]
+    make.json(tmp_path / "x.json", [turn(text, "A cat.", image="a.png") for text in said])
+    assert [(s.question, s.image_at) for s in load_instructions(tmp_path)] == [("What?", 0), ("What?", 5), ("In , what?", 3), ("", 0)]
+    typed = {"id": 7, "image": "a.png", "answer_type": "closed", "conversatons": turn("<image>\nIs it?", 1, image="a.png")["conversations"]}
+    make.json(tmp_path / "x.json", [typed])  # so spelt in some of LLaVA-Med's files, a number for an answer
+    (sample,) = load_instructions(tmp_path)
+    assert sample.facts == {"answer_type": "CLOSED"} and sample.answer == "1" and sample.qid == "7"
 
 
 def test_vqa_as_instructions(slake):

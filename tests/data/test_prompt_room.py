@@ -1,5 +1,6 @@
 """Prompts over max_length: what is cut, and that an image's places never are."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 from prompt_text import prompt_text
 
 from fastpeft.data import CausalDataset, Instruction, load_causal_tokenizer, train_causal_tokenizer
-from fastpeft.data.causal_tokenizer import encode_texts
-from fastpeft.data.prompts import TEMPLATES, frame
+from fastpeft.data.causal_tokenizer import add_tokens, encode_texts
+from fastpeft.data.prompts import frame
 
 BOS, PLACES = 1, 6
 CLOSING = {"alpaca": "### Response:", "lavin": "Response:", "llava": "ASSISTANT:", "plain": "\n", "scienceqa": "Answer:"}
+CLOSING |= {"mistral_instruct": "[/INST]", "llava_v0": "###Assistant:"}  # LLaVA's others differ in their words
+AFTER = {"simple": "###Assistant:", "v0_train": "\n### Assistant:"}  # whose image follows the question
+FRAMES = (None, ("<im_start>", "<im_end>"))
 
 
 def raises(text: str):
@@ -50,7 +54,7 @@ def is_part(short: torch.Tensor, whole: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("turns", [((QUESTION, ""),), (("one?", "first " * 30), (QUESTION, ""))], ids=["question", "dialogue"])
 @pytest.mark.parametrize("context", ["", CONTEXT], ids=["", "context"])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", CLOSING)
 def test_at_every_length(either, template, context, turns):
     """Image places whole or refused with a count; the template's last words whole; at most max_length tokens, and all that fit."""
     seen = sample(*turns, context=context)
@@ -58,7 +62,8 @@ def test_at_every_length(either, template, context, turns):
     image = prompts(either, [seen], template)[0]["image_mask"]
     assert image.sum() == PLACES
     head = int(image.nonzero().max()) + 1
-    before, _, after = frame(template, seen, turns[0][0], True)
+    words = frame(template, seen, turns[0][0], True)
+    before, after = words.before, words.after
     least = None
     for length in range(2, len(whole) + 7, 7):
         try:
@@ -80,7 +85,37 @@ def test_at_every_length(either, template, context, turns):
     assert least is not None and least <= head + len(encode_texts(either, [after])[0]) + 7
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("around", FRAMES, ids=["bare", "framed"])
+@pytest.mark.parametrize("turns", [((QUESTION, ""),), (("one?", "first " * 30), (QUESTION, ""))], ids=["question", "dialogue"])
+@pytest.mark.parametrize("context", ["", CONTEXT], ids=["", "context"])
+@pytest.mark.parametrize("template", AFTER)
+def test_at_every_length_with_the_image_after_the_question(tokenizer, template, context, turns, around):
+    """bos, the image's places, the tokens around them and the template's last words stay, or the prompt is refused."""
+    tokenizer = copy.deepcopy(tokenizer)
+    add_tokens(tokenizer, FRAMES[1])
+    seen = sample(*turns, context=context)
+    read = lambda length: prompts(tokenizer, [seen], template, length, image_around=around)  # noqa: E731
+    whole = read(10_000)[0]["input_ids"]
+    closing = encode_texts(tokenizer, [AFTER[template]])[0]
+    least = 1 + len(encode_texts(tokenizer, ["\n"])[0]) + PLACES + 2 * (around is not None) + len(closing)
+    fits = []
+    for length in (*range(2, least + 4), *range(least + 4, len(whole) + 9, 9)):
+        try:
+            data = read(length)
+        except ValueError as error:
+            assert "no room for the image" in str(error) and not fits
+            continue
+        fits.append(length)
+        ids, places = data[0]["input_ids"], data[0]["image_mask"].nonzero().flatten()
+        assert len(ids) == min(length, len(whole)) and data.cut == (length < len(whole)) and is_part(ids, whole)
+        assert len(places) == PLACES == 1 + places[-1] - places[0] and ids[0] == BOS and ids[-len(closing) :].tolist() == closing
+        if around:
+            found = tokenizer.convert_ids_to_tokens([int(ids[places[0] - 1]), int(ids[places[-1] + 1])])
+            assert found == list(around)
+    assert fits[0] == least
+
+
+@pytest.mark.parametrize("template", [*CLOSING, *AFTER])
 def test_without_an_image_none_is_refused(tokenizer, template):
     blind = sample((QUESTION, ""), image=False, context=CONTEXT)
     whole = prompts(tokenizer, [blind], template)[0]["input_ids"]
@@ -123,7 +158,7 @@ def test_refused_together(tokenizer):
         prompts(tokenizer, samples[2:], "llava", 12, skip_bad=True)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*CLOSING, *AFTER])
 def test_training_keeps_every_place_or_refuses(either, template):
     """A response begins after the image: a sample that is left one has all of its image."""
     samples = [sample((QUESTION, "answer"), ("more?", "more"), n=n) for n in range(3)] + [sample(("x", "answer"), image=False, n=3)]
@@ -150,3 +185,25 @@ def test_one_alternative_without_room_leaves_the_sample_out(tokenizer):
         CausalDataset(samples, tokenizer, "plain", 60, image_tokens=PLACES)
     data = prompts(tokenizer, samples, "plain", 60)
     assert data.cut == 1 and len(data) == 2
+
+
+@pytest.mark.parametrize("turns", [((QUESTION, ""),), ((QUESTION, "an answer"), ("more?", ""))], ids=["question", "dialogue"])
+@pytest.mark.parametrize("at", [1, len(QUESTION) // 2, len(QUESTION) - 1])
+def test_an_image_within_the_question(tokenizer, at, turns):
+    """Where the data have it: its places and the tokens beside them stay in one piece."""
+    tokenizer = copy.deepcopy(tokenizer)
+    add_tokens(tokenizer, FRAMES[1])
+    seen, how = sample(*turns, image_at=at, context=CONTEXT), {"image_place": "data", "image_around": FRAMES[1]}
+    whole, fits = prompts(tokenizer, [seen], "mistral_instruct", **how)[0]["input_ids"], []
+    for length in range(2, len(whole) + 21, 21):
+        try:
+            item = prompts(tokenizer, [seen], "mistral_instruct", length, **how)[0]
+        except ValueError as error:
+            assert "no room for the image" in str(error) and not fits
+            continue
+        fits.append(length)
+        ids, places = item["input_ids"], item["image_mask"].nonzero().flatten()
+        assert len(ids) == min(length, len(whole)) and len(places) == PLACES == 1 + places[-1] - places[0]
+        assert tokenizer.convert_ids_to_tokens([int(ids[places[0] - 1]), int(ids[places[-1] + 1])]) == list(FRAMES[1])
+        assert tokenizer.decode(ids).endswith("[/INST]") and is_part(ids, whole)
+    assert fits

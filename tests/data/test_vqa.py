@@ -43,7 +43,7 @@ def collate():
 def decoded(monkeypatch):
     """Counts how often each file is decoded."""
     counts, load = Counter(), images.load_image
-    monkeypatch.setattr(images, "load_image", lambda path: counts.update([path.name]) or load(path))
+    monkeypatch.setattr(images, "load_image", lambda path, *limit: counts.update([path.name]) or load(path, *limit))
     return counts
 
 

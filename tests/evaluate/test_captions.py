@@ -65,9 +65,9 @@ def test_against_coco_evaluation():
     def text() -> str:
         return " ".join(draw.choice(words) for _ in range(draw.randint(4, 14)))
 
-    references = {i: [text() for _ in range(draw.randint(1, 5))] for i in range(9)}
-    captions = {i: [f"{draw.choice(references[i])} {text()}"] for i in range(9)}
-    ours = score_captions([captions[i][0] for i in range(9)], list(references.values()))
+    references = {i: [text() for _ in range(draw.randint(1, 5))] for i in range(200)}
+    captions = {i: [f"{draw.choice(references[i])} {text()}"] for i in range(200)}
+    ours = score_captions([captions[i][0] for i in range(200)], list(references.values()))
     for n, value in enumerate(bleu.Bleu(4).compute_score(references, captions, verbose=0)[0], 1):
         assert ours[f"BLEU-{n}"] == pytest.approx(value, abs=1e-6)  # theirs is smoothed a little
     assert ours["ROUGE-L"] == pytest.approx(Rouge().compute_score(references, captions)[0], abs=1e-12)

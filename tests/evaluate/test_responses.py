@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from sentencepiece_model import write_sentencepiece
+from transformers import LogitsProcessorList
 
 import fastpeft as fp
-from fastpeft.data import CausalDataset, Instruction, train_causal_tokenizer
-from fastpeft.evaluate import respond, respond_and_score, responses
+from fastpeft.data import CausalDataset, Instruction, load_causal_tokenizer, train_causal_tokenizer
+from fastpeft.evaluate import generation_settings, respond, respond_and_score, responses
 
 
 @pytest.fixture
@@ -64,3 +67,25 @@ def test_scienceqa_and_captions_have_their_own(monkeypatch, model_and_tokenizer)
     caption = [Instruction((("Describe.", text),), None, "coco", "1", 0, Path("d")) for text in ("a red ball", "two dogs run")]
     got = scored(monkeypatch, model_and_tokenizer, caption, ["a red ball", "two dogs run"])
     assert got["captions"]["BLEU-1"] == 1.0
+
+
+def test_a_response_stops_at_the_templates_stop_string(tmp_path):
+    """Each by itself, whatever tokens the string is made of; nothing is generated after the last, and nothing of it stays."""
+    tokenizer = load_causal_tokenizer(write_sentencepiece(tmp_path / "tokenizer.model", merges=("##", "he", "ll", "▁he")))
+    said = [f"{text}</s>" for text in ("ll### he he he he", "he ll ll###he")]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+    steps = []
+
+    def forced(so_far, scores):
+        at = len(steps)
+        steps.append(scores.argmax(-1))
+        wanted = [row[min(at, len(row) - 1)] for row in ids]
+        return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(wanted)[:, None], 0.0)
+
+    samples = [Instruction(((question, ""),), None, "alpaca", "0", 0, tmp_path) for question in ("ho", "he")]
+    asked = CausalDataset(samples, tokenizer, "llava_v0", 900, prompts_only=True)
+    model = fp.build("llama-tiny", vocab_size=len(tokenizer), pad_token_id=0)
+    found = respond(model, asked, max_new_tokens=40, progress=False, logits_processor=LogitsProcessorList([forced]))
+    assert found == ["ll", "he ll ll"]
+    assert len(steps) == len(tokenizer("he ll ll###", add_special_tokens=False)["input_ids"]) < min(map(len, ids)) + 3
+    assert generation_settings(asked, tokenizer)["stop_strings"] == ["###"]

@@ -34,11 +34,11 @@ class Shift(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros_like(layer.weight[:, 0]))
-        self.hook = [layer.register_forward_hook(self.add)]
+        self.handles = [layer.register_forward_hook(self.add)]
 
     @staticmethod
     def add(layer, args, output):
-        return output if getattr(layer, "shift_adapter", None) is None else output + layer.shift_adapter.shift
+        return output + layer.shift_adapter.shift
 
 
 @dataclass(frozen=True)

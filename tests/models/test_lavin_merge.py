@@ -27,7 +27,10 @@ def batch(image, dtype=torch.float64):
     return given
 
 
-@pytest.mark.parametrize("plan", ["MMAdapter/T/MMAdapter", "RepAdapter/T/MMAdapter", "F/F/MMAdapter+LoRA", "LoRA/T/MMAdapter+IA3"])
+BLOCK = "RepAdapter(position=block)/T/MMAdapter(position=block)+LoRA"
+
+
+@pytest.mark.parametrize("plan", ["MMAdapter/T/MMAdapter", "RepAdapter/T/MMAdapter", "F/F/MMAdapter+LoRA", "LoRA/T/MMAdapter+IA3", BLOCK])
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_merged_for_a_modality(plan, modality, tmp_path):
     model = build(plan, **SHAPE)

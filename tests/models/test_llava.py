@@ -5,9 +5,12 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 import fastpeft as fp
 from fastpeft.fused.outputs import lean_logits
+from fastpeft.models.llava import LlavaMedForConditionalGeneration, llava_med_config
 
 ROWS = {  # Table 2 of the LayerNorm paper; its FFN rows count two of three matrices, ours all
     "F/F/LayerNorm/F": 262_144,
@@ -165,3 +168,104 @@ def test_num_items_and_kept_positions(model, batch):
     keep = torch.tensor([[1, 4], [0, 8], [3, 2]])
     assert torch.equal(model(**batch, logits_to_keep=keep).logits, logits[torch.arange(3)[:, None], keep])
     assert torch.equal(model(**batch, logits_to_keep=labels > 0).logits, logits[labels > 0])
+
+
+V1_5 = {  # CLIP at 336: 303,507,456; 1024 -> 4096 -> 4096; Mistral-7B: 7,241,732,096
+    "F/F/LayerNorm/F": 32 * 2 * 4096,
+    "F/T/F/F": 1024 * 4096 + 4096 + 4096 * 4096 + 4096,
+    "F/F/F/T": 2 * 32_000 * 4096,
+    "F/F/FFN/F": 32 * 3 * 4096 * 14_336,
+    "F/F/Attention/F": 32 * (2 * 4096 + 2 * 1024) * 4096,
+    "F/LoRA/F/F": 4 * (1024 + 4096 + 4096 + 4096),
+    "F/F/PTv2/F": 5 * 32 * 2 * 1024,
+}
+
+
+@pytest.mark.parametrize("plan", V1_5)
+def test_trained_parameters_of_v1_5(plan):
+    counted = fp.count(fp.adapt(fp.build("llava-med-v1.5", device="meta"), plan))
+    assert counted["base"] == 303_507_456 + V1_5["F/T/F/F"] + 7_241_732_096 and counted["trainable"] == V1_5[plan]
+    assert sum(part["base"] for part in counted["parts"].values()) == counted["base"]
+
+
+def test_v1_5_is_estimated():
+    found, base = fp.estimate("llava-med-v1.5-tiny", "F/F/LoRA/F", batch_size=1, seq_len=60), fp.build("llava-med-v1.5-tiny", device="meta")
+    assert found.weight_bytes >= 4 * fp.count(fp.adapt(base, "F/F/LoRA/F"))["base"] and found.saved_bytes > 0
+    with pytest.raises(ValueError, match="image and answer alone take 17 tokens"):
+        fp.estimate("llava-med-v1.5-tiny", "F/F/LoRA/F", batch_size=1, seq_len=16, answer_len=1)
+
+
+def mistral(window, **more):
+    tiny = llava_med_config("llava-med-v1.5-tiny")
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    text = MistralConfig(vocab_size=512, sliding_window=window, rope_parameters=rope, initializer_range=0.1, **sizes)
+    kinds = {"image_token_index": -200, "image_seq_length": 16, "mm_projector_type": "mlp2x_gelu"}
+    return LlavaConfig(vision_config=tiny.vision_config, text_config=text, **kinds | more)
+
+
+@pytest.mark.parametrize(("window", "decoder"), [(None, "LlamaModel"), (8, "MistralModel")])
+def test_mistral(window, decoder, tmp_path):
+    """transformers' own LLaVA on Mistral; without a window ours is a LLaMA, with one it stays what it is, saved and loaded."""
+    torch.manual_seed(0)
+    theirs = LlavaForConditionalGeneration(mistral(window)).double().eval()
+    own = LlavaMedForConditionalGeneration(mistral(window)).double().eval()
+    own.load_state_dict(theirs.state_dict())
+    own.save_pretrained(tmp_path / "base")
+    model = fp.build(tmp_path / "base", dtype=torch.float64)
+    assert type(model.model.language_model).__name__ == decoder
+    ids, pixels = torch.randint(3, 500, (1, 30)), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    ids[:, 2:18] = -200
+    states = theirs.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    words, seen = theirs.get_input_embeddings()(ids.clamp(min=0)), theirs.model.multi_modal_projector(states)
+    embeds = words.masked_scatter((ids == -200)[..., None], seen)
+    want = theirs.lm_head(theirs.model.language_model(inputs_embeds=embeds).last_hidden_state)
+    torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels).logits, want, rtol=1e-5, atol=1e-6)  # norms are in float32
+    answer = model.generate(ids, pixel_values=pixels, max_new_tokens=3, do_sample=False, eos_token_id=None)[:, 30:]
+    told = ids
+    for _ in range(3):
+        told = torch.cat([told, model(input_ids=told, pixel_values=pixels).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(answer, told[:, 30:])
+    if window is None:
+        fp.adapt(model, "F/T/Prefix/F")
+    else:
+        with pytest.raises(ValueError, match="Prefix is not defined for a MistralModel"):
+            fp.adapt(model, "F/T/Prefix/F")
+        assert fp.count(fp.adapt(model, "F/T/LoRA/F"))["trainable"]
+
+
+@pytest.mark.parametrize(("layer", "strategy", "taken"), [(-1, "default", -1), (2, "default", 2), (0, "full", 0), (-2, "full", -2)])
+def test_layers_and_class_token_of_clip(layer, strategy, taken):
+    """mm_vision_select_layer and mm_vision_select_feature: any layer, with the class token or without."""
+    model = fp.build("llava-med-tiny", dtype=torch.float64, vision_feature_layer=layer, vision_feature_select_strategy=strategy)
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    want = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[taken]
+    torch.testing.assert_close(model.encode_images(pixels), want if strategy == "full" else want[:, 1:])
+
+
+def test_attentions_are_passed_on(model, batch):
+    model.set_attn_implementation("eager")
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    fp.restore(theirs)
+    found = [one(**batch, output_attentions=True).attentions for one in (ours, theirs)]
+    assert len(found[0]) == len(model.model.language_model.layers)
+    for mine, own in zip(*found, strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-6)  # transformers' norms are in float32
+
+
+def test_each_part_saves_its_own_adapter(tmp_path):
+    """The head lies beside the other parts, not around them, though its module is the whole model."""
+    model = fp.adapt(fp.build("llava-med-tiny"), "IA3/LoRA/LoRA/LoRA")
+    fp.save_adapter(model, tmp_path)
+    for part, places in (("connector", ["linear"]), ("head", ["lm_head"]), ("llm", ["layers"]), ("vision", ["encoder"])):
+        with safe_open(tmp_path / part / "adapter_model.safetensors", "pt") as file:
+            assert {key.split(".")[2] for key in file.keys()} == set(places)  # noqa: SIM118
+    with pytest.raises(ValueError, match="no linear layer or convolution of 'head' matches"):
+        fp.adapt(fp.build("llava-med-tiny"), head=fp.LoRA(target_modules=["q_proj"]))
+
+
+def test_what_a_configuration_cannot_say():
+    with pytest.raises(ValueError, match="mm_projector_type 'qformer' is no connector known here"):
+        fp.build("llava-med-tiny", mm_projector_type="qformer")
+    with pytest.raises(ValueError, match="a LLaVA-Med has no mm_projector; overrides are"):
+        fp.build("llava-med-tiny", mm_projector="linear")

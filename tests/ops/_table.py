@@ -15,7 +15,7 @@ from torch import Tensor
 from fastpeft import ops
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops.absorbed_attention import absorbed_attention_reference
-from fastpeft.ops.activations import gelu_reference, swiglu_reference
+from fastpeft.ops.activations import geglu_reference, gelu_reference, swiglu_reference
 from fastpeft.ops.attention import attention_reference
 from fastpeft.ops.excitor_keys import excitor_keys_reference
 from fastpeft.ops.layer_norm import layer_norm_reference
@@ -200,6 +200,7 @@ TABLE = {
     "add_rms_norm": Op(_norm(ops.add_rms_norm), _summed(rms_norm_reference), lambda m, n: [draw(m, n), draw(m, n), draw(n) + 1]),
     "gelu": Op(ops.gelu, gelu_reference, lambda m, n: [draw(m, n), draw(n)]),
     "swiglu": Op(ops.swiglu, swiglu_reference, lambda m, n: [draw(m, n), draw(m, n), draw(n)]),
+    "geglu": Op(ops.geglu, geglu_reference, lambda m, n: [draw(m, n), draw(m, n), draw(n)]),
     "rescale": Op(ops.rescale, rescale_reference, lambda m, n: [draw(m, n), draw(n)]),
     "rotary": Op(ops.rotary, rotary_reference, _turn, constants=2),
     "dropout": Op(

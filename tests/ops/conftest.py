@@ -157,7 +157,7 @@ def table():
     return TABLE
 
 
-ROW_WISE = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "swiglu", "rescale", "rotary")  # csrc has them
+ROW_WISE = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "swiglu", "geglu", "rescale", "rotary")  # csrc has them
 
 
 def pytest_generate_tests(metafunc):

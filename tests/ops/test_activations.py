@@ -1,12 +1,14 @@
-"""gelu and swiglu, with and without an (IA)^3 scale, against PyTorch, with float64 as the truth."""
+"""gelu, swiglu and geglu, with and without an (IA)^3 scale, against PyTorch, with float64 as the truth."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastpeft import _library
-from fastpeft.ops import gelu, swiglu
-from fastpeft.ops.activations import gelu_reference, swiglu_reference
+from fastpeft.ops import geglu, gelu, swiglu
+from fastpeft.ops.activations import geglu_reference, gelu_reference, swiglu_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 7, 252, 257, 901]
@@ -23,6 +25,14 @@ def their_gelu(x, scale):
 
 SWIGLU = (swiglu, swiglu_reference, their_swiglu)
 GELU = (gelu, gelu_reference, their_gelu)
+
+
+def geglus(approximate):
+    def theirs(gate, up, scale=None):
+        y = F.gelu(gate, approximate=approximate) * up
+        return y if scale is None else y * scale
+
+    return [partial(geglu, approximate=approximate), partial(geglu_reference, approximate=approximate), theirs]
 
 
 def make(n, dtype, rows=(3, 5)):
@@ -52,6 +62,18 @@ def test_plain_and_tanh_gelu(check):
         check.no_worse(gelu, gelu_reference, F.gelu, [x])
         tanh = [lambda x, s: gelu(x, s, "tanh"), lambda x, s: gelu_reference(x, s, "tanh"), lambda x, s: F.gelu(x, approximate="tanh") * s]
         check.no_worse(*tanh, [x, scale])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_geglu(check, dtype, approximate):
+    for n in (1, 257):
+        inputs, floor = make(n, dtype), 1.0 if n == 1 else 1e-30
+        for needs in check.subsets(3):
+            check.no_worse(*geglus(approximate), inputs, needs, floor=floor)
+        check.no_worse(*geglus(approximate), inputs[:2])
+    gate, up, scale = make(257, dtype, rows=(300,))
+    check.no_worse(*geglus(approximate), [gate.t().contiguous().t(), up[:1].expand(300, 257), scale[:1].expand(257)])
 
 
 def test_tanh_gelus_slope(check):
@@ -112,6 +134,8 @@ def test_saved_bytes(check):
     assert saved(swiglu, (True, True), gate, up) == gate.nbytes + up.nbytes
     assert saved(swiglu, (False, True), gate, up) == gate.nbytes
     assert saved(swiglu, (False, False, True), gate, up, scale) == gate.nbytes + up.nbytes
+    assert saved(geglu, (True, True), gate, up) == gate.nbytes + up.nbytes
+    assert saved(geglu, (False, True), gate, up) == gate.nbytes
     assert saved(gelu, (True, True), gate, scale) == gate.nbytes  # the scale's gradient needs no activation
     assert saved(gelu, (False, False), gate, scale) == 0
 

@@ -31,6 +31,7 @@ CASES = {
     "add_rms_norm": (ops.add_rms_norm, lambda: (draw(4, C), draw(4, C).to(LOW), draw(C)), False),
     "gelu": (ops.gelu, lambda: (draw(4, C).to(LOW), draw(C)), False),
     "swiglu": (ops.swiglu, lambda: (draw(4, C).to(LOW), draw(4, C)), False),
+    "geglu": (ops.geglu, lambda: (draw(4, C).to(LOW), draw(4, C)), False),
     "rescale": (ops.rescale, lambda: (draw(4, C).to(LOW), draw(C)), False),
     "rotary": (lambda x, t: ops.rotary(x, *t), lambda: (heads().to(LOW), (draw(5, C // H), draw(5, C // H))), False),
     "mm_adapter": (ops.mm_adapter, lambda: (draw(2, 3, C).to(LOW), *adapter()), False),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastpeft.ops.dropout import dropout, dropout_reference, new_seed
+from fastpeft.ops.dropout import dropout, dropout_reference, dropped, new_seed
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -47,3 +47,20 @@ def test_off_is_the_input_itself():
 def test_bad_probability(p):
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         dropout(torch.randn(3), p)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_seed_on_the_device_is_not_read(dtype):
+    x = torch.ones(40, 500, dtype=dtype, device="cuda", requires_grad=True)
+    seeds = [torch.tensor([number], device="cuda") for number in (5, 5, 6)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = [dropped(x, 0.25, seed) for seed in seeds]
+        drawn[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    first, again, other = (y.detach().cpu() for y in drawn)
+    assert torch.equal(first, again) and torch.equal(x.grad.cpu(), first)
+    zero, both = (first == 0).double().mean(), ((first == 0) & (other == 0)).double().mean()
+    assert abs(float(zero) - 0.25) < 0.02 and abs(float(both) - 0.0625) < 0.01

@@ -73,6 +73,7 @@ def test_several_chunks(check, dtype, monkeypatch):
     module = importlib.import_module("fastpeft.ops._chunked_loss")
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "MIN_ROWS", 4)
+    monkeypatch.setattr(module, "ROWS", 4)
     inputs = make(dtype, rows=(20,))
     assert module.chunk_rows(252, 20) == 4
     assert module.chunk_rows(32_000, 4096, device="cuda") >= 220, "fewer, and W is waited for"

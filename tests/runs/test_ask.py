@@ -58,11 +58,14 @@ def test_causal_models_are_asked_too(name, plan, tmp_path):
     train_run(name, plan, DataOptions(str(tmp_path), split_file=str(tmp_path / "alpaca_data.json")), config, evaluate=False)
     loaded = fp.load(tmp_path / "run", device="cpu")
     assert isinstance(loaded.ask(None, "say 2", max_new_tokens=3), str)
+    with pytest.raises(ValueError, match="<image> stands in a text without an image"):
+        loaded.ask(None, "<image>\nsay 2")
     if loaded.preprocess is None:
         with pytest.raises(ValueError, match="sees none"):
             loaded.ask(image, "what is it?")
     else:
-        assert isinstance(loaded.ask(image, "what is it?", max_new_tokens=3), str)
+        told = loaded.ask(image, "what is it?", max_new_tokens=3)
+        assert isinstance(told, str) and loaded.ask(image, "<image>\nwhat is it?", max_new_tokens=3) == told
 
 
 def test_what_cannot_be_asked(run, tmp_path):

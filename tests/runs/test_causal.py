@@ -256,6 +256,10 @@ def test_one_of_several_trained_formats_is_asked_as_it_was_trained(problems, tmp
     train_run("llama-tiny", "LoRA", DataOptions(str(problems)), config(tmp_path, steps=1), text=text, evaluate=False)
     seen = []
     monkeypatch.setattr("fastpeft.runs.causal.respond_and_score", lambda network, dataset, **how: (seen.append(dataset), ([], {}))[1])
+    eval_run(tmp_path / "run" / "adapter", DataOptions(str(problems)), progress=False)
+    (unsaid,) = (data.samples[0] for data in seen)  # the paper's evaluation: the answer alone, whatever was drawn in training
+    assert (unsaid.answer, unsaid.alternatives) == ("The answer is A.", ()) and unsaid.question.endswith("directly.")
+    seen.clear()
     for asked in ("QCM-A", "QCM-LEA"):
         eval_run(tmp_path / "run" / "adapter", DataOptions(str(problems)), progress=False, prompt_format=asked, draw_unparsed=0)
     direct, reasoned = (data.samples[0] for data in seen)

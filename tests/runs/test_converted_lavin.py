@@ -57,6 +57,7 @@ def test_the_adapter_knows_how_it_was_trained(folder):
         "instruction": None,
         "prompt_format": "QCM-LA",
         "use_caption": False,
+        "tell_format": False,
     }
     assert about["prompt"] == prompt and about["preprocess"]["mean"] == [0.485, 0.456, 0.406] and not about["preprocess"]["crop"]
     assert about["preprocess"]["image_size"] == 32 and about["base"]["dtype"] == "float32"

@@ -21,6 +21,7 @@ from fastpeft.train import trainer
 from fastpeft.train.config import TrainConfig
 
 PLANS = {"llava-med-tiny": "F/T/LoRA/F", "lavin-tiny": "MMAdapter/T/MMAdapter", "excitor-tiny": "F/Excitor", "llama-tiny": "LoRA"}
+PLANS |= {"llava-med-v1.5-tiny": "F/T/LoRA/F"}
 COLOURS = ("red", "green", "blue", "white")
 
 

@@ -34,9 +34,10 @@ def clip_state(width=128, layers=4, patch=8, grid=4, out=40, dtype=torch.float64
     return state
 
 
-def clip_forward(state, image, adapter=None, every=4):
+def clip_forward(state, image, adapter=None, every=4, states=None):
     """(projected class token [1, D], class tokens after every fourth layer [1, N, C]) of one image [1, 3, S, S]; ``adapter``: what is
-    between a layer's norm and its attention, given its number and tokens [L, C]."""
+    between a layer's norm and its attention, given its number and tokens [L, C]. ``states``: a list that gets the tokens before the first
+    layer and after each."""
 
     def norm(name, x):
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
@@ -48,6 +49,8 @@ def clip_forward(state, image, adapter=None, every=4):
     x = F.conv2d(image, kernel, stride=kernel.shape[-1]).flatten(2)[0].T
     x = torch.cat([state["visual.class_embedding"][None], x]) + state["visual.positional_embedding"]
     x, seen, i = norm("visual.ln_pre", x), [], 0
+    states = [] if states is None else states
+    states.append(x)
     while f"visual.transformer.resblocks.{i}.ln_1.weight" in state:
         block = f"visual.transformer.resblocks.{i}"
         y = norm(f"{block}.ln_1", x)
@@ -57,6 +60,7 @@ def clip_forward(state, image, adapter=None, every=4):
         x = x + linear(f"{block}.attn.out_proj", ((q @ k.mT / 8).softmax(-1) @ v).transpose(0, 1).flatten(1))
         y = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x))
         x = x + linear(f"{block}.mlp.c_proj", y * torch.sigmoid(1.702 * y))
+        states.append(x)
         i += 1
         if i % every == 0:
             seen.append(x[0])

@@ -5,10 +5,10 @@ import multiprocessing
 from fastpeft.study import runner
 
 
-def study(path: str, out: str) -> None:
+def study(path: str, out: str, **more) -> None:
     """`fastpeft study PATH --out OUT --scale tiny`, its jobs forked: this process has computed nothing yet."""
     runner.job_context = lambda: multiprocessing.get_context("fork")
-    runner.run_study(path, out, scale="tiny", device="cpu", say=lambda line: None)
+    runner.run_study(path, out, scale="tiny", device="cpu", say=lambda line: None, **more)
 
 
 def context():

@@ -18,6 +18,7 @@ from fastpeft.study.file import data_folders, read_study
 from fastpeft.study.jobs import jobs_of
 from fastpeft.study.runner import check, run_study
 from fastpeft.study.table import CLOCK, COLUMNS, check_columns, table_of
+from fastpeft.study.work import run_job
 
 STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
 SMALL = """
@@ -61,10 +62,59 @@ def test_every_shipped_study_is_runnable(path, scale):
         assert not [stage for job in found for stage in job.stages if stage.get("image_encoder", "tiny") != "tiny"]
 
 
+RECIPE = """
+model: llama-tiny
+batch_size: 2
+steps: 1
+learning_rate: 1.0e-3
+metrics: [tokens]
+stages:
+  - {plan: T, data: first}
+  - {plan: LoRA, rank: 2, data: second}
+"""
+STAGED = """
+recipe: recipe.yaml
+data: {first: {data: FIRST}, second: {data: SECOND}}
+generation: {max_new_tokens: 2}
+columns: [loss]
+rows:
+  - {name: lora}
+  - {name: ia3, plan: IA3, data: first}
+  - {name: alone, plan: T, stages: [first]}
+"""
+
+
+def test_a_recipes_stages_are_the_rows(tmp_path):
+    """Of rows without their own, whose options go over the last stage's; another plan goes on from the merged weights."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name in ("FIRST", "SECOND"):
+        (tmp_path / name).mkdir()
+        said = json.dumps([{"instruction": "Spell it.", "input": "", "output": name}] * 2)
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.json").write_text(said)
+    text = STAGED.replace("FIRST", str(tmp_path / "FIRST")).replace("SECOND", str(tmp_path / "SECOND"))
+    lora, ia3, alone = jobs(write(tmp_path, text), tmp_path / "out")
+    kept = ("plan", "rank", "data")
+    told = [[tuple(stage.get(name) for name in kept) for stage in job.stages] for job in (lora, ia3, alone)]
+    first, second = str(tmp_path / "FIRST"), str(tmp_path / "SECOND")
+    assert told[0] == [("T", None, first), ("LoRA", 2, second)] and told[1] == [("T", None, first), ("IA3", 2, first)]
+    assert told[2] == [("T", None, first)] and not any("stages" in stage for job in (lora, ia3, alone) for stage in job.stages)
+    result = run_job(lora, None)
+    merged = Path(lora.folder) / "stage-1" / "merged"
+    assert result["plan"] == "LoRA" and result["steps"] == 2 and (merged / "config.json").is_file()
+    about = json.loads((Path(lora.folder) / "stage-2" / "adapter" / "fastpeft.json").read_text())
+    assert about["base"]["model"] == str(merged.resolve()) and result["scores"]["second"]["n"] == 2
+    with pytest.raises(ValueError, match="there is no data set 'first'; data has other"):
+        jobs(write(tmp_path, text.replace("first: {", "other: {").replace("data: first", "data: other").replace("[first]", "[other]")))
+    with pytest.raises(ValueError, match="tiny: options: stages are a row's, or the recipe's"):
+        read_study(write(tmp_path, text + "tiny: {options: {stages: [{steps: 1}]}}"), "tiny")
+
+
 def test_studies_of_all_papers_are_shipped():
     names = {path.stem for path in STUDIES}
-    assert {f"mile_{n}" for n in range(1, 8)} | {"layernorm_1", "layernorm_2", "layernorm_3"} <= names
-    assert {"lavin_1", "lavin_2", "excitor_1", "excitor_3", "excitor_5"} <= names
+    assert {f"mile_{n}" for n in range(1, 8)} | {"mile_figures", "layernorm_1", "layernorm_2", "layernorm_3"} <= names
+    assert {"lavin_1", "lavin_2", "lavin_ablations"} <= names
+    assert {"excitor_1", "excitor_3", "excitor_5", "excitor_figure_5", "excitor_ablations"} <= names
 
 
 @pytest.mark.parametrize(
@@ -189,10 +239,13 @@ def test_each_column_reads_a_result(tmp_path):
     metrics = text_metrics(["no finding in it"], [["no finding at all there"]], tokenizer=None, metrics=("rouge", "meteor"))
     metrics |= {"tokens": 5.0, "BERTScore": {"precision": 0.6, "recall": 0.7, "f1": 0.8}}
     scores = {"open": 0.1, "closed": 0.2, "global": 0.3, "scienceqa": {"NAT": 0.4, "Avg": 0.5}, "metrics": metrics}
+    scores["captions"] = {"BLEU-4": 0.497, "CIDEr": 1.575}
+    scores["mmlu"] = {"task_mean": 0.35, "relative_change": -0.03, "base": {"task_mean": 0.36}}
     result = _result(10, 60, 0.1) | {"scores": {"a": scores}}
     shown = table_of("c", tuple(COLUMNS), [(job, result)], {}, "a", paper=False).lines[0][2]
     want = {"NAT": "40.00", "Avg": "50.00", "SOC": "-", "rouge_recall": "40.00", "rouge_precision": "50.00"}
-    want |= {"tokens": "5.000", "bertscore_f1": "80.00"}
+    want |= {"tokens": "5.000", "bertscore_f1": "80.00", "bleu_4": "49.70", "cider": "157.50"}
+    want |= {"mmlu": "35.00", "mmlu_base": "36.00", "mmlu_change": "-3.00", "mmlu_wins": "-"}
     assert {name: shown[name].text for name in want} == want
     assert shown["meteor"].mean == metrics["METEOR"]["score"] > 0
 
@@ -260,6 +313,48 @@ def test_a_killed_study_goes_on(whole, tmp_path):
     run_killed(write(tmp_path, SMALL), tmp_path / "out", [3, 9])
     table, adapters = contents(out)
     assert contents(tmp_path / "out") == (table, adapters) and len(adapters) > 4
+
+
+def test_rows_side_by_side_are_the_same(whole, tmp_path):
+    """Two at once, of which one waits for the row that it starts from. And ``steps`` are of every stage."""
+    path, out = whole
+    process = study_process.context().Process(
+        target=study_process.study, args=(str(path), str(tmp_path / "out")), kwargs={"side_by_side": 2}
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and contents(tmp_path / "out") == contents(out)
+    stages = [stage for job in jobs_of(read_study(path, "tiny"), tmp_path, {}, steps=2) for stage in job.stages]
+    assert {stage["steps"] for stage in stages} == {2} and len(stages) == 4
+
+
+def test_figures_of_excitor(tmp_path):
+    """MMLU beside the base, which is asked once for both rows; gates and similarities of the row that has an Excitor."""
+    text = """
+options: {model: llama-tiny, steps: 1, batch_size: 4, template: plain}
+data: {alpaca: {}, mmlu: {}}
+score_on: [mmlu]
+generation: {top_p: 0.5}
+columns: [mmlu, mmlu_base, mmlu_change, mmlu_wins, mmlu_ties, mmlu_losses]
+figures: [mmlu, gates, similarity]
+rows: [{name: excited, data: alpaca, plan: "Excitor(layers=[1, 3])"}, {name: plain, data: alpaca, plan: LoRA}]
+tiny:
+  data:
+    alpaca: {made: instructions, images: {train: 3, validate: 1, test: 1}}
+    mmlu: {made: mmlu, images: {train: 1, validate: 1, test: 1}}
+"""
+    process = study_process.context().Process(target=study_process.study, args=(str(write(tmp_path, text)), str(tmp_path / "out")))
+    process.start()
+    process.join(120)
+    excited, plain = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    for row in (excited, plain):
+        scored = row["scores"]["mmlu"]["mmlu"]
+        assert scored["n_tasks"] == 4 == scored["wins"] + scored["ties"] + scored["losses"] and 0 <= scored["base"]["task_mean"] <= 1
+    assert list(excited["gates"]) == list(excited["similarity"]) == ["1", "3"] and plain["gates"] is plain["similarity"] is None
+    assert all(0 < layer["change"] < 1 and layer["extra"] > 0 for layer in excited["similarity"].values())
+    assert len(list((tmp_path / "out/base-answers").iterdir())) == 1
+    drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+    assert {"gates-of-excitor", "similarity-by-layer-excited", "mmlu-against-the-base-by-task"} <= drawn
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import fastpeft as fp
 from fastpeft.device import to_device
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
-from fastpeft.train import trainer
+from fastpeft.train import step
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,7 @@ def test_a_run(runs, phantoms, tmp_path, plan):
 @pytest.mark.parametrize("plan", ["F/LoRA/LoRA", "LoRA/LoRA/LoRA", "F/IA3/Prefix", "T/T/T"])
 def test_a_step_waits_for_nothing(runs, phantoms, plan):
     run = runs.trainer(phantoms, plan, device="cuda", steps=3, feature_cache=False)
-    batch = next(iter(run._batches()))[0]
+    batch = next(run._batches())[0][0]
     inputs = to_device(batch, run.inputs, run.device, run.dtype, run.model)
     run.model.train()
     run.model(**inputs).loss.backward()
@@ -68,10 +68,12 @@ def test_a_causal_step_waits_for_nothing(conversations, monkeypatch, name):
     if name == "llama-tiny":
         (conversations / "train.json").write_text(json.dumps(json.loads((conversations / "train.json").read_text())[:1]))
     steps = []
-    monkeypatch.setattr(trainer, "to_device", lambda *args: steps.append((args[-1], to_device(*args))) or steps[-1][1])
+    monkeypatch.setattr(step, "to_device", lambda *args: steps.append((args[-1], to_device(*args))) or steps[-1][1])
     losses = {}
     for device in ("cpu", "cuda"):
-        config = fp.TrainConfig(steps=2, batch_size=3, progress=False, device=device, out=str(conversations / device), feature_cache=False)
+        config = fp.TrainConfig(
+            steps=2, batch_size=3, progress=False, device=device, out=str(conversations / device), feature_cache=False, cuda_graph=False
+        )
         losses[device] = train_run(name, MODELS[name], DataOptions(str(conversations)), config, evaluate=False)["loss_last"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)
     model, inputs = steps[-1]

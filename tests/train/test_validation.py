@@ -10,7 +10,7 @@ import torch
 from fastpeft.adapters import load_adapter
 from fastpeft.cli import app
 from fastpeft.data import Preprocess, VQADataset, load_samples
-from fastpeft.evaluate import Scoring
+from fastpeft.evaluate import Scoring, answer_questions
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
 from fastpeft.train import TrainConfig, Trainer
@@ -124,7 +124,7 @@ def test_a_resumed_run_is_that_of_an_uninterrupted_one(runs, phantoms, tmp_path,
     whole = make(runs, phantoms, out=tmp_path / "whole", **how)
     summary = whole.fit()
     cut, step = make(runs, phantoms, out=tmp_path / "cut", **how), Trainer._step
-    monkeypatch.setattr(cut, "_step", lambda batches: step(cut, batches) if cut.done["step"] < stop else 1 / 0)
+    monkeypatch.setattr(cut, "_step", lambda *group: step(cut, *group) if cut.done["step"] < stop else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cut.fit()
     again = make(runs, phantoms, out=tmp_path / "cut", resume=True, **how)
@@ -222,3 +222,23 @@ def test_language_models_validate_too(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     validated = {row["step"]: row["validation_loss"] for row in rows(tmp_path / "run") if "validation_loss" in row}
     assert set(validated) == {2, 3} and told["validation"]["best"] == min(validated.values())
+
+
+@pytest.mark.parametrize("plan", ["F/LoRA/LoRA", "F/F/LoRA"])
+def test_images_are_taken_from_the_runs_cache(runs, phantoms, plan, tmp_path, monkeypatch):
+    """Of images, or of images and questions: each is encoded once, however often the run validates, for the loss and for answers."""
+    trainer = make(runs, phantoms, plan, steps=2, eval_every=1, feature_cache=True, out=tmp_path / "run")
+    seen, own = [], trainer.model.encode_images
+    monkeypatch.setattr(trainer.model, "encode_images", lambda pixels, **how: seen.append(len(pixels)) or own(pixels, **how))
+    trainer.fit()
+    labelled, asked = trainer.validation.data.labelled, trainer.validation.data.asked
+    images = {sample.image for sample in (*labelled.samples, *trainer.dataset.samples)}
+    assert sum(seen) <= len(images) * (1 if plan == "F/LoRA/LoRA" else 3)  # a question states' chunk encodes its own images
+    before, computed = len(seen), trainer.features.computed
+    row = trainer.validation.row()
+    assert len(seen) == before and trainer.features.computed == computed and labelled.load_images and asked.load_images
+    tokenizer = labelled.tokenizer
+    cached = answer_questions(trainer.model, asked, tokenizer, progress=False, features=trainer.features)
+    trainer.validation.features = None
+    assert trainer.validation.row()["validation_loss"] == pytest.approx(row["validation_loss"], rel=1e-5)
+    assert len(seen) > before and cached == answer_questions(trainer.model, asked, tokenizer, progress=False)

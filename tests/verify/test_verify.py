@@ -75,9 +75,11 @@ def test_a_llama_padded_and_packed(plan, dtype):
 
 
 SEEING = [
+    ("llava-med-v1.5-tiny", "F/T/LoRA/LoRA"),
     ("excitor-tiny", "F/Excitor"),
     ("excitor-tiny", "LoRA/AdaptionPrompt"),
     ("lavin-tiny", "MMAdapter/T/MMAdapter"),
+    ("lavin-tiny", "MMAdapter(position=block)/T/MMAdapter(position=block)"),
     ("lavin-tiny", "F/F/LoRA"),
 ]
 
@@ -101,7 +103,7 @@ def test_an_excitors_options(gate):
     assert result.ok, result.lines()
 
 
-ALL_FORMS = ["samples alone", "one padded batch", "packed into one row"]
+ALL_FORMS = ["samples alone", "one padded batch", "packed into one row", "a common beginning once"]
 
 
 def test_faults_of_excitors_and_adapters(monkeypatch):

@@ -1,0 +1,257 @@
+"""The training step as CUDA graphs: forward and backward of each size of batch, and the update, each one launch of the host.
+
+A batch is padded to a :class:`fastpeft.train.buckets.Bucket`, copied into buffers that stay, and computed in static shapes. A bucket's
+first batch runs eagerly, which fills every cache; its second is captured; later ones are replayed. Gradients are added to buffers that
+stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of
+its own for each set of parameters that got a gradient. An eager step and a replayed one compute the same, to the bit. Losses and norms of
+gradients are read every few steps. Where a step cannot be captured, steps run as :class:`Step` runs them, and ``note`` says why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.cost.memory_budget import MemoryBudget
+from fastpeft.cost.profile import StepCost, measure
+from fastpeft.fused.projections import Recomputes
+from fastpeft.methods.quantized import is_held
+from fastpeft.models import family_of
+from fastpeft.ops._common import to_device_async
+from fastpeft.ranks import ALONE
+from fastpeft.static_shapes import NotStatic, Seeds, static_shapes
+from fastpeft.train.buckets import Bucket, measured_batch, padded
+from fastpeft.train.config import TrainConfig
+from fastpeft.train.optimizer import KeptGradients
+from fastpeft.train.sources import SourceLosses
+from fastpeft.train.step import Passed, Step, cost_of
+
+MOST = 32  # graphs of batches: activations share their memory, the nodes of a graph of MISS take some MB
+READS_EVERY = 10  # steps
+# A step pays as a graph where the host takes longer to launch it than the GPU to compute it. Modelled, not measured: MISS has 2,100
+# launches a step, 50 to 80 ms of the host, in some 300 modules; a GPU at 300 TFLOP/s, forward and the activations' gradients
+HOST_SECONDS = 2e-4  # for each module with parameters of its own
+FLOPS = 300e12
+
+
+def why_not(model: nn.Module, device: torch.device, *, budget: bool, mixed: bool) -> str:
+    """'' or why steps of this run cannot be captured, as far as that is known before."""
+    if device.type != "cuda":
+        return f"there are no CUDA graphs on {device.type}"
+    if budget:
+        return "memory_budget chooses by the batch what to compute again"
+    if mixed:
+        return "losses are told apart by data set, token by token"
+    if not _is_ours(model):
+        return f"what a {type(model).__name__} reads of a batch is not known"
+    methods = (method for methods in model.fastpeft_plan.treatments.values() for method in methods)
+    if foreign := next((type(method).__name__ for method in methods if not _known(type(method))), None):
+        return f"what {foreign} does from step to step is not known"
+    return next(filter(None, (_unfit(name or "the model", module) for name, module in model.named_modules())), "")
+
+
+def _is_ours(model: nn.Module) -> bool:
+    try:
+        return isinstance(model, family_of(model).model)
+    except ValueError:
+        return False
+
+
+def _known(code) -> bool:
+    """Whether a class or a function is of a library whose numbers stay as they are from step to step."""
+    return (code.__module__ or "").partition(".")[0] in ("fastpeft", "transformers", "peft", "torch")
+
+
+def _unfit(name: str, module: nn.Module) -> str:
+    """'' or why a graph cannot hold what a module does, or would not know that it has changed."""
+    if is_held(module):
+        return f"{name} is quantised"
+    if getattr(module, "gradient_checkpointing", False) or (isinstance(module, Recomputes) and module.recompute):
+        return f"{name} is computed again in backward"
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
+    if "forward" in vars(module) or not all(_known(hook if hasattr(hook, "__name__") else type(hook)) for hook in hooks):
+        return f"{name} has hooks, or a forward of its own"
+    return "" if _known(type(module)) else f"what {name}, a {type(module).__name__}, does from step to step is not known"
+
+
+def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
+    """The step of a run, in graphs where it asks for them and they hold; on a GPU its note says why not."""
+    device = next(model.parameters()).device
+    reason = why_not(model, device, budget=budget is not None, mixed=mixed)
+    if config.cache_layers is not None and not reason:
+        reason = "cache_layers looks up on the host what it keeps"
+    if config.on_nan == "skip" and not reason:
+        reason = "on_nan=skip reads each step's loss before its update"
+    parts |= {"budget": budget, "mixed": mixed}
+    if not parts.get("ranks", ALONE).alone:
+        reason = reason or "gradients of several ranks travel between backward and update"
+    if config.cuda_graph and not reason:
+        return GraphedStep(model, dataset, *known, **parts, samples=config.batch_size, seed=config.seed)
+    step = Step(model, dataset, *known, **parts)
+    step.note = f"no CUDA graphs: {reason}" if config.cuda_graph and device.type == "cuda" else ""
+    return step
+
+
+class Graph:
+    """The launches of one function, captured; not run yet."""
+
+    def __init__(self, function: Callable[[], None], pool):
+        self.function, self.captured = function, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.captured, pool=pool, capture_error_mode="thread_local"):  # a data loader's thread may allocate meanwhile
+            function()
+
+    def replay(self) -> None:
+        self.captured.replay()
+
+
+class GraphedStep(Step):
+    """As :class:`Step`, in graphs. ``samples``: of a full batch; ``seed``: of dropout."""
+
+    def __init__(self, *parts, samples: int, seed: int, **options):
+        super().__init__(*parts, **options)
+        family = family_of(self.model)
+        self.samples, self.image_tokens = samples, family.image_tokens(self.model.config)
+        self.longest = _longest_text(self.model) if family.kind == "vqa" else 1 << 30
+        self.most_tokens = _most_tokens(self.model)
+        self.seeds, self.terms = Seeds(seed, self.device), torch.zeros((), device=self.device)
+        self.pool, self.gradients = torch.cuda.graph_pool_handle(), KeptGradients(self.optimizer)
+        self.buffers: dict[Hashable, Tensor] = {}
+        self.graphs: dict[Bucket, Graph] = {}
+        self.updates: dict[frozenset[int], Graph | None] = {}  # by the parameters that it changes; None: it ran once
+        self.reached: dict[Bucket, frozenset[int]] = {}  # the parameters that the backward of a bucket that ran gives a gradient
+        self.now: set[int] = set()  # those of the step so far
+        self.unread, self.reads_every = [], READS_EVERY
+        self.replayed, self.eager, self.unlike = 0, 0, ""
+
+    def passes(self, batches: list[dict], *, measured: bool) -> Passed:
+        if not self.note:
+            try:
+                return self._passes(batches, measured)
+            except Exception as error:  # an error of the batch itself comes again below
+                self._give_up(error)
+        return super().passes(batches, measured=measured)
+
+    def update(self, number: int, loss: float | None) -> tuple[float, float | None]:
+        if self.note:
+            return super().update(number, loss)
+        rate, reached, failed = self.optimizer.set_rates(number), frozenset(self.now), None
+        self.now.clear()
+        graph, update = self.updates.get(reached), functools.partial(self.gradients.update, reached)
+        if graph is None and reached in self.updates and len(self.updates) <= MOST:
+            try:
+                graph = Graph(update, self.pool)
+            except Exception as error:
+                failed = error
+        self.updates[reached] = graph
+        if graph is None:
+            update()
+        else:
+            graph.replay()
+        self.unread.append(self.gradients.result.clone())
+        if failed is not None:
+            self._give_up(failed)
+        return rate, None
+
+    def read(self) -> list[tuple[float, float]]:
+        """(loss, norm of the gradient) of each step since the last call; waits for the device."""
+        unread, self.unread = self.unread, []
+        return [tuple(row) for row in torch.stack(unread).tolist()] if unread else []
+
+    def start(self, batches: int) -> None:
+        """Go on from where ``batches`` are done: dropout is then that of an uninterrupted run."""
+        self.seeds.counter.fill_(batches)
+
+    def said(self) -> str:
+        """What it did, for the summary."""
+        told = f"{len(self.graphs)} CUDA graphs of batches; {self.replayed} batches were replayed, {self.eager} were not"
+        return self.note or told + (f" ({self.unlike})" if self.unlike else "")
+
+    def _give_up(self, error: Exception) -> None:
+        self.gradients.release()
+        for held in (self.graphs, self.updates, self.buffers):
+            held.clear()
+        self.note = f"no CUDA graphs: {' '.join(str(error).split())[:200] or type(error).__name__}"
+
+    def _passes(self, batches: list[dict], measured: bool) -> Passed:
+        terms, cost = sum(map(self.dataset.weight, batches)), None
+        self.terms.fill_(terms)
+        for batch in batches:
+            counted = StepCost() if measured and cost is None else None
+            self._pass(batch, terms, counted)
+            cost = cost or cost_of(counted, batch)
+        return Passed(None, SourceLosses(), cost)
+
+    def _pass(self, batch: dict, terms: int, counted: StepCost | None) -> None:
+        """Adds a batch's loss and gradients to the step's. ``counted`` takes what it costs: a run's first batch, which is not replayed."""
+        inputs = {name: batch[name] for name in self.inputs if batch.get(name) is not None}
+        inputs = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+        if self.features is not None:
+            inputs = self.features.put_in(inputs, batch)
+        try:
+            own = measured_batch(inputs, batch, self.samples, self.image_tokens)
+        except NotStatic as error:
+            self.unlike = str(error)
+            self.seeds.advance()  # the counter counts batches
+            inputs = self._inputs(batch)
+            self._eagerly(lambda: self._backward(self.model(**inputs).loss * (self.dataset.weight(batch) / terms)), counted)
+            return
+        bucket = own.bucket
+        launches_most = bucket.tokens + bucket.answers <= self.most_tokens
+        bucket = bucket.rounded(self.longest) if launches_most else bucket
+        kept = launches_most and (bucket in self.graphs or len(self.graphs) < MOST)
+        inputs = {name: self._moved(name, t, kept) for name, t in padded(own, bucket).items()}
+        run = functools.partial(self._forward_backward, inputs, bucket)
+        if not (kept and bucket in self.reached):
+            self.reached[bucket] = self._eagerly(run, counted)
+            return
+        if bucket not in self.graphs:
+            self.graphs[bucket] = Graph(run, self.pool)
+        self.graphs[bucket].replay()
+        self.replayed += 1
+        self.now |= self.reached[bucket]
+
+    def _eagerly(self, run: Callable[[], None], counted: StepCost | None) -> frozenset[int]:
+        """Runs a pass; returns the parameters that got a gradient."""
+        self.gradients.arrived.clear()
+        if counted is None:
+            run()
+        else:
+            with measure(self.model) as cost:
+                run()
+            vars(counted).update(vars(cost))
+        self.eager += 1
+        self.now |= self.gradients.arrived
+        return frozenset(self.gradients.arrived)
+
+    def _forward_backward(self, inputs: dict[str, Tensor], bucket: Bucket) -> None:
+        self.seeds.advance()
+        with static_shapes(bucket.sizes, self.seeds):
+            self._backward(self.model(**inputs, num_items_in_batch=self.terms).loss)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.gradients.loss.add_(loss.detach())
+
+    def _moved(self, name: str, t: Tensor, kept: bool) -> Tensor:
+        """``t`` on the device; where it is ``kept`` in the buffer of its name and shape, which its bucket's graph reads."""
+        if not kept:
+            return to_device_async(t, self.device)
+        key = (name, t.shape, t.dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(t.shape, dtype=t.dtype, device=self.device)
+        return self.buffers[key].copy_(t.pin_memory() if t.device.type == "cpu" else t, non_blocking=True)
+
+
+def _most_tokens(model: nn.Module) -> float:
+    """Of a batch whose launches take the host longer than its products the GPU."""
+    launching = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    return HOST_SECONDS * launching * FLOPS / (4 * sum(p.numel() for p in model.parameters()))
+
+
+def _longest_text(model: nn.Module) -> int:
+    """Tokens that a model with tables of positions has room for, beside a prefix."""
+    prefixes = (module.prefix_encoder.tokens for module in model.modules() if getattr(module, "prefix_encoder", None) is not None)
+    return model.config.text_config.max_position_embeddings - max(prefixes, default=0)

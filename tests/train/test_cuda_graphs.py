@@ -1,0 +1,222 @@
+"""Steps as CUDA graphs: a replayed step is an eager one, to the bit. On a GPU, and on tests/cuda/lookalike.py, where recordings of a step
+at two times show what a graph would not know to be stale."""
+
+import math
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from static_batches import PLANS, Data, batch_of, model_of, names_of, with_features
+
+import fastpeft as fp
+from fastpeft.fused.outputs import lean_logits
+from fastpeft.static_shapes import Seeds
+from fastpeft.train import graph
+from fastpeft.train.graph import GraphedStep
+from fastpeft.train.optimizer import Optimizer
+
+pytestmark = pytest.mark.gpu
+capture = sys.modules.get("capture")  # of the lookalike
+KINDS = ("some", "every", "none")
+LIGHTER = {"miss-tiny": "F/LoRA/LoRA", "lavin-tiny": "F/T/MMAdapter"}  # what is frozen stays outside, as features that were kept
+
+
+def step_of(name, *, drops=False, plan=None, dtype=torch.float32):
+    model = model_of(name, drops, plan or LIGHTER.get(name), device="cuda", dtype=dtype)
+    torch.manual_seed(0)
+    data = Data(model, names_of(model))
+    config = fp.TrainConfig(steps=40, learning_rate=1e-2, base_learning_rate=1e-2, warmup=2)
+    known = (model, data, Optimizer(model, config, 40), data.inputs, torch.device("cuda"), dtype)
+    return GraphedStep(*known, features=None, budget=None, mixed=False, samples=4, seed=5)
+
+
+def run(step, name, groups):
+    """(loss, norm) of each step; ``groups``: of the numbers of their batches, whose content differs from step to step."""
+    losses = []
+    with lean_logits(step.model):
+        for done, numbers in enumerate(groups):
+            batches = []
+            for n in numbers:
+                how = {"packed": n % 2 == 1, "images": KINDS[n % 3], "samples": 4 - (n == 6)}
+                batches.append(with_features(step.model, batch_of(name, step.model, n, content=done, **how)))
+            loss = step.passes(batches, measured=False).loss
+            losses.append((loss, step.update(done, loss)[1]))
+    return step.read() or losses
+
+
+def weights(step):
+    return {name: p.detach().cpu() for name, p in step.model.named_parameters() if p.requires_grad}
+
+
+def stale(step) -> list[str]:
+    """What in a step's graphs is not the same when their functions run again, now."""
+    graphs = [*step.graphs.values(), *filter(None, step.updates.values())]
+    with lean_logits(step.model):
+        return [told for found in graphs for told in capture.differences(found.captured.recording, capture.record(found.function))]
+
+
+def assert_same(step, twin):
+    want = weights(twin)
+    assert [name for name, weight in weights(step).items() if not torch.equal(weight, want[name])] == []
+
+
+def eager_twin(monkeypatch, name, groups, **how):
+    monkeypatch.setattr(graph, "MOST", 0)
+    twin = step_of(name, **how)
+    losses = run(twin, name, groups)
+    assert not twin.graphs and not any(twin.updates.values()) and twin.replayed == 0
+    return twin, losses
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_replayed_steps_are_eager_ones(name, monkeypatch):
+    """With dropout, of two sizes, full and short batches, padded and packed, with images and without."""
+    groups = [[0], [1], [0], [0]]
+    step = step_of(name, drops=True)
+    losses = run(step, name, groups)
+    assert step.note == "" and step.replayed == 2 and len(step.graphs) == 1, step.said()
+    assert capture is None or stale(step) == []
+    twin, expected = eager_twin(monkeypatch, name, groups, drops=True)
+    assert losses == expected and len(set(losses)) == 4 and all(map(math.isfinite, sum(losses, ())))
+    assert_same(step, twin)
+
+
+@pytest.mark.parametrize(("plan", "dtype"), [("F/LoRA/LoRA", torch.float32), ("F/IA3/T", torch.bfloat16)])
+def test_accumulated_batches_and_short_ones(plan, dtype, monkeypatch):
+    groups = [[0, 6], [6, 0]]
+    step = step_of("miss-tiny", plan=plan, dtype=dtype)
+    losses = run(step, "miss-tiny", groups)
+    assert step.note == "" and step.replayed == 2 and any(step.updates.values())
+    twin, expected = eager_twin(monkeypatch, "miss-tiny", groups, plan=plan, dtype=dtype)
+    assert losses == expected
+    assert_same(step, twin)
+
+
+def test_a_loss_that_is_not_finite_stops_every_update(monkeypatch):
+    step = step_of("llama-tiny")
+    run(step, "llama-tiny", [[0], [0]])
+    before = weights(step)
+    with torch.no_grad():
+        head = step.model.lm_head.weight
+        kept, head[5] = head[5].clone(), math.nan
+        losses = run(step, "llama-tiny", [[0]])
+        head[5] = kept
+    losses += run(step, "llama-tiny", [[0], [3]])
+    assert math.isnan(losses[0][0]) and all(math.isfinite(loss) for loss, _ in losses[1:])
+    assert {name for name, weight in weights(step).items() if not torch.equal(weight, before[name])} == set()
+
+
+GROUPS = [[0], [0], [0]]
+
+
+def seeds_of_the_host(monkeypatch):
+    for module in ("lora_linear", "dropout"):
+        monkeypatch.setattr(import_module(f"fastpeft.ops.{module}"), "new_seed", lambda: torch.randint(0, 2**31, (1,)))
+
+
+def a_loss_read(monkeypatch):
+    monkeypatch.setattr(GraphedStep, "_backward", lambda self, loss: (loss.backward(), self.gradients.loss.add_(loss.item())))
+
+
+def rows_counted(monkeypatch):
+    for module in ("loss", "layout"):
+        monkeypatch.setattr(import_module(f"fastpeft.fused.{module}"), "first_rows", lambda wanted, n: wanted.nonzero()[:n, 0])
+
+
+def labels_of_the_host(monkeypatch):
+    kept = GraphedStep._moved
+    monkeypatch.setattr(GraphedStep, "_moved", lambda self, name, t, keep: t if name == "labels" else kept(self, name, t, keep))
+
+
+def inputs_let_go(monkeypatch):
+    monkeypatch.setattr(GraphedStep, "_moved", lambda self, name, t, keep: t.to(self.device))
+    made = graph.Graph.__init__
+    monkeypatch.setattr(graph.Graph, "__init__", lambda self, function, pool: (made(self, function, pool), delattr(self, "function"))[0])
+
+
+@pytest.mark.parametrize("fault", [seeds_of_the_host, a_loss_read, rows_counted, labels_of_the_host, inputs_let_go])
+def test_what_cannot_be_captured_runs_as_before(fault, monkeypatch):
+    if fault is inputs_let_go and capture is None:
+        pytest.skip("needs tests/cuda/lookalike.py: a GPU reads freed memory without a word")
+    fault(monkeypatch)
+    step = step_of("llama-tiny", drops=True)
+    losses = run(step, "llama-tiny", GROUPS)
+    assert step.note.startswith("no CUDA graphs: ") and step.said() == step.note
+    assert len(step.note) > 30 and all(p.grad is None for p in step.model.parameters())
+    assert all(loss is None or math.isfinite(loss) for loss, _ in losses)
+
+
+def a_rate_of_python(monkeypatch):
+    def set_rates(self, step):
+        for group, peak in zip(self.adamw.param_groups, self.peaks):
+            group["lr"] = self.rate(peak, step)
+
+    monkeypatch.setattr(Optimizer, "set_rates", set_rates)
+
+
+def terms_of_python(monkeypatch):
+    passes = GraphedStep._passes
+
+    def counted(self, batches, measured):
+        self.number = getattr(self, "number", 3.0) + 1
+        return passes(self, batches, measured)
+
+    backward = GraphedStep._backward
+    monkeypatch.setattr(GraphedStep, "_passes", counted)
+    monkeypatch.setattr(GraphedStep, "_backward", lambda self, loss: backward(self, loss * self.number))
+
+
+def a_counter_of_python(monkeypatch):
+    def advance(self):
+        self.seed, self.drawn, self.used = self.seed + 1, None, 0
+
+    monkeypatch.setattr(Seeds, "advance", advance)
+
+
+@pytest.mark.skipif(capture is None, reason="needs tests/cuda/lookalike.py: a GPU keeps no record of a graph's arguments")
+def test_what_is_stale_in_a_graph_shows(monkeypatch):
+    for fault in (a_rate_of_python, terms_of_python, a_counter_of_python):
+        fault(monkeypatch)
+    step = step_of("llama-tiny", drops=True)
+    run(step, "llama-tiny", [[0]] * 4)
+    told = stale(step)
+    assert step.note == "" and [sum(operator in line for line in told) > 0 for operator in ("_fused_adamw_", "mul", "add")] == [True] * 3
+
+
+def test_a_run_resumed_in_the_middle(runs, phantoms, tmp_path):
+    """Rows, weights and optimiser are those of an uninterrupted run, with dropout."""
+    how = {"device": "cuda", "small": runs.DROPOUT, "samples": 8, "batch_size": 4, "seed": 3}
+    whole = runs.trainer(phantoms, steps=5, out=str(tmp_path / "whole"), **how)
+    summary = whole.fit()
+    assert any("CUDA graphs of batches" in note for note in summary["notes"]) and whole.step.replayed
+    part = runs.trainer(phantoms, steps=5, save_every=2, out=str(tmp_path / "part"), **how)
+    step = fp.Trainer._step
+    part._step = lambda batches: step(part, batches) if part.done["step"] < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        part.fit()
+    rest = runs.trainer(phantoms, steps=5, resume=True, out=str(tmp_path / "part"), **how)
+    assert rest.fit()["steps"] == 5
+    assert runs.metrics(tmp_path / "part") == runs.metrics(tmp_path / "whole")
+    runs.assert_same_weights(runs.weights(rest), runs.weights(whole))
+
+
+def test_the_benchmark_times_such_steps(tmp_path, monkeypatch):
+    """bench/rivals.py: the loss and the gradient's norm of a graphed step are those of the others, then dropout is on."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    from bench.rivals import GraphedMissStep, MissStep
+
+    model = model_of("miss-tiny", False, "F/LoRA/LoRA")
+    batch = batch_of("miss-tiny", model, 0, samples=4)
+    held = {name: t for name, t in batch.items() if name not in ("decoder_input_ids", "decoder_attention_mask", "samples")}
+    with torch.no_grad():
+        kept = {"image_embeds": model.encode_images(held["pixel_values"])}
+    torch.save({"model": model, "batch": held, "kept": kept}, tmp_path / "step.pt")
+    how = {"cached": True, "grouped": True, "memory": 1e9, "device": "cuda"}
+    want = MissStep(tmp_path / "step.pt", "ours", **how).measure()
+    timed = GraphedMissStep(tmp_path / "step.pt", "ours", dropout=0.1, **how)
+    told = timed.measure()
+    assert [told[name] for name in ("loss", "grad_norm")] == pytest.approx([want[name] for name in ("loss", "grad_norm")], rel=1e-5)
+    timed.step()
+    assert timed.graphed.replayed == 2 and math.isfinite(told["loss"])
