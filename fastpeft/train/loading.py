@@ -70,28 +70,30 @@ class Loading:
         """A worker's death or standstill, as torch reports it, as an error that names it and what it was loading. None for another error.
         The workers are ended: one that is stuck would hold this process at its own end."""
         text = str(error)
-        dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)(.*)", text)
+        dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", text)
         stuck = "DataLoader timed out" in text
         if not isinstance(error, RuntimeError) or not (dead or stuck):
             return None
-        self._end_workers()
+        ended = self._end_workers()
         waited = f"of {', '.join(names_of(self.dataset.samples[i] for i in self.indices(self.next)))}"
         if stuck:
             return ChildProcessError(f"a data worker is stuck: no batch came for {self.timeout:g} s, {waited} (worker_timeout)")
-        killed = re.search(r"killed by signal: ([\w ]+)", dead[2])
-        how = f" ({killed[0].strip()})" if killed else ""
+        how = f" (killed by signal: {ended})" if ended else ""
         return ChildProcessError(f"data worker {dead[1].strip()} died{how}, before the batch {waited}")
 
-    def _end_workers(self) -> None:
-        """At once; torch's handler of SIGCHLD would raise for each of them, wherever the run stands."""
+    def _end_workers(self) -> str:
+        """At once; torch's handler of SIGCHLD would raise for each of them, wherever the run stands. Returns which signal had ended one of
+        them before; '' for none."""
         workers, here = getattr(self._iterator, "_workers", ()), threading.current_thread() is threading.main_thread()
         heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if here and hasattr(signal, "SIGCHLD") else None
+        found = next((signal.strsignal(-code) or "" for worker in workers if (code := worker.exitcode) is not None and code < 0), "")
         for worker in workers:
             worker.kill()
         for worker in workers:
             worker.join(10)
         if heard is not None:
             signal.signal(signal.SIGCHLD, heard)
+        return found
 
 
 def names_of(samples) -> list[str]:

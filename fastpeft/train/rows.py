@@ -25,8 +25,9 @@ class Rows:
         validates = trainer.validation is not None and trainer.validation.due(done["step"], trainer.total_steps)
         return validates or len(self.waiting) >= trainer.step.reads_every or done["batches"] >= trainer.total_batches
 
-    def log(self, log: MetricsLog, began: float) -> None:
-        """The steps since ``began``, each with an equal share of the seconds; the last with a validation, where one is due."""
+    def log(self, log: MetricsLog, began: float, whole: bool = True) -> None:
+        """The steps since ``began``, each with an equal share of the seconds; the last with a validation, where one is due. ``whole``: no
+        later step has begun, so that what fails from here on may be saved."""
         trainer, rows = self.trainer, self.waiting
         try:
             self.settle()
@@ -38,7 +39,7 @@ class Rows:
                     self._tell(log, row, seconds)
         for row in rows[-1:]:
             row |= trainer.validate()
-            trainer._before = random_state() if trainer.out else None  # the step is whole: what fails now may be saved after it
+            trainer._before = random_state() if trainer.out and whole else trainer._before
             self._tell(log, row, seconds)
 
     def _tell(self, log: MetricsLog, row: dict[str, Any], seconds: float) -> None:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,5 +79,11 @@ class Saver:
         if self._fixed is None:
             self._fixed = tempfile.TemporaryDirectory(prefix="fastpeft-")
             self.trainer.dataset.save(Path(self._fixed.name))
-        kept = self._fixed.name
-        return lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        return partial(_copy, self._fixed.name)
+
+
+def _copy(kept: str, folder: Path) -> None:
+    try:
+        shutil.copytree(kept, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    except shutil.Error as error:  # a list of all that could not be copied
+        raise OSError(f"{folder} cannot be written: {error.args[0][0][2]}") from None

@@ -230,8 +230,8 @@ class Trainer:
                     self.followers.check()
                     began = time.perf_counter()
             except BaseException:
-                with contextlib.suppress(FloatingPointError):
-                    self.rows.log(log, began)
+                with contextlib.suppress(FloatingPointError, OSError):
+                    self.rows.log(log, began, whole=False)
                 raise
         self._leave_caches()
         if self.out:
