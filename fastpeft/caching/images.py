@@ -13,7 +13,8 @@ known by the digest of its pixels as they are given and of every other argument 
   share it. The last image of a batch is then computed alone too: if its features depend on the others, or if a model's arguments cannot be
   taken apart, whole calls are kept.
 - The host waits once a call for the digests (32 bytes an image), nowhere else; what fills the cache is copied beside the device's work.
-- torch.compile, torch.func and inference mode run the model's own method. Compile the language model alone to have both.
+- torch.compile, torch.func, inference mode and steps of static shapes (CUDA graphs) run the model's own method. Compile the language
+  model alone to have both.
 - DataParallel's replicas run the model's own method.
 - Pickles hold no cache and load without fastpeft; a copy of a model has an empty cache of its own.
 """
@@ -43,6 +44,7 @@ from fastpeft.caching.memory import Entry, Kept
 from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
 from fastpeft.progress import progress_bar
+from fastpeft.static_shapes import sizes
 
 REPLICATE = "_replicate_for_data_parallel"
 
@@ -78,7 +80,7 @@ class ImageCache(Wrapper):
         return getattr, (self.owner, self.method)
 
     def __call__(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or get_interpreter_stack():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or get_interpreter_stack() or sizes() is not None:
             return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)  # Dynamo takes a bound method for this attribute
         own = getattr(type(self.owner), self.method).__get__(self.owner)
         with self._lock:

@@ -40,6 +40,7 @@ from fastpeft.fused.any_stack import asked_for
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.lower import LAYER_CACHE
 from fastpeft.registry import replaced_class
+from fastpeft.static_shapes import sizes
 
 STATES, TAIL = ("states",), ("tail",)
 
@@ -110,6 +111,8 @@ class LayerCache:
             return "a replica of the model runs"
         if torch.is_inference_mode_enabled():
             return "inference mode"
+        if sizes() is not None:
+            return "steps of static shapes, which a graph repeats, read nothing on the host"
         if given.get("prefix_lengths") is not None:
             return "samples of a row share what they begin with"
         if self.count >= min(len(stack._modules["layers"]), stack.config.num_hidden_layers):

@@ -21,6 +21,7 @@ from fastpeft.caching import layer_calls, layers, memory
 from fastpeft.caching.layers import layer_caches
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
+from fastpeft.static_shapes import static_shapes
 
 DEEP = TEXT | {"num_hidden_layers": 4}
 DECODERS = {
@@ -354,3 +355,13 @@ def test_replicas_of_data_parallel_run_their_own_layers():
     replica = cache.stack._replicate_for_data_parallel()
     assert cache.call(replica, {}) is None
     assert list(cache.passed) == ["a replica of the model runs"]
+
+
+def test_a_step_that_a_graph_would_repeat_computes_every_layer():
+    without, kept = pair("qwen3")
+    (cache,) = layer_caches(kept)
+    with static_shapes(object(), object()):
+        assert cache.call(cache.stack, {}) is None
+    assert "static shapes" in next(iter(cache.passed))
+    assert_same(without, kept, padded([0, 1]))
+    assert cache.computed == 2

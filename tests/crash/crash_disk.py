@@ -98,7 +98,8 @@ class Disk:
             return call
 
         def fsync(number):
-            path = self.inside(os.readlink(f"/proc/self/fd/{number}"))
+            held = os.readlink(f"/proc/self/fd/{number}")
+            path = "." if held == str(self.root) else self.inside(held)
             if path is None or self.quiet:
                 return real["fsync"](number)
             self.operation("fsync", path, may_fail=True)
