@@ -4,6 +4,7 @@ Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify run
 `python -m bench steps ...` measures whole training steps (bench/steps.py), `python -m bench convergence ...` whole trainings;
 `python -m bench gpu` runs all that needs a GPU, in three calls.
 `python -m bench mixed ...` compares what LaVIN reaches on fastpeft and written straightforwardly (bench/mixed.py).
+`python -m bench shared ...` measures steps whose samples share an image (bench/shared.py).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def verified(names: list[str]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["gpu"]):
+    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["gpu"]):
         return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
     return ops(argv[1:] if argv[:1] == ["ops"] else argv)
 

@@ -1,6 +1,6 @@
 """Training steps whose samples share an image: its tokens once in the row, against each sample with its own.
 
-    python -m bench.shared [--stacks llava lavin] [--tokens 256 576] [--questions 1 2 5 10] [--text 40] [--data VQA-RAD] [--layers 8]
+    python -m bench shared [--stacks llava lavin] [--tokens 256 576] [--questions 1 2 5 10] [--text 40] [--data VQA-RAD] [--layers 8]
 
 Stacks of C = 1024, 16 heads, FFN 2752, and a vocabulary of 2,000, so that the head is 2% of 8 layers' weights as it is of LLaMA-7B's:
 LLaVA-Med-shaped (LoRA r = 4 on all seven linears) and LaVIN-shaped (MM-Adapter in each layer). A batch: so many questions about one image
@@ -151,7 +151,7 @@ def table(cases: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m bench.shared", **how)
+    parser = argparse.ArgumentParser(prog="python -m bench shared", **how)
     parser.add_argument("--stacks", nargs="+", default=list(STACKS), choices=STACKS)
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=RIVALS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 576], help="of an image")

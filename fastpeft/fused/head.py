@@ -12,7 +12,7 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss, labelled_loss, loss_of_logits, slice_logits_to_keep
 from fastpeft.fused.outputs import can_defer, is_deferred, with_deferred_logits
 from fastpeft.fused.stack_blip import FusedBlipTextModel
-from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.fused.stack_llama import FusedLlamaModel, check_takes_prefixes
 from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
@@ -59,6 +59,7 @@ class FusedLlamaForCausalLM:
         ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds, and
         prefix_lengths of samples that share prefixes: as FusedLlamaModel takes them."""
         to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
+        check_takes_prefixes(self.model, prefix_lengths)
         to_model |= {"prefix_lengths": prefix_lengths, "visual": _visual(visual, visual_index, visual_seen)}
         to_model = {name: value for name, value in to_model.items() if value is not None}
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None

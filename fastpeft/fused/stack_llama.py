@@ -123,6 +123,7 @@ class FusedLlamaModel:
             ("attention_mask", mask is not None),
             ("torch.compile", torch.compiler.is_compiling()),
             ("attention that is not causal", not is_causal(self)),
+            ("attention of somebody else's", not all(isinstance(attention, FusedLlamaAttention) for attention in attentions(self))),
         ):
             if wrong:
                 raise ValueError(f"samples that share prefixes (prefix_lengths) go without {name}: leave one of the two out")
@@ -334,6 +335,12 @@ def _tree_plan(tree: TreeLayout, hidden: Tensor, output_mask: Tensor | None, fla
 def is_fixed(cache) -> bool:
     """Whether a cache is of fixed size, as transformers' static ones are."""
     return cache is not None and cache.is_compileable
+
+
+def check_takes_prefixes(stack: nn.Module, given: Tensor | int | None) -> None:
+    """ValueError where what samples share (prefix_lengths, prefix_length) is ``given`` to a stack that does not know it."""
+    if given is not None and not isinstance(stack, FusedLlamaModel):
+        raise ValueError(f"samples that share prefixes are for a fused stack, not a {type(stack).__name__}: call fastpeft.optimize(model)")
 
 
 def _check_one_image(layout: TreeLayout, modality: Tensor | None, visual: Visual | None) -> None:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
 from fastpeft.fused.prefix_cache import generate_after
+from fastpeft.fused.stack_llama import check_takes_prefixes
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part
@@ -72,6 +73,7 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
         if images is not None:
             index = self.index_of(images, image_index, self.samples_in(input_ids, position_ids, attention_mask))
             kwargs |= {"visual": images, "visual_index": index}
+        check_takes_prefixes(self.llm.model, prefix_lengths)
         kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
         return self.llm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels, **kwargs)
 
@@ -85,6 +87,7 @@ class ExcitorForConditionalGeneration(VisionLanguageModel):
             seen = {"visual": images[index.clamp(min=0)], "visual_seen": index >= 0}
         if not prefix_length:
             return self.llm.generate(input_ids, **seen, **options)
+        check_takes_prefixes(self.llm.model, prefix_length)
         embeds, mask = self.get_input_embeddings()(input_ids), options.pop("attention_mask", None)
         answer = generate_after(self.llm, prefix_length, embeds, mask, seen, **options)
         return torch.cat([input_ids.repeat_interleave(len(answer) // len(input_ids), 0), answer], 1)

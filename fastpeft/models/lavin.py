@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastpeft.fused.prefix_cache import generate_after
+from fastpeft.fused.stack_llama import check_takes_prefixes
 from fastpeft.methods import Part
 from fastpeft.methods.mm_adapter import Place
 from fastpeft.models.clip import vision_config, vision_part
@@ -108,6 +109,7 @@ class LavinForConditionalGeneration(VisionLanguageModel):
     ) -> CausalLMOutputWithPast:
         """Text as LlamaForCausalLM takes it, padded or packed, without the modality token; images as :class:`VisionLanguageModel` says.
         Samples without an image are of the modality "text"."""
+        check_takes_prefixes(self.llm.model, prefix_lengths)
         places = (position_ids, attention_mask, prefix_lengths)
         given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask, *places)
         kwargs |= {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
@@ -121,6 +123,7 @@ class LavinForConditionalGeneration(VisionLanguageModel):
         given = self._prepared(input_ids, pixel_values, image_embeds, image_index, image_mask)
         # as transformers does with embeddings, without the prompt
         if prefix_length:
+            check_takes_prefixes(self.llm.model, prefix_length)
             embeds, mask = given.pop("inputs_embeds"), options.pop("attention_mask", None)
             answer = generate_after(self.llm, prefix_length, embeds, mask, given, **options)
         else:

@@ -27,7 +27,7 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss
 from fastpeft.fused.outputs import with_deferred_logits
 from fastpeft.fused.prefix_cache import generate_after
-from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.fused.stack_llama import FusedLlamaModel, check_takes_prefixes
 from fastpeft.methods import Part
 from fastpeft.methods.base import has_hooks
 from fastpeft.models.clip import vision_config, vision_part
@@ -185,6 +185,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
                     image_index = VisionLanguageModel.placed_images(image_index, holes, position_ids, prefix_lengths)
                 inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_embeds, image_index, holes)
         decoder, to_model = self.model.language_model, {} if prefix_lengths is None else {"prefix_lengths": prefix_lengths}
+        check_takes_prefixes(decoder, prefix_lengths)
         asked = None
         if self.training and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, inputs_embeds.shape[:2], logits_to_keep, kwargs)
@@ -223,6 +224,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
             embeds = self._with_images(input_ids, embeds, pixels, image_embeds, image_index, image_mask)
         # as transformers does with embeddings, without the prompt
         if prefix_length:
+            check_takes_prefixes(self.model.language_model, prefix_length)
             answer = generate_after(self, prefix_length, embeds, options.pop("attention_mask", None), {}, **options)
         else:
             answer = super().generate(inputs_embeds=embeds, **options)

@@ -147,3 +147,55 @@ def test_one_prefix_is_of_one_modality():
     model(**batch, modality=root, modality_embeds=embeds).loss.backward()
     with pytest.raises(ValueError, match="shares a prefix with one of another modality"):
         model(**batch, modality=torch.arange(5) % 2, modality_embeds=embeds)
+
+
+def test_only_fused_stacks_take_prefixes():
+    """A stack, or an attention layer, that fastpeft does not run would take a branch for a sample by itself, without a word."""
+    torch.manual_seed(0)
+    for left in ("model", "model.layers.1.self_attn"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
+        fp.optimize(model, filter_fn=lambda module, name, left=left: name != left)
+        with pytest.raises(ValueError, match=r"fused stack|go without attention of somebody else's"):
+            model(**row_of(samples()))
+
+
+@pytest.mark.parametrize("name", ["llava-med-tiny", "lavin-tiny", "excitor-tiny"])
+def test_restored_models_take_none(name):
+    model, ids = fp.build(name, pretrained=False), torch.randint(4, 200, (1, 9))
+    fp.restore(model)
+    row = {"position_ids": torch.tensor([[*range(5), *range(2, 6)]]), "prefix_lengths": torch.tensor([0, 2])}
+    with pytest.raises(ValueError, match=r"call fastpeft.optimize\(model\)"):
+        model(input_ids=ids, labels=ids, **row)
+    with pytest.raises(ValueError, match=r"call fastpeft.optimize\(model\)"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), prefix_length=4, max_new_tokens=1)
+
+
+def test_in_transformers_trainer(tmp_path):
+    """SharedPrefixCollator as data_collator: the losses of separate samples, on transformers' model and on an optimised one."""
+    from transformers import Trainer, TrainingArguments
+
+    from fastpeft.data import SharedPrefixCollator
+
+    def losses(collate, optimized):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, use_cache=False))
+        if optimized:
+            fp.optimize(model)
+        told = {"output_dir": str(tmp_path), "max_steps": 3, "logging_steps": 1, "report_to": [], "save_strategy": "no", "seed": 1}
+        told |= {"per_device_train_batch_size": 5, "use_cpu": True, "learning_rate": 1e-2, "disable_tqdm": True}
+        data = [{"input_ids": t.tolist(), "labels": y.tolist()} for t, y in samples()]
+        trainer = Trainer(model, TrainingArguments(**told), data_collator=collate, train_dataset=data)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    def padded(items):
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids, labels = ([torch.tensor(item[name]) for item in items] for name in ("input_ids", "labels"))
+        mask = pad([torch.ones_like(t) for t in ids], batch_first=True)
+        labels = pad(labels, batch_first=True, padding_value=-100)
+        return {"input_ids": pad(ids, batch_first=True), "labels": labels, "attention_mask": mask}
+
+    want = losses(padded, False)
+    for optimized in (False, True):
+        collate = SharedPrefixCollator(worth=1)
+        assert losses(collate, optimized) == pytest.approx(want, rel=1e-4) and collate.saved.shared > 0
