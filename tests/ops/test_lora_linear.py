@@ -266,7 +266,12 @@ def test_no_projections():
         lora_linears(torch.randn(3, 12), [])
 
 
-@settings(max_examples=8 if INTERPRETED else 30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8 if INTERPRETED else 30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(0, 70), st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.tuples(*[st.booleans()] * 5))
 def test_any_shape(check, rows, n_in, n_out, r, needs):
     torch.manual_seed(rows)
