@@ -248,11 +248,11 @@ def test_which_kernel_takes_what(monkeypatch):
         masked = padded or (causal and M not in (1, N))
         assert asked == ([] if not split else ["efficient" if masked or dtype == torch.float32 else "flash"])
     monkeypatch.setattr(module, "CHOICE", "xformers")
-    assert module._strategy(q, k, k, False, None, k, 0.0) == "sdpa"
+    assert module._strategy(q, k, k, False, None, (), 0.0) == "sdpa"
     monkeypatch.setattr(module, "CHOICE", "")
     for name in ("flash", "efficient"):
         monkeypatch.setattr(flash_module, f"can_use_{name}_attention", lambda params: False)
-    assert module._strategy(q, k, k, False, None, k, 0.0) == "sdpa"  # both switched off
+    assert module._strategy(q, k, k, False, None, (), 0.0) == "sdpa"  # both switched off
 
 
 @pytest.mark.gpu
