@@ -152,7 +152,7 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
     if not on_cpu and (prefix is None or CHOICE not in ("", "sdpa")):
         return "sdpa"
     in_place = on_cpu and prefix is not None and prefix[0].shape[1] >= LONG and not wants_grad(q, k, v, *prefix)
-    if on_cpu and prefix is not None and not in_place and _few(q, k, v, prefix):
+    if prefix is not None and not in_place and _few(q, k, v, prefix):
         return "sdpa"
     is_causal = causal and q.shape[2] == k.shape[2]
     masked = padding is not None or (causal and not is_causal and q.shape[2] > 1)
