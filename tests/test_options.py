@@ -42,7 +42,7 @@ def test_what_a_field_says_of_itself():
     assert told["share"].must == "a number from 0 to below 1" and told["rate"].must == "a number of 0 or more"
     assert told["kind"].must == "one of a, b" and told["loud"].must == "true or false" and told["folder"].must == "a path"
     assert [f.name for f in fields(Example) if f.optional] == ["rate", "folder", "room"]
-    assert "    size: things at a time (default 4)" in Example.__doc__
+    assert "    size: Things at a time (default 4)." in Example.__doc__
 
 
 @pytest.mark.parametrize(
