@@ -40,6 +40,11 @@ def trainer(data: Path, plan: str = "F/LoRA/LoRA", *, samples: int | None = None
     return fp.Trainer(model, VQADataset(load_samples(data)[:samples], preprocess, tokenizer=words), config, eval_dataset=held)
 
 
+def start(data: Path, out: Path, *, small: bool = False, **options) -> fp.Trainer:
+    """Six steps, with a checkpoint at every second; ``small``: with dropout."""
+    return trainer(data, small=DROPOUT if small else None, out=out, **{"steps": 6, "save_every": 2} | options)
+
+
 def weights(trainer: fp.Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 

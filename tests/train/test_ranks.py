@@ -21,6 +21,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported(runs, phantoms):
+    """What a run imports when it needs it: here, so that no forked process does."""
+    runs.trainer(phantoms, steps=1, evaluate=True).fit()
+
+
 def same_losses(got, want, names=("loss", "grad_norm", "learning_rate")):
     assert [row["samples"] for row in got] == [row["samples"] for row in want]
     for name in names:
