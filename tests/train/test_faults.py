@@ -25,7 +25,7 @@ def start(runs, data, out, **options):
 
 def poison(trainer, qids, where="jtm"):
     """An image's questions turn what one module puts out to NaN, whenever one of them is in the batch."""
-    module = trainer.model.text_encoder.encoder.layer[1].output.dense
+    module = trainer.model.text_encoder.encoder.layer[0].output.dense
     seen = []
     passes = trainer.step.passes
     trainer.step.passes = lambda batches, **how: (
@@ -52,7 +52,7 @@ def test_a_number_that_is_not_finite_names_batch_and_module(runs, phantoms, tmp_
     assert said.startswith("the loss is nan at step 4 in the batch of ") and "\n" not in said
     named = said.partition("batch of ")[2].partition(";")[0].split(", ")
     assert named == qids_of_step(trainer, 4)[-4:]  # that batch alone
-    assert "the first output that is not finite is that of text_encoder.encoder.layer.1.output.dense" in said
+    assert "the first output that is not finite is that of text_encoder.encoder.layer.0.output.dense" in said
     assert said.endswith("lower learning_rate, or use fp32; stopped after step 3; --resume goes on from there")
     assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["done"]["step"] == 3
 
