@@ -52,6 +52,7 @@ SETTINGS = {
     "two ranks": {"small": True, "world": 2},
     "a study": {"study": True},
 }
+SIGNALLED = {False: (-signal.SIGTERM, 130), True: (130,)}  # before a run listens; within a study's job, which exits
 LONGEST = 60  # seconds of a run, and of a rank that has lost the other
 SAME = ("steps", "samples", "loss_first", "loss_last")
 
@@ -181,7 +182,8 @@ class Harness:
         status, said = self.forked(setting, False, Disk(self.folder, mode, at, seed))
         if time.monotonic() - began > LONGEST:
             return f"took {LONGEST} s to end"
-        if status not in (0, 1, ENDED) and not (mode == "signal" and "study" in SETTINGS[setting] and status == 130):
+        begun = any((self.folder / "run").rglob("metrics.jsonl"))
+        if status not in (0, 1, ENDED, *SIGNALLED[begun] * (mode == "signal")):
             return f"ended with status {status}: {said[-300:]}"
         if status == 1 and not said.startswith(("OSError", "Interrupted")):
             return f"ended by another error than the disk's: {said}"
