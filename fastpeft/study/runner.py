@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
-from fastpeft.files import locked, write_json
+from fastpeft.files import clear_drafts, locked, write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE
 from fastpeft.study.file import StudyFile, read_study
@@ -54,6 +54,8 @@ def run_study(
     check(study, jobs)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, what="fastpeft study"), StopBetweenSteps():
+        for folder in (out, out / "figures"):
+            clear_drafts(folder)
         for job in jobs:
             _begin(job)
         for folder, how in {folder: how for job in jobs for folder, how in job.made.items()}.items():

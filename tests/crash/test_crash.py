@@ -17,7 +17,7 @@ POINTS = [
     ("dropout and accumulation", "kill", 0.55),
     ("saved beside training", "torn", 0.5),
     ("two ranks", "full", 0.6),
-    ("a study", "power", 0.8),
+    ("a study", "torn", 0.47),
 ]
 
 

@@ -301,8 +301,12 @@ def test_a_study_runs(whole):
     first, second = (out / f"rows/{name}/seed-0/stage-1/adapter/jtm/adapter_model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() != second.read_bytes()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    left = [out / ".study.html-new-0123abcd", out / "figures" / ".loss.svg-new-0123abcd"]  # of a process that was killed
+    for draft in left:
+        draft.touch()
     again = run_study(path, out, scale="tiny", device="cpu", say=lambda line: None)  # finished rows are not run again
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} and len(before) == 3
+    assert not any(draft.exists() for draft in left)
     assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in found["rows"]]
     changed = path.with_name("changed.yaml")
     changed.write_text(SMALL.replace("rank: 4", "rank: 8"))
