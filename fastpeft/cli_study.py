@@ -30,7 +30,7 @@ def study(
         results = run_study(file, out, data=data_folders(file, data or []), **how)
     except KeyboardInterrupt as error:
         print(printable(f"fastpeft: {error or 'interrupted'}"), file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(error, "exit_status", 130)) from None
     tables = [name for name in results["files"] if name.endswith(".md")]
     lines = [Path(name).read_text(encoding="utf-8") for name in tables]
     emit(results, as_json, [*lines, f"everything is in {out} (study.html to look at)"])

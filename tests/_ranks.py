@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ def start(world: int, work: Callable[[int], Any], folder: Path) -> list[int]:
     pids = []
     for rank in range(world):
         if (pid := os.fork()) == 0:
+            gc.freeze()  # a collection would copy what the processes share
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             try:

@@ -13,6 +13,7 @@ from fastpeft.data import Preprocess, VQADataset, load_samples, train_tokenizer
 from fastpeft.demo.phantom import make_phantoms
 
 SMALL = {"image_size": 32, "hidden_size": 32, "heads": 2, "vision_layers": 2, "text_layers": 2}
+SHALLOW = {"vision_layers": 1, "text_layers": 1}
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.1}
 SAME = ("step", "loss", "learning_rate", "grad_norm", "samples")  # of metrics.jsonl: what does not depend on the clock
 
@@ -31,13 +32,18 @@ def trainer(data: Path, plan: str = "F/LoRA/LoRA", *, samples: int | None = None
     """A trainer of the smallest MISS; ``small``: more fields of its configuration."""
     words = tokenizer(data)
     ids = {"bos_token_id": words.bos_token_id, "sep_token_id": words.sep_token_id, "eos_token_id": words.sep_token_id}
-    model = fp.build("miss-tiny", pretrained=False, seed=1, vocab_size=len(words), **SMALL, **ids, **(small or {}))
+    model = fp.build("miss-tiny", pretrained=False, seed=1, vocab_size=len(words), **SMALL | ids | (small or {}))
     torch.manual_seed(2)
     fp.adapt(model, plan)
     preprocess = Preprocess(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     held = VQADataset(load_samples(data, split="test").samples, preprocess) if evaluate else None
     config = fp.TrainConfig(**{"progress": False, "batch_size": 4, "device": "cpu"} | config)
     return fp.Trainer(model, VQADataset(load_samples(data)[:samples], preprocess, tokenizer=words), config, eval_dataset=held)
+
+
+def start(data: Path, out: Path, *, small: bool = False, **options) -> fp.Trainer:
+    """Six steps of one layer in each stack, with a checkpoint at every second; ``small``: with dropout."""
+    return trainer(data, small=SHALLOW | DROPOUT if small else SHALLOW, out=out, **{"steps": 6, "save_every": 2} | options)
 
 
 def weights(trainer: fp.Trainer) -> dict[str, torch.Tensor]:

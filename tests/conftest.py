@@ -1,5 +1,6 @@
 """For every test: the interpreter's bfloat16 repaired, fixed seeds, uninitialised memory full of NaN, and a list of what was skipped."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -38,6 +39,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no collection of garbage looks at it again, nor copies its pages in a forked process."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind calls what triton made leaked
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """A third of a short run is waiting for the disk. What is synced before what, tests/crash/crash_disk.py notes; here it need not last."""
+    fsync, os.fsync = os.fsync, os.fstat
+    yield
+    os.fsync = fsync
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
-from fastpeft.files import recover_folder, write_json
+from fastpeft.files import clear_drafts, recover_folder, write_json
 from fastpeft.options import as_command, checked, split
 from fastpeft.ranks import ranks_here
 from fastpeft.runs import train as one_run
@@ -115,6 +115,7 @@ def _check_finished(stages: list[dict[str, Any]], out: Path, resume: bool) -> No
     if file.is_file():
         if not resume:
             raise ValueError(f"{out} holds a run in stages already: resume it (--resume), or choose another --out")
+        clear_drafts(out)
         try:
             was = parse_json(file.read_text(encoding="utf-8"))
         except ValueError:

@@ -7,17 +7,16 @@ images that rows of one base share are encoded once.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
-from fastpeft.files import locked, write_json
+from fastpeft.files import clear_drafts, locked, write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE
 from fastpeft.study.file import StudyFile, read_study
@@ -44,15 +43,19 @@ def run_study(
     data: folders by the file's names of data sets. scale: "full" or "tiny". steps: of every stage, instead of the file's. side_by_side:
     rows that run at once; their memory adds up. A job that fails, and those that start from it, are named in the table, and the others run;
     another call tries them again. ValueError names what is wrong, before anything runs: in the file, a data set without a folder, a job
-    that ``out`` holds with other options. KeyboardInterrupt (Ctrl-C, SIGTERM) lets the steps end."""
+    that ``out`` holds with other options. A signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) lets the steps end, and is raised as
+    :class:`fastpeft.train.interrupts.Interrupted`."""
     from fastpeft.study.page import write_results
+    from fastpeft.train.interrupts import StopBetweenSteps
 
     study, out = read_study(path, scale), Path(out)
     shared = {name: value for name, value in (("device", device), ("steps", steps)) if value is not None}
     jobs = jobs_of(study, out, data or {}, **shared)
     check(study, jobs)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, what="fastpeft study"), _interruptible():
+    with locked(out, what="fastpeft study"), StopBetweenSteps():
+        for folder in (out, out / "figures"):
+            clear_drafts(folder)
         for job in jobs:
             _begin(job)
         for folder, how in {folder: how for job in jobs for folder, how in job.made.items()}.items():
@@ -85,6 +88,8 @@ def check(study: StudyFile, jobs: list[Job]) -> None:
 
 def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dict[str, str]:
     """Run what has no result yet, in order, so many at once; returns the error of each job that has none in the end."""
+    from fastpeft.train.interrupts import Interrupted
+
     context, failed, numbers = job_context(), {}, {job.name: f"[{at}/{len(jobs)}]" for at, job in enumerate(jobs, 1)}
     waiting, running = list(jobs), {}
     try:
@@ -110,13 +115,14 @@ def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dic
                     failed[job.name] = error
                 told = f"failed: {error}" if error else _told(read_result(job))
                 say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         for _, process, _ in running.values():
             process.terminate()  # it saves a checkpoint between steps
         for _, process, _ in running.values():
             process.join()
         names = ", ".join(job.name for job, *_ in running.values()) or "between rows"
-        raise KeyboardInterrupt(f"stopped in {names}; the same command goes on from there") from None
+        number = getattr(error, "number", signal.SIGINT)
+        raise Interrupted(f"stopped in {names}; the same command goes on from there", number) from None
     return failed
 
 
@@ -179,21 +185,3 @@ def _told(result: dict[str, Any]) -> str:
     scored = next(iter(result["scores"].values()), {}) or {}
     shown = [f"{name} {scored[name]:.1%}" for name in ("open", "closed", "global") if scored.get(name) is not None]
     return ", ".join([f"loss {result['loss_last']:.3f}", *shown])
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, where this is the main thread."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # another thread's to say
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.documents import parse_json
-from fastpeft.files import locked, write_json
+from fastpeft.files import clear_drafts, locked, write_json
 from fastpeft.options import split
 from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions
 from fastpeft.study.jobs import Job
@@ -31,6 +31,7 @@ def work(job: Job, features: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # waits: the process of a study that was killed a moment ago may still be ending
     with locked(folder, wait=True), open(folder / "log.txt", "a", buffering=1) as log:
+        clear_drafts(folder)
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         sys.stdout = sys.stderr = log

@@ -106,8 +106,10 @@ class Disk:
             real["fsync"](number)
             if (self.root / path).is_dir():
                 self.committed = len(self.log)
-            elif (file := self.now.at.get(path)) is not None:
-                self.contents[file] = self.read(path)
+                return
+            if path not in self.now.at:  # of a writer outside Python, such as tokenizers'
+                self.create(path)
+            self.contents[self.now.at[path]] = self.read(path)
 
         exchange = fastpeft.files._exchange
 
@@ -117,7 +119,8 @@ class Disk:
 
         def saved(function, at: int):
             def call(*args, **kwargs):
-                self.write(args[at])
+                if isinstance(args[at], str | os.PathLike):
+                    self.write(args[at])
                 return function(*args, **kwargs)
 
             return call
@@ -150,8 +153,11 @@ class Disk:
         self.operation("write", name, may_fail=True)
         self.tear = self.root / name
         if name not in self.now.at:
-            self.note("create", name, self.next)
-            self.next += 1
+            self.create(name)
+
+    def create(self, name: str) -> None:
+        self.note("create", name, self.next)
+        self.next += 1
 
     def change(self, kind: str, where: list[str], do):
         self.operation(kind, where[0], may_fail=kind != "remove")

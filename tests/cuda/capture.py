@@ -19,24 +19,26 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
+CONTAINERS = (list, tuple, dict)
+
+
 def leaves(tree) -> Iterator[Any]:
     """What an operator's arguments hold, in their order: torch's own trees know more kinds of containers, and take 20 times as long."""
-    if isinstance(tree, list | tuple) and not isinstance(tree, Noted):
-        for each in tree:
-            yield from leaves(each)
-    elif isinstance(tree, dict):
-        for each in tree.values():
-            yield from leaves(each)
-    else:
-        yield tree
+    left = [tree]
+    while left:
+        tree = left.pop()
+        if isinstance(tree, CONTAINERS):
+            left.extend(reversed(tree.values() if isinstance(tree, dict) else tree))
+        else:
+            yield tree
 
 
 def mapped(function: Callable, kind, tree):
     """The arguments with ``function`` of each leaf of a ``kind``."""
     if isinstance(tree, kind):
         return function(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)([mapped(function, kind, each) for each in tree]) if type(tree) in (list, tuple) else tree
+    if type(tree) in (list, tuple):
+        return type(tree)([mapped(function, kind, each) for each in tree])
     return {name: mapped(function, kind, each) for name, each in tree.items()} if isinstance(tree, dict) else tree
 
 

@@ -88,11 +88,11 @@ def kill_after_a_step(patch):
 
     step, done = Trainer._step, [0]
 
-    def counted(self, batches):
+    def counted(self, *group):
         if done[0] == 1:
             raise KeyboardInterrupt
         done[0] += 1
-        return step(self, batches)
+        return step(self, *group)
 
     patch.setattr(Trainer, "_step", counted)
 

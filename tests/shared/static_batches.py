@@ -20,7 +20,7 @@ PLANS = {
     "lavin-tiny": "MMAdapter/T/MMAdapter",
     "llava-med-tiny": "F/T/LoRA/T",
 }
-LLAMA = {"num_hidden_layers": 3, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
+LLAMA = {"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
 MISS = {"image_size": 16, "hidden_size": 32, "heads": 2, "vision_layers": 2, "text_layers": 2, "vocab_size": 64}
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.1}
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import study_process
+import typer
 
+from fastpeft.cli_study import study
 from fastpeft.evaluate.text_metrics import text_metrics
+from fastpeft.study import runner
 from fastpeft.study.file import data_folders, read_study
 from fastpeft.study.jobs import jobs_of
 from fastpeft.study.runner import check, run_study
@@ -298,8 +301,12 @@ def test_a_study_runs(whole):
     first, second = (out / f"rows/{name}/seed-0/stage-1/adapter/jtm/adapter_model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() != second.read_bytes()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    left = [out / ".study.html-new-0123abcd", out / "figures" / ".loss.svg-new-0123abcd"]  # of a process that was killed
+    for draft in left:
+        draft.touch()
     again = run_study(path, out, scale="tiny", device="cpu", say=lambda line: None)  # finished rows are not run again
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} and len(before) == 3
+    assert not any(draft.exists() for draft in left)
     assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in found["rows"]]
     changed = path.with_name("changed.yaml")
     changed.write_text(SMALL.replace("rank: 4", "rank: 8"))
@@ -313,6 +320,19 @@ def test_a_killed_study_goes_on(whole, tmp_path):
     run_killed(write(tmp_path, SMALL), tmp_path / "out", [3, 9])
     table, adapters = contents(out)
     assert contents(tmp_path / "out") == (table, adapters) and len(adapters) > 4
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_lets_the_steps_end_and_says_which_it_was(tmp_path, monkeypatch, capsys, name):
+    number, ended = getattr(signal, name), []
+    path, before = write(tmp_path, f"data: {{d: {tmp_path}}}\nrows: [{{name: one, plan: F/LoRA/LoRA}}]"), signal.getsignal(number)
+    process = type("Process", (), {"sentinel": 0, "terminate": lambda self: ended.append(name), "join": lambda self: None})
+    monkeypatch.setattr(runner, "_start", lambda *given: process())
+    monkeypatch.setattr(runner, "wait", lambda sentinels: os.kill(os.getpid(), number))
+    with pytest.raises(typer.Exit) as status:
+        study(str(path), str(tmp_path / "out"))
+    assert status.value.exit_code == 128 + number and ended == [name] and signal.getsignal(number) is before
+    assert capsys.readouterr().err == "fastpeft: stopped in one, seed 0; the same command goes on from there\n"
 
 
 def test_rows_side_by_side_are_the_same(whole, tmp_path):

@@ -187,7 +187,7 @@ def test_what_is_stale_in_a_graph_shows(monkeypatch):
 
 def test_a_run_resumed_in_the_middle(runs, phantoms, tmp_path):
     """Rows, weights and optimiser are those of an uninterrupted run, with dropout."""
-    how = {"device": "cuda", "small": runs.DROPOUT, "samples": 8, "batch_size": 4, "seed": 3}
+    how = {"device": "cuda", "small": runs.SHALLOW | runs.DROPOUT, "samples": 8, "batch_size": 4, "seed": 3}
     whole = runs.trainer(phantoms, steps=5, out=str(tmp_path / "whole"), **how)
     summary = whole.fit()
     assert any("CUDA graphs of batches" in note for note in summary["notes"]) and whole.step.replayed

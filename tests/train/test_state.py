@@ -22,7 +22,7 @@ SETTINGS = {
     "dropout, mid-epoch": {"small": True, "batch_size": 4},
     "accumulation over an epoch's end": {"small": True, "samples": 14, "batch_size": 4, "gradient_accumulation": 3},
     "questions by image": {"small": True, "batch_size": 4, "questions_per_image": 2},
-    "a short last group": {"small": True, "samples": 14, "batch_size": 3, "gradient_accumulation": 4, "steps": None, "epochs": 7.0},
+    "a short last group": {"small": True, "samples": 14, "batch_size": 3, "gradient_accumulation": 4, "steps": None, "epochs": 4.6},
     "bf16, base trained": {"plan": "T/LoRA/LayerNorm", "samples": 14, "dtype": "bf16"},
 }
 
@@ -47,113 +47,106 @@ def die():
     raise Dead
 
 
-def start(runs, data, out, **options):
-    small = runs.DROPOUT if options.pop("small", False) else None
-    return runs.trainer(data, small=small, out=out, **{"steps": 9, "save_every": 3} | options)
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("dies", [6, 8])
-def test_a_killed_run_resumes_to_the_bit(runs, phantoms, tmp_path, setting, dies):
-    whole = start(runs, phantoms, tmp_path / "whole", **SETTINGS[setting])
-    summary = whole.fit()
-    killed = start(runs, phantoms, tmp_path / "killed", **SETTINGS[setting])
-    during(killed, dies, die)
-    with pytest.raises(Dead):
-        killed.fit()
-    torch.rand(7)  # the random state of another process
-    resumed = start(runs, phantoms, tmp_path / "killed", resume=True, **SETTINGS[setting])
+def test_a_run_killed_twice_resumes_to_the_bit(runs, phantoms, whole, tmp_path, setting):
+    """In step 4, after the checkpoint of step 2; and in step 6, after that of step 4, which the resumed run wrote."""
+    weights, rows, folder, summary = whole(**SETTINGS[setting])
+    for dies in (4, 6):
+        killed = runs.start(phantoms, tmp_path / "killed", resume=dies > 4, **SETTINGS[setting])
+        during(killed, dies, die)
+        with pytest.raises(Dead):
+            killed.fit()
+        torch.rand(7)  # the random state of another process
+    resumed = runs.start(phantoms, tmp_path / "killed", resume=True, **SETTINGS[setting])
     again = resumed.fit()
-    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
-    assert runs.metrics(tmp_path / "killed") == runs.metrics(tmp_path / "whole")
+    runs.assert_same_weights(runs.weights(resumed), weights)
+    assert runs.metrics(tmp_path / "killed") == rows and len(rows) == 6
     same = ("steps", "samples", "loss_first", "loss_last", "saved_bytes_per_step", "flops_per_sample", "parts")
     assert [again[name] for name in same] == [summary[name] for name in same]
-    for folder in ("jtm", "dec"):
-        for file in (tmp_path / "whole" / "adapter" / folder).glob("*.safetensors"):
-            assert file.read_bytes() == (tmp_path / "killed" / "adapter" / folder / file.name).read_bytes()
+    for part in ("jtm", "dec"):
+        for file in (folder / "adapter" / part).glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "killed" / "adapter" / part / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_ctrl_c_ends_the_step_and_saves(runs, phantoms, tmp_path, number):
-    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
-    whole.fit()
+def test_ctrl_c_ends_the_step_and_saves(runs, phantoms, whole, tmp_path, number):
+    weights, rows, *_ = whole(small=True)
     handlers = signal.getsignal(number)
-    stopped = start(runs, phantoms, tmp_path / "stopped", small=True, save_every=0)
+    stopped = runs.start(phantoms, tmp_path / "stopped", small=True, save_every=0)
     during(stopped, 4, lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match="stopped after step 4; --resume goes on from there") as ended:
         stopped.fit()
     assert isinstance(ended.value, KeyboardInterrupt) and ended.value.exit_status == 128 + number
     assert signal.getsignal(number) is handlers
-    assert [row["step"] for row in runs.metrics(tmp_path / "stopped")] == [1, 2, 3, 4]
-    resumed = start(runs, phantoms, tmp_path / "stopped", small=True, save_every=0, resume=True)
+    assert runs.metrics(tmp_path / "stopped") == rows[:4]
+    resumed = runs.start(phantoms, tmp_path / "stopped", small=True, save_every=0, resume=True)
     resumed.fit()
-    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
-    assert runs.metrics(tmp_path / "stopped") == runs.metrics(tmp_path / "whole")
+    runs.assert_same_weights(runs.weights(resumed), weights)
+    assert runs.metrics(tmp_path / "stopped") == rows
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing_torn(runs, phantoms, tmp_path):
-    stopped = start(runs, phantoms, tmp_path / "run")
-    during(stopped, 5, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    stopped = runs.start(phantoms, tmp_path / "run")
+    during(stopped, 4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
-    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["done"]["step"] == 3
+    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["done"]["step"] == 2
 
 
 def test_a_finished_run_resumes_to_itself_and_further(runs, phantoms, tmp_path):
     out = tmp_path / "run"
-    done = start(runs, phantoms, out, steps=4)
+    done = runs.start(phantoms, out, steps=4)
     summary = done.fit()
-    again = start(runs, phantoms, out, steps=4, resume=True)
+    again = runs.start(phantoms, out, steps=4, resume=True)
     repeated = again.fit()
     runs.assert_same_weights(runs.weights(again), runs.weights(done))
     clock = ("seconds", "samples_per_second", "peak_memory_bytes", "notes", "features")  # the last two: what this process encoded
     assert {k: v for k, v in repeated.items() if k not in clock} == {k: v for k, v in summary.items() if k not in clock}
     with pytest.raises(ValueError, match="it stands at step 4, past steps=3"):
-        start(runs, phantoms, out, steps=3, resume=True).fit()
-    assert start(runs, phantoms, out, steps=6, resume=True).fit()["steps"] == 6
+        runs.start(phantoms, out, steps=3, resume=True).fit()
+    assert runs.start(phantoms, out, steps=6, resume=True).fit()["steps"] == 6
     assert [row["step"] for row in runs.metrics(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_epochs_go_on_after_a_short_last_group(runs, phantoms, tmp_path):
     """10 samples in 3 batches, up to 8 to a step: an epoch is a step, two more are another; the rate is that of the longer run's step 2."""
     out, options = tmp_path / "run", {"steps": None, "samples": 10, "gradient_accumulation": 8, "learning_rate": 1e-3, "warmup": 0}
-    assert start(runs, phantoms, out, **options).fit()["samples"] == 10
-    assert start(runs, phantoms, out, **options, resume=True).fit()["samples"] == 10  # nothing is left of one epoch
-    more = start(runs, phantoms, out, **options | {"epochs": 3.0}, resume=True)
+    assert runs.start(phantoms, out, **options).fit()["samples"] == 10
+    assert runs.start(phantoms, out, **options, resume=True).fit()["samples"] == 10  # nothing is left of one epoch
+    more = runs.start(phantoms, out, **options | {"epochs": 3.0}, resume=True)
     summary = more.fit()
     assert (summary["steps"], summary["samples"], more.total_steps) == (2, 30, 2)
     assert [row["samples"] for row in runs.metrics(out)] == [10, 20]
     assert runs.metrics(out)[1]["learning_rate"] == pytest.approx(0.5e-3)  # half-way down the cosine of two steps
     with pytest.raises(ValueError, match=r"it stands at step 2, past epochs=0\.3"):
-        start(runs, phantoms, out, **options | {"epochs": 0.3}, resume=True).fit()
+        runs.start(phantoms, out, **options | {"epochs": 0.3}, resume=True).fit()
 
 
-def test_nothing_to_resume_starts_afresh(runs, phantoms, tmp_path):
-    whole = start(runs, phantoms, tmp_path / "whole", steps=3)
-    whole.fit()
-    killed = start(runs, phantoms, tmp_path / "run", steps=3)
+def test_nothing_to_resume_starts_afresh(runs, phantoms, whole, tmp_path):
+    weights, rows, *_ = whole(steps=3)
+    killed = runs.start(phantoms, tmp_path / "run", steps=3)
     during(killed, 2, die)  # before its first checkpoint
     with pytest.raises(Dead):
         killed.fit()
     with pytest.raises(ValueError, match="holds a run already"):
-        start(runs, phantoms, tmp_path / "run", steps=3).fit()
-    fresh = start(runs, phantoms, tmp_path / "run", steps=3, resume=True)
+        runs.start(phantoms, tmp_path / "run", steps=3).fit()
+    fresh = runs.start(phantoms, tmp_path / "run", steps=3, resume=True)
     fresh.fit()
-    runs.assert_same_weights(runs.weights(fresh), runs.weights(whole))
-    assert runs.metrics(tmp_path / "run") == runs.metrics(tmp_path / "whole")
+    runs.assert_same_weights(runs.weights(fresh), weights)
+    assert runs.metrics(tmp_path / "run") == rows
 
 
 @pytest.fixture(scope="module")
 def finished(runs, phantoms, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
-    start(runs, phantoms, out, steps=2).fit()
+    runs.start(phantoms, out, steps=2).fit()
     return out
 
 
 def test_a_run_is_not_overwritten(runs, phantoms, finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds a run already: resume it"):
-        start(runs, phantoms, finished, steps=2).fit()
+        runs.start(phantoms, finished, steps=2).fit()
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
@@ -172,7 +165,7 @@ def test_a_run_is_not_overwritten(runs, phantoms, finished):
 )
 def test_another_run_is_not_resumed(runs, phantoms, finished, change, message):
     change = dict(change)
-    trainer = start(runs, phantoms, finished, steps=4, resume=True, **{k: v for k, v in change.items() if k != "wider"})
+    trainer = runs.start(phantoms, finished, steps=4, resume=True, **{k: v for k, v in change.items() if k != "wider"})
     if change.pop("wider", False):
         with torch.no_grad():
             trainer.model.vision_model.post_layernorm.weight.mul_(2)
@@ -181,7 +174,7 @@ def test_another_run_is_not_resumed(runs, phantoms, finished, change, message):
 
 
 def test_other_data_of_the_same_size_is_not_resumed(runs, phantoms, finished):
-    trainer = start(runs, phantoms, finished, steps=4, resume=True)
+    trainer = runs.start(phantoms, finished, steps=4, resume=True)
     trainer.sampler._samples = list(reversed(trainer.sampler._samples))
     with pytest.raises(ValueError, match=r"cannot resume .*samples was '[0-9a-f]+', now '[0-9a-f]+'"):
         trainer.fit()
@@ -196,7 +189,7 @@ def test_a_torn_checkpoint_is_one_clear_error(runs, phantoms, finished, tmp_path
     content = path.read_bytes()
     torn = {"cut": content[: len(content) // 2], "emptied": b"", "overwritten": b"torn"}
     path.unlink() if how == "removed" else path.write_bytes(torn[how])
-    trainer = start(runs, phantoms, out, steps=4, resume=True)
+    trainer = runs.start(phantoms, out, steps=4, resume=True)
     before = runs.weights(trainer)
     with pytest.raises(ValueError, match=r"checkpoint in .* is damaged .*remove the folder to start afresh") as error:
         trainer.fit()
@@ -215,7 +208,7 @@ def test_progress_of_the_wrong_kind_is_one_clear_error(runs, phantoms, finished,
     progress["done"][name] = value
     path.write_text(json.dumps(progress))
     with pytest.raises(ValueError, match=f"checkpoint in .* is damaged .*says {name} is"):
-        start(runs, phantoms, out, steps=4, resume=True).fit()
+        runs.start(phantoms, out, steps=4, resume=True).fit()
 
 
 def files_of(folder):
@@ -223,38 +216,45 @@ def files_of(folder):
 
 
 def test_a_finished_run_resumed_changes_no_file(runs, phantoms, tmp_path):
-    summary = start(runs, phantoms, tmp_path / "run", steps=2).fit()
+    summary = runs.start(phantoms, tmp_path / "run", steps=2).fit()
     before = files_of(tmp_path / "run")
-    assert start(runs, phantoms, tmp_path / "run", steps=2, resume=True).fit() == json.loads(json.dumps(summary))
+    assert runs.start(phantoms, tmp_path / "run", steps=2, resume=True).fit() == json.loads(json.dumps(summary))
     assert files_of(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("file", ["progress.json", "trained.safetensors", "optimizer.pt"])
-def test_one_flipped_bit_and_the_checkpoint_before_resumes(runs, phantoms, tmp_path, file):
-    """Step 8 of 9 is damaged: named, kept aside, and step 4 goes on to the weights of a run that was left alone."""
-    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=4)
-    whole.fit()
-    killed = start(runs, phantoms, tmp_path / "run", small=True, save_every=4)
-    during(killed, 9, die)
+@pytest.fixture(scope="module")
+def killed(runs, phantoms, tmp_path_factory):
+    """A run that died in step 5."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    trainer = runs.start(phantoms, out, small=True)
+    during(trainer, 5, die)
     with pytest.raises(Dead):
-        killed.fit()
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint*")) == ["checkpoint", "checkpoint-4"]
-    path = tmp_path / "run" / "checkpoint" / file
+        trainer.fit()
+    assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint", "checkpoint-2"]
+    return out
+
+
+@pytest.mark.parametrize("file", ["progress.json", "trained.safetensors", "optimizer.pt"])
+def test_one_flipped_bit_and_the_checkpoint_before_resumes(runs, phantoms, whole, killed, tmp_path, file):
+    """That of step 4 is damaged: named, kept aside, and step 2 goes on to the weights of a run that was left alone."""
+    weights, rows, *_ = whole(small=True)
+    out = shutil.copytree(killed, tmp_path / "run")
+    path = out / "checkpoint" / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=4, resume=True)
-    with pytest.warns(UserWarning, match=r"run/checkpoint is damaged \(.*; going on from step 4, the newest intact one"):
+    resumed = runs.start(phantoms, out, small=True, resume=True)
+    with pytest.warns(UserWarning, match=r"run/checkpoint is damaged \(.*; going on from step 2, the newest intact one"):
         summary = resumed.fit()
-    assert any("going on from step 4" in note for note in summary["notes"])
-    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
-    assert runs.metrics(tmp_path / "run") == runs.metrics(tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint", "checkpoint-8", "damaged-checkpoint"]
+    assert any("going on from step 2" in note for note in summary["notes"])
+    runs.assert_same_weights(runs.weights(resumed), weights)
+    assert runs.metrics(out) == rows
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint", "checkpoint-4", "damaged-checkpoint"]
 
 
 def test_as_many_checkpoints_stay_as_asked(runs, phantoms, tmp_path):
-    for keep, names in ((1, ["checkpoint"]), (3, ["checkpoint", "checkpoint-4", "checkpoint-6"])):
-        start(runs, phantoms, tmp_path / str(keep), steps=7, save_every=2, keep_checkpoints=keep).fit()
+    for keep, names in ((1, ["checkpoint"]), (3, ["checkpoint", "checkpoint-2", "checkpoint-3"])):
+        runs.start(phantoms, tmp_path / str(keep), steps=4, save_every=1, keep_checkpoints=keep).fit()
         assert sorted(path.name for path in (tmp_path / str(keep)).glob("checkpoint*")) == names
 
 
@@ -267,56 +267,52 @@ def test_a_checkpoint_without_a_manifest_resumes(runs, phantoms, finished, tmp_p
     kept = ("n", "batch_size", "seed", "questions_per_image", "drop_last", "samples", "plan", "gradient_accumulation", "dtype", "base")
     progress["identity"] = {name: progress["identity"][name] for name in kept}
     path.write_text(json.dumps(progress))
-    assert start(runs, phantoms, out, steps=4, resume=True).fit()["steps"] == 4
+    assert runs.start(phantoms, out, steps=4, resume=True).fit()["steps"] == 4
 
 
-def test_an_error_while_loading_data_saves_the_steps_done(runs, phantoms, tmp_path):
-    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
-    whole.fit()
-    ended = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, feature_cache=False)
+def test_an_error_while_loading_data_saves_the_steps_done(runs, phantoms, whole, tmp_path):
+    ended = runs.start(phantoms, tmp_path / "run", small=True, save_every=0, feature_cache=False)
     get = type(ended.dataset).__getitems__
     taken = []
 
     def torn(self, indices):
         taken.append(indices)
-        if len(taken) > 5:
+        if len(taken) > 3:
             raise ValueError("image 7 is torn")
         return get(self, indices)
 
     ended.dataset.__class__ = type("Torn", (type(ended.dataset),), {"__getitems__": torn})
-    with pytest.raises(ValueError, match=r"^image 7 is torn; stopped after step 5; --resume goes on from there$"):
+    with pytest.raises(ValueError, match=r"^image 7 is torn; stopped after step 3; --resume goes on from there$"):
         ended.fit()
-    resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
+    resumed = runs.start(phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
     resumed.fit()
-    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+    runs.assert_same_weights(runs.weights(resumed), whole(small=True)[0])
 
 
-def test_an_error_before_the_update_saves_the_step_before(runs, phantoms, tmp_path):
-    """The forward of step 6 drew dropout already: the random state of before it is saved."""
-    whole = start(runs, phantoms, tmp_path / "whole", small=True, save_every=0)
-    whole.fit()
-    ended = start(runs, phantoms, tmp_path / "run", small=True, save_every=0)
+def test_an_error_before_the_update_saves_the_step_before(runs, phantoms, whole, tmp_path):
+    """The forward of step 4 drew dropout already: the random state of before it is saved."""
+    ended = runs.start(phantoms, tmp_path / "run", small=True, save_every=0)
     calls = []
 
     def failing(module, args, output):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 4:
             raise RuntimeError("device lost")
 
     ended.model.register_forward_hook(failing)
-    with pytest.raises(RuntimeError, match="device lost; stopped after step 5; --resume goes on from there"):
+    with pytest.raises(RuntimeError, match="device lost; stopped after step 3; --resume goes on from there"):
         ended.fit()
-    resumed = start(runs, phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
+    resumed = runs.start(phantoms, tmp_path / "run", small=True, save_every=0, resume=True)
     resumed.fit()
-    runs.assert_same_weights(runs.weights(resumed), runs.weights(whole))
+    runs.assert_same_weights(runs.weights(resumed), whole(small=True)[0])
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(runs, phantoms, tmp_path):
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run"), pytest.raises(ValueError, match=rf"another process( \(pid {os.getpid()}\))? is running in .*run: wait"):
-        start(runs, phantoms, tmp_path / "run", steps=2).fit()
+        runs.start(phantoms, tmp_path / "run", steps=2).fit()
     assert not list((tmp_path / "run").iterdir())
-    assert start(runs, phantoms, tmp_path / "run", steps=2).fit()["steps"] == 2
+    assert runs.start(phantoms, tmp_path / "run", steps=2).fit()["steps"] == 2
 
 
 def test_the_lock_of_a_dead_process_is_not_in_the_way(runs, phantoms, tmp_path):
@@ -352,11 +348,11 @@ with locked(Path({str(tmp_path / "run")!r})):
 def test_an_option_that_bears_on_the_result_changes_by_name_only(runs, phantoms, finished, tmp_path, change, name):
     out = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ValueError, match=f"cannot resume .*: {name} was .*, now .*; --allow-change {name} goes on all the same"):
-        start(runs, phantoms, out, steps=3, resume=True, **change).fit()
-    summary = start(runs, phantoms, out, steps=3, resume=True, allow_change=(name,), **change).fit()
+        runs.start(phantoms, out, steps=3, resume=True, **change).fit()
+    summary = runs.start(phantoms, out, steps=3, resume=True, allow_change=(name,), **change).fit()
     assert any(note.startswith(f"changed when it was resumed: {name} was") for note in summary["notes"])
     with pytest.raises(ValueError, match="allow_change: learning_rte is nothing that a resumed run compares"):
-        start(runs, phantoms, out, steps=4, resume=True, allow_change=("learning_rte",)).fit()
+        runs.start(phantoms, out, steps=4, resume=True, allow_change=("learning_rte",)).fit()
 
 
 def test_an_image_that_changed_is_another_run(runs, phantoms, finished, tmp_path):
@@ -364,22 +360,22 @@ def test_an_image_that_changed_is_another_run(runs, phantoms, finished, tmp_path
     image = next((data / "imgs").rglob("*.jpg"))
     image.write_bytes(image.read_bytes() + b"x")
     with pytest.raises(ValueError, match=r"cannot resume .*images was '[0-9a-f]+', now '[0-9a-f]+'"):
-        start(runs, data, finished, steps=4, resume=True).fit()
+        runs.start(data, finished, steps=4, resume=True).fit()
 
 
 def test_what_a_resumed_run_misses_is_said(runs, phantoms, finished, tmp_path):
     with pytest.warns(UserWarning, match="checkpoint is not there, so nothing is resumed: the run starts at step 0"):
-        notes = start(runs, phantoms, tmp_path / "new", steps=1, resume=True).fit()["notes"]
+        notes = runs.start(phantoms, tmp_path / "new", steps=1, resume=True).fit()["notes"]
     assert any("starts at step 0" in note for note in notes)
     out = shutil.copytree(finished, tmp_path / "run")
     lines = (out / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text(lines[1] + "\n")
     with pytest.warns(UserWarning, match="has no line for 1 of the 2 steps done"):
-        start(runs, phantoms, out, steps=3, resume=True).fit()
+        runs.start(phantoms, out, steps=3, resume=True).fit()
     shutil.rmtree(out / "checkpoint")
     (out / "checkpoint").write_text("")
     with pytest.raises(ValueError, match="is no folder of a checkpoint: move it away"):
-        start(runs, phantoms, out, steps=3, resume=True).fit()
+        runs.start(phantoms, out, steps=3, resume=True).fit()
 
 
 def test_differences_go_as_deep_as_the_fields_agree():
@@ -403,17 +399,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(runs, phantoms, finished, tmp_pat
     before = {path: path.read_bytes() for path in (out / "checkpoint").iterdir()}
     monkeypatch.setattr(where, writer)
     with pytest.raises(OSError, match=r"cannot be written: .*(No space left|unexpected pos)"):
-        start(runs, phantoms, out, steps=4, resume=True).fit()
+        runs.start(phantoms, out, steps=4, resume=True).fit()
     assert before == {path: path.read_bytes() for path in (out / "checkpoint").iterdir()}
     assert not list(out.glob(".*"))
 
 
 def test_optimiser_state_of_other_groups_is_refused(runs, phantoms, tmp_path):
-    start(runs, phantoms, tmp_path / "run", steps=2, plan="LayerNorm/LoRA/LoRA").fit()
+    runs.start(phantoms, tmp_path / "run", steps=2, plan="LayerNorm/LoRA/LoRA").fit()
     with pytest.raises(ValueError, match="does not fit this run's optimiser: it groups its parameters"):
         changed = {"base_learning_rate": 1e-3, "weight_decay": 0.0}  # now one group, before two
         options = changed | {"resume": True, "allow_change": tuple(changed)}
-        start(runs, phantoms, tmp_path / "run", steps=3, plan="LayerNorm/LoRA/LoRA", **options).fit()
+        runs.start(phantoms, tmp_path / "run", steps=3, plan="LayerNorm/LoRA/LoRA", **options).fit()
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
