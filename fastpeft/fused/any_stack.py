@@ -202,8 +202,9 @@ class _Padded(Function):
 def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     call = _Call(layout)
-    name, layers = layers_of(stack)
-    with standing(stack, [_OnTokens(layer, call, last=layer is layers[-1]) for layer in layers], name):
+    name, own = layers_of(stack)
+    layers = list(getattr(stack, name))  # others may stand for them already
+    with standing(stack, [_OnTokens(layer, call, _names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
         yield
 
 
@@ -264,9 +265,8 @@ class _OnTokens:
     output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
     saved tensors (profiles)."""
 
-    def __init__(self, layer: nn.Module, call: _Call, last: bool):
-        self.layer, self.call, self.last = layer, call, last
-        self.names = _names_behind(type(layer))
+    def __init__(self, layer: nn.Module, call: _Call, names: list[str], last: bool):
+        self.layer, self.call, self.names, self.last = layer, call, names, last
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         call, layer = self.call, self.layer
