@@ -233,7 +233,7 @@ class _Survey:
         entry.shown = True
         if linear:
             self.linear.add(key)
-        if entry.state:
+        if entry.state and getattr(entry.module, "computes_parameters", True):
             self.covered.add(key)
 
     def report(self) -> Report:

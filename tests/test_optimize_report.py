@@ -41,7 +41,7 @@ LEFT = {
     "gemma3": ("Gemma3TextScaledWordEmbedding", "MultiheadAttention", "SiglipVisionEmbeddings"),
     "mistral": (),
     "qwen2": (),
-    "gpt2": ("GPT2Model",),
+    "gpt2": (),
     "bert": ("BertEmbeddings", "BertLMPredictionHead"),
     "llava": ("CLIPVisionEmbeddings", "LlavaMultiModalProjector"),
     "smolvlm": ("SmolVLMVisionEmbeddings",),

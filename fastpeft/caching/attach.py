@@ -21,6 +21,7 @@ from fastpeft.methods.quantized import size_of
 from fastpeft.options import bytes_of
 
 FEATURES = "get_image_features"
+METHODS = (FEATURES, "get_video_features")
 
 
 def forget_images(model: nn.Module) -> None:
@@ -62,7 +63,8 @@ def keep_layers(model: nn.Module, limit: int, folder: Path | None) -> list[str]:
 
 def constant_layers(model: nn.Module) -> list[tuple[str, nn.Module, int, str]]:
     """(name, module, how many of its lowest layers are constant, why not one more) of every stack of ``model``."""
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, (FusedTextStack, FusedLlamaModel))]
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, (FusedTextStack, FusedLlamaModel)))
+    stacks = [(name, module) for name, module in found if "layers" in module._modules]  # GPT-2's have another name
     return [(name, stack, *_constant_layers(stack)) for name, stack in stacks]
 
 
@@ -130,21 +132,19 @@ def keep_images(model: nn.Module, limit: int, folder: Path | None) -> list[str]:
 
 
 def _points(model: nn.Module) -> tuple[list[tuple[nn.Module, str, list[str]]], list[str]]:
-    """(module, method, names below) of what is kept, and the reasons for what is not: get_image_features where all below it is constant and
-    the model's forward calls it, else image encoders."""
+    """(module, method, names below) of what is kept, and the reasons for what is not: METHODS where all below is constant and the
+    model's forward calls it, else image encoders."""
     points, reasons, covered = [], [], set()
-    for name, owner in model.named_modules():
-        if not callable(getattr(type(owner), FEATURES, None)) or delegates(owner, FEATURES) or not calls(owner, "forward", FEATURES):
-            continue
+    for name, owner, method in _methods(model):
         try:
-            below = names_below(owner, FEATURES)
+            below = names_below(owner, method)
             reason = why_not_constant(owner, below)
         except NotUnderstood as error:
             reason = str(error)
         if reason:
-            reasons.append(f"{'.'.join(filter(None, (name, FEATURES)))}: {reason}")
+            reasons.append(f"{'.'.join(filter(None, (name, method)))}: {reason}")
             continue
-        points.append((owner, FEATURES, below))
+        points.append((owner, method, below))
         covered |= {id(module) for _, module in modules_below(owner, below)}
     for name, module in model.named_modules():
         if id(module) in covered or not encodes_images(module, model):
@@ -155,6 +155,17 @@ def _points(model: nn.Module) -> tuple[list[tuple[nn.Module, str, list[str]]], l
         else:
             points.append((module, "forward", [""]))
     return points, reasons
+
+
+def _methods(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, method) of every method that makes features of images, or of videos where not by that of images, and that the
+    module's forward calls."""
+    for name, owner in model.named_modules():
+        for method in METHODS:
+            if not callable(getattr(type(owner), method, None)) or delegates(owner, method) or not calls(owner, "forward", method):
+                continue
+            if method == FEATURES or not calls(owner, method, FEATURES):
+                yield name, owner, method
 
 
 def encodes_images(module: nn.Module, model: nn.Module) -> bool:

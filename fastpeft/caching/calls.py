@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft.caching.digest import row_digests
 from fastpeft.fused.loss import OF_THE_LOSS
 
-GRIDS = ("image_grid_thw", "grid_thw")  # of flat patches: time, height, width of each image
+GRIDS = ("image_grid_thw", "video_grid_thw", "grid_thw")  # of flat patches: time, height, width of each image or video
 OF_AN_IMAGE = ("image_sizes", "pixel_attention_mask", "pixel_mask", "patch_attention_mask", "spatial_shapes")  # [N, ...] beside pixels
 NOT_READ = (*OF_THE_LOSS, "labels", "logits_to_keep", "use_cache")  # handed down by models, of the text
 
@@ -61,7 +61,8 @@ class Call:
             return None
         if any(tensors[other].dim() == 0 or len(tensors[other]) != len(pixels) for other in others):
             return None
-        tiles = tuple((pixels != 0).flatten(2).any(-1).sum(1).tolist()) if pixels.dim() == 5 else ()
+        tiled = pixels.dim() == 5 and "video" not in self.pixels  # a video's frames are all there
+        tiles = tuple((pixels != 0).flatten(2).any(-1).sum(1).tolist()) if tiled else ()
         if 0 in tiles:  # Idefics3 computes an empty image where it is alone, and leaves it out elsewhere
             return None
         return Call(self.values, self.pixels, (self.pixels, *sorted(others)), [1] * len(pixels), tiles=tiles)

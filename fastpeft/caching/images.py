@@ -1,8 +1,9 @@
 """Cache of image features in any transformers model: what a frozen image encoder makes of an image is computed once.
 
-A model's ``get_image_features`` (or, where something it uses is trained, the image encoder's ``forward``) is called through an
-:class:`ImageCache`, an attribute of that module: classes, parameters, names and state dicts stay. A call is taken apart by image; each is
-known by the digest of its pixels as they are given and of every other argument that enters. Images that were met before are not computed.
+A model's ``get_image_features`` and ``get_video_features`` (or, where something they use is trained, the image encoder's ``forward``) are
+called through an :class:`ImageCache`, an attribute of that module: classes, parameters, names and state dicts stay. A call is taken apart
+by image, or by video; each is known by the digest of its pixels as they are given and of every other argument that enters. Images that
+were met before are not computed.
 
 - Only constants are kept: at each call nothing below may be trained, adapted, hooked or random. Otherwise the model's own method runs.
 - A change of a weight (load_state_dict, in-place edits, another dtype or device, other modules, the configuration) empties the cache.
@@ -249,6 +250,11 @@ class ImageCache(Wrapper):
 
         return keep
 
+    def serves(self, given: Mapping[str, Any]) -> bool:
+        """Whether a model with these arguments may call this cache: those of images or of videos are arguments of the model, too."""
+        first = next(iter(inspect.signature(getattr(type(self.owner), self.method).__get__(self.owner)).parameters))
+        return self.method == "forward" or given.get(first) is not None
+
     def flush(self) -> None:
         """Write what waits, so that other processes see it."""
         self.kept.flush()
@@ -293,14 +299,17 @@ def fill(model: nn.Module, batches: Iterable[Mapping[str, Any]], progress: bool 
         raise ValueError("there is no cache to fill: call fastpeft.optimize(model, cache_images='4GB') first, and read its report")
     device = next(model.parameters()).device
     before = sum(cache.computed for cache in caches)
-    caches[0].filling = len(caches) == 1
     try:
         for batch in progress_bar(batches, desc="image features", unit="batch", disable=not progress, leave=False):
             inputs = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            serving = [cache for cache in caches if cache.serves(inputs)]
+            for cache in caches:
+                cache.filling = serving == [cache]
             with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(_Filled):
                 model(**inputs)
     finally:
-        caches[0].filling = False
+        for cache in caches:
+            cache.filling = False
     for cache in caches:
         cache.flush()
     return sum(cache.computed for cache in caches) - before

@@ -1,5 +1,5 @@
-"""Fused modules by role: norms, mlp, attention, layers, stacks, head, leaves, PEFT's layers. Importing the package registers all of them
-(:mod:`fastpeft.registry`); no file imports the classes that its modules replace."""
+"""Fused modules by role: norms, mlp, attention, layers, experts, stacks, head, leaves, PEFT's layers. Importing the package registers all
+of them (:mod:`fastpeft.registry`); no file imports the classes that its modules replace."""
 
 from fastpeft.fused import (  # noqa: F401
     any_head,
@@ -8,6 +8,7 @@ from fastpeft.fused import (  # noqa: F401
     attention_llama,
     attention_text,
     attention_vision,
+    experts,
     head,
     layers,
     leaves,

@@ -14,7 +14,7 @@ from torch._C._functorch import get_interpreter_stack
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastpeft.fused.any_stack import Read, read_at
+from fastpeft.fused.any_stack import Read, layers_of, read_at
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
@@ -62,17 +62,19 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        given = _given(self, args, kwargs)
-        read = _read_by_loss(given) if self.lean_logits and self._has_one_mask() else None
+        given, decoder = _given(self, args, kwargs), _decoder_of(self)
+        read = _read_by_loss(given) if self.lean_logits and self._has_one_mask(decoder) else None
         if read is not None and read.mask is not None and not args and self._may_leave_out_cache(given):
             kwargs["use_cache"] = False
-        with lazy_head(head), read_at(_decoder_of(self), read):
+        with lazy_head(head), read_at(decoder, read):
             output = super().forward(*args, **kwargs)
         return _handed_out(output, self.lean_logits)
 
-    def _has_one_mask(self) -> bool:
-        """Whether ``attention_mask`` is of the tokens that have labels, and not of an encoder's."""
-        return "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
+    def _has_one_mask(self, decoder: nn.Module | None) -> bool:
+        """Whether ``attention_mask`` is of the tokens that have labels, and not of an encoder's. (BLIP-2 takes language models of both
+        kinds.)"""
+        apart = getattr(getattr(decoder, "config", None), "is_encoder_decoder", True)
+        return not apart or "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
 
     def _may_leave_out_cache(self, given: dict[str, Any]) -> bool:
         """Whether the model would fill a cache although nobody asks for one, as nobody reads it here."""
@@ -104,9 +106,12 @@ def _given(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
 
 
 def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
-    """The stack of layers whose last hidden states the head gets."""
+    """The stack of layers whose last hidden states the head gets; in BLIP-2 it is inside a language model of its own."""
     with suppress(AttributeError, NotImplementedError):
-        return model.get_decoder()
+        decoder = model.get_decoder()
+        while isinstance(decoder, PreTrainedModel) and layers_of(decoder) is None and (inner := decoder.get_decoder()) is not decoder:
+            decoder = inner
+        return decoder
     return None
 
 

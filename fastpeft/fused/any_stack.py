@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from fastpeft.fused.lower import run_stack, standing
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
+LOOPS = {"layers", "h"}  # what a stack calls its layers
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
 _reading = threading.local()
 
@@ -75,23 +77,26 @@ def read_of(stack: nn.Module, given: dict[str, Any]) -> Read | None:
 
 
 def loops_over_layers(cls: type[nn.Module]) -> bool:
-    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, calls ``self.layers`` and is no model with a head."""
+    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, calls ``self.layers`` (or GPT-2's ``self.h``) and is
+    no model with a head."""
     if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
         return False
-    forward = cls.forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    names = forward.__code__.co_varnames[: forward.__code__.co_argcount]
-    return "layers" in forward.__code__.co_names and "attention_mask" in names and "labels" not in names
+    code = inspect.unwrap(cls.forward).__code__
+    arguments = code.co_varnames[: code.co_argcount]
+    return len(LOOPS & set(code.co_names)) == 1 and "attention_mask" in arguments and "labels" not in arguments
 
 
-def _layers_of(stack: nn.Module) -> nn.ModuleList | None:
-    layers = stack._modules.get("layers")
-    usable = isinstance(layers, nn.ModuleList) and len(layers) and all(isinstance(m, GradientCheckpointingLayer) for m in layers)
-    return layers if usable else None
+def layers_of(stack: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The layers of a stack, and the name by which it calls them."""
+    names = LOOPS & set(inspect.unwrap((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names)
+    for name in names:
+        layers = stack._modules.get(name)
+        if isinstance(layers, nn.ModuleList) and len(layers) and all(isinstance(m, GradientCheckpointingLayer) for m in layers):
+            return name, layers
+    return None
 
 
-@fuses(rule=loops_over_layers, applies=lambda module: _layers_of(module) is not None)
+@fuses(rule=loops_over_layers, applies=lambda module: layers_of(module) is not None)
 class FusedTextStack:
     """transformers' own forward, whose layers see real tokens alone where nobody reads the others (:func:`read_at`) and each layer can do
     without."""
@@ -131,7 +136,7 @@ class FusedTextStack:
             return None  # others get masks of other kinds
         if name != "sdpa" and read.on_padding():
             return None  # what is padding on the left attends to nothing, which is every key in "eager"
-        layers = _layers_of(self)
+        _, layers = layers_of(self) or ("", None)
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
             return None
         host = read.positions()
@@ -197,8 +202,9 @@ class _Padded(Function):
 def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     call = _Call(layout)
-    layers = list(stack.layers)
-    with standing(stack, [_OnTokens(layer, call, last=layer is layers[-1]) for layer in layers]):
+    name, own = layers_of(stack)
+    layers = list(getattr(stack, name))  # others may stand for them already
+    with standing(stack, [_OnTokens(layer, call, _names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
         yield
 
 
@@ -209,11 +215,13 @@ class _Call:
         self.layout, self.thread = layout, threading.get_ident()
         self.known: dict[int, tuple[Any, Any]] = {}
 
-    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """A layer's arguments behind its hidden states, on tokens; None where one is of no known kind."""
+    def arguments(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """A layer's arguments behind its hidden states, on tokens; None where one is of no known kind. ``names`` of those by position."""
+        if len(args) > len(names):
+            return None
         try:
             named = {name: self._argument(name, value) for name, value in kwargs.items()}
-            return tuple(self._argument("", value) for value in args), named
+            return tuple(map(self._argument, names, args)), named
         except _Unknown:
             return None
 
@@ -242,6 +250,12 @@ class _Call:
         return kept[1]
 
 
+@cache
+def _names_behind(cls: type[nn.Module]) -> list[str]:
+    """The names of a layer's arguments behind its hidden states."""
+    return list(inspect.signature(cls.forward).parameters)[2:]
+
+
 class _Unknown(Exception):
     """An argument that a layer may read in a way of its own."""
 
@@ -251,14 +265,14 @@ class _OnTokens:
     output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
     saved tensors (profiles)."""
 
-    def __init__(self, layer: nn.Module, call: _Call, last: bool):
-        self.layer, self.call, self.last = layer, call, last
+    def __init__(self, layer: nn.Module, call: _Call, names: list[str], last: bool):
+        self.layer, self.call, self.names, self.last = layer, call, names, last
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         call, layer = self.call, self.layer
         if threading.get_ident() != call.thread:
             return layer(hidden, *args, **kwargs)
-        given = call.arguments(args, kwargs)
+        given = call.arguments(self.names, args, kwargs)
         if given is None:
             if isinstance(hidden, _Flat):
                 hidden = hidden.read()

@@ -217,8 +217,15 @@ def attention_forward(
         scaling = (module.head_dim if kind.softcap else query.shape[3]) ** -0.5
     extras = {"softcap": kwargs.get("softcap") if kind.softcap else None, "sinks": module.sinks if kind.sinks else None}
     dropout = dropout if module.training or not kind.eager else 0.0
-    output = _attend(query, key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
+    output = _attend(_tokens_first(query), key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _tokens_first(query: Tensor) -> Tensor:
+    """``query`` [B, H, M, d] with a token's heads side by side in memory. ATen's kernels lay their output out as their queries: what is
+    returned then is that output, kept for backward once, and no copy of it, which the output projection would keep too."""
+    batch, heads, tokens, _ = query.stride()
+    return query if batch >= tokens >= heads else query.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _attend(query, key, value, content: MaskContent, causal: bool, bias, eager: bool, extras, **options) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -60,17 +60,15 @@ class Rotary:
 
 
 def _recomputable(x: Tensor) -> Tensor:
-    """``x`` with the recipe of the tensor whose heads it has moved before its tokens: norms of queries and keys come before that."""
+    """``x`` with the recipe of the tensor that it is a view of: norms of queries and keys come before their heads are moved."""
     base = x._base
-    if base is None or recipe_of(base) is None or base.dim() != 4:
+    if base is None or recipe_of(base) is None or not base.is_contiguous():
         return x
-    moved = base.transpose(1, 2)
-    same = (x.shape, x.stride(), x.storage_offset()) == (moved.shape, moved.stride(), moved.storage_offset())
-    return mark_recomputable(x, _heads_first, base) if same else x
+    return mark_recomputable(x, partial(_view, x.shape, x.stride(), x.storage_offset()), base)
 
 
-def _heads_first(base: Tensor) -> Tensor:
-    return base.transpose(1, 2)
+def _view(shape: torch.Size, stride: tuple[int, ...], offset: int, base: Tensor) -> Tensor:
+    return base.contiguous().as_strided(shape, stride, offset)
 
 
 def _fits(kind: Kind, x: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -34,7 +34,7 @@ ROW_WISE: set[type[nn.Module]] = set(TORCH_ROW_WISE) | {
     for cls in vars(activations).values()
     if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == activations.__name__
 }
-ROW_WISE_PATHS: set[str] = set()
+ROW_WISE_PATHS: set[str] = {"transformers.pytorch_utils.Conv1D"}
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _children_of = itemgetter("_modules")
 

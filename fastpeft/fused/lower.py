@@ -34,15 +34,15 @@ def run_stack(stack: nn.Module, given: dict[str, Any], run: Callable[[dict[str, 
 
 
 @contextmanager
-def standing(stack: nn.Module, layers: list[Any]) -> Iterator[None]:
-    """Inside, ``layers`` stand for those of ``stack``, or for those that stand there already."""
-    before = stack.__dict__.get("layers")
-    stack.__dict__["layers"] = layers
+def standing(stack: nn.Module, layers: list[Any], name: str = "layers") -> Iterator[None]:
+    """Inside, ``layers`` stand for those of ``stack``, or for those that stand there already, which it calls by ``name``."""
+    before = stack.__dict__.get(name)
+    stack.__dict__[name] = layers
     try:
         yield
     finally:
-        if stack.__dict__.get("layers") is layers:
+        if stack.__dict__.get(name) is layers:
             if before is None:
-                del stack.__dict__["layers"]
+                del stack.__dict__[name]
             else:
-                stack.__dict__["layers"] = before
+                stack.__dict__[name] = before

@@ -127,6 +127,7 @@ class FusedAdaptedAttention:
 ROW_WISE_PATHS.update(
     (
         "peft.tuners.lora.layer.Linear",
+        "peft.tuners.lora.layer.ParamWrapper",  # adds to the weights of the module in it, experts say
         "peft.tuners.ia3.layer.Linear",
         "peft.tuners.ln_tuning.layer.LNTuningLayer",
         "peft.utils.other.ModulesToSaveWrapper",

@@ -3,7 +3,7 @@
 A forward is read as a tree. It may call its own modules (which are looked at for themselves), add, multiply, cast, and reduce or cut over
 the last dimension, in its own methods and in functions of its file too. An attention layer may call its attention function once, with the
 mask that it was given and all its keyword arguments: that function is told where tokens lie. Anything else, a loop, an ``arange``, a mean
-over positions, makes a class unknown.
+over positions, makes a class unknown, but for those whose code was read by people (:data:`READ`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from fastpeft.forms import digest
 from fastpeft.registry import replaced_class
 
 ANYWHERE = frozenset((
@@ -32,12 +33,38 @@ FORBIDDEN = (ast.For, ast.While, ast.AsyncFor, ast.ListComp, ast.GeneratorExp, a
 ATTENTION = "attention_interface"
 MASK = "attention_mask"
 
+# Digests of code that is row-wise and that the rules above do not see through, each with a class that has it. Mixtures of experts: routers
+# choose experts for each token, experts compute pairs of token and expert in an order of their own.
+READ = {
+    "c32fb73ddbf6": "mixtral.modeling_mixtral.MixtralTopKRouter",
+    "a3edff8061b4": "qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter",
+    "83222ec6d585": "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextTopKRouter",
+    "d748e3d64a68": "deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter",
+    "ecc85144a8b4": "granitemoe.modeling_granitemoe.GraniteMoeTopKRouter",
+    "2aa2a176027a": "gpt_oss.modeling_gpt_oss.GptOssTopKRouter",
+    "d2c052bd2453": "mixtral.modeling_mixtral.MixtralExperts",
+    "02814d650b5f": "gpt_oss.modeling_gpt_oss.GptOssExperts",
+    "a0f9b479e16b": "mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "fcbfafa44650": "qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+    "9c6da855494e": "qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "23086ecf74b2": "olmoe.modeling_olmoe.OlmoeSparseMoeBlock",
+    "bd955c1b463e": "deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE",
+    "88ea07a7977c": "granitemoe.modeling_granitemoe.GraniteMoeMoE",
+    "0490faf6abfe": "gpt_oss.modeling_gpt_oss.GptOssMLP",
+    "209a8291c946": "gpt2.modeling_gpt2.GPT2Block",  # without an encoder's states, which no stack hands on beside a layout
+    "51bcf498504d": "gpt2.modeling_gpt2.GPT2Attention",
+}
+# what such code does only where an attribute is set: noise on a batch's hidden states, and attention of a model's own
+UNLESS = ("jitter_noise", "reorder_and_upcast_attn")
+
 _KNOWN: WeakKeyDictionary[type, frozenset[str] | None] = WeakKeyDictionary()  # class -> the modules that it calls, None: not row-wise
 
 
 def is_row_wise_code(module: nn.Module) -> bool:
     """Whether the forward of ``module``'s class, or of the class that it replaces, is known to be row-wise but for the modules it calls."""
     cls = replaced_class(type(module)) or type(module)
+    if digest(cls) in READ:
+        return not any(getattr(module, name, False) for name in UNLESS)
     if cls not in _KNOWN:
         reader = _Reader(cls)
         _KNOWN[cls] = frozenset(reader.called) if reader.accepts(cls.forward) else None
@@ -73,7 +100,8 @@ class _Reader:
         if any(isinstance(node, FORBIDDEN) for node in nodes) or not _mask_is_handed_on(nodes, calls, attends, tree):
             return False
         kept = all(_keeps_tokens(node) for node in nodes if isinstance(node, ast.Subscript))
-        return kept and all(self._accepts_call(function, node, allowed) for node in calls)
+        same = {id(node) for node in calls if _keeps_rows(node, nodes)}
+        return kept and all(id(node) in same or self._accepts_call(function, node, allowed) for node in calls)
 
     def _accepts_call(self, function: FunctionType, call: ast.Call, allowed: frozenset[str]) -> bool:
         called = call.func
@@ -107,8 +135,8 @@ def _mask_is_handed_on(nodes: list[ast.AST], calls: list[ast.Call], attends: lis
     return all(_hands_on(call, tree) for call in told) and _loads(nodes, MASK) == len(told)
 
 
-def _loads(nodes: list[ast.AST], name: str) -> int:
-    return sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
+def _loads(nodes: Iterable[ast.AST], name: str, how: type[ast.expr_context] = ast.expr_context) -> int:
+    return sum(isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, how) for node in nodes)
 
 
 def _handed(call: ast.Call, name: str) -> int:
@@ -128,6 +156,21 @@ def _over_last(call: ast.Call) -> bool:
     if not dims and len(call.args) and call.func.attr in ("mean", "sum", "softmax"):
         dims = [call.args[0]]
     return len(dims) == 1 and _is_number(dims[0], -1)
+
+
+def _keeps_rows(call: ast.Call, nodes: list[ast.AST]) -> bool:
+    """Whether a call is ``x.reshape(-1, x.size(-1))``, or ``.view(shape)`` back to a ``shape = x.shape``: rows stay, in their order."""
+    if not isinstance(call.func, ast.Attribute) or call.func.attr not in ("reshape", "view") or call.keywords:
+        return False
+    if len(call.args) == 2 and _is_number(call.args[0], -1):
+        of = ast.unparse(call.func.value)
+        return ast.unparse(call.args[1]) in (f"{of}.size(-1)", f"{of}.shape[-1]")
+    if len(call.args) != 1 or not isinstance(call.args[0], ast.Name):
+        return False
+    assigned = [n for n in nodes if isinstance(n, ast.Assign) and any(_loads(ast.walk(t), call.args[0].id, ast.Store) for t in n.targets)]
+    whole = len(assigned) == 1 and isinstance(assigned[0].targets[0], ast.Name)
+    shape = assigned[0].value if whole else None
+    return isinstance(shape, ast.Attribute) and shape.attr == "shape" and isinstance(shape.value, ast.Name)
 
 
 def _is_number(node: ast.AST, number: int) -> bool:

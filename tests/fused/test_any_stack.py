@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import transformers as T
-from tiny_models import DECODERS, VISION_LANGUAGE, V, kinds, tiny
+from tiny_models import DECODERS, OTHER_DECODERS, VISION_LANGUAGE, V, kinds, tiny
 from torch import nn
 
 import fastpeft as fp
@@ -15,8 +15,9 @@ from fastpeft.fused.attention_interface import reads_interface
 from fastpeft.fused.row_wise import is_row_wise_code
 
 UNPADDED = ["mistral", "qwen2", "qwen3", "gemma3-text", "phi3", "smollm3", "olmo2"]
-UNPADDED += ["llava-mistral", "llava-onevision", "paligemma2", "gemma3", "qwen2.5-vl", "qwen3-vl", "internvl"]
-QUICK = ["mistral", "gemma3-text", "phi3", "paligemma2", "qwen3-vl"]
+UNPADDED += ["gpt2", "opt", "gpt-neox", "phi", "cohere"]
+UNPADDED += ["blip2", "llava-mistral", "llava-onevision", "paligemma2", "gemma3", "qwen2.5-vl", "qwen3-vl", "internvl"]
+QUICK = ["mistral", "gemma3-text", "phi3", "gpt2", "opt", "blip2", "paligemma2", "qwen3-vl"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_the_model_as_it_was(name, tokens_seen):
         padded = kind in ("padded", "left")
         assert tokens_seen == ([read(given)] * 2 if padded else []), kind
         tokens_seen.clear()
-    assert "layers" not in model.get_decoder().__dict__
+    assert not any({"layers", "h"} & module.__dict__.keys() for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3"])
@@ -238,12 +239,14 @@ def test_what_a_layer_may_be_told():
     layout = any_stack.self_layout((3, 12), given["attention_mask"].bool(), torch.device("cpu"))
     call = any_stack._Call(layout)
     table, ids = torch.randn(1, 12, 8), torch.arange(36).view(3, 12)
-    args, named = call.arguments((None,), {"position_embeddings": (table, table), "position_ids": ids, "use_cache": False})
+    args, named = call.arguments(
+        ["past_key_values"], (None,), {"position_embeddings": (table, table), "position_ids": ids, "use_cache": False}
+    )
     assert args == (None,) and named["position_embeddings"][0] is named["position_embeddings"][1] and not named["use_cache"]
     assert named["position_ids"][0].tolist() == ids[given["attention_mask"].bool()].tolist()
     torch.testing.assert_close(named["position_embeddings"][0][0], table.expand(3, -1, -1)[given["attention_mask"].bool()])
     for bad in ({"per_layer_input": torch.zeros(3, 12, 4)}, {"position_ids": torch.zeros(3, 3, 12)}, {"position_embeddings": table[0]}):
-        assert call.arguments((), bad) is None
+        assert call.arguments([], (), bad) is None
 
 
 def test_differentiated_behind_pytorchs_functions():
@@ -308,6 +311,9 @@ def mixing(body):
         ("return hidden_states[:, :1]", False),
         ("return self.act_fn(hidden_states.transpose(1, 2)).transpose(1, 2)", False),
         ("return hidden_states.view(-1, 4)", False),
+        ("shape = hidden_states.shape; x = hidden_states.reshape(-1, hidden_states.size(-1)); return self.act_fn(x).view(shape)", True),
+        ("shape = hidden_states.mT.shape; return hidden_states.view(shape)", False),
+        ("x = hidden_states.chunk(2, dim=-1)[0]; return x.reshape(-1, hidden_states.size(-1))", False),
         ("return hidden_states @ hidden_states", False),
         ("return hidden_states * attention_mask", False),
         ("return attention_interface(self, hidden_states, attention_mask)", False),
@@ -358,4 +364,4 @@ def test_an_encoders_mask_is_not_the_decoders(tokens_seen):
 
 
 def test_every_name_is_a_model():
-    assert set(UNPADDED) <= {*DECODERS, *VISION_LANGUAGE} and V == 99
+    assert set(UNPADDED) <= {*DECODERS, *OTHER_DECODERS, *VISION_LANGUAGE} and V == 99

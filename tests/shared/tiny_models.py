@@ -313,6 +313,7 @@ def _whisper():
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NOT_OPT = ("num_key_value_heads", "intermediate_size")
 DECODERS: dict[str, Callable] = {
     "llama": _causal(T.LlamaForCausalLM, T.LlamaConfig),
     "mistral": _causal(T.MistralForCausalLM, T.MistralConfig, sliding_window=4),
@@ -325,6 +326,19 @@ DECODERS: dict[str, Callable] = {
     "olmo2": _causal(T.Olmo2ForCausalLM, T.Olmo2Config),
     "gpt-oss": _causal(T.GptOssForCausalLM, T.GptOssConfig, **GLOBAL_AND_SLIDING, num_local_experts=2, num_experts_per_tok=1),
     "gpt2": _gpt2,
+}
+SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Mixtures of experts, and other layers than LLaMA's; apart, as the tests of every model take time enough.
+OTHER_DECODERS: dict[str, Callable] = {
+    "mixtral": _causal(T.MixtralForCausalLM, T.MixtralConfig, num_local_experts=3),
+    "qwen2-moe": _causal(T.Qwen2MoeForCausalLM, T.Qwen2MoeConfig, num_experts=3, shared_expert_intermediate_size=20, **SPARSE),
+    "qwen3-moe": _causal(T.Qwen3MoeForCausalLM, T.Qwen3MoeConfig, num_experts=3, head_dim=8, **SPARSE),
+    "olmoe": _causal(T.OlmoeForCausalLM, T.OlmoeConfig, num_experts=3, num_experts_per_tok=2),
+    "granite-moe": _causal(T.GraniteMoeForCausalLM, T.GraniteMoeConfig, num_local_experts=3, num_experts_per_tok=2),
+    "opt": _causal(T.OPTForCausalLM, T.OPTConfig, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, **dict.fromkeys(NOT_OPT)),
+    "gpt-neox": _causal(T.GPTNeoXForCausalLM, T.GPTNeoXConfig),
+    "phi": _causal(T.PhiForCausalLM, T.PhiConfig),
+    "cohere": _causal(T.CohereForCausalLM, T.CohereConfig),
 }
 ENCODERS: dict[str, Callable] = {
     "bert": _encoder(T.BertForSequenceClassification, T.BertConfig, **NO_DROPOUT),
@@ -360,7 +374,7 @@ def kinds(name: str, dtype: torch.dtype = torch.float64) -> tuple[str, ...]:
     """The batches that a model takes in ``dtype``."""
     if name == "gemma2" and dtype == torch.float64:  # its eager softmax is float32, where float64's least number, a mask's, is -inf: NaN
         return ("full", "packed")
-    if name in DECODERS:
+    if name in DECODERS or name in OTHER_DECODERS:
         return ("full", "padded", "left", "packed")
     return ("full",) if name in VISIONS else ("full", "padded") if name in ENCODERS else ("full", "padded", "left")
 
@@ -368,9 +382,9 @@ def kinds(name: str, dtype: torch.dtype = torch.float64) -> tuple[str, ...]:
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[str], dict[str, Any]]]:
     """(model, batch): the same weights and values at every call; batch(kind) -> keyword arguments of the model's forward, with a loss."""
     torch.manual_seed(0)
-    make = {**DECODERS, **ENCODERS, **VISIONS, **VISION_LANGUAGE}[name]
+    make = {**DECODERS, **OTHER_DECODERS, **ENCODERS, **VISIONS, **VISION_LANGUAGE}[name]
     model, batch = make()
-    if name == "gpt-oss":
+    if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")  # grouped products take no float64
 
     def cast(kind: str) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""What an attention layer keeps for backward lies in memory once: its output, which the output projection reads too, and its queries before
+or after a norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as T
+from tiny_models import tiny
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import fastpeft as fp
+from fastpeft.methods.base import sees_no_values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+peft = pytest.importorskip("peft")
+
+
+def adapted(model):
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
+    fp.optimize(model)
+    return model
+
+
+def storage(t):
+    return t.untyped_storage().data_ptr()
+
+
+def kept_by(model, batch):
+    """What autograd keeps of a step, alive."""
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(**batch)
+    return kept
+
+
+def phi():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    ids = torch.arange(3, 33).view(3, 10)
+    return T.PhiForCausalLM(T.PhiConfig(**sizes)), {"input_ids": ids, "labels": ids}
+
+
+def of(name):
+    if name == "phi":
+        return phi()
+    model, batch = tiny(name)
+    return model, batch("full")
+
+
+# queries that a model lays one head after the other (.contiguous(), torch.cat of rotated and other channels), and as projections leave them
+@pytest.mark.parametrize("name", ["whisper", "phi", "qwen3", "blip2"])
+def test_an_output_is_kept_once(name):
+    model, batch = of(name)
+    model, read = adapted(model), []
+    last = ("out_proj", "o_proj", "dense", "projection")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in last and "attn" in name and isinstance(module, nn.Module):
+            module.register_forward_pre_hook(sees_no_values(lambda m, args: read.append(args[0])))
+    kept = {storage(t) for t in kept_by(model, batch) if t.dim() == 4}
+    assert read and all(storage(x) in kept for x in read)
+
+
+def test_queries_before_a_norm_are_kept_alone():
+    """OLMo 2 takes norms of all heads together, before it moves them: backward computes queries and keys of what the norms keep."""
+    model, batch = of("olmo2")
+    kept = kept_by(adapted(model.float()), batch)  # rotary tables are float32
+    B, L = batch["input_ids"].shape
+    wide = {storage(t) for t in kept if t.dim() == 4 and t.shape == (B, 4, L, 8)}
+    assert len(wide) == 2  # the outputs of two layers
