@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from fastpeft.options import FieldOption, fields
+from fastpeft.runs.options import RunOptions
 
 # the short names that the command line shows; every other name of an option is taken too (fastpeft.options.Option)
 SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_rate": "min_lr", "num_workers": "workers"}
 
 
+Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
+PlanOption = Annotated[
+    str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file (default: of the model's paper)")
+]
+Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
+ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
+Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
 
 
@@ -23,6 +32,11 @@ def printable(text: str) -> str:
     tabs stay, and the joiners that scripts and emoji need."""
     kept = "\n\t\u200c\u200d"
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: Any) -> None:
+    """One line on stderr, in the program's name."""
+    print(printable(f"fastpeft: {' '.join(str(text).split())}"), file=sys.stderr)
 
 
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
