@@ -41,7 +41,7 @@ def together(found: Mapping[str, Estimate], frozen: int, gpu_memory: str | None 
     """Steps that were estimated apart (:func:`fastpeft.estimate`), as those of one run; ``frozen``: bytes of :func:`frozen_bytes`."""
     own = {name: one.trained_bytes + one.optimizer_bytes for name, one in found.items()}
     step = max(one.peak_bytes - one.process_bytes - one.weight_bytes - one.optimizer_bytes for one in found.values())
-    process = max(one.process_bytes for one in found.values())
+    process = max(one.process_bytes for one in found.values()) if gpu_memory is None else 0
     peak = frozen + sum(own.values()) + step + process
     each = {
         name: {"plan": one.plan, "flops_per_sample": one.flops_per_sample, "own_bytes": own[name], "saved_bytes": one.saved_bytes}
@@ -54,7 +54,7 @@ def together(found: Mapping[str, Estimate], frozen: int, gpu_memory: str | None 
         saved_bytes=max(one.saved_bytes for one in found.values()),
         flops_per_sample=sum(one.flops_per_sample for one in found.values()),
         peak_bytes=peak,
-        apart_bytes=sum(one.peak_bytes for one in found.values()),
+        apart_bytes=sum(one.peak_bytes - one.process_bytes + process for one in found.values()),
         process_bytes=process,
         fits=None if gpu_memory is None else peak <= bytes_of(gpu_memory) - int(RESERVE),
     )

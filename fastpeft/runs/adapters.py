@@ -64,7 +64,7 @@ def check(runs: Mapping[str, Mapping[str, Any]]) -> None:
         if given.get("stages"):
             raise ValueError(f"{name}: stages go on from each other: train it by itself, or in a study")
     for name in others:
-        for option in every[first].keys() | every[name].keys():
+        for option in every[first] | every[name]:
             a, b = every[first].get(option), every[name].get(option)
             if a != b:
                 why = "the base's weights are drawn by the seed here: give a model with weights" if option == "seed" else "train them apart"

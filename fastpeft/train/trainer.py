@@ -148,8 +148,7 @@ class Trainer:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether samples of a batch share what they begin with: not beside kept lower layers, which hold samples each by itself, nor in
-        place of CUDA graphs where questions come one an image."""
+        """Not beside kept lower layers, which hold samples alone, nor in place of CUDA graphs where questions come one an image."""
         config = self.config
         graphs = config.cuda_graph and self.device.type == "cuda" and config.questions_per_image == 1
         return config.share_prefix and config.cache_layers is None and not graphs and takes_shared_prefixes(self.model, self.inputs)
