@@ -16,15 +16,12 @@ ADAPTERS = "YAML file of a study, whose rows and seeds are adapters of one base 
 
 @with_options(*RECIPE, without=("stages",))
 def train(
-    config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
-    adapters: Annotated[str | None, typer.Option(help=ADAPTERS)] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins.")] = None,
+    adapters: Annotated[str | None, typer.Option(help=f"{ADAPTERS}; each one's files are in --out/NAME.")] = None,
     as_json: Json = False,
     **given,
 ) -> None:
-    """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out.
-
-    Several adapters of one base: fastpeft train --adapters study.yaml --model miss --data DIR --steps 1000 --out DIR, where study.yaml has
-    rows, such as 'rows: [{name: small, rank: 4}, {name: large, rank: 16}]', and seeds; each adapter's files are in --out/NAME."""
+    """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
     given = (read_yaml(config) if config else {}) | canonical(given, *RECIPE)
     if adapters is not None:
         return _train_several(adapters, given, as_json)
@@ -84,29 +81,29 @@ def estimate(
     model: Model = "miss",
     plan: PlanOption = None,
     rank: Rank = None,
-    batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 20,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base: fp32, bf16 or fp16.")] = "fp32",
     quantize: Quantize = None,
     image_encoder: ImageEncoder = None,
-    data: Annotated[str | None, typer.Option(help="folder of a data set, whose lengths and images the batches have")] = None,
-    vocab: Annotated[str | None, typer.Option(help="with --data: tokenizer (default: the model's, else learnt from the data)")] = None,
-    steps: Annotated[int | None, typer.Option(help="with --data: how long so many take (default: those of one epoch)")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
-    answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
-    questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
-    gradient_accumulation: Annotated[int, typer.Option(help="forwards per step")] = 1,
-    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
-    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="without a language model's lowest layers, if frozen")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
-    gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
-    world: Annotated[int, typer.Option(help="ranks, a device each, of this batch size each")] = 1,
-    nodes: Annotated[int, typer.Option(help="machines that they are on")] = 1,
-    shard: Annotated[str | None, typer.Option(help="base: frozen weights in pieces over the ranks")] = None,
-    link: Annotated[str | None, typer.Option(help="bytes a second between a machine's devices, such as 300GB")] = None,
-    network: Annotated[str | None, typer.Option(help="bytes a second of a machine's network, such as 25GB")] = None,
-    latency: Annotated[float, typer.Option(help="microseconds to start a message")] = 10.0,
-    tflops: Annotated[float | None, typer.Option(help="that a device sustains in such a step")] = None,
-    adapters: Annotated[str | None, typer.Option(help=ADAPTERS + "; what it says stands over these options")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of a data set, whose lengths and images the batches have.")] = None,
+    vocab: Annotated[str | None, typer.Option(help="With --data: tokenizer (default: the model's, or learnt from the data).")] = None,
+    steps: Annotated[int | None, typer.Option(help="With --data: steps whose time is told (default: one epoch's).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a question (default 20) or a causal sample (default 512).")] = None,
+    answer_len: Annotated[int | None, typer.Option(help="Tokens of an answer (default 6, or a quarter of the sample).")] = None,
+    questions_per_image: Annotated[int, typer.Option(help="A batch's questions about one image.")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = 1,
+    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="Compute a frozen image encoder in every step.")] = False,
+    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="Leave out a language model's lowest, frozen layers.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="The same model and plan without fastpeft, attention eager.")] = False,
+    gpu_memory: Annotated[str | None, typer.Option(help="A GPU's memory, such as 24GB: does the step fit, and what batch does?")] = None,
+    world: Annotated[int, typer.Option(help="Ranks, a device each, of this batch size each.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines that the ranks are on.")] = 1,
+    shard: Annotated[str | None, typer.Option(help="What is in pieces over the ranks: base, the frozen weights.")] = None,
+    link: Annotated[str | None, typer.Option(help="Bytes a second between a machine's devices, such as 300GB.")] = None,
+    network: Annotated[str | None, typer.Option(help="Bytes a second of a machine's network, such as 25GB.")] = None,
+    latency: Annotated[float, typer.Option(help="Microseconds to start a message.")] = 10.0,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a device sustains in such a step.")] = None,
+    adapters: Annotated[str | None, typer.Option(help=f"{ADAPTERS}; it wins over these options.")] = None,
     as_json: Json = False,
     **reading,
 ) -> None:

@@ -74,6 +74,8 @@ class Together:
 
     def _turn(self, name: str, turns: dict[str, Turns]) -> None:
         """A step of a run, or after the last its end."""
+        if (features := self.trainers[name].features) is not None:
+            features.reader = name
         try:
             next(turns[name])
         except StopIteration as end:

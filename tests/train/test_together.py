@@ -118,8 +118,11 @@ def test_images_are_encoded_once_for_all(made, monkeypatch):
         return encode(self, items)
 
     monkeypatch.setattr(FeatureCache, "_encode", counted)
-    Together(made(["small", "seed"], steps=14)).fit(progress=False)  # 13 batches are an epoch
+    together = Together(made(["small", "seed"], steps=14))  # 13 batches are an epoch
+    together.fit(progress=False)
     assert len(encoded) == len(set(encoded)) == 10
+    counts = [together.summaries[name]["features"] for name in ("small", "seed")]
+    assert [count["computed"] for count in counts] == [10, 0] and counts[1]["reused"] > counts[0]["reused"] > 14
     encoded.clear()
     trainers = made(["small", "seed"], steps=2)
     assert trainers["small"].features is not trainers["seed"].features
