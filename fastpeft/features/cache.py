@@ -101,6 +101,8 @@ class FeatureCache:
     def prepare(self, progress: bool = True) -> None:
         """Compute the outputs of all samples' distinct items now, saying how large they will be. ValueError names an unreadable image.
         The ranks on a machine compute a part each, and read the others' from a folder."""
+        if self.readers > 1 and all(item in self.kept for item in self.stages.items()):
+            return  # another reader has
         with self._shared_on_machine() as lent:
             self._prepare(progress, lent)
             self.flush()

@@ -44,6 +44,9 @@ def own_what_is_trained(model: nn.Module) -> None:
 @torch.no_grad()
 def share_memory(model: nn.Module, base: nn.Module) -> None:
     """Let what ``model`` leaves of its base as it is lie in the memory of ``base``, which may have another dtype or device by now."""
+    for name, theirs in base.named_modules():
+        held = model.get_submodule(name)._parameters
+        held |= {leaf: p for leaf, p in theirs._parameters.items() if p is not None and type(p) is not nn.Parameter}  # quantised
     others = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     for held in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in held:

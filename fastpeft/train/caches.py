@@ -21,6 +21,7 @@ class Caches:
     def __init__(self):
         self.features: dict[Hashable, FeatureCache] = {}
         self.shelves: dict[Hashable, dict[str, Any]] = {}
+        self.progress = False  # whether what is computed before the first step shows how far it is
 
     def features_of(self, trainer) -> FeatureCache | None:
         """The cache that a run's options ask for, where there is something to keep."""

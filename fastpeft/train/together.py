@@ -45,6 +45,8 @@ class Together:
 
         What is wrong with a run before its first step, such as a folder that holds another, is raised for all. Signals end all, each with
         a checkpoint, as :class:`Interrupted`; so does a data worker's death, which no run can tell from its own worker's."""
+        for trainer in self.trainers.values():
+            trainer.caches.progress = progress
         shown = {"desc": f"training {len(self.trainers)} adapters", "unit": "step", "disable": not progress}
         with StopBetweenSteps() as stop, progress_bar(total=sum(t.total_steps for t in self.trainers.values()), **shown) as bar:
             turns = {name: trainer.turns(stop) for name, trainer in self.trainers.items()}
@@ -116,8 +118,9 @@ def check(trainers: Mapping[str, Trainer]) -> None:
     for name, trainer in trainers.items():
         if not trainer.ranks.alone:
             raise ValueError("several adapters in one run are for one process: start it without torchrun")
-        if trainer.config.trace:
-            raise ValueError(f"{name}: trace follows the operators of one run, and several take turns here: leave it out")
+        if trainer.config.trace or "wandb" in trainer.config.trackers:
+            follower = "trace" if trainer.config.trace else "track=wandb"
+            raise ValueError(f"{name}: {follower} follows one run of a process, and several take turns here: leave it out")
         other = folders.setdefault(trainer.out and trainer.out.resolve(), name)
         if trainer.out is not None and other != name:
             raise ValueError(f"{other} and {name} would write into one folder, {trainer.out}")

@@ -205,7 +205,7 @@ class Trainer:
         config, done = self.config, self.done
         self.stop = stop
         if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
-            self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
+            self.features.prepare(config.progress or self.caches.progress)  # every sample is visited: all at once, in full batches
         if config.shard:
             take_apart(self)
         about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
