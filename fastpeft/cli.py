@@ -28,19 +28,17 @@ from fastpeft.cli_options import (
     Model,
     MovedBase,
     PlanOption,
-    Quantize,
     Rank,
     emit,
     example,
     flag,
     other_names,
-    printable,
-    with_options,
+    say,
 )
-from fastpeft.cli_scores import accuracy_lines, ranks_lines
 from fastpeft.cli_study import study
-from fastpeft.options import OptionError, bytes_of, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, TextOptions, read_yaml
+from fastpeft.cli_train import estimate, train
+from fastpeft.options import OptionError, fields
+from fastpeft.runs.options import RECIPE, GenerationOptions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -81,40 +79,9 @@ def params(
 TRAIN = (
     "fastpeft train --model miss-tiny --plan LoRA/LoRA/LoRA --data my-data --hold-out 0.2 --steps 100 --batch-size 64 --out my-run",
     "fastpeft train --config recipes/mile.yaml --data SLAKE --out my-run --resume",
+    "fastpeft train --adapters recipes/adapters/ranks.yaml --model my-miss --data my-data --steps 1000 --out my-runs",
 )
-
-
-@app.command(context_settings=other_names(*RECIPE), epilog=example(*TRAIN))
-@with_options(*RECIPE, without=("stages",))
-def train(
-    config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins.")] = None,
-    as_json: Json = False,
-    **given,
-) -> None:
-    """Fine-tune on a data set; leaves summary.json, metrics.jsonl, adapter/, checkpoint/ and report.html in --out."""
-    given = (read_yaml(config) if config else {}) | canonical(given, *RECIPE)
-    for name, what in (("data", "a data folder"), ("out", "a folder for the run")):
-        if not given.get(name) and not (name == "data" and given.get("stages")):
-            raise ValueError(f"--{name} is missing: give {what}")
-    if not given.get("stages"):
-        split(given, *RECIPE)  # wrong options are told before torch is loaded
-    from fastpeft.ranks import one_voice
-    from fastpeft.runs.stages import train_recipe
-
-    try:
-        with one_voice() as ranks:
-            summary = train_recipe(given)
-    except KeyboardInterrupt as error:  # typer would drop what it says
-        _say(str(error) or "interrupted")
-        raise typer.Exit(getattr(error, "exit_status", 130)) from None
-    if not ranks.first:
-        return
-    lines = [f"{summary['plan']}: loss {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} in {summary['steps']} steps"]
-    lines.append(f"{summary['steady_samples_per_second']:.2f} samples/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
-    lines += accuracy_lines(summary["eval"]) + [f"note: {note}" for note in summary.get("notes", ())]
-    emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
-
-
+app.command(context_settings=other_names(*RECIPE), epilog=example(*TRAIN))(train)
 app.command(
     "eval", context_settings=other_names(*EVAL), epilog=example("fastpeft eval --adapter my-run --data my-data --out predictions.json")
 )(evaluate)
@@ -124,67 +91,9 @@ app.command(context_settings=other_names(GenerationOptions), epilog=example(ASK)
 ESTIMATE = (
     "fastpeft estimate --model miss --plan LoRA/LoRA/LoRA --batch-size 20 --gpu-memory 24GB",
     "fastpeft estimate --model llava-med --data my-data --world 8 --shard base",
+    "fastpeft estimate --adapters recipes/adapters/ranks.yaml --gpu-memory 24GB",
 )
-
-
-@app.command(epilog=example(*ESTIMATE))
-@with_options(DataOptions, TextOptions, without=("data", "eval_split_file"))
-def estimate(
-    model: Model = "miss",
-    plan: PlanOption = None,
-    rank: Rank = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 20,
-    dtype: Annotated[str, typer.Option(help="Dtype of the base: fp32, bf16 or fp16.")] = "fp32",
-    quantize: Quantize = None,
-    image_encoder: ImageEncoder = None,
-    data: Annotated[str | None, typer.Option(help="Folder of a data set, whose lengths and images the batches have.")] = None,
-    vocab: Annotated[str | None, typer.Option(help="With --data: tokenizer (default: the model's, or learnt from the data).")] = None,
-    steps: Annotated[int | None, typer.Option(help="With --data: steps whose time is told (default: one epoch's).")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a question (default 20) or a causal sample (default 512).")] = None,
-    answer_len: Annotated[int | None, typer.Option(help="Tokens of an answer (default 6, or a quarter of the sample).")] = None,
-    questions_per_image: Annotated[int, typer.Option(help="A batch's questions about one image.")] = 1,
-    gradient_accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = 1,
-    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="Compute a frozen image encoder in every step.")] = False,
-    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="Leave out a language model's lowest, frozen layers.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="The same model and plan without fastpeft, attention eager.")] = False,
-    gpu_memory: Annotated[str | None, typer.Option(help="A GPU's memory, such as 24GB: does the step fit, and what batch does?")] = None,
-    world: Annotated[int, typer.Option(help="Ranks, a device each, of this batch size each.")] = 1,
-    nodes: Annotated[int, typer.Option(help="Machines that the ranks are on.")] = 1,
-    shard: Annotated[str | None, typer.Option(help="What is in pieces over the ranks: base, the frozen weights.")] = None,
-    link: Annotated[str | None, typer.Option(help="Bytes a second between a machine's devices, such as 300GB.")] = None,
-    network: Annotated[str | None, typer.Option(help="Bytes a second of a machine's network, such as 25GB.")] = None,
-    latency: Annotated[float, typer.Option(help="Microseconds to start a message.")] = 10.0,
-    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a device sustains in such a step.")] = None,
-    as_json: Json = False,
-    **reading,
-) -> None:
-    """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here; on
-    several devices (--world) also what travels."""
-    from fastpeft.cost.several_devices import Links
-    from fastpeft.models import resolve
-    from fastpeft.plan import plan_for
-    from fastpeft.runs.estimate import estimate_command
-
-    source = resolve(model, image_encoder)
-    step = {"batch_size": batch_size, "dtype": dtype, "gradient_accumulation": gradient_accumulation, "quantize": quantize}
-    step |= {"seq_len": seq_len, "answer_len": answer_len, "questions_per_image": questions_per_image}
-    step |= {"feature_cache": not no_feature_cache, "cache_layers": cache_layers, "optimized": not plain, "gpu_memory": gpu_memory}
-    step |= {"world": world, "nodes": nodes, "shard": shard, "flops_per_second": None if tflops is None else tflops * 1e12}
-    if link is not None:
-        step["links"] = Links(bytes_of(link), None if network is None else bytes_of(network), latency * 1e-6)
-    chosen = plan_for(source.family.parts, plan or source.family.plan, r=rank)
-    found, run = estimate_command(source, chosen, step, data=data, vocab=vocab, steps=steps, reading=reading)
-    rows = [("weights", found.weight_bytes), ("gradients", found.gradient_bytes), ("optimiser", found.optimizer_bytes)]
-    rows += [("kept for backward", found.saved_bytes), ("this process", found.process_bytes), ("peak", found.peak_bytes)]
-    lines = [f"{model}  {found.plan}  batch {batch_size}  {dtype}: {found.flops_per_sample / 1e9:,.2f} GFLOP per sample"]
-    lines += [f"{name:>18} {size / 1e9:>10.3f} GB" for name, size in rows if size]
-    if found.fits is not None:
-        lines.append(f"{'fits' if found.fits else 'does not fit'} in {gpu_memory}; the largest batch that does: {found.largest_batch_size}")
-    lines += ranks_lines(found.ranks)
-    lines += [f"  {line}" for line in found.advice] + [f"note: {note}" for note in [*found.notes, *run.pop("notes", [])]]
-    emit(found.to_dict() | run, as_json, lines)
-
-
+app.command(epilog=example(*ESTIMATE))(estimate)
 app.command(context_settings=other_names(*READING), epilog=example("fastpeft instruct SLAKE my-instructions --style released"))(instruct)
 CONVERT = (
     "fastpeft convert model_base_vqa_capfilt_large.pth my-blip",
@@ -284,7 +193,7 @@ def main() -> None:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module="fastpeft")
-            warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
+            warnings.showwarning = lambda message, *where: say(f"warning: {message}")
         sys.exit(_run())
 
 
@@ -326,12 +235,8 @@ def _complain(error) -> int:
     text = str(error)
     if "Original Traceback" in text:  # of a process that loads data: its last line is the error
         text = text.strip().splitlines()[-1].partition(": ")[2] or text
-    _say(text)
+    say(text)
     return 2
-
-
-def _say(text) -> None:
-    print(printable(f"fastpeft: {' '.join(str(text).split())}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -45,6 +46,11 @@ def printable(text: str) -> str:
 def example(*commands: str) -> str:
     """The end of a command's help."""
     return "\n\n".join(f"Example: {command}" for command in commands)
+
+
+def say(text: Any) -> None:
+    """One line on stderr, in the program's name."""
+    print(printable(f"fastpeft: {' '.join(str(text).split())}"), file=sys.stderr)
 
 
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:

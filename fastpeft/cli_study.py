@@ -17,7 +17,7 @@ def study(
     data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable.")] = None,
     scale: Annotated[str, typer.Option(help="Scale: full, or tiny, the file's tiny block, in minutes on a CPU.")] = "full",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every stage, not the file's: 2 show that all rows run.")] = None,
-    side_by_side: Annotated[int, typer.Option(min=1, help="Rows that run at once; their memory adds up, and seconds are of each.")] = 1,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Rows that run at once, those of one base over one base in memory.")] = 1,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ... (default: CUDA where there is one).")] = None,
     as_json: Json = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch import nn
@@ -39,9 +40,9 @@ def forget_layers(model: nn.Module) -> None:
         cache.stack.__dict__.pop(LAYER_CACHE, None)
 
 
-def keep_layers(model: nn.Module, limit: int, folder: Path | None) -> list[str]:
+def keep_layers(model: nn.Module, limit: int, folder: Path | None, shelf: dict[str, Any] | None = None) -> list[str]:
     """Put caches on the stacks of ``model``, which has none, whose lower layers are constant; notes for the report. ``limit``: bytes, of
-    all together."""
+    all together; ``shelf``: where models on one base keep states for each other."""
     points, notes = [], []
     for name, stack, count, reason in constant_layers(model):
         told = f"hidden states of {name or type(stack).__name__}"
@@ -57,7 +58,7 @@ def keep_layers(model: nn.Module, limit: int, folder: Path | None) -> list[str]:
             f"met before computes {less}, and returns no past_key_values"
         )
     for stack, count in points:
-        stack.__dict__[LAYER_CACHE] = LayerCache(stack, count, limit // len(points), folder)
+        stack.__dict__[LAYER_CACHE] = LayerCache(stack, count, limit // len(points), folder, shelf)
     return notes or ["hidden states are not kept: there is no stack of decoder layers here that fastpeft runs"]
 
 

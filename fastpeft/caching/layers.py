@@ -35,7 +35,7 @@ from fastpeft.caching.frozen import configuration_of, source_of, state_of, tenso
 from fastpeft.caching.layer_calls import TIMED, LayerCall
 from fastpeft.caching.memory import Kept
 from fastpeft.caching.spans import Cut
-from fastpeft.caching.store import FeatureStore
+from fastpeft.caching.store import FeatureStore, digest_of
 from fastpeft.fused.any_stack import asked_for
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.lower import LAYER_CACHE
@@ -64,10 +64,11 @@ def before_layers(stack: nn.Module) -> list[str]:
 
 class LayerCache:
     """Keeps the output of layer ``count`` - 1 of ``stack``. ``computed``, ``reused`` and ``loaded`` (from files) count tokens' sequences;
-    ``passed``: calls that the model's own layers served, by reason; ``off``: why none is served any more."""
+    ``passed``: calls that the model's own layers served, by reason; ``off``: why none is served any more.
+    ``shelf``: where stacks with the same constants keep states for each other."""
 
-    def __init__(self, stack: nn.Module, count: int, limit_bytes: int, folder: Path | None):
-        self.stack, self.count, self.limit_bytes, self.folder = stack, count, limit_bytes, folder
+    def __init__(self, stack: nn.Module, count: int, limit_bytes: int, folder: Path | None, shelf: dict[str, Any] | None = None):
+        self.stack, self.count, self.limit_bytes, self.folder, self.shelf = stack, count, limit_bytes, folder, shelf
         self.layers = list(map(str, range(count)))
         self.computed = self.reused = 0
         self.passed: Counter[str] = Counter()
@@ -139,6 +140,9 @@ class LayerCache:
             self._loaded_before += self.kept.loaded
             self.kept.flush()
             self.kept = Kept(self.limit_bytes, store)
+            if self.shelf is not None:
+                known = self.shelf.setdefault(digest_of(self._identity()), (self.kept, self.shapes, self.longest))
+                self.kept, self.shapes, self.longest = known
             for name in () if store is None else store.keys():
                 key, _, rest = name.partition("~")
                 if rest:

@@ -44,8 +44,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Estimate:
     """One training step of ``batch_size`` samples. flops_per_sample: forward and backward, two per multiply-add. saved_bytes: kept from
     forward to backward. peak_bytes: the most that tensors hold at once, optimiser included, and on a CPU the process around them
-    (process_bytes). ranks: of several devices (:class:`SeveralDevices`). fits, largest_batch_size: into a GPU's memory,
-    less RESERVE. advice: what would make it smaller, with its peak."""
+    (process_bytes). trained_bytes: of weight_bytes, those that the plan trains. ranks: of several devices
+    (:class:`SeveralDevices`). fits, largest_batch_size: into a GPU's memory, less RESERVE. advice: what would make it smaller, with its
+    peak."""
 
     model: str
     plan: str
@@ -59,6 +60,7 @@ class Estimate:
     peak_bytes: int
     process_bytes: int
     flops_by_part: dict[str, int] = field(default_factory=dict)
+    trained_bytes: int = 0
     fits: bool | None = None
     largest_batch_size: int | None = None
     advice: list[str] = field(default_factory=list)
@@ -273,7 +275,7 @@ def _estimate_step(
         notes += left_out or ["cache_layers changes nothing: a language model's lowest layers are trained, or there is no language model"]
     return Estimate(
         name, str(network.fastpeft_plan), step.batch_size, step.dtype, cost.flops / step.batch_size, weights, gradients, optimizer,
-        cost.saved_bytes, peak + process, process, cost.flops_by_part, notes=notes,
+        cost.saved_bytes, peak + process, process, cost.flops_by_part, sum(p.nbytes for p in trained), notes=notes,
     )  # fmt: skip
 
 

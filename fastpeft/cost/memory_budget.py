@@ -144,12 +144,13 @@ class MemoryBudget:
 
     def __init__(self, model: nn.Module, limit: int | str, together: Ranks = ALONE):
         self.model, self.limit, self.together = model, bytes_of(limit) if isinstance(limit, str) else limit, together
+        self.others = 0  # bytes that other runs on the same base hold beside it
         self.chosen, self.sizes, self.room = Recomputation(), {}, 0  # room: the estimate beyond fixed, of batches of these sizes
 
     @functools.cached_property
     def fixed(self) -> int:
-        """Of :func:`fixed_bytes`, at the first step."""
-        return fixed_bytes(self.model)
+        """Of :func:`fixed_bytes`, at the first step, and what other runs hold."""
+        return fixed_bytes(self.model) + self.others
 
     def fit(self, inputs: dict[str, Tensor]) -> None:
         """Make room for a step on ``inputs``, the model's keyword arguments. ValueError where there is no room."""

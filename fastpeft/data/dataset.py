@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -42,6 +43,13 @@ class SampleDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draws random choices for another epoch from now on."""
         self._epoch.fill_(epoch)
+
+    def seeded(self, seed: int, tokenizer=None) -> SampleDataset:
+        """The same samples, whose choices are drawn by another seed: what is encoded and decoded of them is shared. ``tokenizer``: a copy
+        of this one, to use instead."""
+        other = copy.copy(self)
+        other.seed, other.tokenizer, other._epoch = seed, tokenizer or self.tokenizer, torch.zeros((), dtype=torch.int64).share_memory_()
+        return other
 
     @property
     def notes(self) -> list[str]:

@@ -36,6 +36,12 @@ def model_inputs(model: nn.Module, dataset) -> tuple[str, ...]:
     return tuple(name for name in dataset.inputs if name in taken)
 
 
+def takes_shared_prefixes(model: nn.Module, inputs: tuple[str, ...]) -> bool:
+    """Whether ``model``, which takes these ``inputs`` of a batch, computes what samples of a batch begin with once: where its language
+    model is a fused one."""
+    return all("prefix_lengths" in names for names in (inputs, getattr(model, "host_inputs", ())))
+
+
 @torch.no_grad()
 def respond(
     model: nn.Module,

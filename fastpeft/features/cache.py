@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ class FeatureCache:
     content and :func:`identity_of`, by later runs and by other processes; ``ranks`` on one machine share a folder of the run's own
     where none is given. Outputs are those of evaluation mode and equal those of an uncached step up to the rounding of another
     batch size; ``dtype``: kept so (None: the model's), which rounds where it is narrower.
-    ``computed``, ``reused`` and ``loaded`` count items. ValueError where the model has no frozen stage.
+    ``computed``, ``reused`` and ``loaded`` count items, of several readers each one's own. ValueError where the model has no frozen stage.
     """
 
     def __init__(
@@ -73,15 +74,35 @@ class FeatureCache:
         self.folder = None if folder is None else Path(folder)
         self.store: FeatureStore | None = None
         self.kept: dict[Hashable, Tensor] = {}
-        self.bytes = self.computed = self.reused = self.loaded = 0
+        self.bytes = 0
+        self.readers, self.reader = 1, ""  # runs on one base that take from it in turn, and whose turn it is
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)  # by reader
+        self.recent: tuple[list[Hashable], list[Tensor]] = ([], [])  # what was read last, where the next reader may have the same batch
         self.notes: list[str] = []
         asked = model.fastpeft_plan.treatments.get("jtm", ())
         if found is ImageFeatures and asked and all(isinstance(method, Frozen) for method in asked):
             self.notes.append(f"question states are not kept: {QuestionStates.why_not(model, dataset)}")
 
+    @property
+    def computed(self) -> int:
+        return self._counts[self.reader]["computed"]
+
+    @property
+    def reused(self) -> int:
+        return self._counts[self.reader]["reused"]
+
+    @property
+    def loaded(self) -> int:
+        return self._counts[self.reader]["loaded"]
+
+    def _count(self, **items: int) -> None:
+        self._counts[self.reader].update(items)
+
     def prepare(self, progress: bool = True) -> None:
         """Compute the outputs of all samples' distinct items now, saying how large they will be. ValueError names an unreadable image.
         The ranks on a machine compute a part each, and read the others' from a folder."""
+        if self.readers > 1 and all(item in self.kept for item in self.stages.items()):
+            return  # another reader has
         with self._shared_on_machine() as lent:
             self._prepare(progress, lent)
             self.flush()
@@ -168,6 +189,9 @@ class FeatureCache:
     @torch.no_grad()
     def read(self, items: Sequence[Hashable]) -> list[Tensor]:
         """Each item's output as it is kept, on the CPU: do not write to it."""
+        if self.readers > 1 and list(items) == self.recent[0]:
+            self._count(reused=len(items))
+            return self.recent[1]
         found = {item: self.kept[item] for item in items if item in self.kept}
         missing = [item for item in dict.fromkeys(items) if item not in found]
         if missing and self.folder is not None:
@@ -175,7 +199,7 @@ class FeatureCache:
         if self.store is not None:
             stored = {item: self.store.get(self.stages.key(item)) for item in missing}
             loaded = {item: tensor for item, tensor in stored.items() if tensor is not None}
-            self.loaded += len(loaded)
+            self._count(loaded=len(loaded))
             found |= loaded
             missing = [item for item in missing if item not in loaded]
             self._keep(loaded)
@@ -185,9 +209,10 @@ class FeatureCache:
             absent = {item: tensor for item, tensor in found.items() if self.stages.key(item) not in self.store}
             self._write(lambda: self.store.put({self.stages.key(item): tensor.clone() for item, tensor in absent.items()}))
         self._keep(fresh)
-        self.computed += len(missing)
-        self.reused += len(items) - len(missing)
-        return [found[item] for item in items]
+        self._count(computed=len(missing), reused=len(items) - len(missing))
+        outputs = [found[item] for item in items]
+        self.recent = (list(items), outputs) if self.readers > 1 else ([], [])
+        return outputs
 
     def _encode(self, items: Sequence[Hashable]) -> dict[Hashable, Tensor]:
         """Each of its own memory: a view would hold its whole chunk."""
@@ -241,7 +266,8 @@ class FeatureCache:
         kept = f"{len(self.kept)} {self.stages.unit}s, {self.bytes / 1e6:.0f} MB in memory"
         kept += f", all in {self.folder}" if self.store is not None else ""
         counts = f"encoded {self.computed} times, reused {self.reused} times" + (f", {self.loaded} from disk" if self.loaded else "")
-        return "; ".join([f"{self.stages.what} kept ({kept}): {counts}; not in flops_per_sample", *self.notes])
+        shared = [f"shared by {self.readers} runs on one base"] if self.readers > 1 else []
+        return "; ".join([f"{self.stages.what} kept ({kept}): {counts}; not in flops_per_sample", *shared, *self.notes])
 
 
 def sees_constants(model: nn.Module, dataset, config) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,17 +13,20 @@ import torch
 from torch import nn
 
 from fastpeft.adapters import describe, fingerprint, load_adapter
+from fastpeft.data import SampleList
 from fastpeft.data.images import allow_pixels
 from fastpeft.evaluate import Scoring
 from fastpeft.files import write_json
 from fastpeft.models import ModelSource, resolve
 from fastpeft.models.family import Kind
 from fastpeft.models.quantize import check_quantize
+from fastpeft.models.shared_base import own_what_is_trained
 from fastpeft.plan import adapt, plan_for
 from fastpeft.runs import causal, vqa
 from fastpeft.runs.estimate import about_run, expectations
 from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
 from fastpeft.runs.splits import data_notes, load_splits, load_validation
+from fastpeft.train.caches import Caches
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.trainer import Trainer
 from fastpeft.train.validation import ValidationData
@@ -51,6 +56,114 @@ def go_on_from(network: nn.Module, adapter: str | Path, about: dict[str, Any]) -
     return {"adapter": str(adapter), "plan": about["plan"], "tensors": f"{crc:08x}"} | earlier
 
 
+@dataclass
+class Splits:
+    """Samples to train on, to score, to validate on, and of those what ``hold_out`` held out."""
+
+    samples: SampleList
+    held: SampleList | None
+    validating: SampleList | None
+    held_out: SampleList | None
+
+
+class Loaded:
+    """A base and its data, loaded once: what runs have in common that differ in their adapters alone. Options are those of
+    :func:`train_run`; of ``config`` only the seed, which draws random weights, and the dtype count here."""
+
+    def __init__(
+        self,
+        model: str | ModelSource,
+        data: DataOptions,
+        config: TrainConfig,
+        *,
+        text: TextOptions | None = None,
+        vocab: str | None = None,
+        pretrained: bool = True,
+        evaluate: bool = True,
+        quantize: str | None = None,
+        init_adapter: str | None = None,
+        image_encoder: str | None = None,
+    ):
+        allow_pixels(data.max_pixels)
+        self.source, self.data, self.text, self.evaluate = resolve(model, image_encoder), data, text or TextOptions(), evaluate
+        before = None if init_adapter is None else described(init_adapter)
+        self.run, options = RUNS[self.source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
+        if quantize is not None:
+            check_quantize(quantize, DTYPES[config.dtype], self.source)
+            options["base"] = {"quantize": quantize, "dtype": DTYPES[config.dtype]}
+        if before is not None:  # the vocabulary and the random base that it was trained with
+            options |= {"vocab": vocab or str(Path(init_adapter) / before["tokenizer"]), "seed": before["base"].get("seed", config.seed)}
+        self._splits: dict[bool, Splits] = {}
+        self._datasets: dict[tuple[int, bool], Any] = {}
+        samples = self.splits(bool(config.eval_every)).samples
+        self.network, self.tokenizer, self.preprocess = self.run.model_for(self.source, samples, **options)
+
+    def splits(self, validates: bool) -> Splits:
+        """``validates``: with samples to validate on."""
+        if validates not in self._splits:
+            reading = {"read": self.run.read, "text": self.text}
+            samples, held = load_splits(self.data, self.evaluate, **reading)
+            held_out, validating = held if self.data.hold_out else None, None
+            if validates:
+                validating, held = load_validation(self.data, held, **reading)
+            self._splits[validates] = Splits(samples, held, validating, held_out)
+        return self._splits[validates]
+
+    def dataset(self, samples: SampleList, tokenizer, seed: int = 0, *, prompts_only: bool = False) -> Any:
+        """Samples as the base reads them; text is encoded once, and images are decoded once, whatever the seed. ``tokenizer``: the base's,
+        or a copy."""
+        key = (id(samples), prompts_only)
+        if key not in self._datasets:
+            reading = {"tokenizer": self.tokenizer, "preprocess": self.preprocess, "text": self.text, "skip_bad": self.data.skip_bad}
+            asks = {"prompts_only": True} if prompts_only else {"seed": seed}
+            self._datasets[key] = self.run.dataset(self.network, samples, **reading, **asks)
+        return self._datasets[key].seeded(seed, tokenizer)
+
+    def adapted(
+        self, network: nn.Module, plan: str | dict | None, config: TrainConfig, init_adapter: str | None = None, **lora
+    ) -> dict[str, Any] | None:
+        """Adapt ``network``, the base or a model on it, in place; returns the lineage of ``init_adapter``, None without."""
+        torch.manual_seed(config.seed)  # new adapters are drawn at random
+        family = self.source.family
+        adapt(network, plan_for(family.parts, plan or family.plan, **lora))
+        if network is not self.network:
+            own_what_is_trained(network)
+        return None if init_adapter is None else go_on_from(network, init_adapter, described(init_adapter))
+
+    def trainer(
+        self,
+        network: nn.Module,
+        config: TrainConfig,
+        *,
+        metrics: MetricOptions | None = None,
+        started_from: dict[str, Any] | None = None,
+        command: str | None = None,
+        caches: Caches | None = None,
+    ) -> Trainer:
+        """A run of an adapted network. A run on a model of its own has a tokenizer of its own: using one changes what it saves."""
+        splits = self.splits(bool(config.eval_every))
+        tokenizer = self.tokenizer if network is self.network else copy.deepcopy(self.tokenizer)
+        dataset = self.dataset(splits.samples, tokenizer, config.seed)
+        eval_dataset = self.dataset(splits.held, tokenizer, prompts_only=True) if self.evaluate and splits.held is not None else None
+        scoring = Scoring(splits.samples, (metrics or MetricOptions()).chosen())
+        validation = None
+        if splits.validating is not None:
+            asked = self.dataset(splits.validating, tokenizer, prompts_only=True) if config.eval_scores else None
+            validation = ValidationData(self.dataset(splits.validating, tokenizer, config.seed), asked)
+        more = {"eval_dataset": eval_dataset, "scoring": scoring, "started_from": started_from, "validation": validation}
+        trainer = Trainer(network, dataset, config, caches=caches, **more)
+        said = expectations(self.source, self.data, splits.held, eval_dataset, self.evaluate)
+        trainer.notes += data_notes(splits.samples) + dataset.notes + said
+        trainer.about = about_run(trainer, self.data, command)
+        return trainer
+
+    def write_held_out(self, config: TrainConfig) -> None:
+        """What was held out, as a split file in the run's folder."""
+        held_out = self.splits(bool(config.eval_every)).held_out
+        if held_out is not None and config.out is not None:
+            write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held_out])
+
+
 def train_run(
     model: str | ModelSource,
     plan: str | dict | None,
@@ -74,35 +187,11 @@ def train_run(
     with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`.
     plan None: of the model's paper. ``command``: a command line that does the same, for the summary. With progress shown, the step is
     estimated first, and the summary has the estimate beside what was measured."""
-    allow_pixels(data.max_pixels)
-    source, text = resolve(model, image_encoder), text or TextOptions()
-    before = None if init_adapter is None else described(init_adapter)
-    run, model_options = RUNS[source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
-    if quantize is not None:
-        check_quantize(quantize, DTYPES[config.dtype], source)
-        model_options["base"] = {"quantize": quantize, "dtype": DTYPES[config.dtype]}
-    if before is not None:  # the vocabulary and the random base that it was trained with
-        model_options |= {"vocab": vocab or str(Path(init_adapter) / before["tokenizer"]), "seed": before["base"].get("seed", config.seed)}
-    samples, held = load_splits(data, evaluate, read=run.read, text=text)
-    held_out, validating = held if data.hold_out else None, None
-    if config.eval_every:
-        validating, held = load_validation(data, held, read=run.read, text=text)
-    network, tokenizer, preprocess = run.model_for(source, samples, **model_options)
-    torch.manual_seed(config.seed)  # new adapters are drawn at random
-    adapt(network, plan_for(source.family.parts, plan or source.family.plan, **lora))
-    started_from = None if before is None else go_on_from(network, init_adapter, before)
-    reading = {"tokenizer": tokenizer, "preprocess": preprocess, "text": text, "skip_bad": data.skip_bad}
-    dataset = run.dataset(network, samples, seed=config.seed, **reading)
-    eval_dataset = run.dataset(network, held, prompts_only=True, **reading) if evaluate and held is not None else None
-    scoring = Scoring(samples, (metrics or MetricOptions()).chosen())
-    more = {"started_from": started_from, "validation": None}
-    if validating is not None:
-        asked = run.dataset(network, validating, prompts_only=True, **reading) if config.eval_scores else None
-        more["validation"] = ValidationData(run.dataset(network, validating, seed=config.seed, **reading), asked)
-    trainer = Trainer(network, dataset, config, eval_dataset=eval_dataset, scoring=scoring, **more)
-    trainer.notes += data_notes(samples) + dataset.notes + expectations(source, data, held, eval_dataset, evaluate)
-    trainer.about = about_run(trainer, data, command)
+    base = {"vocab": vocab, "pretrained": pretrained, "quantize": quantize, "image_encoder": image_encoder}
+    loaded = Loaded(model, data, config, text=text, evaluate=evaluate, init_adapter=init_adapter, **base)
+    started_from = loaded.adapted(loaded.network, plan, config, init_adapter, **lora)
+    trainer = loaded.trainer(loaded.network, config, metrics=metrics, started_from=started_from, command=command)
     summary = trainer.fit()
-    if held_out is not None and trainer.out is not None:
-        write_json(Path(config.out) / "held_out.json", [sample.qid for sample in held_out])  # a split file
+    if trainer.out is not None:
+        loaded.write_held_out(config)
     return summary

@@ -49,7 +49,7 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
     options of every stage (device, steps). ValueError: two rows of one name, a row to start from that is not there, a data set without a
     folder."""
     reading, made = _readings(study, out, folders)
-    named = [(row, _names(study, row)) for row in study.rows]
+    named = [(row, names_of(study, row)) for row in study.rows]
     every = [name for _, names in named for name in names.values()]
     if twice := [name for name in every if every.count(name) > 1]:
         raise ValueError(f"{study.path}: two rows are called {twice[0]!r}: give them names")
@@ -64,7 +64,7 @@ def jobs_of(study: StudyFile, out: Path, folders: dict[str, str], **shared: Any)
                     row=name,
                     data=data,
                     seed=seed,
-                    folder=str(out / "rows" / _slug(name) / f"seed-{seed}"),
+                    folder=str(out / "rows" / slug(name) / f"seed-{seed}"),
                     stages=stages,
                     starts_from=source,
                     score_on={form: reading[form] for form in study.score_on},
@@ -102,7 +102,7 @@ def _readings(study: StudyFile, out: Path, folders: dict[str, str]) -> tuple[dic
     return reading, made
 
 
-def _names(study: StudyFile, row: Row) -> dict[str, str]:
+def names_of(study: StudyFile, row: Row) -> dict[str, str]:
     """The row's name for each data set that it runs on."""
     options = study.options | row.options | row.stages[-1][1]
     given = row.name or _plan_text(options.get("plan"))
@@ -171,8 +171,8 @@ def _ordered(jobs: list[Job], study: StudyFile) -> list[Job]:
 def folder_of(job: Job, other: str) -> Path:
     """The folder of another job of the same study, by its name."""
     row, _, seed = other.rpartition(", seed ")
-    return Path(job.folder).parents[1] / _slug(row) / f"seed-{seed}"
+    return Path(job.folder).parents[1] / slug(row) / f"seed-{seed}"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", name).strip("-.") or "row"

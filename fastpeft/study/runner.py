@@ -1,4 +1,5 @@
-"""Study runner: what is not finished runs, a process for each job; what is finished is read; then table and figures.
+"""Study runner: what is not finished runs, a process for each job, or for those that train side by side over one base; what is finished is
+read; then table and figures.
 
 Each job's folder holds its stages' runs and, once it is finished, result.json. So a study that was killed goes on where it stood: a
 finished job is read, an unfinished stage resumes from its checkpoint. Every job takes frozen features from one folder by content, so
@@ -22,7 +23,7 @@ from fastpeft.runs.options import RECIPE
 from fastpeft.study.file import StudyFile, read_study
 from fastpeft.study.jobs import Job, jobs_of
 from fastpeft.study.made_data import make
-from fastpeft.study.work import FAILED, RESULT, work
+from fastpeft.study.work import FAILED, RESULT, base_of, log_of, work
 
 Say = Callable[[str], None]
 
@@ -41,10 +42,11 @@ def run_study(
     """Run a study file, or go on with it, in ``out``; returns its results: title, rows, totals, failed (error by job), files.
 
     data: folders by the file's names of data sets. scale: "full" or "tiny". steps: of every stage, instead of the file's. side_by_side:
-    rows that run at once; their memory adds up. A job that fails, and those that start from it, are named in the table, and the others run;
-    another call tries them again. ValueError names what is wrong, before anything runs: in the file, a data set without a folder, a job
-    that ``out`` holds with other options. A signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) lets the steps end, and is raised as
-    :class:`fastpeft.train.interrupts.Interrupted`."""
+    jobs that run at once: those of one base and the same data in one process, a step of each in turn
+    (:func:`fastpeft.runs.adapters.train_adapters`), others in processes of their own, whose memory adds up. A job that fails, and those
+    that start from it, are named in the table, and the others run; another call tries them again. ValueError names what is wrong, before
+    anything runs: in the file, a data set without a folder, a job that ``out`` holds with other options. A signal (Ctrl-C, SIGTERM, SIGHUP,
+    SIGUSR1) lets the steps end, and is raised as :class:`fastpeft.train.interrupts.Interrupted`."""
     from fastpeft.study.page import write_results
     from fastpeft.train.interrupts import StopBetweenSteps
 
@@ -95,9 +97,10 @@ def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dic
     try:
         while waiting or running:
             for job in list(waiting):
-                if len(running) >= side_by_side:
+                busy = [other for entry in running.values() for other in entry[0]]
+                if len(busy) >= side_by_side:
                     break
-                if job.starts_from in {other.name for other in (*waiting, *(entry[0] for entry in running.values()))}:
+                if job not in waiting or job.starts_from in {other.name for other in (*waiting, *busy)}:
                     continue  # its source comes first
                 waiting.remove(job)
                 if read_result(job) is not None:
@@ -106,24 +109,33 @@ def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dic
                     failed[job.name] = f"it starts from {job.starts_from}, which failed"
                     say(f"{numbers[job.name]} {job.name}: left out, {failed[job.name]}")
                 else:
-                    process = _start(context, job, out / "features")
-                    running[process.sentinel] = (job, process, time.perf_counter())
+                    group = [job, *_alike(job, waiting, side_by_side - len(busy) - 1)]
+                    waiting = [other for other in waiting if other not in group]
+                    process = _start(context, group, out / "features")
+                    running[process.sentinel] = (group, process, time.perf_counter())
             for sentinel in wait(list(running)) if running else ():
-                job, process, began = running.pop(sentinel)
-                error = _error_of(job, process)
-                if error:
-                    failed[job.name] = error
-                told = f"failed: {error}" if error else _told(read_result(job))
-                say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
+                group, process, began = running.pop(sentinel)
+                for job in group:
+                    if error := _error_of(job, group, process):
+                        failed[job.name] = error
+                    told = f"failed: {error}" if error else _told(read_result(job))
+                    say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
     except KeyboardInterrupt as error:
         for _, process, _ in running.values():
             process.terminate()  # it saves a checkpoint between steps
         for _, process, _ in running.values():
             process.join()
-        names = ", ".join(job.name for job, *_ in running.values()) or "between rows"
+        names = ", ".join(job.name for group, *_ in running.values() for job in group) or "between rows"
         number = getattr(error, "number", signal.SIGINT)
         raise Interrupted(f"stopped in {names}; the same command goes on from there", number) from None
     return failed
+
+
+def _alike(job: Job, waiting: list[Job], most: int) -> list[Job]:
+    """So many of the waiting jobs that can train over one base with ``job``, in one run."""
+    if most < 1 or (base := base_of(job)) is None:
+        return []
+    return [other for other in waiting if read_result(other) is None and base_of(other) == base][:most]
 
 
 def job_context():
@@ -136,15 +148,16 @@ def job_context():
     return context
 
 
-def _start(context, job: Job, features: Path):
-    """The job in a process of its own."""
-    (Path(job.folder) / FAILED).unlink(missing_ok=True)
-    process = context.Process(target=work, args=(job, str(features)))
+def _start(context, group: list[Job], features: Path):
+    """The jobs in a process of their own."""
+    for job in group:
+        (Path(job.folder) / FAILED).unlink(missing_ok=True)
+    process = context.Process(target=work, args=(group, str(features)))
     process.start()
     return process
 
 
-def _error_of(job: Job, process) -> str | None:
+def _error_of(job: Job, group: list[Job], process) -> str | None:
     """The error of a job whose process has ended, or None."""
     process.join()
     if read_result(job) is not None:
@@ -153,7 +166,7 @@ def _error_of(job: Job, process) -> str | None:
     if failure.is_file():
         return parse_json(failure.read_text(encoding="utf-8"))["error"]
     ended = f"killed by signal {-process.exitcode} (out of memory?)" if process.exitcode < 0 else f"ended with code {process.exitcode}"
-    return f"its process was {ended}; see {Path(job.folder) / 'log.txt'}"
+    return f"its process was {ended}; see {log_of(group)}"
 
 
 def read_result(job: Job) -> dict[str, Any] | None:

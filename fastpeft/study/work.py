@@ -1,12 +1,16 @@
-"""One job of a study, in a process of its own: its stages trained in turn, its adapter scored, its result written."""
+"""Jobs of a study in a process: one job's stages trained in turn, or several jobs of one base in one run; adapters scored, results
+written."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from multiprocessing import parent_process
 from pathlib import Path
@@ -24,30 +28,50 @@ KEPT = ("loss_first", "loss_last", "peak_memory_bytes", "saved_bytes_per_step", 
 KEPT += ("batch_size", "parameters", "routing", "versions", "notes")
 
 
-def work(job: Job, features: str | None) -> None:
-    """What the job's process does. It ends with its parent, so that a killed study leaves nobody who writes in its folder."""
+def work(jobs: Sequence[Job], features: str | None) -> None:
+    """What a process does: one job, or several that train over one base. It ends with its parent, so that a killed study leaves nobody who
+    writes in its folders."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    folder = Path(job.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # waits: the process of a study that was killed a moment ago may still be ending
-    with locked(folder, wait=True), open(folder / "log.txt", "a", buffering=1) as log:
-        clear_drafts(folder)
+    with ExitStack() as held:
+        for job in jobs:
+            folder = Path(job.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            # waits: the process of a study that was killed a moment ago may still be ending
+            held.enter_context(locked(folder, wait=True))
+            clear_drafts(folder)
+        log = held.enter_context(open(log_of(jobs), "a", buffering=1))
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         sys.stdout = sys.stderr = log
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module="fastpeft")
         try:
-            result = run_job(job, features)
+            failed = train_side_by_side(jobs, features) if len(jobs) > 1 else {}
+            for job in jobs:
+                _finish(job, features, failed.get(job.name))
         except KeyboardInterrupt as error:
             print(f"interrupted: {error}")
             os._exit(130)
-        except Exception as error:
-            traceback.print_exc()
-            write_json(folder / FAILED, {"error": f"{' '.join(str(error).split())}" or type(error).__name__, "kind": type(error).__name__})
-            return
-        (folder / FAILED).unlink(missing_ok=True)
-        write_json(folder / RESULT, result)
+
+
+def log_of(jobs: Sequence[Job]) -> Path:
+    """Where the process of these jobs writes what it says."""
+    return Path(jobs[0].folder) / "log.txt"
+
+
+def _finish(job: Job, features: str | None, failure: str | None) -> None:
+    """Train what is left of a job, score it, and write its result; or why it failed (``failure``: while it trained beside others)."""
+    folder = Path(job.folder)
+    try:
+        if failure is None:
+            result = run_job(job, features)
+            (folder / FAILED).unlink(missing_ok=True)
+            write_json(folder / RESULT, result)
+    except Exception as error:
+        traceback.print_exc()
+        failure = " ".join(str(error).split()) or type(error).__name__
+    if failure is not None:
+        write_json(folder / FAILED, {"error": failure})
 
 
 def _end_with_parent() -> None:
@@ -86,16 +110,42 @@ def _train(job: Job, at: int, out: Path, start: Path | None, features: str | Non
     from fastpeft.runs.stages import going_on
     from fastpeft.runs.train import train_run
 
-    given = {"feature_cache_dir": features} | job.stages[at - 1] | {"out": str(out), "resume": True, "progress": False}
+    given = _options(job, at, out, features)
     if at > 1:
         given |= going_on(job.stages, at, lambda stage: Path(job.folder) / f"stage-{stage}" / "adapter")
     elif start is not None:
         given["init_adapter"] = str(start)
     given = {name: value for name, value in given.items() if value is not None}
-    if job.score_on or job.generation or at < len(job.stages):
-        given["no_eval"] = True
     run, data, text, metrics, training = split(given, *RECIPE)
     train_run(run.model, run.plan, data, training, text=text, metrics=metrics, **run.arguments(), **run.lora)
+
+
+def _options(job: Job, at: int, out: Path, features: str | None) -> dict[str, Any]:
+    """Of one stage."""
+    given = {"feature_cache_dir": features} | job.stages[at - 1] | {"out": str(out), "resume": True, "progress": False}
+    if job.score_on or job.generation or at < len(job.stages):
+        given["no_eval"] = True
+    return given
+
+
+def base_of(job: Job) -> str | None:
+    """The same of jobs that can train over one base in one run; None for a job that goes on from another, or has several stages."""
+    from fastpeft.runs.adapters import common
+
+    if job.starts_from is not None or len(job.stages) > 1:
+        return None
+    return json.dumps(common(_options(job, 1, Path(job.folder), None)), sort_keys=True, default=str)
+
+
+def train_side_by_side(jobs: Sequence[Job], features: str | None) -> dict[str, str]:
+    """Train jobs of one base in one run, those that are not trained yet; returns the error of each that failed."""
+    from fastpeft.runs.adapters import train_adapters
+
+    outs = {job.name: Path(job.folder) / "stage-1" for job in jobs}
+    left = [job for job in jobs if not (outs[job.name] / "summary.json").is_file()]
+    options = {job.name: _options(job, 1, outs[job.name], features) for job in left}
+    options = {name: {key: value for key, value in given.items() if value is not None} for name, given in options.items()}
+    return train_adapters(options, progress=False).failed if options else {}
 
 
 def source_adapter(job: Job) -> Path:

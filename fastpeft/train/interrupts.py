@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
 
 from fastpeft.ranks import ALONE, Ranks
+from fastpeft.train.state import random_state, set_random_state
+
+T = TypeVar("T")
 
 # Ctrl-C; kill, a container's or a queue's end; a closed terminal; Slurm's warning (sbatch --signal=USR1@60)
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -106,3 +109,21 @@ class StopBetweenSteps:
         if self._worker_died:
             self._worker_died = False
             self.before[signal.SIGCHLD](signal.SIGCHLD, None)
+
+
+def halt() -> Iterator[None]:
+    """Halts a run in turns once; its random numbers go on afterwards as if there had been no halt."""
+    numbers = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(numbers)
+
+
+def to_the_end(turns: Generator[None, None, T]) -> T:
+    """What a run in turns returns, taken through without a halt."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value

@@ -7,7 +7,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.caching.attach import forget_layers, keep_layers, place_of
-from fastpeft.caching.layers import layer_caches
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import reset_peak
 from fastpeft.data import EpochSampler, VQADataset
 from fastpeft.data.causal_batches import sharing_note
 from fastpeft.device import choose_device
 from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, write_answers
-from fastpeft.evaluate.responses import model_inputs
-from fastpeft.features.cache import cache_of, sees_constants
+from fastpeft.evaluate.responses import model_inputs, takes_shared_prefixes
+from fastpeft.features.cache import sees_constants
 from fastpeft.files import locked, write_json
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
 from fastpeft.report.report import write_report
 from fastpeft.savings import without
+from fastpeft.train.caches import Caches
 from fastpeft.train.callbacks import TRACKERS, Callback, Followers
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.faults import Faults
 from fastpeft.train.gradients import trained
 from fastpeft.train.graph import step_for
-from fastpeft.train.interrupts import Interrupted, StopBetweenSteps
+from fastpeft.train.interrupts import Interrupted, StopBetweenSteps, halt, to_the_end
 from fastpeft.train.loading import Loading
 from fastpeft.train.metrics import MetricsLog, step_tracer
 from fastpeft.train.optimizer import Optimizer, base_in
@@ -57,6 +56,7 @@ class Trainer:
     ``scoring`` (default: the data set's answers as candidates, every text metric that has what it needs). ``started_from``: the lineage
     of an adapter that the model holds already, kept in the description of the new one. ``validation``: what ``eval_every`` validates on;
     the run then ends with the best adapter. ``callbacks`` follow the run (:class:`fastpeft.train.callbacks.Callback`), as do ``track``'s.
+    ``caches``: those of several runs on one base (:class:`fastpeft.train.together.Together`).
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Trainer:
         started_from: dict[str, Any] | None = None,
         validation: ValidationData | None = None,
         callbacks: Iterable[Callback] = (),
+        caches: Caches | None = None,
     ):
         self.started_from = started_from
         self.scoring = scoring or Scoring(dataset.samples)
@@ -102,9 +103,9 @@ class Trainer:
         self.saver, self.faults = Saver(self), Faults(self)
         self.about: dict[str, Any] = {}  # more fields of the summary: what made the run
         self.budget = MemoryBudget(model, config.memory_budget, self.ranks if config.shard else ALONE) if config.memory_budget else None
-        self.features = cache_of(model, dataset, config, self.ranks)
-        if config.cache_layers is not None:
-            self.notes += keep_layers(model, *place_of(config.cache_layers, "cache_layers"))
+        self.caches = caches or Caches()
+        self.features = self.caches.features_of(self)
+        self.notes += self.caches.keep_layers_of(self)
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed, "ranks": self.ranks}
         known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
         self.step = step_for(config, *known, **parts)
@@ -147,11 +148,10 @@ class Trainer:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether samples of a batch share what they begin with: LLaVA-Med takes such where its language model is a fused one. Not beside
-        kept lower layers, which hold samples each by itself, nor in place of CUDA graphs where questions come one an image."""
-        config, takes = self.config, (self.inputs, getattr(self.model, "host_inputs", ()))
+        """Not beside kept lower layers, which hold samples alone, nor in place of CUDA graphs where questions come one an image."""
+        config = self.config
         graphs = config.cuda_graph and self.device.type == "cuda" and config.questions_per_image == 1
-        return config.share_prefix and config.cache_layers is None and not graphs and all("prefix_lengths" in names for names in takes)
+        return config.share_prefix and config.cache_layers is None and not graphs and takes_shared_prefixes(self.model, self.inputs)
 
     @functools.cached_property
     def collator(self) -> Callable[[list[dict]], dict]:
@@ -168,16 +168,22 @@ class Trainer:
         says how to go on. A run that ends by an error between two steps, or before a step's update, saves one too. Another process cannot
         run in ``out`` meanwhile. A finished run that is resumed changes no file, and returns the summary that is there.
         """
+        with StopBetweenSteps(self.ranks) as stop:
+            return to_the_end(self.turns(stop))
+
+    def turns(self, stop: StopBetweenSteps) -> Generator[None, None, dict[str, Any]]:
+        """What :meth:`fit` does, in turns: it halts before the first step and after each, and returns the summary. Random numbers are this
+        run's own, whoever draws some between its turns. What is thrown in where it halts ends it there, with a checkpoint."""
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), StopBetweenSteps(self.ranks) as stop, self.followers:
+        with locked(self.out), self.followers:
             if (finished := open_runs(self)) is not None:
                 return finished
             reset_peak(self.device)
             self.model.train()
             try:
-                self._train(stop)
+                yield from self._train(stop)
             except Interrupted as error:
                 raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
             except RankLost as error:
@@ -194,46 +200,48 @@ class Trainer:
                 said = "stopped when all steps were done" + (" and saved; --resume scores them" if self.out else "")
                 raise Interrupted(said, error.number) from None
 
-    def _train(self, stop: StopBetweenSteps) -> None:
-        """Steps from where the run stands to its last, and the last checkpoint."""
+    def _train(self, stop: StopBetweenSteps) -> Iterator[None]:
+        """Steps from where the run stands to its last, and the last checkpoint; halts between them."""
         config, done = self.config, self.done
         self.stop = stop
         if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
-            self.features.prepare(config.progress)  # every sample is visited: all at once, in full batches
+            self.features.prepare(config.progress or self.caches.progress)  # every sample is visited: all at once, in full batches
         if config.shard:
             take_apart(self)
         about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
         self.followers.start(about | {"model": self.model_name, "plan": str(self.model.fastpeft_plan)})
         log = MetricsLog(self.out, done, self.device, self.total_steps, progress=config.progress)
         with (
-            without(*config.savings_off),
             lean_logits(self.model),
             log,
             step_tracer(self.out if config.trace else None, self.total_steps - done["step"]) as tracer,
             stop.together(),
         ):
             self.step.start(done["batches"])
+            yield from halt()
             began = time.perf_counter()
             try:
                 for batches, whole in self._batches():
                     stop.hold_workers()
-                    with stop.later():
+                    with stop.later(), without(*config.savings_off):
                         self.rows.waiting.append(self._step(batches, whole))
                         saves = self.out and config.save_every and done["step"] % config.save_every == 0
-                        if not (saves or tracer or stop.asked or self.rows.due()):
-                            continue
-                        self.rows.log(log, began)
+                        read = saves or tracer or stop.asked or self.rows.due()
+                        if read:
+                            self.rows.log(log, began)
                         if tracer is not None:
                             tracer.step()
                         if saves and done["step"] < self.total_steps:
                             self.save()
-                    self.followers.check()
-                    began = time.perf_counter()
+                    if read:
+                        self.followers.check()
+                        yield from halt()
+                        began = time.perf_counter()
             except BaseException:
                 with contextlib.suppress(FloatingPointError, OSError):
                     self.rows.log(log, began, whole=False)
                 raise
-        self._leave_caches()
+        self.notes += self.caches.leave(self)
         if self.out:
             with stop.later():
                 self.save()
@@ -242,12 +250,6 @@ class Trainer:
             self.end_with_best()
             if self.out and self.done["validation"].get("best_step") is not None:
                 self.saver.save_adapter("adapter")
-
-    def _leave_caches(self) -> None:
-        if self.features is not None:
-            self.features.flush()
-        self.notes += [cache.note() for cache in layer_caches(self.model)]
-        forget_layers(self.model)
 
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
@@ -368,6 +370,7 @@ class Trainer:
         if self.eval_dataset is None:
             return None
         how = {"progress": self.config.progress, "scoring": self.scoring, "ranks": self._askers}
+        how |= {"features": None if self.config.shard else self.features}
         with rest_gathered(self.model):
             self.answers, scores = answer_and_score(self.model, self.eval_dataset, self.dataset.tokenizer, **how)
         return scores

@@ -21,7 +21,7 @@ from fastpeft.adapters import load_adapter
 from fastpeft.device import to_device
 from fastpeft.evaluate import Scoring, answer_and_score
 from fastpeft.evaluate.answers import images_left_alone
-from fastpeft.evaluate.responses import model_inputs
+from fastpeft.evaluate.responses import model_inputs, takes_shared_prefixes
 from fastpeft.features.cache import FeatureCache
 from fastpeft.ranks import ALONE, Ranks
 from fastpeft.train.config import TrainConfig
@@ -85,9 +85,14 @@ class Validation:
     @torch.no_grad()
     def loss(self) -> float:
         """The mean over all samples, each batch by its terms; dropout is off. Ranks share the batches."""
-        labelled, was_training = self.data.labelled, self.model.training
-        batches = [range(i, min(i + self.config.batch_size, len(labelled))) for i in range(0, len(labelled), self.config.batch_size)]
-        loader = DataLoader(labelled, batch_sampler=self.ranks.share(batches), collate_fn=labelled.collator(), generator=torch.Generator())
+        labelled, was_training, size = self.data.labelled, self.model.training, self.config.batch_size
+        order, collate = list(range(len(labelled))), labelled.collator()
+        if self.config.share_prefix and self.config.cache_layers is None and takes_shared_prefixes(self.model, self.inputs):
+            first: dict[Any, int] = {}
+            order.sort(key=lambda i: first.setdefault(labelled.samples[i].image, i))  # an image's samples next to each other
+            collate = labelled.collator(share=True)
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        loader = DataLoader(labelled, batch_sampler=self.ranks.share(batches), collate_fn=collate, generator=torch.Generator())
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         total, terms = 0.0, 0
         self.model.eval()

@@ -348,6 +348,31 @@ def test_rows_side_by_side_are_the_same(whole, tmp_path):
     assert {stage["steps"] for stage in stages} == {2} and len(stages) == 4
 
 
+def test_rows_of_one_base_train_in_one_run_side_by_side(tmp_path):
+    """One that fails is named, and the others have their results."""
+    text = """
+options: {model: miss-tiny, batch_size: 6, steps: 2}
+data: {a: {}}
+figures: []
+rows:
+  - {name: small, plan: F/LoRA/LoRA, rank: 2}
+  - {name: wild, plan: F/LoRA/LoRA, learning_rate: 1.0e+30, max_grad_norm: 0, warmup: 0, steps: 5}
+  - {name: large, plan: F/F/LoRA, rank: 8}
+tiny: {data: {a: {made: phantoms, images: {train: 4, validate: 1, test: 1}, questions_per_image: 3}}}
+"""
+    study = ("study", str(write(tmp_path, text)), str(tmp_path / "out"))
+    process = study_process.context().Process(target=study_process.study, args=study[1:], kwargs={"side_by_side": 3})
+    process.start()
+    process.join(120)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["row"]: row["steps"] for row in found["rows"] if "steps" in row} == {"small": 2, "large": 2}
+    assert list(found["failed"]) == ["wild, seed 0"] and "FloatingPointError" in found["failed"]["wild, seed 0"]
+    folders = [tmp_path / "out/rows" / name / "seed-0" for name in ("small", "wild", "large")]
+    assert [(folder / "log.txt").is_file() for folder in folders] == [True, False, False]  # of one process
+    notes = json.loads((folders[2] / "stage-1/summary.json").read_text())["notes"]
+    assert any(note.startswith("trained on one base with small, seed 0, wild, seed 0:") for note in notes)
+
+
 def test_figures_of_excitor(tmp_path):
     """MMLU beside the base, which is asked once for both rows; gates and similarities of the row that has an Excitor."""
     text = """

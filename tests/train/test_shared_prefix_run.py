@@ -1,15 +1,18 @@
 """Runs whose samples share what they begin with: the steps of those that do not, fewer tokens computed, and what they say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
 from fastpeft.data import CausalDataset, train_causal_tokenizer
 from fastpeft.data.images import Preprocess
 from fastpeft.data.samples import Instruction
 from fastpeft.runs.estimate import run_of
+from fastpeft.train.validation import Validation, ValidationData
 from fastpeft.verify.baseline import without_dropout
 
 ASKED = "Which of the organs that are shown here is the largest of all that one can see, number"
@@ -54,6 +57,19 @@ def test_the_steps_of_separate_samples(trained, name, plan):
     assert shared["saved_bytes_per_step"] < 0.8 * alone["saved_bytes_per_step"]
     said = [note for note in shared["notes"] if "share what they begin with" in note]
     assert len(said) == 1 and "fewer tokens" in said[0] and not any("share" in note for note in alone["notes"])
+
+
+def test_validation_shares_too(trained):
+    """The loss of separate samples; an image's questions, however they lie in the data, are computed together."""
+    found = []
+    for share in (True, False):
+        trainer, _ = trained(share_prefix=share)
+        config = replace(trainer.config, eval_every=1, batch_size=5, eval_scores=False)
+        validation = Validation(trainer.model, ValidationData(trainer.dataset), config, trainer.scoring, trainer.device)
+        with FlopCounterMode(display=False) as counted:
+            found.append((validation.loss(), counted))
+    (one, few), (other, many) = found
+    assert one == pytest.approx(other, rel=1e-6) and few.get_total_flops() < 0.8 * many.get_total_flops()
 
 
 def test_an_estimate_of_the_run_knows(trained):
