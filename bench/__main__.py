@@ -5,6 +5,7 @@ Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify run
 `python -m bench gpu` runs all that needs a GPU, in three calls.
 `python -m bench mixed ...` compares what LaVIN reaches on fastpeft and written straightforwardly (bench/mixed.py).
 `python -m bench shared ...` measures steps whose samples share an image (bench/shared.py).
+`python -m bench host` measures what a call costs the host (bench/host.py).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def verified(names: list[str]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["gpu"]):
+    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["host"], ["gpu"]):
         return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
     return ops(argv[1:] if argv[:1] == ["ops"] else argv)
 

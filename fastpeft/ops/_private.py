@@ -35,6 +35,9 @@ def under_func_grad() -> bool:
     return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
 
 
+under_func = torch._C._are_functorch_transforms_active  # whether torch.func transforms what runs now
+
+
 def is_fake(t: Tensor) -> bool:
     """Whether a tensor has a shape and no values, on any device."""
     return t.device.type == "meta" or isinstance(t, FakeTensor)
