@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
@@ -36,6 +38,12 @@ def under_func_grad() -> bool:
 
 
 under_func = torch._C._are_functorch_transforms_active  # whether torch.func transforms what runs now
+
+
+def compiles_backward() -> bool:
+    """Whether compiled autograd is on, which can only look into Functions whose state it knows."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.compiled_autograd_enabled
 
 
 def is_fake(t: Tensor) -> bool:

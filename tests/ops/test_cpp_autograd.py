@@ -227,6 +227,17 @@ def test_a_recipe_runs_in_backward_and_goes_with_the_graph():
         y.sum().backward()
 
 
+@pytest.mark.slow
+def test_compiled_autograd_looks_into_pythons():
+    from torch._dynamo import compiled_autograd
+
+    call, leaves = calls()["LoRALinears"]
+    want = torch.autograd.grad(call().sum(), leaves)
+    with compiled_autograd._enable(lambda graph: graph):
+        call().sum().backward()
+    assert all(torch.equal(leaf.grad, g) for leaf, g in zip(leaves, want))
+
+
 def test_a_change_in_place_of_what_a_layer_returned():
     x, weight, A, B = (torch.randn(n, 6, requires_grad=True) for n in (4, 6, 2, 6))
     y = ops.lora_linear(x, weight, None, A, B[:, :2])
