@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
-SRC     = $(wildcard csrc/*) setup.py pyproject.toml
+SRC     = $(wildcard csrc/*.* csrc/autograd/*) setup.py pyproject.toml
 
 .PHONY: venv demo test docs-and-trainers test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers crash fuzz soak aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
@@ -33,7 +33,7 @@ test-triton: $(VENV)/.built
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FASTPEFT_BACKEND=triton $(PY) -m pytest $(PYTEST) -n 2 tests/ops
 
 # csrc's CUDA sources compiled for the CPU; then the GPU's own tests on tensors that only say they are on one
-build/cuda/emulated.so: $(VENV)/.built $(wildcard csrc/* tests/cuda/*)
+build/cuda/emulated.so: $(VENV)/.built $(wildcard csrc/*.* tests/cuda/*)
 	$(PY) tests/cuda/build.py build/cuda
 
 LOOKALIKE = OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) tests/cuda/lookalike.py build/cuda/lookalike.so $(PYTEST) -p no:cacheprovider -m gpu
@@ -147,4 +147,4 @@ $(VENV)/.built: $(VENV)/.deps $(SRC)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastpeft/_C*.so
+	rm -rf $(VENV) build dist *.egg-info fastpeft/_C*.so fastpeft/_autograd*.so

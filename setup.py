@@ -1,5 +1,8 @@
 """Build: Python packages, and one C++/CUDA library on LibTorch's stable ABI (no Python symbols, loads without a GPU).
 
+Beside it csrc/autograd, a module for this Python and exactly this torch: autograd has no stable ABI. Where it does not compile, or torch is
+another, the same in Python serves.
+
 It needs a C++ compiler, and torch in the environment that it is installed into (its headers and libraries; it is not imported, so a build
 in isolation finds it too). Where one is missing, the install is pure Python, and says so: everything works, on PyTorch's own operators.
 
@@ -28,6 +31,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.command.build_py import build_py as _build_py
+from setuptools.errors import CompileError
 
 STABLE_ABI = "0x020a000000000000"  # 2.10: the oldest torch the binary must load in
 COMPILERS = ("g++", "clang++", "c++")
@@ -56,10 +60,30 @@ class build_ext(_build_ext):
         tmp, out = Path(self.build_temp), Path(self.get_ext_fullpath(ext.name))
         tmp.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
+        if "autograd" in ext.name:
+            self.build_autograd(ext, torch, tmp, out)
+        else:
+            self.build_library(ext, torch, tmp, out)
+
+    def build_autograd(self, ext, torch, tmp, out):
+        cxx = find_compiler()
+        made_from = build_stamp(cxx, None, "csrc/autograd")
+        if not self.force and out.is_file() and made_from.encode() in out.read_bytes():
+            print(f"fastpeft: {out.name} is up to date", flush=True)
+            return
+        flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-s", f"-DTORCH_EXTENSION_NAME={ext.name.split('.')[1]}"]
+        flags += [f'-DFASTPEFT_BUILD="{made_from}"', *(f"-I{torch / folder}" for folder in ("include", "include/torch/csrc/api/include"))]
+        flags += [f"-I{sysconfig.get_path('include')}", f"-L{torch / 'lib'}", "-Wl,--no-as-needed"]
+        libraries = [f"-l{name}" for name in ("torch", "torch_cpu", "c10", "torch_python")]
+        result = compiled([cxx, *flags, "-o", str(out), *ext.sources, *libraries], *ext.sources)
+        if result.returncode:
+            raise CompileError("csrc/autograd did not compile with this torch and Python; autograd in Python serves")
+
+    def build_library(self, ext, torch, tmp, out):
         include = [f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         cxx = find_compiler()
         nvcc = find_nvcc(torch)
-        made_from = build_stamp(cxx, nvcc)
+        made_from = build_stamp(cxx, nvcc, "csrc")
         if not self.force and out.is_file() and made_from.encode() in out.read_bytes():
             print(f"fastpeft: {out.name} is up to date", flush=True)
             return
@@ -78,7 +102,7 @@ class build_ext(_build_ext):
             # the CUDA runtime goes inside: the library then loads on machines without CUDA
             link = [f"-L{static_cudart(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for result in pool.map(compiled, jobs):
+            for result in pool.map(lambda job: compiled(job, job[-3]), jobs):
                 if result.returncode:
                     raise RuntimeError(f"compilation failed: {' '.join(map(str, result.args))}\nwithout it: FASTPEFT_NO_EXT=1")
         # libtorch.so must stay in DT_NEEDED: through it the weak CUDA symbol is found on a GPU machine
@@ -86,18 +110,18 @@ class build_ext(_build_ext):
         subprocess.check_call([cxx, "-shared", "-s", "-o", str(out), *objects, *torch_libs, "-Wl,--exclude-libs,ALL", *link])
 
 
-def build_stamp(cxx, nvcc):
-    """What the library is made from: its CUDA (0.0: none), and a hash of sources, this file, compilers and flags."""
+def build_stamp(cxx, nvcc, folder):
+    """What a library is made from: its CUDA (0.0: none), and a hash of sources, this file, compilers and flags."""
     said = [subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout for compiler in (cxx, nvcc) if compiler]
     cuda = re.search(r"release (\d+\.\d+)", said[1])[1] if nvcc else "0.0"
-    files = [Path("setup.py"), *sorted(Path("csrc").glob("*"))]
+    files = [Path("setup.py"), *sorted(Path(folder).glob("*.*"))]
     told = [*said, STABLE_ABI, *(cuda_architectures() if nvcc else ()), *(file.read_text() for file in files)]
     return f"cuda {cuda} sources {hashlib.sha256(chr(0).join(told).encode()).hexdigest()}"
 
 
-def compiled(command):
+def compiled(command, source):
     """Run one compiler, said before, as a CUDA file takes a minute."""
-    print(f"fastpeft: {Path(command[0]).name} {command[-3]}", flush=True)
+    print(f"fastpeft: {Path(command[0]).name} {source}", flush=True)
     return subprocess.run(command)
 
 
@@ -110,6 +134,12 @@ def find_torch():
 def find_compiler():
     asked = os.environ.get("CXX")
     return shutil.which(asked) if asked else next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def autograd_name(torch):
+    """As fastpeft/_library.py looks for it."""
+    version = re.search(r"^__version__\s*=\s*['\"](.+)['\"]$", (torch / "version.py").read_text(), re.MULTILINE)[1]
+    return "_autograd_" + re.sub(r"\W", "_", version)
 
 
 def built_for_cuda(torch):
@@ -162,12 +192,20 @@ def version():
     return f"{number}+{label}" if label else number
 
 
+def extensions():
+    autograd = sorted(map(str, Path("csrc/autograd").glob("*.h")))
+    name, main = f"fastpeft.{autograd_name(find_torch())}", "csrc/autograd/module.cpp"
+    return [
+        Extension("fastpeft._C", sources, depends=sorted(map(str, Path("csrc").glob("*.*"))), py_limited_api=True),
+        Extension(name, [main], depends=autograd, optional=True),
+    ]
+
+
 sources = sorted(map(str, Path("csrc").glob("*.cpp")))
-headers = sorted(map(str, Path("csrc").glob("*")))
 pure = why_pure() if sources else "csrc is not here"
 setup(
     version=version(),
     cmdclass={"build_py": build_py, "build_ext": build_ext},
-    ext_modules=[] if pure else [Extension("fastpeft._C", sources, depends=headers, py_limited_api=True)],
+    ext_modules=[] if pure else extensions(),
     options={} if pure else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

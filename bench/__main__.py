@@ -6,6 +6,7 @@ Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify run
 `python -m bench mixed ...` compares what LaVIN reaches on fastpeft and written straightforwardly (bench/mixed.py).
 `python -m bench shared ...` measures steps whose samples share an image (bench/shared.py).
 `python -m bench adapters ...` measures several adapters in one run against runs of their own (bench/adapters.py).
+`python -m bench host` measures what a call costs the host (bench/host.py).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def verified(names: list[str]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["adapters"], ["gpu"]):
+    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["adapters"], ["host"], ["gpu"]):
         return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
     return ops(argv[1:] if argv[:1] == ["ops"] else argv)
 

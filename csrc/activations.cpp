@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
   STD_TORCH_CHECK(d.count == g.count && d.n == g.n && u.count == g.count, "activation backward: shapes differ");
   STD_TORCH_CHECK(up || !gated || !(need_dgate || need_dscale), "activation backward: up was not kept");
   Tensor dgate = output_like(gate, need_dgate), dup = output_like(gate, need_dup);
-  Tensor dscale = torch::stable::new_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});
+  Tensor dscale = make_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;

@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup, bool need_dscale) {
   const Rows d = rows_of(dy), g = rows_of(gate), u = up ? rows_of(*up) : g;
   Tensor dgate = output_like(gate, need_dgate), dup = output_like(gate, need_dup), own;
-  Tensor dscale = torch::stable::new_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});
+  Tensor dscale = make_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});
   if (gate.numel() == 0) {
     if (need_dscale) torch::stable::zero_(dscale);
     return {dgate, dup, dscale};
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
-    const Tensor part = torch::stable::new_empty(gate, {need_dscale ? parts * g.n : 0}, acc_type(gate));
+    const Tensor part = make_empty(gate, {need_dscale ? parts * g.n : 0}, acc_type(gate));
     const Args<T> a{read<T>(d.own), read<T>(g.own), up ? read<T>(u.own) : nullptr, d.stride, g.stride, u.stride, g.count, g.n,
                     param<T>(scale, own, gate, 1), nullptr, need_dgate ? write<T>(dgate) : nullptr,
                     need_dup ? write<T>(dup) : nullptr, need_dscale ? write<A>(part) : nullptr};

@@ -58,10 +58,25 @@ const T* read(const Maybe& t) { return t ? read<T>(*t) : nullptr; }
 template <class T>
 T* write(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
+// A contiguous tensor on x's device, of x's dtype unless another is given. Allocated at once: torch::stable::new_empty looks the operator
+// up by its name, which costs the host more than all else that a norm of a few rows does.
+inline Tensor make_empty(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t type, device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  else STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device, index, &made));
+  return Tensor(made);
+}
+
 // An output of x's dtype and shape, contiguous; or of no element where it is not wanted.
 inline Tensor output_like(const Tensor& x, bool wanted = true) {
-  if (!wanted) return torch::stable::new_empty(x, {0});
-  return torch::stable::new_empty(x, x.sizes());
+  return wanted ? make_empty(x, x.sizes()) : make_empty(x, {0});
 }
 
 // x as rows of its last dimension: unit stride inside a row, one stride between rows. Views that are such rows are read in place

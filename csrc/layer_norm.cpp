@@ -14,8 +14,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias, double eps, bool keep) {
   const Rows in = rows_of(x), other = residual ? rows_of(*residual) : in;
   Tensor y = output_like(x), h = output_like(x, residual.has_value());
-  Tensor mean = torch::stable::new_empty(x, {keep ? in.count : 0}, acc_type(x));
-  Tensor rstd = torch::stable::new_empty(x, {keep ? in.count : 0}, acc_type(x));
+  Tensor mean = make_empty(x, {keep ? in.count : 0}, acc_type(x));
+  Tensor rstd = make_empty(x, {keep ? in.count : 0}, acc_type(x));
   dispatch(x.scalar_type(), "layer_norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count, "layer_norm_bwd: shapes differ");
   STD_TORCH_CHECK(mean.numel() == in.count && rstd.numel() == in.count, "layer_norm_bwd: statistics were not kept");
   const Tensor& like = weight ? *weight : h;
-  Tensor dx = output_like(h, need_dx), dweight = torch::stable::new_empty(like, {need_dweight ? in.n : 0});
-  Tensor dbias = torch::stable::new_empty(like, {need_dbias ? in.n : 0});
+  Tensor dx = output_like(h, need_dx), dweight = make_empty(like, {need_dweight ? in.n : 0});
+  Tensor dbias = make_empty(like, {need_dbias ? in.n : 0});
   dispatch(h.scalar_type(), "layer_norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;

@@ -7,7 +7,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias, double eps, bool keep) {
   const int64_t rows = keep ? x.numel() / x.size(x.dim() - 1) : 0;
   Tensor y = output_like(x), h = output_like(x, residual.has_value());
-  Tensor mean = torch::stable::new_empty(x, {rows}, acc_type(x)), rstd = torch::stable::new_empty(x, {rows}, acc_type(x));
+  Tensor mean = make_empty(x, {rows}, acc_type(x)), rstd = make_empty(x, {rows}, acc_type(x));
   norm_fwd_cuda<true>(x, residual, weight, bias, eps, keep, y, h, mean, rstd);
   return {y, h, mean, rstd};
 }
@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(
     bool need_dweight, bool need_dbias) {
   const Tensor& like = weight ? *weight : h;
   const int64_t n = h.size(h.dim() - 1);
-  Tensor dx = output_like(h, need_dx), dweight = torch::stable::new_empty(like, {need_dweight ? n : 0});
-  Tensor dbias = torch::stable::new_empty(like, {need_dbias ? n : 0});
+  Tensor dx = output_like(h, need_dx), dweight = make_empty(like, {need_dweight ? n : 0});
+  Tensor dbias = make_empty(like, {need_dbias ? n : 0});
   norm_bwd_cuda<true>(dy, h, weight, mean, rstd, dh, need_dx, dx, dweight, dbias);
   return {dx, dweight, dbias};
 }

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> grads(const Tensor& dy, const Maybe& up, const Maybe&
   const int64_t r = up ? up->size(1) : low->size(0), rank = (r + 7) / 8 * 8, n = in.n, count = in.count;
   STD_TORCH_CHECK(!up || (up->dim() == 2 && up->size(0) == n), "low_rank_grads: up does not fit dy");
   STD_TORCH_CHECK(!low || (low->dim() == 2 && low->size(0) == r && low->size(1) == count), "low_rank_grads: low does not fit dy");
-  Tensor dlow = torch::stable::new_empty(dy, {up ? r : 0, count}), dup = torch::stable::new_empty(dy, {low ? n : 0, r});
+  Tensor dlow = make_empty(dy, {up ? r : 0, count}), dup = make_empty(dy, {low ? n : 0, r});
   dispatch(dy.scalar_type(), "low_rank_grads", [&](auto t) {
     using T = typename decltype(t)::type;
     if constexpr (std::is_same_v<T, acc_t<T>>) {

@@ -348,7 +348,7 @@ void norm_bwd_cuda(
     const Deal d = deal<T>(in.n, whole);
     const unsigned most = blocks_of(in.count, d.groups);
     const unsigned blocks = std::min(most, params ? parts_of(most) : 4 * kParts);  // with nothing to sum up eight for a multiprocessor
-    const Tensor part = torch::stable::new_empty(h, {params ? blocks * 2 * in.n : 0}, acc_type(h));
+    const Tensor part = make_empty(h, {params ? blocks * 2 * in.n : 0}, acc_type(h));
     if (params) a.part = write<A>(part);
     bool done = false;
     if constexpr (!std::is_same_v<T, double>) {

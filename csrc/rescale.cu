@@ -99,7 +99,7 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
     const int64_t deep = (a.rows + kThreads / a.across - 1) / (kThreads / a.across);  // rounds of a block over its rows
     a.chunks = dscale ? std::max<int64_t>(1, std::min(deep, 4 * kParts / (a.K * a.column_blocks))) : deep;
     const int64_t parts = column ? a.chunks : a.chunks * a.column_blocks, size = column ? a.K * n : a.K;
-    const Tensor part = torch::stable::new_empty(from, {dscale ? parts * size : 0}, acc_type(from));
+    const Tensor part = make_empty(from, {dscale ? parts * size : 0}, acc_type(from));
     a.part = write<A>(part);
     const unsigned grid = unsigned(a.K * a.chunks * a.column_blocks);
     if (whole) launch(rescale_kernel<V, T>, grid, kThreads, a);

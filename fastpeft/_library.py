@@ -9,6 +9,7 @@ Backends: ``native`` (csrc, row-wise ops), ``triton`` (kernels/, tile-wise ops),
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import re
@@ -98,6 +99,27 @@ def _load_native() -> str:
 native_missing = _load_native()
 
 
+def autograd_name(version: str) -> str:
+    """The module of csrc/autograd that was built for a torch: its C++ interface changes between versions."""
+    return "_autograd_" + re.sub(r"\W", "_", version)
+
+
+def _load_autograd():
+    """(csrc/autograd's module, ""), or (None, why not)."""
+    if FORCED not in ("", "native"):
+        return None, f"FASTPEFT_BACKEND={FORCED}"
+    name = autograd_name(torch.__version__)
+    try:
+        return importlib.import_module(f"fastpeft.{name}"), ""
+    except ModuleNotFoundError:
+        return None, f"it was not built for torch {torch.__version__} and this Python"
+    except ImportError as error:
+        return None, f"it did not load: {str(error).splitlines()[0]}"
+
+
+autograd, autograd_missing = _load_autograd()
+
+
 def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
@@ -119,7 +141,8 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
     _ours[name] = native or triton is not None
 
     if _has_kernel(name, "CPU"):
-        served["CPU"] = "native"
+        # csrc/autograd's are ATen's products, formed without Python
+        served["CPU"] = "native" if native else f"composite ({_why_composite('CPU', native, triton is not None)})"
     elif triton and FORCED == "triton" and INTERPRET and has_triton():
         library.impl(name, triton, "CPU")
         served["CPU"] = "triton (interpreted)"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastpeft import _library
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
@@ -136,9 +138,11 @@ def test_what_an_install_from_source_compiles(checkout, tmp_path):
     assert "no C++ compiler (nowhere-to-be-found)" in install(CXX="nowhere-to-be-found")
     assert not list(packages.glob("fastpeft/_C*"))
     said = install(FASTPEFT_CUDA="auto")
-    compiled = [path.name for path in (ROOT / "csrc").iterdir() if path.suffix == ".cpp" or (path.suffix == ".cu" and torch.version.cuda)]
+    suffixes = (".cpp", ".cu") if torch.version.cuda else (".cpp",)
+    compiled = [str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
     assert sorted(re.findall(r"csrc/(\S+)", said)) == sorted(compiled)
     assert list(packages.glob("fastpeft/_C.abi3.so")) and "warning: a pure Python install" not in said
+    assert list(packages.glob(f"fastpeft/{_library.autograd_name(torch.__version__)}.*.so"))
 
 
 @pytest.mark.slow
@@ -147,5 +151,5 @@ def test_a_source_distribution_can_be_built_from(checkout, tmp_path):
     name = python(code, checkout).splitlines()[-1]
     with tarfile.open(tmp_path / name) as archive:
         held = {member.partition("/")[2] for member in archive.getnames()}
-    wanted = {f"kernels/{name}" for name in KERNELS} | {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    wanted = {f"kernels/{name}" for name in KERNELS} | {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert wanted | {"setup.py", "pyproject.toml", "fastpeft/report/report.html.j2"} <= held

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpeft.ops._private import in_forward_mode, under_func_grad
+from fastpeft import _library
+from fastpeft.ops._private import compiles_backward, in_forward_mode, under_func, under_func_grad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +26,14 @@ def wants_grad(*tensors: Tensor | None) -> bool:
             "fastpeft.restore(model), or the op's *_reference, there"
         )
     return wanted
+
+
+def in_cpp(op: str, *args):
+    """What csrc/autograd's ``op`` returns: a Function in C++, which with its backward costs the host half of one in Python. None where it
+    is missing or the call is not plain (module.cpp), and where PyTorch looks into a Function: the one in Python serves then."""
+    if _library.autograd is None or torch.compiler.is_compiling() or under_func() or compiles_backward():
+        return None
+    return getattr(_library.autograd, op)(*args)
 
 
 def no_view(y: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
@@ -33,6 +35,15 @@ def storage_id(storage: torch.UntypedStorage) -> int:
 def under_func_grad() -> bool:
     """Whether torch.func differentiates what runs now."""
     return any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
+
+
+under_func = torch._C._are_functorch_transforms_active  # whether torch.func transforms what runs now
+
+
+def compiles_backward() -> bool:
+    """Whether compiled autograd is on, which can only look into Functions whose state it knows."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.compiled_autograd_enabled
 
 
 def is_fake(t: Tensor) -> bool:

@@ -41,9 +41,14 @@ def _active() -> bool:
     return on("remake") and not torch.compiler.is_compiling()
 
 
-def recipe_of(x: Tensor) -> Recipe | None:
-    recipe = getattr(x, "_fastpeft_recipe", None) if _active() else None
+def _held(x: Tensor | None) -> Recipe | None:
+    """x's recipe, whether or not recipes are on."""
+    recipe = getattr(x, "_fastpeft_recipe", None)
     return recipe if recipe is not None and recipe.version == x._version else None
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    return _held(x) if _active() else None
 
 
 def mark_recomputable(
@@ -58,8 +63,8 @@ def mark_recomputable(
     if not _active() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
     peek = function if peek is None else peek
-    recipes = [None if x is None else recipe_of(x) for x in inputs]
-    if any(recipe is not None for recipe in recipes):
+    recipes = list(map(_held, inputs))
+    if any(recipes):
         flat = tuple(t for x, recipe in zip(inputs, recipes) for t in ((x,) if recipe is None else recipe.inputs))
         function, peek, inputs = _composed(function, recipes), _composed(peek, recipes), flat
     y._fastpeft_recipe = Recipe(function, inputs, y._version, peek)

@@ -34,8 +34,8 @@ as they come, in a heap that holds them; rows of 128x768 lie in the second-level
 That is the operators alone. What bounds the larger fp32 ones is memory: "all" runs at 0.9, 0.7 and 0.8 of the rate of a plain
 c = a + b over dy, h and dx in the same run (4096x768, 2048x2048, 1024x4096; ATen at 0.57, 0.44 and 0.45), "params" at 0.7 of that of a sum
 of both. 2048x768, which the last-level cache holds, runs at 0.6 of it. Between these widths: "all" 1.44 at 2048x1280 and 1.55 at
-2048x1536, where "params" still loses, 0.85 and 0.91. autograd's Python adds 60 to 100 us a backward over ATen's C++
-(bench/results/ops_cpu.json has both), whichever computes.
+2048x1536, where "params" still loses, 0.85 and 0.91. What a call costs the host besides is in bench/results/host_cpu.md: csrc/autograd
+has the Function below in C++, for calls that are plain.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, check_norm, wants_grad
+from fastpeft.ops._common import accumulator, check_norm, in_cpp, wants_grad
 from fastpeft.ops._recompute import mark_recomputable
 
 aten = torch.ops.aten
@@ -157,26 +157,39 @@ def _again(eps, h, weight, bias):
 
 
 @under_autocast("promote")
+def _checked(op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float):
+    """(y, h) of any call, by the Function in Python where there is a gradient; h is None without ``residual``."""
+    check_norm(op, x, residual, eps, weight=weight, bias=bias)
+    if not wants_grad(x, residual, weight, bias):
+        y, h, *_ = _forward(x, residual, weight, bias, eps, False)
+        return y, None if residual is None else h
+    if (made := in_cpp("layer_norm", x, residual, weight, bias, eps)) is None:
+        made = _LayerNorm.apply(x, residual, weight, bias, eps)
+    return _marked(made, x, residual, weight, bias, eps)
+
+
+def _marked(made, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float):
+    """(y, h) of what a Function returned, y with its recipe."""
+    y, h = (made, None) if residual is None else made
+    return mark_recomputable(y, partial(_again, eps), x if h is None else h, weight, bias), h
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
     ``weight`` and ``bias`` are [N] or None, in x's dtype or float32. Frozen ones cost nothing: their gradients are not computed.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
-    check_norm("layer_norm", x, None, eps, weight=weight, bias=bias)
-    if wants_grad(x, weight, bias):
-        return mark_recomputable(_LayerNorm.apply(x, None, weight, bias, eps), partial(_again, eps), x, weight, bias)
-    return _forward(x, None, weight, bias, eps, False)[0]
+    if (made := in_cpp("layer_norm", x, None, weight, bias, eps)) is not None:
+        return _marked(made, x, None, weight, bias, eps)[0]
+    return _checked("layer_norm", x, None, weight, bias, eps)[0]
 
 
-@under_autocast("promote")
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """``h = x + residual`` and ``y = layer_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N].
 
     h is what backward keeps: neither x nor residual is saved. Post-norm blocks (BERT) drop h, pre-norm blocks carry it on.
     """
-    check_norm("add_layer_norm", x, residual, eps, weight=weight, bias=bias)
-    if wants_grad(x, residual, weight, bias):
-        y, h = _LayerNorm.apply(x, residual, weight, bias, eps)
-        return mark_recomputable(y, partial(_again, eps), h, weight, bias), h
-    return _forward(x, residual, weight, bias, eps, False)[:2]
+    if residual is not None and (made := in_cpp("layer_norm", x, residual, weight, bias, eps)) is not None:
+        return _marked(made, x, residual, weight, bias, eps)
+    return _checked("add_layer_norm", x, residual, weight, bias, eps)

@@ -23,6 +23,9 @@ images meet x, their gradients come back in float32.
 W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised weight: forward and backward each
 dequantize it, and no copy is saved.
 
+csrc/autograd has the Function below in C++, and on CPUs the products of calls in one dtype without dropout; the same to the bit, at a third
+of the host time (bench/results/host_cpu.md). Quantised weights, and what PyTorch looks into, take Python's.
+
 Projections sharing x (q, k, v; gate, up) go through :func:`lora_linears` together: one GEMM for all S, one dx, x saved once.
 """
 
@@ -38,7 +41,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops import _gemm
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import check_floating, no_view, wants_grad
+from fastpeft.ops._common import check_floating, in_cpp, no_view, wants_grad
 from fastpeft.ops._gemm import widened, work_dtype
 from fastpeft.ops._quantized_weight import QuantizedWeight, dequantized, shape_placeholder
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
@@ -223,6 +226,8 @@ _backward = _library.define(
     composite=_bwd,
     triton=_on_triton("lora_linears_bwd", _bwd),
 )
+if _library.autograd:
+    _library.autograd.serve_lora_linears(_fwd, _bwd)
 
 
 @_library.flop_formula(torch.ops.fastpeft.lora_linears_fwd)
@@ -322,6 +327,10 @@ def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p
     seed = new_seed() if dropout_p > 0.0 else None
     params = [t for p in projections for t in p[:4]]
     if wants_grad(x, *params):
+        quantized = any(isinstance(p.weight, QuantizedWeight) for p in projections)
+        ys = None if quantized else in_cpp("lora_linears", x, params, scalings, dropout_p, seed, *to_save(x))
+        if ys is not None:
+            return tuple(ys)
         return _LoRALinears.apply(scalings, dropout_p, seed, x, *params)
     weights, biases, As, Bs = (params[i::4] for i in range(4))
     return tuple(_forward(x, [dequantized(W, x.dtype) for W in weights], biases, As, Bs, scalings, dropout_p, seed)[:-1])

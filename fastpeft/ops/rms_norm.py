@@ -28,7 +28,7 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
-from fastpeft.ops._common import accumulator, check_norm, wants_grad
+from fastpeft.ops._common import accumulator, check_norm, in_cpp, wants_grad
 from fastpeft.ops._recompute import mark_recomputable
 
 
@@ -117,23 +117,36 @@ def _again(eps, h, weight):
 
 
 @under_autocast("promote")
+def _checked(op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float):
+    """(y, h) of any call, by the Function in Python where there is a gradient; h is None without ``residual``."""
+    check_norm(op, x, residual, eps, weight=weight)
+    if not wants_grad(x, residual, weight):
+        y, h, *_ = _forward(x, residual, weight, eps, False)
+        return y, None if residual is None else h
+    if (made := in_cpp("rms_norm", x, residual, weight, eps)) is None:
+        made = _RMSNorm.apply(x, residual, weight, eps)
+    return _marked(made, x, residual, weight, eps)
+
+
+def _marked(made, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float):
+    """(y, h) of what a Function returned, y with its recipe."""
+    y, h = (made, None) if residual is None else made
+    return mark_recomputable(y, partial(_again, eps), x if h is None else h, weight), h
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension of ``x`` [..., N]; returns y of x's shape and dtype.
 
     ``weight`` is [N] or None, in x's dtype or float32. A frozen one costs nothing: its gradient is not computed.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
-    check_norm("rms_norm", x, None, eps, weight=weight)
-    if wants_grad(x, weight):
-        return mark_recomputable(_RMSNorm.apply(x, None, weight, eps), partial(_again, eps), x, weight)
-    return _forward(x, None, weight, eps, False)[0]
+    if (made := in_cpp("rms_norm", x, None, weight, eps)) is not None:
+        return _marked(made, x, None, weight, eps)[0]
+    return _checked("rms_norm", x, None, weight, eps)[0]
 
 
-@under_autocast("promote")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """``h = x + residual`` and ``y = rms_norm(h)`` in one pass; returns (y, h), both of x's shape [..., N]."""
-    check_norm("add_rms_norm", x, residual, eps, weight=weight)
-    if wants_grad(x, residual, weight):
-        y, h = _RMSNorm.apply(x, residual, weight, eps)
-        return mark_recomputable(y, partial(_again, eps), h, weight), h
-    return _forward(x, residual, weight, eps, False)[:2]
+    if residual is not None and (made := in_cpp("rms_norm", x, residual, weight, eps)) is not None:
+        return _marked(made, x, residual, weight, eps)
+    return _checked("add_rms_norm", x, residual, weight, eps)

@@ -27,6 +27,7 @@ def diagnose() -> dict[str, dict]:
         "transformers": importlib.metadata.version("transformers"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
         "csrc": _library.native_missing or "loaded",
+        "csrc/autograd": _library.autograd_missing or "loaded",
         "forced backend": os.environ.get("FASTPEFT_BACKEND") or "none",
     }
     environment["forced attention"] = attention_backends.CHOICE or "none"

@@ -103,32 +103,44 @@ def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dic
                 if job not in waiting or job.starts_from in {other.name for other in (*waiting, *busy)}:
                     continue  # its source comes first
                 waiting.remove(job)
-                if read_result(job) is not None:
-                    say(f"{numbers[job.name]} {job.name}: finished before")
-                elif job.starts_from in failed:
-                    failed[job.name] = f"it starts from {job.starts_from}, which failed"
-                    say(f"{numbers[job.name]} {job.name}: left out, {failed[job.name]}")
-                else:
-                    group = [job, *_alike(job, waiting, side_by_side - len(busy) - 1)]
-                    waiting = [other for other in waiting if other not in group]
-                    process = _start(context, group, out / "features")
-                    running[process.sentinel] = (group, process, time.perf_counter())
+                if done := _left_out(job, failed):
+                    say(f"{numbers[job.name]} {job.name}: {done}")
+                    continue
+                group = [job, *_alike(job, waiting, side_by_side - len(busy) - 1)]
+                waiting = [other for other in waiting if other not in group]
+                process = _start(context, group, out / "features")
+                running[process.sentinel] = (group, process, time.perf_counter())
             for sentinel in wait(list(running)) if running else ():
                 group, process, began = running.pop(sentinel)
+                errors = {job.name: error for job in group if (error := _error_of(job, group, process))}
+                failed |= errors
                 for job in group:
-                    if error := _error_of(job, group, process):
-                        failed[job.name] = error
-                    told = f"failed: {error}" if error else _told(read_result(job))
+                    told = f"failed: {errors[job.name]}" if job.name in errors else _told(read_result(job))
                     say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
     except KeyboardInterrupt as error:
-        for _, process, _ in running.values():
-            process.terminate()  # it saves a checkpoint between steps
-        for _, process, _ in running.values():
-            process.join()
-        names = ", ".join(job.name for group, *_ in running.values() for job in group) or "between rows"
+        names = ", ".join(_stopped(running)) or "between rows"
         number = getattr(error, "number", signal.SIGINT)
         raise Interrupted(f"stopped in {names}; the same command goes on from there", number) from None
     return failed
+
+
+def _left_out(job: Job, failed: dict[str, str]) -> str:
+    """Why a job is not run, '' where it is; one that starts from a failed one counts as failed."""
+    if read_result(job) is not None:
+        return "finished before"
+    if job.starts_from not in failed:
+        return ""
+    failed[job.name] = f"it starts from {job.starts_from}, which failed"
+    return f"left out, {failed[job.name]}"
+
+
+def _stopped(running: dict) -> list[str]:
+    """End all processes, which save checkpoints between steps; the names of their jobs."""
+    for _, process, _ in running.values():
+        process.terminate()
+    for _, process, _ in running.values():
+        process.join()
+    return [job.name for group, *_ in running.values() for job in group]
 
 
 def _alike(job: Job, waiting: list[Job], most: int) -> list[Job]:

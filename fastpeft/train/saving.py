@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,18 @@ class Saver:
         """Write the adapter alone, at once, into this folder of the run."""
         self.wait()
         write_adapter(adapter_state(self.trainer.model, self._description()), self.trainer.out / name, self.trainer.dataset.save)
+
+    def finish(self, later: Callable[[], AbstractContextManager]) -> None:
+        """The last checkpoint, then the adapter of the best validation where there was one; ``later``: what a signal does not interrupt."""
+        trainer = self.trainer
+        if trainer.out:
+            with later():
+                trainer.save()
+        with later():
+            self.wait()
+            trainer.end_with_best()
+            if trainer.out and trainer.done["validation"].get("best_step") is not None:
+                self.save_adapter("adapter")
 
     def wait(self) -> None:
         """Until what is being saved is on the disk. OSError where it could not be."""

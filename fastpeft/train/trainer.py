@@ -242,14 +242,7 @@ class Trainer:
                     self.rows.log(log, began, whole=False)
                 raise
         self.notes += self.caches.leave(self)
-        if self.out:
-            with stop.later():
-                self.save()
-        with stop.later():
-            self.saver.wait()
-            self.end_with_best()
-            if self.out and self.done["validation"].get("best_step") is not None:
-                self.saver.save_adapter("adapter")
+        self.saver.finish(stop.later)
 
     def end_with_best(self) -> None:
         """Put the adapter of the best validation back into the model, where there was one."""
