@@ -53,7 +53,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cut():
-    """A third of a short run is waiting for the disk. What is synced before what, tests/crash/crash_disk.py notes; here it need not last."""
+    """A short run waits for the disk a third of its time. Here nothing need last: tests/crash/crash_disk.py sees what is synced when."""
     fsync, os.fsync = os.fsync, os.fstat
     yield
     os.fsync = fsync

@@ -67,5 +67,7 @@ def study_ends_with(path: Path, out: Path) -> dict:
         digest.update(str(file.relative_to(out)).encode() + file.read_bytes())
     rows = [json.loads(line) for file in sorted(out.glob("rows/**/metrics.jsonl")) for line in file.read_text().splitlines()]
     rows = [{name: row[name] for name in ("step", "loss", "learning_rate", "grad_norm", "samples")} for row in rows]
-    table = [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in csv.DictReader(io.StringIO((out / "table.csv").read_text()))]
+    table = [
+        {k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in csv.DictReader(io.StringIO((out / "table.csv").read_text()))
+    ]
     return {"weights": digest.hexdigest(), "rows": rows, "summary": table}

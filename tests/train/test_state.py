@@ -449,4 +449,7 @@ def test_metrics_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\n{}\n3\n{"step": 3}\n{"step": 4, "lo')
     keep_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    for line in ('{"step": true}', '{"step": 1.5}', '{"step": -1}', '{"step": 1}'):  # no step of a run, or one that is there
+        path.write_text(f'{{"step": 1}}\n{line}\n')
+        assert keep_lines(path, 2) == 1 and path.read_text() == '{"step": 1}\n'
     keep_lines(tmp_path / "absent", 2)
