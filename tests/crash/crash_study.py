@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from fastpeft.study import runner
@@ -38,7 +39,8 @@ class Here:
     def start(self) -> None:
         kept, said = [os.dup(1), os.dup(2)], (sys.stdout, sys.stderr)
         try:
-            self.target(*self.args)
+            with warnings.catch_warnings(record=True):  # a job's own filters go to its log, which is closed
+                self.target(*self.args)
         finally:
             sys.stdout, sys.stderr = said
             for stream, number in zip((1, 2), kept):
