@@ -54,7 +54,7 @@ def pytest_unconfigure():
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cut():
     """A short run waits for the disk a third of its time. Here nothing need last: tests/crash/crash_disk.py sees what is synced when."""
-    fsync, os.fsync = os.fsync, os.fstat
+    fsync, os.fsync = os.fsync, lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None
     yield
     os.fsync = fsync
 
