@@ -53,7 +53,7 @@ fuzz: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/fuzz.py --cases 100000
 
 soak: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -m slow tests/crash/test_soak.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -m slow -s tests/crash/test_soak.py
 
 # The oldest transformers and peft that pyproject.toml allows, with what they need, laid over the installed ones
 OLDEST = $(CURDIR)/build/oldest

@@ -35,6 +35,19 @@ def test_hostile_yaml_is_one_error(name, tmp_path):
         fp.adapt(fp.build("llama-tiny", pretrained=False, device="meta"), str(path))
 
 
+@pytest.mark.parametrize("digits", ["9" * 251, "-1" + "0" * 400, "1" * 10**4])
+def test_whole_numbers_that_no_float_holds_are_one_error(digits):
+    message = rf"it holds a whole number of {len(digits)} digits"
+    for read, error, text in ((parse_json, ValueError, f'{{"a": [{digits}]}}'), (parse_yaml, yaml.YAMLError, f"a: [{digits}]")):
+        with pytest.raises(error, match=message):
+            read(text)
+    with pytest.raises(yaml.YAMLError, match="it holds a whole number"):
+        parse_yaml("a: 0x" + "f" * 260)
+    held = [10**249, -(10**248), 0]
+    assert parse_json(str(held)) == parse_yaml(str(held)) == held and all(map(float, held[:2]))
+    assert parse_yaml(f'a: "{digits}"') == parse_json(f'{{"a": "{digits}"}}') == {"a": digits}
+
+
 def test_python_objects_are_not_made():
     with pytest.raises(yaml.YAMLError):
         parse_yaml("!!python/object/apply:os.system ['true']")

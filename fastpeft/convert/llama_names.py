@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastpeft.models.untrusted import MOST
+
 _LAYER = {  # Meta's name: (transformers' name, dimension along which shards split it)
     "attention.wq": ("self_attn.q_proj", 0),
     "attention.wk": ("self_attn.k_proj", 0),
@@ -46,6 +48,8 @@ def llama_to_transformers(
         raise ValueError(f"params.json: n_heads = {heads} must divide dim = {dim} evenly, n_kv_heads = {groups} n_heads")
     if layers > len(shards[0]):
         raise ValueError(f"params.json: n_layers = {layers}, and the first shard holds {len(shards[0])} tensors")
+    if dim > MOST:
+        raise ValueError(f"params.json: dim = {dim} is beyond any model")
     names = _names(layers)
     _check_names(shards, set(names))
     shapes = {new: _joined_shape(name, [s[name] for s in shards], split) for name, (new, split) in names.items()}

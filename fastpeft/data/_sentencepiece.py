@@ -13,6 +13,7 @@ from pathlib import Path
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _BPE = 2
+_LONGEST = 256  # characters of a piece: sentencepiece makes none of more than 16 unless it is told to
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -24,6 +25,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, object]]:
@@ -55,6 +58,8 @@ def read_pieces(file: Path) -> list[tuple[str, float, int]]:
         for number, value in _fields(file.read_bytes()):
             if number == 1:
                 piece = dict(_fields(value))
+                if len(piece[1]) > 4 * _LONGEST:
+                    raise ValueError(f"a piece of {len(piece[1])} bytes")
                 pieces.append((piece[1].decode("utf-8"), piece.get(2, 0.0), piece.get(3, NORMAL)))
             elif number == 2:
                 algorithm = dict(_fields(value)).get(3, 1)

@@ -176,7 +176,7 @@ def _error_of(job: Job, group: list[Job], process) -> str | None:
         return None
     failure = Path(job.folder) / FAILED
     if failure.is_file():
-        return parse_json(failure.read_text(encoding="utf-8"))["error"]
+        return _read(failure)["error"]
     ended = f"killed by signal {-process.exitcode} (out of memory?)" if process.exitcode < 0 else f"ended with code {process.exitcode}"
     return f"its process was {ended}; see {log_of(group)}"
 
@@ -184,14 +184,25 @@ def _error_of(job: Job, group: list[Job], process) -> str | None:
 def read_result(job: Job) -> dict[str, Any] | None:
     """The job's result, None where it is not finished."""
     path = Path(job.folder) / RESULT
-    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _read(path) if path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of a job. ValueError where it is not what a study wrote."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: delete {path.parent}, and the same command runs that row again")
+    return value
 
 
 def _begin(job: Job) -> None:
     """Note what the job is. ValueError where its folder holds another."""
     path, mine = Path(job.folder) / "job.json", job.identity()
     if path.is_file():
-        theirs = parse_json(path.read_text(encoding="utf-8"))
+        theirs = _read(path)
         if theirs != mine:
             changed = ", ".join(_differences(theirs, mine)) or "its stages"
             raise ValueError(f"{job.folder} holds {job.name} with another {changed}: delete that folder, or choose another --out")

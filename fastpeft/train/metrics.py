@@ -59,7 +59,8 @@ def keep_lines(path: Path, last_step: int) -> int:
     kept, steps = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if (step := parse_json(line)["step"]) <= last_step and step not in steps:
+            step = parse_json(line)["step"]
+            if type(step) is int and 0 < step <= last_step and step not in steps:
                 kept.append(line)
                 steps.add(step)
     write_text(path, "".join(line + "\n" for line in kept))

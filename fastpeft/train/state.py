@@ -7,7 +7,6 @@ known, and the newest intact one resumes. Checkpoints of before the manifest are
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from glob import escape
@@ -263,12 +262,14 @@ def _check_moment(number: int, held: dict, parameter: torch.Tensor) -> None:
     for name, value in held.items():
         if not (_is_count(value) if name == "step" else _alike(value, parameter)):
             told = f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"its {name} of parameter {number} is {told}, and {list(parameter.shape)} of finite numbers is needed")
+            needed = "a count" if name == "step" else f"{list(parameter.shape)} of finite numbers"
+            raise ValueError(f"its {name} of parameter {number} is {told}, and {needed} is needed")
 
 
 def _is_count(value: Any) -> bool:
-    number = isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-    return number and math.isfinite(float(value)) and float(value) >= 0
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = float(value)
+    return isinstance(value, int | float) and 0 <= value < 2**53  # a whole number may be larger than any float
 
 
 def _alike(value: Any, mine: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from fastpeft.study import runner
@@ -38,7 +39,8 @@ class Here:
     def start(self) -> None:
         kept, said = [os.dup(1), os.dup(2)], (sys.stdout, sys.stderr)
         try:
-            self.target(*self.args)
+            with warnings.catch_warnings(record=True):  # a job's own filters go to its log, which is closed
+                self.target(*self.args)
         finally:
             sys.stdout, sys.stderr = said
             for stream, number in zip((1, 2), kept):
@@ -67,5 +69,7 @@ def study_ends_with(path: Path, out: Path) -> dict:
         digest.update(str(file.relative_to(out)).encode() + file.read_bytes())
     rows = [json.loads(line) for file in sorted(out.glob("rows/**/metrics.jsonl")) for line in file.read_text().splitlines()]
     rows = [{name: row[name] for name in ("step", "loss", "learning_rate", "grad_norm", "samples")} for row in rows]
-    table = [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in csv.DictReader(io.StringIO((out / "table.csv").read_text()))]
+    table = [
+        {k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in csv.DictReader(io.StringIO((out / "table.csv").read_text()))
+    ]
     return {"weights": digest.hexdigest(), "rows": rows, "summary": table}

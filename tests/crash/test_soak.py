@@ -40,5 +40,6 @@ def test_an_hour(runs, phantoms, tmp_path):
     with pytest.raises(Enough):
         trainer.fit()
     first, last = seen[1], seen[-1]  # the first fills caches
+    print(f"{50 * len(seen)} steps in {MINUTES:g} minutes, after 100: {first}, at the end: {last}")
     assert last["bytes"] - first["bytes"] < 64 << 20 and abs(last["handles"] - first["handles"]) <= 4  # a worker's pipes come and go
     assert abs(last["threads"] - first["threads"]) <= 2 and abs(last["files"] - first["files"]) <= 8, (first, last)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-
 CONTAINERS = (list, tuple, dict)
 
 

@@ -120,6 +120,10 @@ def test_bad_models(tmp_path, make):
         load_causal_tokenizer(make.sentencepiece(file, algorithm=1))
     with raises("no </s> among its special pieces"):
         load_causal_tokenizer(make.sentencepiece(file, specials=(("<unk>", 2), ("<s>", 3))))
+    for wrong, what in ((b"\x80" * 20, "more than 64 bits"), (b"\x0a\xc8\x13\x0a\xc5\x13" + b"a" * 2501, "a piece of 2501 bytes")):
+        file.write_bytes(wrong)
+        with raises(what):
+            load_causal_tokenizer(file)
     data = make.sentencepiece(file).read_bytes()
     for cut in (1, 20, len(data) // 2, len(data) - 3):
         file.write_bytes(data[:cut])

@@ -1,8 +1,8 @@
 """Fuzzing in one process: ``python tests/fuzz/fuzz.py --cases 100000``.
 
-Changed files and command lines against everything that reads them (fuzz_targets.py). A case is accepted, or refused by a ValueError or
-OSError of one line. Anything else is a failure: another exception, a case that takes over 5 seconds of this process's time, memory that
-grows by 1 GB. Each case is drawn from its number alone: ``--only NUMBER`` runs it again and shows where it fails.
+Changed files and command lines against everything that reads them (fuzz_targets.py, fuzz_readers.py). A case is accepted, or refused by a
+ValueError or OSError of one line. Anything else is a failure: another exception, a case that takes over 5 seconds of this process's time,
+memory that grows by 1 GB. Each case is drawn from its number alone: ``--only NUMBER`` runs it again and shows where it fails.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ class Fuzz:
 
     def __init__(self, work: Path, seed: int = 0):
         import torch
+        from fuzz_readers import readers
         from fuzz_targets import Corpus, targets
 
         torch.set_num_threads(1)
-        self.seed, self.targets = seed, targets(Corpus(work))
+        corpus = Corpus(work)
+        self.seed, self.targets = seed, targets(corpus) | readers(corpus)
         self.names = [name for name, (weight, _) in self.targets.items() for _ in range(weight)]
         self.failures: list[tuple[int, str, str]] = []
         self.done, self.refused, self.seconds = Counter(), Counter(), Counter()

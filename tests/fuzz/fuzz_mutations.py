@@ -10,6 +10,7 @@ from typing import Any
 
 VALUES = (
     *(None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, -(2**63), 10**7, 10**9, 10**30, 0.0, -0.5, 1e-300, 1e308, float("nan")),
+    *(10**400, -(10**400)),
     *(float("inf"), "", " ", "x", "a" * 3000, "\0", "\x1b[31m", "é\ud800", "../../etc/passwd", "/etc/passwd", "nan", "1e9", "LoRA", "F"),
     *([], {}, [[]], [None], {"": None}, [1, "a", None], {"a": {"b": []}}, [0] * 40, "<image>", "bfloat16", "(a+)+$", "miss-tiny"),
 )

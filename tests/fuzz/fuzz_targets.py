@@ -295,7 +295,7 @@ def _state(corpus: Corpus, draw: random.Random) -> None:
         for step in way:
             parent = parent[step]
         odd = [torch.zeros(3), torch.zeros(2, 2).to_sparse(), torch.empty(3, device="meta"), torch.zeros(1).expand(10**12), None, "x", -1]
-        parent[key] = draw.choice([*odd, [], {}, 1e400, torch.tensor(float("nan"))])
+        parent[key] = draw.choice([*odd, [], {}, 1e400, 10**400, torch.tensor(float("nan"))])
         torch.save(held, folder / "optimizer.pt")
     load_state(folder, corpus.trained, corpus.optimizer)
 
@@ -373,7 +373,7 @@ OPTIONS = (
 )  # fmt: skip
 WORDS = (
     "miss-tiny", "llama-tiny", "nowhere", "F/LoRA/LoRA", "LoRA", "F/F", "/dev/null", "0", "-1", "1e9", "nan", "6GB", "\x1b[31m", "a" * 500,
-    "", "--", "é\udcff", "fp32", "skip", "4bit", "3", "F/LoRA/LoRA/", "T/T/T", "what is it?",
+    "", "--", "9" * 400, "é\udcff", "fp32", "skip", "4bit", "3", "F/LoRA/LoRA/", "T/T/T", "what is it?",
 )  # fmt: skip
 
 

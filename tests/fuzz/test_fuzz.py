@@ -15,7 +15,7 @@ from fuzz import GROWTH, Fuzz, memory
 @pytest.fixture(scope="module")
 def fuzz(tmp_path_factory):
     made = Fuzz(tmp_path_factory.mktemp("fuzz"))
-    heavy = {"adapter", "model", "state", "command line", "recipe", "report", "study"}  # ten times the others
+    heavy = {"adapter", "model", "state", "command line", "recipe", "report", "study", "original llama"}  # ten times the others
     made.names = [name for name in made.names if name not in heavy] * 4 + sorted(heavy)
     return made
 

@@ -322,6 +322,17 @@ def test_a_killed_study_goes_on(whole, tmp_path):
     assert contents(tmp_path / "out") == (table, adapters) and len(adapters) > 4
 
 
+@pytest.mark.parametrize("file", ["job.json", "result.json"])
+@pytest.mark.parametrize("content", [b"", b'{"job', b"3", b"\xff", b"[" * 10**5])
+def test_a_damaged_file_of_a_row_is_named(tmp_path, file, content):
+    path = write(tmp_path, f"data: {{d: {tmp_path}}}\nrows: [{{name: one, plan: F/LoRA/LoRA}}]")
+    folder = tmp_path / "out" / "rows" / "one" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"one/seed-0/{file} is damaged: delete .*seed-0, and the same command runs that row again"):
+        run_study(path, tmp_path / "out", device="cpu", say=lambda line: None)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_lets_the_steps_end_and_says_which_it_was(tmp_path, monkeypatch, capsys, name):
     number, ended = getattr(signal, name), []

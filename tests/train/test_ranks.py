@@ -1,12 +1,18 @@
 """Several ranks: the same run as a single process with the same samples a step, whoever holds them; ended together; resumed by others."""
 
+import contextlib
+import io
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastpeft.data import EpochSampler, VQADataset, load_samples
 from fastpeft.data.samples import Sample
@@ -115,6 +121,81 @@ def test_labelled_tokens_weigh_alike_on_every_rank(ranks, tmp_path):
         assert mine["loss_by_source"] == pytest.approx(theirs["loss_by_source"], rel=2e-5)
     assert found[0]["sources"] == {k: v | {"loss_last": pytest.approx(v["loss_last"], rel=2e-5)} for k, v in want["sources"].items()}
     assert found[0]["tokens_per_second"] > 0 and found[0]["samples"] == want["samples"]
+
+
+# the command line ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(tmp_path):
+    said = [{"instruction": f"Spell {word}.", "input": "", "output": " ".join(word)} for word in ("bone", "lung", "skull", "liver")]
+    (tmp_path / "train.json").write_text(json.dumps(said))
+    return tmp_path
+
+
+def command(data, out, batch_size, *more):
+    """Of a run of two steps: what follows "fastpeft"."""
+    told = {"model": "llama-tiny", "plan": "LoRA", "data": data, "out": out, "steps": 2, "batch-size": batch_size, "device": "cpu"}
+    return ["train", *(word for name, value in told.items() for word in (f"--{name}", str(value))), "--no-eval", "--json", *more]
+
+
+def run_command(words):
+    """(exit status, the JSON it printed) of the command line in this process."""
+    from fastpeft import cli
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("sys.argv", ["fastpeft", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    lines = printed.getvalue().splitlines()
+    return ended.value.code, json.loads(lines[-1]) if lines else None
+
+
+def assert_same_adapters(got, want):
+    (mine,), (theirs,) = ([load_file(file) for file in (out / "adapter").rglob("*.safetensors")] for out in (got, want))
+    assert mine.keys() == theirs.keys() and max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-5
+
+
+def test_the_command_on_two_ranks_is_that_of_one_process(ranks, texts):
+    """Started as torchrun does it; the first rank alone prints."""
+    status, want = run_command(command(texts, texts / "alone", 4))
+    found = ranks.run(2, lambda rank: run_command(command(texts, texts / "ranks", 2)), texts / "found")
+    assert status == 0 and [code for code, _ in found] == [0, 0] and found[1][1] is None
+    summary = found[0][1]
+    assert summary["samples"] == want["samples"] == 8 and summary["ranks"]["world"] == 2
+    for name in ("loss_first", "loss_last"):
+        assert summary[name] == pytest.approx(want[name], rel=2e-5)
+    assert_same_adapters(texts / "ranks", texts / "alone")
+
+
+@pytest.mark.slow
+def test_torchrun(texts):
+    """The command as the documentation has it: a run, the refusal of another into its folder, and a signal."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastpeft"]
+
+    def torchrun(words):
+        return subprocess.run([*start, *words], capture_output=True, text=True, timeout=120)
+
+    assert run_command(command(texts, texts / "alone", 4))[0] == 0
+    done = torchrun(command(texts, texts / "ranks", 2))
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["ranks"]["world"] == 2, done.stderr
+    assert_same_adapters(texts / "ranks", texts / "alone")
+    again = torchrun(command(texts, texts / "ranks", 2))
+    assert again.returncode != 0 and again.stderr.count("holds a run already") == 1
+    wrong = torchrun(command(texts, texts / "wrong", 2, "--plan", "F/LoRA"))
+    assert wrong.returncode != 0 and wrong.stderr.count("fastpeft: ") == 1 and not (texts / "wrong").exists()
+
+    running = subprocess.Popen([*start, *command(texts, texts / "long", 2, "--steps", "100000")], stderr=subprocess.PIPE, text=True)
+    metrics = texts / "long" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.terminate()
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode != 0 and "--resume goes on from there" in said
+    stopped = len(rows(texts / "long"))
+    resumed = torchrun(command(texts, texts / "long", 2, "--steps", str(stopped + 2), "--resume"))
+    assert resumed.returncode == 0 and len(rows(texts / "long")) == stopped + 2, resumed.stderr
 
 
 # ends and resumes ---------------------------------------------------------------------------------------------------------------

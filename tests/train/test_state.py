@@ -211,6 +211,17 @@ def test_progress_of_the_wrong_kind_is_one_clear_error(runs, phantoms, finished,
         runs.start(phantoms, out, steps=4, resume=True).fit()
 
 
+@pytest.mark.parametrize("count", [10**400, -1, float("nan"), "1", torch.tensor(float("inf")), torch.zeros(2)], ids=range(6))
+def test_a_count_of_steps_that_is_none_is_one_clear_error(runs, phantoms, finished, tmp_path, count):
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "checkpoint" / "manifest.json").unlink()
+    held = torch.load(out / "checkpoint" / "optimizer.pt")
+    held["optimizer"]["adamw"]["state"][0]["step"] = count
+    torch.save(held, out / "checkpoint" / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"checkpoint in .* does not fit .*: its step of parameter 0 is .*, and a count is needed"):
+        runs.start(phantoms, out, steps=4, resume=True).fit()
+
+
 def files_of(folder):
     return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
@@ -449,4 +460,7 @@ def test_metrics_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\n{}\n3\n{"step": 3}\n{"step": 4, "lo')
     keep_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    for line in ('{"step": true}', '{"step": 1.5}', '{"step": -1}', '{"step": 1}'):  # no step of a run, or one that is there
+        path.write_text(f'{{"step": 1}}\n{line}\n')
+        assert keep_lines(path, 2) == 1 and path.read_text() == '{"step": 1}\n'
     keep_lines(tmp_path / "absent", 2)
