@@ -52,6 +52,9 @@ DECODERS = {
 LAYERS, FEW = 4, 8_000  # of the matrix: layers, and the vocabulary
 SMALL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": LAYERS, "num_attention_heads": 12, "vocab_size": FEW}
 SMALL |= {"num_key_value_heads": 4, "pad_token_id": 0}
+SPARSE = {"intermediate_size": 768, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+OPT = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": LAYERS, "num_attention_heads": 12}
+OPT |= {"vocab_size": FEW, "dropout": 0.0}
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 MATRIX_DECODERS: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SMALL)),
@@ -60,6 +63,9 @@ MATRIX_DECODERS: dict[str, Callable[[], nn.Module]] = {
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SMALL)),
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**SMALL)),
     "smollm3": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**SMALL)),
+    "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**OPT)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL, num_local_experts=4)),
+    "gpt-oss": lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**SMALL | SPARSE)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=LAYERS, vocab_size=FEW, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
 }
 MATRIX_VISION: dict[str, Callable[[], nn.Module]] = {
@@ -102,6 +108,27 @@ def blip() -> Case:
     return model, {"input_ids": asked, "pixel_values": torch.randn(4, 3, 384, 384), "labels": answer}
 
 
+def blip2() -> Case:
+    """Images of 14 x 14 patches, 32 tokens each before 32 of text."""
+    seen = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 12, "image_size": 196}
+    asked = OFF | {"num_hidden_layers": 2, "encoder_hidden_size": 768, "vocab_size": FEW}
+    config = tf.Blip2Config(
+        vision_config=seen, qformer_config=asked, text_config=tf.OPTConfig(**OPT), num_query_tokens=32, image_token_index=FEW - 1
+    )
+    ids = torch.randint(3, FEW - 1, (4, 64))
+    ids[:, :32] = FEW - 1
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == FEW - 1, -100)}
+    return tf.Blip2ForConditionalGeneration(config), batch | {"pixel_values": torch.randn(4, 3, 196, 196)}
+
+
+def bart() -> Case:
+    sizes = {"d_model": 768, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "dropout": 0.0}
+    heads = {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**sizes, **heads, vocab_size=FEW))
+    ids = torch.randint(3, FEW, (4, 128))
+    return model, {"input_ids": ids, "labels": ids[:, :64].clone()}
+
+
 def t5() -> Case:
     size = {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048, "num_layers": LAYERS}
     config = tf.T5Config(**size, vocab_size=FEW, dropout_rate=0.0, decoder_start_token_id=0)
@@ -136,6 +163,8 @@ CASES |= {name: (lambda make=make: images(make())) for name, make in MATRIX_VISI
 CASES |= {
     "roberta": short(tf.RobertaForSequenceClassification, tf.RobertaConfig),
     "electra": short(tf.ElectraForSequenceClassification, tf.ElectraConfig),
+    "blip2": blip2,
+    "bart": bart,
     "t5": t5,
     "whisper": whisper,
 }
@@ -144,7 +173,7 @@ CASES |= {
 def adapted(case: str) -> Case:
     torch.manual_seed(0)
     model, batch = CASES[case]()
-    layers = r"text_.*\.(query|value)" if case.startswith("blip") else "all-linear"
+    layers = r"text_.*\.(query|value)" if case in ("blip", "blip-cached") else "all-linear"
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

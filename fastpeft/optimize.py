@@ -14,8 +14,9 @@ from torch import nn
 import fastpeft.fused  # noqa: F401  its modules register what they replace
 from fastpeft.caching.attach import forget_images, forget_layers, keep_images, keep_layers, place_of
 from fastpeft.coverage import Report, full_losses, measure_coverage
+from fastpeft.fused.layout_aware import why_not_inside
 from fastpeft.methods.mm_adapter import BEFORE
-from fastpeft.registry import exchange, form_of, give_back, is_fused, known_names, why_not_inside
+from fastpeft.registry import exchange, form_of, give_back, is_fused, known_names
 
 READ_LOGITS = "logits of a training step are formed when they are read; its loss forms them at labelled positions only"
 LEAN_LOGITS = "lean_logits: a training step with labels returns no logits; its loss forms them at labelled positions only"

@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastpeft.fused.attention_llama import FusedLlamaAttention
+from fastpeft.fused.layout_aware import make_room_for_prefix
 from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
-from fastpeft.registry import has_form, make_room_for_prefix, swap_class
+from fastpeft.registry import has_form, swap_class
 
 INSTALL = "pip install --upgrade 'peft>=0.18'"
 

@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from fastpeft.documents import parse_yaml
+from fastpeft.fused.layout_aware import make_room_for_prefix
 from fastpeft.fused.stack_llama import FusedLlamaModel
 from fastpeft.methods import METHODS, Frozen, LoRA, Method, Part, find_method, is_adapter
 from fastpeft.methods.adapted import Adapted
@@ -23,7 +24,7 @@ from fastpeft.methods.quantized import size_of
 from fastpeft.models import ModelSource, load_model, new_model, parts_of, resolve
 from fastpeft.models.quantize import check_quantize, quantize_base
 from fastpeft.optimize import optimize
-from fastpeft.registry import has_form, make_room_for_prefix
+from fastpeft.registry import has_form
 
 Treatment = Method | str | Mapping[str, Any] | None
 

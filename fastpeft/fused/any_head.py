@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from fastpeft.fused.any_stack import Read, layers_of, read_at
 from fastpeft.fused.flatten import why_not_flat
+from fastpeft.fused.last_layer import reads_labels_alone
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
 from fastpeft.labels import IGNORE_INDEX, next_labels
@@ -64,6 +65,8 @@ class FusedLanguageModel:
             return super().forward(*args, **kwargs)
         given, decoder = _given(self, args, kwargs), _decoder_of(self)
         read = _read_by_loss(given) if self.lean_logits and self._has_one_mask(decoder) else None
+        if read is not None and reads_labels_alone(self, head, decoder):
+            read = read._replace(alone=True)
         if read is not None and read.mask is not None and not args and self._may_leave_out_cache(given):
             kwargs["use_cache"] = False
         with lazy_head(head), read_at(decoder, read):

@@ -24,30 +24,36 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.layout import Layout, self_layout
+from fastpeft.fused.last_layer import LOOPS, at_rows, ends_row_by_row
+from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
-LOOPS = {"layers", "h"}  # what a stack calls its layers
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
 _reading = threading.local()
 
 
 class Read(NamedTuple):
-    """Where the last hidden state of a stack is read: at tokens, 1 in ``mask`` [B, L] (None: all are), and where ``labelled`` [B, L]."""
+    """Where the last hidden state of a stack is read: at tokens, 1 in ``mask`` [B, L] (None: all are), and where ``labelled`` [B, L];
+    ``alone``: at these alone."""
 
     mask: Tensor | None
     labelled: Tensor
+    alone: bool = False
 
     def under(self, mask: Any) -> Read:
         """The same with the mask that the stack itself gets, where that is one over tokens; models with images may have made it."""
         return self._replace(mask=mask) if isinstance(mask, Tensor) and mask.shape == self.labelled.shape else self
 
     def positions(self) -> Tensor:
-        """[B, L] bool, on the CPU."""
+        """[B, L] bool, on the CPU: what a stack computes."""
         labelled = self.labelled.cpu()
         return torch.ones_like(labelled) if self.mask is None else labelled | (self.mask.cpu() != 0)
+
+    def outputs(self) -> Tensor:
+        """[B, L] bool, on the CPU: what is read of it."""
+        return self.labelled.cpu() if self.alone else self.positions()
 
     def on_padding(self) -> bool:
         return self.mask is not None and bool((self.labelled.cpu() & (self.mask.cpu() == 0)).any())
@@ -121,7 +127,7 @@ class FusedTextStack:
         layout = None if read is None else self._layout(read, options)
         if layout is None:
             return own(**options)
-        with _on_tokens(self, layout):
+        with _on_tokens(self, layout, read):
             return own(**options | {"use_cache": False})
 
     def _layout(self, read: Read, options: dict[str, Any]) -> Layout | None:
@@ -140,10 +146,11 @@ class FusedTextStack:
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
             return None
         host = read.positions()
-        if not 0 < int(host.sum()) <= FULL * host.numel():
+        fewest = read.outputs() if ends_row_by_row(replaced_class(type(self))) else host
+        if not (bool(host.any()) and int(fewest.sum()) <= FULL * host.numel()):
             return None
         tokens = options.get("input_ids") if options.get("inputs_embeds") is None else options["inputs_embeds"]
-        return self_layout(tuple(host.shape), host, tokens.device)
+        return self_layout(tuple(host.shape), None if bool(host.all()) else host, tokens.device)
 
 
 def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
@@ -199,9 +206,10 @@ class _Padded(Function):
 
 
 @contextmanager
-def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
+def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
-    call = _Call(layout)
+    at_last = read.alone and ends_row_by_row(replaced_class(type(stack)) or type(stack))
+    call = _Call(layout, read.outputs() if at_last else None)
     name, own = layers_of(stack)
     layers = list(getattr(stack, name))  # others may stand for them already
     with standing(stack, [_OnTokens(layer, call, _names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
@@ -209,10 +217,11 @@ def _on_tokens(stack: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 class _Call:
-    """One call of a stack: where its tokens lie, and what its layers' arguments are on tokens."""
+    """One call of a stack: where its tokens lie, and what its layers' arguments are on tokens. ``outputs`` [B, L] bool: the only ones of
+    the last layer that are read (None: all)."""
 
-    def __init__(self, layout: Layout):
-        self.layout, self.thread = layout, threading.get_ident()
+    def __init__(self, layout: Layout, outputs: Tensor | None = None):
+        self.layout, self.outputs, self.thread = layout, outputs, threading.get_ident()
         self.known: dict[int, tuple[Any, Any]] = {}
 
     def arguments(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -278,10 +287,21 @@ class _OnTokens:
                 hidden = hidden.read()
             return layer(hidden, *args, **kwargs)
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
-        output = layer(tokens, *given[0], **given[1], **{LAYOUT: call.layout})
+        last = self._at_labels(tokens.device) if self.last else None
+        if last is None:
+            output = layer(tokens, *given[0], **given[1], **{LAYOUT: call.layout})
+        else:
+            output = at_rows(type(layer))(layer, tokens, *given[0], **given[1], **{LAYOUT: last})
         hidden, *others = (output,) if isinstance(output, Tensor) else output
-        hidden = call.layout.pad(hidden) if self.last else _Flat.of(hidden, call.layout)
+        hidden = (call.layout if last is None else last.outputs).pad(hidden) if self.last else _Flat.of(hidden, call.layout)
         return hidden if isinstance(output, Tensor) else (hidden, *others)
+
+    def _at_labels(self, device: torch.device) -> LastLayout | None:
+        """How the last layer runs at labelled positions alone behind its attention; None where it runs as it is."""
+        layer, wanted = self.layer, self.call.outputs
+        if wanted is None or not isinstance(layer, GradientCheckpointingLayer) or (layer.gradient_checkpointing and layer.training):
+            return None
+        return None if at_rows(type(layer)) is None else LastLayout.of(self.call.layout, wanted, device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)

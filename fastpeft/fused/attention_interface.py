@@ -45,6 +45,7 @@ from fastpeft.fused.attention_rotary import kind_of as rotary_kind
 from fastpeft.fused.layout import Layout
 from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.registry import fuses
@@ -174,7 +175,12 @@ def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Te
 
 
 def _pad(layout: Layout, x: Tensor) -> Tensor:
-    """[1, H, T, d] -> [B, H, L, d]."""
+    """[1, H, T, d] -> [B, H, L, d]; what backward can form again, it can also pad."""
+    padded = _padded(layout, x)
+    return padded if recipe_of(x) is None else mark_recomputable(padded, partial(_padded, layout), x)
+
+
+def _padded(layout: Layout, x: Tensor) -> Tensor:
     _, H, T, d = x.shape
     return layout.pad(x.transpose(1, 2).reshape(T, H * d)).view(layout.rows, layout.columns, H, d).transpose(1, 2)
 

@@ -111,6 +111,25 @@ class TreeLayout(Layout):
         return rows_layout(ends.diff(), self.tree.device)
 
 
+@dataclass(frozen=True)
+class LastLayout(Layout):
+    """Of a last layer's tokens, outputs are read at ``read`` [T'] alone, and lie in the batch as ``outputs`` says."""
+
+    read: Tensor | None = None
+    outputs: Layout | None = None
+
+    @classmethod
+    def of(cls, layout: Layout, wanted: Tensor, device: torch.device) -> LastLayout | None:
+        """``wanted`` [rows, columns] bool; None where it is every token, or none."""
+        cells = layout.cells
+        hit = wanted.cpu().flatten()[cells]
+        if bool(hit.all()) or not bool(hit.any()):
+            return None
+        at, read = cells[hit], to_device_async(hit.nonzero().squeeze(1), device)
+        outputs = Layout(layout.rows, layout.columns, to_device_async(at, device), host=at)
+        return cls(layout.rows, layout.columns, layout.place, layout.counts, layout.order, layout.host, read, outputs)
+
+
 def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:
     """Each token in its row and column, int64 [T] on the CPU: the device is not waited for."""
     cells, T = row * columns + column, rows * columns

@@ -68,7 +68,7 @@ def take(outputs: Outputs | None, name: str, layer: nn.Module, x: Tensor) -> Ten
 
 def join_calls(function: FunctionType) -> FunctionType:
     """``function``, a forward, whose calls of layers with one input run together; itself where there are none, or no source."""
-    if function.__closure__ or (tree := _tree(function)) is None:
+    if function.__closure__ or (tree := tree_of(function)) is None:
         return function
     if not _Joiner(tree).join():
         return function
@@ -87,7 +87,8 @@ def join_calls(function: FunctionType) -> FunctionType:
     return ours
 
 
-def _tree(function: FunctionType) -> ast.FunctionDef | None:
+def tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """The code of a function, to be changed and compiled: without annotations and defaults. None where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):

@@ -102,7 +102,7 @@ class FusedLlamaModel:
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
         if output_mask is None:  # a model around this one, with images say, may know
             read = read_of(self, given | {"attention_mask": attention_mask})
-            output_mask = None if read is None else read.positions()
+            output_mask = None if read is None else read.outputs()
         ours = getattr(self, "prefix_encoder", None) is not None or modality is not None or kwargs.get("visual") is not None
         tree = None if prefix_lengths is None else self._tree(given, attention_mask, position_ids, prefix_lengths, use_cache)
         if tree is not None:

@@ -47,8 +47,12 @@ def unpadded(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "qwen2-moe", "olmoe", "granite-moe", "gpt-oss"])
+MODELS = ("mixtral", "qwen3-moe", "qwen2-moe", "olmoe", "granite-moe", "gpt-oss")
+QUICK = [("mixtral", "batched_mm"), ("qwen2-moe", "batched_mm"), ("gpt-oss", "batched_mm"), ("gpt-oss", "eager"), ("granite-moe", "eager")]
+EVERY = [(name, how) for name in MODELS for how in ("eager", "batched_mm")]
+
+
+@pytest.mark.parametrize("name, implementation", [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in EVERY])
 def test_the_model_as_it_was(name, implementation, unpadded):
     """Every gradient, the routers' too."""
     plain, batch = tiny(name)
