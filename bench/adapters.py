@@ -124,7 +124,8 @@ def table(found: dict[str, Any], options: dict[str, Any]) -> str:
     for state in ("cold", "warm"):
         several, apart = found[state]["several"]["cpu"], [one["cpu"] for one in found[state]["apart"]]
         saved = (sum(apart) - several) / (len(apart) - 1)
-        told += ["", f"{state.title()}, each adapter but the first saves {saved:.1f} s; its steps take {sum(apart) / len(apart) - saved:.1f} s."]
+        steps = sum(apart) / len(apart) - saved
+        told += ["", f"{state.title()}, each adapter but the first saves {saved:.1f} s of CPU time; its steps take {steps:.1f} s."]
     told += ["", f"The base has {found['base_bytes'] / 1e6:,.0f} MB. Losses of every adapter: those of its own run, to the bit."]
     return "\n".join(told) + "\n"
 
