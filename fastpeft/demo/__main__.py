@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from fastpeft.data import VQADataset, load_samples, load_tokenizer
 from fastpeft.demo.phantom import make_phantoms
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def frozen(data: Path) -> dict:
     """Accuracy of the shipped model as it is."""
     print("Asking the pretrained model ...")
+    transformers_logging.disable_progress_bar()  # of the milliseconds in which weights are read
     model, folder = build(MODEL), resolve(MODEL).folder
     samples = load_samples(data, split="test")
     answers = answer_questions(model, VQADataset(samples, preprocess_for(folder, model)), load_tokenizer(folder))
