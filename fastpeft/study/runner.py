@@ -99,31 +99,49 @@ def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dic
                 if job not in waiting or job.starts_from in {other.name for other in (*waiting, *busy)}:
                     continue  # its source comes first
                 waiting.remove(job)
-                if read_result(job) is not None:
-                    say(f"{numbers[job.name]} {job.name}: finished before")
-                elif job.starts_from in failed:
-                    failed[job.name] = f"it starts from {job.starts_from}, which failed"
-                    say(f"{numbers[job.name]} {job.name}: left out, {failed[job.name]}")
-                else:
-                    group = [job, *_alike(job, waiting, side_by_side - len(busy) - 1)]
-                    waiting = [other for other in waiting if other not in group]
-                    process = _start(context, group, out / "features")
-                    running[process.sentinel] = (group, process, time.perf_counter())
+                if done := _done_with(job, failed):
+                    say(f"{numbers[job.name]} {job.name}: {done}")
+                    continue
+                group = [job, *_alike(job, waiting, side_by_side - len(busy) - 1)]
+                waiting = [other for other in waiting if other not in group]
+                process = _start(context, group, out / "features")
+                running[process.sentinel] = (group, process, time.perf_counter())
             for sentinel in wait(list(running)) if running else ():
                 group, process, began = running.pop(sentinel)
                 for job in group:
-                    if error := _error_of(job, group, process):
-                        failed[job.name] = error
-                    told = f"failed: {error}" if error else _told(read_result(job))
+                    told = _outcome(job, group, process, failed)
                     say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
     except KeyboardInterrupt:
-        for _, process, _ in running.values():
-            process.terminate()  # it saves a checkpoint between steps
-        for _, process, _ in running.values():
-            process.join()
-        names = ", ".join(job.name for group, *_ in running.values() for job in group) or "between rows"
+        names = _stop([(group, process) for group, process, _ in running.values()])
         raise KeyboardInterrupt(f"stopped in {names}; the same command goes on from there") from None
     return failed
+
+
+def _stop(running: list) -> str:
+    """End the processes of groups of jobs; returns the jobs' names."""
+    for _, process in running:
+        process.terminate()  # it saves a checkpoint between steps
+    for _, process in running:
+        process.join()
+    return ", ".join(job.name for group, _ in running for job in group) or "between rows"
+
+
+def _done_with(job: Job, failed: dict[str, str]) -> str:
+    """Why a job does not run, '' where it does; entered in ``failed`` where its source is there."""
+    if read_result(job) is not None:
+        return "finished before"
+    if job.starts_from not in failed:
+        return ""
+    failed[job.name] = f"it starts from {job.starts_from}, which failed"
+    return f"left out, {failed[job.name]}"
+
+
+def _outcome(job: Job, group: list[Job], process, failed: dict[str, str]) -> str:
+    """What became of a job whose process has ended; entered in ``failed`` where it has no result."""
+    if error := _error_of(job, group, process):
+        failed[job.name] = error
+        return f"failed: {error}"
+    return _told(read_result(job))
 
 
 def _alike(job: Job, waiting: list[Job], most: int) -> list[Job]:
