@@ -204,8 +204,7 @@ class Trainer:
         """Steps from where the run stands to its last, and the last checkpoint; halts between them."""
         config, done = self.config, self.done
         self.stop = stop
-        if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
-            self.features.prepare(config.progress or self.caches.progress)  # every sample is visited: all at once, in full batches
+        self.caches.prepare(self)
         if config.shard:
             take_apart(self)
         about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
