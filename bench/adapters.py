@@ -5,7 +5,7 @@
 A MISS-shaped model (224 px, 12 layers of image encoder, 4 of question encoder and of decoder) on drawn phantoms, five questions an image,
 plan F/LoRA/LoRA: ranks 2, 4, 8, 16 and two seeds. Whole commands, each a process of its own on one thread, cold (every run encodes its
 images) and warm (features in files from before). Their losses are compared first, to the bit. Seconds are a process's CPU time, start and
-imports included, wall seconds beside them; memory is its largest resident set.
+imports included; wall seconds stand beside them and, where the machine has other work, say little. Memory is its largest resident set.
 
 What a run of several saves is all but one start, load and pass over the images; its steps are those of the runs apart. So the ratio rises
 with the number of epochs: the table has what an adapter saves and what its steps take, and the encoder's work beside the steps' (of MISS
