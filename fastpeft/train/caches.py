@@ -43,6 +43,12 @@ class Caches:
         shelf = self.shelves.setdefault((config.cache_layers, _batches_of(trainer)), {})
         return keep_layers(trainer.model, *place_of(config.cache_layers, "cache_layers"), shelf)
 
+    def prepare(self, trainer) -> None:
+        """Before a run's first step: where it visits every sample, all outputs at once, in full batches."""
+        config, left = trainer.config, trainer.total_batches - trainer.done["batches"]
+        if trainer.features is not None and (config.shard or left >= len(trainer.sampler)):
+            trainer.features.prepare(config.progress or self.progress)
+
     def divide_memory(self) -> None:
         """Let caches of features share a third of the free memory, where each would have taken it."""
         default = [cache for (_, _, _, memory, *_), cache in self.features.items() if memory is None]

@@ -111,13 +111,14 @@ class StopBetweenSteps:
             self.before[signal.SIGCHLD](signal.SIGCHLD, None)
 
 
-def halt() -> Iterator[None]:
-    """Halts a run in turns once; its random numbers go on afterwards as if there had been no halt."""
-    numbers = random_state()
+def halt(alone: bool) -> Iterator[None]:
+    """Halts a run in turns once; unless it is ``alone``, its random numbers go on afterwards as if there had been no halt."""
+    numbers = None if alone else random_state()
     try:
         yield
     finally:
-        set_random_state(numbers)
+        if numbers is not None:
+            set_random_state(numbers)
 
 
 def to_the_end(turns: Generator[None, None, T]) -> T:

@@ -169,11 +169,11 @@ class Trainer:
         run in ``out`` meanwhile. A finished run that is resumed changes no file, and returns the summary that is there.
         """
         with StopBetweenSteps(self.ranks) as stop:
-            return to_the_end(self.turns(stop))
+            return to_the_end(self.turns(stop, alone=True))
 
-    def turns(self, stop: StopBetweenSteps) -> Generator[None, None, dict[str, Any]]:
+    def turns(self, stop: StopBetweenSteps, alone: bool = False) -> Generator[None, None, dict[str, Any]]:
         """What :meth:`fit` does, in turns: it halts before the first step and after each, and returns the summary. Random numbers are this
-        run's own, whoever draws some between its turns. What is thrown in where it halts ends it there, with a checkpoint."""
+        run's own, whoever draws some meanwhile (``alone``: nobody). What is thrown in where it halts ends it there, with a checkpoint."""
         torch.manual_seed(self.config.seed)
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ class Trainer:
             reset_peak(self.device)
             self.model.train()
             try:
-                yield from self._train(stop)
+                yield from self._train(stop, alone)
             except Interrupted as error:
                 raise Interrupted(self._saved_at_end(stop, "stopped"), error.number) from None
             except RankLost as error:
@@ -200,12 +200,11 @@ class Trainer:
                 said = "stopped when all steps were done" + (" and saved; --resume scores them" if self.out else "")
                 raise Interrupted(said, error.number) from None
 
-    def _train(self, stop: StopBetweenSteps) -> Iterator[None]:
+    def _train(self, stop: StopBetweenSteps, alone: bool) -> Iterator[None]:
         """Steps from where the run stands to its last, and the last checkpoint; halts between them."""
         config, done = self.config, self.done
         self.stop = stop
-        if self.features is not None and (config.shard or self.total_batches - done["batches"] >= len(self.sampler)):
-            self.features.prepare(config.progress or self.caches.progress)  # every sample is visited: all at once, in full batches
+        self.caches.prepare(self)
         if config.shard:
             take_apart(self)
         about = {"out": self.out, "step": done["step"], "total_steps": self.total_steps, "config": asdict(config)}
@@ -218,7 +217,7 @@ class Trainer:
             stop.together(),
         ):
             self.step.start(done["batches"])
-            yield from halt()
+            yield from halt(alone)
             began = time.perf_counter()
             try:
                 for batches, whole in self._batches():
@@ -235,7 +234,7 @@ class Trainer:
                             self.save()
                     if read:
                         self.followers.check()
-                        yield from halt()
+                        yield from halt(alone)
                         began = time.perf_counter()
             except BaseException:
                 with contextlib.suppress(FloatingPointError, OSError):
