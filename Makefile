@@ -6,13 +6,17 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*.* csrc/autograd/*) setup.py pyproject.toml
 
-.PHONY: venv demo test test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers crash fuzz soak aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
+.PHONY: venv demo test docs-and-trainers test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers crash fuzz soak aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
 	PYTHONSAFEPATH=1 $(PY) -m fastpeft.demo
 
-test: lint docs test-native test-composite test-triton test-oldest test-trainers $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
+test: lint docs-and-trainers test-native test-composite test-triton test-oldest $(if $(filter x86_64,$(shell uname -m)),test-cuda) aot
+
+# of one process each
+docs-and-trainers: $(VENV)/.built
+	$(MAKE) -j2 --output-sync=target docs test-trainers
 
 # each run lists what it skips and why; a reason that tests/_skips.py does not know fails it
 PYTEST = -q --known-skips

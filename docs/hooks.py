@@ -24,7 +24,8 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 def commands() -> str:
     group = typer.main.get_command(app)
-    return html.unescape(get_docs_for_click(obj=group, ctx=group.context_class(group, info_name="fastpeft"), name="fastpeft"))
+    text = html.unescape(get_docs_for_click(obj=group, ctx=group.context_class(group, info_name="fastpeft"), name="fastpeft"))
+    return re.sub(r"^Example: (.+)$", r"Example:\n\n```console\n$ \1\n```", text, flags=re.MULTILINE)
 
 
 def treatments() -> str:

@@ -18,27 +18,31 @@ from typing import Annotated
 import typer
 
 from fastpeft._when_imported import when_imported
+from fastpeft.cli_answers import EVAL, ask, chat, evaluate
 from fastpeft.cli_files import READING, convert, instruct, judge
-from fastpeft.cli_options import Json, emit, flag, other_names, printable, with_options
-from fastpeft.cli_scores import accuracy_lines, mmlu_lines, ranks_lines
+from fastpeft.cli_options import (
+    Adapter,
+    Device,
+    ImageEncoder,
+    Json,
+    Model,
+    MovedBase,
+    PlanOption,
+    Quantize,
+    Rank,
+    emit,
+    example,
+    flag,
+    other_names,
+    printable,
+    with_options,
+)
+from fastpeft.cli_scores import accuracy_lines, ranks_lines
 from fastpeft.cli_study import study
 from fastpeft.options import OptionError, bytes_of, canonical, fields, split
-from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, MetricOptions, MMLUOptions, RunOptions, TextOptions, read_yaml
+from fastpeft.runs.options import RECIPE, DataOptions, GenerationOptions, TextOptions, read_yaml
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-Model = Annotated[str, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "model"))]
-PlanOption = Annotated[
-    str | None, typer.Option(help="one treatment per part, such as F/LoRA/LoRA, or a YAML file (default: of the model's paper)")
-]
-Rank = Annotated[int | None, typer.Option(help="LoRA's rank (default 4)")]
-ImageEncoder = Annotated[str | None, typer.Option(help=next(f.description for f in fields(RunOptions) if f.name == "image_encoder"))]
-Quantize = Annotated[str | None, typer.Option(help="4bit or 8bit: the frozen base in bitsandbytes' format")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
-Adapter = Annotated[str, typer.Option(help="adapter folder of a run")]
-MovedBase = Annotated[str | None, typer.Option(help="the base, where it is no longer where the adapter says")]
-Seed = Annotated[int, typer.Option(help="of sampling")]
 
 
 def _version(asked: bool) -> None:
@@ -51,12 +55,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def fastpeft(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")] = False,
 ) -> None:
     """Parameter-efficient fine-tuning that is efficient."""
 
 
-@app.command()
+@app.command(epilog=example("fastpeft params --model miss --plan F/LoRA/LoRA --rank 8"))
 def params(
     model: Model = "miss", plan: PlanOption = None, rank: Rank = None, image_encoder: ImageEncoder = None, as_json: Json = False
 ) -> None:
@@ -74,10 +78,16 @@ def params(
     emit(counted | {"model": model, "plan": str(network.fastpeft_plan)}, as_json, lines)
 
 
-@app.command(context_settings=other_names(*RECIPE))
+TRAIN = (
+    "fastpeft train --model miss-tiny --plan LoRA/LoRA/LoRA --data my-data --hold-out 0.2 --steps 100 --batch-size 64 --out my-run",
+    "fastpeft train --config recipes/mile.yaml --data SLAKE --out my-run --resume",
+)
+
+
+@app.command(context_settings=other_names(*RECIPE), epilog=example(*TRAIN))
 @with_options(*RECIPE, without=("stages",))
 def train(
-    config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of any of these options; the command line wins.")] = None,
     as_json: Json = False,
     **given,
 ) -> None:
@@ -105,123 +115,46 @@ def train(
     emit(summary, as_json, [*lines, f"everything is in {given['out']} (report.html to look at)"])
 
 
-EVAL = (DataOptions, GenerationOptions, MetricOptions, MMLUOptions)
+app.command(
+    "eval", context_settings=other_names(*EVAL), epilog=example("fastpeft eval --adapter my-run --data my-data --out predictions.json")
+)(evaluate)
+app.command(context_settings=other_names(GenerationOptions), epilog=example("fastpeft chat --adapter my-run --image scan.png"))(chat)
+ASK = 'fastpeft ask --adapter my-run --image scan.png "Is there a fracture?" "Which side?"'
+app.command(context_settings=other_names(GenerationOptions), epilog=example(ASK))(ask)
+ESTIMATE = (
+    "fastpeft estimate --model miss --plan LoRA/LoRA/LoRA --batch-size 20 --gpu-memory 24GB",
+    "fastpeft estimate --model llava-med --data my-data --world 8 --shard base",
+)
 
 
-@app.command("eval", context_settings=other_names(*EVAL))
-@with_options(*EVAL, without=("data", "eval_split_file", "hold_out"))
-def evaluate(
-    adapter: Adapter,
-    data: Annotated[str, typer.Option(help=fields(DataOptions)[0].description)],
-    model: MovedBase = None,
-    out: Annotated[str | None, typer.Option(help="where to write the predictions (JSON)")] = None,
-    outputs: Annotated[str | None, typer.Option(help="where to write the responses as AlpacaEval's outputs, for `fastpeft judge`")] = None,
-    generator: Annotated[str, typer.Option(help="the model's name in --outputs")] = "fastpeft",
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    prompt_format: Annotated[str | None, typer.Option(help="of ScienceQA, instead of the one trained with")] = None,
-    template: Annotated[str | None, typer.Option(help="of prompts, instead of the one trained with")] = None,
-    draw_unparsed: Annotated[bool, typer.Option("--draw-unparsed", help="draw a choice where a response to ScienceQA names none")] = False,
-    seed: Seed = 0,
-    device: Device = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    **given,
-) -> None:
-    """Answer a data set's questions with an adapter, or with a model's folder alone, and score the answers."""
-    chosen, generation, metrics, mmlu = split({"data": data, **given}, *EVAL)
-    import torch
-
-    from fastpeft.runs.evaluate import eval_run
-
-    torch.manual_seed(seed)
-    decoding = {"num_beams": generation.num_beams, "metrics": metrics, **generation.chosen(), "prompt_format": prompt_format}
-    decoding |= {"template": template, "draw_unparsed": seed if draw_unparsed else None, "mmlu": mmlu}
-    decoding |= {"outputs": outputs, "generator": generator}
-    scored = eval_run(adapter, chosen, device=device, model=model, out=out, progress=not quiet, batch_size=batch_size, **decoding)
-    emit(scored, as_json, [*scored["notes"], *accuracy_lines(scored), *mmlu_lines(scored.get("mmlu"))])
-
-
-@app.command(context_settings=other_names(GenerationOptions))
-@with_options(GenerationOptions, without=("num_beams",))
-def chat(
-    adapter: Adapter,
-    image: Annotated[str | None, typer.Option(help="what the dialogue is about; /image FILE changes it")] = None,
-    model: MovedBase = None,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-    **given,
-) -> None:
-    """Talk with a causal model's adapter, one turn a line; /image FILE, /reset and /quit."""
-    (generation,) = split(given, GenerationOptions)
-    import torch
-
-    from fastpeft.runs.chat import chat_run
-
-    torch.manual_seed(seed)
-    talk, settings = chat_run(adapter, image, device, model, **generation.chosen())
-    typing = sys.stdin.isatty()  # a slip at the terminal does not end the dialogue
-    tell = (lambda error: typer.echo(printable(f"fastpeft: {error}"), err=True)) if typing else None
-    said = []
-    for response in talk.follow(None if typing else sys.stdin, tell):
-        said.append({"question": talk.turns[-1][0], "response": response})
-        print(printable(response), flush=True)
-    shown = None if talk.image is None else str(talk.image)
-    emit({"turns": said, "image": shown, "generation": settings}, as_json, [])
-
-
-@app.command(context_settings=other_names(GenerationOptions))
-@with_options(GenerationOptions)
-def ask(
-    question: Annotated[list[str], typer.Argument(help="one or several, each in quotes")],
-    adapter: Annotated[str, typer.Option(help="folder of a run, an adapter, or a merged model")],
-    image: Annotated[str | None, typer.Option(help="what the questions are about")] = None,
-    model: MovedBase = None,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: Json = False,
-    **given,
-) -> None:
-    """Answer questions about an image."""
-    (generation,) = split(given, GenerationOptions)
-    import torch
-
-    from fastpeft.runs.ask import load
-
-    torch.manual_seed(seed)
-    beams = {} if generation.num_beams is None else {"num_beams": generation.num_beams}
-    answers = load(adapter, device, model).ask(image, question, **beams, **generation.chosen())
-    emit({"image": image, "questions": question, "answers": answers}, as_json, answers)
-
-
-@app.command()
+@app.command(epilog=example(*ESTIMATE))
 @with_options(DataOptions, TextOptions, without=("data", "eval_split_file"))
 def estimate(
     model: Model = "miss",
     plan: PlanOption = None,
     rank: Rank = None,
-    batch_size: Annotated[int, typer.Option(help="samples per forward")] = 20,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Samples per forward.")] = 20,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base: fp32, bf16 or fp16.")] = "fp32",
     quantize: Quantize = None,
     image_encoder: ImageEncoder = None,
-    data: Annotated[str | None, typer.Option(help="folder of a data set, whose lengths and images the batches have")] = None,
-    vocab: Annotated[str | None, typer.Option(help="with --data: tokenizer (default: the model's, else learnt from the data)")] = None,
-    steps: Annotated[int | None, typer.Option(help="with --data: how long so many take (default: those of one epoch)")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="tokens of a question (20), or of a causal model's sample (512)")] = None,
-    answer_len: Annotated[int | None, typer.Option(help="tokens of an answer (6, or a quarter)")] = None,
-    questions_per_image: Annotated[int, typer.Option(help="a batch's questions about one image")] = 1,
-    gradient_accumulation: Annotated[int, typer.Option(help="forwards per step")] = 1,
-    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="with a frozen image encoder in the step")] = False,
-    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="without a language model's lowest layers, if frozen")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="the same model and plan without fastpeft, attention eager")] = False,
-    gpu_memory: Annotated[str | None, typer.Option(help="of a GPU, such as 24GB: does it fit, and what batch does?")] = None,
-    world: Annotated[int, typer.Option(help="ranks, a device each, of this batch size each")] = 1,
-    nodes: Annotated[int, typer.Option(help="machines that they are on")] = 1,
-    shard: Annotated[str | None, typer.Option(help="base: frozen weights in pieces over the ranks")] = None,
-    link: Annotated[str | None, typer.Option(help="bytes a second between a machine's devices, such as 300GB")] = None,
-    network: Annotated[str | None, typer.Option(help="bytes a second of a machine's network, such as 25GB")] = None,
-    latency: Annotated[float, typer.Option(help="microseconds to start a message")] = 10.0,
-    tflops: Annotated[float | None, typer.Option(help="that a device sustains in such a step")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of a data set, whose lengths and images the batches have.")] = None,
+    vocab: Annotated[str | None, typer.Option(help="With --data: tokenizer (default: the model's, or learnt from the data).")] = None,
+    steps: Annotated[int | None, typer.Option(help="With --data: steps whose time is told (default: one epoch's).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a question (default 20) or a causal sample (default 512).")] = None,
+    answer_len: Annotated[int | None, typer.Option(help="Tokens of an answer (default 6, or a quarter of the sample).")] = None,
+    questions_per_image: Annotated[int, typer.Option(help="A batch's questions about one image.")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = 1,
+    no_feature_cache: Annotated[bool, typer.Option("--no-feature-cache", help="Compute a frozen image encoder in every step.")] = False,
+    cache_layers: Annotated[bool, typer.Option("--cache-layers", help="Leave out a language model's lowest, frozen layers.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="The same model and plan without fastpeft, attention eager.")] = False,
+    gpu_memory: Annotated[str | None, typer.Option(help="A GPU's memory, such as 24GB: does the step fit, and what batch does?")] = None,
+    world: Annotated[int, typer.Option(help="Ranks, a device each, of this batch size each.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines that the ranks are on.")] = 1,
+    shard: Annotated[str | None, typer.Option(help="What is in pieces over the ranks: base, the frozen weights.")] = None,
+    link: Annotated[str | None, typer.Option(help="Bytes a second between a machine's devices, such as 300GB.")] = None,
+    network: Annotated[str | None, typer.Option(help="Bytes a second of a machine's network, such as 25GB.")] = None,
+    latency: Annotated[float, typer.Option(help="Microseconds to start a message.")] = 10.0,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that a device sustains in such a step.")] = None,
     as_json: Json = False,
     **reading,
 ) -> None:
@@ -252,17 +185,22 @@ def estimate(
     emit(found.to_dict() | run, as_json, lines)
 
 
-app.command(context_settings=other_names(*READING))(instruct)
-app.command()(convert)
-app.command()(judge)
+app.command(context_settings=other_names(*READING), epilog=example("fastpeft instruct SLAKE my-instructions --style released"))(instruct)
+CONVERT = (
+    "fastpeft convert model_base_vqa_capfilt_large.pth my-blip",
+    "fastpeft convert llama7B-15.pth my-lavin --llama LLAMA/7B --clip ViT-L-14.pt",
+)
+app.command(epilog=example(*CONVERT))(convert)
+JUDGE = ("fastpeft judge ours.json theirs.json --out pairs.jsonl", "fastpeft judge ours.json theirs.json --judgments judged.jsonl")
+app.command(epilog=example(*JUDGE))(judge)
 
 
-@app.command()
+@app.command(epilog=example("fastpeft merge --adapter my-run --out my-model"))
 def merge(
     adapter: Adapter,
-    out: Annotated[str, typer.Option(help="transformers folder to write")],
+    out: Annotated[str, typer.Option(help="Transformers folder to write.")],
     model: MovedBase = None,
-    modality: Annotated[str | None, typer.Option(help="of MMAdapter: for samples of 'text' or 'image'")] = None,
+    modality: Annotated[str | None, typer.Option(help="Merge MMAdapter for samples of this modality: text or image.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fold LoRA, IA3 and adapters into the base and write a plain transformers folder."""
@@ -272,13 +210,13 @@ def merge(
     emit({"out": str(written)}, as_json, [f"merged model in {written}"])
 
 
-@app.command()
+@app.command(epilog=example("fastpeft verify --model miss-tiny --plan LoRA/IA3/Prefix --dtype fp64"))
 def verify(
     model: Model = "miss-tiny",
-    plan: Annotated[str | None, typer.Option(help="one treatment per part (default: LoRA in each), or a YAML file")] = None,
-    dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16")] = "fp32",
+    plan: Annotated[str | None, typer.Option(help="A plan such as F/LoRA/LoRA, or a YAML file (default: LoRA in each part).")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype to compare in: fp64, fp32 or bf16.")] = "fp32",
     rank: Rank = None,
-    seed: Annotated[int, typer.Option(help="of adapters and of the batch")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of adapters and of the batch.")] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -293,14 +231,18 @@ def verify(
         raise typer.Exit(1)
 
 
-app.command()(study)
+STUDY = (
+    "fastpeft study recipes/studies/mile_1.yaml --scale tiny --out runs/mile_1",
+    "fastpeft study recipes/studies/mile_1.yaml --data slake=SLAKE --out runs/mile_1",
+)
+app.command(epilog=example(*STUDY))(study)
 
 
-@app.command()
+@app.command(epilog=example("fastpeft report my-run other-run --out comparison.html"))
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="folders that fastpeft train wrote")],
-    out: Annotated[str | None, typer.Option(help="page to write (default: RUN/report.html; of several runs comparison.html)")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="folder whose images the page may show, beside those in RUN; repeats")] = None,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="Folders that fastpeft train wrote.")],
+    out: Annotated[str | None, typer.Option(help="Page to write (default: RUN/report.html; of several runs comparison.html).")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Folder whose images the page may show, beside those in RUN; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's report again from its files, or a page that compares several runs."""
@@ -321,7 +263,7 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(done.returncode)
 
 
-@app.command()
+@app.command(epilog=example("fastpeft doctor"))
 def doctor(as_json: Json = False) -> None:
     """Which backend serves each operator here, and why."""
     from fastpeft.runs.doctor import diagnose

@@ -16,10 +16,10 @@ READING = (DataOptions,)
 
 @with_options(*READING, only=("split_file", "languages", "skip_bad"))
 def instruct(
-    data: Annotated[str, typer.Argument(help="folder of a data set of questions about images: Slake, VQA-RAD")],
-    out: Annotated[str, typer.Argument(help="folder to write: a data set for `train --data`")],
-    style: Annotated[str, typer.Option(help="paper: as paper 002's figure 4; released: as its authors' file")] = "paper",
-    seed: Annotated[int, typer.Option(help="of the options")] = 0,
+    data: Annotated[str, typer.Argument(help="Folder of a data set of questions about images: Slake, VQA-RAD.")],
+    out: Annotated[str, typer.Argument(help="Folder to write: a data set for `train --data`.")],
+    style: Annotated[str, typer.Option(help="Phrasings: paper, as MILE's figure 4, or released, as its authors' file.")] = "paper",
+    seed: Annotated[int, typer.Option(help="Seed of the options.")] = 0,
     as_json: Json = False,
     **given,
 ) -> None:
@@ -36,10 +36,10 @@ def instruct(
 
 
 def judge(
-    ours: Annotated[str, typer.Argument(help="our outputs, as `eval --outputs` writes them: AlpacaEval's JSON")],
-    theirs: Annotated[str, typer.Argument(help="another model's outputs on the same instructions")],
-    out: Annotated[str | None, typer.Option(help="JSON lines to write: each pair in both orders, with messages for a judge")] = None,
-    judgments: Annotated[str | None, typer.Option(help="what the judge said: JSON lines with id, or AlpacaEval's annotations")] = None,
+    ours: Annotated[str, typer.Argument(help="Our outputs, as `eval --outputs` writes them: AlpacaEval's JSON.")],
+    theirs: Annotated[str, typer.Argument(help="Another model's outputs on the same instructions.")],
+    out: Annotated[str | None, typer.Option(help="JSON lines to write: each pair in both orders, with messages for a judge.")] = None,
+    judgments: Annotated[str | None, typer.Option(help="What the judge said: JSON lines with id, or AlpacaEval's annotations.")] = None,
     as_json: Json = False,
 ) -> None:
     """Two models' responses as pairs for a judge, in both orders; and the judge's answers as wins, ties and losses."""
@@ -73,25 +73,25 @@ def convert(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
-            "(ViT-L-14.pt), LLaVA-Med's folder or connector (mm_projector.bin), or LaVIN's adapters (.pth)"
+            help="Official MISS/BLIP checkpoint (.pth), a transformers folder of one, LLaMA's original folder (params.json), OpenAI's CLIP "
+            "(ViT-L-14.pt), LLaVA-Med's folder or connector (mm_projector.bin), or LaVIN's adapters (.pth)."
         ),
     ],
-    out: Annotated[str, typer.Argument(help="transformers folder to write, or .pth for the way back")],
+    out: Annotated[str, typer.Argument(help="Transformers folder to write, or .pth for the way back.")],
     llama: Annotated[
-        str | None, typer.Option(help="beside CLIP, a LLaVA's delta or LaVIN's adapters: LLaMA's folder, original or transformers'")
+        str | None, typer.Option(help="Beside CLIP, a LLaVA's delta or LaVIN's adapters: LLaMA's folder, original or transformers'.")
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="beside LaVIN's adapters or LLaVA's: OpenAI's CLIP (ViT-L-14.pt)")] = None,
-    mm_projector: Annotated[str | None, typer.Option(help="beside a LLaVA's folder: its connector, where it is a file of its own")] = None,
-    template: Annotated[str | None, typer.Option(help="of a LLaVA: its prompts (default: those of its release)")] = None,
-    backbone: Annotated[str | None, typer.Option(help="what CLIP and --llama become: excitor or lavin, not yet adapted")] = None,
-    vicuna_delta: Annotated[str | None, typer.Option(help="folder of what LaVIN's code adds to LLaMA for Vicuna")] = None,
-    temperature: Annotated[float | None, typer.Option(help="of LaVIN's routers (default: as the file says)")] = None,
-    adapter_scale: Annotated[float | None, typer.Option(help="of LaVIN's adapters (default: as the file says)")] = None,
-    image_size: Annotated[int | None, typer.Option(help="interpolate position embeddings to this size")] = None,
-    text_heads: Annotated[int | None, typer.Option(help="where the checkpoint's width does not tell (default: 64 wide each)")] = None,
-    vision_heads: Annotated[int | None, typer.Option(help="likewise, of the image encoder")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    clip: Annotated[str | None, typer.Option(help="Beside LaVIN's adapters or LLaVA's: OpenAI's CLIP (ViT-L-14.pt).")] = None,
+    mm_projector: Annotated[str | None, typer.Option(help="Beside a LLaVA's folder: its connector, where it is a file of its own.")] = None,
+    template: Annotated[str | None, typer.Option(help="Template of a LLaVA's prompts (default: that of its release).")] = None,
+    backbone: Annotated[str | None, typer.Option(help="What CLIP and --llama become: excitor or lavin, not yet adapted.")] = None,
+    vicuna_delta: Annotated[str | None, typer.Option(help="Folder of what LaVIN's code adds to LLaMA for Vicuna.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of LaVIN's routers (default: as the file says).")] = None,
+    adapter_scale: Annotated[float | None, typer.Option(help="Scale of LaVIN's adapters (default: as the file says).")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Interpolate position embeddings to images of this size.")] = None,
+    text_heads: Annotated[int | None, typer.Option(help="Heads of the text models (default: by their width, or 64 wide).")] = None,
+    vision_heads: Annotated[int | None, typer.Option(help="Heads of the image encoder, likewise.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder to write.")] = False,
     as_json: Json = False,
 ) -> None:
     """Official MISS/BLIP VQA checkpoint to a transformers folder, and back; official files of LLaMA, CLIP, LLaVA-Med and LaVIN to one."""

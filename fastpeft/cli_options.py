@@ -10,12 +10,29 @@ from typing import Annotated, Any
 import typer
 
 from fastpeft.options import FieldOption, fields
+from fastpeft.runs.options import RECIPE
 
 # the short names that the command line shows; every other name of an option is taken too (fastpeft.options.Option)
 SHORT = {"learning_rate": "lr", "base_learning_rate": "base_lr", "min_learning_rate": "min_lr", "num_workers": "workers"}
 
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line")]
+def described(name: str) -> str:
+    """What the option ``name`` of a run is."""
+    return next(f.description for cls in RECIPE for f in fields(cls) if f.name == name)
+
+
+# options that several commands have
+Model = Annotated[str, typer.Option(help=described("model"))]
+PlanOption = Annotated[str | None, typer.Option(help=described("plan"))]
+Rank = Annotated[int | None, typer.Option(help=described("rank"))]
+ImageEncoder = Annotated[str | None, typer.Option(help=described("image_encoder"))]
+Quantize = Annotated[str | None, typer.Option(help=described("quantize"))]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ... (default: CUDA where there is one).")]
+Adapter = Annotated[str, typer.Option(help="Folder of a run, or of its adapter.")]
+MovedBase = Annotated[str | None, typer.Option(help="The base, where it is no longer where the adapter says.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
 def printable(text: str) -> str:
@@ -23,6 +40,11 @@ def printable(text: str) -> str:
     tabs stay, and the joiners that scripts and emoji need."""
     kept = "\n\t\u200c\u200d"
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def example(*commands: str) -> str:
+    """The end of a command's help."""
+    return "\n\n".join(f"Example: {command}" for command in commands)
 
 
 def emit(values: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -69,7 +91,7 @@ def _unset(field: FieldOption) -> bool | None:
 
 
 def _annotation(field: FieldOption):
-    text = f"do not {field.description}" if _is_off(field) else field.help
+    text = f"Do not {field.description[0].lower()}{field.description[1:]}" if _is_off(field) else field.help
     option = typer.Option(flag(field), help=text, rich_help_panel=field.option.panel or None, show_default=False)
     kind = list[field.kind] if field.option.repeats else field.kind
     return Annotated[bool if field.kind is bool else kind | None, option]

@@ -12,13 +12,13 @@ from fastpeft.cli_options import Json, emit, printable
 
 
 def study(
-    file: Annotated[str, typer.Argument(help="YAML file of the study, such as recipes/studies/mile_1.yaml")],
-    out: Annotated[str, typer.Option(help="folder for its runs, table and figures; the same folder goes on")],
-    data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable")] = None,
-    scale: Annotated[str, typer.Option(help="full, or tiny: the file's tiny block, in minutes on a CPU")] = "full",
-    steps: Annotated[int | None, typer.Option(min=1, help="of every stage, in place of the file's: 2 show that all rows run")] = None,
-    side_by_side: Annotated[int, typer.Option(min=1, help="rows that run at once; their memory adds up, and seconds are of each")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    file: Annotated[str, typer.Argument(help="YAML file of the study, such as recipes/studies/mile_1.yaml.")],
+    out: Annotated[str, typer.Option(help="Folder for its runs, table and figures; the same folder goes on.")],
+    data: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a data set in the file, or DIR where it has one; repeatable.")] = None,
+    scale: Annotated[str, typer.Option(help="Scale: full, or tiny, the file's tiny block, in minutes on a CPU.")] = "full",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every stage, not the file's: 2 show that all rows run.")] = None,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Rows that run at once; their memory adds up, and seconds are of each.")] = 1,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ... (default: CUDA where there is one).")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a study: all its rows, their table as Markdown, CSV and HTML, their figures. Killed, the same command goes on."""

@@ -3,7 +3,7 @@
     @options
     class TrainConfig:
         batch_size: Annotated[int, Field(ge=1), Option(names=("per_device_train_batch_size",))] = 20
-        "samples per forward"
+        "Samples per forward."
 
 pydantic checks the values and converts none (``"20"`` is no number). A wrong one is one line: ``batch_size must be a whole number of 1 or
 more, not 0``. Nothing here imports torch, so that the command line's help and usage errors come at once.
@@ -161,7 +161,7 @@ class FieldOption:
         shown = self.default
         if shown is None or shown is dataclasses.MISSING or isinstance(shown, bool) or "default" in self.description:
             return self.description
-        return f"{self.description} (default {','.join(shown) if isinstance(shown, tuple) else shown})"
+        return f"{self.description.removesuffix('.')} (default {','.join(shown) if isinstance(shown, tuple) else shown})."
 
 
 ENDS = (("lt", "to below"), ("le", "to"))

@@ -69,6 +69,18 @@ def test_commands_are_commands(page, words):
         assert type(error).__name__ == "MissingParameter" and not complete, error
 
 
+@pytest.mark.parametrize("name", sorted(GROUP.commands.keys() - {"bench"}))
+def test_help_is_in_sentences_and_ends_with_examples(name):
+    command = GROUP.commands[name]
+    told = [text for p in command.params if (text := getattr(p, "help", None)) and not getattr(p, "is_eager", False)]
+    assert [text for text in told if not re.fullmatch(r"[A-Z0-9].*[.?]", text, re.DOTALL)] == []
+    examples = (command.epilog or "").split("\n\n")
+    for line in examples:
+        words = shlex.split(line.removeprefix("Example: fastpeft "))
+        assert words[0] == name and command.make_context(name, words[1:])
+        assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"[\w/-]+\.md", str(yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)["nav"]))
     assert sorted(listed) == sorted(str(p.relative_to(ROOT / "docs")) for p in PAGES if p.name != "README.md")

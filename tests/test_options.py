@@ -17,7 +17,7 @@ class Example:
     """An example."""
 
     size: Annotated[Count, Option(names=("lot", "how_many"))] = 4
-    "things at a time"
+    "Things at a time."
     share: Fraction = 0.5
     "of them"
     rate: Number | None = None
@@ -38,11 +38,11 @@ class Example:
 
 def test_what_a_field_says_of_itself():
     told = {f.name: f for f in fields(Example)}
-    assert told["size"].must == "a whole number of 1 or more" and told["size"].help == "things at a time (default 4)"
+    assert told["size"].must == "a whole number of 1 or more" and told["size"].help == "Things at a time (default 4)."
     assert told["share"].must == "a number from 0 to below 1" and told["rate"].must == "a number of 0 or more"
     assert told["kind"].must == "one of a, b" and told["loud"].must == "true or false" and told["folder"].must == "a path"
     assert [f.name for f in fields(Example) if f.optional] == ["rate", "folder", "room"]
-    assert "    size: things at a time (default 4)" in Example.__doc__
+    assert "    size: Things at a time (default 4)." in Example.__doc__
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
+from transformers.utils import logging as transformers_logging
+
 from fastpeft.data import VQADataset, load_samples, load_tokenizer
 from fastpeft.demo.phantom import make_phantoms
 from fastpeft.evaluate import answer_questions, score
+from fastpeft.files import write_json, write_text
 from fastpeft.models import resolve
 from fastpeft.plan import build, count
 from fastpeft.runs.vqa import preprocess_for
@@ -43,10 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     for plan in dict.fromkeys((args.plan, FULL)):
         rows.append(trained(plan, data, args.steps, args.out / plan.replace("/", "-").replace("+", "_")))
     table = render(rows)
-    (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    seconds = time.perf_counter() - began
+    write_json(args.out / "results.json", rows)
+    write_text(args.out / "results.md", page(rows, args.steps, seconds))
     print(f"\n{MODEL}, pretrained on scanner a, asked {rows[0]['n']} questions on unseen images of scanner b; {args.steps} steps of 64:\n")
     print(table)
-    print(f"\nAlways the most frequent answer: {rows[0]['majority']:.1%}. Done in {time.perf_counter() - began:.0f} s.")
+    print(f"\nAlways the most frequent answer: {rows[0]['majority']:.1%}. Done in {seconds:.0f} s.")
     for row in rows[1:]:
         print(f"{row['plan']}: {row['out']}/report.html")
 
@@ -54,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def frozen(data: Path) -> dict:
     """Accuracy of the shipped model as it is."""
     print("Asking the pretrained model ...")
+    transformers_logging.disable_progress_bar()  # of the milliseconds in which weights are read
     model, folder = build(MODEL), resolve(MODEL).folder
     samples = load_samples(data, split="test")
     answers = answer_questions(model, VQADataset(samples, preprocess_for(folder, model)), load_tokenizer(folder))
@@ -75,6 +83,27 @@ def trained(plan: str, data: Path, steps: int, out: Path) -> dict:
     kept = ("seconds", "peak_memory_bytes", "saved_bytes_per_step", "flops_per_sample", "steady_samples_per_second")
     costs = {name: summary[name] for name in kept}
     return {"plan": plan, "out": str(out), "trainable": counted["trainable"], "total": counted["total"], **costs, **summary["eval"]}
+
+
+def page(rows: list[dict], steps: int, seconds: float) -> str:
+    """The rows as Markdown, with what they were measured on."""
+    about = f"`make demo`, {time.strftime('%Y-%m-%d')}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    asked = f"{MODEL}, pretrained on scanner a, asked {rows[0]['n']} questions on unseen images of scanner b"
+    lines = ["# The demo: one scanner's model adapted to another", "", f"{about}: {seconds:.0f} s in all."]
+    lines += [f"{asked}; {steps} steps of 64.", ""]
+    lines += ["| plan | trained | open | closed | global | train s | peak memory |", "|---|---|---|---|---|---|---|"]
+    lines.append(f"| always the most frequent answer | | | | {rows[0]['majority']:.1%} | | |")
+    for row in rows:
+        costs = f"{row['seconds']:.0f} | {row['peak_memory_bytes'] / 1e9:.2f} GB" if "seconds" in row else "|"
+        lines.append(f"| {row['plan']} | {row['trainable']:,} | {row['open']:.1%} | {row['closed']:.1%} | {row['global']:.1%} | {costs} |")
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The CPU's name, as Linux knows it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def render(rows: list[dict]) -> str:

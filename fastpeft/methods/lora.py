@@ -6,6 +6,7 @@ On a convolution the factors are PEFT's: A is the base's kernel with r outputs, 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -119,6 +120,7 @@ class LoRA(Method):
             names = ("exclude_modules", "layers_to_transform", "layers_pattern")
             more = "".join(f", {name}={value!r}" for name in names if (value := getattr(self, name)))
             raise ValueError(f"LoRA: no linear layer or convolution of {part.name!r} matches target_modules={targets!r}{more}")
+        above = []
         for name, module in found:
             module = adapted(module)
             r, lora_alpha = _by_name(name, self.rank_pattern, self.r), _by_name(name, self.alpha_pattern, self.lora_alpha)
@@ -129,10 +131,14 @@ class LoRA(Method):
                 shape_b = (module.out_channels, r, 1, 1)
             else:
                 shape_a, shape_b = (r, module.in_features), (module.out_features, r)
+            above += [r] if r > min(math.prod(shape_a[1:]), shape_b[0]) else []
             module.lora_A, module.lora_B = new_parameter(module, *shape_a), new_parameter(module, *shape_b)
             nn.init.kaiming_uniform_(module.lora_A, a=math.sqrt(5))
             nn.init.zeros_(module.lora_B)
             module.scaling, module.lora_dropout = self._scaling(r, lora_alpha), self.lora_dropout
+        if 2 * len(above) > len(found):  # a slip of the keyboard, rather than a head of two classes among large layers
+            counted = f"{len(above)} of {len(found)} weights of {part.name!r}"
+            warnings.warn(f"LoRA: r={max(above)} is above the rank of {counted}: they train more numbers than they have", stacklevel=2)
 
     def equivalent(self, other: Method, part: Part) -> bool:
         return isinstance(other, LoRA) and self._meaning(part) == other._meaning(part)

@@ -27,17 +27,17 @@ class DataSource:
     """One of the data sets that a run mixes."""
 
     path: FilePath
-    "folder, or annotation file"
+    "Folder, or annotation file."
     weight: Positive | None = None
-    "its share of an epoch's samples, beside the others' weights (default: by size)"
+    "Its share of an epoch's samples, beside the others' weights (default: by size)."
     kind: Text | None = None
-    "its format, where the file's fields should not tell it: alpaca, llava, coco, reports, scienceqa, vqa"
+    "Its format, where the file's fields should not tell it: alpaca, llava, coco, reports, scienceqa, vqa."
     image_folder: Text = ""
-    "put before each image's name"
+    "What to put before each image's name."
     image_prefix: Text = ""
-    "put before each image's file name, such as COCO_train2014_"
+    "What to put before each image's file name, such as COCO_train2014_."
     turns: Literal["dialogue", "each", "first"] = "dialogue"
-    "of conversations: all in one sample, each a sample of its own, or the first alone"
+    "Turns of a conversation: all in one sample, each a sample of its own, or the first alone."
 
 
 def _sources(data) -> tuple[DataSource, ...]:
@@ -77,29 +77,29 @@ class RunOptions:
     """What is trained: a base, a plan, and the options of the plan's LoRA."""
 
     model: Annotated[Text, METHOD, Option(names=("model_name_or_path",))] = "miss-tiny"
-    "a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder"
+    "The base: a name (miss, llava-med, llama-7b, excitor-7b, lavin-7b, ... or their -tiny), or a local transformers folder."
     image_encoder: Annotated[Text | None, METHOD] = None
-    "of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)"
+    "Image encoder of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)."
     plan: Annotated[Text | dict[str, Any] | None, METHOD, Option(must="a plan such as F/LoRA/LoRA")] = None
-    "one treatment per part, or a YAML file (default: of the model's paper: F/LoRA/LoRA of MISS, LoRA of LLaMA, F/Excitor, ...)"
+    "What each part gets, such as F/LoRA/LoRA, or a YAML file of it (default: the plan of the model's paper)."
     rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
-    "LoRA's rank (default 4)"
+    "LoRA's rank (default 4)."
     lora_alpha: Annotated[float | None, METHOD] = None
-    "numerator of LoRA's scaling (default 32)"
+    "Numerator of LoRA's scaling (default 32)."
     lora_dropout: Annotated[float | None, METHOD] = None
-    "on the input of LoRA's branch (default 0)"
+    "Dropout on the input of LoRA's branch (default 0)."
     vocab: Annotated[Text | None, METHOD, Option(names=("tokenizer",))] = None
-    "vocab.txt or tokenizer folder (default: the model's, else learnt from the data)"
+    "Tokenizer folder, or vocab.txt (default: the model's, else learnt from the data)."
     quantize: Annotated[Text | None, METHOD] = None
-    "4bit or 8bit: the frozen base in bitsandbytes' format"
+    "Hold the frozen base in bitsandbytes' format: 4bit or 8bit."
     from_scratch: Annotated[bool, METHOD] = False
-    "random weights, even where the package ships trained ones"
+    "Begin with random weights, even where the package ships trained ones."
     init_adapter: Annotated[FilePath | None, METHOD] = None
-    "adapter folder of another run, of the same base and plan, to go on from with these data and options"
+    "Begin with the adapter in this folder, of the same base and plan."
     stages: Annotated[Stages | None, METHOD, Option(must="a list of stages, each a mapping of options")] = None
-    "runs in turn, each going on from the one before, with options of its own (in YAML only; see fastpeft.runs.stages)"
+    "Runs in turn, each going on from the one before, with options of its own (in YAML only; see fastpeft.runs.stages)."
     no_eval: Annotated[bool, READ] = False
-    "score nothing at the end"
+    "Score nothing at the end."
 
     def arguments(self) -> dict[str, Any]:
         """What :func:`fastpeft.runs.train.train_run` takes of it beside model, plan and LoRA."""
@@ -117,20 +117,20 @@ class DataOptions:
     """Which samples."""
 
     data: Annotated[Sources, READ, Option(repeats=True, must="a path, or a list of them")]
-    """folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists; several are mixed, each
-    with options: DIR,weight=2,kind=llava,image_folder=train2017,image_prefix=COCO_,turns=first"""
+    """Folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists. Several are mixed, each
+    with options of its own: DIR,weight=2,kind=llava,image_folder=train2017,image_prefix=COCO_,turns=first."""
     split_file: Annotated[FilePath | None, READ] = None
-    "annotation file, or a file of qids (default: by the data set's own file names)"
+    "Annotation file, or a file of qids, to read (default: by the data set's own file names)."
     eval_split_file: Annotated[FilePath | None, READ] = None
-    "what to score at the end (default: the data set's test split)"
+    "Annotation file, or a file of qids, to score at the end (default: the data set's test split)."
     hold_out: Annotated[Fraction, READ, Option(says="{name}={value!r}: use a number between 0 and 1, such as 0.1")] = 0.0
-    "score a fraction of the training images, held out, instead"
+    "Hold this fraction of the training images out, and score it instead."
     languages: Annotated[Names, READ, Option(must="a list of q_lang values")] = ("en",)
-    "comma-separated q_lang values to keep"
+    "Keep questions of these languages: q_lang values, comma-separated."
     skip_bad: Annotated[bool, READ] = False
-    "leave bad entries out and count them"
+    "Leave bad entries out and count them."
     max_pixels: Annotated[Count, READ] = 50_000_000
-    "images of more are refused before they are decoded"
+    "Refuse images of more pixels, before they are decoded."
 
     def __post_init__(self):
         if self.hold_out and self.eval_split_file:
@@ -154,24 +154,24 @@ class TextOptions:
     """How a causal language model's samples become tokens."""
 
     template: Annotated[Text | None, PROMPT] = None
-    """prompt (default: the model's own): alpaca, lavin, plain, scienceqa, or a conversation of LLaVA's or LLaVA-Med's by version: llava
-    (v1), v0, v0_train, llava_v0, llava_v1, llama_2, llava_llama_2, mistral_instruct, simple, multimodal, ..."""
+    """Template of prompts (default: the model's own): alpaca, lavin, plain, scienceqa, or a conversation of LLaVA's or LLaVA-Med's by
+    version: llava (v1), v0, v0_train, llava_v0, llava_v1, llama_2, llava_llama_2, mistral_instruct, simple, multimodal, ..."""
     image_place: Annotated[Literal["before", "after", "data"] | None, PROMPT] = None
-    "of these conversations: the image before or after the first question, or where the data have <image> (default: the template's own)"
+    "Where a conversation has its image: before or after the first question, or where the data have <image> (default: the template's own)."
     max_length: Annotated[int, Field(ge=2), PROMPT, Option(names=("max_seq_length",))] = 512
-    "tokens of the longest sample; longer ones are cut"
+    "Cut samples to this many tokens."
     max_question: Annotated[int, Field(ge=3), READ] = 35
-    "tokens of a question of visual question answering; longer ones are cut (MISS's 35 cut options off in instruction-format data)"
+    "Cut questions of visual question answering to this many tokens (MISS's 35 cut options off in instruction-format data)."
     packed: Annotated[bool, PROMPT, Option(off="no_packing", names=("packing",))] = True
-    "put samples end to end in one row, instead of padding them"
+    "Put samples end to end in one row, instead of padding them."
     instruction: Annotated[Text | None, PROMPT] = None
-    "what is asked where the data hold captions or reports only"
+    "What to ask where the data hold captions or reports only."
     prompt_format: Annotated[Formats, PROMPT] = "QCM-ALE"
-    "of ScienceQA, such as QCM-LEA"
+    "Parts of ScienceQA's prompt and answer, such as QCM-LEA."
     use_caption: Annotated[bool, PROMPT] = False
-    "ScienceQA's captions for a model that sees no images"
+    "Give a model that sees no images ScienceQA's captions."
     tell_format: Annotated[bool | None, PROMPT] = None
-    "of ScienceQA: prompts for the answer alone say so (default: where several prompt formats are trained on)"
+    "Say in ScienceQA's prompts where the answer alone is wanted (default: where several prompt formats are trained on)."
 
     def reading(self) -> dict[str, Any]:
         """What of it concerns reading files."""
@@ -184,13 +184,13 @@ class GenerationOptions:
     """How answers are generated: by beams or greedily, or sampled where top_p or temperature is given."""
 
     num_beams: Annotated[int | None, Field(ge=1), SCORE] = None
-    "beams (default: 3 for visual question answering, 1 for responses)"
+    "Beams of the search (default: 3 for visual question answering, 1 for responses)."
     max_new_tokens: Annotated[int | None, Field(ge=1), SCORE] = None
-    "of a response (default 128)"
+    "Most tokens of a response (default 128)."
     top_p: Annotated[float | None, Field(ge=0, le=1), SCORE] = None
-    "sample from the likeliest tokens of this probability"
+    "Sample from the likeliest tokens of this probability."
     temperature: Annotated[float | None, Field(ge=0), SCORE] = None
-    "of sampling"
+    "Temperature of sampling."
 
     def chosen(self) -> dict[str, Any]:
         """What was given, as transformers' ``generate`` takes it; beams apart."""
@@ -204,17 +204,17 @@ class MetricOptions:
     """Metrics of generated text, reported beside the accuracies; what one lacks is said, the others are reported."""
 
     metrics: Annotated[Names, MEASURE, Option(must="a list of metrics: rouge, meteor, bertscore, tokens")] = METRICS
-    "comma-separated: rouge, meteor, bertscore, tokens"
+    "Metrics to report, comma-separated: rouge, meteor, bertscore, tokens."
     bertscore_model: Annotated[FilePath | None, MEASURE] = None
-    "local model folder of BERTScore, such as a copy of roberta-large; without it there is no BERTScore"
+    "Local model folder of BERTScore, such as a copy of roberta-large; without it there is no BERTScore."
     bertscore_layer: Annotated[Count | None, MEASURE] = None
-    "whose output BERTScore compares (default: bert_score's for a model of the folder's name, else the last)"
+    "Layer whose output BERTScore compares (default: bert_score's for a model of the folder's name, else the last)."
     bertscore_idf: Annotated[bool, MEASURE] = False
-    "weigh BERTScore's words by their rarity among the references"
+    "Weigh BERTScore's words by their rarity among the references."
     bertscore_baseline: Annotated[FilePath | None, MEASURE] = None
-    "rescale BERTScore with this file of baselines by layer (of bert_score's rescale_baseline/)"
+    "Rescale BERTScore with this file of baselines by layer (of bert_score's rescale_baseline/)."
     wordnet: Annotated[FilePath | None, MEASURE] = None
-    "WordNet folder of METEOR (corpora/wordnet of nltk_data); without it METEOR has no synonyms"
+    "WordNet folder of METEOR (corpora/wordnet of nltk_data); without it METEOR has no synonyms."
 
     def __post_init__(self):
         if unknown := [name for name in self.metrics or () if name not in METRICS]:
@@ -230,9 +230,9 @@ class MMLUOptions:
     """How MMLU is asked."""
 
     shots: Annotated[int, Field(ge=0, le=5), SCORE, Option(must="a whole number from 0 to 5")] = 5
-    "of MMLU: development questions with their answers in each prompt"
+    "Development questions of MMLU, with their answers, in each prompt."
     no_base: Annotated[bool, SCORE] = False
-    "of MMLU: do not ask the base without the adapter as well"
+    "Ask MMLU of the adapter alone, and not of the base without it as well."
 
 
 RECIPE = (RunOptions, DataOptions, TextOptions, MetricOptions, TrainConfig)  # what a YAML file of `fastpeft train` may hold

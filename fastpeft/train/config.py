@@ -28,91 +28,91 @@ class TrainConfig:
     (``per_device_train_batch_size``, ``num_train_epochs``, ``warmup_ratio``, ...)."""
 
     steps: Annotated[Count | None, RUN, Option(names=("max_steps",))] = None
-    "optimiser steps; without them, epochs say how many"
+    "Optimiser steps; without them, epochs say how many."
     epochs: Annotated[Positive, RUN, Option(names=("num_train_epochs",), must="a number above 0")] = 1.0
-    "passes over the data, where steps are not given"
+    "Passes over the data, where steps are not given."
     batch_size: Annotated[Count, RUN, Option(names=("per_device_train_batch_size",))] = 20
-    "samples per forward, on each device: a step's batch is this times their number"
+    "Samples per forward on each device; a step's batch is this times their number."
     gradient_accumulation: Annotated[Count, RUN, Option(names=("gradient_accumulation_steps",))] = 1
-    "forwards per step, weighted by their samples, so that a step equals one on all of them together; the last of --epochs may have fewer"
+    "Forwards per step, weighted by their samples: a step equals one on all of them together. The last of --epochs may have fewer."
     learning_rate: Annotated[Number, OPTIMISER, Option(names=("lr",))] = 1e-3
-    "peak learning rate of adapters"
+    "Peak learning rate of adapters."
     base_learning_rate: Annotated[Number | None, OPTIMISER, Option(names=("base_lr",))] = None
-    "peak learning rate of trained base weights (T, LayerNorm, ...) (default: a tenth of the adapters')"
+    "Peak learning rate of trained base weights: T, LayerNorm, ... (default: a tenth of the adapters')."
     min_learning_rate: Annotated[Number, OPTIMISER, Option(names=("min_lr",))] = 0.0
-    "where the cosine ends"
+    "Learning rate at which the cosine ends."
     warmup: Annotated[Number, OPTIMISER, Option(names=("warmup_ratio", "warmup_steps"))] = 0.05
-    "linear rise from 0: steps, or a fraction of all steps if below 1"
+    "Linear rise from 0: steps, or a fraction of all steps if below 1."
     weight_decay: Annotated[Number, OPTIMISER] = 0.05
-    "on matrices only, not on biases, norms and IA3 vectors"
+    "Weight decay, of matrices only: not of biases, norms and IA3 vectors."
     beta1: Annotated[Fraction, OPTIMISER, Option(names=("adam_beta1",))] = 0.9
-    "of AdamW's mean"
+    "Decay of AdamW's mean."
     beta2: Annotated[Fraction, OPTIMISER, Option(names=("adam_beta2",))] = 0.999
-    "of AdamW's variance"
+    "Decay of AdamW's variance."
     max_grad_norm: Annotated[Number, OPTIMISER] = 1.0
-    "gradients are clipped to this norm; 0: not at all"
+    "Clip gradients to this norm; 0: not at all."
     dtype: Annotated[Dtype, MEMORY] = "fp32"
-    "of the base; adapters, optimiser state and master copies of trained base weights stay float32"
+    "Dtype of the base; adapters, optimiser state and master copies of trained base weights stay float32."
     seed: Annotated[CountOrZero, RUN] = 0
-    "of adapters, dropout and the order of samples"
+    "Seed of adapters, dropout and the order of samples."
     questions_per_image: Annotated[Count, RUN] = 1
-    "group a batch's questions by image (see EpochSampler), so that the image is computed once for them"
+    "Group a batch's questions by image (see EpochSampler), so that the image is computed once for them."
     share_prefix: Annotated[bool, MEMORY, Option(off="no_share_prefix")] = True
-    "causal models: what samples of a batch begin with (system text, image) is computed once for all; dropout falls on it once"
+    "Compute what a causal model's samples of a batch begin with (system text, image) once for all of them; dropout falls on it once."
     feature_cache: Annotated[bool, MEMORY, Option(off="no_feature_cache")] = True
-    "keep a frozen image encoder's features instead of computing them at every visit, where they are constants"
+    "Keep a frozen image encoder's features instead of computing them at every visit, where they are constants."
     feature_cache_dir: Annotated[FilePath | None, MEMORY, Option(must="text")] = None
-    "folder for these features, found by content by later runs and other processes"
+    "Folder for these features, found by content by later runs and other processes."
     feature_cache_memory: Annotated[Size | None, MEMORY] = None
-    "how much memory they may take, such as 2GB (default: a third of what is free)"
+    "Memory that these features may take, such as 2GB (default: a third of what is free)."
     feature_dtype: Annotated[Dtype | None, MEMORY] = None
-    "fp32 or bf16, kept so (default: as computed)"
+    "Keep these features as fp32 or bf16 (default: as computed)."
     cuda_graph: Annotated[bool, RUN, Option(off="no_cuda_graph")] = True
-    "launch whole steps as CUDA graphs, on padded batches; where a step cannot be captured, or is too large to gain, it runs as it is"
+    "Launch whole steps as CUDA graphs, on padded batches; a step that cannot be captured, or is too large to gain, runs as it is."
     cache_layers: Annotated[Text | None, MEMORY, Option(must="a size or a folder")] = None
-    "keep what a language model's lower layers compute where they train nothing: a size of memory, such as 4GB, or a folder"
+    "Keep what a language model's lower layers compute where they train nothing: a size of memory, such as 4GB, or a folder."
     memory_budget: Annotated[Size | None, MEMORY] = None
-    "such as 6GB: recompute activations in backward to keep weights, gradients, optimiser state and activations below it"
+    "Compute activations again in backward to keep weights, gradients, optimiser state and activations below this size, such as 6GB."
     shard: Annotated[Literal["base"] | None, MEMORY] = None
-    "base: of several ranks (torchrun), each holds its part of the frozen weights, and gathers a layer's when it runs (FSDP2)"
+    "With base, each of several ranks (torchrun) holds its part of the frozen weights, and gathers a layer's when it runs (FSDP2)."
     without: Annotated[Text | None, MEMORY] = None
-    "savings to switch off: remake, labelled, absorb (see fastpeft.without)"
+    "Savings to switch off: remake, labelled, absorb (see fastpeft.without)."
     num_workers: Annotated[CountOrZero, RUN, Option(names=("workers", "dataloader_num_workers"))] = 0
-    "processes that decode images"
+    "Processes that decode images."
     worker_timeout: Annotated[Count, RUN] = 1800
-    "seconds after which a data worker that gives no batch counts as stuck, and the run saves and ends"
+    "Seconds after which a data worker that gives no batch counts as stuck: the run saves and ends."
     on_nan: Annotated[Literal["stop", "skip"], RUN] = "stop"
-    "where a step's loss or gradients are not finite: stop, or skip its update, up to 10 in a row; the batch and the module are named"
+    "Where a step's loss or gradients are not finite: stop, or skip its update, up to 10 in a row; the batch and the module are named."
     async_save: Annotated[bool, OUTPUT] = False
-    "copy what a checkpoint holds, and write it in a thread while training goes on"
+    "Copy what a checkpoint holds, and write it in a thread while training goes on."
     save_every: Annotated[CountOrZero, OUTPUT, Option(names=("save_steps",))] = 200
-    "steps between checkpoints; 0: at the end only"
+    "Steps between checkpoints; 0: at the end only."
     keep_checkpoints: Annotated[Count, OUTPUT, Option(names=("save_total_limit",))] = 2
-    "how many checkpoints stay: where the newest turns out to be damaged, the one before resumes"
+    "Checkpoints that stay: where the newest turns out to be damaged, the one before resumes."
     eval_every: Annotated[CountOrZero, VALIDATE, Option(names=("eval_steps",))] = 0
-    "steps between validations on the data set's validation split, else on the part that hold_out holds out; 0: none"
+    "Steps between validations on the data set's validation split, else on the part that hold_out holds out; 0: none."
     patience: Annotated[CountOrZero, VALIDATE, Option(names=("early_stopping_patience",))] = 0
-    "validations in a row without a better one after which the run ends; 0: never"
+    "End the run after this many validations in a row without a better one; 0: never."
     best_by: Annotated[Literal["loss", "open", "closed", "global"], VALIDATE] = "loss"
-    "which validation is the best, whose adapter the run ends with: the lowest loss, or the highest accuracy"
+    "Which validation is the best, whose adapter the run ends with: that of the lowest loss, or of the highest accuracy."
     eval_scores: Annotated[bool, VALIDATE, Option(off="eval_loss_only")] = True
-    "answer and score the validation questions at each validation, beside their loss"
+    "Answer and score the validation questions at each validation, beside their loss."
     out: Annotated[FilePath | None, OUTPUT, Option(names=("output_dir",), must="text")] = None
-    "folder for the run's files; none: they are not written"
+    "Folder for the run's files; without it none are written."
     resume: Annotated[bool, OUTPUT, Option(names=("resume_from_checkpoint",))] = False
-    "go on from the newest intact checkpoint in --out; without one, start afresh and say so"
+    "Go on from the newest intact checkpoint in --out; without one, start afresh and say so."
     allow_change: Annotated[tuple[str, ...] | None, OUTPUT, Option(must="names, such as learning_rate,weight_decay")] = None
-    "what a resumed run may have otherwise than its checkpoint, such as learning_rate,weight_decay; the summary says so"
+    "What a resumed run may have otherwise than its checkpoint, such as learning_rate,weight_decay; the summary says so."
     device: Annotated[Text | None, RUN] = None
-    "cpu, cuda, ... (default: CUDA where there is one)"
+    "Where to compute: cpu, cuda, ... (default: CUDA where there is one)."
     tensorboard: Annotated[bool, OUTPUT] = False
-    "write event files for TensorBoard"
+    "Write event files for TensorBoard."
     track: Annotated[tuple[str, ...] | None, OUTPUT, Option(names=("report_to",), must="names, such as tensorboard,wandb")] = None
-    "programs that follow the run: tensorboard, wandb, mlflow; each by its own environment variables"
+    "Programs that follow the run: tensorboard, wandb, mlflow; each by its own environment variables."
     trace: Annotated[bool, OUTPUT] = False
-    "torch.profiler's trace of three steps"
+    "Write torch.profiler's trace of three steps."
     progress: Annotated[bool, OUTPUT, Option(off="quiet")] = True
-    "show progress bars"
+    "Show progress bars."
 
     def __post_init__(self):
         if self.learning_rate == 0:

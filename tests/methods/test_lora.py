@@ -1,6 +1,7 @@
 """LoRA: the definition on linear layers and convolutions, its scaling and start, and PEFT's gradients."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -133,6 +134,14 @@ def test_targets_of_ones_own(miss):
         fp.adapt(model, jtm=fp.LoRA(target_modules=targets))
         names = {name.rsplit(".", 2)[1] for name, p in model.named_parameters() if p.requires_grad}
         assert names == {"query", "key"}
+
+
+def test_a_rank_above_the_weights_own_is_told(miss):
+    with pytest.warns(UserWarning, match=r"LoRA: r=100000 is above the rank of \d+ of \d+ weights of 'jtm'"):
+        fp.adapt(miss.build(), jtm=fp.LoRA(r=100_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fp.adapt(miss.build(), jtm=fp.LoRA(r=1))
 
 
 def test_equivalence_is_about_outputs(miss):

@@ -145,8 +145,7 @@ def test_build(name, plan, how):
     assert_same(gradients(model, inputs), gradients(twin, inputs), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["4bit", "8bit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how, dtype", [("4bit", torch.float32), ("8bit", torch.bfloat16)])
 def test_bytes_of_the_formats(how, dtype):
     pytest.importorskip("bitsandbytes")
     model = fp.build("lavin-tiny", quantize=how, dtype=dtype, text_config={"hidden_size": 144, "num_attention_heads": 4})
