@@ -108,6 +108,16 @@ def test_prefix_attention():
     assert traffic.moved(q=QUERIES) == {"q": 5} and traffic.kernels == ["_prefix_attention_bwd_kernel"]
 
 
+@rows
+def test_ia3_in_attention():
+    """Two passes of two beside q, k, v and o; in backward one of three for each factor with its gradient, and q l_k once more."""
+    q, k, v = (torch.randn(2, T, H, D).transpose(1, 2).requires_grad_() for _ in range(3))
+    factors = [torch.rand(H, D, requires_grad=True) for _ in range(2)]
+    forward, backward = counted(lambda q, k, v, *l: ops.attention(q, k, v, rescale=l), q, k, v, *factors)
+    assert forward.moved(q=QUERIES) == {"q": 2 + 4 + 2}
+    assert backward.moved(q=QUERIES) == {"q": 3 + 2 + 8 + 3}
+
+
 @tiles
 def test_mm_adapter():
     x, routing = torch.randn(2, 40, 96, requires_grad=True), torch.rand(2, 2)
