@@ -88,6 +88,36 @@ def forms(settings: Settings, dtype: torch.dtype) -> list[Row]:
     return rows
 
 
+def extended(settings: Settings, dtype: torch.dtype) -> list[Row]:
+    """[x | x A^T] [W | s B]^T as one product, and dx likewise, where x and dy already lie in wider buffers, as their producers might leave
+    them: the best that form can give. The same work as ``forms``."""
+    rows = []
+    for m, k, n in GPU_SHAPES if settings.device == "cuda" else SHAPES[1:2] if settings.quick else SHAPES:
+        x, W, b, A, B, dy = (
+            torch.randn(s, device=settings.device).to(dtype) * s[-1] ** -0.5 for s in ((m, k), (n, k), (n,), (R, k), (n, R), (m, n))
+        )
+        xs, Ws, dys, Wt = (x.new_empty(s) for s in ((m, k + R), (n, k + R), (m, n + R), (n + R, k)))
+        xs[:, :k], Ws[:, :k], dys[:, :n], Wt[:n] = x, W, dy, W
+
+        def one(xs=xs, Ws=Ws, dys=dys, Wt=Wt, A=A, B=B, b=b, k=k, n=n):
+            x, dy = xs[:, :k], dys[:, :n]
+            Ws[:, k:], Wt[n:] = B * SCALING, A
+            torch.mm(x, A.t(), out=xs[:, k:])
+            torch.mm(dy, Ws[:, k:], out=dys[:, n:])
+            return F.linear(xs, Ws, b), dys @ Wt, dys[:, n:].t() @ x, dy.t() @ xs[:, k:]
+
+        def today(x=x, W=W, b=b, A=A, B=B, dy=dy):
+            y, s = torch.ops.fastpeft.lora_linears_fwd(x, [W], [b], [A], [B], [SCALING], 0.0, None)
+            return y, *torch.ops.fastpeft.lora_linears_bwd([dy], x, [W], [A], [B], s, [SCALING], 0.0, None, True, [DLA | DLB])
+
+        def frozen(x=x, W=W, b=b, dy=dy):
+            return F.linear(x, W, b), dy @ W
+
+        rivals = {"fastpeft": today, "extended K": one, "frozen linear": frozen}
+        rows += compare("lora_linear extended K", f"{m}x{k}x{n} r{R}", dtype, rivals, settings, flops=4 * m * n * k + 6 * m * R * (n + k))
+    return rows
+
+
 def run(settings: Settings) -> list[Row]:
     rows = []
     shapes = GPU_SHAPES if settings.device == "cuda" else SHAPES[1:2] if settings.quick else SHAPES[:3]
@@ -110,6 +140,7 @@ def run(settings: Settings) -> list[Row]:
             if settings.device == "cuda":  # a mask is drawn in the branch's own passes, or is one more tensor
                 fns = {"fastpeft": partial(ours, p=DROPOUT), "naive": partial(naive, p=DROPOUT), "frozen linear": fns["frozen linear"]}
                 rows += measure("lora_linear dropout", f"{m}x{k}x{n} r{R}", dtype, fns, inputs, settings, **how)
+        rows += extended(settings, dtype)
         rows += forms(settings, dtype) if settings.device == "cuda" and has_triton() else []
         m, c = 2048, 768  # q and v adapted, k not: BERT's self-attention
         x = torch.randn(m, c, device=settings.device).to(dtype).requires_grad_()

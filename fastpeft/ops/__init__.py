@@ -27,6 +27,7 @@ from fastpeft.ops.dropout import dropout
 from fastpeft.ops.excitor_keys import excitor_keys
 from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
 from fastpeft.ops.linear_cross_entropy import linear_cross_entropy
+from fastpeft.ops.lora_attention import lora_attention
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linears
 from fastpeft.ops.mm_adapter import mm_adapter
 from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
@@ -48,6 +49,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "lora_attention",
     "lora_linear",
     "lora_linears",
     "mm_adapter",

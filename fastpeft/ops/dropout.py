@@ -10,6 +10,7 @@ The seed comes from PyTorch's CPU generator, so torch.manual_seed rules it, a ru
 no device is waited for. In a step of static shapes it comes from a counter on the device (fastpeft/static_shapes.py), where ATen's form
 hashes positions in place of a generator, whose seed the host would have to read. Triton's kernel is one launch for either seed: Philox on
 (seed, position). Shapes: any; dtype: that of x.
+Moved through memory by the Triton form: 2 (x, y), and 2 in backward, one launch each (counted by tests/ops/test_traffic.py).
 """
 
 from __future__ import annotations

@@ -23,6 +23,25 @@ images meet x, their gradients come back in float32.
 W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised weight: forward and backward each
 dequantize it, and no copy is saved.
 
+Moved through memory, in tensors of the sizes of x, y and W (x, dx: M K; y, dy: M N; W: N K), frozen W, all other gradients; what is R
+wide is left out. form: kernels/lora_linear.py. Counted by tests/ops/test_traffic.py.
+
+| form           | forward         | launches | backward               | launches |
+|----------------|-----------------|----------|------------------------|----------|
+| CPU, float32   | 2 x + 3 y + W   |          | x + 3 dx + 2 dy + W    |          |
+| Triton, loop   | x + y + W       | 1        | x + dx + 2 dy + W      | 4        |
+| Triton, given  | 2 x + y + W     | 2        | the same               | 4        |
+| Triton, cublas | 2 x + 3 y + W   | 3        | x + 3 dx + 2 dy + W    | 4        |
+
+Two forms that the CPU does not take, as they lose there (Intel Xeon, Sapphire Rapids, one thread, float32, rank 8, middle of 4 s,
+interleaved; bench/ops/bench_lora_linear.py has the first, for GPUs to decide):
+- [x | x A^T] [W | s B]^T as one product, x and W lying in buffers of K + R columns already. Forward over the frozen layer's, M x K x N,
+  this and the form above: 700x768x768 1.17 and 1.11, 700x768x3072 1.10 and 1.02, 700x3072x768 1.08 and 1.09, 2048x768x768 1.13 and 1.07,
+  2048x2048x2048 1.05 and 1.02, 1024x4096x4096 1.03 and 1.02: K + R is no multiple of the GEMM's tiles. Copying x there first: 1.05 to
+  1.22. Both directions: 2048x768x768 1.26 and 1.14, 2048x768x2304 1.23 and 1.09, 2048x2048x2048 1.08 each, 4096x4096x4096 1.04 and 1.02.
+- Three W of one input laid together, one product instead of three: forward 1.00 to 1.05 of their time, dx 0.98 to 1.07 with the dy copied
+  together; at 35 rows 0.86 in the middle, 1.04 at the least.
+
 csrc/autograd has the Function below in C++, and on CPUs the products of calls in one dtype without dropout; the same to the bit, at a third
 of the host time (bench/results/host_cpu.md). Quantised weights, and what PyTorch looks into, take Python's.
 

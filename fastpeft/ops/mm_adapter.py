@@ -21,6 +21,9 @@ Accumulation: the GEMM's (float32, float64 for float64). Parameters may be float
 | w_down                       | also x, which the norm before it keeps anyway      | da^T x                        |
 | any, with dropout            | a seed of 8 bytes; the mask is redrawn             |                               |
 
+Moved through memory by the Triton forms, in tensors of x's size: forward 2 (x, x') in one launch; backward 3 (dx', x, dx) for dx, 2
+(dx', x) for all parameters and a sum of parts, three launches (counted by tests/ops/test_traffic.py).
+
 norm_mm_adapter.py takes the RMSNorm before it along.
 """
 

@@ -10,6 +10,8 @@ Sources: Li, Liang, "Prefix-Tuning" (2021); Dao, "FlashAttention-2" (2023), 3.1.
 Shapes: q, o, do, dq [B, H, M, d]; lse [B, H, M], -inf where a query has no token (its o counts for nothing then, nan included);
 P_k, P_v [H_kv, n, d], H a multiple of H_kv, in q's dtype or float32. Accumulation: float32 (float64 for float64). Composite: ATen's flash
 attention, the batch folded into its queries' length.
+Moved through memory by the Triton forms, in tensors of q's size: forward 3 (q, o, O') in one launch, backward 5 (do, q, O', dQ, dQ') in
+one and two sums of parts; the prefix costs nothing that grows with N (counted by tests/ops/test_traffic.py).
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 Shapes: x, y [..., d]; cos, sin broadcastable to [..., rot], rot <= d and even (transformers gives [B, M, d]: unsqueeze the head).
 Accumulation: float32 (float64 for float64), one rounding; x may be any view, and y has its strides.
 
+Moved through memory by csrc's form: 2 (x, y) and the tables, one launch, in either direction (counted by tests/ops/test_traffic.py).
+
 Saved for backward: cos and sin (tables of the caller, no copy), and nothing of x. Where backward can recompute x (a norm of queries or
 keys), it can recompute y: the attention after it saves neither.
 """
