@@ -207,7 +207,14 @@ def estimate(
         return result
     room = bytes_of(str(gpu_memory)) - int(RESERVE)
     result.fits = result.peak_bytes <= room
-    result.largest_batch_size = largest(lambda n: run(batch_size=n).peak_bytes, batch_size, result.peak_bytes, room)
+    held = result.weight_bytes + result.gradient_bytes + result.optimizer_bytes
+
+    def peak(n: int) -> float:
+        if batch is None:
+            return run(batch_size=n).peak_bytes
+        return held + (result.peak_bytes - held) * n / batch_size  # of samples like these; other batches than the data's have other lengths
+
+    result.largest_batch_size = largest(peak, batch_size, result.peak_bytes, room)
     if not result.fits:
         result.advice = _advice(run, step, room)
     result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU are left for the CUDA context, workspaces and fragmentation")

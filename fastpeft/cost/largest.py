@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def largest(peak: Callable[[int], int], batch: int, known: int, room: int) -> int:
+def largest(peak: Callable[[int], float], batch: int, known: int, room: int) -> int:
     """The largest batch whose peak is within ``room``: by doubling and bisection on estimates; 0 where not even one sample is."""
     peaks = {batch: known}
 

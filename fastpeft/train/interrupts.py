@@ -43,7 +43,7 @@ class StopBetweenSteps:
         self.busy, self.asked, self.ranks = False, 0, ranks
         self.own, self.in_step = 0, False  # the signal this rank has heard; whether it waits for the others
         self.before: dict[int, Any] = {}
-        self._worker_died = False
+        self._worker_died = self._ending = False
 
     def __enter__(self) -> StopBetweenSteps:
         if threading.current_thread() is threading.main_thread():
@@ -65,10 +65,19 @@ class StopBetweenSteps:
             signal.signal(number, self._child)
 
     def _child(self, number, frame) -> None:
-        if self.busy:
+        if self.busy or self._ending:
             self._worker_died = True
         else:
             self.before[number](number, frame)
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """While a run that ends is saved no worker's death is raised: whoever sends a signal to all processes ends the workers, too."""
+        before, self._ending = self._ending, True
+        try:
+            yield
+        finally:
+            self._ending = before
 
     def heard(self) -> list[float]:
         """For each of SIGNALS 1 if it has come to this rank; to be added up over ranks."""

@@ -69,17 +69,27 @@ class Loading:
     def fault(self, error: BaseException) -> ChildProcessError | None:
         """A worker's death or standstill, as torch reports it, as an error that names it and what it was loading. None for another error.
         The workers are ended: one that is stuck would hold this process at its own end."""
-        text = str(error)
-        dead = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", text)
-        stuck = "DataLoader timed out" in text
-        if not isinstance(error, RuntimeError) or not (dead or stuck):
+        text, stuck = str(error), isinstance(error, RuntimeError) and "DataLoader timed out" in str(error)
+        found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", text) if isinstance(error, RuntimeError) else None
+        dead = found[1].strip() if found else self._dead_beside(error)
+        if not (dead or stuck):
             return None
         ended = self._end_workers()
         waited = f"of {', '.join(names_of(self.dataset.samples[i] for i in self.indices(self.next)))}"
         if stuck:
             return ChildProcessError(f"a data worker is stuck: no batch came for {self.timeout:g} s, {waited} (worker_timeout)")
         how = f" (killed by signal: {ended})" if ended else ""
-        return ChildProcessError(f"data worker {dead[1].strip()} died{how}, before the batch {waited}")
+        return ChildProcessError(f"data worker {dead} died{how}, before the batch {waited}")
+
+    def _dead_beside(self, error: BaseException) -> str:
+        """The worker whose end broke its connection to this process, as tensors came through it, before its signal was heard; '' where the
+        error is another."""
+        if not isinstance(error, ConnectionError | EOFError):
+            return ""
+        workers = getattr(self._iterator, "_workers", ())
+        for worker in workers:
+            worker.join(0.2)
+        return ", ".join(str(worker.pid) for worker in workers if worker.exitcode is not None)
 
     def _end_workers(self) -> str:
         """At once; torch's handler of SIGCHLD would raise for each of them, wherever the run stands. Returns which signal had ended one of

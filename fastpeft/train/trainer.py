@@ -189,7 +189,8 @@ class Trainer:
             except RankLost as error:
                 raise RankLost(f"{error}; {said}" if (said := self._saved_at_end(stop, "")) else str(error)) from None
             except Exception as error:
-                cause, error = error, self.loading.fault(error) or error
+                with stop.ending():
+                    cause, error = error, self.loading.fault(error) or error
                 said = self._saved_at_end(stop, "")
                 if said and type(error) in (RuntimeError, ValueError, OSError, ChildProcessError, FloatingPointError):
                     raise type(error)(f"{error}; {said}") from cause
@@ -257,9 +258,10 @@ class Trainer:
         if not (self.out and step and (self._before is not None or not stop.busy)):
             return how
         try:
-            if self.saved_step != step:
-                self.save(rng=self._before if stop.busy else None)
-            self.saver.wait()
+            with stop.ending():
+                if self.saved_step != step:
+                    self.save(rng=self._before if stop.busy else None)
+                self.saver.wait()
         except OSError as error:
             return f"{how or 'stopped'} after step {step}, which could not be saved: {error}"
         return f"{how or 'stopped'} after step {step}; --resume goes on from there"

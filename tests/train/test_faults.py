@@ -194,15 +194,23 @@ def test_memory_that_does_not_suffice_for_half_is_an_error_with_a_checkpoint(run
     ]
 
 
-@pytest.mark.parametrize("when", ["waiting", "in a step"])
+@pytest.mark.parametrize("when", ["waiting", "in a step", "its signal comes late"])
 def test_a_dead_data_worker_is_named_and_the_run_saved(runs, phantoms, whole, tmp_path, when):
     trainer = start(runs, phantoms, tmp_path / "run", small=True, num_workers=1, save_every=0)
 
     def kill():
         (worker,) = trainer.loading._iterator._workers
+        if when == "its signal comes late":  # after what its end does to a batch on the way, and while the run is saved
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            trainer.loading._iterator._next_data = reset
         os.kill(worker.pid, signal.SIGKILL)
         time.sleep(0.05)
 
+    def reset():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    save = trainer.saver.save
+    trainer.saver.save = lambda rng=None: (trainer.stop._child(signal.SIGCHLD, None), save(rng))[1]
     if when == "waiting":
         kept = trainer.dataset._item
         trainer.dataset._item = lambda index: os.kill(os.getpid(), signal.SIGKILL) if trainer_step() >= 4 else kept(index)
