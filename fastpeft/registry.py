@@ -123,11 +123,11 @@ def recorded() -> dict[str, tuple[str, ...]]:
 
 
 def known_classes() -> Iterator[type[nn.Module]]:
-    """The classes with a form that are imported."""
+    """The imported classes that have a form, in the installed version of their library."""
     for path in _FORMS:
         home, _, name = path.rpartition(".")
-        if (module := loaded(home)) is not None and hasattr(module, name):
-            yield getattr(module, name)
+        if (cls := getattr(loaded(home), name, None)) is not None and form_of_class(cls) is not None:
+            yield cls
 
 
 def path_of(cls: type) -> str | None:

@@ -112,10 +112,8 @@ def run_jobs(jobs: list[Job], out: Path, say: Say, side_by_side: int = 1) -> dic
                 running[process.sentinel] = (group, process, time.perf_counter())
             for sentinel in wait(list(running)) if running else ():
                 group, process, began = running.pop(sentinel)
-                errors = {job.name: error for job in group if (error := _error_of(job, group, process))}
-                failed |= errors
                 for job in group:
-                    told = f"failed: {errors[job.name]}" if job.name in errors else _told(read_result(job))
+                    told = _outcome(job, group, process, failed)
                     say(f"{numbers[job.name]} {job.name}: {told} ({time.perf_counter() - began:.0f} s)")
     except KeyboardInterrupt as error:
         names = ", ".join(_stopped(running)) or "between rows"
@@ -132,6 +130,14 @@ def _left_out(job: Job, failed: dict[str, str]) -> str:
         return ""
     failed[job.name] = f"it starts from {job.starts_from}, which failed"
     return f"left out, {failed[job.name]}"
+
+
+def _outcome(job: Job, group: list[Job], process, failed: dict[str, str]) -> str:
+    """What became of a job whose process has ended; entered in ``failed`` where it has no result."""
+    if error := _error_of(job, group, process):
+        failed[job.name] = error
+        return f"failed: {error}"
+    return _told(read_result(job))
 
 
 def _stopped(running: dict) -> list[str]:

@@ -157,7 +157,9 @@ def test_what_is_computed_when_read_is_not_read(name):
     fewer[row, column] = -100
     more, less = (run(model, given | {"labels": labels}) for labels in (labels, fewer))
     into, out = model.config.hidden_size, model.config.vocab_size
-    assert more.flops - less.flops == 2 * linear(1, into, out)  # its logits, and what they hand back
+    inner = model.config.intermediate_size
+    last = 2 * (2 * linear(1, into, inner) + linear(1, inner, into))  # the feed-forward layer behind the last attention, and its dx
+    assert more.flops - less.flops == 2 * linear(1, into, out) + last  # its logits, and what they hand back
     real = int(given["attention_mask"].sum())
     assert real < given["attention_mask"].numel()
     full = run(model, {"input_ids": given["input_ids"], "labels": labels})

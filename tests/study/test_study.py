@@ -334,8 +334,11 @@ def test_a_damaged_file_of_a_row_is_named(tmp_path, file, content):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_lets_the_steps_end_and_says_which_it_was(tmp_path, monkeypatch, capsys, name):
+def test_a_signal_lets_the_steps_end_and_says_which_it_was(request, tmp_path, monkeypatch, capsys, name):
     number, ended = getattr(signal, name), []
+    if name == "SIGHUP":  # nohup, under which it stays ignored, may have started the tests
+        outside = signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, outside))
     path, before = write(tmp_path, f"data: {{d: {tmp_path}}}\nrows: [{{name: one, plan: F/LoRA/LoRA}}]"), signal.getsignal(number)
     process = type("Process", (), {"sentinel": 0, "terminate": lambda self: ended.append(name), "join": lambda self: None})
     monkeypatch.setattr(runner, "_start", lambda *given: process())
