@@ -311,7 +311,8 @@ def test_one_state_for_all_and_masks(make):
 
 
 @MODELS
-def test_one_graph_for_every_length(make, pixels, cls):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_one_graph_for_every_length(make, pixels, cls, backend):
     def given(length):
         ids = torch.randint(5, 60, (3, length))
         mask = torch.ones_like(ids)
@@ -324,7 +325,7 @@ def test_one_graph_for_every_length(make, pixels, cls):
     model = make(cls, vision_layers=1, text_layers=1)
     fp.optimize(model)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager" if cls is BlipForQuestionAnswering else "aot_eager")  # the latter takes twice the time
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for length in range(5, 15):
         batch = given(length)

@@ -82,7 +82,7 @@ def test_a_run(setting, kind, tmp_path):
     compare(kind, tmp_path, **SETTINGS[setting])
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_bf16(kind, tmp_path):
     """Each rounds in other places: over many steps, losses and norms of gradients are as near to the float32 run as the model's own."""
 
@@ -99,7 +99,7 @@ def test_bf16(kind, tmp_path):
     assert (ours <= 1.5 * theirs).all(), (ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_prediction(kind, tmp_path):
     trainer, _, model = compare(kind, tmp_path, max_steps=4)
     theirs = Trainer(model, trainer.args, compute_metrics=scores).predict(rows(kind))
