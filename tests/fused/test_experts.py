@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 import transformers as T
-from double import Double
+from double import assert_same, step
 from tiny_models import tiny
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,24 +19,6 @@ from fastpeft.fused import any_stack, experts, row_wise
 from fastpeft.fused.row_wise import is_row_wise_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def step(model, batch):
-    """(output, gradients), in float64 throughout."""
-    model.zero_grad()
-    with Double():
-        output = model(**batch)
-        output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(mine, theirs):
-    (output, gradients), (want, wanted) = mine, theirs
-    torch.testing.assert_close(output.loss, want.loss, rtol=1e-11, atol=1e-11)
-    assert gradients.keys() == wanted.keys()
-    scale = max(float(g.abs().max()) for g in wanted.values())
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture
