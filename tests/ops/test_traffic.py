@@ -127,13 +127,6 @@ def test_mm_adapter():
     assert (backward.moved(x=x.numel()), len(backward.kernels)) == ({"x": 5}, 3)
 
 
-@tiles
-def test_dropout():
-    x = torch.randn(100, 96, requires_grad=True)
-    for traffic in counted(lambda x: ops.dropout(x, 0.1), x):
-        assert (traffic.moved(x=x.numel()), traffic.kernels) == ({"x": 2}, ["_dropout_kernel"])
-
-
 @rows
 def test_row_wise_ops_are_one_pass():
     x, other, weight = torch.randn(70, 96, requires_grad=True), torch.randn(70, 96, requires_grad=True), torch.randn(96, requires_grad=True)
