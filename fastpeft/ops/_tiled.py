@@ -31,18 +31,17 @@ def on_device_of(tensors: Iterable[Tensor]):
     return torch.cuda.device(device)
 
 
-@functools.cache
-def _kernels(module: str):
-    """(fastpeft.kernels' module, what a launch raises where the card has too little shared memory)."""
-    return import_module(f"fastpeft.kernels.{module}"), import_module("fastpeft.kernels.card").OutOfResources
-
-
 def triton_launcher(module: str, name: str, composite: Callable, *, draws: bool = False) -> Callable:
     """``fastpeft.kernels.<module>.<name>`` with the tensors' device current.
 
     ``composite`` serves float64, because the kernels accumulate in float32, and what this card has too little shared memory for, with a
     warning that says so. Not where a dropout seed is given (``draws``): both directions must draw one mask, and ATen draws another.
     """
+
+    @functools.cache
+    def kernels():
+        """(the launcher's module, what a launch raises where the card has too little shared memory)"""
+        return import_module(f"fastpeft.kernels.{module}"), import_module("fastpeft.kernels.card").OutOfResources
 
     def launch(*args):
         tensors = list(_tensors(args))
@@ -51,10 +50,10 @@ def triton_launcher(module: str, name: str, composite: Callable, *, draws: bool 
         device = tensors[0].device
         # a dropout seed is drawn on the host
         args = [to_device_async(arg, device) if isinstance(arg, Tensor) and arg.device != device else arg for arg in args]
-        kernels, out_of_resources = _kernels(module)
+        home, out_of_resources = kernels()
         with on_device_of(tensors):
             try:
-                return getattr(kernels, name)(*args)
+                return getattr(home, name)(*args)
             except out_of_resources as error:
                 if draws and any(t.dtype == torch.int64 and t.shape == (1,) for t in tensors):
                     raise RuntimeError(f"fastpeft: {name}: {error}; set dropout to 0, or FASTPEFT_BACKEND=composite") from None
