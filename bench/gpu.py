@@ -2,7 +2,7 @@
 
     python -m bench gpu [right] [kernels] [steps] [--minutes 7.5]
 
-right: which backend serves each operator, then every test marked gpu, in 8 processes; and compute-sanitizer, where it is installed.
+right: which backend serves each operator, then every test marked gpu, in many processes; and compute-sanitizer, where it is installed.
 kernels: every operator against its peers, bfloat16 first. steps: whole steps of MISS and of a LLaMA-shaped stack.
 
 Each call leaves two files in $OUT (or bench/results): gpu-CALL.json, written after every case, and gpu-CALL.log; tables of whole steps are
@@ -26,7 +26,7 @@ import torch
 from bench.pieces import Report
 
 ROOT = Path(__file__).resolve().parents[1]
-PROCESSES = 8
+PROCESSES = max(8, (os.cpu_count() or 1) - 2)  # compiling Triton's kernels is what the tests wait for
 CALLS = {"right": 0.4, "kernels": 0.3, "steps": 0.3}  # and their shares of the time, where several are made
 # the order in which operators are measured
 OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "linear_cross_entropy")
