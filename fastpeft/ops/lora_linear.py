@@ -230,22 +230,23 @@ def _on_triton(name, composite):
     return lambda *args: (launch if 0 < sum(_ranks(args[3])) <= 128 else composite)(*args)
 
 
+_fwd_on_triton, _bwd_on_triton = _on_triton("lora_linears_fwd", _fwd), _on_triton("lora_linears_bwd", _bwd)
 _forward = _library.define(
     "lora_linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, float[] scalings,"
     " float dropout_p, Tensor? seed) -> Tensor[]",
     fake=_fwd_fake,
     composite=_fwd,
-    triton=_on_triton("lora_linears_fwd", _fwd),
+    triton=_fwd_on_triton,
 )
 _backward = _library.define(
     "lora_linears_bwd(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor? s,"
     " float[] scalings, float dropout_p, Tensor? seed, bool need_dx, int[] needs) -> Tensor[]",
     fake=_bwd_fake,
     composite=_bwd,
-    triton=_on_triton("lora_linears_bwd", _bwd),
+    triton=_bwd_on_triton,
 )
 if _library.autograd:
-    _library.autograd.serve_lora_linears(_fwd, _bwd)
+    _library.autograd.serve_lora_linears(_fwd, _bwd, *((_fwd_on_triton, _bwd_on_triton) if _library.triton_serves() else (_fwd, _bwd)))
 
 
 @_library.flop_formula(torch.ops.fastpeft.lora_linears_fwd)

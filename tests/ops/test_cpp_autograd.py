@@ -125,6 +125,26 @@ def test_lora_is_the_same_for_every_kind_of_subset(name, in_python):
         assert_same(got, taken(LORA[name], *case))
 
 
+@pytest.mark.parametrize("name", LORA)
+def test_products_of_a_gpu(name, monkeypatch, check):
+    """They are ATen's, so any device can form them; as near to float64 as Python's are, in each dtype, for each kind of gradient."""
+    ext = _library.autograd
+    pairs, chosen = [*DTYPES, (torch.float16,) * 2], ({0}, {6, 8}, {0, 7, 9}, set(range(10)))
+    cases = [(lora_inputs(*pair, 4), subset) for pair in pairs for subset in chosen]
+    truth = [taken(LORA[name], [t.double() for t in tensors], subset) for tensors, subset in cases]
+    theirs = [taken(LORA[name], *case) for case in cases]
+    monkeypatch.setattr(_library, "autograd", None)
+    monkeypatch.setattr(lora_linear, "_forward", lambda *args: ext.lora_linears_fwd_on_gpu(*args[:6]))
+    monkeypatch.setattr(lora_linear, "_backward", lambda *args: ext.lora_linears_bwd_on_gpu(*args[:7], *args[9:]))
+    for case, want, other in zip(cases, truth, theirs):
+        got, eps = taken(LORA[name], *case), torch.finfo(case[0][0].dtype).eps
+        for a, exact, b in zip(got[0] + got[1], want[0] + want[1], other[0] + other[1], strict=True):
+            assert (a is None) == (exact is None)
+            if a is not None:
+                assert a.dtype == b.dtype
+                assert check.error(a, exact) <= 2 * check.error(b, exact) + 4 * eps
+
+
 def test_dropout_is_the_same(in_python):
     def dropped(x, w1, w2, w3, b1, b2, A1, B1, A3, B3):
         torch.manual_seed(2)
