@@ -24,14 +24,13 @@ W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised w
 dequantize it, and no copy is saved.
 
 Moved through memory, in tensors of the sizes of x, y and W (x, dx: M K; y, dy: M N; W: N K), frozen W, all other gradients; what is R
-wide is left out. form: kernels/lora_linear.py. Counted by tests/ops/test_traffic.py.
+wide is left out. large, small: kernels/lora_linear.py. Counted by tests/ops/test_traffic.py.
 
-| form           | forward         | launches | backward               | launches |
-|----------------|-----------------|----------|------------------------|----------|
-| CPU, float32   | 2 x + 3 y + W   |          | x + 3 dx + 2 dy + W    |          |
-| Triton, loop   | x + y + W       | 1        | x + dx + 2 dy + W      | 4        |
-| Triton, given  | 2 x + y + W     | 2        | the same               | 4        |
-| Triton, cublas | 2 x + 3 y + W   | 3        | x + 3 dx + 2 dy + W    | 4        |
+| form           | forward         | launches | backward               | launches                       |
+|----------------|-----------------|----------|------------------------|--------------------------------|
+| CPU, float32   | 2 x + 3 y + W   |          | x + 3 dx + 2 dy + W    |                                |
+| Triton, large  | 2 x + 3 y + W   | 2        | x + 3 dx + 2 dy + W    | 4, and a sum of dS's parts     |
+| Triton, small  | 2 x + 3 y + W   | 2        | x + 3 dx + 3 dy + W    | 4                              |
 
 Two forms that the CPU does not take, as they lose there (Intel Xeon, Sapphire Rapids, one thread, float32, rank 8, middle of 4 s,
 interleaved; bench/ops/bench_lora_linear.py has the first, for GPUs to decide):
