@@ -1,9 +1,9 @@
 """Whole training steps of several rivals, one after another in this process: on a GPU, and wherever peak memory is not the process's.
 
-On a GPU starting a process takes longer than the steps do, and the allocator knows what each rival holds. A runner's ``cases()`` name what it
-is measured in (rates of dropout, layouts of a batch); ``enter(case)`` gets it there and says what one step computes, where that is the
-same for all; ``step()`` is timed. The first rival that runs is the baseline. Every rival tells its line as soon as there is one, and again
-when it is complete; what fails is told and stops no other.
+On a GPU starting a process takes longer than the steps do, and the allocator knows what each rival holds. ``cases`` are what a rival is
+measured in (rates of dropout, layouts of a batch): ``enter(case)`` of its runner gets it there and says what one step computes, ``step()``
+is timed. The first rival that runs is the baseline. Every rival tells its line as soon as there is one, and again when it is complete; what
+fails is told and stops no other.
 """
 
 from __future__ import annotations
@@ -84,15 +84,20 @@ def run(
     ``least``; ``tolerance``: relative, of losses, ten times as much of gradients' lengths; ``baselines``: of an earlier run."""
     at, seats, failed = torch.device(device), [], {}
     baselines = {row.case: row for row in reversed(baselines)}
+    on_gpu = at.type == "cuda"
+    if on_gpu:
+        gc.collect()
+        gc.freeze()  # what is imported stays: collecting then takes no time
     for rival in rivals:
         seat = None
         try:
             with patient(rival.patience):
                 before = _settled(at)
                 seat = _Seat(rival, rival.make(**rival.options))
+                _settled(at)  # copies made on the way
                 for case in cases:
-                    _first_line(seat, case, baselines, samples, tolerance, at, before)
-                    _time(seat, case, rounds if at.type == "cuda" else 1, at, before, least)
+                    _enter(seat, case, baselines, samples, tolerance, at)
+                    _time(seat, case, rounds if on_gpu else 1, at, before, least)
                     _compare(seat.rows[case], baselines, samples)
                     tell(seat.rows[case].to_dict() | {"case": f"{rival.name}, {case}"})
         except Exception as error:  # whatever goes wrong in a rival is its result
@@ -100,10 +105,10 @@ def run(
             tell({"case": rival.name, "failed": failed[rival.name]})
         if seat is not None and any(row.seconds for row in seat.rows.values()):
             seats.append(seat)
-    if at.type != "cuda":  # by turns, as other work comes and goes on its cores
-        for case, _, seat in product(cases[-1:], range(rounds - 1), seats):
-            _time(seat, case, 1, at, 0, least)
-            _compare(seat.rows[case], baselines, samples)
+    if not on_gpu:  # by turns, as other work comes and goes on its cores
+        for _, seat in product(range(rounds - 1), [seat for seat in seats if seat.rival.name not in failed]):
+            _time(seat, cases[-1], 1, at, 0, least)
+            _compare(seat.rows[cases[-1]], baselines, samples)
     else:
         for seat in seats:
             try:
@@ -111,20 +116,20 @@ def run(
             except Exception as error:
                 failed.setdefault(seat.rival.name, f"traced: {_said(error)}")
                 tell({"case": f"{seat.rival.name}, traced", "failed": _said(error)})
+        gc.unfreeze()
     return [row for seat in seats for row in seat.rows.values() if row.seconds], failed
 
 
 def _settled(device: torch.device) -> int:
-    """Bytes held now, with nothing waiting to be freed."""
-    gc.collect()
+    """Bytes held now, on a GPU with nothing waiting to be freed."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
     return memory_bytes(device)
 
 
-def _first_line(seat: _Seat, case: str, baselines: dict, samples: int, tolerance: float, device: torch.device, before: int) -> None:
+def _enter(seat: _Seat, case: str, baselines: dict[str, CaseRow], samples: int, tolerance: float, device: torch.device) -> None:
     """Its line, of one step that is compared with the baseline's."""
-    gc.collect()
     reset_peak(device)
     told = seat.runner.enter(case)
     told["flops_per_sample"] = told.pop("flops") / samples

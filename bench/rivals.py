@@ -220,8 +220,8 @@ def promise_to_read_no_logits(model: nn.Module) -> None:
 
 
 class Graphed:
-    """fastpeft's step as CUDA graphs, as the trainer runs it: padded, replayed. A mixin of a runner with ``model`` and ``whole``, its batch as
-    a collator leaves it."""
+    """fastpeft's step as CUDA graphs, as the trainer runs it: padded, replayed. A mixin of a runner with ``model`` and ``whole``, its batch
+    as a collator leaves it."""
 
     model: nn.Module
     whole: dict[str, Any]
