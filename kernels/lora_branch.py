@@ -239,6 +239,11 @@ def _pass_blocks(R: int, x_size: int, t_size: int, shared: int, *, outer=False, 
     return blocks | {"STAGES": stages(4, tile, fixed, shared)}
 
 
+def fits_one_pass(x, R: int) -> bool:
+    """Whether DOWN and OUTER share a pass: together they spilled a thousand registers in float32, and forty at more than 64 ranks."""
+    return x.element_size() == 2 and R <= 64
+
+
 def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
     """One pass over x [M, C], or over up alone. ``down`` [R, M] and ``up`` [M, C] are filled; if ``outer``, T^T x comes back in parts
     [spans, R, C]."""

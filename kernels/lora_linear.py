@@ -15,7 +15,7 @@ Shapes: x [M, K]; W [N, K]; A [R, K]; B [N, R]; S, dS [R, M]. Accumulation in fl
 """
 
 import torch
-from fastpeft.kernels.lora_branch import branch_pass, outer_products, project_down, reduce_grads
+from fastpeft.kernels.lora_branch import branch_pass, fits_one_pass, outer_products, project_down, reduce_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
 IN_CACHE = 24 << 20  # bytes of dy that an H100's 50 MB of L2 keep beside x: modelled, bench lora_linear measures both ways
@@ -57,8 +57,7 @@ def _branch_grads(flat, Bs, S, dS, scalings, needs):
     dbs = {}
     for i, dy in flat.items():
         need_db, ds = bool(needs[i] & DLB), dS.get(i)
-        # float32 in one pass with dB spilled a thousand registers, and more than 64 ranks forty
-        if ds is not None and (dy.element_size() != 2 or ds.shape[0] > 64 or not need_db):
+        if ds is not None and not (need_db and fits_one_pass(dy, ds.shape[0])):
             project_down(dy, Bs[i].t(), ds, scalings[i])
             ds = None
         if need_db:
