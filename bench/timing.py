@@ -142,6 +142,31 @@ def _check_finite(what: str, result) -> None:
             raise ValueError(f"{what} gives nan or infinity: not timed")
 
 
+def under(fn: Callable, module: str, **rules) -> Callable:
+    """``fn``, run with a module's rules set to these: a form that its rule would not choose here."""
+
+    @functools.wraps(fn)
+    def run(*args):
+        found = importlib.import_module(module)
+        before = {name: getattr(found, name) for name in rules}
+        vars(found).update(rules)
+        try:
+            return fn(*args)
+        finally:
+            vars(found).update(before)
+
+    return run
+
+
+def flash_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Attention with nothing added: PyTorch's SDPA, on its flash kernel where that takes the dtype."""
+    kernel = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    taken = [kernel] if q.device.type == "cpu" or q.dtype.itemsize == 2 else list(torch.nn.attention.SDPBackend.__members__.values())[1:]
+    with torch.nn.attention.sdpa_kernel(taken):
+        gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, **gqa)
+
+
 def compiled(fn: Callable, settings: Settings) -> dict[str, Callable]:
     """``fn`` through torch.compile as one more rival; none in a quick run, where compiling would take most of the time."""
     if settings.quick:

@@ -8,6 +8,8 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | serves, on CPU and CUDA alike           |
 | gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd, geglu_fwd, geglu_bwd      | native             | likewise                                |
 | rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| attention_inputs_fwd, attention_inputs_bwd                            | native             | several of these in one pass, on CUDA   |
+|                                                                       |                    | alone                                   |
 | low_rank_grads                                                        | native             | two skinny products of one matrix, read |
 |                                                                       |                    | once; on the CPU alone                  |
 | lora_linears_fwd, lora_linears_bwd                                    | triton             | skinny products of what a wide one      |
@@ -23,6 +25,7 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 from fastpeft.ops.absorbed_attention import absorbed_attention
 from fastpeft.ops.activations import geglu, gelu, swiglu
 from fastpeft.ops.attention import attention
+from fastpeft.ops.attention_inputs import attention_inputs
 from fastpeft.ops.dropout import dropout
 from fastpeft.ops.excitor_keys import excitor_keys
 from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
@@ -43,6 +46,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_inputs",
     "dropout",
     "excitor_keys",
     "geglu",

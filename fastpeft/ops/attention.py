@@ -27,8 +27,9 @@ One strategy is chosen for a call (:func:`_strategy`), each with its own autogra
 |          | (float32, float64) or a LONG one is read without any gradient:   |                                                         |
 |          | parts that meet by their lse                                     |                                                         |
 | dropout  | CPU, dropout on the probabilities                                | attention_scores.py: a seed in place of o and lse       |
-| sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
-|          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
+| sdpa     | CUDA without a prefix, with dropout or in float64, or where the  | as that backend does (attention_backends.py), with a    |
+|          | prefix is put before the keys (reserved_prefix.py); few scores   | prefix the joined keys                                  |
+|          | with a prefix on the CPU (FEW); no queries or keys               |                                                         |
 
 Moved through memory by plain, in tensors of q's size (k's are as large without grouped heads): forward 4, backward 8; (IA)^3's factors
 add 4 and 8 (tests/ops/test_traffic.py).
@@ -55,6 +56,7 @@ from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
 from fastpeft.ops.rescale import _backward as rescale_bwd
 from fastpeft.ops.rescale import rescale as times
+from fastpeft.ops.reserved_prefix import reserved_pays
 
 # Scores below which a prefix's call on the CPU goes to SDPA, as autograd's Python would show; a quarter of them where the prefix alone
 # is trained. Forward and backward over torch.cat and SDPA (AMD EPYC, one thread, fp32, n10 d64, interleaved, least of many, the middle of
@@ -160,7 +162,7 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
         return "sdpa"
     if dropout_p > 0.0:
         return "dropout" if on_cpu else "sdpa"
-    if not on_cpu and (prefix is None or CHOICE not in ("", "sdpa")):
+    if not on_cpu and _for_sdpa(q, k, v, causal, padding, prefix):
         return "sdpa"
     in_place = on_cpu and prefix is not None and prefix[0].shape[1] >= LONG and not wants_grad(q, k, v, *prefix)
     if prefix is not None and not in_place and _few(q, k, v, prefix):
@@ -172,6 +174,11 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
     if prefix is None:
         return "plain"
     return "joined" if not in_place and _joined(q, alone=_trains_prefix_alone(q, k, v, prefix)) else "split"
+
+
+def _for_sdpa(q, k, v, causal: bool, padding: Tensor | None, prefix) -> bool:
+    """Whether a call on CUDA is for one attention of someone else's, a prefix put before its keys."""
+    return prefix is None or CHOICE not in ("", "sdpa") or reserved_pays(q, k, v, causal, padding)
 
 
 def _plain(causal, scale, padding, bias, q, k, v, lk):

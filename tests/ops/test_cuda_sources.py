@@ -1,6 +1,7 @@
 """csrc's CUDA kernels at the shapes they are made for, run on the CPU by tests/cuda/cuda_runtime.h: `make test-cuda`."""
 
 import ctypes
+import importlib
 import itertools
 import os
 
@@ -24,7 +25,8 @@ WIDTHS = [8, 256, 768, 1024, 1288, 2048, 3072, 4096, 5120, 6152, 8192, 4099]
 def test_the_cuda_sources_serve():
     assert _library.native_missing == ""
     served = _library.backend_of()
-    assert all(served[op]["CPU"] == "native" for op in ("layer_norm_bwd", "rms_norm_fwd", "rescale_bwd", "rotary", "gelu_fwd"))
+    some = ("layer_norm_bwd", "rms_norm_fwd", "rescale_bwd", "rotary", "gelu_fwd", "attention_inputs_bwd")
+    assert all(served[op]["CPU"] == "native" for op in some)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,3 +148,30 @@ def test_dropout(dtype):
     y = ops.dropout(x, 0.25)
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(grad == 0, y == 0) and abs((y == 0).double().mean() - 0.25) < 0.01
+
+
+INPUTS = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
+
+
+def test_attention_inputs_launches():
+    """All sides in one launch; in backward one more for the sum of each parameter."""
+    launches = ctypes.CDLL(os.environ["FASTPEFT_LIBRARY"]).emulated_launches
+    angle = torch.rand(1, 9, 32).repeat(1, 1, 2)
+    how = INPUTS._How(angle.cos(), angle.sin(), *torch.randn(2, 64), *torch.randn(2, 2, 64), *torch.randn(2, 2, 3, 64))
+    for trained in ((), ("q_norm", "k_norm"), ("l_k", "l_v"), ("q_norm", "k_norm", "l_k", "l_v")):
+        how = how._replace(**{name: t.detach().requires_grad_(name in trained) for name, t in how._asdict().items()})
+        q, k, v = (torch.randn(2, 9, heads, 64, requires_grad=True) for heads in (4, 2, 2))
+        before = launches()
+        outputs = INPUTS._together(q, k, v, how, 1e-6, 0.0)
+        assert launches() - before == 1
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+        assert launches() - before == 2 + len(trained)
+
+
+def test_attention_inputs_stops_what_it_cannot_do():
+    x = torch.randn(1, 2, 1, 514)
+    with pytest.raises(RuntimeError, match="512 at most"):
+        INPUTS._together(x, x, x, INPUTS._How(l_k=torch.ones(1, 514)), 1e-6, 0.0)
+    x = torch.randn(1, 2, 1, 64)
+    with pytest.raises(RuntimeError, match="not kept"):
+        torch.ops.fastpeft.attention_inputs_bwd(x, x, None, None, None, None, None, None, x[0, 0, 0], None, 0.0, 1e-6, None, None, 1)
