@@ -12,6 +12,7 @@ there are some. A call that cannot be captured says why in the note.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -158,12 +159,10 @@ def under(fn: Callable, module: str, **rules) -> Callable:
     return run
 
 
-def flash_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention with nothing added: PyTorch's SDPA, on its flash kernel where that takes the dtype."""
-    kernel = torch.nn.attention.SDPBackend.FLASH_ATTENTION
-    taken = [kernel] if q.device.type == "cpu" or q.dtype.itemsize == 2 else list(torch.nn.attention.SDPBackend.__members__.values())[1:]
-    with torch.nn.attention.sdpa_kernel(taken):
-        gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+def attention_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, flash: bool = False) -> torch.Tensor:
+    """Attention with nothing added, PyTorch's SDPA: on the kernel that it takes by itself, or on its flash kernel."""
+    gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, **gqa)
 
 

@@ -30,7 +30,7 @@ struct Side {
   At x_at, dy_at;
   uint32_t heads, rows;   // rows: of y
   Param<T> norm, factor;  // absent where there is none
-  const T* prefix;        // [heads, n, d], before the tokens
+  const T* prefix;        // [heads, n, d], before the tokens; null: zeros there
   At prefix_at;
   uint32_t n;
   bool turns;
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2) attention_inputs_fwd
   const bool here = r < s.rows;
   const uint32_t t = r / s.heads, h = r - t * s.heads, b = t / (s.n + a.M), m = t - b * (s.n + a.M);
   const bool token = m >= s.n;
-  const T* from = token ? s.x + s.x_at(b, m - s.n, h) : s.prefix + s.prefix_at(0, m, h);
-  A one[K][V], two[K][V];
+  const T* from = token ? s.x + s.x_at(b, m - s.n, h) : s.prefix ? s.prefix + s.prefix_at(0, m, h) : nullptr;
+  A one[K][V] = {}, two[K][V] = {};
   Two<A> sums{0, 0};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const Pair pair(a, (group.lane + k * a.lanes) * V);
-    if (!here || !pair.mine) continue;
+    if (!here || !pair.mine || !from) continue;
     widen<V, T>(P::load(from + pair.one), one[k]);
     widen<V, T>(P::load(from + pair.two), two[k]);
     if (s.factor.data && token && !a.transpose) {
@@ -165,8 +165,11 @@ __global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2) attention_inputs_fwd
   }
 }
 
-template <int V, int K, class T>
-__global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) attention_inputs_bwd_kernel(const __grid_constant__ Args<T> a) {
+// What backward is asked for: with NORM, DNORM, DFACTOR the code for a norm on some side, and for the sums of its weight and of a factor, is
+// there. Without sums a group has one row, and three blocks share a multiprocessor.
+template <int V, int K, bool NORM, bool DNORM, bool DFACTOR, class T>
+__global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM || DFACTOR ? 2 : 3)
+    attention_inputs_bwd_kernel(const __grid_constant__ Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
   constexpr unsigned warps = kThreads / 32;
@@ -193,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) att
       widen<V, T>(P::load(dy + pair.one), g1[k]);
       widen<V, T>(P::load(dy + pair.two), g2[k]);
       if (s.turns && pair.turns) turn<V, T>(a.tables, table, pair, true, g1[k], g2[k]);
-      if (!s.norm.data) continue;
+      if (!NORM || !s.norm.data) continue;
       A v1[V], v2[V], w1[V], w2[V];
       widen<V, T>(x1[k], v1), widen<V, T>(x2[k], v2);
       if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, v1), times<V, T>(s.factor, head * a.d + pair.two, v2);
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) att
       }
     }
     A rstd = 1, mean = 0;
-    if (s.norm.data) {
+    if (NORM && s.norm.data) {
       sums = lane_sum(sums, a.lanes);
       rstd = A(1) / sqrt(sums.a / a.d + a.eps);
       mean = sums.b * rstd / a.d;
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) att
     for (int k = 0; k < K; ++k) {
       const Pair pair(a, (group.lane + k * a.lanes) * V);
       if (!pair.mine) continue;
-      if (s.norm.data) {
+      if (NORM && s.norm.data) {
         A v1[V], v2[V], w1[V], w2[V];
         widen<V, T>(x1[k], v1), widen<V, T>(x2[k], v2);
         if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, v1), times<V, T>(s.factor, head * a.d + pair.two, v2);
@@ -225,12 +228,12 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) att
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           v1[e] *= rstd, v2[e] *= rstd;
-          dnorm1[k][e] += g1[k][e] * v1[e], dnorm2[k][e] += g2[k][e] * v2[e];
+          if (DNORM) dnorm1[k][e] += g1[k][e] * v1[e], dnorm2[k][e] += g2[k][e] * v2[e];
           g1[k][e] = rstd * (g1[k][e] * (a.offset + w1[e]) - v1[e] * mean);
           g2[k][e] = rstd * (g2[k][e] * (a.offset + w2[e]) - v2[e] * mean);
         }
       }
-      if (s.dfactor) {
+      if (DFACTOR && s.dfactor) {
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           dfactor1[k][e] += g1[k][e] * static_cast<A>(x1[k].v[e]);
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) att
       store<V, T>(g2[k], to + pair.two);
     }
   }
-  if (s.dfactor && walk < s.walks) {
+  if (DFACTOR && s.dfactor && walk < s.walks) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const Pair pair(a, (group.lane + k * a.lanes) * V);
@@ -254,6 +257,7 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : 2) att
       for (int e = 0; e < V; ++e) part[pair.one + e] = dfactor1[k][e], part[pair.two + e] = dfactor2[k][e];
     }
   }
+  if constexpr (!DNORM) return;
   if (!s.dnorm) return;
   __shared__ A sums[warps][512];  // the groups of a warp by shuffles, then the warps in their order
 #pragma unroll
@@ -295,6 +299,7 @@ bool in_packs(const void* p, const At& at) {
 // What a side is given, each absent where there is none; and keeps alive until the launches are queued.
 struct Given {
   Maybe x, dy, norm, factor, prefix;
+  int64_t n;
   bool turns;
   Tensor own_x, own_dy, own_norm, own_factor, own_prefix;
 };
@@ -325,9 +330,11 @@ Side<T> side(Given& given, const Tensor& like, const Tensor* y) {
   if (given.dy) given.own_dy = by_rows(*given.dy), s.dy = read<T>(given.own_dy), s.dy_at = at(given.own_dy);
   if (given.prefix) {
     given.own_prefix = torch::stable::contiguous(*given.prefix);
-    s.prefix = read<T>(given.own_prefix), s.n = uint32_t(given.prefix->size(1));
+    STD_TORCH_CHECK(given.prefix->size(1) == given.n, "attention_inputs: a prefix of another length than is reserved");
+    s.prefix = read<T>(given.own_prefix);
     s.prefix_at = {0, given.own_prefix.stride(1), given.own_prefix.stride(0)};
   }
+  s.n = uint32_t(given.n);
   const Tensor& rows = given.x ? *given.x : *given.dy;
   s.heads = uint32_t(rows.size(2));
   const int64_t count = rows.size(0) * (s.n + rows.size(1)) * s.heads;
@@ -372,16 +379,17 @@ void launch_fwd(Args<T>& a, const Tabled<T>& tables, unsigned sides, const Launc
 
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(
     const Maybe& q, const Tensor& k, const Maybe& v, const Maybe& cos, const Maybe& sin, const Maybe& q_norm, const Maybe& k_norm, double offset,
-    double eps, const Maybe& l_k, const Maybe& l_v, const Maybe& p_k, const Maybe& p_v) {
-  const int64_t B = k.size(0), M = k.size(1), heads = k.size(2), d = k.size(3), n = p_k ? p_k->size(1) : 0;
-  Tensor y[3] = {q ? output_like(*q) : make_empty(k, {0}), make_empty(k, {B, n + M, heads, d}), make_empty(k, {0})};
+    double eps, const Maybe& l_k, const Maybe& l_v, const Maybe& p_k, const Maybe& p_v, int64_t n_q, int64_t n) {
+  const int64_t B = k.size(0), M = k.size(1), heads = k.size(2), d = k.size(3);
+  Tensor y[3] = {make_empty(k, {0}), make_empty(k, {B, n + M, heads, d}), make_empty(k, {0})};
+  if (q) y[0] = make_empty(k, {B, n_q + M, q->size(2), d});
   if (v) y[2] = make_empty(k, {B, n + M, heads, d});
   const Launch launch(k);
   dispatch(k.scalar_type(), "attention_inputs", [&](auto t) {
     using T = typename decltype(t)::type;
-    Given given[3] = {{q, {}, q_norm, {}, {}, bool(cos), k, k, k, k, k},
-                      {k, {}, k_norm, l_k, p_k, bool(cos), k, k, k, k, k},
-                      {v, {}, {}, l_v, p_v, false, k, k, k, k, k}};
+    Given given[3] = {{q, {}, q_norm, {}, {}, n_q, bool(cos), k, k, k, k, k},
+                      {k, {}, k_norm, l_k, p_k, n, bool(cos), k, k, k, k, k},
+                      {v, {}, {}, l_v, p_v, n, false, k, k, k, k, k}};
     const Tabled<T> tables = tabled<T>(cos, sin, k);
     Args<T> a{{}, tables.tables, uint32_t(M), uint32_t(d), 0, acc_t<T>(offset), acc_t<T>(eps), false};
     unsigned sides = 0;
@@ -406,9 +414,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
   dispatch(dk.scalar_type(), "attention_inputs", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
-    Given given[3] = {{q, dq, q_norm, {}, {}, bool(cos), dk, dk, dk, dk, dk},
-                      {k, dk, k_norm, l_k, {}, bool(cos), dk, dk, dk, dk, dk},
-                      {v, dv, {}, l_v, {}, false, dk, dk, dk, dk, dk}};
+    Given given[3] = {{q, dq, q_norm, {}, {}, 0, bool(cos), dk, dk, dk, dk, dk},
+                      {k, dk, k_norm, l_k, {}, 0, bool(cos), dk, dk, dk, dk, dk},
+                      {v, dv, {}, l_v, {}, 0, false, dk, dk, dk, dk, dk}};
     const Tabled<T> tables = tabled<T>(cos, sin, dk);
     Args<T> a{{}, tables.tables, uint32_t(M), uint32_t(d), 0, A(offset), A(eps), true};
     unsigned sides = 0, of[3];
@@ -428,16 +436,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
     }
     by_packs(a, tables, sides, [&](auto v, auto k) {
       unsigned most = 0;
+      bool norm = false, dnorms = false, dfactors = false;
       const unsigned groups = kThreads / a.lanes;
       for (unsigned i = 0; i < sides; ++i) {
         Side<T>& s = a.side[i];
-        s.blocks = std::max(std::min(unsigned(kParts), blocks_of(s.rows, groups)), blocks_of(s.heads, groups));
+        const bool walks = dnorm[of[i]].numel() || dfactor[of[i]].numel();
+        norm |= s.norm.data != nullptr, dnorms |= dnorm[of[i]].numel() > 0, dfactors |= dfactor[of[i]].numel() > 0;
+        s.blocks = blocks_of(s.rows, groups);
+        if (walks) s.blocks = std::max(std::min(unsigned(kParts), s.blocks), blocks_of(s.heads, groups));
         s.walks = s.blocks * groups / s.heads * s.heads;
+        if (!walks) s.walks = std::max(s.walks, s.rows);
         most = std::max(most, s.blocks);
         if (dnorm[of[i]].numel()) norm_part[i] = make_empty(dk, {s.blocks * d}, acc_type(dk)), s.dnorm = write<A>(norm_part[i]);
         if (dfactor[of[i]].numel()) factor_part[i] = make_empty(dk, {s.walks * d}, acc_type(dk)), s.dfactor = write<A>(factor_part[i]);
       }
-      launch(attention_inputs_bwd_kernel<decltype(v)::value, decltype(k)::value, T>, dim3(most, sides), kThreads, a);
+      const auto run = [&](auto norm, auto dnorm, auto dfactor) {
+        auto kernel = attention_inputs_bwd_kernel<decltype(v)::value, decltype(k)::value, norm, dnorm, dfactor, T>;
+        launch(kernel, dim3(most, sides), kThreads, a);
+      };
+      const std::true_type yes;
+      const std::false_type no;
+      if constexpr (decltype(k)::value == 1 && !std::is_same_v<T, double>) {
+        if (norm && dfactors) run(yes, yes, yes);
+        else if (dfactors) run(no, no, yes);
+        else if (dnorms) run(yes, yes, no);
+        else run(yes, no, no);
+      } else {
+        run(yes, yes, yes);  // serves any: few kernels for what is rare
+      }
       for (unsigned i = 0; i < sides; ++i) {
         const Side<T>& s = a.side[i];
         if (s.dnorm) sum_parts<A>(s.dnorm, int(s.blocks), d, dnorm[of[i]], launch);

@@ -1,9 +1,9 @@
 """(IA)^3 around causal attention with rotary embedding, all its gradients: l_k and l_v in the pass that turns queries and keys, or l_v on
-the output, against their parts; the baseline is rotary embedding and flash attention with nothing added (0.93 is 1.08 times its time)."""
+the output, against their parts; the baseline is rotary embedding and SDPA with nothing added (0.93 is 1.08 times its time)."""
 
 import torch
 
-from bench.timing import Row, Settings, flash_alone, measure, under
+from bench.timing import Row, Settings, attention_alone, measure, under
 from fastpeft.ops import attention_inputs, rescale
 
 INPUTS = "fastpeft.ops.attention_inputs"
@@ -25,22 +25,22 @@ def run(settings: Settings) -> list[Row]:
                 return o.transpose(1, 2).flatten(2)
 
             def inside(q, k, v, l_k, l_v, tables=tables):
-                return by_token(flash_alone(*attention_inputs(q, k, v, rotary=tables, ia3=(l_k, l_v)), True))
+                return by_token(attention_alone(*attention_inputs(q, k, v, rotary=tables, ia3=(l_k, l_v)), True))
 
             def outside(q, k, v, l_k, l_v, tables=tables, groups=H // G):
-                c = by_token(flash_alone(*attention_inputs(q, k, v, rotary=tables, ia3=(l_k, None)), True))
+                c = by_token(attention_alone(*attention_inputs(q, k, v, rotary=tables, ia3=(l_k, None)), True))
                 return rescale(c, l_v[:, None].expand(-1, groups, -1).flatten())
 
             def plain(q, k, v, tables=tables):
-                return by_token(flash_alone(*attention_inputs(q, k, v, rotary=tables), True))
+                return by_token(attention_alone(*attention_inputs(q, k, v, rotary=tables), True))
 
             product = B * H * M * M * d
             fns = {
                 "fastpeft": under(inside, INPUTS, ONE_PASS={settings.device}),
                 "l_v on the output": under(outside, INPUTS, ONE_PASS={settings.device}),
                 "parts": under(outside, INPUTS, ONE_PASS=set()),
-                "one pass, plain flash": (under(plain, INPUTS, ONE_PASS={settings.device}), (q, k, v)),
-                "plain flash": (under(plain, INPUTS, ONE_PASS=set()), (q, k, v)),
+                "one pass, plain sdpa": (under(plain, INPUTS, ONE_PASS={settings.device}), (q, k, v)),
+                "plain sdpa": (under(plain, INPUTS, ONE_PASS=set()), (q, k, v)),
             }
             how = {"cotangent": by_token(do.transpose(1, 2)), "flops": (2 * product, 5 * product)}
             rows += measure("attention ia3, rotary", f"B{B} H{H}/{G} M{M} d{d}", dtype, fns, (q, k, v, *factors), settings, **how)

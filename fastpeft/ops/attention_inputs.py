@@ -78,9 +78,9 @@ def attention_inputs_reference(q, k, v, how: _How, eps: float = 1e-6, offset: fl
     return side(q, how.q_norm), side(k, how.k_norm, how.l_k, how.p_k), side(v, None, how.l_v, how.p_v, turns=False)
 
 
-def _one_side(x, norm, offset, eps, cos, sin, factor, prefix):
+def _one_side(x, norm, offset, eps, cos, sin, factor, prefix, n):
     """y [B, n + M, heads, d], in x's dtype."""
-    acc, n = accumulator(x.dtype), 0 if prefix is None else prefix.shape[1]
+    acc = accumulator(x.dtype)
     h = x.to(acc)
     if factor is not None:
         h = h * factor
@@ -91,22 +91,21 @@ def _one_side(x, norm, offset, eps, cos, sin, factor, prefix):
     y = x.new_empty(x.shape[0], n + x.shape[1], *x.shape[2:])
     y[:, n:] = h
     if n:
-        y[:, :n] = prefix.transpose(0, 1)
+        y[:, :n] = 0 if prefix is None else prefix.transpose(0, 1)
     return y
 
 
-def _fwd(q, k, v, cos, sin, q_norm, k_norm, offset, eps, l_k, l_v, p_k, p_v):
+def _fwd(q, k, v, cos, sin, q_norm, k_norm, offset, eps, l_k, l_v, p_k, p_v, n_q, n):
     return (
-        k.new_empty(0) if q is None else _one_side(q, q_norm, offset, eps, cos, sin, None, None),
-        _one_side(k, k_norm, offset, eps, cos, sin, l_k, p_k),
-        k.new_empty(0) if v is None else _one_side(v, None, 0.0, eps, None, None, l_v, p_v),
+        k.new_empty(0) if q is None else _one_side(q, q_norm, offset, eps, cos, sin, None, None, n_q),
+        _one_side(k, k_norm, offset, eps, cos, sin, l_k, p_k, n),
+        k.new_empty(0) if v is None else _one_side(v, None, 0.0, eps, None, None, l_v, p_v, n),
     )
 
 
-def _fwd_fake(q, k, v, cos, sin, q_norm, k_norm, offset, eps, l_k, l_v, p_k, p_v):
-    n = 0 if p_k is None else p_k.shape[1]
-    longer = (k.shape[0], n + k.shape[1], *k.shape[2:])
-    return k.new_empty(0 if q is None else q.shape), k.new_empty(longer), k.new_empty(longer if v is not None else 0)
+def _fwd_fake(q, k, v, cos, sin, q_norm, k_norm, offset, eps, l_k, l_v, p_k, p_v, n_q, n):
+    shapes = ((t.shape[0], rows + t.shape[1], *t.shape[2:]) if t is not None else 0 for t, rows in ((q, n_q), (k, n), (v, n)))
+    return tuple(map(k.new_empty, shapes))
 
 
 DQ, DK, DV, DQ_NORM, DK_NORM, DL_K, DL_V = (1 << i for i in range(7))  # what backward may be asked for
@@ -155,7 +154,7 @@ def _bwd_fake(dq, dk, dv, q, k, v, cos, sin, q_norm, k_norm, offset, eps, l_k, l
 
 _forward = _library.define(
     "attention_inputs_fwd(Tensor? q, Tensor k, Tensor? v, Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, float offset,"
-    " float eps, Tensor? l_k, Tensor? l_v, Tensor? p_k, Tensor? p_v) -> (Tensor q, Tensor k, Tensor v)",
+    " float eps, Tensor? l_k, Tensor? l_v, Tensor? p_k, Tensor? p_v, int n_q, int n) -> (Tensor q, Tensor k, Tensor v)",
     fake=_fwd_fake,
     composite=_fwd,
 )
@@ -168,58 +167,98 @@ _backward = _library.define(
 )
 
 
-def _made(q, k, v, how: _How, eps: float, offset: float) -> tuple[Tensor, ...]:
-    """(q', k') and, where a factor or a prefix changes v, v', each [B, n + M, heads, d]; q None: not q'."""
+class _Form(NamedTuple):
+    """What of a call is no tensor."""
+
+    eps: float = 0.0
+    offset: float = 0.0
+    queries: bool = False  # n rows of zeros before the queries, too
+
+
+def _made(q, k, v, how: _How, form: _Form) -> tuple[Tensor, ...]:
+    """(q', k', v'), each [B, n + M, heads, d], without those of q and v that are None."""
+    n = 0 if how.p_k is None else how.p_k.shape[1]
     prefix = (None if p is None else p.to(k.dtype) for p in (how.p_k, how.p_v))
-    changed = v if how.l_v is not None or how.p_v is not None else None
-    made = _forward(q, k, changed, how.cos, how.sin, how.q_norm, how.k_norm, offset, eps, how.l_k, how.l_v, *prefix)
-    return made[q is None : 2 if changed is None else 3]
+    norms = (how.q_norm, how.k_norm, form.offset, form.eps)
+    made = _forward(q, k, v, how.cos, how.sin, *norms, how.l_k, how.l_v, *prefix, n if form.queries else 0, n)
+    return tuple(y for y, x in zip(made, (q, k, v)) if x is not None)
 
 
 class _AttentionInputs(Function):
     @staticmethod
-    def forward(ctx, eps, offset, q, k, v, *how):
-        ctx.eps, ctx.offset, ctx.keys_alone, how = eps, offset, q is None, _How(*how)
-        need_q, need_k, need_v, _, _, need_q_norm, need_k_norm, need_l_k, need_l_v, need_p_k, need_p_v = ctx.needs_input_grad[2:]
+    def forward(ctx, form, q, k, v, *how):
+        ctx.form, ctx.given, how = form, [x is not None for x in (q, k, v)], _How(*how)
+        need_q, need_k, need_v, _, _, need_q_norm, need_k_norm, need_l_k, need_l_v, need_p_k, need_p_v = ctx.needs_input_grad[1:]
         keeps_q = how.q_norm is not None and (need_q or need_q_norm)
         keeps_k = (how.k_norm is not None and (need_k or need_k_norm or need_l_k)) or need_l_k
         ctx.recipe, kept = to_save_all(q if keeps_q else None, k if keeps_k else None, v if need_l_v else None)
         ctx.save_for_backward(*how[:6], *kept)
         ctx.n, ctx.dtypes = 0 if how.p_k is None else how.p_k.shape[1], [p if p is None else p.dtype for p in how[6:]]
-        made = _made(q, k, v, how, eps, offset)
+        made = _made(q, k, v, how, form)
         trained = (need_q or need_q_norm, need_k or need_k_norm or need_l_k or need_p_k, need_v or need_l_v or need_p_v)
-        ctx.mark_non_differentiable(*(y for y, need in zip(made, trained[q is None :]) if not need))
+        of = [need for need, given in zip(trained, ctx.given) if given]
+        ctx.mark_non_differentiable(*(y for y, need in zip(made, of) if not need))
         return made
 
     @staticmethod
     @first_order
     def backward(ctx, *dys):
-        dq, dk, dv = (*(None,) * ctx.keys_alone, *dys, None)[:3]
+        came = iter(dys)
+        dq, dk, dv = (next(came) if given else None for given in ctx.given)
         cos, sin, q_norm, k_norm, l_k, l_v, *kept = ctx.saved_tensors
-        q, k, v = recompute_all(ctx.recipe, kept)
-        need_q, need_k, need_v, _, _, *needs = ctx.needs_input_grad[2:]
-        wanted = sum(need << i for i, need in enumerate((need_q, need_k, need_v, *needs[:4])))
-        prefix = [
-            dy[:, : ctx.n].sum(0, dtype=accumulator(dy.dtype)).to(dtype).transpose(0, 1) if need else None
-            for dy, dtype, need in zip((dk, dv), ctx.dtypes, needs[4:])
-        ]
-        dk, dv = dk[:, ctx.n :], None if dv is None else dv[:, ctx.n :]
-        through = dv if l_v is not None else None  # without a factor v's gradient is what came
-        if not any(needs[:4]) and not (need_q or need_k or (need_v and l_v is not None)):
-            grads = [None, None, dv if need_v else None, *[None] * 4]
-        else:
-            grads = list(_backward(dq, dk, through, q, k, v, cos, sin, q_norm, k_norm, ctx.offset, ctx.eps, l_k, l_v, wanted))
-            grads = [grad if wanted & (1 << i) else None for i, grad in enumerate(grads)]
-            grads[2] = grads[2] if l_v is not None else dv if need_v else None
-        return None, None, *grads[:3], None, None, *grads[3:], *prefix
+        need_p_k, need_p_v = ctx.needs_input_grad[10:]
+        prefix = (_summed(dk, ctx.n, ctx.dtypes[0], need_p_k), _summed(dv, ctx.n, ctx.dtypes[1], need_p_v))
+        dq, dk, dv = (t if t is None else t[:, n:] for t, n in ((dq, ctx.n if ctx.form.queries else 0), (dk, ctx.n), (dv, ctx.n)))
+        grads = [dq, dk, dv, *[None] * 4]  # those of a side on which nothing is done
+        done = [cos is not None or q_norm is not None, cos is not None or k_norm is not None or l_k is not None, l_v is not None]
+        needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[6:10]]
+        wanted = sum(need << i for i, need in enumerate(needs) if i > 2 or done[i])
+        if wanted:
+            made = _backward(
+                dq, dk, dv, *recompute_all(ctx.recipe, kept), cos, sin, q_norm, k_norm, ctx.form.offset, ctx.form.eps, l_k, l_v, wanted
+            )
+            grads = [made[i] if wanted & (1 << i) else grad for i, grad in enumerate(grads)]
+        grads = [grad if need else None for grad, need in zip(grads, needs)]
+        return None, *grads[:3], None, None, *grads[3:], *prefix
 
 
-def behind(k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor) -> tuple[Tensor, Tensor]:
-    """[P_k; k] and [P_v; v], [B, H_kv, n + N, d], of k, v [B, H_kv, N, d] and P_k, P_v [H_kv, n, d]: one copy of both."""
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    how = _How(p_k=p_k, p_v=p_v)
-    made = _AttentionInputs.apply(0.0, 0.0, None, k, v, *how) if wants_grad(k, v, p_k, p_v) else _made(None, k, v, how, 0.0, 0.0)
-    return made[0].transpose(1, 2), made[1].transpose(1, 2)
+def _summed(dy: Tensor | None, n: int, dtype: torch.dtype | None, need: bool) -> Tensor | None:
+    """A prefix's gradient [H_kv, n, d], of the first rows of dy [B, n + M, H_kv, d]."""
+    return dy[:, :n].sum(0, dtype=accumulator(dy.dtype)).to(dtype).transpose(0, 1) if need else None
+
+
+def _one_pass(q, k, v, how: _How, form: _Form) -> tuple[Tensor, ...]:
+    return _AttentionInputs.apply(form, q, k, v, *how) if wants_grad(q, k, v, *how) else _made(q, k, v, how, form)
+
+
+def behind(q: Tensor | None, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor) -> tuple[Tensor, ...]:
+    """[0; q], where there is one, [P_k; k] and [P_v; v], [B, heads, n + M, d], of q, k, v [B, heads, M, d] and P_k, P_v [H_kv, n, d]: one
+    copy of all."""
+    tensors = (t if t is None else t.transpose(1, 2) for t in (q, k, v))
+    return tuple(t.transpose(1, 2) for t in _one_pass(*tensors, _How(p_k=p_k, p_v=p_v), _Form(queries=True)))
+
+
+class _WithoutRows(Function):
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n = n
+        return x[:, n:].detach()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        return _forward(None, dy, *[None] * 5, 0.0, 0.0, *[None] * 4, 0, ctx.n)[1], None
+
+
+def without_rows(o: Tensor, n: int) -> Tensor:
+    """o [B, H, n + M, d] but for its first n rows; in backward they are written with the others, in one pass."""
+    return _WithoutRows.apply(o.transpose(1, 2), n).transpose(1, 2) if wants_grad(o) else o[:, :, n:]
+
+
+def factors(k: Tensor, v: Tensor, l_k: Tensor, l_v: Tensor) -> tuple[Tensor, Tensor]:
+    """(k l_k, v l_v) for k, v [B, H_kv, N, d] and l_k, l_v [H_kv, d], in one pass."""
+    k, v = _one_pass(None, k.transpose(1, 2), v.transpose(1, 2), _How(l_k=l_k, l_v=l_v), _Form())
+    return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _by_heads(t: Tensor) -> Tensor:
@@ -232,29 +271,29 @@ def _exchanged(t: Tensor) -> Tensor:
     return t.transpose(1, 2)
 
 
-def _in_parts(q, k, v, how: _How, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _in_parts(q, k, v, how: _How, form: _Form) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the operators that it is made of, each saving what its table says."""
     k, v = (t if l is None else rescale(t, l) for t, l in ((k, how.l_k), (v, how.l_v)))
-    weights = (w if w is None or not offset else w.to(accumulator(q.dtype)) + offset for w in (how.q_norm, how.k_norm))
-    q, k = (t if w is None else rms_norm(t, w, eps) for t, w in zip((q, k), weights))
+    weights = (w if w is None or not form.offset else w.to(accumulator(q.dtype)) + form.offset for w in (how.q_norm, how.k_norm))
+    q, k = (t if w is None else rms_norm(t, w, form.eps) for t, w in zip((q, k), weights))
     if how.cos is not None:
         q, k = (turned(t, how.cos.unsqueeze(2), how.sin.unsqueeze(2)) for t in (q, k))
     q, k, v = map(_by_heads, (q, k, v))
     if how.p_k is not None:
-        k, v = (
-            torch.cat([p.to(t.dtype).transpose(0, 1).expand(t.shape[0], -1, -1, -1), t.transpose(1, 2)], 1).transpose(1, 2)
-            for p, t in ((how.p_k, k), (how.p_v, v))
-        )
+        k, v = _before(how.p_k, k), _before(how.p_v, v)
+        q = torch.nn.functional.pad(q.transpose(1, 2), (0, 0, 0, 0, how.p_k.shape[1], 0)).transpose(1, 2) if form.queries else q
     return q, k, v
 
 
-def _together(q, k, v, how: _How, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _before(p: Tensor, t: Tensor) -> Tensor:
+    """[p; t], laid out by token."""
+    return torch.cat([p.to(t.dtype).transpose(0, 1).expand(t.shape[0], -1, -1, -1), t.transpose(1, 2)], 1).transpose(1, 2)
+
+
+def _together(q, k, v, how: _How, form: _Form) -> tuple[Tensor, Tensor, Tensor]:
     """In one pass."""
     changed = how.l_v is not None or how.p_v is not None
-    if not wants_grad(q, k, v if changed else None, *how):
-        made = _made(q, k, v, how, eps, offset)
-    else:
-        made = _AttentionInputs.apply(eps, offset, q, k, v if changed else None, *how)
+    made = _one_pass(q, k, v if changed else None, how, form)
     return tuple(map(_by_heads, made if changed else (*made, v)))
 
 
@@ -305,15 +344,18 @@ def attention_inputs(
     norm_offset: float = 0.0,
     ia3: tuple[Tensor | None, Tensor | None] | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    rows_for_queries: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q', k', v') as :func:`attention` takes them, each [B, heads, ., d], of q [B, M, H, d] and k, v [B, M, H_kv, d].
 
     ``rotary`` = (cos, sin), each [B or 1, M, rot]. ``q_norm``, ``k_norm`` [d]: weights of an RMSNorm of each head, to which ``norm_offset``
     is added (1 in Gemma). ``ia3`` = (l_k, l_v), each [H_kv, d] or None: factors on k and v before all else. ``prefix`` = (P_k, P_v), each
-    [H_kv, n, d]: keys and values put before those of the tokens, as they are; attention then takes none, and if it is causal needs
-    M + n keys of it: the alignment at the last key leaves the prefix to every query. Without a factor or a prefix v' is v.
+    [H_kv, n, d]: keys and values put before those of the tokens, as they are; attention then takes none: causality aligned at the last
+    key leaves the prefix to every query. ``rows_for_queries``: n rows of zeros stand before the queries, too, so that causal attention
+    has as many queries as keys, which every kernel takes; the first n rows of its output are nobody's (:func:`without_rows`).
+    Without a factor or a prefix v' is v.
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     how = _How(*(rotary or (None, None)), q_norm, k_norm, *(ia3 or (None, None)), *(prefix or (None, None)))
     _check(q, k, v, how)
-    return (_together if one_pass(q, k) else _in_parts)(q, k, v, how, norm_eps, norm_offset)
+    return (_together if one_pass(q, k) else _in_parts)(q, k, v, how, _Form(norm_eps, norm_offset, rows_for_queries))

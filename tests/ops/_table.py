@@ -145,7 +145,7 @@ def _excitor_inputs(image):
 def _one_pass(q, k, v, q_norm, k_norm, l_k, l_v, cos, sin):
     """Whatever the rule: by the parts where the one pass is not made for such heads."""
     form = inputs_of._together if q.shape[3] <= inputs_of.WIDEST and q.numel() else inputs_of._in_parts
-    return form(q, k, v, inputs_of._How(cos, sin, q_norm, k_norm, l_k, l_v), EPS, 1.0)
+    return form(q, k, v, inputs_of._How(cos, sin, q_norm, k_norm, l_k, l_v), inputs_of._Form(EPS, 1.0))
 
 
 def _parts(q, k, v, q_norm, k_norm, l_k, l_v, cos, sin):

@@ -12,6 +12,7 @@ from fastpeft.ops.attention import attention_reference
 
 module = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
 reserved = importlib.import_module("fastpeft.ops.reserved_prefix")
+whole = importlib.import_module("fastpeft.ops.attention")
 backends = importlib.import_module("fastpeft.ops.attention_backends")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
@@ -36,10 +37,10 @@ def make(d=64, rot=64, *, B=2, M=5, H=4, G=2, n=3, norms=True, factors=True, pre
 def calls(offset=0.0, form=None):
     """(ours, the definition), of the tensors that are there; ``form``: one pass or parts, by the rule if None."""
 
-    def of(fn):
-        return lambda *tensors: fn(*tensors[:3], module._How(*tensors[3:]), EPS, offset)
+    def ours(*tensors):
+        return (form or module._together)(*tensors[:3], module._How(*tensors[3:]), module._Form(EPS, offset))
 
-    return of(form or module._together), of(module.attention_inputs_reference)
+    return ours, lambda *tensors: module.attention_inputs_reference(*tensors[:3], module._How(*tensors[3:]), EPS, offset)
 
 
 def compare(check, tensors, offset=0.0, form=None, needs=None):
@@ -63,7 +64,7 @@ def compare(check, tensors, offset=0.0, form=None, needs=None):
 def test_backend():
     for name in ("attention_inputs_fwd", "attention_inputs_bwd"):
         assert not _library.backend_of()[name]["CPU"].startswith("triton")
-    assert not module.ONE_PASS and reserved.QUERIES_PER_KEY is None and not reserved.LOWER_RIGHT  # until a card has told
+    assert not module.ONE_PASS and set(reserved.PAYS_FROM.values()) == {None} and not reserved.LOWER_RIGHT  # until a card has told
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,7 +164,7 @@ def test_what_is_saved(check):
         tensors = {name: t.requires_grad_(name in needs) for name, t in tensors.items()}
         chosen = module._How(**{name: tensors.get(name) for name in NAMES})
         free = [*parameters, *(t for name, t in tensors.items() if name in NAMES)]
-        return check.saved_bytes(lambda: module._together(*(tensors[name] for name in "qkv"), chosen, EPS, 0.0), (), free=free)
+        return check.saved_bytes(lambda: module._together(*(tensors[name] for name in "qkv"), chosen, module._Form(EPS)), (), free=free)
 
     tables = ["cos", "sin"]
     assert saved(given=tables) == 0
@@ -184,9 +185,9 @@ def test_compiler_and_operators(check):
     forward = torch.ops.fastpeft.attention_inputs_fwd
     q, k, v, cos, sin, q_norm, k_norm, l_k, l_v, p_k, p_v = tensors
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, (q, k, v, cos, sin, q_norm, k_norm, 1.0, EPS, l_k, l_v, p_k, p_v), test_utils=tests)
-    torch.library.opcheck(forward, (None, k, v, None, None, None, None, 0.0, EPS, None, None, p_k, p_v), test_utils=tests)
-    torch.library.opcheck(forward, (q, k, None, cos, sin, None, None, 0.0, EPS, l_k, None, None, None), test_utils=tests)
+    torch.library.opcheck(forward, (q, k, v, cos, sin, q_norm, k_norm, 1.0, EPS, l_k, l_v, p_k, p_v, 0, 3), test_utils=tests)
+    torch.library.opcheck(forward, (None, k, v, None, None, None, None, 0.0, EPS, None, None, p_k, p_v, 0, 3), test_utils=tests)
+    torch.library.opcheck(forward, (q, k, None, cos, sin, None, None, 0.0, EPS, l_k, None, None, None, 3, 0), test_utils=tests)
     backward, given = torch.ops.fastpeft.attention_inputs_bwd, (q, k, v, cos, sin, q_norm, k_norm, 1.0, EPS, l_k, l_v)
     for wanted in (127, module.DK, module.DQ_NORM | module.DL_V):
         torch.library.opcheck(backward, (q, k, v, *given, wanted), test_utils=tests)
@@ -246,35 +247,71 @@ def at_the_last(q, k, v, scale, dropout_p):
     return attention_reference(q, k, v, causal=True, scale=scale)
 
 
-@pytest.mark.parametrize("causal, M, N", [(True, 6, 6), (True, 3, 6), (True, 1, 6), (False, 4, 6), (True, 6, 4)])
-def test_prefix_before_the_keys(check, monkeypatch, causal, M, N):
-    """Through attention, on a stand-in for CUDA's kernel: every gradient, and who takes it."""
+@pytest.fixture
+def in_rows(monkeypatch):
+    """Every form of reserved rows pays, whatever the device; returns those that ATen's flash kernel took."""
     taken = []
-    monkeypatch.setattr(reserved, "QUERIES_PER_KEY", 0.0)
-    monkeypatch.setattr(reserved, "LOWER_RIGHT", True)
+    monkeypatch.setattr(reserved, "PAYS_FROM", dict.fromkeys(reserved.PAYS_FROM, 0.0))
     monkeypatch.setattr(reserved, "kernel_of", lambda *a: "flash")
-    monkeypatch.setattr(backends, "lower_right", lambda *a: taken.append("flash") or at_the_last(*a))
-    monkeypatch.setattr(module, "ONE_PASS", {"cpu"})
+    monkeypatch.setattr(reserved, "lower_right", lambda *a: taken.append("flash") or at_the_last(*a))
+    return taken
+
+
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["torch.cat", "one pass"])
+@pytest.mark.parametrize("form, causal, M, N", [("square", True, 6, 6), ("last", True, 3, 6), ("full", True, 1, 6), ("full", False, 4, 6)])
+def test_prefix_in_rows(check, monkeypatch, in_rows, form, causal, M, N, devices):
+    """Through attention, on a stand-in for CUDA's kernel: subsets of gradients, with grouped heads, against float64."""
+    monkeypatch.setattr(module, "ONE_PASS", devices)
+    monkeypatch.setattr(whole, "_strategy", lambda q, k, v, causal, padding, prefix, p: "rows" if prefix is not None else "plain")
     q, k, v = (torch.randn(2, m, h, 16, dtype=torch.float64).transpose(1, 2) for m, h in ((M, 4), (N, 2), (N, 2)))
     prefix = torch.randn(2, 2, 3, 16, dtype=torch.float64).unbind(0)
-    pays = reserved.reserved_pays(q, k, v, causal, None)
-    assert pays == (not causal or M <= N or M == 1) and not reserved.reserved_pays(q, k, v, causal, torch.ones(2, N, dtype=torch.bool))
-    monkeypatch.setattr(importlib.import_module("fastpeft.ops.attention"), "_strategy", lambda *a: "sdpa")
-    runs = [
-        check.run(lambda q, k, v, *p, fn=fn: fn(q, k, v, causal=causal, prefix=p), (q, k, v, *prefix))
-        for fn in (attention, attention_reference)
-    ]
-    for value, exact in zip(*(outputs + grads for outputs, grads in runs)):
-        assert check.error(value, exact) < 1e-12
-    assert taken == (["flash"] if causal and 1 < M <= N else [])
+    assert reserved.form_of(q, k, causal, None) == form and reserved.reserved_pays(q, k, v, causal, None)
+    paddings = [None] if causal else [None, torch.arange(N) < torch.tensor([[N], [0]])]
+    for padding, needs in itertools.product(paddings, list(check.subsets(5))[::5]):
+        how = {"causal": causal, "key_padding_mask": padding, "scale": 0.3}
+        runs = [
+            check.run(lambda q, k, v, *p, fn=fn, how=how: fn(q, k, v, prefix=p, **how), (q, k, v, *prefix), needs)
+            for fn in (attention, attention_reference)
+        ]
+        for value, exact in zip(*(outputs + grads for outputs, grads in runs)):
+            assert (value is None) == (exact is None)
+            assert value is None or check.error(value, exact) < 1e-12
+    assert set(in_rows) == ({"flash"} if form == "last" else set())
 
 
-def test_rotary_writes_behind_the_prefix(check, monkeypatch):
-    """Keys turned into the rows behind a prefix's, attended to with causality at the last key: the same as a prefix given to attention."""
+def test_which_prefix_goes_where(monkeypatch, in_rows):
+    """By form and by how many queries meet a key; none where the merge must serve."""
+
+    def pays(M, N, causal=False, padded=False, G=4):
+        q, k = torch.empty(2, 4, M, 16), torch.empty(2, G, N, 16)
+        return reserved.reserved_pays(q, k, k, causal, torch.ones(2, N, dtype=torch.bool) if padded else None)
+
+    assert pays(5, 5, True) and pays(3, 5, True) and pays(5, 5) and pays(5, 5, padded=True)
+    assert not pays(7, 5, True) and not pays(5, 5, True, padded=True)
+    monkeypatch.setattr(reserved, "PAYS_FROM", {"full": 0.5})
+    assert pays(5, 10) and not pays(4, 10) and pays(4, 10, G=2) and not pays(5, 5, True)
+    monkeypatch.setattr(reserved, "kernel_of", lambda *a: "efficient")
+    assert not pays(5, 10)
+
+
+def test_causality_over_a_cache(check, monkeypatch, in_rows):
+    monkeypatch.setattr(reserved, "LOWER_RIGHT", True)
+    monkeypatch.setattr(backends, "lower_right", reserved.lower_right)
+    monkeypatch.setattr(whole, "_strategy", lambda *a: "sdpa")
+    q, k, v = (torch.randn(2, 4, n, 16, dtype=torch.float64) for n in (3, 7, 7))
+    runs = [check.run(lambda q, k, v, fn=fn: fn(q, k, v, causal=True), (q, k, v)) for fn in (attention, attention_reference)]
+    assert all(check.error(value, exact) < 1e-12 for value, exact in zip(*(outputs + grads for outputs, grads in runs)))
+    assert in_rows == ["flash"]
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_rotary_writes_behind_the_prefix(check, monkeypatch, square):
+    """Keys turned into the rows behind a prefix's: the same as a prefix given to attention."""
     q, k, v, cos, sin, *_, p_k, p_v = make(norms=False, factors=False, dtype=torch.float64)
 
     def in_rows(q, k, v, *p):
-        return attention(*attention_inputs(q, k, v, rotary=(cos, sin), prefix=p), causal=True)
+        o = attention(*attention_inputs(q, k, v, rotary=(cos, sin), prefix=p, rows_for_queries=square), causal=True)
+        return module.without_rows(o, p[0].shape[1]) if square else o
 
     def given(q, k, v, *p):
         return attention(*attention_inputs(q, k, v, rotary=(cos, sin)), causal=True, prefix=p)
@@ -285,21 +322,53 @@ def test_rotary_writes_behind_the_prefix(check, monkeypatch):
         assert all(check.error(value, exact) < 1e-12 for value, exact in zip((*got, *got_grads), (*want, *grads)))
 
 
+def test_factors_in_one_pass(check, monkeypatch):
+    """(IA)^3 where attention is someone else's: keys and values by one pass, in place of queries and outputs."""
+    monkeypatch.setattr(whole, "_strategy", lambda *a: "sdpa")
+    monkeypatch.setattr(module, "ONE_PASS", {"cpu"})
+    tensors = [*(torch.randn(2, 5, h, 16, dtype=torch.float64).transpose(1, 2) for h in (4, 2, 2)), *torch.randn(2, 2, 16).double()]
+    for needs in check.subsets(5):
+        runs = [
+            check.run(lambda q, k, v, *l, fn=fn: fn(q, k, v, causal=True, rescale=l), tensors, needs)
+            for fn in (attention, attention_reference)
+        ]
+        for value, exact in zip(*(outputs + grads for outputs, grads in runs)):
+            assert value is exact is None or check.error(value, exact) < 1e-12
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("causal, M, N", [(True, 257, 257), (True, 33, 257), (True, 2, 3), (False, 20, 257)])
+@pytest.mark.parametrize(
+    "causal, M, N, padded", [(True, 257, 257, False), (True, 33, 257, False), (False, 20, 257, False), (False, 20, 33, True)]
+)
 @pytest.mark.parametrize("H, G, d", [(4, 4, 64), (4, 2, 128), (4, 1, 72)])
-def test_prefix_before_the_keys_on_cuda(check, monkeypatch, dtype, causal, M, N, H, G, d):
-    """CUDA's flash kernel, causality aligned at the last key, and csrc's rows behind a prefix: all gradients against float64."""
-    monkeypatch.setattr(reserved, "QUERIES_PER_KEY", 0.0)
-    monkeypatch.setattr(reserved, "LOWER_RIGHT", True)
+def test_prefix_in_rows_on_cuda(check, monkeypatch, dtype, causal, M, N, padded, H, G, d):
+    """CUDA's own kernels, causality aligned at the last key, and csrc's rows before the tokens': all gradients against float64."""
+    monkeypatch.setattr(reserved, "PAYS_FROM", dict.fromkeys(reserved.PAYS_FROM, 0.0))
     q, k, v = (torch.randn(2, m, h, d).to(dtype).transpose(1, 2) for m, h in ((M, H), (N, G), (N, G)))
     prefix = torch.randn(2, G, 10, d).to(dtype).unbind(0)
-    on_gpu = [t.cuda() for t in (q, k, v, *prefix)]
-    assert reserved.reserved_pays(*on_gpu[:3], causal, None)
-    exact = check.run(lambda q, k, v, *p: attention_reference(q, k, v, causal=causal, prefix=p), [t.double() for t in (q, k, v, *prefix)])
+    padding = torch.arange(N) < torch.tensor([[N], [N // 2]]) if padded else None
+    on_gpu, there = [t.cuda() for t in (q, k, v, *prefix)], padding.cuda() if padded else None
+    assert whole._strategy(*on_gpu[:3], causal, there, prefix, 0.0) == "rows"
+    exact = check.run(
+        lambda q, k, v, *p: attention_reference(q, k, v, causal=causal, key_padding_mask=padding, prefix=p),
+        [t.double() for t in (q, k, v, *prefix)],
+    )
     for devices in (set(), {"cuda"}):
         monkeypatch.setattr(module, "ONE_PASS", devices)
-        got = check.run(lambda q, k, v, *p: attention(q, k, v, causal=causal, prefix=p), on_gpu)
+        got = check.run(lambda q, k, v, *p: attention(q, k, v, causal=causal, key_padding_mask=there, prefix=p), on_gpu)
         for value, want in zip((*got[0], *got[1]), (*exact[0], *exact[1])):
             assert check.error(value.cpu(), want, floor=0.1) <= (3e-2 if dtype == torch.bfloat16 else 6e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_causality_over_a_cache_on_cuda(check, monkeypatch, dtype):
+    monkeypatch.setattr(reserved, "LOWER_RIGHT", True)
+    tensors = [torch.randn(2, m, h, 64).to(dtype).transpose(1, 2) for m, h in ((33, 4), (257, 2), (257, 2))]
+    on_gpu = [t.cuda() for t in tensors]
+    assert reserved.takes_lower_right(*on_gpu)
+    got = check.run(lambda *t: attention(*t, causal=True), on_gpu)
+    exact = check.run(lambda *t: attention_reference(*t, causal=True), [t.double() for t in tensors])
+    for value, want in zip((*got[0], *got[1]), (*exact[0], *exact[1])):
+        assert check.error(value.cpu(), want, floor=0.1) <= (3e-2 if dtype == torch.bfloat16 else 6e-3)

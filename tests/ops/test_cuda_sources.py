@@ -162,7 +162,7 @@ def test_attention_inputs_launches():
         how = how._replace(**{name: t.detach().requires_grad_(name in trained) for name, t in how._asdict().items()})
         q, k, v = (torch.randn(2, 9, heads, 64, requires_grad=True) for heads in (4, 2, 2))
         before = launches()
-        outputs = INPUTS._together(q, k, v, how, 1e-6, 0.0)
+        outputs = INPUTS._together(q, k, v, how, INPUTS._Form(1e-6))
         assert launches() - before == 1
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         assert launches() - before == 2 + len(trained)
@@ -171,7 +171,7 @@ def test_attention_inputs_launches():
 def test_attention_inputs_stops_what_it_cannot_do():
     x = torch.randn(1, 2, 1, 514)
     with pytest.raises(RuntimeError, match="512 at most"):
-        INPUTS._together(x, x, x, INPUTS._How(l_k=torch.ones(1, 514)), 1e-6, 0.0)
+        INPUTS._together(x, x, x, INPUTS._How(l_k=torch.ones(1, 514)), INPUTS._Form())
     x = torch.randn(1, 2, 1, 64)
     with pytest.raises(RuntimeError, match="not kept"):
         torch.ops.fastpeft.attention_inputs_bwd(x, x, None, None, None, None, None, None, x[0, 0, 0], None, 0.0, 1e-6, None, None, 1)

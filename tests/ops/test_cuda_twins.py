@@ -77,7 +77,7 @@ def test_attention_inputs(check, d, rot, dtype):
             rest = iter(given)
             how = {kind: (next(rest), next(rest)) for kind in kinds}
             how = INPUTS._How(cos, sin, *(t for kind in parameters for t in how.get(kind, (None, None))))
-            return INPUTS._together(q, k, v, how, 1e-6, 1.0)
+            return INPUTS._together(q, k, v, how, INPUTS._Form(1e-6, 1.0))
 
         same(check, call, [q, k, v, *tables, *given], (True, True, True, False, False, *(True for _ in given)))
 

@@ -137,7 +137,7 @@ def test_attention_inputs():
         q, k, v = (torch.randn(2, T, heads, D, requires_grad=True) for heads in (H, 1, 1))
         with native:
             changed = 3 if how.p_k is not None else 2
-            passes = counted(lambda *t, how=how, n=changed: module._together(*t, how, 1e-6, 0.0)[:n], q, k, v, wanted=[q, k])
+            passes = counted(lambda *t, how=how, n=changed: module._together(*t, how, module._Form(1e-6))[:n], q, k, v, wanted=[q, k])
         assert [traffic.moved(**sizes) for traffic in passes] == models, name
         assert [len(traffic.launches) for traffic in passes] == [1, 1], name
 
