@@ -12,13 +12,13 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | alone                                   |
 | low_rank_grads                                                        | native             | two skinny products of one matrix, read |
 |                                                                       |                    | once; on the CPU alone                  |
-| lora_linears_fwd, lora_linears_bwd                                    | triton             | a skinny product joins a wide one in    |
-|                                                                       |                    | its tiles; on a CPU ATen's GEMMs serve  |
+| lora_linears_fwd, lora_linears_bwd                                    | triton             | skinny products of what a wide one      |
+|                                                                       |                    | reads; on a CPU ATen's GEMMs serve      |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
-| dropout                                                               | triton             | one launch; on a CPU PyTorch's own      |
-|                                                                       |                    | generator                               |
+| dropout                                                               | native             | one pass, on CUDA alone; on a CPU       |
+|                                                                       |                    | PyTorch's own generator                 |
 | attention_dq                                                          | none               | three of ATen's products, by blocks     |
 """
 

@@ -16,7 +16,7 @@ Shapes: k, K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [
 I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
-Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2
+Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2 in 16 bit
 (dK' read by one launch, T by dw_down's product). Counted by tests/ops/test_traffic.py.
 
 | gradient needed for     | saved                                                           | computed in backward        |

@@ -120,6 +120,36 @@ def test_rotary(check, rot, dtype):
             check.no_worse(ops.rotary, rotary_reference, rotary_reference, [x, *tables], (True, False, False))
 
 
+def philox(counter: int, key: int) -> list[int]:
+    """Philox4x32-10, as its authors write it; held to their known answer below."""
+    c, k, low = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32], 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & low, (a >> 32) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return c
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_dropout(dtype):
+    """Philox's own numbers, whatever the width of a load: whole Packs, a tail, a tensor that begins between two, a permuted one."""
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    op, seed, index, p = torch.ops.fastpeft.dropout, torch.tensor([(5 << 32) + 77]), 3, 0.3
+    wide = torch.randn(43 * 30 + 1).to(dtype)
+    for x in (wide[:1200].view(40, 30), wide[:-1].view(43, 30), wide[1:].view(43, 30), wide[:1200].view(40, 30).t(), wide[:0], wide[5]):
+        numbers = [n for i in range(-(-x.numel() // 4)) for n in philox(i, int(seed) + index)][: x.numel()]
+        keep = torch.tensor(numbers, dtype=torch.float64).view(x.shape) >= p * 2**32
+        want = torch.where(keep, x.to(torch.promote_types(dtype, torch.float32)) / (1 - p), 0.0)
+        y = op(x, p, seed, index)
+        assert y.dtype == dtype and y.is_contiguous()
+        torch.testing.assert_close(y, want.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert torch.equal(y == 0, ~keep | (x == 0))
+    x = torch.randn(300, 77, requires_grad=True)
+    y = ops.dropout(x, 0.25)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(grad == 0, y == 0) and abs((y == 0).double().mean() - 0.25) < 0.01
+
+
 INPUTS = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
 
 
