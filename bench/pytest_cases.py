@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from bench.pieces import say
 
@@ -28,5 +29,7 @@ def pytest_runtest_logreport(report) -> None:
     if report.when == "call" or report.outcome != "passed":
         case = {"case": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
         if report.outcome == "failed":
-            case["failed"] = str(report.longrepr).strip().splitlines()[-1][:300]
+            text = str(report.longrepr).strip()
+            case["failed"] = next((line for line in text.splitlines() if line.startswith("E ")), text.splitlines()[-1])[:300]
+            print(f"{report.nodeid}\n{text}", file=sys.__stdout__, flush=True)  # now: a run that is cut off has no summary
         say(case)

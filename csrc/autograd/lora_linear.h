@@ -167,12 +167,12 @@ InPython on_cpu, on_cuda;
 // Calls of at most so many elements of x or of one y are formed here on a GPU (kernels/lora_linear.py has the figures).
 int64_t most_on_cuda = int64_t(1) << 23;
 
-// Whether weights, biases and gradients have x's dtype, one that the device multiplies in, without dropout. Branches may have another on a
-// GPU, where they are cast; on a CPU they have the same.
+// Whether weights, biases and gradients have x's dtype, one that the device multiplies in. Branches may have another on a GPU, where they
+// are cast; on a CPU they have the same, and no dropout.
 template <class... Lists>
 bool plain(const Tensor& x, double p, bool gpu, at::TensorList weights, const MaybeList& As, const MaybeList& Bs, const Lists&... lists) {
   const auto dtype = x.scalar_type();
-  if (p != 0.0 || !(dtype == at::kFloat || dtype == at::kDouble || (gpu && (dtype == at::kBFloat16 || dtype == at::kHalf)))) return false;
+  if ((p != 0.0 && !gpu) || !(dtype == at::kFloat || dtype == at::kDouble || (gpu && (dtype == at::kBFloat16 || dtype == at::kHalf)))) return false;
   const auto same = [&](const Maybe& t) { return !t || t->scalar_type() == dtype; };
   const auto all = [&](const MaybeList& list) {
     for (size_t i = 0; i < list.size(); ++i)
@@ -221,13 +221,19 @@ Tensor with_branch(const Tensor& x2, const Tensor& W, const Maybe& bias, Tensor 
   return at::mm(rows.t(), up).addmm_(x2, W.t());
 }
 
+// t under the mask that dropout draws for branch i: the same in both directions.
+Tensor masked(const Tensor& t, double p, const Maybe& seed, size_t i) {
+  static const auto op = find_op<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fastpeft::dropout");
+  return op.call(t, p, *seed, int64_t(i));
+}
+
 std::vector<Tensor> forward(
     const Tensor& x, at::TensorList weights, const MaybeList& biases, const MaybeList& As, const MaybeList& Bs,
-    at::ArrayRef<double> scalings, bool gpu) {
+    at::ArrayRef<double> scalings, double p, const Maybe& seed, bool gpu) {
   const Tensor x2 = rows_of(x);
   const std::vector<int64_t> ranks = ranks_of(As);
   Tensor s = at::empty({std::accumulate(ranks.begin(), ranks.end(), int64_t(0)), x2.size(0)}, x2.options());
-  if (s.size(0)) {
+  if (s.size(0) && p == 0.0) {
     variable_list images;
     for (size_t i = 0; i < As.size(); ++i)
       if (As.get(i)) images.push_back(As.get(i)->to(x.scalar_type()));
@@ -239,7 +245,9 @@ std::vector<Tensor> forward(
     Tensor y;
     if (As.get(i)) {
       const Tensor B = Bs.get(i)->to(x.scalar_type());
-      y = with_branch(x2, weights[i], biases.get(i), s.narrow(0, row, ranks[i]), B, scalings[i], gpu);
+      Tensor low = s.narrow(0, row, ranks[i]);
+      if (p > 0.0) at::mm_out(low, As.get(i)->to(x.scalar_type()), masked(x2, p, seed, i).t());
+      y = with_branch(x2, weights[i], biases.get(i), low, B, scalings[i], gpu);
     } else {
       y = at::linear(x2, weights[i], biases.get(i));
     }
@@ -283,7 +291,7 @@ std::vector<size_t> given(const MaybeList& dys) {
 
 std::vector<Tensor> backward(
     const MaybeList& dys, const Maybe& x, at::TensorList weights, const MaybeList& As, const MaybeList& Bs, const Maybe& s,
-    at::ArrayRef<double> scalings, bool need_dx, at::IntArrayRef needs, bool gpu) {
+    at::ArrayRef<double> scalings, double p, const Maybe& seed, bool need_dx, at::IntArrayRef needs, bool gpu) {
   const std::vector<size_t> live = given(dys);
   const Tensor& like = *dys.get(live.at(0));
   const auto dtype = like.scalar_type();
@@ -305,12 +313,18 @@ std::vector<Tensor> backward(
     rows.push_back(ds[i]);
     if (need_dx) images.push_back(As.get(i)->to(dtype));
   }
-  const Tensor stack = branches.empty() ? Tensor() : stacked(rows);  // the dS together: dx and dA take one product each
+  // without dropout the dS lie together: dx and dA take one product each
+  const Tensor stack = branches.empty() || p > 0.0 ? Tensor() : stacked(rows);
 
   std::vector<Tensor> grads;
   if (need_dx) {
     const size_t first = live[0];
-    Tensor dx = branches.empty() ? at::mm(flat[first], weights[first]) : at::mm(stack.t(), stacked(images)).addmm_(flat[first], weights[first]);
+    Tensor dx = stack.defined() ? at::mm(stack.t(), stacked(images)) : Tensor();
+    for (size_t k = 0; p > 0.0 && k < branches.size(); ++k) {
+      const Tensor part = masked(at::mm(rows[k].t(), images[k]), p, seed, branches[k]);
+      dx = dx.defined() ? dx.add_(part) : part;
+    }
+    dx = dx.defined() ? dx.addmm_(flat[first], weights[first]) : at::mm(flat[first], weights[first]);
     for (size_t k = 1; k < live.size(); ++k) dx.addmm_(flat[live[k]], weights[live[k]]);
     std::vector<int64_t> sizes = like.sizes().vec();
     sizes.back() = dx.size(1);
@@ -323,7 +337,9 @@ std::vector<Tensor> backward(
       trained.push_back(ds[i]);
       trained_ranks.push_back(ranks[i]);
     }
-  if (!trained.empty()) {
+  for (size_t i : live)
+    if (p > 0.0 && needs[i] & DLA) dAs[i] = at::mm(ds[i], masked(x2, p, seed, i)).to(As.get(i)->scalar_type());
+  if (!trained.empty() && p == 0.0) {
     const Tensor together = at::mm(trained.size() == branches.size() ? stack : at::cat(trained), x2);
     const variable_list split = together.split_with_sizes(trained_ranks);
     auto next = split.begin();
@@ -348,7 +364,9 @@ template <bool GPU>
 std::vector<Tensor> forward_on(
     const Tensor& x, at::TensorList weights, const MaybeList& biases, const MaybeList& As, const MaybeList& Bs,
     at::ArrayRef<double> scalings, double p, const Maybe& seed) {
-  if (plain(x, p, GPU, weights, As, Bs, biases) && (!GPU || few(x, weights, As))) return forward(x, weights, biases, As, Bs, scalings, GPU);
+  if (plain(x, p, GPU, weights, As, Bs, biases) && (!GPU || p > 0.0 || few(x, weights, As))) {
+    return forward(x, weights, biases, As, Bs, scalings, p, seed, GPU);
+  }
   const py::gil_scoped_acquire acquire;
   return (*(GPU ? on_cuda : on_cpu).fwd)(x, weights.vec(), biases.vec(), As.vec(), Bs.vec(), scalings.vec(), p, seed)
       .template cast<std::vector<Tensor>>();
@@ -360,8 +378,8 @@ std::vector<Tensor> backward_on(
     at::ArrayRef<double> scalings, double p, const Maybe& seed, bool need_dx, at::IntArrayRef needs) {
   const Tensor& like = *dys.get(given(dys).at(0));
   const bool same = !x || x->scalar_type() == like.scalar_type();
-  if (same && plain(like, p, GPU, weights, As, Bs, dys) && (!GPU || few(like, weights, As))) {
-    return backward(dys, x, weights, As, Bs, s, scalings, need_dx, needs, GPU);
+  if (same && plain(like, p, GPU, weights, As, Bs, dys) && (!GPU || p > 0.0 || few(like, weights, As))) {
+    return backward(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs, GPU);
   }
   const py::gil_scoped_acquire acquire;
   return (*(GPU ? on_cuda : on_cpu)
@@ -381,15 +399,17 @@ inline void bind_lora_linear(py::module_& m) {
   // of tests and benchmarks: the largest call formed here on a GPU, and its products on tensors of any device
   m.def("set_most_on_cuda", [](int64_t elements) { return std::exchange(most_on_cuda, elements); });
   m.def("lora_linears_fwd_on_gpu", [](const Tensor& x, const variable_list& weights, const std::vector<Maybe>& biases,
-                                      const std::vector<Maybe>& As, const std::vector<Maybe>& Bs, const std::vector<double>& scalings) {
+                                      const std::vector<Maybe>& As, const std::vector<Maybe>& Bs, const std::vector<double>& scalings, double p,
+                                      const Maybe& seed) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return forward(x, weights, MaybeList(biases), MaybeList(As), MaybeList(Bs), scalings, true);
+    return forward(x, weights, MaybeList(biases), MaybeList(As), MaybeList(Bs), scalings, p, seed, true);
   });
   m.def("lora_linears_bwd_on_gpu", [](const std::vector<Maybe>& dys, const Maybe& x, const variable_list& weights,
                                       const std::vector<Maybe>& As, const std::vector<Maybe>& Bs, const Maybe& s,
-                                      const std::vector<double>& scalings, bool need_dx, const std::vector<int64_t>& needs) {
+                                      const std::vector<double>& scalings, double p, const Maybe& seed, bool need_dx,
+                                      const std::vector<int64_t>& needs) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return backward(MaybeList(dys), x, weights, MaybeList(As), MaybeList(Bs), s, scalings, need_dx, needs, true);
+    return backward(MaybeList(dys), x, weights, MaybeList(As), MaybeList(Bs), s, scalings, p, seed, need_dx, needs, true);
   });
 }
 

@@ -64,7 +64,7 @@ from fastpeft.ops._gemm import widened, work_dtype
 from fastpeft.ops._quantized_weight import QuantizedWeight, dequantized, shape_placeholder
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops._tiled import triton_launcher
-from fastpeft.ops.dropout import draw, new_seed
+from fastpeft.ops.dropout import masked, new_seed
 from fastpeft.ops.low_rank_grads import low_rank_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
@@ -91,9 +91,7 @@ def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling) -> Tensor:
 
 def dropped(x: Tensor, p: float, seed: Tensor | None, index: int) -> Tensor:
     """x, with the mask of branch `index` drawn from the seed: PEFT's distribution, one independent mask per branch."""
-    if p == 0.0:
-        return x
-    return draw(x, p, seed, index).mul_(x).mul_(1.0 / (1.0 - p))
+    return x if p == 0.0 else masked(x, p, seed, index)
 
 
 def _ranks(As):

@@ -1,6 +1,7 @@
 """csrc's CUDA kernels (and the Triton row pass) against their CPU twins: same inputs, both devices. Only where there is a GPU."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -55,6 +56,30 @@ def test_row_wise(check, dtype):
         [t.to(torch.promote_types(dtype, torch.float32)) for t in (angle.cos(), angle.sin())],
     ):
         same(check, ops.rotary, [heads, *tables], (True, False, False))
+
+
+INPUTS = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, rot", [(128, 128), (64, 32), (80, 20), (256, 256)])
+def test_attention_inputs(check, d, rot, dtype):
+    """Norms, rotary embedding, factors and a prefix in one pass, and each of them alone; more rows than backward's groups walk at once."""
+    q, k, v = torch.randn(2, 301, 7 * d).to(dtype).split([3 * d, 2 * d, 2 * d], -1)
+    angle = torch.rand(1, 301, rot // 2).repeat(1, 1, 2)
+    tables = [angle.cos().to(dtype), angle.sin().to(dtype)]
+    parameters = {"norms": torch.randn(2, d), "factors": torch.randn(2, 2, d), "prefix": torch.randn(2, 2, 3, d)}
+    for kinds in (("norms", "factors", "prefix"), ("norms",), ("factors",), ("prefix",), ()):
+        given = [t.to(dtype) for kind in kinds for t in parameters[kind]]
+
+        def call(q, k, v, cos, sin, *given, kinds=kinds):
+            q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
+            rest = iter(given)
+            how = {kind: (next(rest), next(rest)) for kind in kinds}
+            how = INPUTS._How(cos, sin, *(t for kind in parameters for t in how.get(kind, (None, None))))
+            return INPUTS._together(q, k, v, how, INPUTS._Form(1e-6, 1.0))
+
+        same(check, call, [q, k, v, *tables, *given], (True, True, True, False, False, *(True for _ in given)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
