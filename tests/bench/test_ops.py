@@ -62,7 +62,7 @@ def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
     hang = f"{say}; import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('was asleep')"
     python = sys.executable
     tried = [("bad", [python, "-c", "raise SystemExit(3)"], 30.0), ("slow", [python, "-c", hang], 5.0), ("good", [python, "-c", say], 30.0)]
-    monkeypatch.setitem(gpu.PIECES, "right", lambda: tried)
+    monkeypatch.setitem(gpu.PIECES, "right", lambda seconds: tried)
     assert bench.main(["gpu", "right"]) == 1
     assert sorted(path.name for path in out.iterdir()) == ["gpu-right.json", "gpu-right.log"]
     found = json.loads((out / "gpu-right.json").read_text())
@@ -78,9 +78,9 @@ def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
 def test_the_calls_and_their_files_fit():
     """Three calls, two files each, of the eight that come back; the backends and the twins come first."""
     assert list(gpu.PIECES) == list(gpu.CALLS) == ["right", "kernels", "steps"]
-    right = gpu.right()
+    right = gpu.right(60.0)
     assert [name for name, *_ in right][:2] == ["backends", "tests"] and any("test_cuda_twins" in argument for argument in right[1][1])
-    assert gpu.kernels()[0][1][-1] == "bf16" and gpu.kernels()[0][1][4:7] == ["lora_linear", "layer_norm", "rms_norm"]
+    assert gpu.kernels(60.0)[0][1][-1] == "bf16" and gpu.kernels(60.0)[0][1][4:7] == ["lora_linear", "layer_norm", "rms_norm"]
     for call in gpu.PIECES.values():
         assert all(command[0] and seconds <= 480 for _, command, seconds in call())
 
