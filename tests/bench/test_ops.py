@@ -59,7 +59,8 @@ def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "LEAST", 0.0)
-    say = "print('.', end='', flush=True); from bench.pieces import say; say({'case': 'a', 'seconds': 1}); say({'case': 'b', 'failed': 'wrong by 1'})"
+    say = "from bench.pieces import say; print('.', end='', flush=True); say({'case': 'a', 'seconds': 1})"
+    say += "; say({'case': 'b', 'failed': 'wrong by 1'})"
     hang = f"{say}; import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('was asleep')"
     python = sys.executable
     tried = [("bad", [python, "-c", "raise SystemExit(3)"], 30.0), ("slow", [python, "-c", hang], 5.0), ("good", [python, "-c", say], 30.0)]
