@@ -151,8 +151,8 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
     n = n.contiguous()
     _excitor_merge_fwd_kernel[grid](
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
-        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R, STEPS=steps,
-        stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
+        STEPS=steps, stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
         stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R),
         num_warps=config.num_warps,
@@ -181,7 +181,8 @@ def excitor_text_bwd(g, u, n, prompt, gate, need_dl, need_y):
     (K, C), R, H = prompt.shape, u.shape[2], gate.shape[0]
     g, (u, n, prompt, gate) = g.reshape(-1, C).contiguous(), (t.contiguous() for t in (u, n, prompt, gate))
     M = g.shape[0]
-    du, dn, dprompt, dgate = (t.new_empty(t.shape if need else 0) for t, need in ((u, need_dl), (n, need_dl), (prompt, need_y), (gate, need_y)))
+    wanted = (u, need_dl), (n, need_dl), (prompt, need_y), (gate, need_y)
+    du, dn, dprompt, dgate = (t.new_empty(t.shape if need else 0) for t, need in wanted)
     blocks = {"BLOCK_M": SCORE_ROWS, "BLOCK_K": padded(K), "BLOCK_R": padded(R)}
     grid, how = (triton.cdiv(M, SCORE_ROWS),), {"u_ptr": u, "n_ptr": n, "M": M, "K": K, "R": R, **blocks}
     off = dict.fromkeys(("l_ptr", "dl_ptr", "du_ptr", "dn_ptr"))

@@ -16,8 +16,9 @@ Shapes: k, K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [
 I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
-Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2 in 16 bit
-(dK' read by one launch, T by dw_down's product). Counted by tests/ops/test_traffic.py.
+Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2
+in 16 bit (dK' read by one launch, T by dw_down's product). Without an image three launches more make what is narrow of it. Counted by
+tests/ops/test_traffic.py.
 
 | gradient needed for     | saved                                                           | computed in backward        |
 |-------------------------|-----------------------------------------------------------------|-----------------------------|
@@ -103,7 +104,7 @@ def _bwd_fake(g, L, rows, need_dl, need_y):
 
 def _text_bwd(g, u, n, prompt, gate, need_dl, need_y):
     """(dU, dN, dP, dg) where there is no image; the first two empty without ``need_dl``, the others without ``need_y``."""
-    acc, (H, d) = accumulator(g.dtype), (gate.shape[0], prompt.shape[1] // gate.shape[0])
+    acc = accumulator(g.dtype)
     a, L = _attend(u, n, None, prompt.shape[0])
     dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(prompt, gate, g.dtype), need_dl, need_y)
     du, dn, dprompt, dgate = (t.new_empty(0) for t in (u, n, prompt, gate))
