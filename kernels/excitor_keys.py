@@ -32,7 +32,7 @@ class Merge:
 
 # by (image, bytes of an element)
 CONFIGS = {(False, 2): Merge(), (False, 4): Merge(BLOCK_C=64), (True, 2): Merge(), (True, 4): Merge(BLOCK_C=32, num_warps=8)}
-SCORE_ROWS = 64
+SCORE_ROWS, MOST_ROWS = 64, 128  # of a program that makes scores; of R in one of our passes, beyond which ATen's products serve
 PROGRAMS = 256  # of a launch, where the rows give as many; else rows' scores are made again for a part of the columns
 
 
@@ -162,6 +162,9 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
 
 def _products(g, Lt, rows, need_dl, need_y):
     """(dL^T [KR, M], Y [KR, C]) of dK' [M, C], L^T [KR, M] and g R [KR, C], in float32; None where not needed."""
+    if rows.shape[0] > MOST_ROWS:
+        low = None if Lt is None else Lt.to(g.dtype)
+        return (rows @ g.t()).float() if need_dl else None, (low @ g).float() if need_y else None
     dl = g.new_empty(rows.shape[0], g.shape[0], dtype=torch.float32) if need_dl else None
     one_pass = need_dl and need_y and fits_one_pass(g, rows.shape[0])
     if need_dl and not one_pass:

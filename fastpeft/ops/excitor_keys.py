@@ -145,12 +145,18 @@ _merge_bwd = _library.define(
     composite=_bwd,
     triton=triton_launcher("excitor_keys", "excitor_merge_bwd", _bwd),
 )
+def _on_triton(*args):
+    """Of more than 128 prompts a program would not hold the scores of its rows in registers."""
+    return (_text_launch if args[3].shape[0] <= 128 else _text_bwd)(*args)
+
+
+_text_launch = triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd)
 _text_grads = _library.define(
     "excitor_text_bwd(Tensor dk, Tensor u, Tensor n, Tensor prompt, Tensor gate, bool need_dl, bool need_y)"
     " -> (Tensor du, Tensor dn, Tensor dprompt, Tensor dgate)",
     fake=_text_bwd_fake,
     composite=_text_bwd,
-    triton=triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd),
+    triton=_on_triton,
 )
 
 
