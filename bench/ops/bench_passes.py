@@ -45,17 +45,16 @@ def lora(side: int, device: str, dtype: torch.dtype) -> dict[str, Callable]:
     from fastpeft.kernels import lora_branch as branch
 
     x, dy, A, B, bias = (torch.randn(s, device=device).to(dtype) for s in ((M, side), (M, side), (R, side), (side, R), (side,)))
-    y, s, ds, wide = torch.empty_like(dy), x.new_zeros(R, M), x.new_zeros(R, M), torch.zeros(R, M, device=device)
-    parts = branch.outer_products(x, ds, dy, s)
+    y, s, wide = torch.empty_like(dy), x.new_zeros(R, M), torch.zeros(R, M, device=device)
+    parts = [branch.branch_pass(t, wide, A, outer=True) for t in (x, dy)]
     calls = {
         "S": lambda: branch.project_down(x, A, s),
         "S and y_0": lambda: branch.project_down(x, A, s, B=B, up=y, bias=bias),
         "y_0": lambda: branch.branch_pass(None, s, B.t(), up=y, bias=bias),
-        "dS and dx_0": lambda: branch.project_down(dy, B.t(), ds, B=A.t(), up=y),
+        "dS": lambda: branch.project_down(dy, B.t(), wide),
         "dS and dB": lambda: branch.branch_pass(dy, s, B.t(), outer=True, down=wide),
         "dA": lambda: branch.branch_pass(x, wide, A, outer=True),
         "dA and dx_0": lambda: branch.branch_pass(x, wide, A, outer=True, up=y),
-        "dA and dB": lambda: branch.outer_products(x, ds, dy, s),
         "their sums": lambda: branch.reduce_grads(parts[0], A, parts[1], B),
     }
     for what, blocks in (
@@ -63,11 +62,11 @@ def lora(side: int, device: str, dtype: torch.dtype) -> dict[str, Callable]:
         ("dS and dB", {"BLOCK_C": 512, "BLOCK_M": 16, "SHARES": 8, "num_warps": 8}),
         ("dA and dx_0", {"BLOCK_C": 512, "SHARES": 8, "num_warps": 8}),
         ("dA and dx_0", {"BLOCK_M": 32}),
-        ("dA and dB", {"BLOCK_M": 64, "BLOCK_C": 128}),
     ):
         calls[f"{what}: {named(blocks)}"] = _with_blocks(branch, calls[what], blocks)
     for programs in (88, 176):
-        calls |= {f"{what}: {programs} x 3 programs": _with_programs(branch, calls[what], programs) for what in ("dS and dB", "dA and dB")}
+        for what in ("dS and dB", "dA and dx_0"):
+            calls[f"{what}: {programs} x 3 programs"] = _with_programs(branch, calls[what], programs)
     return calls
 
 
