@@ -93,7 +93,10 @@ def run(
             if seat.rival.name not in comparison.failed:
                 comparison.further(seat, case)
         comparison.complete(seats)
-    return [row for seat in seats for row in seat.rows.values() if row.seconds], comparison.failed
+    rows = [row for seat in seats for row in seat.rows.values()]
+    for row in rows:  # the baseline's seconds are known now
+        comparison.against_baseline(row)
+    return rows, comparison.failed
 
 
 @dataclass
@@ -161,6 +164,9 @@ class _Comparison:
         row.seconds_all += [_timed(step, block, self.device) for _ in range(rounds)]
         found = torch.tensor(row.seconds_all, dtype=torch.float64)
         row.seconds = (found.min() if self.least else found.quantile(0.5)).item()
+        self.against_baseline(row)
+
+    def against_baseline(self, row: CaseRow) -> None:
         baseline = self.baselines.setdefault(row.case, row)
         row.samples_per_second, row.speedup = self.samples / row.seconds, baseline.seconds / row.seconds
         row.flops_ratio = baseline.flops_per_sample / row.flops_per_sample
