@@ -117,10 +117,9 @@ class Graph:
 
     def __init__(self, function: Callable[[], None], pool):
         self.function, self.captured = function, torch.cuda.CUDAGraph()
-        with capture_or_leave_all_as_it_was():
-            # a data loader's thread may allocate meanwhile
-            with torch.cuda.graph(self.captured, pool=pool, capture_error_mode="thread_local"):
-                function()
+        how = {"pool": pool, "capture_error_mode": "thread_local"}  # a data loader's thread may allocate meanwhile
+        with capture_or_leave_all_as_it_was(), torch.cuda.graph(self.captured, **how):
+            function()
 
     def replay(self) -> None:
         self.captured.replay()
