@@ -28,7 +28,7 @@ import fastpeft as fp
 from bench.frame import Rival, Row, check
 from fastpeft.cost.profile import memory_bytes, peak_memory_bytes, reset_peak
 
-PATIENCE = 60.0  # seconds: for an estimate that is still to come
+PATIENCE = 20.0  # seconds: for an estimate that is still to come
 WARM, BLOCK = 2, 3  # steps before timing; steps between two waits for a GPU, which else works on while the host prepares the next
 LONG = 0.1  # seconds: such a step gains nothing by that
 TOP = 12  # kernels that are named
