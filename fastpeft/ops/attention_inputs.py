@@ -42,15 +42,15 @@ from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
 from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute_all, to_save_all
 from fastpeft.ops.rescale import rescale
-from fastpeft.ops.rms_norm import rms_norm, rms_norm_reference
+from fastpeft.ops.rms_norm import norm_inputs, rms_norm, rms_norm_reference
 from fastpeft.ops.rotary import _rotate, rotary_reference
 from fastpeft.ops.rotary import rotary as turned
 
-# Devices on which one pass replaces the parts. Measured on an H200 (torch 2.11, bfloat16, ms of a captured graph, forward and backward, one
-# pass and parts): 4 x 2048 tokens, 32 heads of 128 for queries and keys each, frozen norms and rotary 0.36 and 0.70, trained norms 0.41 and
-# 0.71, l_k and rotary 0.32 and 0.51, rotary alone 0.215 and 0.224; 8 heads of keys 0.22 and 0.45, 0.26 and 0.46, 0.19 and 0.23, 0.141 and
-# 0.146; 20 x 35 tokens, 12 heads of 64 0.013 and 0.040, 0.018 and 0.055, 0.025 and 0.035, 0.017 and 0.021. On a CPU the parts stay: csrc has
-# them, and not this.
+# Devices on which one pass replaces the parts. Measured on an H200 (torch 2.11, bfloat16, ms of a captured graph, forward and backward,
+# one pass and parts): 4 x 2048 tokens, 32 heads of 128 for queries and keys each, frozen norms and rotary 0.36 and 0.70, trained norms 0.41
+# and 0.71, l_k and rotary 0.32 and 0.51, rotary alone 0.215 and 0.224; 8 heads of keys 0.22 and 0.45, 0.26 and 0.46, 0.19 and 0.23, 0.141
+# and 0.146; 20 x 35 tokens, 12 heads of 64 0.013 and 0.040, 0.018 and 0.055, 0.025 and 0.035, 0.017 and 0.021. On a CPU the parts stay:
+# csrc has them, and not this.
 ONE_PASS = {"cuda"}
 WIDEST = 512  # channels of a head that csrc's form takes
 
@@ -242,9 +242,27 @@ def behind(q: Tensor | None, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor) -> 
 
 
 def both_turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k [B, heads, M, d] turned by tables [B or 1, M, rot], in one pass."""
-    q, k = _one_pass(q.transpose(1, 2), k.transpose(1, 2), None, _How(cos, sin), _Form())
+    """q and k [B, heads, M, d] turned by tables [B or 1, M, rot], in one pass. Where each was normalised before, by heads and with one eps,
+    so are they here, from what was before the norms: backward is one pass too, and what the norms made and kept is let go."""
+    norms = [normalised_from(t) for t in (q, k)]
+    if all(norms) and norms[0][2] == norms[1][2]:
+        (q, q_norm, eps), (k, k_norm, _) = norms
+    else:
+        q, k, q_norm, k_norm, eps = q.transpose(1, 2), k.transpose(1, 2), None, None, 0.0
+    q, k = _one_pass(q, k, None, _How(cos, sin, q_norm, k_norm), _Form(eps))
     return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def normalised_from(x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(h [B, M, heads, d], weight, eps) where x [B, heads, M, d] is what rms_norm made of h, or that seen by heads, and nobody waits for
+    its own gradient; None elsewhere."""
+    y = x if x._base is None else x._base
+    if (came := norm_inputs(y)) is None or came[0].dim() != 4 or came[1] is None or y._backward_hooks or y.retains_grad:
+        return None
+    if y is x:
+        return came[0].transpose(1, 2), *came[1:]
+    seen = y.transpose(1, 2)
+    return came if (x.shape, x.stride(), x.storage_offset()) == (seen.shape, seen.stride(), seen.storage_offset()) else None
 
 
 class _WithoutRows(Function):

@@ -1,6 +1,5 @@
 """Fused attentions on ops.attention_inputs' one pass, where its rule takes it: the same losses and gradients as on the parts."""
 
-import copy
 import importlib
 
 import pytest
@@ -61,11 +60,24 @@ def test_llama(monkeypatch, plan, padded):
         assert all(how.l_k is not None for _, _, _, how, _ in calls)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3-text", "phi3", "gpt-neox"])
-def test_interface(monkeypatch, name):
-    """Queries and keys turned together in the attention of any model, whole heads or some channels of them."""
-    torch.manual_seed(0)
-    model, make, config = (*tiny(name), None)[:3]
-    model = copy.deepcopy(model).train()
-    fp.optimize(model)
-    both(monkeypatch, step_of(model, make("right") if config is None else make("right", config)))
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3-text", "gpt-neox"])
+def test_interface(monkeypatch, name, trained):
+    """Queries and keys turned together in the attention of any model, whole heads or some channels of them, with the norms before them."""
+    model, batch = tiny(name)
+    for parameter, p in model.named_parameters():
+        p.requires_grad_(trained or "norm" not in parameter)
+    fp.optimize(model.train())
+    calls = both(monkeypatch, step_of(model, batch("right")))
+    assert all((how.q_norm is not None) == (name != "gpt-neox") for _, _, _, how, _ in calls)
+
+
+def test_norms_whose_gradient_is_read(monkeypatch):
+    """A hook on what a norm made, put there by a hook on the norm, sees its gradient: the norm stays a pass of its own."""
+    model, batch = tiny("qwen3")
+    fp.optimize(model.train())
+    seen = []
+    norm = model.model.layers[0].self_attn.q_norm
+    norm.register_forward_hook(lambda module, args, y: y.register_hook(lambda grad: seen.append(grad.shape)) and None)
+    calls = both(monkeypatch, step_of(model, batch("right")))
+    assert len(seen) == 2 and [how.q_norm is None for _, _, _, how, _ in calls] == [True, False]
