@@ -46,12 +46,6 @@ from fastpeft.ops.rms_norm import norm_inputs, rms_norm, rms_norm_reference
 from fastpeft.ops.rotary import _rotate, rotary_reference
 from fastpeft.ops.rotary import rotary as turned
 
-# Devices on which one pass replaces the parts. Measured on an H200 (torch 2.11, bfloat16, ms of a captured graph, forward and backward,
-# one pass and parts): 4 x 2048 tokens, 32 heads of 128 for queries and keys each, frozen norms and rotary 0.36 and 0.70, trained norms 0.41
-# and 0.71, l_k and rotary 0.32 and 0.51, rotary alone 0.215 and 0.224; 8 heads of keys 0.22 and 0.45, 0.26 and 0.46, 0.19 and 0.23, 0.141
-# and 0.146; 20 x 35 tokens, 12 heads of 64 0.013 and 0.040, 0.018 and 0.055, 0.025 and 0.035, 0.017 and 0.021. On a CPU the parts stay:
-# csrc has them, and not this.
-ONE_PASS = {"cuda"}
 WIDEST = 512  # channels of a head that csrc's form takes
 
 
@@ -170,6 +164,18 @@ _backward = _library.define(
 )
 
 
+# Devices on which one pass replaces the parts. Measured on an H200 (torch 2.11, bfloat16, ms of a captured graph, forward and backward,
+# one pass and parts): 4 x 2048 tokens, 32 heads of 128 for queries and keys each, frozen norms and rotary 0.36 and 0.70, trained norms 0.41
+# and 0.71, l_k and rotary 0.32 and 0.51, rotary alone 0.215 and 0.224; 8 heads of keys 0.22 and 0.45, 0.26 and 0.46, 0.19 and 0.23, 0.141
+# and 0.146; 20 x 35 tokens, 12 heads of 64 0.013 and 0.040, 0.018 and 0.055, 0.025 and 0.035, 0.017 and 0.021. On a CPU the parts stay:
+# csrc has them, and not this; nor does ATen's form replace them where csrc's is missing.
+def _devices(served: str) -> set[str]:
+    return {"cuda"} if served == "native" or _library.FORCED == "composite" else set()
+
+
+ONE_PASS = _devices(_library.backend_of()["attention_inputs_fwd"]["CUDA"])
+
+
 class _Form(NamedTuple):
     """What of a call is no tensor."""
 
@@ -217,9 +223,8 @@ class _AttentionInputs(Function):
         needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[6:10]]
         wanted = sum(need << i for i, need in enumerate(needs) if i > 2 or done[i])
         if wanted:
-            made = _backward(
-                dq, dk, dv, *recompute_all(ctx.recipe, kept), cos, sin, q_norm, k_norm, ctx.form.offset, ctx.form.eps, l_k, l_v, wanted
-            )
+            came = (dq if done[0] else None, dk, dv if done[2] else None, *recompute_all(ctx.recipe, kept))
+            made = _backward(*came, cos, sin, q_norm, k_norm, ctx.form.offset, ctx.form.eps, l_k, l_v, wanted)
             grads = [made[i] if wanted & (1 << i) else grad for i, grad in enumerate(grads)]
         grads = [grad if need else None for grad, need in zip(grads, needs)]
         return None, *grads[:3], None, None, *grads[3:], *prefix
@@ -284,7 +289,8 @@ def without_rows(o: Tensor, n: int) -> Tensor:
 
 def factors(k: Tensor, v: Tensor, l_k: Tensor, l_v: Tensor) -> tuple[Tensor, Tensor]:
     """(k l_k, v l_v) for k, v [B, H_kv, N, d] and l_k, l_v [H_kv, d], in one pass."""
-    k, v = _one_pass(None, k.transpose(1, 2), v.transpose(1, 2), _How(l_k=l_k, l_v=l_v), _Form())
+    how = _How(l_k=l_k.to(k.dtype), l_v=l_v.to(k.dtype))
+    k, v = _one_pass(None, k.transpose(1, 2), v.transpose(1, 2), how, _Form())
     return k.transpose(1, 2), v.transpose(1, 2)
 
 
