@@ -60,6 +60,27 @@ def test_llama(monkeypatch, plan, padded):
         assert all(how.l_k is not None for _, _, _, how, _ in calls)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_prefix_before_the_keys(monkeypatch, flat):
+    """PTv2: one pass turns queries and keys into rows behind the prefix's, without padding; where there is some, the merge stays."""
+    reserved = importlib.import_module("fastpeft.ops.reserved_prefix")
+    monkeypatch.setattr(reserved, "kernel_of", lambda *a: "flash")
+    monkeypatch.setattr(reserved, "takes_cudnn", lambda *a: True)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.2)).double().train()
+    fp.optimize(model)
+    fp.adapt(model, llm=fp.PTv2(num_virtual_tokens=5))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    for padded in (False, True):
+        if padded:
+            mask[0, 6:] = 0
+        batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100)} | ({"attention_mask": mask} if flat or padded else {})
+        calls = both(monkeypatch, step_of(model, batch))
+        assert all((how.p_k is None) == padded for _, _, _, how, _ in calls)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3-text", "gpt-neox"])
 def test_interface(monkeypatch, name, trained):
