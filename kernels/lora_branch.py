@@ -196,8 +196,8 @@ def project_down(x, A, s, scaling=1.0, *, B=None, up=None, bias=None, up_scaling
 
 
 def _pass_blocks(R: int, x_size: int, t_size: int, shared: int, *, outer=False, down=False, up=False, drop=False) -> dict:
-    """Tiles of 16 KB, or of 8 KB and less where what is added to dx takes registers too; four stages. Three or more programs share an H100's
-    multiprocessor: with one of eight warps each wait was one for all, and dy's pass took three times a copy's time."""
+    """Tiles of 16 KB, or of 8 KB and less where what is added to dx takes registers too; four stages. Three or more programs share an
+    H100's multiprocessor: with one of eight warps each wait was one for all, and dy's pass took 59 us where a copy of dy took 37."""
     columns = (64 if R > 64 else 128 if R > 32 or (outer and up and x_size > 2) else 256) * 2 // x_size
     rows = 16 if (outer and up) or x_size > 2 or R > 32 else 32
     tile = (outer or down) * rows * columns * x_size + (outer + up) * padded(R) * rows * t_size  # of x, and of T in each of its layouts
