@@ -12,7 +12,9 @@ ORDER = ("lora", "norm", "prefix", "attention", "adapter", "cross_entropy")
 
 
 def rank(nodeid: str) -> tuple[int, int]:
-    """bfloat16 before what names no dtype, before other dtypes; within that by operator."""
+    """Whole runs, then bfloat16 before what names no dtype, before other dtypes; within that by operator."""
+    if "/ops/" not in nodeid and nodeid.startswith("tests/"):
+        return -1, 0
     name = nodeid.rpartition("/")[2]
     other = any(dtype in name for dtype in ("float64", "float32", "float16"))
     dtype = 0 if "bfloat16" in name else 2 if other else 1

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
@@ -108,6 +109,16 @@ def with_dropout(model: nn.Module, p: float) -> None:
             dropouts.update({name: nn.Dropout(p).train(module.training) for name in dropouts})
 
 
+def compiled(model: nn.Module, how: str) -> nn.Module:
+    """``model`` through torch.compile: as a "whole", or its "layers", which are compiled once for all that are alike."""
+    if how == "whole":
+        return torch.compile(getattr(model, "_orig_mod", model))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
+    return model
+
+
 def at_rate(p: float) -> str:
     """The case of steps with dropout at the rate ``p``."""
     return f"dropout {p:g}"
@@ -116,7 +127,7 @@ def at_rate(p: float) -> str:
 class MissStep:
     """One rival's runner. held: what the file holds, or the file; form: of FORMS; cached: features in place of pixels; grouped: each image
     once, with an index, instead of once per question; memory: bytes a step may take, micro-batches otherwise (the same loss and gradients,
-    summed over them). dropout: in the steps that are timed; those that are compared have none."""
+    summed over them); compiled: "", or how (:func:`compiled`). dropout: in the steps that are timed; those that are compared have none."""
 
     shared_bytes = 0
 
@@ -128,7 +139,7 @@ class MissStep:
         cached: bool,
         grouped: bool,
         memory: float,
-        compiled: bool = False,
+        compiled: str = "",
         device: str = "cpu",
         dropout: float = 0.0,
     ):
@@ -180,7 +191,7 @@ class MissStep:
     def ready(self) -> None:
         """What comes before the first step that is timed, and again where dropout has changed."""
         if self.compiled:
-            self.model = torch.compile(getattr(self.model, "_orig_mod", self.model))
+            self.model = compiled(self.model, self.compiled)
             self.step()
 
     def compared(self) -> dict[str, Any]:

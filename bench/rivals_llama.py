@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fastpeft as fp
-from bench.rivals import Graphed, promise_to_read_no_logits
+from bench.rivals import Graphed, compiled, promise_to_read_no_logits
 from fastpeft.cost.profile import measure
 from fastpeft.data.causal import CausalDataset
 from fastpeft.device import to_device
@@ -118,10 +118,10 @@ FORMS: dict[str, Callable[[nn.Module, str], nn.Module]] = {f.__name__: f for f i
 
 class LlamaStep:
     """One rival's runner. form: of FORMS; plan: '' for a model that trains nothing, and hands the gradient down to its embeddings; lean:
-    nobody reads its logits; batches: by case."""
+    nobody reads its logits; compiled: as :class:`bench.rivals.MissStep` has it; batches: by case."""
 
     def __init__(
-        self, base: nn.Module, form: str, plan: str, *, batches: dict[str, dict[str, Tensor]], lean: bool = False, compiled: bool = False
+        self, base: nn.Module, form: str, plan: str, *, batches: dict[str, dict[str, Tensor]], lean: bool = False, compiled: str = ""
     ):
         self.model = FORMS[form](base, plan).train()
         self.batches, self.compiled, self.mine = batches, compiled, form == "ours"
@@ -163,7 +163,7 @@ class LlamaStep:
     def ready(self, told: dict[str, Any], batch: dict[str, Tensor]) -> None:
         """What comes before the first step that is timed."""
         if self.compiled:
-            self.model = torch.compile(getattr(self.model, "_orig_mod", self.model))
+            self.model = compiled(self.model, self.compiled)
             self.step()
 
     def step(self) -> None:

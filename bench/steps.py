@@ -9,6 +9,7 @@ and saved bytes are exact; seconds are medians of forward, backward and update. 
                that padded questions give everyone the same loss
     sdpa       the same with scaled_dot_product_attention, which transformers' BLIP does not offer: put in by hand
     compile    the same as peft, through torch.compile (within --patience seconds)
+    layers     the same as peft, each of its layers through torch.compile
     full       full tuning (T in every part), transformers, eager
     fastpeft   fastpeft: each image once; where the image encoder is frozen, on features (or question states) kept from an earlier visit
     graphed    the same as fastpeft, as the trainer runs it on CUDA: batches padded to sizes that many share, a step as two CUDA graphs
@@ -52,16 +53,17 @@ INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
 # key: name, form, cached, grouped, compiled, computes what the plan does
 RIVALS = {
-    "peft": ("transformers + PEFT", "peft", False, False, False, True),
-    "sdpa": ("transformers + PEFT, SDPA put in by hand", "peft_sdpa", False, False, False, True),
-    "compile": ("transformers + PEFT, torch.compile", "peft", False, False, True, True),
-    "full": ("full tuning, transformers", "full", False, False, False, False),
-    "fastpeft": ("fastpeft", "ours", True, True, False, True),
-    "graphed": ("fastpeft, CUDA graphs", "graphed", True, True, False, True),
-    "uncached": ("fastpeft, no features kept", "ours", False, True, False, True),
-    "ungrouped": ("fastpeft, images not grouped", "ours", True, False, False, True),
-    "off": ("fastpeft, all switched off", "ours", False, False, False, True),
-    "frozen": ("frozen, forward + dx", "frozen", True, True, False, False),
+    "peft": ("transformers + PEFT", "peft", False, False, "", True),
+    "sdpa": ("transformers + PEFT, SDPA put in by hand", "peft_sdpa", False, False, "", True),
+    "compile": ("transformers + PEFT, torch.compile", "peft", False, False, "whole", True),
+    "layers": ("transformers + PEFT, torch.compile of its layers", "peft", False, False, "layers", True),
+    "full": ("full tuning, transformers", "full", False, False, "", False),
+    "fastpeft": ("fastpeft", "ours", True, True, "", True),
+    "graphed": ("fastpeft, CUDA graphs", "graphed", True, True, "", True),
+    "uncached": ("fastpeft, no features kept", "ours", False, True, "", True),
+    "ungrouped": ("fastpeft, images not grouped", "ours", True, False, "", True),
+    "off": ("fastpeft, all switched off", "ours", False, False, "", True),
+    "frozen": ("frozen, forward + dx", "frozen", True, True, "", False),
 }
 
 
@@ -197,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="miss", help="miss or miss-tiny")
     parser.add_argument("--image-size", type=int, help="in place of the model's own")
     parser.add_argument("--plans", nargs="+", default=["F/LoRA/LoRA", "T/LoRA/LoRA", "LoRA/LoRA/LoRA"])
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[key for key in RIVALS if key != "compile"], metavar="RIVAL")
+    uncompiled = [key for key, rival in RIVALS.items() if not rival[4]]
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=uncompiled, metavar="RIVAL")
     parser.add_argument("--data", help="a VQA folder; default: random tokens and pixels of the sizes below")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--questions-per-image", type=int, default=1)

@@ -41,7 +41,7 @@ def sections(miss: list[str] = MISS, llama: list[str] = LLAMA) -> Sections:
         "llama methods": (steps_llama.main, [*llama, "--rivals", "methods"]),
     }
     if peft:
-        found["miss compile"] = (steps.main, ["--plans", "F/LoRA/LoRA", *miss, "--rivals", "peft", "compile"])
+        found["miss compile"] = (steps.main, ["--plans", "F/LoRA/LoRA", *miss, "--rivals", "peft", "layers"])
     return found
 
 

@@ -8,7 +8,8 @@ CUDA as bench/inside.py has it. Losses and gradients are compared before a step 
 and attention_mask only where there is padding. Rivals:
 
     peft        adapters in float32, as PEFT makes them        peft16     adapters in the base's dtype
-    compile     peft through torch.compile (--patience)        liger      peft with Liger's kernels, where they are installed
+    compile     peft through torch.compile (--patience each), its layers, then all of it as a whole
+    liger       peft with Liger's kernels, where they are installed
     lora        fastpeft, its logits read by nobody            readable   fastpeft as a drop-in: logits can be read
     graphed     lora as CUDA graphs
     methods     frozen (the model trains nothing and hands the gradient down), Excitor, IA3, LayerNorm, MMAdapter, Excitor as its paper
@@ -47,7 +48,10 @@ RIVALS = {
     "readable": [("LoRA, logits readable", LlamaStep, "ours", "LoRA", {})],
     "peft16": [("LoRA, PEFT, adapters in 16 bit", LlamaStep, "theirs_in_16_bit", "LoRA", {})],
     "liger": [("LoRA, PEFT, Liger", LlamaStep, "liger", "LoRA", {})],
-    "compile": [("LoRA, PEFT, torch.compile", LlamaStep, "theirs", "LoRA", {"compiled": True})],
+    "compile": [
+        (f"LoRA, PEFT, torch.compile of {'its ' * (how == 'layers')}{how}", LlamaStep, "theirs", "LoRA", {"compiled": how})
+        for how in ("layers", "whole")
+    ],
     "methods": [
         (FROZEN, LlamaStep, "ours", "", {}),
         *((plan, LlamaStep, "ours", plan, {}) for plan in ("Excitor", "IA3", "LayerNorm", "MMAdapter")),

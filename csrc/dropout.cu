@@ -71,6 +71,8 @@ Tensor apply(const Tensor& from, double p, const Tensor& seed, int64_t index) {
   const Launch launch(x);
   const int64_t* number = read<int64_t>(seed);
   const bool on_host = !seed.is_cuda();
+  STD_TORCH_CHECK(!on_host || !launch.captured(), "fastpeft: dropout: a CUDA graph cannot hold a seed of the host: all replays would draw one "
+                  "mask; set dropout to 0, or train by fastpeft.Trainer, whose seeds lie on the device");
   STD_TORCH_CHECK(on_host || seed.get_device_index() == x.get_device_index(), "dropout: x and seed lie on two cards");
   dispatch(x.scalar_type(), "dropout", [&](auto t) {
     using T = typename decltype(t)::type;

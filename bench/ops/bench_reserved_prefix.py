@@ -10,7 +10,7 @@ from bench.timing import Row, Settings, attention_alone, measure, under
 from fastpeft.ops import attention, attention_inputs
 from fastpeft.ops.attention_inputs import without_rows
 
-INPUTS, RESERVED = "fastpeft.ops.attention_inputs", "fastpeft.ops.reserved_prefix"
+INPUTS, WHOLE = "fastpeft.ops.attention_inputs", "fastpeft.ops.attention"
 # B, H, H_kv, M, N, d, prefix, causal, padded: LLaMA, also where a prefix needs no tile more, with grouped heads; MISS's questions, its
 # cross-attention
 SHAPES = [(1, 32, 32, 256, 256, 128, 10, True, False)]
@@ -23,8 +23,7 @@ GPU_SHAPES = [
     (20, 12, 12, 35, 35, 64, 10, False, True),
     (4, 12, 12, 20, 901, 64, 10, False, False),
 ]
-FORMS = ("square", "last", "full", "padded")
-REFUSED, TAKEN = {"PAYS_FROM": dict.fromkeys(FORMS)}, {"PAYS_FROM": dict.fromkeys(FORMS, 0.0)}
+REFUSED = {"reserved_pays": lambda *a: False}
 
 
 def run(settings: Settings) -> list[Row]:
@@ -55,10 +54,6 @@ def run(settings: Settings) -> list[Row]:
             def square(q, k, v, *p, tables=tables, n=n):
                 return without_rows(attention_alone(*attention_inputs(q, k, v, rotary=tables, prefix=p, rows_for_queries=True), True), n)
 
-            def last(q, k, v, *p, tables=tables):
-                q, k, v = attention_inputs(q, k, v, rotary=tables, prefix=p)
-                return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-
             def turned(q, k, v, tables=tables):
                 return attention_alone(*attention_inputs(q, k, v, rotary=tables), True)
 
@@ -67,9 +62,8 @@ def run(settings: Settings) -> list[Row]:
             how = {"cotangent": do, "flops": (2 * product, 5 * product)}
             shape = f"B{B} H{H}/{G} {M}x{N} d{d} n{n}" + " causal" * causal + " padded" * padded
             fns = {
-                "fastpeft": under(under(given, RESERVED, **TAKEN), INPUTS, **device),
-                "rows by torch.cat": under(under(given, RESERVED, **TAKEN), INPUTS, **parts),
-                "merge": under(given, RESERVED, **REFUSED),
+                "fastpeft": given,
+                "merge": under(given, WHOLE, **REFUSED),
                 **({} if padded else {"plain flash": (functools.partial(plain, flash=True), inputs)}),
                 "plain sdpa": (plain, inputs),
             }
@@ -78,8 +72,7 @@ def run(settings: Settings) -> list[Row]:
                 continue
             fns = {
                 "fastpeft": under(square, INPUTS, **device),
-                "flash, last rows": under(last, INPUTS, **device),
-                "parts and merge": under(under(merged, RESERVED, **REFUSED), INPUTS, **parts),
+                "one pass and merge": under(under(merged, WHOLE, **REFUSED), INPUTS, **device),
                 "one pass, plain sdpa": (under(turned, INPUTS, **device), inputs),
                 "plain sdpa": (under(turned, INPUTS, **parts), inputs),
             }

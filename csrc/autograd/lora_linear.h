@@ -1,6 +1,8 @@
 // Linear layers with LoRA branches: their Function, and their products on CPU tensors. Equations, what is saved and why, and the same in
 // Python: fastpeft/ops/lora_linear.py.
 #pragma once
+#include <limits>
+
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -164,8 +166,8 @@ struct InPython {
 };
 InPython on_cpu, on_cuda;
 
-// Calls of at most so many elements of x or of one y are formed here on a GPU (kernels/lora_linear.py has the figures).
-int64_t most_on_cuda = int64_t(1) << 23;
+// Calls of at most so many elements of x or of one y are formed here on a GPU: all of them, as measured (fastpeft/ops/lora_linear.py).
+int64_t most_on_cuda = std::numeric_limits<int64_t>::max();
 
 // Whether weights, biases and gradients have x's dtype, one that the device multiplies in. Branches may have another on a GPU, where they
 // are cast; on a CPU they have the same, and no dropout.

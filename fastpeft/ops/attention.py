@@ -27,7 +27,7 @@ One strategy is chosen for a call (:func:`_strategy`), each with its own autogra
 |          | (float32, float64) or a LONG one is read without any gradient:   |                                                         |
 |          | parts that meet by their lse                                     |                                                         |
 | dropout  | CPU, dropout on the probabilities                                | attention_scores.py: a seed in place of o and lse       |
-| rows     | CUDA, a prefix put before the keys by reserved_prefix.py's rule  | as SDPA does, the prefix in q, k and v                  |
+| rows     | CUDA, a prefix put before the keys by reserved_prefix.py's rule  | as SDPA does, the prefix in k and v                     |
 | sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
 |          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
 

@@ -7,7 +7,6 @@
 | flash-attn | flash_attn.cute.flash_attn_func: version 4, no dropout     | [B, M, H, d] | last query and key  | 16-bit, d <= 128|
 | xformers   | memory_efficient_attention(q, k, v, attn_bias, p, scale)   | [B, M, H, d] | first query and key | 16-bit          |
 | SDPA       | scaled_dot_product_attention                               | [B, H, M, d] | first query and key | everything      |
-| flash      | ATen's flash kernel itself, by reserved_prefix.py's rule   | [B, H, M, d] | last query and key  | 16-bit, a cache |
 
 xformers takes grouped heads as [B, M, H_kv, H / H_kv, d], without a backward: where a gradient is asked for, SDPA serves them. So it does
 whatever needs a mask: padding under causality; in xformers also padding, a prefix under causality, M != N under causality.
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastpeft import _library
-from fastpeft.ops.reserved_prefix import lower_right, takes_lower_right
 
 CHOICE = _library.chosen("FASTPEFT_ATTENTION", ("sdpa", "flash-attn", "xformers"))
 
@@ -162,20 +160,18 @@ def allowed_keys(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | 
 
 def around_sdpa(q, k, v, causal, padding, scale, prefix, dropout_p) -> Tensor:
     """Any device, any dropout. Rows without a key attend everywhere and are then blanked: no backend gets to make NaN."""
-    M, N = q.shape[2], k.shape[2]
+    B, _, M, _ = q.shape
     causal = causal and M > 1
-    is_causal = causal and N == M and padding is None and prefix is None
+    is_causal = causal and k.shape[2] == M and padding is None and prefix is None
     seen = (q, k, causal and not is_causal, padding)
     n = 0 if prefix is None else prefix[0].shape[1]
     if prefix is not None:
-        k, v = (torch.cat([p.to(t.dtype).expand(q.shape[0], -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v)))
+        k, v = (torch.cat([p.to(t.dtype).expand(B, -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v)))
         padding = padding if padding is None else torch.nn.functional.pad(padding, (n, 0), value=True)
     if 0 not in (q.numel(), k.numel()):
         o = beside_sdpa(q, k, v, causal, padding, n, scale, dropout_p)
         if o is not None:
             return o
-        if causal and padding is None and prefix is None and takes_lower_right(q, k, v):
-            return lower_right(q, k, v, scale, dropout_p)
     mask, alive = allowed_keys(*seen), None
     if mask is not None and prefix is not None:
         mask = torch.nn.functional.pad(mask, (n, 0), value=True)

@@ -276,6 +276,7 @@ def install() -> None:
     torch.Generator = lambda device="cpu": generator("cpu")  # draws what the CPU's would
     _flash.SDPAParams = lambda *args: args
     _flash.can_use_flash_attention = lambda params, debug=False: _choice(*params[:3], attn_mask=params[3]) == 1
+    _flash.can_use_cudnn_attention = _flash.can_use_flash_attention
     _flash.can_use_efficient_attention = lambda params, debug=False: params[0].dtype != torch.float64
     Device().__enter__()
 

@@ -13,7 +13,6 @@ from fastpeft.ops.attention import attention_reference
 module = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
 reserved = importlib.import_module("fastpeft.ops.reserved_prefix")
 whole = importlib.import_module("fastpeft.ops.attention")
-backends = importlib.import_module("fastpeft.ops.attention_backends")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 NAMES = module._How._fields
@@ -64,7 +63,7 @@ def compare(check, tensors, offset=0.0, form=None, needs=None):
 def test_backend():
     for name in ("attention_inputs_fwd", "attention_inputs_bwd"):
         assert not _library.backend_of()[name]["CPU"].startswith("triton")
-    assert not module.ONE_PASS and set(reserved.PAYS_FROM.values()) == {None} and not reserved.LOWER_RIGHT  # until a card has told
+    assert {"cuda"} == module.ONE_PASS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -242,66 +241,66 @@ def test_autocast():
     assert {o.dtype for o in outputs} == {torch.float32}  # as norms and rotary: the widest
 
 
-def at_the_last(q, k, v, scale, dropout_p):
-    """What CUDA's flash kernel means by causality, by the definition."""
-    return attention_reference(q, k, v, causal=True, scale=scale)
-
-
 @pytest.fixture
 def in_rows(monkeypatch):
-    """Every form of reserved rows pays, whatever the device; returns those that ATen's flash kernel took."""
-    taken = []
-    monkeypatch.setattr(reserved, "PAYS_FROM", dict.fromkeys(reserved.PAYS_FROM, 0.0))
-    monkeypatch.setattr(reserved, "kernel_of", lambda *a: "flash")
-    monkeypatch.setattr(reserved, "lower_right", lambda *a: taken.append("flash") or at_the_last(*a))
-    return taken
+    """One pass on the CPU, whose kernels stand in for CUDA's; what is said of those counts."""
+    said = {"kernel": "flash", "cudnn": True}
+    monkeypatch.setattr(module, "ONE_PASS", {"cpu"})
+    monkeypatch.setattr(reserved, "kernel_of", lambda *a: said["kernel"])
+    monkeypatch.setattr(reserved, "takes_cudnn", lambda *a: said["cudnn"])
+    return said
 
 
-@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["torch.cat", "one pass"])
-@pytest.mark.parametrize("form, causal, M, N", [("square", True, 6, 6), ("last", True, 3, 6), ("full", True, 1, 6), ("full", False, 4, 6)])
-def test_prefix_in_rows(check, monkeypatch, in_rows, form, causal, M, N, devices):
-    """Through attention, on a stand-in for CUDA's kernel: subsets of gradients, with grouped heads, against float64."""
-    monkeypatch.setattr(module, "ONE_PASS", devices)
+@pytest.mark.parametrize("causal, M, N", [(True, 6, 6), (True, 1, 1), (False, 6, 6), (False, 8, 4)])
+def test_prefix_in_rows(check, monkeypatch, in_rows, causal, M, N):
+    """Through attention: subsets of gradients, with grouped heads, against float64."""
     monkeypatch.setattr(whole, "_strategy", lambda q, k, v, causal, padding, prefix, p: "rows" if prefix is not None else "plain")
     q, k, v = (torch.randn(2, m, h, 16, dtype=torch.float64).transpose(1, 2) for m, h in ((M, 4), (N, 2), (N, 2)))
     prefix = torch.randn(2, 2, 3, 16, dtype=torch.float64).unbind(0)
-    assert reserved.form_of(q, k, causal, None) == form and reserved.reserved_pays(q, k, v, causal, None)
-    paddings = [None] if causal else [None, torch.arange(N) < torch.tensor([[N], [0]])]
-    for padding, needs in itertools.product(paddings, list(check.subsets(5))[::5]):
-        how = {"causal": causal, "key_padding_mask": padding, "scale": 0.3}
+    assert reserved.reserved_pays(q, k, v, causal, None)
+    how = {"causal": causal, "scale": 0.3}
+    for needs in list(check.subsets(5))[::3]:
         runs = [
-            check.run(lambda q, k, v, *p, fn=fn, how=how: fn(q, k, v, prefix=p, **how), (q, k, v, *prefix), needs)
+            check.run(lambda q, k, v, *p, fn=fn: fn(q, k, v, prefix=p, **how), (q, k, v, *prefix), needs)
             for fn in (attention, attention_reference)
         ]
         for value, exact in zip(*(outputs + grads for outputs, grads in runs)):
             assert (value is None) == (exact is None)
             assert value is None or check.error(value, exact) < 1e-12
-    assert set(in_rows) == ({"flash"} if form == "last" else set())
 
 
 def test_which_prefix_goes_where(monkeypatch, in_rows):
-    """By form and by how many queries meet a key; none where the merge must serve."""
+    """By causality, by how many queries meet a key, and by the kernel that would take it; the merge serves the others."""
 
     def pays(M, N, causal=False, padded=False, G=4):
         q, k = torch.empty(2, 4, M, 16), torch.empty(2, G, N, 16)
         return reserved.reserved_pays(q, k, k, causal, torch.ones(2, N, dtype=torch.bool) if padded else None)
 
-    assert pays(5, 5, True) and pays(3, 5, True) and pays(5, 5) and pays(5, 5, padded=True)
-    assert not pays(7, 5, True) and not pays(5, 5, True, padded=True)
-    monkeypatch.setattr(reserved, "PAYS_FROM", {"full": 0.5})
-    assert pays(5, 10) and not pays(4, 10) and pays(4, 10, G=2) and not pays(5, 5, True)
-    monkeypatch.setattr(reserved, "kernel_of", lambda *a: "efficient")
-    assert not pays(5, 10)
+    assert pays(5, 5, True) and pays(5, 5) and pays(7, 5) and pays(5, 9, G=2)
+    assert not pays(5, 5, padded=True) and not pays(3, 5) and not pays(3, 5, True, G=1) and not pays(7, 5, True)
+    in_rows["cudnn"] = False
+    assert not pays(5, 5, True) and pays(5, 5) and pays(1, 1, True)
+    in_rows["kernel"] = "efficient"
+    assert not pays(5, 5)
+    in_rows["kernel"] = "flash"
+    monkeypatch.setattr(module, "ONE_PASS", set())
+    assert not pays(5, 5)
 
 
-def test_causality_over_a_cache(check, monkeypatch, in_rows):
-    monkeypatch.setattr(reserved, "LOWER_RIGHT", True)
-    monkeypatch.setattr(backends, "lower_right", reserved.lower_right)
-    monkeypatch.setattr(whole, "_strategy", lambda *a: "sdpa")
-    q, k, v = (torch.randn(2, 4, n, 16, dtype=torch.float64) for n in (3, 7, 7))
-    runs = [check.run(lambda q, k, v, fn=fn: fn(q, k, v, causal=True), (q, k, v)) for fn in (attention, attention_reference)]
-    assert all(check.error(value, exact) < 1e-12 for value, exact in zip(*(outputs + grads for outputs, grads in runs)))
-    assert in_rows == ["flash"]
+def test_who_is_asked_for_cudnn(monkeypatch):
+    flash = importlib.import_module("fastpeft.ops._flash")
+
+    class Cuda(torch.Tensor):
+        """A tensor that says it is on a GPU."""
+
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(flash, "can_use_cudnn_attention", lambda params: True)
+    x = torch.empty(2, 4, 5, 64, dtype=torch.bfloat16)
+    assert not flash.takes_cudnn(x, x, x)
+    for capability, taken in (((8, 0), False), ((9, 0), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert flash.takes_cudnn(*[x.as_subclass(Cuda)] * 3) == taken
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -338,37 +337,17 @@ def test_factors_in_one_pass(check, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "causal, M, N, padded", [(True, 257, 257, False), (True, 33, 257, False), (False, 20, 257, False), (False, 20, 33, True)]
-)
+@pytest.mark.parametrize("causal, M, N", [(True, 257, 257), (False, 257, 33), (False, 33, 33)])
 @pytest.mark.parametrize("H, G, d", [(4, 4, 64), (4, 2, 128), (4, 1, 72)])
-def test_prefix_in_rows_on_cuda(check, monkeypatch, dtype, causal, M, N, padded, H, G, d):
-    """CUDA's own kernels, causality aligned at the last key, and csrc's rows before the tokens': all gradients against float64."""
-    monkeypatch.setattr(reserved, "PAYS_FROM", dict.fromkeys(reserved.PAYS_FROM, 0.0))
+def test_prefix_in_rows_on_cuda(check, dtype, causal, M, N, H, G, d):
+    """CUDA's own kernels, and csrc's rows before the tokens: all gradients against float64. Without cuDNN, the merge."""
     q, k, v = (torch.randn(2, m, h, d).to(dtype).transpose(1, 2) for m, h in ((M, H), (N, G), (N, G)))
     prefix = torch.randn(2, G, 10, d).to(dtype).unbind(0)
-    padding = torch.arange(N) < torch.tensor([[N], [N // 2]]) if padded else None
-    on_gpu, there = [t.cuda() for t in (q, k, v, *prefix)], padding.cuda() if padded else None
-    assert whole._strategy(*on_gpu[:3], causal, there, prefix, 0.0) == "rows"
-    exact = check.run(
-        lambda q, k, v, *p: attention_reference(q, k, v, causal=causal, key_padding_mask=padding, prefix=p),
-        [t.double() for t in (q, k, v, *prefix)],
-    )
-    for devices in (set(), {"cuda"}):
-        monkeypatch.setattr(module, "ONE_PASS", devices)
-        got = check.run(lambda q, k, v, *p: attention(q, k, v, causal=causal, key_padding_mask=there, prefix=p), on_gpu)
-        for value, want in zip((*got[0], *got[1]), (*exact[0], *exact[1])):
-            assert check.error(value.cpu(), want, floor=0.1) <= (3e-2 if dtype == torch.bfloat16 else 6e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_causality_over_a_cache_on_cuda(check, monkeypatch, dtype):
-    monkeypatch.setattr(reserved, "LOWER_RIGHT", True)
-    tensors = [torch.randn(2, m, h, 64).to(dtype).transpose(1, 2) for m, h in ((33, 4), (257, 2), (257, 2))]
-    on_gpu = [t.cuda() for t in tensors]
-    assert reserved.takes_lower_right(*on_gpu)
-    got = check.run(lambda *t: attention(*t, causal=True), on_gpu)
-    exact = check.run(lambda *t: attention_reference(*t, causal=True), [t.double() for t in tensors])
+    on_gpu = [t.cuda() for t in (q, k, v, *prefix)]
+    rows = not causal or reserved.takes_cudnn(*on_gpu[:3])
+    assert whole._strategy(*on_gpu[:3], causal, None, prefix, 0.0) == ("rows" if rows else "split")
+    wide = [t.double() for t in (q, k, v, *prefix)]
+    exact = check.run(lambda q, k, v, *p: attention_reference(q, k, v, causal=causal, prefix=p), wide)
+    got = check.run(lambda q, k, v, *p: attention(q, k, v, causal=causal, prefix=p), on_gpu)
     for value, want in zip((*got[0], *got[1]), (*exact[0], *exact[1])):
         assert check.error(value.cpu(), want, floor=0.1) <= (3e-2 if dtype == torch.bfloat16 else 6e-3)

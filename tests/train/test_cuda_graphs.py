@@ -140,8 +140,9 @@ def test_what_cannot_be_captured_runs_as_before(fault, monkeypatch):
     if fault is inputs_let_go and capture is None:
         pytest.skip("needs tests/cuda/lookalike.py: a GPU reads freed memory without a word")
     fault(monkeypatch)
-    step = step_of("llama-tiny", drops=True)
+    step, stream = step_of("llama-tiny", drops=True), torch.cuda.current_stream()
     losses = run(step, "llama-tiny", GROUPS)
+    assert torch.cuda.current_stream() == stream and torch.rand(3, device="cuda").isfinite().all()  # as if nothing had been captured
     assert step.note.startswith("no CUDA graphs: ") and step.said() == step.note
     assert len(step.note) > 30 and all(p.grad is None for p in step.model.parameters())
     assert all(loss is None or math.isfinite(loss) for loss, _ in losses)
