@@ -43,6 +43,7 @@ READ = {
     "ecc85144a8b4": "granitemoe.modeling_granitemoe.GraniteMoeTopKRouter",
     "2aa2a176027a": "gpt_oss.modeling_gpt_oss.GptOssTopKRouter",
     "d2c052bd2453": "mixtral.modeling_mixtral.MixtralExperts",
+    "1fa971a82665": "mixtral.modeling_mixtral.MixtralExperts",  # to transformers 5.17
     "02814d650b5f": "gpt_oss.modeling_gpt_oss.GptOssExperts",
     "a0f9b479e16b": "mixtral.modeling_mixtral.MixtralSparseMoeBlock",
     "fcbfafa44650": "qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
