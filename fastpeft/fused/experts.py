@@ -104,7 +104,7 @@ class FusedExperts:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         output = pairs.index_select(0, back).view(tokens, k, -1).sum(1)
         if (bias := _bias_of(self, LAST)) is not None:
-            shares = weights.new_zeros(tokens, self.num_experts).scatter_add(1, index, weights)
+            shares = weights.new_zeros(tokens, self.num_experts).scatter_add(1, index.long(), weights)
             output = output + shares.to(bias.dtype) @ bias
         return output.to(hidden.dtype)
 

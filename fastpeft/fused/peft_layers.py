@@ -6,6 +6,7 @@ variant (such as DoRA) and no LoRA bias. Whatever else a layer is asked for, at 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastpeft.forms import digest
@@ -131,6 +132,8 @@ class FusedParamWrapper:
 
     def _on_tokens(self, *args, **kwargs) -> Tensor | None:
         """None where PEFT's own forward runs."""
+        if torch.compiler.is_compiling():
+            return None
         layer, branches = self, {}
         while isinstance(layer, FusedParamWrapper):
             name = layer.one_adapter()
