@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
   int64_t block = blockIdx.x;
   const int64_t column_block = block % a.column_blocks;
   block /= a.column_blocks;
-  const int64_t chunk = block % a.chunks, k = block / a.chunks;
+  const int64_t k = block % a.K, chunk = block / a.K;  // neighbouring blocks take the heads of the same tokens, which lie together
   const unsigned down = kThreads / a.across, x = threadIdx.x % a.across, y = threadIdx.x / a.across;
   const int64_t j = (column_block * a.across + x) * V;
   const bool mine = y < down && j < a.n;

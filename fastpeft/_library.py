@@ -39,7 +39,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
 _served: dict[str, dict[str, str]] = {}  # op -> device -> why that backend
 _forms: dict[str, tuple[str, ...]] = {}  # op -> the backends it has beside composite, whether or not they serve here
-_ours: dict[str, bool] = {}  # op -> whether it has a kernel of ours
+_ours: dict[str, bool] = {}  # op -> whether it has a kernel of ours for CUDA
 
 
 def has_triton() -> bool:
@@ -120,15 +120,23 @@ def _load_autograd():
 autograd, autograd_missing = _load_autograd()
 
 
+def triton_serves() -> bool:
+    """Whether Triton's kernels run on this machine's cards, as far as can be told."""
+    return has_triton() and FORCED in ("", "triton") and (bool(FORCED) or not cuda_unfit((0, 0)))
+
+
 def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
-def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable | None = None, native: bool | None = None):
+def define(
+    schema: str, *, fake: Callable, composite: Callable, triton: Callable | None = None, native: bool | None = None, cuda: bool = True
+):
     """Define ``fastpeft::<schema>`` and register its backends; returns the op's default overload.
 
     C++ implementations register themselves when the library loads; ``triton`` is a launcher that imports triton when called.
     ``native``: whether csrc has this op, which can only be told when the library is there (None: where there is no ``triton``).
+    ``cuda``: whether it has a kernel of ours for CUDA; without one ATen's products are what it is meant to run on there.
     CPU order: native, composite (triton under the interpreter when forced). CUDA order: triton, native, composite; composite where
     the machine's cards cannot run the others.
     """
@@ -138,7 +146,7 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
     served = _served.setdefault(name, {})
     native = triton is None if native is None else native
     _forms[name] = tuple(form for form, has in (("native", native), ("triton", triton is not None)) if has)
-    _ours[name] = native or triton is not None
+    _ours[name] = cuda and (native or triton is not None)
 
     if _has_kernel(name, "CPU"):
         # csrc/autograd's are ATen's products, formed without Python
@@ -150,13 +158,15 @@ def define(schema: str, *, fake: Callable, composite: Callable, triton: Callable
         library.impl(name, composite, "CPU")
         served["CPU"] = f"composite ({_why_composite('CPU', native, triton is not None)})"
 
-    if triton and has_triton() and FORCED in ("", "triton") and (FORCED or not cuda_unfit((0, 0))):
-        library.impl(name, triton, "CUDA", allow_override=True)
+    if triton and triton_serves():
+        if not _has_kernel(name, "CUDA"):  # csrc/autograd's forms what is short, and hands the rest over
+            library.impl(name, triton, "CUDA")
         served["CUDA"] = "triton"
-    elif _has_kernel(name, "CUDA") and not cuda_unfit(_native_cuda):
+    elif native and _has_kernel(name, "CUDA") and not cuda_unfit(_native_cuda):
         served["CUDA"] = "native"
     else:
-        library.impl(name, composite, "CUDA", allow_override=True)
+        if native or not _has_kernel(name, "CUDA"):  # csrc/autograd's products are ATen's
+            library.impl(name, composite, "CUDA", allow_override=True)
         served["CUDA"] = f"composite ({_why_composite('CUDA', native, triton is not None)})"
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

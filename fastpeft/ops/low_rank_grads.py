@@ -41,7 +41,7 @@ def _fake(dy, B, S, scaling):
 
 
 _op = _library.define(
-    "low_rank_grads(Tensor dy, Tensor? B, Tensor? S, float scaling) -> (Tensor dS, Tensor dB)", fake=_fake, composite=_composite
+    "low_rank_grads(Tensor dy, Tensor? B, Tensor? S, float scaling) -> (Tensor dS, Tensor dB)", fake=_fake, composite=_composite, cuda=False
 )
 
 

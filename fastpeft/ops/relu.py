@@ -62,21 +62,25 @@ _forward = _library.define(
     "relu_fwd(Tensor x) -> (Tensor y, Tensor bits)",
     fake=lambda x: (x.new_empty(x.shape), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)),
     composite=_fwd,
+    cuda=False,
 )
 _pack = _library.define(
     "relu_pack(Tensor y, Tensor bits) -> Tensor",
     fake=lambda y, bits: y.new_empty(torch.library.get_ctx().new_dynamic_size()),
     composite=lambda y, bits: y[_spread(bits, y.shape)],
+    cuda=False,
 )
 _again = _library.define(
     "relu_again(Tensor values, Tensor bits, int[] shape) -> Tensor",
     fake=lambda values, bits, shape: values.new_empty(shape),
     composite=lambda values, bits, shape: values.new_zeros(shape).masked_scatter_(_spread(bits, shape), values),
+    cuda=False,
 )
 _backward = _library.define(
     "relu_bwd(Tensor dy, Tensor bits) -> Tensor",
     fake=lambda dy, bits: dy.new_empty(dy.shape),
     composite=lambda dy, bits: torch.where(_spread(bits, dy.shape), dy, torch.zeros_like(dy)).contiguous(),
+    cuda=False,
 )
 PACKS = _library.backend_of()["relu_fwd"]["CPU"] == "native"
 
