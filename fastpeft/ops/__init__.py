@@ -12,6 +12,8 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | alone                                   |
 | low_rank_grads                                                        | native             | two skinny products of one matrix, read |
 |                                                                       |                    | once; on the CPU alone                  |
+| relu_fwd, relu_pack, relu_again, relu_bwd                             | native             | values above zero and a bit each, in    |
+|                                                                       |                    | place of y; on the CPU alone            |
 | lora_linears_fwd, lora_linears_bwd                                    | triton             | skinny products of what a wide one      |
 |                                                                       |                    | reads; on a CPU ATen's GEMMs serve      |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
@@ -34,6 +36,7 @@ from fastpeft.ops.lora_attention import lora_attention
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linears
 from fastpeft.ops.mm_adapter import mm_adapter
 from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
+from fastpeft.ops.relu import relu
 from fastpeft.ops.rescale import rescale
 from fastpeft.ops.rms_norm import add_rms_norm, rms_norm
 from fastpeft.ops.rotary import rotary
@@ -58,6 +61,7 @@ __all__ = [
     "lora_linears",
     "mm_adapter",
     "norm_mm_adapter",
+    "relu",
     "rescale",
     "rms_norm",
     "rotary",
