@@ -8,7 +8,6 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-import triton
 
 from bench.timing import Row, Settings, compare
 from fastpeft._library import has_triton
@@ -16,6 +15,10 @@ from fastpeft._library import has_triton
 M = 8192
 SIDES = (768, 4096)  # LoRA's in and out
 R, WIDTH, HEADS, PROMPTS = 8, 4096, 32, 30
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 class Launch:
@@ -109,7 +112,7 @@ def adapter(norm: bool, device: str, dtype: torch.dtype) -> dict[str, Callable]:
         launch = Launch(kernels, kernel, calls[what])
         for rows, warps, stages, columns in ((16, 8, 4, 512), (16, 8, 2, 512), (16, 4, 3, 256), (32, 8, 3, 512), (32, 4, 3, 256)):
             blocks = {"BLOCK_M": rows, "WARPS": warps, "STAGES": stages, "BLOCK_C": columns, "num_warps": warps}
-            calls[f"{what}: {named(blocks)}"] = launch.varied((triton.cdiv(M, rows),), **blocks)
+            calls[f"{what}: {named(blocks)}"] = launch.varied((ceil_div(M, rows),), **blocks)
     return calls
 
 
@@ -126,8 +129,8 @@ def excitor(device: str, dtype: torch.dtype) -> dict[str, Callable]:
     launch = Launch(kernels, "_excitor_merge_fwd_kernel", calls["merge"])
     for rows, columns, warps, stages, parts in ((16, 128, 4, 3, 1), (64, 128, 4, 3, 1), (32, 256, 8, 3, 1), (32, 128, 4, 3, 2)):
         blocks = {"BLOCK_M": rows, "BLOCK_C": columns, "num_warps": warps, "STAGES": stages}
-        grid = (parts, triton.cdiv(M // 4, rows), 4)
-        steps = triton.cdiv(triton.cdiv(WIDTH, columns), parts)
+        grid = (parts, ceil_div(M // 4, rows), 4)
+        steps = ceil_div(ceil_div(WIDTH, columns), parts)
         calls[f"merge: {named(blocks)}, {parts} parts"] = launch.varied(grid, STEPS=steps, **blocks)
     return calls
 
