@@ -18,10 +18,12 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | reads; on a CPU ATen's GEMMs serve      |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
+| excitor_text_bwd                                                      | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
 | dropout                                                               | native             | one pass, on CUDA alone; on a CPU       |
 |                                                                       |                    | PyTorch's own generator                 |
 | attention_dq                                                          | none               | three of ATen's products, by blocks     |
+| expert_linear_fwd, expert_linear_bwd                                  | none               | ATen's products, an expert's rows each  |
 """
 
 from fastpeft.ops.absorbed_attention import absorbed_attention
