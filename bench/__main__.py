@@ -2,7 +2,7 @@
 
 Prints a Markdown table and writes JSON to $OUT, or bench/results/. --verify runs the ops' tests first: no speed figure on a red test.
 `python -m bench steps ...` measures whole training steps (bench/steps.py), `python -m bench convergence ...` whole trainings;
-`python -m bench gpu` runs all that needs a GPU, in three calls.
+`python -m bench gpu` runs all that needs a GPU, in three calls; `python -m bench steps_gpu` the whole steps among it.
 `python -m bench mixed ...` compares what LaVIN reaches on fastpeft and written straightforwardly (bench/mixed.py).
 `python -m bench shared ...` measures steps whose samples share an image (bench/shared.py).
 `python -m bench adapters ...` measures several adapters in one run against runs of their own (bench/adapters.py).
@@ -50,7 +50,7 @@ def verified(names: list[str]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["adapters"], ["host"], ["gpu"]):
+    if argv[:1] in (["steps"], ["convergence"], ["mixed"], ["shared"], ["adapters"], ["host"], ["gpu"], ["steps_gpu"]):
         return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
     return ops(argv[1:] if argv[:1] == ["ops"] else argv)
 

@@ -170,7 +170,7 @@ def run(rivals: list[Rival], *, samples: int, rounds: int, device: str = "cpu", 
             told["flops_per_sample"] = told.pop("flops") / samples
             rows[rival.name] = row = Row(rival.name, **told)
             if rival.same:
-                _check(row, rows[rivals[0].name], tolerance)
+                check(row, rows[rivals[0].name], tolerance)
             worker.ask("trim")
         for round_ in range(-1, rounds):  # -1: warm-up
             for worker in workers[max(0, round_) % len(workers) :] + workers[: max(0, round_) % len(workers)]:
@@ -197,7 +197,8 @@ def run(rivals: list[Rival], *, samples: int, rounds: int, device: str = "cpu", 
     return list(rows.values()), left_out
 
 
-def _check(row: Row, baseline: Row, tolerance: float) -> None:
+def check(row: Row, baseline: Row, tolerance: float) -> None:
+    """ValueError where a row's loss or length of the gradient is not the baseline's."""
     for name, wanted in (("loss", baseline.loss), ("grad_norm", baseline.grad_norm)):
         got, allowed = getattr(row, name), tolerance * (1 if name == "loss" else 10)
         if not abs(got - wanted) <= allowed * abs(wanted):

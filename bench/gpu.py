@@ -3,7 +3,7 @@
     python -m bench gpu [right] [kernels] [steps] [--minutes 7.5]
 
 right: which backend serves each operator, then every test marked gpu, in many processes; and compute-sanitizer, where it is installed.
-kernels: every operator against its peers, bfloat16 first. steps: whole steps of MISS and of a LLaMA-shaped stack.
+kernels: every operator against its peers, bfloat16 first. steps: whole steps of MISS and of a LLaMA-shaped stack (bench/steps_gpu.py).
 
 Each call leaves two files in $OUT (or bench/results): gpu-CALL.json, written after every case, and gpu-CALL.log; tables of whole steps are
 in the JSON too. What matters most runs first, and what has no time left is left out and said. Exit status 1 where something failed, 2
@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,8 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = max(8, (os.cpu_count() or 1) - 2)  # compiling Triton's kernels is what the tests wait for
 CALLS = {"right": 0.4, "kernels": 0.3, "steps": 0.3}  # and their shares of the time, where several are made
 # the order in which operators are measured
-OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "linear_cross_entropy")
+OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "excitor_keys", "linear_cross_entropy")
+IMPORTS = 25.0  # seconds, on a slow host
 LEAST = 10.0  # seconds: a piece with less than that is not begun
+COMPILE = "from bench.gpu import compile_all; raise SystemExit(compile_all())"
 BACKENDS = "from bench.gpu import tell_backends; raise SystemExit(tell_backends())"
 
 
@@ -49,7 +52,7 @@ def tell_backends() -> int:
     return bool(bad)
 
 
-def right() -> list[tuple[str, list[str], float]]:
+def right(seconds: float) -> list[tuple[str, list[str], float]]:
     python = sys.executable
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = ["-m", "pytest", "-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "bench.pytest_cases"]
@@ -66,24 +69,24 @@ def right() -> list[tuple[str, list[str], float]]:
     return pieces
 
 
-def kernels() -> list[tuple[str, list[str], float]]:
+def compile_all() -> int:
+    """Every bench that has kernels of Triton's, as short as it goes and all at once: what is compiled lies in Triton's cache afterwards."""
+    ops = [sys.executable, "-m", "bench", "ops"]
+    how = ["--device", "cuda", "--quick", "--seconds", "0", "--dtype", "bf16"]
+    began = [subprocess.Popen([*ops, name, *how], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for name in OPS]
+    return max(process.wait() for process in began)
+
+
+def kernels(seconds: float) -> list[tuple[str, list[str], float]]:
     found = [path.stem.removeprefix("bench_") for path in sorted((ROOT / "bench/ops").glob("bench_*.py"))]
     names = [*OPS, *(name for name in found if name not in OPS)]
     ops = [sys.executable, "-m", "bench", "ops", *names, "--device", "cuda", "--quick", "--lines", "--dtype"]
-    return [("bfloat16", [*ops, "bf16"], 300.0), ("float32", [*ops, "fp32"], 180.0)]
+    compiled = ("compile", [sys.executable, "-c", COMPILE], 60.0)
+    return [compiled, ("bfloat16", [*ops, "bf16"], 300.0), ("float32", [*ops, "fp32"], 180.0)]
 
 
-def steps() -> list[tuple[str, list[str], float]]:
-    has_peft = importlib.util.find_spec("peft") is not None
-    rivals = ["peft", "sdpa", "fastpeft", "graphed", "off"] if has_peft else ["fastpeft", "graphed", "off", "frozen"]
-    miss = ["--batch-size", "20", "--rounds", "5", "--rivals", *rivals, "--device", "cuda", "--dtype", "bf16", "--lines"]
-    miss += ["--dropout", "0", "0.1"]
-    llama = ["--device", "cuda", "--dtype", "bf16", "--size", "7b", "--tokens", "512", "--lines"]
-    python = sys.executable
-    return [
-        *((f"miss {plan}", [python, "-m", "bench", "steps", "--plans", plan, *miss], 150.0) for plan in ("F/LoRA/LoRA", "LoRA/LoRA/LoRA")),
-        ("llama", [python, "bench/steps_llama.py", *llama], 180.0),
-    ]
+def steps(seconds: float) -> list[tuple[str, list[str], float]]:
+    return [("whole", [sys.executable, "-m", "bench", "steps_gpu", "--seconds", f"{max(LEAST, seconds - IMPORTS):.0f}"], seconds)]
 
 
 PIECES = {"right": right, "kernels": kernels, "steps": steps}
@@ -94,7 +97,7 @@ def make(call: str, seconds: float, out: Path) -> bool:
     stop = time.perf_counter() + seconds
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "left_out": []}
     report = Report(out, call, about)
-    for name, command, most in PIECES[call]():
+    for name, command, most in PIECES[call](seconds):
         left = stop - time.perf_counter()
         if left < LEAST:
             report.told["left_out"].append(name)

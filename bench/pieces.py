@@ -64,10 +64,11 @@ class Report:
                     break
                 if line is None:
                     break
-                if line.startswith(MARK):
-                    self._keep(name, piece, line)
-                else:
-                    log.write(line)
+                before, mark, case = line.partition(MARK)  # pytest's dots stand before it
+                if mark:
+                    self._keep(name, piece, case)
+                if before:
+                    log.write(before)
                     log.flush()
         _signal(process, signal.SIGKILL)  # whatever of its group is left
         status = process.wait()
@@ -79,7 +80,7 @@ class Report:
 
     def _keep(self, name: str, piece: dict, line: str) -> None:
         try:
-            case = json.loads(line.removeprefix(MARK))
+            case = json.loads(line)
         except ValueError:
             return
         piece["cases"].append(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from bench.pieces import say
 
@@ -11,7 +12,9 @@ ORDER = ("lora", "norm", "prefix", "attention", "adapter", "cross_entropy")
 
 
 def rank(nodeid: str) -> tuple[int, int]:
-    """bfloat16 before what names no dtype, before other dtypes; within that by operator."""
+    """Whole runs, then bfloat16 before what names no dtype, before other dtypes; within that by operator."""
+    if "/ops/" not in nodeid and nodeid.startswith("tests/"):
+        return -1, 0
     name = nodeid.rpartition("/")[2]
     other = any(dtype in name for dtype in ("float64", "float32", "float16"))
     dtype = 0 if "bfloat16" in name else 2 if other else 1
@@ -28,5 +31,7 @@ def pytest_runtest_logreport(report) -> None:
     if report.when == "call" or report.outcome != "passed":
         case = {"case": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
         if report.outcome == "failed":
-            case["failed"] = str(report.longrepr).strip().splitlines()[-1][:300]
+            text = str(report.longrepr).strip()
+            case["failed"] = next((line for line in text.splitlines() if line.startswith("E ")), text.splitlines()[-1])[:300]
+            print(f"{report.nodeid}\n{text}", file=sys.__stdout__, flush=True)  # now: a run that is cut off has no summary
         say(case)

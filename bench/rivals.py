@@ -1,11 +1,12 @@
 """The rivals of a MISS step: the same adapted model and the same batch, executed in different ways (see bench/frame.py).
 
 A file holds the model, its batch and, where the image encoder is frozen, what it computed. Each rival maps it into its own process, where
-frozen weights stay shared pages of one file.
+frozen weights stay shared pages of one file. On a GPU all rivals live in one process (bench/inside.py), which holds these itself.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -14,18 +15,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
-from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import parts_of
 from fastpeft.plan import detach
 from fastpeft.train.config import TrainConfig
-from fastpeft.train.graph import GraphedStep
+from fastpeft.train.graph import READS_EVERY, GraphedStep
 from fastpeft.train.optimizer import Optimizer
-from fastpeft.verify.baseline import plain, with_peft, without_dropout
+from fastpeft.verify.baseline import plain, with_peft
 
 FEATURES = ("image_embeds", "question_states")  # of a step: they stay on the device, as do pixels
 ROOM = 1.3  # a step's peak over what it keeps for backward: temporaries of its widest operator
@@ -36,7 +38,8 @@ class VisionSDPA(BlipAttention):
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return self.projection(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)), None
+        p = self.dropout.p if self.training else 0.0
+        return self.projection(F.scaled_dot_product_attention(q, k, v, None, p, scale=self.scale).transpose(1, 2).flatten(2)), None
 
 
 class TextSDPA(BlipTextSelfAttention):
@@ -51,7 +54,8 @@ class TextSDPA(BlipTextSelfAttention):
             linear(x).unflatten(-1, shape).transpose(1, 2)
             for linear, x in ((self.query, hidden_states), (self.key, states), (self.value, states))
         )
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2), None
+        p = self.dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, p).transpose(1, 2).flatten(2), None
 
 
 SDPA = {BlipAttention: VisionSDPA, BlipTextSelfAttention: TextSDPA}
@@ -101,26 +105,45 @@ def with_dropout(model: nn.Module, p: float) -> None:
         for name in ("lora_dropout", "attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, p)
+        if isinstance(dropouts := getattr(module, "lora_dropout", None), nn.ModuleDict):  # PEFT's, an identity where there was none
+            dropouts.update({name: nn.Dropout(p).train(module.training) for name in dropouts})
+
+
+def compiled(model: nn.Module, how: str) -> nn.Module:
+    """``model`` through torch.compile: as a "whole", or its "layers", which are compiled once for all that are alike."""
+    if how == "whole":
+        return torch.compile(getattr(model, "_orig_mod", model))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
+    return model
+
+
+def at_rate(p: float) -> str:
+    """The case of steps with dropout at the rate ``p``."""
+    return f"dropout {p:g}"
 
 
 class MissStep:
-    """One rival's runner. form: of FORMS; cached: features in place of pixels; grouped: each image once, with an index, instead of once
-    per question; memory: bytes a step may take, micro-batches otherwise (the same loss and gradients, summed over them).
-    dropout: in the steps that are timed; those that are compared have none."""
+    """One rival's runner. held: what the file holds, or the file; form: of FORMS; cached: features in place of pixels; grouped: each image
+    once, with an index, instead of once per question; memory: bytes a step may take, micro-batches otherwise (the same loss and gradients,
+    summed over them); compiled: "", or how (:func:`compiled`). dropout: in the steps that are timed; those that are compared have none."""
+
+    shared_bytes = 0
 
     def __init__(
         self,
-        file: Path,
+        held: Path | dict[str, Any],
         form: str,
         *,
         cached: bool,
         grouped: bool,
         memory: float,
-        compiled: bool = False,
+        compiled: str = "",
         device: str = "cpu",
         dropout: float = 0.0,
     ):
-        held = torch.load(file, mmap=True, weights_only=False)
+        held = torch.load(held, mmap=True, weights_only=False) if isinstance(held, Path) else held | {"model": copy.deepcopy(held["model"])}
         self.model, self.grouped, self.memory, self.compiled = FORMS[form](held["model"]).to(device), grouped, memory, compiled
         batch = dict(held["batch"])
         if cached:
@@ -129,8 +152,10 @@ class MissStep:
         self.images = next((name for name in ("pixel_values", "image_embeds") if name in batch), None)  # None: question states instead
         self.batch = {name: t.to(device) for name, t in batch.items()}
         self.samples, self.dropout = len(batch["labels"]), dropout
+        self.rate, self.told = 0.0, {}  # of dropout, now
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6) if self.trained else None
+        fused = {"fused": True} if torch.device(device).type == "cuda" else {}  # the fastest there, and transformers' default
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, **fused) if self.trained else None
 
     def piece(self, start: int, stop: int) -> dict[str, Tensor]:
         """Samples of the batch, with the images they ask about."""
@@ -144,12 +169,33 @@ class MissStep:
         used, index = index.unique(return_inverse=True)
         return cut | {self.images: self.batch[self.images][used], "image_index": index}
 
-    def backward(self, model: nn.Module, inputs: dict[str, Tensor]) -> float:
+    def backward(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         loss = model(**inputs).loss * (len(inputs["labels"]) / self.samples)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def measure(self) -> dict[str, Any]:
+        return self.enter(at_rate(self.dropout))
+
+    def enter(self, case: str) -> dict[str, Any]:
+        """Cases are :func:`at_rate`'s (see bench/inside.py); what a step computes is told of one without dropout."""
+        if not self.told:
+            self.told = self.compared()
+            self.ready()
+        if at_rate(self.rate) != case:
+            self.rate = float(case.removeprefix("dropout "))
+            with_dropout(getattr(self.model, "_orig_mod", self.model), self.rate)
+            self.ready()
+        return dict(self.told)
+
+    def ready(self) -> None:
+        """What comes before the first step that is timed, and again where dropout has changed."""
+        if self.compiled:
+            self.model = compiled(self.model, self.compiled)
+            self.step()
+
+    def compared(self) -> dict[str, Any]:
+        """What a step computes and costs."""
         few = int((self.batch["image_index"] == self.batch["image_index"][0]).sum()) if self.grouped else 1
         with measure(self.model) as cost:
             self.backward(self.model, self.piece(0, few))
@@ -162,16 +208,11 @@ class MissStep:
         told = {"loss": 0.0, "flops": 0, "saved_bytes": 0, "weight_bytes": sum(p.nbytes for p in self.model.parameters())}
         for piece in self.pieces:
             with measure(self.model) as cost:
-                told["loss"] += self.backward(self.model, piece)
+                told["loss"] += float(self.backward(self.model, piece))
             told["flops"] += cost.flops
             told["saved_bytes"] += cost.saved_bytes
         told["grad_norm"] = math.hypot(*(float(p.grad.double().norm()) for p in self.trained if p.grad is not None))
         self.model.zero_grad(set_to_none=True)
-        if self.dropout:
-            with_dropout(self.model, self.dropout)
-        if self.compiled:
-            self.model = torch.compile(self.model)
-            self.step()
         return told | {"note": f"in {count} micro-batches: 1/{count} is kept at a time" if count > 1 else ""}
 
     def step(self) -> None:
@@ -182,46 +223,71 @@ class MissStep:
             self.optimizer.zero_grad()
 
 
-class GraphedMissStep(MissStep):
-    """fastpeft's step as CUDA graphs, in whole batches: padded, replayed, its loss read with every step."""
+def promise_to_read_no_logits(model: nn.Module) -> None:
+    """As the trainer's ``lean_logits``, for good."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.lean_logits = True
 
-    def measure(self) -> dict[str, Any]:
-        told = super().measure()
-        names = tuple(self.pieces[0])
-        labels = self.batch["labels"]
-        self.whole = self.piece(0, self.samples) | {"samples": [None] * self.samples}
-        self.whole |= {"decoder_input_ids": labels.clamp(min=0), "decoder_attention_mask": (labels != -100).long()}
-        self.whole = {name: t.cpu() if isinstance(t, Tensor) and name not in FEATURES else t for name, t in self.whole.items()}
-        optimizer, config = self._optimizer()
-        names = (*names, "decoder_input_ids", "decoder_attention_mask")
-        device, dtype = self.batch["labels"].device, next(self.model.parameters()).dtype
-        known = (self.model, _Weights(), optimizer, names, device, dtype)
-        self.graphed = GraphedStep(*known, features=None, budget=None, mixed=False, samples=self.samples, seed=config.seed)
-        if self.dropout:
-            without_dropout(self.model)
-        told["loss"], told["grad_norm"] = self._step()
-        if self.dropout:
-            with_dropout(self.model, self.dropout)
-        self._step()
+
+class Graphed:
+    """fastpeft's step as CUDA graphs, as the trainer runs it: padded, replayed. A mixin of a runner with ``model`` and ``whole``, its batch
+    as a collator leaves it."""
+
+    model: nn.Module
+    whole: dict[str, Any]
+    graphed: GraphedStep | None = None
+
+    def capture(self, dataset) -> tuple[float, float]:
+        """Graphs of the model as it is now; (loss, gradient's length) of the first step that is replayed. ``dataset`` weights batches.
+        RuntimeError with the reason where it cannot be captured."""
+        promise_to_read_no_logits(self.model)
+        if self.graphed is not None:  # another has the gradients
+            self.graphed.gradients.release()
+        parameter = next(self.model.parameters())
+        config = TrainConfig(steps=1000, learning_rate=1e-6, base_learning_rate=1e-6, warmup=0, max_grad_norm=0)
+        names = tuple(name for name in self.whole if name != "samples")
+        known = (self.model, dataset, Optimizer(self.model, config, 1000), names, parameter.device, parameter.dtype)
+        how = {"features": None, "budget": None, "mixed": False, "samples": len(self.whole["samples"]), "seed": config.seed}
+        self.graphed = GraphedStep(*known, **how)
+        self.graphed.most_tokens = math.inf  # long batches, too, which the trainer leaves to the host
+        self.replay()  # fills caches
+        self.replay()
+        if not self.graphed.replayed:
+            raise RuntimeError(self.graphed.said())
+        return self.graphed.read()[-1]
+
+    def replay(self) -> None:
+        self.graphed.passes([self.whole], measured=False)
+        self.graphed.update(0, None)
         if self.graphed.note:
             raise RuntimeError(self.graphed.note)
+        del self.graphed.unread[:-READS_EVERY]  # the trainer reads them then
+
+
+class GraphedMissStep(Graphed, MissStep):
+    """In whole batches."""
+
+    def compared(self) -> dict[str, Any]:
+        told = super().compared()
+        labels = self.batch["labels"]
+        whole = self.piece(0, self.samples) | {"samples": [None] * self.samples}
+        whole |= {"decoder_input_ids": labels.clamp(min=0), "decoder_attention_mask": (labels != -100).long()}
+        self.whole = {name: t.cpu() if isinstance(t, Tensor) and name not in FEATURES else t for name, t in whole.items()}
         return told
 
-    def _optimizer(self) -> tuple[Optimizer, TrainConfig]:
-        config = TrainConfig(steps=1000, learning_rate=1e-6, base_learning_rate=1e-6, warmup=0, max_grad_norm=0)
-        return Optimizer(self.model, config, 1000), config
-
-    def _step(self) -> tuple[float, float]:
-        with lean_logits(self.model):
-            self.graphed.passes([self.whole], measured=False)
-            self.graphed.update(0, None)
-        return self.graphed.read()[0]
+    def ready(self) -> None:
+        found = self.capture(_Samples())
+        if not self.rate:
+            self.told["loss"], self.told["grad_norm"] = found
 
     def step(self) -> None:
-        self._step()
+        self.replay()
 
 
-class _Weights:
+class _Samples:
+    """What the loss of a step is a mean over."""
+
     @staticmethod
     def weight(batch: dict[str, Any]) -> int:
         return len(batch["samples"])

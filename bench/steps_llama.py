@@ -1,154 +1,158 @@
-"""Training steps of a LLaMA-shaped model: each method over the frozen model's forward and dx, and against what is used today.
+"""Training steps of a LLaMA-shaped model: LoRA against PEFT's, and each method over the frozen model's forward and dx.
 
     python bench/steps_llama.py [--tokens 256] [--batch 4] [--layers 8] [--rounds 5] [--device cuda --dtype bf16 --size 7b]
 
-C = 1024, 16 heads, FFN 2752 (7b: LLaMA-7B's 4096, 32, 11008), rows of equal length, the last quarter labelled; interleaved, the least of
-the rounds. On the CPU one thread and its CPU time, on CUDA until the device is done. ``literal``: Excitor as its paper writes it, a second
-score matrix added to the first. Losses are compared first. Writes steps_llama_DEVICE_TOKENS.json to $OUT, or bench/results.
+C = 1024, 16 heads, FFN 2752 (7b: LLaMA-7B's 4096, 32, 11008), the last quarter of each sample labelled: rows of equal length and, on a
+GPU, rows of 35 to 100 % of it. Whole steps: forward, backward, AdamW. On the CPU one thread and its CPU time, the least of the rounds; on
+CUDA as bench/inside.py has it. Losses and gradients are compared before a step is timed. PEFT's model has transformers' sdpa attention,
+and attention_mask only where there is padding. Rivals:
+
+    peft        adapters in float32, as PEFT makes them        peft16     adapters in the base's dtype
+    compile     peft through torch.compile (--patience each), its layers, then all of it as a whole
+    liger       peft with Liger's kernels, where they are installed
+    lora        fastpeft, its logits read by nobody            readable   fastpeft as a drop-in: logits can be read
+    graphed     lora as CUDA graphs
+    methods     frozen (the model trains nothing and hands the gradient down), Excitor, IA3, LayerNorm, MMAdapter, Excitor as its paper
+                writes it (literal), transformers' frozen model
+
+Writes steps_llama_DEVICE_TOKENS.json to $OUT, or bench/results; --lines tells every rival's line at once instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
 import os
 import platform
-import time
+from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-import fastpeft as fp
+from bench import inside
+from bench.frame import Rival
 from bench.pieces import say
-from fastpeft.cost.profile import measure
+from bench.rivals_llama import FULL, PADDED, SIZES, GraphedLlamaStep, LlamaStep, base_of, batch_of
 from fastpeft.files import write_json
 
-SIZES = {
-    "small": {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16, "vocab_size": 1000},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEFT, LORA, GRAPHED, FROZEN = "LoRA, PEFT", "LoRA", "LoRA, CUDA graphs", "frozen"
+# key: [(name, runner, form, plan, what else is told to the runner)]
+RIVALS = {
+    "peft": [(PEFT, LlamaStep, "theirs", "LoRA", {})],
+    "lora": [(LORA, LlamaStep, "ours", "LoRA", {"lean": True})],
+    "graphed": [(GRAPHED, GraphedLlamaStep, "ours", "LoRA", {"lean": True})],
+    "readable": [("LoRA, logits readable", LlamaStep, "ours", "LoRA", {})],
+    "peft16": [("LoRA, PEFT, adapters in 16 bit", LlamaStep, "theirs_in_16_bit", "LoRA", {})],
+    "liger": [("LoRA, PEFT, Liger", LlamaStep, "liger", "LoRA", {})],
+    "compile": [
+        (f"LoRA, PEFT, torch.compile of {'its ' * (how == 'layers')}{how}", LlamaStep, "theirs", "LoRA", {"compiled": how})
+        for how in ("layers", "whole")
+    ],
+    "methods": [
+        (FROZEN, LlamaStep, "ours", "", {}),
+        *((plan, LlamaStep, "ours", plan, {}) for plan in ("Excitor", "IA3", "LayerNorm", "MMAdapter")),
+        ("Excitor, literal", LlamaStep, "literal", "Excitor", {}),
+        ("frozen, transformers", LlamaStep, "theirs", "", {}),
+    ],
+}
+TWINS = {"Excitor, literal": "Excitor", "frozen, transformers": FROZEN}  # and those that compute the same loss
+METHODS = "methods"
 
 
-class LiteralAttention(nn.Module):
-    """Equations 1-9 with both score matrices formed; ``block`` has Excitor's parameters (None: plain attention)."""
-
-    def __init__(self, theirs: nn.Module, block: nn.Module | None):
-        super().__init__()
-        self.theirs, self.block = theirs, block
-
-    def forward(self, hidden_states: Tensor, position_embeddings=None, attention_mask=None, **kwargs):
-        a, heads = self.theirs, lambda t: t.unflatten(-1, (-1, self.theirs.head_dim)).transpose(1, 2)
-        q, k, v = (heads(linear(hidden_states)) for linear in (a.q_proj, a.k_proj, a.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        scores = q @ k.mT * a.scaling
-        if (b := self.block) is not None:
-            w_down, w_up, prompt, gate = (p.to(q.dtype) for p in (b.w_down, b.w_up, b.prompt, b.gate))
-            s = (hidden_states @ w_down.T @ w_up.T) @ prompt.T * b.scale
-            scores = scores + gate.view(1, -1, 1, 1) * (q @ heads(s.softmax(-1) @ prompt).mT * a.scaling)
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
-        return a.o_proj((weights @ v).transpose(1, 2).flatten(2)), None
+def rivals_of(key: str, base: nn.Module, batches: dict[str, dict[str, Tensor]], args) -> list[Rival]:
+    patience = args.patience if key == "compile" else 900.0
+    return [
+        Rival(name, make, {"base": base, "form": form, "plan": plan, "batches": batches} | more, key != METHODS, patience)
+        for name, make, form, plan, more in RIVALS[key]
+    ]
 
 
-def literal(base: nn.Module, excited: nn.Module) -> nn.Module:
-    model = copy.deepcopy(base).requires_grad_(False)
-    for mine, layer in zip(excited.model.layers, model.model.layers):
-        layer.self_attn = LiteralAttention(layer.self_attn, copy.deepcopy(getattr(mine.self_attn, "excitor", None)))
-    return model
+def guesses_of(pool: Executor, rivals: list[Rival], batches: dict[str, dict[str, Tensor]], args) -> dict[tuple[str, str], Future]:
+    """The peaks that ``fastpeft estimate`` gives for our own steps, by name and case."""
+    make, how = partial(shape_of, args.size, args.layers), {"batch_size": args.batch, "dtype": args.dtype}
+    return {
+        (rival.name, case): pool.submit(inside.estimated, make, rival.options["plan"], batch=batch, **how)
+        for rival in rivals
+        for case, batch in batches.items()
+        if rival.options["form"] == "ours" and rival.options["plan"] not in ("", "MMAdapter") and rival.options.get("lean", not rival.same)
+    }
 
 
-def models(base: nn.Module) -> dict[str, nn.Module]:
-    """By name; each trains what it says, "frozen" nothing."""
-    found = {"frozen": copy.deepcopy(base).requires_grad_(False)}
-    fp.optimize(found["frozen"])
-    for plan in ("Excitor", "LoRA", "IA3", "LayerNorm", "MMAdapter"):
-        found[plan] = copy.deepcopy(base)
-        fp.optimize(found[plan])
-        fp.adapt(found[plan], plan)
-    found["Excitor, literal"] = literal(base, found["Excitor"])
-    found["frozen, transformers"] = copy.deepcopy(base).requires_grad_(False)
-    try:
-        import peft
-    except ImportError:
-        return found
-    config = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    found["LoRA, PEFT"] = peft.get_peft_model(copy.deepcopy(base), config)
-    return found
+def shape_of(size: str, layers: int) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**SIZES[size], num_hidden_layers=layers))
 
 
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.thread_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+def measured(base: nn.Module, args, tell) -> tuple[list[inside.CaseRow], dict[str, str]]:
+    """Lines of all rivals that are asked for, and why others have none."""
+    on_gpu = args.device == "cuda"
+    cases = (FULL, PADDED) if on_gpu else (FULL,)
+    batches = {case: batch_of(base.config.vocab_size, args.batch, args.tokens, case) for case in cases}
+    how = {"samples": args.batch, "rounds": args.rounds, "device": args.device, "least": not on_gpu, "tell": tell}
+    how |= {"tolerance": 1e-4 if args.dtype == "fp32" else 2e-2}
+    one = {FULL: batches[FULL]}
+    groups = [([rival for key in args.rivals if key not in (METHODS, "compile") for rival in rivals_of(key, base, batches, args)], batches)]
+    groups += [(rivals_of(METHODS, base, one, args), one)] if METHODS in args.rivals else []
+    if "compile" in args.rivals:  # last: it may take all the time there is
+        groups += [(rivals_of("compile", base, one, args), one)]
+    rows, failed = [], {}
+    with inside.meanwhile() as pool:
+        found = {}
+        if on_gpu:
+            for rivals, cases in groups:
+                found |= guesses_of(pool, rivals, cases, args)
+        for rivals, cases in groups:
+            if rivals:
+                more, wrong = inside.run(rivals, tuple(cases), **how, baselines=rows)
+                rows, failed = rows + more, failed | wrong
+        return inside.with_estimates(rows, found), failed
 
 
-def main() -> None:
+def compared(rows: list[inside.CaseRow], tolerance: float) -> str:
+    """'' or which of the TWINS has another loss."""
+    loss = {row.what: row.loss for row in rows if row.case == FULL}
+    for name, other in TWINS.items():
+        if {name, other} <= loss.keys() and not abs(loss[name] - loss[other]) <= tolerance * abs(loss[other]):
+            return f"{name} and {other} differ: {loss[name]} and {loss[other]}"
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 256), ("batch", 4), ("layers", 8), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, metavar="RIVAL", help="default: all that need no GPU but compile")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that torch.compile may take")
     parser.add_argument("--lines", action="store_true", help="tell each row as a line of JSON, and write no file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.rivals = args.rivals or [key for key in RIVALS if args.device == "cuda" or key not in ("graphed", "compile", "liger")]
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    shape = SIZES[args.size] | {"num_hidden_layers": args.layers}
-    with torch.device(args.device):
-        base = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False)).to(DTYPES[args.dtype])
-    ids = torch.randint(0, shape["vocab_size"], (args.batch, args.tokens))
-    # labels stay on the host, as a collator leaves them
-    labels = torch.where(torch.arange(args.tokens) >= args.tokens * 3 // 4, ids, -100)
-    inputs = {"input_ids": ids.to(args.device)}
-    ids = inputs["input_ids"]
-    embeds = {"inputs_embeds": base.model.embed_tokens(ids).detach().requires_grad_(True)}
-    modalities = tuple(torch.randn(2, shape["hidden_size"]).to(base.model.embed_tokens.weight))
-    routed = inputs | {"modality": torch.arange(args.batch) % 2, "modality_embeds": modalities}
-    theirs = {"labels": labels.to(args.device)}
-    given = {"frozen": embeds, "frozen, transformers": embeds, "MMAdapter": routed}
-    ours = ("frozen", "Excitor", "LoRA", "IA3", "LayerNorm", "MMAdapter")
-    runs = {
-        name: (model.train(), given.get(name, inputs) | ({"labels": labels} if name in ours else theirs))
-        for name, model in models(base).items()
-    }
-    tolerance = 1e-4 if args.dtype == "fp32" else 2e-2
-    rows = {}
-    for name, (model, given) in runs.items():
-        with measure(model) as cost:
-            loss = model(**given).loss
-            loss.backward()
-        rows[name] = {"loss": float(loss.detach()), "flops": cost.flops, "saved_bytes": cost.saved_bytes, "seconds": []}
-    for mine, theirs in (("Excitor", "Excitor, literal"), ("frozen", "frozen, transformers"), ("LoRA", "LoRA, PEFT")):
-        if theirs in rows and abs(rows[mine]["loss"] - rows[theirs]["loss"]) > tolerance * rows[theirs]["loss"]:
-            raise SystemExit(f"{mine} and {theirs} differ: {rows[mine]['loss']} and {rows[theirs]['loss']}; nothing was timed")
-    for _ in range(args.rounds):
-        for name, (model, given) in runs.items():
-            model.zero_grad(set_to_none=True)
-            began = clock(args.device)
-            model(**given).loss.backward()
-            rows[name]["seconds"].append(clock(args.device) - began)
-    frozen = min(rows["frozen"]["seconds"])
-    print(f"{'':>22} {'s':>7} {'over frozen':>12} {'GFLOP':>9} {'kept, MB':>9}")
-    for name, row in rows.items():
-        row["over_frozen"] = min(row["seconds"]) / frozen
-        told = f"{min(row['seconds']):7.2f} {row['over_frozen']:12.3f} {row['flops'] / 1e9:9.1f} {row['saved_bytes'] / 1e6:9.1f}"
-        print(f"{name:>22} {told}")
-        if args.lines:
-            say({"case": name, **row})
-    about = {"date": str(datetime.date.today()), "cpu": platform.processor() or platform.machine(), "threads": 1, "shape": shape}
+    base = base_of(args.size, args.layers, args.device, DTYPES[args.dtype])
+    about = {"date": str(datetime.date.today()), "cpu": platform.processor() or platform.machine(), "threads": 1}
     about |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
-    about |= {"batch": args.batch, "tokens": args.tokens, "dtype": args.dtype, "torch": torch.__version__, "rows": rows}
+    about |= {"shape": SIZES[args.size] | {"num_hidden_layers": args.layers}, "torch": torch.__version__}
+    about |= {"batch": args.batch, "tokens": args.tokens, "dtype": args.dtype}
     if args.lines:
-        return say({"case": "about", **{name: value for name, value in about.items() if name != "rows"}})
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    write_json(folder / f"steps_llama_{args.device}_{args.tokens}.json", about)
+        say({"case": "about"} | about)
+    rows, failed = measured(base, args, (lambda case: say(case)) if args.lines else (lambda case: None))
+    wrong = compared(rows, 1e-4 if args.dtype == "fp32" else 2e-2)
+    frozen = next((row.seconds for row in rows if row.what == FROZEN), None)
+    told = [row.to_dict() | ({"over_frozen": row.seconds / frozen} if frozen and row.case == FULL else {}) for row in rows]
+    print(inside.markdown(rows), *(f"- left out: {name}: {why}" for name, why in failed.items()), wrong, sep="\n", flush=True)
+    if args.lines:
+        say({"case": "table", "rows": told, "left_out": failed} | ({"failed": wrong} if wrong else {}))
+    elif not wrong:
+        folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+        write_json(folder / f"steps_llama_{args.device}_{args.tokens}.json", about | {"rows": {row["what"]: row for row in told}})
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

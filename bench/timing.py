@@ -12,6 +12,7 @@ there are some. A call that cannot be captured says why in the note.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -27,6 +28,7 @@ import torch
 
 from bench.pieces import say
 from fastpeft.ops._gemm import LACKING
+from fastpeft.train.graph import capture_or_leave_all_as_it_was
 
 QUANTILES = (0.2, 0.5, 0.8)
 
@@ -126,7 +128,7 @@ def captured(fn: Callable) -> Callable:
     """``fn`` as a CUDA graph's replay; it has been called before, on the current stream, which is not the default one: backward runs on its
     forward's stream, and the default one cannot be captured. RuntimeError where ``fn`` waits for the device."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with capture_or_leave_all_as_it_was(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = fn()
 
     def replay():
@@ -140,6 +142,29 @@ def _check_finite(what: str, result) -> None:
     for value in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
             raise ValueError(f"{what} gives nan or infinity: not timed")
+
+
+def under(fn: Callable, module: str, **rules) -> Callable:
+    """``fn``, run with a module's rules set to these: a form that its rule would not choose here."""
+
+    @functools.wraps(fn)
+    def run(*args):
+        found = importlib.import_module(module)
+        before = {name: getattr(found, name) for name in rules}
+        vars(found).update(rules)
+        try:
+            return fn(*args)
+        finally:
+            vars(found).update(before)
+
+    return run
+
+
+def attention_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, flash: bool = False) -> torch.Tensor:
+    """Attention with nothing added, PyTorch's SDPA: on the kernel that it takes by itself, or on its flash kernel."""
+    gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, **gqa)
 
 
 def compiled(fn: Callable, settings: Settings) -> dict[str, Callable]:

@@ -23,6 +23,7 @@ namespace fastpeft {
 #ifdef FASTPEFT_EMULATED
 struct Launch {
   explicit Launch(const Tensor&) {}
+  bool captured() const { return false; }
   template <class... P, class... Args>
   void operator()(void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
     emulated::run(grid, threads, [=] { kernel(args...); });
@@ -41,6 +42,11 @@ class Launch {
     void* found = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &found) == 0, "fastpeft: no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(found);
+  }
+  // Whether a CUDA graph records what is launched: host memory that is read now would be so for every replay.
+  bool captured() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
   }
   template <class... P, class... Args>
   void operator()(void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {

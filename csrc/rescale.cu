@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
   const unsigned column_block = blockIdx.x % a.column_blocks, block = blockIdx.x / a.column_blocks;
-  const unsigned chunk = block % a.chunks, k = block / a.chunks;
+  const unsigned k = block % a.K, chunk = block / a.K;  // neighbouring blocks take the heads of the same tokens, which lie together
   const unsigned down = kThreads / a.across, x = threadIdx.x % a.across, y = threadIdx.x / a.across;
   const int64_t j = (int64_t(column_block) * a.across + x) * V;
   const bool mine = y < down && j < a.n;

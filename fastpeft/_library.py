@@ -120,6 +120,11 @@ def _load_autograd():
 autograd, autograd_missing = _load_autograd()
 
 
+def triton_serves() -> bool:
+    """Whether Triton's kernels run on this machine's cards, as far as can be told."""
+    return has_triton() and FORCED in ("", "triton") and (bool(FORCED) or not cuda_unfit((0, 0)))
+
+
 def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
@@ -153,13 +158,15 @@ def define(
         library.impl(name, composite, "CPU")
         served["CPU"] = f"composite ({_why_composite('CPU', native, triton is not None)})"
 
-    if triton and has_triton() and FORCED in ("", "triton") and (FORCED or not cuda_unfit((0, 0))):
-        library.impl(name, triton, "CUDA", allow_override=True)
+    if triton and triton_serves():
+        if not _has_kernel(name, "CUDA"):  # csrc/autograd's forms what is short, and hands the rest over
+            library.impl(name, triton, "CUDA")
         served["CUDA"] = "triton"
-    elif _has_kernel(name, "CUDA") and not cuda_unfit(_native_cuda):
+    elif native and _has_kernel(name, "CUDA") and not cuda_unfit(_native_cuda):
         served["CUDA"] = "native"
     else:
-        library.impl(name, composite, "CUDA", allow_override=True)
+        if native or not _has_kernel(name, "CUDA"):  # csrc/autograd's products are ATen's
+            library.impl(name, composite, "CUDA", allow_override=True)
         served["CUDA"] = f"composite ({_why_composite('CUDA', native, triton is not None)})"
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

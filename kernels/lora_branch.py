@@ -1,6 +1,7 @@
 """The skinny half of a LoRA layer: everything of it but the product with W, at the rate memory gives.
 
-    S = D(x) A^T                                _lora_down_kernel: a program owns rows, over all their columns
+    S = D(x) A^T, and y_0 = b + s S B^T         _lora_rows_kernel: a program owns rows, over all their columns
+    dS = s dy B, and dx_0 = D'(dS A)            the same over dy
     dS = s dy B, dB^T = s S^T dy                _lora_pass_kernel over dy: DOWN and OUTER
     dA = dS^T D(x), dx_0 = D'(dS A)             over x: OUTER and UP
     y_0 = b + s S B^T                           over nothing: UP alone
@@ -19,15 +20,19 @@ import triton
 import triton.language as tl
 from fastpeft.kernels.card import ieee, padded, shared_memory, stages
 
-SUM = {"BLOCK_S": 16, "BLOCK": 256}
+SUM = {"BLOCK_S": 32, "BLOCK": 64}
+SHARES = 4  # of the columns, one for each warp
+LEAST_STEPS = 4  # of a span: what it leaves behind is then small beside what it reads
 PROGRAMS = 128  # one for each multiprocessor of an H100, each with 48 to 64 KB of loads under way: 3 TB/s at 700 ns ask for 16
 
 
 @triton.jit
 def kept(seed, counters, p, shape: tl.constexpr):
     """Which elements of a tile of this shape dropout keeps. One call of Philox gives four neighbouring columns their numbers: ``counters``
-    has a quarter of the tile's columns, each row's own numbers. Compared as integers: p 2^32 against all 32 bits."""
-    a, b, c, d = tl.randint4x(seed, counters)
+    has a quarter of the tile's columns, each row's own numbers. In 32 bits: of 64 each of its forty products is several instructions.
+    Compared as integers: p 2^32 against all 32 bits."""
+    low, high = counters.to(tl.uint32), (counters.to(tl.int64) >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, low * 0, low * 0)
     bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), shape)
     return bits.to(tl.uint32, bitcast=True) >= tl.cast(p * 4294967296.0, tl.uint32)
 
@@ -39,10 +44,13 @@ def dropped(x, seed_ptr, index, counters, p):
 
 
 @triton.jit(do_not_specialize=["M", "index"])
-def _lora_down_kernel(
-    x_ptr, a_ptr, seed_ptr, s_ptr, M, K, R, stride_xm, stride_ar, stride_ak, stride_sr, scaling, p, index,
-    DROP: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
+def _lora_rows_kernel(
+    x_ptr, a_ptr, b_ptr, bias_ptr, seed_ptr, s_ptr, up_ptr,
+    M, K, N, stride_xm, stride_ar, stride_ak, stride_bn, stride_br, stride_sr, scaling, up_scaling, p, index, R: tl.constexpr,
+    UP: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, IEEE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
+    """S = scaling D(x) A^T, and from it UP = bias + up_scaling D'(S B^T)."""
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = x_ptr.dtype.element_ty
     offs_m, offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
@@ -58,60 +66,125 @@ def _lora_down_kernel(
         x = tl.load(x_ptr + offs_m[None, :, None] * stride_xm + offs_k[:, None, :], mask=mask, other=0.0)  # [SHARES, BLOCK_M, columns]
         a_ptrs = a_ptr + offs_r * stride_ar + offs_k[:, :, None] * stride_ak
         a = tl.load(a_ptrs, mask=mask_k[:, :, None] & mask_r, other=0.0).to(dtype)
-        if DROP:
+        if DROP_IN:
             counters = offs_m[None, :, None] * tl.cdiv(K, 4) + k // 4 + quarter[:, None, :]
             x = dropped(x, seed_ptr, index, counters, p).to(dtype)
         s = tl.dot(x, a, s, input_precision=precision)
-    s = (tl.sum(s, 0) * scaling).to(s_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
-    tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], s, mask=mask_m[:, None] & mask_r)
+    rows = (tl.sum(s, 0) * scaling).to(s_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
+    tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], rows, mask=mask_m[:, None] & mask_r)
+    if UP:
+        rows = tl.broadcast_to(rows.to(dtype)[None, :, :], (SHARES, BLOCK_M, BLOCK_R))
+        for n in range(0, N, BLOCK_K):
+            offs_n = n + offs_w
+            mask_n = offs_n < N
+            b_ptrs = b_ptr + offs_r[None, :, None] * stride_br + offs_n[:, None, :] * stride_bn
+            b = tl.load(b_ptrs, mask=mask_r[None, :, None] & mask_n[:, None, :], other=0.0).to(dtype)
+            up = tl.dot(rows, b, input_precision=precision) * up_scaling  # [SHARES, BLOCK_M, columns]
+            if DROP_OUT:
+                counters = offs_m[None, :, None] * tl.cdiv(N, 4) + n // 4 + quarter[:, None, :]
+                up = dropped(up, seed_ptr, index, counters, p)
+            if HAS_BIAS:
+                up += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None, :]
+            up_ptrs = up_ptr + offs_m[None, :, None] * N + offs_n[:, None, :]
+            tl.store(up_ptrs, up.to(dtype), mask=mask_m[None, :, None] & mask_n[:, None, :])
 
 
 @triton.jit(do_not_specialize=["M", "STEPS", "index"])
 def _lora_pass_kernel(
     x_ptr, t_ptr, f_ptr, bias_ptr, seed_ptr, outer_ptr, down_ptr, up_ptr,
-    M, C, R, STEPS, stride_xm, stride_tr, stride_fr, stride_fc, scaling, p, index,
+    M, C, STEPS, stride_xm, stride_tr, stride_fr, stride_fc, scaling, p, index, R: tl.constexpr,
     OUTER: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    IEEE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    SHARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUTER: scaling T^T D(x). DOWN: scaling x F^T. UP: bias + scaling D(T F). T [M, R] (its rows at stride_tr), F [R, C]."""
     pid_c, pid_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = x_ptr.dtype.element_ty
-    offs_c, offs_r = pid_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    if EVEN:  # T's mask is then alike for 16 rows: loads of 16 bytes, fetched ahead; numbers of 2 bytes alone are not
+        M = M // 16 * 16
+    # every warp has a share of the columns to itself: DOWN as one product of 16 outputs a row was made by each of eight warps again
+    offs_w = tl.arange(0, SHARES)[:, None] * (BLOCK_C // SHARES) + tl.arange(0, BLOCK_C // SHARES)  # [SHARES, columns]
+    quarter = tl.arange(0, SHARES)[:, None] * (BLOCK_C // SHARES // 4) + tl.arange(0, BLOCK_C // SHARES // 4)
+    offs_c, offs_r = pid_c * BLOCK_C + offs_w, tl.arange(0, BLOCK_R)
     mask_c, mask_r = offs_c < C, offs_r < R
-    if DOWN or UP:
-        f = tl.load(f_ptr + offs_r[:, None] * stride_fr + offs_c * stride_fc, mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
-    outer = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if DOWN:
+        f_ptrs = f_ptr + offs_r * stride_fr + offs_c[:, :, None] * stride_fc
+        f_down = tl.load(f_ptrs, mask=mask_c[:, :, None] & mask_r, other=0.0).to(dtype)  # [SHARES, columns, BLOCK_R]
+    if UP:
+        f_ptrs = f_ptr + offs_r[None, :, None] * stride_fr + offs_c[:, None, :] * stride_fc
+        f_up = tl.load(f_ptrs, mask=mask_r[None, :, None] & mask_c[:, None, :], other=0.0).to(dtype)  # [SHARES, BLOCK_R, columns]
+    outer = tl.zeros((SHARES, BLOCK_R, BLOCK_C // SHARES), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        mask = mask_m[:, None] & mask_c
-        counters = offs_m[:, None] * tl.cdiv(C, 4) + pid_c * (BLOCK_C // 4) + tl.arange(0, BLOCK_C // 4)
+        mask = mask_m[None, :, None] & mask_c[:, None, :]
+        counters = offs_m[None, :, None] * tl.cdiv(C, 4) + pid_c * (BLOCK_C // 4) + quarter[:, None, :]
         if OUTER or DOWN:
-            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
+            x_ptrs = x_ptr + offs_m[None, :, None] * stride_xm + offs_c[:, None, :]
+            x = tl.load(x_ptrs, mask=mask, other=0.0)  # [SHARES, BLOCK_M, columns]
         if OUTER:
             t = tl.load(t_ptr + offs_r[:, None] * stride_tr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
         if DOWN:
-            part = tl.dot(x, tl.trans(f), input_precision=precision) * scaling  # [BLOCK_M, BLOCK_R]
+            part = tl.sum(tl.dot(x, f_down, input_precision=precision), 0) * scaling  # [BLOCK_M, BLOCK_R]
             tl.store(down_ptr + (pid_c * R + offs_r) * M + offs_m[:, None], part, mask=mask_m[:, None] & mask_r)
         if UP:
             # read apart from t: one load in two layouts is not fetched ahead
             rows = tl.load(t_ptr + offs_r * stride_tr + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0).to(dtype)
-            up = tl.dot(rows, f, input_precision=precision) * scaling  # [BLOCK_M, BLOCK_C]
+            rows = tl.broadcast_to(rows[None, :, :], (SHARES, BLOCK_M, BLOCK_R))
+            up = tl.dot(rows, f_up, input_precision=precision) * scaling  # [SHARES, BLOCK_M, columns]
             if DROP:
                 up = dropped(up, seed_ptr, index, counters, p)
             if HAS_BIAS:
-                up += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            up_ptrs = up_ptr + offs_m[:, None] * C + offs_c
+                up += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None, :]
+            up_ptrs = up_ptr + offs_m[None, :, None] * C + offs_c[:, None, :]
             if ACCUMULATE:
                 up += tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
             tl.store(up_ptrs, up.to(dtype), mask=mask)
         if OUTER:
             if DROP:
                 x = dropped(x, seed_ptr, index, counters, p).to(dtype)
-            outer = tl.dot(t, x, outer, input_precision=precision)  # [BLOCK_R, BLOCK_C]
+            t = tl.broadcast_to(t[None, :, :], (SHARES, BLOCK_R, BLOCK_M))
+            outer = tl.dot(t, x, outer, input_precision=precision)  # [SHARES, BLOCK_R, columns]
     if OUTER:
-        tl.store(outer_ptr + (pid_s * R + offs_r[:, None]) * C + offs_c, outer * scaling, mask=mask_r[:, None] & mask_c)
+        outer_ptrs = outer_ptr + (pid_s * R + offs_r[None, :, None]) * C + offs_c[:, None, :]
+        tl.store(outer_ptrs, outer * scaling, mask=mask_r[None, :, None] & mask_c[:, None, :])
+
+
+@triton.jit(do_not_specialize=["M", "STEPS", "index"])
+def _lora_outer_kernel(
+    x_ptr, ds_ptr, dy_ptr, s_ptr, seed_ptr, da_ptr, db_ptr, M, K, N, STEPS, stride_xm, stride_dm, stride_dr, stride_sr, scaling, p, index,
+    R: tl.constexpr, DROP: tl.constexpr, IEEE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The parts of dA = dS^T D(x) and of dB^T = scaling S^T dy: the first programs have columns of x, the others of dy."""
+    pid_c, pid_s, columns = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.cdiv(K, BLOCK_C)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = x_ptr.dtype.element_ty
+    if EVEN:
+        M = M // 16 * 16
+    of_x, C, factor = pid_c < columns, K, 1.0
+    if not of_x:
+        x_ptr, stride_xm, ds_ptr, stride_dr, da_ptr = dy_ptr, stride_dm, s_ptr, stride_sr, db_ptr
+        C, factor, pid_c = N, scaling, pid_c - columns
+    offs_w = tl.arange(0, SHARES)[:, None] * (BLOCK_C // SHARES) + tl.arange(0, BLOCK_C // SHARES)  # [SHARES, columns]
+    quarter = tl.arange(0, SHARES)[:, None] * (BLOCK_C // SHARES // 4) + tl.arange(0, BLOCK_C // SHARES // 4)
+    offs_c, offs_r = pid_c * BLOCK_C + offs_w, tl.arange(0, BLOCK_R)
+    mask_c, mask_r = offs_c < C, offs_r < R
+    outer = tl.zeros((SHARES, BLOCK_R, BLOCK_C // SHARES), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        x_ptrs = x_ptr + offs_m[None, :, None] * stride_xm + offs_c[:, None, :]
+        x = tl.load(x_ptrs, mask=mask_m[None, :, None] & mask_c[:, None, :], other=0.0)  # [SHARES, BLOCK_M, columns]
+        t = tl.load(ds_ptr + offs_r[:, None] * stride_dr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
+        if DROP:
+            counters = offs_m[None, :, None] * tl.cdiv(C, 4) + pid_c * (BLOCK_C // 4) + quarter[:, None, :]
+            x = tl.where(of_x, dropped(x, seed_ptr, index, counters, p).to(dtype), x)
+        t = tl.broadcast_to(t[None, :, :], (SHARES, BLOCK_R, BLOCK_M))
+        outer = tl.dot(t, x, outer, input_precision=precision)  # [SHARES, BLOCK_R, columns]
+    outer_ptrs = da_ptr + (pid_s * R + offs_r[None, :, None]) * C + offs_c[:, None, :]
+    tl.store(outer_ptrs, outer * factor, mask=mask_r[None, :, None] & mask_c[:, None, :])
 
 
 @triton.jit
@@ -139,35 +212,42 @@ def _lora_sum_kernel(
 
 
 def _down_blocks(M: int, R: int, itemsize: int, shared: int) -> dict:
-    """As many rows a program as leave PROGRAMS programs; tiles of x and A up to 20 KB together, three of four stages under way. tl.dot
-    takes no share of fewer than 16 columns."""
-    rows = 64 if M >= 64 * PROGRAMS and R <= 64 else 32 if M >= 32 * PROGRAMS and R <= 64 else 16
-    shares, both = 64 // rows, (rows + padded(R)) * itemsize
-    columns = max(16 * shares, 1 << ((20480 // both).bit_length() - 1))
-    tile = {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": padded(R), "SHARES": shares}
-    return tile | {"num_warps": 4, "num_stages": stages(4, columns * both, shares * rows * padded(R) * 4, shared)}
+    """As many rows a program as leave PROGRAMS programs, so that two share a multiprocessor at 8192 rows; tiles of x and A up to 24 KB
+    together, three of four stages under way. tl.dot takes no share of fewer than 16 columns."""
+    rows = 32 if M >= 32 * PROGRAMS and R <= 64 else 16
+    both = (rows + padded(R)) * itemsize
+    columns = max(16 * SHARES, 1 << ((24576 // both).bit_length() - 1))
+    tile = {"BLOCK_M": rows, "BLOCK_K": columns, "R": R, "BLOCK_R": padded(R), "SHARES": SHARES}
+    return tile | {"num_warps": SHARES, "num_stages": stages(4, columns * both, SHARES * rows * padded(R) * 4, shared)}
 
 
-def project_down(x, A, s, scaling=1.0, p=0.0, seed=None, index=0):
-    """s [R, M] = scaling A D(x)^T."""
+def project_down(x, A, s, scaling=1.0, *, B=None, up=None, bias=None, up_scaling=1.0, p=0.0, p_up=0.0, seed=None, index=0):
+    """s [R, M] = scaling A D(x)^T, with dropout ``p``; and where ``up`` [M, N] is given, up = bias + up_scaling D'(s^T B^T), B [N, R],
+    with dropout ``p_up``, in the same launch."""
     (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size(), shared_memory(x))
     if M:
-        _lora_down_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
-            x_ptr=x, a_ptr=A, seed_ptr=seed, s_ptr=s, M=M, K=K, R=R, stride_xm=x.stride(0), stride_ar=A.stride(0),
-            stride_ak=A.stride(1), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0, IEEE=ieee(), **blocks,
+        _lora_rows_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
+            x_ptr=x, a_ptr=A, b_ptr=B, bias_ptr=bias, seed_ptr=seed, s_ptr=s, up_ptr=up, M=M, K=K, N=0 if up is None else up.shape[1],
+            stride_xm=x.stride(0), stride_ar=A.stride(0), stride_ak=A.stride(1), stride_bn=0 if B is None else B.stride(0),
+            stride_br=1 if B is None else B.stride(1), stride_sr=s.stride(0), scaling=scaling, up_scaling=up_scaling, p=max(p, p_up),
+            index=index, UP=up is not None, DROP_IN=p > 0.0, DROP_OUT=p_up > 0.0, HAS_BIAS=bias is not None, IEEE=ieee(), **blocks,
         )  # fmt: skip
 
 
-def _pass_blocks(C: int, R: int, x_size: int, t_size: int, shared: int, *, outer=False, down=False, up=False, drop=False) -> dict:
-    """Tiles of 16 KB, four stages. DOWN's are wide and low where they may be: the wider, the fewer partial sums of dS (32 rows of 512
-    columns kept 255 registers and spilled 200 under Triton 3.6). UP with dropout, or in float32, spilled at 256 columns."""
-    wide, crowded = down and C >= 2048 and R <= 32, up and (drop or x_size > 2)
-    columns, rows = 64 if R > 64 else 128 if R > 32 or crowded else 512 if wide else 256, 16 if wide else 32
-    columns = columns * 2 // x_size
+def _pass_blocks(R: int, x_size: int, t_size: int, shared: int, *, outer=False, down=False, up=False, drop=False) -> dict:
+    """Tiles of 16 KB, or of 8 KB where what is added to dx takes registers too; four stages. Three or more programs share an H100's
+    multiprocessor: with one of eight warps each wait was one for all, and dy's pass took three times a copy's time."""
+    columns = (64 if R > 64 else 128 if R > 32 else 256) * 2 // x_size
+    rows = 16 if (outer and up) or x_size > 2 or R > 32 else 32
     tile = (outer or down) * rows * columns * x_size + (outer + up) * padded(R) * rows * t_size  # of x, and of T in each of its layouts
-    fixed = (down or up) * padded(R) * columns * x_size + up * rows * columns * x_size + down * rows * padded(R) * 4
-    blocks = {"BLOCK_M": rows, "BLOCK_C": columns, "BLOCK_R": padded(R), "num_warps": 8}
+    fixed = (down or up) * padded(R) * columns * x_size + up * rows * columns * x_size + down * SHARES * rows * padded(R) * 4
+    blocks = {"BLOCK_M": rows, "BLOCK_C": columns, "R": R, "BLOCK_R": padded(R), "SHARES": SHARES, "num_warps": SHARES}
     return blocks | {"STAGES": stages(4, tile, fixed, shared)}
+
+
+def fits_one_pass(x, R: int) -> bool:
+    """Whether DOWN and OUTER share a pass: together they spilled a thousand registers in float32, and forty at more than 64 ranks."""
+    return x.element_size() == 2 and R <= 64
 
 
 def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=1.0, accumulate=False, p=0.0, seed=None, index=0):
@@ -177,22 +257,40 @@ def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=
     M, C = x.shape
     R = (f if t is None else t).shape[0]
     t_size, flags = 4 if t is None else t.element_size(), {"outer": outer, "down": down is not None, "up": up is not None, "drop": p > 0.0}
-    blocks = _pass_blocks(C, R, x.element_size(), t_size, shared_memory(x), **flags)
+    blocks = _pass_blocks(R, x.element_size(), t_size, shared_memory(x), **flags)
     columns, row_blocks = triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
-    steps = max(1, triton.cdiv(row_blocks, max(1, PROGRAMS // columns * (1 if outer or down is not None else 4))))
+    # what only writes holds no sums, and needs no spans of rows
+    steps = max(LEAST_STEPS, triton.cdiv(row_blocks, max(1, 3 * PROGRAMS // columns))) if outer or down is not None else 2
     spans = triton.cdiv(row_blocks, steps)
     sums = x.new_empty(spans if outer else 0, R, C, dtype=torch.float32)
     parts = down if columns == 1 or down is None else x.new_empty(columns, R, M, dtype=torch.float32)
     if spans and columns:
         _lora_pass_kernel[(columns, spans)](
-            x_ptr=x, t_ptr=t, f_ptr=f, bias_ptr=bias, seed_ptr=seed, outer_ptr=sums, down_ptr=parts, up_ptr=up, M=M, C=C, R=R, STEPS=steps,
+            x_ptr=x, t_ptr=t, f_ptr=f, bias_ptr=bias, seed_ptr=seed, outer_ptr=sums, down_ptr=parts, up_ptr=up, M=M, C=C, STEPS=steps,
             stride_xm=x.stride(0), stride_tr=0 if t is None else t.stride(0), stride_fr=0 if f is None else f.stride(0),
             stride_fc=1 if f is None else f.stride(1), scaling=scaling, p=p, index=index, OUTER=outer, DOWN=down is not None,
-            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, IEEE=ieee(), **blocks,
+            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, ACCUMULATE=accumulate, IEEE=ieee(), EVEN=M % 16 == 0, **blocks,
         )  # fmt: skip
     if parts is not down:
         torch.sum(parts, 0, out=down)
     return sums if outer else None
+
+
+def outer_products(x, ds, dy, s, scaling=1.0, p=0.0, seed=None, index=0):
+    """The parts of dA [spans, R, K] = dS^T D(x) and of dB^T [spans, R, N] = scaling S^T dy, in one launch; dS and S [R, M]."""
+    (M, K), N, R = x.shape, dy.shape[1], s.shape[0]
+    blocks = _pass_blocks(R, x.element_size(), s.element_size(), shared_memory(x), outer=True)
+    columns, row_blocks = triton.cdiv(K, blocks["BLOCK_C"]) + triton.cdiv(N, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
+    steps = max(LEAST_STEPS, triton.cdiv(row_blocks, max(1, 3 * PROGRAMS // columns)))
+    spans = triton.cdiv(row_blocks, steps)
+    da, db = (x.new_empty(spans, R, C, dtype=torch.float32) for C in (K, N))
+    if spans:
+        _lora_outer_kernel[(columns, spans)](
+            x_ptr=x, ds_ptr=ds, dy_ptr=dy, s_ptr=s, seed_ptr=seed, da_ptr=da, db_ptr=db, M=M, K=K, N=N, STEPS=steps, stride_xm=x.stride(0),
+            stride_dm=dy.stride(0), stride_dr=ds.stride(0), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0,
+            IEEE=ieee(), EVEN=M % 16 == 0, **blocks,
+        )  # fmt: skip
+    return da, db
 
 
 def reduce_grads(da, A, db, B):
@@ -213,30 +311,37 @@ def reduce_grads(da, A, db, B):
 def aot_cases(shared: int):
     """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
     for dtype, size in (("fp32", 4), ("bf16", 2)):
-        types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "bias", "s", "t", "f", "up")} | {"seed_ptr": "*i64"}
-        types |= dict.fromkeys(("outer_ptr", "down_ptr"), "*fp32") | dict.fromkeys(("scaling", "p"), "fp32")
-        strides = (f"stride_{n}" for n in ("xm", "ar", "sr", "tr", "fr", "fc"))
-        types |= dict.fromkeys(("M", "K", "C", "R", "STEPS", "index", *strides), "i32")
-        off = dict.fromkeys(("DROP", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP"), False) | {"IEEE": True}
-        cases = [(f"down/{M}", _lora_down_kernel, _down_blocks(M, 16, size, shared) | {"stride_ak": 1}, {}) for M in (2048, 8192)]
-        cases.append(("down/drop", _lora_down_kernel, _down_blocks(8192, 16, size, shared) | {"stride_ak": 1, "DROP": True}, {}))
-        cases.append(("down/r128", _lora_down_kernel, _down_blocks(8192, 128, size, shared) | {"stride_ak": 1}, {}))
+        types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "b", "bias", "s", "t", "f", "up", "ds", "dy")} | {"seed_ptr": "*i64"}
+        types |= dict.fromkeys(("outer_ptr", "down_ptr", "da_ptr", "db_ptr"), "*fp32")
+        types |= dict.fromkeys(("scaling", "up_scaling", "p"), "fp32")
+        strides = (f"stride_{n}" for n in ("xm", "ar", "ak", "bn", "br", "sr", "tr", "fr", "fc", "dm", "dr"))
+        types |= dict.fromkeys(("M", "K", "N", "C", "STEPS", "index", *strides), "i32")
+        flags = ("DROP", "DROP_IN", "DROP_OUT", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP")
+        off = dict.fromkeys(flags, False) | {"IEEE": True, "EVEN": True}
+        S, y = {"stride_ak": 1}, {"stride_ak": 1, "stride_br": 1, "UP": True}  # A and B as they lie
+        dx = {"stride_ar": 1, "stride_bn": 1, "UP": True}  # B and A transposed
+        cases = []
+        for name, rows, R, special in (
+            ("S/2048", 2048, 8, S), ("S", 8192, 8, S), ("S/r128", 8192, 128, S),
+            ("S and y", 8192, 8, y | {"HAS_BIAS": True}), ("S and y/drop", 8192, 8, y | {"DROP_IN": True}), ("dS and dx", 8192, 8, dx),
+            ("dS and dx/drop", 8192, 8, dx | {"DROP_OUT": True}),
+        ):  # fmt: skip
+            cases.append((name, _lora_rows_kernel, _down_blocks(rows, R, size, shared) | special, {}))
 
-        def along_case(name, C, R, t_size, special, dtype=dtype, size=size, **flags):
-            blocks = _pass_blocks(C, R, size, t_size, shared, **flags)
+        def along_case(name, R, t_size, special, dtype=dtype, size=size, **flags):
+            blocks = _pass_blocks(R, size, t_size, shared, **flags)
             blocks |= {flag.upper(): on for flag, on in flags.items()} | special
             return name, _lora_pass_kernel, blocks, {"t_ptr": "*fp32"} if t_size == 4 else {}
 
-        sizes = ((768, 16), (4096, 16), (4096, 128)) if size == 2 else ()
-        rank = lambda R: f"/r{R}" if R > 16 else ""
-        cases += [along_case(f"dy/{C}{rank(R)}", C, R, size, {"stride_fr": 1}, outer=True, down=True) for C, R in sizes]
-        for R in (16, 128):
-            cases.append(along_case("x and dx" + rank(R), 4096, R, 4, {"stride_fc": 1}, outer=True, up=True))
-        cases.append(along_case("x and dx/drop", 4096, 16, 4, {"stride_fc": 1}, outer=True, up=True, drop=True))
-        cases.append(along_case("x", 4096, 16, 4, {"stride_fc": 1}, outer=True))
-        cases.append(along_case("y", 4096, 16, size, {"stride_fr": 1, "HAS_BIAS": True}, up=True))
-        parts = {"a_ptr": "*fp32", "b_ptr": "*fp32"} | dict.fromkeys(("SPANS_A", "SPANS_B", "N"), "i32")
-        parts |= dict.fromkeys(("stride_as", "stride_bs"), "i32") | dict.fromkeys(("da_ptr", "db_ptr"), "*fp32")
+        if size == 2:  # both in one pass in 16 bit alone
+            cases += [along_case(f"dy/r{R}", R, size, {"stride_fr": 1}, outer=True, down=True) for R in (8, 64)]
+        cases += [along_case(f"x and dx/r{R}", R, 4, {"stride_fc": 1}, outer=True, up=True) for R in (8, 128)]
+        cases.append(along_case("x and dx/drop", 8, 4, {"stride_fc": 1}, outer=True, up=True, drop=True))
+        cases.append(along_case("x", 8, 4, {"stride_fc": 1}, outer=True))
+        cases.append(along_case("y", 8, size, {"stride_fr": 1, "HAS_BIAS": True}, up=True))
+        cases += [(f"both/r{R}", _lora_outer_kernel, _pass_blocks(R, size, size, shared, outer=True), {}) for R in (8, 128)]
+        parts = {"a_ptr": "*fp32", "b_ptr": "*fp32"} | dict.fromkeys(("SPANS_A", "SPANS_B", "R"), "i32")
+        parts |= dict.fromkeys(("stride_as", "stride_bs"), "i32")
         cases += [("sum", _lora_sum_kernel, SUM | {"FIRST": 0, "num_warps": 4}, parts)] * (size == 4)
         for name, kernel, constants, special in cases:
             constants = off | constants

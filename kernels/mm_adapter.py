@@ -22,7 +22,8 @@ from fastpeft.kernels.card import ieee, padded, shared_memory, stages
 from fastpeft.kernels.lora_branch import kept
 
 PROGRAMS = 128  # a launch's least, where the rows give it: one for each multiprocessor of an H100
-BLOCK_M, DW_ROWS, WARPS, STAGES, SUM = 16, 32, 4, 4, 1024
+BLOCK_M, DW_ROWS, WARPS, STAGES = 16, 32, 4, 4
+SUM = {"BLOCK_S": 16, "BLOCK": 256}
 
 
 @triton.jit
@@ -192,9 +193,10 @@ def _mm_adapter_dw_kernel(
             rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         if NEED_UP:
             mask_a = mask_m[:, None] & (offs_k < 2 * H)
-            a = tl.load(a_ptr + offs_m[:, None] * H + _entry(offs_k, PER), mask=mask_a, other=1.0)  # 1: the columns of b_0 and b_1
+            a = tl.load(a_ptr + offs_m[:, None] * H + _entry(offs_k, PER), mask=mask_a, other=0.0)  # fetched ahead, as no 1 beside it is
+            a = tl.where(offs_k < 2 * H, a.to(tl.float32), 1.0)  # the columns of b_0 and b_1
             w0, w1 = _routes(route_ptr, offs_m, mask_m, TOKENS, 1.0)
-            mixed = (a.to(tl.float32) * tl.where(expert == 0, w0, tl.where(expert == 1, w1, 0.0))).to(dtype)  # [BLOCK_M, BLOCK_K]
+            mixed = (a * tl.where(expert == 0, w0, tl.where(expert == 1, w1, 0.0))).to(dtype)  # [BLOCK_M, BLOCK_K]
             up = tl.dot(tl.trans(mixed), g, up, input_precision=precision)
         if NEED_DOWN:
             da = tl.load(da_ptr + offs_m[:, None] * H + offs_h, mask=mask_m[:, None] & mask_h, other=0.0)  # [BLOCK_M, BLOCK_H]
@@ -224,13 +226,16 @@ def _mm_adapter_dw_kernel(
 @triton.jit(do_not_specialize=["SPANS"])
 def _mm_adapter_sum_kernel(
     sums_ptr, gamma_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, C, SPANS,
-    NEED_UP: tl.constexpr, NEED_DOWN: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_UP: tl.constexpr, NEED_DOWN: tl.constexpr, NORM: tl.constexpr, H: tl.constexpr, PER: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size = (2 * PER + 2 + H) * C + H
     total = tl.zeros((BLOCK,), tl.float32)
-    for span in range(0, SPANS):
-        total += tl.load(sums_ptr + span * size + offs, mask=offs < size, other=0.0)
+    for span in range(0, SPANS, BLOCK_S):
+        offs_s = span + tl.arange(0, BLOCK_S)
+        mask = (offs_s < SPANS)[:, None] & (offs < size)
+        total += tl.sum(tl.load(sums_ptr + offs_s[:, None].to(tl.int64) * size + offs, mask=mask, other=0.0), 0)  # [BLOCK]
     if NEED_UP:
         tl.store(up_ptr + offs, total.to(up_ptr.dtype.element_ty), mask=offs < 2 * PER * C)
         offs_b = offs - 2 * PER * C
@@ -297,7 +302,7 @@ def _weight_grads(g2, x2, rstd, a, da, routing, gamma, grads, scale, common, nee
     (M, C), H, per, norm = g2.shape, da.shape[1], common["PER"], rstd is not None
     width, rows = _dw_columns(H, g2.element_size()), triton.cdiv(M, DW_ROWS)
     columns = triton.cdiv(C, width)
-    steps = max(1, triton.cdiv(rows, max(1, PROGRAMS // columns)))
+    steps = max(1, triton.cdiv(rows, max(1, 3 * PROGRAMS // columns)))  # three share a multiprocessor: while one waits, others read
     spans, size = triton.cdiv(rows, steps), (2 * per + 2 + H) * C + H
     sums = g2.new_empty(spans, size, dtype=torch.float32)
     dgamma = g2.new_empty(spans if need_gamma else 0, C, dtype=torch.float32)
@@ -308,9 +313,9 @@ def _weight_grads(g2, x2, rstd, a, da, routing, gamma, grads, scale, common, nee
             stride_xm=x2.stride(0), STEPS=steps, scale=scale, NEED_GAMMA=need_gamma, BLOCK_M=DW_ROWS, BLOCK_C=width,
             num_warps=WARPS, num_stages=STAGES if H <= 32 else 2, **flags, **common | {"BLOCK_K": padded(2 * H + 2)},
         )  # fmt: skip
-    _mm_adapter_sum_kernel[(triton.cdiv(size, SUM),)](
+    _mm_adapter_sum_kernel[(triton.cdiv(size, SUM["BLOCK"]),)](
         sums_ptr=sums, gamma_ptr=gamma, up_ptr=dw_up, up_bias_ptr=db_up, down_ptr=dw_down, down_bias_ptr=db_down, C=C,
-        SPANS=spans, H=H, PER=per, BLOCK=SUM, num_warps=4, **flags | {"NORM": norm and not need_gamma},
+        SPANS=spans, H=H, PER=per, num_warps=4, **SUM, **flags | {"NORM": norm and not need_gamma},
     )  # fmt: skip
     return dgamma
 
@@ -382,7 +387,7 @@ def aot_cases(shared: int):
             rows, columns = constants(8, norm)
             cases += [(f"norm={norm}/fwd", _mm_adapter_fwd_kernel, rows), (f"norm={norm}/dx", _mm_adapter_dx_kernel, rows)]
             cases.append((f"norm={norm}/dw", _mm_adapter_dw_kernel, columns))
-        cases.append(("sum", _mm_adapter_sum_kernel, columns | {"BLOCK": SUM}))
+        cases.append(("sum", _mm_adapter_sum_kernel, columns | SUM))
         rows, columns = constants(64, True, drop=True)
         cases += [("h64/fwd", _mm_adapter_fwd_kernel, rows), ("h64/dx", _mm_adapter_dx_kernel, rows)]
         cases.append(("h64/dw", _mm_adapter_dw_kernel, columns))

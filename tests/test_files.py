@@ -189,3 +189,41 @@ def test_permissions_are_those_of_the_umask(tmp_path, mask):
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "out/of_others", "text", "tensors")]
     assert modes == [0o777 & ~mask, *[0o666 & ~mask] * 3]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "checkpoint"
+    for text in ("one", "two"):
+        with atomic_folder(folder) as draft:
+            (draft / "a").write_text(text)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as draft:
+        (draft / "a").write_text("three")
+        raise KeyboardInterrupt
+    assert (folder / "a").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_survives_a_failing_rename(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "checkpoint", os.replace
+    monkeypatch.setattr("fastpeft.files._exchange", lambda draft, folder: False)
+    with atomic_folder(folder) as draft:
+        (draft / "a").write_text("one")
+
+    def rename(a, b):
+        if "-new-" in str(a):
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    monkeypatch.setattr("os.replace", rename)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as draft:
+        (draft / "a").write_text("two")
+    assert (folder / "a").read_text() == "one" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path):
+    """Killed between the two renames: the folder stands under another name, beside the finished draft."""
+    folder = tmp_path / "checkpoint"
+    for left, text in ((".checkpoint-old-x/old", "one"), (".checkpoint-new-y", "two"), (".checkpoint-new-z", "three")):
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "a").write_text(text)
+    recover_folder(folder)
+    assert (folder / "a").read_text() == "one" and list(tmp_path.iterdir()) == [folder]

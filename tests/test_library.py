@@ -88,5 +88,5 @@ def test_the_table_of_backends():
                 assert name not in table
                 table[name] = () if cells[1] == "none" else (cells[1],)
     assert table == _library.forms_of()
-    csrc = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cpp"))
+    csrc = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.c*"))
     assert {name for name in table if re.search(rf'"{name}[("]', csrc)} == {name for name, form in table.items() if form == ("native",)}

@@ -12,7 +12,7 @@ from fastpeft.ops.attention import attention
 from fastpeft.ops.excitor_keys import excitor_keys, excitor_keys_reference
 
 SHAPES = [(1, 32, 512, 128), (1, 32, 1024, 128)]  # B, H, M, d: LLaMA-7B
-GPU_SHAPES = [(1, 32, 4096, 128), (4, 32, 512, 128)]  # what the merge moves grows with the tokens, attention with their square
+GPU_SHAPES = [(4, 32, 2048, 128), (4, 32, 512, 128)]  # what the merge moves grows with the tokens, attention with their square
 R, K, V, D = 16, 30, 257, 768
 
 

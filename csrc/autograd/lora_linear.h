@@ -1,6 +1,8 @@
 // Linear layers with LoRA branches: their Function, and their products on CPU tensors. Equations, what is saved and why, and the same in
 // Python: fastpeft/ops/lora_linear.py.
 #pragma once
+#include <limits>
+
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -157,21 +159,38 @@ py::object lora_linears(
   return py::cast(released([&] { return LoRALinears::apply(call, *x, at::TensorList(tensors)); }));
 }
 
-// The products on CPU tensors, as fastpeft/ops/lora_linear.py's _fwd and _bwd form them: those serve whatever is not plain here.
-py::object *composite_fwd = nullptr, *composite_bwd = nullptr;
+// The products, as fastpeft/ops/lora_linear.py's _fwd and _bwd form them on CPU tensors; on a GPU those of calls whose kernels are so short
+// that forming them without Python counts for more. What is not plain here is handed to Python: its _fwd and _bwd, or Triton's launchers.
+struct InPython {
+  py::object *fwd = nullptr, *bwd = nullptr;
+};
+InPython on_cpu, on_cuda;
 
-// Whether all are of one dtype that every CPU multiplies in, without dropout.
+// Calls of at most so many elements of x or of one y are formed here on a GPU: all of them, as measured (fastpeft/ops/lora_linear.py).
+int64_t most_on_cuda = std::numeric_limits<int64_t>::max();
+
+// Whether weights, biases and gradients have x's dtype, one that the device multiplies in. Branches may have another on a GPU, where they
+// are cast; on a CPU they have the same, and no dropout.
 template <class... Lists>
-bool plain(const Tensor& x, double p, at::TensorList weights, const Lists&... lists) {
+bool plain(const Tensor& x, double p, bool gpu, at::TensorList weights, const MaybeList& As, const MaybeList& Bs, const Lists&... lists) {
   const auto dtype = x.scalar_type();
-  if (p != 0.0 || (dtype != at::kFloat && dtype != at::kDouble)) return false;
+  if ((p != 0.0 && !gpu) || !(dtype == at::kFloat || dtype == at::kDouble || (gpu && (dtype == at::kBFloat16 || dtype == at::kHalf)))) return false;
   const auto same = [&](const Maybe& t) { return !t || t->scalar_type() == dtype; };
   const auto all = [&](const MaybeList& list) {
     for (size_t i = 0; i < list.size(); ++i)
       if (!same(list.get(i))) return false;
     return true;
   };
-  return std::all_of(weights.begin(), weights.end(), same) && (all(lists) && ...);
+  return std::all_of(weights.begin(), weights.end(), same) && (gpu || (all(As) && all(Bs))) && (all(lists) && ...);
+}
+
+// Whether a GPU's call of this size is formed here; of float64 all are, for Triton's kernels accumulate in float32.
+bool few(const Tensor& x, at::TensorList weights, const MaybeList& As) {
+  if (x.scalar_type() == at::kDouble) return true;
+  int64_t widest = 0;
+  for (size_t i = 0; i < As.size(); ++i)
+    if (As.get(i)) widest = std::max({widest, weights[i].size(0), weights[i].size(1)});
+  return x.numel() / std::max<int64_t>(1, x.size(-1)) * widest <= most_on_cuda;
 }
 
 std::vector<int64_t> ranks_of(const MaybeList& As) {
@@ -184,37 +203,56 @@ Tensor stacked(const variable_list& parts) { return parts.size() == 1 ? parts[0]
 
 Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
-// s S B^T + b: the bias as one more rank, whose S is one.
-Tensor branch_and_bias(Tensor rows, const Tensor& B, const Maybe& bias, double scaling) {
+// scaling a b, rounded once: in a product's own epilogue, where a pass over the result is a launch more.
+Tensor scaled_product(const Tensor& a, const Tensor& b, double scaling) {
+  return at::empty({a.size(0), b.size(1)}, a.options()).addmm_(a, b, 0, scaling);
+}
+
+// x W^T + b + s S B^T. On a CPU the bias is one more rank, whose S is one: nothing but the product with W passes over y. On a GPU it is
+// in the epilogue of cuBLAS, behind which the branch is added.
+Tensor with_branch(const Tensor& x2, const Tensor& W, const Maybe& bias, Tensor rows, const Tensor& B, double scaling, bool gpu) {
+  if (gpu) {
+    if (bias) return at::linear(x2, W, bias).addmm_(rows.t(), B.t(), 1, scaling);
+    return scaled_product(rows.t(), B.t(), scaling).addmm_(x2, W.t());
+  }
   Tensor up = B.t().mul(scaling);
   if (bias) {
     rows = at::cat({rows, at::ones({1, rows.size(1)}, rows.options())});
     up = at::cat({up, bias->unsqueeze(0)});
   }
-  return at::mm(rows.t(), up);
+  return at::mm(rows.t(), up).addmm_(x2, W.t());
 }
 
-std::vector<Tensor> forward_cpu(
+// t under the mask that dropout draws for branch i: the same in both directions.
+Tensor masked(const Tensor& t, double p, const Maybe& seed, size_t i) {
+  static const auto op = find_op<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fastpeft::dropout");
+  return op.call(t, p, *seed, int64_t(i));
+}
+
+std::vector<Tensor> forward(
     const Tensor& x, at::TensorList weights, const MaybeList& biases, const MaybeList& As, const MaybeList& Bs,
-    at::ArrayRef<double> scalings, double p, const Maybe& seed) {
-  if (!plain(x, p, weights, biases, As, Bs)) {
-    const py::gil_scoped_acquire acquire;
-    return (*composite_fwd)(x, weights.vec(), biases.vec(), As.vec(), Bs.vec(), scalings.vec(), p, seed).cast<std::vector<Tensor>>();
-  }
+    at::ArrayRef<double> scalings, double p, const Maybe& seed, bool gpu) {
   const Tensor x2 = rows_of(x);
   const std::vector<int64_t> ranks = ranks_of(As);
   Tensor s = at::empty({std::accumulate(ranks.begin(), ranks.end(), int64_t(0)), x2.size(0)}, x2.options());
-  if (s.size(0)) {
+  if (s.size(0) && p == 0.0) {
     variable_list images;
     for (size_t i = 0; i < As.size(); ++i)
-      if (As.get(i)) images.push_back(*As.get(i));
+      if (As.get(i)) images.push_back(As.get(i)->to(x.scalar_type()));
     at::mm_out(s, stacked(images), x2.t());
   }
   std::vector<int64_t> sizes = x.sizes().vec();
   std::vector<Tensor> out;
   for (size_t i = 0, row = 0; i < weights.size(); row += ranks[i++]) {
-    Tensor y = As.get(i) ? branch_and_bias(s.narrow(0, row, ranks[i]), *Bs.get(i), biases.get(i), scalings[i]).addmm_(x2, weights[i].t())
-                         : at::linear(x2, weights[i], biases.get(i));
+    Tensor y;
+    if (As.get(i)) {
+      const Tensor B = Bs.get(i)->to(x.scalar_type());
+      Tensor low = s.narrow(0, row, ranks[i]);
+      if (p > 0.0) at::mm_out(low, As.get(i)->to(x.scalar_type()), masked(x2, p, seed, i).t());
+      y = with_branch(x2, weights[i], biases.get(i), low, B, scalings[i], gpu);
+    } else {
+      y = at::linear(x2, weights[i], biases.get(i));
+    }
     sizes.back() = weights[i].size(0);
     out.push_back(y.view(sizes));
   }
@@ -225,10 +263,13 @@ std::vector<Tensor> forward_cpu(
 // Up to this rank csrc's form serves (fastpeft/ops/low_rank_grads.py has the figures).
 constexpr int64_t kLowRank = 16;
 
-// (dS, dB), each where B or S is given.
-std::tuple<Tensor, Tensor> low_rank_grads(const Tensor& dy, const Maybe& B, const Maybe& S, double scaling) {
+// (dS, dB), each where B or S is given; in dy's dtype.
+std::tuple<Tensor, Tensor> low_rank_grads(const Tensor& dy, const Maybe& B, const Maybe& S, double scaling, bool gpu) {
   static const auto op = find_op<LowRankGrads>("fastpeft::low_rank_grads");
   if (!B && !S) return {};
+  if (gpu) {
+    return {B ? scaled_product(B->t(), dy.t(), scaling) : Tensor(), S ? scaled_product(dy.t(), S->t(), scaling) : Tensor()};
+  }
   const int64_t rank = B ? B->size(1) : S->size(0);
   if (rank <= kLowRank) {
     auto [dS, dB] = op.call(dy, B, S, scaling);
@@ -243,18 +284,19 @@ std::tuple<Tensor, Tensor> low_rank_grads(const Tensor& dy, const Maybe& B, cons
   return {dS, dB};
 }
 
-std::vector<Tensor> backward_cpu(
-    const MaybeList& dys, const Maybe& x, at::TensorList weights, const MaybeList& As, const MaybeList& Bs, const Maybe& s,
-    at::ArrayRef<double> scalings, double p, const Maybe& seed, bool need_dx, at::IntArrayRef needs) {
+std::vector<size_t> given(const MaybeList& dys) {
   std::vector<size_t> live;
   for (size_t i = 0; i < dys.size(); ++i)
     if (dys.get(i)) live.push_back(i);
+  return live;
+}
+
+std::vector<Tensor> backward(
+    const MaybeList& dys, const Maybe& x, at::TensorList weights, const MaybeList& As, const MaybeList& Bs, const Maybe& s,
+    at::ArrayRef<double> scalings, double p, const Maybe& seed, bool need_dx, at::IntArrayRef needs, bool gpu) {
+  const std::vector<size_t> live = given(dys);
   const Tensor& like = *dys.get(live.at(0));
-  if (!plain(like, p, weights, dys, As, Bs) || (x && x->scalar_type() != like.scalar_type())) {
-    const py::gil_scoped_acquire acquire;
-    return (*composite_bwd)(dys.vec(), x, weights.vec(), As.vec(), Bs.vec(), s, scalings.vec(), p, seed, need_dx, needs.vec())
-        .cast<std::vector<Tensor>>();
-  }
+  const auto dtype = like.scalar_type();
   const size_t n = dys.size();
   const std::vector<int64_t> ranks = ranks_of(As);
   const Tensor x2 = x ? rows_of(*x) : Tensor();
@@ -266,19 +308,25 @@ std::vector<Tensor> backward_cpu(
   for (size_t i : live) {
     flat[i] = rows_of(*dys.get(i));
     const bool branch = ranks[i] && (need_dx || needs[i] & DLA);
-    const Maybe low = needs[i] & DLB ? Maybe(parts[i]) : std::nullopt;
-    std::tie(ds[i], dBs[i]) = low_rank_grads(flat[i], branch ? Bs.get(i) : Maybe(), low, scalings[i]);
+    const Maybe up = branch ? Maybe(Bs.get(i)->to(dtype)) : std::nullopt, low = needs[i] & DLB ? Maybe(parts[i]) : std::nullopt;
+    std::tie(ds[i], dBs[i]) = low_rank_grads(flat[i], up, low, scalings[i], gpu);
     if (!branch) continue;
     branches.push_back(i);
     rows.push_back(ds[i]);
-    images.push_back(*As.get(i));
+    if (need_dx) images.push_back(As.get(i)->to(dtype));
   }
-  const Tensor stack = branches.empty() ? Tensor() : stacked(rows);  // the dS together: dx and dA take one product each
+  // without dropout the dS lie together: dx and dA take one product each
+  const Tensor stack = branches.empty() || p > 0.0 ? Tensor() : stacked(rows);
 
   std::vector<Tensor> grads;
   if (need_dx) {
     const size_t first = live[0];
-    Tensor dx = branches.empty() ? at::mm(flat[first], weights[first]) : at::mm(stack.t(), stacked(images)).addmm_(flat[first], weights[first]);
+    Tensor dx = stack.defined() ? at::mm(stack.t(), stacked(images)) : Tensor();
+    for (size_t k = 0; p > 0.0 && k < branches.size(); ++k) {
+      const Tensor part = masked(at::mm(rows[k].t(), images[k]), p, seed, branches[k]);
+      dx = dx.defined() ? dx.add_(part) : part;
+    }
+    dx = dx.defined() ? dx.addmm_(flat[first], weights[first]) : at::mm(flat[first], weights[first]);
     for (size_t k = 1; k < live.size(); ++k) dx.addmm_(flat[live[k]], weights[live[k]]);
     std::vector<int64_t> sizes = like.sizes().vec();
     sizes.back() = dx.size(1);
@@ -291,35 +339,90 @@ std::vector<Tensor> backward_cpu(
       trained.push_back(ds[i]);
       trained_ranks.push_back(ranks[i]);
     }
-  if (!trained.empty()) {
+  for (size_t i : live)
+    if (p > 0.0 && needs[i] & DLA) dAs[i] = at::mm(ds[i], masked(x2, p, seed, i)).to(As.get(i)->scalar_type());
+  if (!trained.empty() && p == 0.0) {
     const Tensor together = at::mm(trained.size() == branches.size() ? stack : at::cat(trained), x2);
     const variable_list split = together.split_with_sizes(trained_ranks);
     auto next = split.begin();
-    for (size_t i : live)
-      if (needs[i] & DLA) dAs[i] = split.size() == 1 ? *next++ : (next++)->clone();  // an op's outputs share no storage
+    for (size_t i : live) {
+      if (!(needs[i] & DLA)) continue;
+      const auto own = As.get(i)->scalar_type();
+      // an op's outputs share no storage
+      dAs[i] = split.size() == 1 || own != dtype ? (*next++).to(own) : (next++)->clone();
+    }
   }
   for (size_t i : live) {
     if (needs[i] & DW) grads.push_back(at::mm(flat[i].t(), x2));
     if (needs[i] & DB) grads.push_back(flat[i].sum(0));
     if (needs[i] & DLA) grads.push_back(dAs[i]);
-    if (needs[i] & DLB) grads.push_back(dBs[i]);
+    if (needs[i] & DLB) grads.push_back(dBs[i].to(Bs.get(i)->scalar_type()));
   }
   return grads;
+}
+
+// A device's operators: the products here, or in Python.
+template <bool GPU>
+std::vector<Tensor> forward_on(
+    const Tensor& x, at::TensorList weights, const MaybeList& biases, const MaybeList& As, const MaybeList& Bs,
+    at::ArrayRef<double> scalings, double p, const Maybe& seed) {
+  if (plain(x, p, GPU, weights, As, Bs, biases) && (!GPU || p > 0.0 || few(x, weights, As))) {
+    return forward(x, weights, biases, As, Bs, scalings, p, seed, GPU);
+  }
+  const py::gil_scoped_acquire acquire;
+  return (*(GPU ? on_cuda : on_cpu).fwd)(x, weights.vec(), biases.vec(), As.vec(), Bs.vec(), scalings.vec(), p, seed)
+      .template cast<std::vector<Tensor>>();
+}
+
+template <bool GPU>
+std::vector<Tensor> backward_on(
+    const MaybeList& dys, const Maybe& x, at::TensorList weights, const MaybeList& As, const MaybeList& Bs, const Maybe& s,
+    at::ArrayRef<double> scalings, double p, const Maybe& seed, bool need_dx, at::IntArrayRef needs) {
+  const Tensor& like = *dys.get(given(dys).at(0));
+  const bool same = !x || x->scalar_type() == like.scalar_type();
+  if (same && plain(like, p, GPU, weights, As, Bs, dys) && (!GPU || p > 0.0 || few(like, weights, As))) {
+    return backward(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs, GPU);
+  }
+  const py::gil_scoped_acquire acquire;
+  return (*(GPU ? on_cuda : on_cpu)
+               .bwd)(dys.vec(), x, weights.vec(), As.vec(), Bs.vec(), s, scalings.vec(), p, seed, need_dx, needs.vec())
+      .template cast<std::vector<Tensor>>();
 }
 
 }  // namespace
 
 inline void bind_lora_linear(py::module_& m) {
   m.def("lora_linears", &lora_linears);
-  m.def("serve_lora_linears", [](const py::object& fwd, const py::object& bwd) {
-    composite_fwd = new py::object(fwd);  // as long as the process
-    composite_bwd = new py::object(bwd);
+  m.def("serve_lora_linears", [](const py::object& fwd, const py::object& bwd, const py::object& cuda_fwd, const py::object& cuda_bwd) {
+    const auto keep = [](const py::object& object) { return new py::object(object); };  // as long as the process
+    on_cpu = {keep(fwd), keep(bwd)};
+    on_cuda = {keep(cuda_fwd), keep(cuda_bwd)};
+  });
+  // of tests and benchmarks: the largest call formed here on a GPU, and its products on tensors of any device
+  m.def("set_most_on_cuda", [](int64_t elements) { return std::exchange(most_on_cuda, elements); });
+  m.def("lora_linears_fwd_on_gpu", [](const Tensor& x, const variable_list& weights, const std::vector<Maybe>& biases,
+                                      const std::vector<Maybe>& As, const std::vector<Maybe>& Bs, const std::vector<double>& scalings, double p,
+                                      const Maybe& seed) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return forward(x, weights, MaybeList(biases), MaybeList(As), MaybeList(Bs), scalings, p, seed, true);
+  });
+  m.def("lora_linears_bwd_on_gpu", [](const std::vector<Maybe>& dys, const Maybe& x, const variable_list& weights,
+                                      const std::vector<Maybe>& As, const std::vector<Maybe>& Bs, const Maybe& s,
+                                      const std::vector<double>& scalings, double p, const Maybe& seed, bool need_dx,
+                                      const std::vector<int64_t>& needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return backward(MaybeList(dys), x, weights, MaybeList(As), MaybeList(Bs), s, scalings, p, seed, need_dx, needs, true);
   });
 }
 
 }  // namespace fastpeft
 
 TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
-  m.impl("lora_linears_fwd", fastpeft::forward_cpu);
-  m.impl("lora_linears_bwd", fastpeft::backward_cpu);
+  m.impl("lora_linears_fwd", fastpeft::forward_on<false>);
+  m.impl("lora_linears_bwd", fastpeft::backward_on<false>);
+}
+
+TORCH_LIBRARY_IMPL(fastpeft, CUDA, m) {
+  m.impl("lora_linears_fwd", fastpeft::forward_on<true>);
+  m.impl("lora_linears_bwd", fastpeft::backward_on<true>);
 }

@@ -111,7 +111,8 @@ class _Tracker(FakeTensorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not self.building and not any(isinstance(t, FakeTensor) for t in given):
+        # but not inside another: what an operator is made of, when it has fake operands, is fake
+        if not self.building and self.depth == 0 and not any(isinstance(t, FakeTensor) for t in given):
             with without_dispatch_modes():
                 return func(*args, **kwargs)
         if not self.building:
@@ -262,11 +263,11 @@ def _estimate_step(
         trained = [p for p in network.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("nothing to train: the plan freezes every part")
+        before = tracker.live
         inputs = _inputs_of(network, batch, step.feature_cache, dtype) if batch is not None else _inputs(network, step, dtype)
         tracker.building = False
         with _no_collection():
-            before = tracker.live
-            tracker.peak = before
+            tracker.peak = tracker.live
             known = lower_layers_known(network) if step.cache_layers else nullcontext([])
             with known as left_out, measure(network) as cost, lean_logits(network):
                 network(**inputs).loss.backward()

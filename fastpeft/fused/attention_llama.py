@@ -14,6 +14,7 @@ from fastpeft.fused.prefix_cache import shared_before
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
+from fastpeft.ops.attention_inputs import one_pass
 from fastpeft.registry import fuses
 
 
@@ -164,14 +165,33 @@ class FusedLlamaAttention(Recomputes):
     def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor) -> tuple[Tensor, ...]:
         """Projections of x as attention reads them, [B, heads, M, d]: rotated (values apart), and with IA3's factors, except that
         ``values_raw`` leaves l_v to the output. l_k multiplies the key before its rotation: q cannot take it."""
-        out = []
-        for linear, t in zip(linears, project_together(linears, x)):
+        out, tensors = [], project_together(linears, x)
+        if len(tensors) == 3 and (inputs := self._in_one_pass(tensors, rotary, values_raw)) is not None:
+            return inputs if layout is None else tuple(self._padded(layout, t) for t in inputs)
+        for linear, t in zip(linears, tensors):
             value = linear is self.v_proj
             t = t if value and values_raw else rescaled(linear, t)
             t = t if value else ops.rotary(t.unflatten(-1, (-1, self.head_dim)), *rotary).flatten(-2)
             t = t if layout is None else layout.pad(t)
             out.append(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         return tuple(out)
+
+    def _in_one_pass(self, tensors: tuple[Tensor, ...], rotary, values_raw: bool) -> tuple[Tensor, ...] | None:
+        """q, k, v [B, heads, M, d] of projections [B, M, .] or [T, .], where a pass for all of them pays."""
+        flat = tensors[0].dim() == 2
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim))[None if flat else ...] for t in tensors)
+        if not one_pass(q, k):
+            return None
+        l_k, l_v = output_factor(self.k_proj), None if values_raw else output_factor(self.v_proj)
+        factors = tuple(l if l is None else l.view(-1, self.head_dim) for l in (l_k, l_v))
+        q = q if output_factor(self.q_proj) is None else rescaled(self.q_proj, tensors[0]).view_as(q)
+        return ops.attention_inputs(q, k, v, rotary=tuple(t.squeeze(-2)[None if flat else ...] for t in rotary), ia3=factors)
+
+    @staticmethod
+    def _padded(layout: Layout, t: Tensor) -> Tensor:
+        """[B or 1, heads, M, d] of tokens -> [rows, heads, columns, d]."""
+        by_token = t.transpose(1, 2)
+        return layout.pad(by_token.flatten(2)).unflatten(-1, by_token.shape[2:]).transpose(1, 2)
 
     def _per_query_head(self, l: Tensor) -> Tensor:
         """[H_kv d] -> [H d]."""

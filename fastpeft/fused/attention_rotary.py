@@ -13,6 +13,7 @@ from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.ops._common import accumulator
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
+from fastpeft.ops.attention_inputs import both_turned, one_pass
 
 
 class Kind(NamedTuple):
@@ -53,10 +54,19 @@ class Rotary:
         dim = kwargs.get("unsqueeze_dim", 1) if kind.unsqueezed is None else kind.unsqueezed
         if args or kwargs.keys() - {"unsqueeze_dim"} or not all(_fits(kind, t, cos, sin) for t in (q, k)):
             return theirs(q, k, cos, sin, *args, **kwargs)
+        if dim == 1 and _alike(q, k, cos) and one_pass(q, k):
+            return both_turned(q, k, cos, sin)
         cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
         if not all(_broadcasts(cos, t) for t in (q, k)):
             return theirs(q, k, cos.squeeze(dim), sin.squeeze(dim), *args, **kwargs)
         return ops.rotary(_recomputable(q), cos, sin), ops.rotary(_recomputable(k), cos, sin)
+
+
+def _alike(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    """Whether q and k are heads [B, H, L, d] of the same tokens, and the tables theirs, [B or 1, L, rot]."""
+    if not q.dim() == k.dim() == cos.dim() + 1 == 4 or q.dtype != k.dtype:
+        return False
+    return (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:]) and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2]
 
 
 def _recomputable(x: Tensor) -> Tensor:

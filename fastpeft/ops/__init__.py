@@ -8,21 +8,24 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | serves, on CPU and CUDA alike           |
 | gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd, geglu_fwd, geglu_bwd      | native             | likewise                                |
 | rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| attention_inputs_fwd, attention_inputs_bwd                            | native             | several of these in one pass, on CUDA   |
+|                                                                       |                    | alone                                   |
 | low_rank_grads                                                        | native             | two skinny products of one matrix, read |
 |                                                                       |                    | once; on the CPU alone                  |
-| lora_linears_fwd, lora_linears_bwd                                    | triton             | a skinny product joins a wide one in    |
-|                                                                       |                    | its tiles; on a CPU ATen's GEMMs serve  |
+| lora_linears_fwd, lora_linears_bwd                                    | triton             | skinny products of what a wide one      |
+|                                                                       |                    | reads; on a CPU ATen's GEMMs serve      |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
-| dropout                                                               | triton             | one launch; on a CPU PyTorch's own      |
-|                                                                       |                    | generator                               |
+| dropout                                                               | native             | one pass, on CUDA alone; on a CPU       |
+|                                                                       |                    | PyTorch's own generator                 |
 | attention_dq                                                          | none               | three of ATen's products, by blocks     |
 """
 
 from fastpeft.ops.absorbed_attention import absorbed_attention
 from fastpeft.ops.activations import geglu, gelu, swiglu
 from fastpeft.ops.attention import attention
+from fastpeft.ops.attention_inputs import attention_inputs
 from fastpeft.ops.dropout import dropout
 from fastpeft.ops.excitor_keys import excitor_keys
 from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
@@ -43,6 +46,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_inputs",
     "dropout",
     "excitor_keys",
     "geglu",

@@ -6,7 +6,7 @@ were none:
 | rule      | cast to                              | ops                                                                             |
 |-----------|--------------------------------------|---------------------------------------------------------------------------------|
 | "lower"   | autocast's dtype, as F.linear's      | lora_linears, attention, absorbed_attention, excitor_keys, linear_cross_entropy |
-| "promote" | the widest dtype of the op's tensors | norms, gelu, swiglu, rescale, rotary, mm_adapter, norm_mm_adapter               |
+| "promote" | the widest dtype of the op's tensors | norms, gelu, swiglu, rescale, rotary, attention_inputs, adapters                |
 
 The adapters are bound by memory, not by their thin products, and add to a stream: so they promote. float32 parameters of a norm thus
 keep the residual stream in float32, as autocast's own layer_norm does on CUDA. The casts are autograd's, so gradients of float32

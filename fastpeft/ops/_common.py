@@ -43,8 +43,16 @@ def no_view(y: Tensor) -> Tensor:
 
 
 def to_device_async(t: Tensor, device: torch.device) -> Tensor:
-    """``t`` on ``device``. What lies on the host goes to a GPU through pinned memory, in the stream's order: the host does not wait."""
+    """``t`` on ``device``. What lies on the host goes to a GPU through pinned memory, in the stream's order: the host does not wait.
+
+    RuntimeError while a CUDA graph is captured: every replay would read what lies in that memory then.
+    """
     if t.device.type == "cpu" and device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"fastpeft: a CUDA graph cannot hold a tensor of the host, {list(t.shape)} {t.dtype} (dropout's seed is one);"
+                " move it to the device before the capture, or set dropout to 0"
+            )
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
 

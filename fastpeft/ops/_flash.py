@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_efficient_attention, can_use_flash_attention
 from torch.nn.functional import pad
 
 from fastpeft import _library
@@ -52,6 +52,13 @@ def kernel_of(q: Tensor, k: Tensor, v: Tensor, causal: bool, masked: bool) -> st
         if can_use_efficient_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
             return "efficient"
     return ""
+
+
+def takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether SDPA takes cuDNN's kernel for a causal call with as many queries as keys: from sm_90 on PyTorch asks that one first."""
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] < 9:
+        return False
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1]))
 
 
 def _for_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -37,6 +38,11 @@ def triton_launcher(module: str, name: str, composite: Callable, *, draws: bool 
     warning that says so. Not where a dropout seed is given (``draws``): both directions must draw one mask, and ATen draws another.
     """
 
+    @functools.cache
+    def kernels():
+        """(the launcher's module, what a launch raises where the card has too little shared memory)"""
+        return import_module(f"fastpeft.kernels.{module}"), import_module("fastpeft.kernels.card").OutOfResources
+
     def launch(*args):
         tensors = list(_tensors(args))
         if tensors[0].dtype == torch.float64:
@@ -44,11 +50,11 @@ def triton_launcher(module: str, name: str, composite: Callable, *, draws: bool 
         device = tensors[0].device
         # a dropout seed is drawn on the host
         args = [to_device_async(arg, device) if isinstance(arg, Tensor) and arg.device != device else arg for arg in args]
+        home, out_of_resources = kernels()
         with on_device_of(tensors):
-            kernels, card = import_module(f"fastpeft.kernels.{module}"), import_module("fastpeft.kernels.card")
             try:
-                return getattr(kernels, name)(*args)
-            except card.OutOfResources as error:
+                return getattr(home, name)(*args)
+            except out_of_resources as error:
                 if draws and any(t.dtype == torch.int64 and t.shape == (1,) for t in tensors):
                     raise RuntimeError(f"fastpeft: {name}: {error}; set dropout to 0, or FASTPEFT_BACKEND=composite") from None
                 if _library.leave_to_composite(name, device, str(error).partition(". ")[0]):

@@ -27,6 +27,7 @@ One strategy is chosen for a call (:func:`_strategy`), each with its own autogra
 |          | (float32, float64) or a LONG one is read without any gradient:   |                                                         |
 |          | parts that meet by their lse                                     |                                                         |
 | dropout  | CPU, dropout on the probabilities                                | attention_scores.py: a seed in place of o and lse       |
+| rows     | CUDA, a prefix put before the keys by reserved_prefix.py's rule  | as SDPA does, the prefix in k and v                     |
 | sdpa     | CUDA without a prefix, with dropout or in float64; few scores    | as that backend does (attention_backends.py), with a    |
 |          | with a prefix on the CPU (FEW); no queries or keys               | prefix the joined keys                                  |
 
@@ -51,10 +52,12 @@ from fastpeft.ops._gemm import widened
 from fastpeft.ops._recompute import recompute_all, to_save_all
 from fastpeft.ops.attention_backends import CHOICE, allowed_keys, around_sdpa
 from fastpeft.ops.attention_dq import dq_alone, dq_alone_pays
+from fastpeft.ops.attention_inputs import factors, one_pass
 from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.ops.prefix_attention import join_prefix, join_prefix_bwd
 from fastpeft.ops.rescale import _backward as rescale_bwd
 from fastpeft.ops.rescale import rescale as times
+from fastpeft.ops.reserved_prefix import in_reserved_rows, reserved_pays
 
 # Scores below which a prefix's call on the CPU goes to SDPA, as autograd's Python would show; a quarter of them where the prefix alone
 # is trained. Forward and backward over torch.cat and SDPA (AMD EPYC, one thread, fp32, n10 d64, interleaved, least of many, the middle of
@@ -160,8 +163,8 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
         return "sdpa"
     if dropout_p > 0.0:
         return "dropout" if on_cpu else "sdpa"
-    if not on_cpu and (prefix is None or CHOICE not in ("", "sdpa")):
-        return "sdpa"
+    if not on_cpu and (others := _for_others(q, k, v, causal, padding, prefix)):
+        return others
     in_place = on_cpu and prefix is not None and prefix[0].shape[1] >= LONG and not wants_grad(q, k, v, *prefix)
     if prefix is not None and not in_place and _few(q, k, v, prefix):
         return "sdpa"
@@ -172,6 +175,12 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
     if prefix is None:
         return "plain"
     return "joined" if not in_place and _joined(q, alone=_trains_prefix_alone(q, k, v, prefix)) else "split"
+
+
+def _for_others(q, k, v, causal: bool, padding: Tensor | None, prefix) -> str:
+    if prefix is None or CHOICE not in ("", "sdpa"):
+        return "sdpa"
+    return "rows" if reserved_pays(q, k, v, causal, padding) else ""
 
 
 def _plain(causal, scale, padding, bias, q, k, v, lk):
@@ -282,6 +291,9 @@ def _with_dropout(q, k, v, causal, padding, scale, prefix, dropout_p, bias=None)
     return attention_with_scores(q, k, v, allowed, scale, dropout_p=dropout_p, prefix=prefix, bias=bias)
 
 
+OTHERS = {"dropout": _with_dropout, "sdpa": around_sdpa, "rows": in_reserved_rows}  # strategies with a gradient of their own
+
+
 def _dense(t: Tensor) -> Tensor:
     """ATen's flash reads the last dimension as if it were dense."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -371,12 +383,13 @@ def attention(
     q, k, v, scale, prefix, rescale = _prepared(q, k, v, scale, prefix, rescale, bias)
     pk, pv = prefix or (None, None)
     lk, lv = rescale or (None, None)
-    strategy = _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)
-    if bias is not None and strategy != "plain":
+    if (strategy := _strategy(q, k, v, causal, key_padding_mask, prefix, dropout_p)) != "plain" and bias is not None:
         return _with_dropout(q, k, v, causal, key_padding_mask, scale, None, dropout_p, bias)
-    if strategy in ("dropout", "sdpa"):
+    if strategy in OTHERS:
+        if lk is not None and one_pass(k, k):
+            k, v, lk, lv = *factors(k, v, lk, lv), None, None
         q = q if lk is None else times(q, _per_query_head(lk, q))
-        o = {"dropout": _with_dropout, "sdpa": around_sdpa}[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
+        o = OTHERS[strategy](q, k, v, causal, key_padding_mask, scale, prefix, dropout_p)
         return o if lv is None else times(o, _per_query_head(lv, o))
     options = (causal, scale, key_padding_mask)
     if strategy == "plain":

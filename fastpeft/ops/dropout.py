@@ -8,9 +8,9 @@
 
 The seed comes from PyTorch's CPU generator, so torch.manual_seed rules it, a run resumed with its random state draws the same masks, and
 no device is waited for. In a step of static shapes it comes from a counter on the device (fastpeft/static_shapes.py), where ATen's form
-hashes positions in place of a generator, whose seed the host would have to read. Triton's kernel is one launch for either seed: Philox on
-(seed, position). Shapes: any; dtype: that of x.
-Moved through memory by the Triton form: 2 (x, y), and 2 in backward, one launch each (counted by tests/ops/test_traffic.py).
+hashes positions in place of a generator, whose seed the host would have to read. csrc's CUDA kernel is one launch for either seed: Philox
+4x32-10 under the key seed + index, element i of x taking number i % 4 of the counter i / 4. Shapes: any; dtype: that of x.
+Moved through memory by it: 2 (x, y), and 2 in backward, one launch each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.autograd.function import Function
 
 from fastpeft import _library
 from fastpeft.ops._common import wants_grad
-from fastpeft.ops._tiled import triton_launcher
 from fastpeft.static_shapes import device_seed, mixed
 
 
@@ -45,17 +44,21 @@ def draw(x: Tensor, p: float, seed: Tensor, index: int = 0) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
 
 
-def _composite(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return draw(x, p, seed).mul_(1 / (1 - p)).mul_(x)
+def _composite(x: Tensor, p: float, seed: Tensor, index: int = 0) -> Tensor:
+    return draw(x, p, seed, index).mul_(1 / (1 - p)).mul_(x)
 
 
 # an operator, because torch.compile cannot look into a generator
 _op = _library.define(
-    "dropout(Tensor x, float p, Tensor seed) -> Tensor",
-    fake=lambda x, p, seed: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    "dropout(Tensor x, float p, Tensor seed, int index=0) -> Tensor",
+    fake=lambda x, p, seed, index=0: torch.empty(x.shape, dtype=x.dtype, device=x.device),
     composite=_composite,
-    triton=triton_launcher("dropout", "dropout", _composite, draws=True),
 )
+
+
+def masked(x: Tensor, p: float, seed: Tensor, index: int) -> Tensor:
+    """``x`` under the mask number ``index`` of a seed; no gradient."""
+    return _op(x, p, seed, index)
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Shapes: k, K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [
 I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
-Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2
+Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2 in 16 bit
 (dK' read by one launch, T by dw_down's product). Counted by tests/ops/test_traffic.py.
 
 | gradient needed for     | saved                                                           | computed in backward        |
@@ -101,6 +101,37 @@ def _bwd_fake(g, L, rows, need_dl, need_y):
     return g.new_empty(L.shape if need_dl else 0, dtype=acc), g.new_empty(rows.shape if need_y else 0, dtype=acc)
 
 
+def _text_bwd(g, u, n, prompt, gate, need_dl, need_y):
+    """(dU, dN, dP, dg) where there is no image; the first two empty without ``need_dl``, the others without ``need_y``."""
+    acc, (H, d) = accumulator(g.dtype), (gate.shape[0], prompt.shape[1] // gate.shape[0])
+    a, L = _attend(u, n, None, prompt.shape[0])
+    dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(prompt, gate, g.dtype), need_dl, need_y)
+    du, dn, dprompt, dgate = (t.new_empty(0) for t in (u, n, prompt, gate))
+    if need_y:
+        dprompt, dgate = _table_grads(y, prompt, gate)
+        dprompt = dprompt.to(prompt.dtype)
+    if need_dl:
+        ds = _softmax_grad(a, dL.view_as(L))
+        du = (ds @ n.to(acc).mT).to(u.dtype)
+        dn = (u.to(acc).flatten(0, 1).t() @ ds.flatten(0, 1))[None].to(n.dtype)  # one N for the batch: one GEMM over all tokens
+    return du, dn, dprompt, dgate
+
+
+def _text_bwd_fake(g, u, n, prompt, gate, need_dl, need_y):
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in ((u, need_dl), (n, need_dl), (prompt, need_y), (gate, need_y)))
+
+
+def _table_grads(y: Tensor, rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dR = g Y, in the accumulator's dtype, and dg."""
+    y = y.unflatten(1, (gate.shape[0], -1))
+    dgate = (y * rows.to(y.dtype).unflatten(1, y.shape[1:])).sum((0, 2)).to(gate.dtype)
+    return (y * gate.to(y.dtype)[:, None]).flatten(1), dgate
+
+
+def _softmax_grad(a: Tensor, da: Tensor) -> Tensor:
+    return a * (da - (a * da).sum(-1, keepdim=True))
+
+
 _merge = _library.define(
     "excitor_merge_fwd(Tensor k, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate) -> Tensor",
     fake=_fwd_fake,
@@ -113,6 +144,13 @@ _merge_bwd = _library.define(
     composite=_bwd,
     triton=triton_launcher("excitor_keys", "excitor_merge_bwd", _bwd),
 )
+_text_grads = _library.define(
+    "excitor_text_bwd(Tensor dk, Tensor u, Tensor n, Tensor prompt, Tensor gate, bool need_dl, bool need_y)"
+    " -> (Tensor du, Tensor dn, Tensor dprompt, Tensor dgate)",
+    fake=_text_bwd_fake,
+    composite=_text_bwd,
+    triton=triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd),
+)
 
 
 @_library.flop_formula(torch.ops.fastpeft.excitor_merge_fwd)
@@ -124,6 +162,12 @@ def _fwd_flops(k, u, n, z, prompt, wv_up, gate, *args, out_shape=None, **kwargs)
 @_library.flop_formula(torch.ops.fastpeft.excitor_merge_bwd)
 def _bwd_flops(g, L, rows, need_dl, need_y, *args, out_shape=None, **kwargs) -> int:
     return 2 * L[0] * rows[0] * rows[1] * (need_dl + need_y)
+
+
+@_library.flop_formula(torch.ops.fastpeft.excitor_text_bwd)
+def _text_bwd_flops(g, u, n, prompt, gate, need_dl, need_y, *args, out_shape=None, **kwargs) -> int:
+    (B, M, r), (K, C) = u, prompt
+    return 2 * B * M * (K * C * (need_dl + need_y) + r * K * (1 + 2 * need_dl))
 
 
 class _Merge(Function):
@@ -143,30 +187,27 @@ class _Merge(Function):
         if not any(ctx.needs_input_grad[1:]):
             return dk, None, None, None, None, None, None
         u, n, z, prompt, wv_up, gate = ctx.saved_tensors
+        need_y, need_dl = need_p or need_v or need_gate, need_u or need_n or need_z
+        if z is None:
+            grads = _text_grads(g, u, n, prompt, gate, need_dl, need_y)
+            du, dn, dprompt, dgate = (t if need else None for t, need in zip(grads, (need_u, need_n, need_p, need_gate)))
+            return dk, du, dn, None, dprompt, None, dgate
         K, acc = prompt.shape[0], accumulator(g.dtype)
         du = dn = dz = dprompt = dwv = dgate = None
         a, L = _attend(u, n, z, K)
         rows = _rows(prompt, wv_up)
-        need_y, need_dl = need_p or need_v or need_gate, need_u or need_n or need_z
         dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(rows, gate, g.dtype), need_dl, need_y)
         if need_y:
-            y = y.unflatten(1, (H, d))
-            dgate = (y * rows.to(acc).unflatten(1, (H, d))).sum((0, 2)).to(gate.dtype) if need_gate else None
-            dr = (y * gate.to(acc)[:, None]).flatten(1)
+            dr, dgate = _table_grads(y, rows, gate)
+            dgate = dgate if need_gate else None
             dprompt = dr[:K].to(prompt.dtype) if need_p else None
             dwv = dr[K:].t().to(wv_up.dtype) if need_v else None
         if need_dl:
             dL = dL.view_as(L)
-            da = dL
-            if z is not None:
-                dz = (a[..., K:].mT @ dL[..., K:]).to(z.dtype) if need_z else None
-                da = torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1)
-            ds = a * (da - (a * da).sum(-1, keepdim=True))
+            dz = (a[..., K:].mT @ dL[..., K:]).to(z.dtype) if need_z else None
+            ds = _softmax_grad(a, torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1))
             du = (ds @ n.to(acc).mT).to(u.dtype) if need_u else None
-            if need_n and n.shape[0] == 1:  # one N for the batch: its gradient is one GEMM over all tokens
-                dn = (u.to(acc).flatten(0, 1).t() @ ds.flatten(0, 1))[None].to(n.dtype)
-            elif need_n:
-                dn = (u.to(acc).mT @ ds).to(n.dtype)
+            dn = (u.to(acc).mT @ ds).to(n.dtype) if need_n else None
         return dk, du, dn, dz, dprompt, dwv, dgate
 
 

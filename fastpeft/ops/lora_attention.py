@@ -35,13 +35,12 @@ from torch import Tensor
 
 from fastpeft.ops._common import check_floating
 from fastpeft.ops._quantized_weight import QuantizedWeight
-from fastpeft.ops._recompute import mark_recomputable, recipe_of, recomputed
+from fastpeft.ops._recompute import recomputed
 from fastpeft.ops.attention import attention
+from fastpeft.ops.attention_inputs import attention_inputs
 from fastpeft.ops.excitor_keys import excitor_keys, excitor_keys_reference
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linear_reference, lora_linears
-from fastpeft.ops.rescale import rescale
-from fastpeft.ops.rms_norm import rms_norm, rms_norm_reference
-from fastpeft.ops.rotary import rotary as turned
+from fastpeft.ops.rms_norm import rms_norm_reference
 from fastpeft.ops.rotary import rotary_reference
 
 
@@ -91,28 +90,14 @@ def lora_attention_reference(
     return lora_linear_reference(c.transpose(1, 2).flatten(2), *Projection(*o))
 
 
-def _by_heads(t: Tensor) -> Tensor:
-    """[B, M, heads, d] -> [B, heads, M, d]. What backward can form again, it can form again and exchange."""
-    y = t.transpose(1, 2)
-    return y if recipe_of(t) is None else mark_recomputable(y, _exchanged, t)
-
-
-def _exchanged(t: Tensor) -> Tensor:
-    return t.transpose(1, 2)
-
-
 def _queries_keys_values(x, projections, heads: int, keys: _Keys, rescaled: bool, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """As attention reads them, each [B, heads, M, d]. ``rescaled``: (IA)^3's factors on keys and values are applied here."""
     q, k, v = lora_linears(x, projections, dropout_p)
     d = q.shape[-1] // heads
-    if rescaled and keys.ia3 is not None:
-        k, v = rescale(k, keys.ia3[0]), rescale(v, keys.ia3[1])
-    q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))  # [B, M, heads, d]: norm and rotary take rows where they lie
-    q, k = (t if w is None else rms_norm(t, w, keys.norm_eps) for t, w in ((q, keys.q_norm), (k, keys.k_norm)))
-    if keys.rotary is not None:
-        tables = tuple(t.unsqueeze(-2) for t in keys.rotary)
-        q, k = turned(q, *tables), turned(k, *tables)
-    q, k, v = map(_by_heads, (q, k, v))
+    q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))  # [B, M, heads, d]
+    factors = tuple(l.view(-1, d) for l in keys.ia3) if rescaled and keys.ia3 is not None else None
+    norms = {"q_norm": keys.q_norm, "k_norm": keys.k_norm, "norm_eps": keys.norm_eps}
+    q, k, v = attention_inputs(q, k, v, rotary=keys.rotary, ia3=factors, **norms)
     if keys.excitor is not None:  # its gate is one number for each query head: groups do not share their keys
         k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
         k = excitor_keys(k, x, *keys.excitor)

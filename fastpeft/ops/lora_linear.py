@@ -24,14 +24,13 @@ W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised w
 dequantize it, and no copy is saved.
 
 Moved through memory, in tensors of the sizes of x, y and W (x, dx: M K; y, dy: M N; W: N K), frozen W, all other gradients; what is R
-wide is left out. form: kernels/lora_linear.py. Counted by tests/ops/test_traffic.py.
+wide is left out. large, small: kernels/lora_linear.py. Counted by tests/ops/test_traffic.py.
 
-| form           | forward         | launches | backward               | launches |
-|----------------|-----------------|----------|------------------------|----------|
-| CPU, float32   | 2 x + 3 y + W   |          | x + 3 dx + 2 dy + W    |          |
-| Triton, loop   | x + y + W       | 1        | x + dx + 2 dy + W      | 4        |
-| Triton, given  | 2 x + y + W     | 2        | the same               | 4        |
-| Triton, cublas | 2 x + 3 y + W   | 3        | x + 3 dx + 2 dy + W    | 4        |
+| form           | forward         | launches | backward               | launches                       |
+|----------------|-----------------|----------|------------------------|--------------------------------|
+| CPU, float32   | 2 x + 3 y + W   |          | x + 3 dx + 2 dy + W    |                                |
+| Triton, large  | 2 x + 3 y + W   | 2        | x + 3 dx + 2 dy + W    | 4, and a sum of dS's parts     |
+| Triton, small  | 2 x + 3 y + W   | 2        | x + 3 dx + 3 dy + W    | 4                              |
 
 Two forms that the CPU does not take, as they lose there (Intel Xeon, Sapphire Rapids, one thread, float32, rank 8, middle of 4 s,
 interleaved; bench/ops/bench_lora_linear.py has the first, for GPUs to decide):
@@ -65,7 +64,7 @@ from fastpeft.ops._gemm import widened, work_dtype
 from fastpeft.ops._quantized_weight import QuantizedWeight, dequantized, shape_placeholder
 from fastpeft.ops._recompute import recipe_of, recompute, to_save
 from fastpeft.ops._tiled import triton_launcher
-from fastpeft.ops.dropout import draw, new_seed
+from fastpeft.ops.dropout import masked, new_seed
 from fastpeft.ops.low_rank_grads import low_rank_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8  # bits of `needs`: weight, bias, lora_A, lora_B
@@ -92,9 +91,7 @@ def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling) -> Tensor:
 
 def dropped(x: Tensor, p: float, seed: Tensor | None, index: int) -> Tensor:
     """x, with the mask of branch `index` drawn from the seed: PEFT's distribution, one independent mask per branch."""
-    if p == 0.0:
-        return x
-    return draw(x, p, seed, index).mul_(x).mul_(1.0 / (1.0 - p))
+    return x if p == 0.0 else masked(x, p, seed, index)
 
 
 def _ranks(As):
@@ -231,22 +228,23 @@ def _on_triton(name, composite):
     return lambda *args: (launch if 0 < sum(_ranks(args[3])) <= 128 else composite)(*args)
 
 
+_fwd_on_triton, _bwd_on_triton = _on_triton("lora_linears_fwd", _fwd), _on_triton("lora_linears_bwd", _bwd)
 _forward = _library.define(
     "lora_linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, float[] scalings,"
     " float dropout_p, Tensor? seed) -> Tensor[]",
     fake=_fwd_fake,
     composite=_fwd,
-    triton=_on_triton("lora_linears_fwd", _fwd),
+    triton=_fwd_on_triton,
 )
 _backward = _library.define(
     "lora_linears_bwd(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor? s,"
     " float[] scalings, float dropout_p, Tensor? seed, bool need_dx, int[] needs) -> Tensor[]",
     fake=_bwd_fake,
     composite=_bwd,
-    triton=_on_triton("lora_linears_bwd", _bwd),
+    triton=_bwd_on_triton,
 )
 if _library.autograd:
-    _library.autograd.serve_lora_linears(_fwd, _bwd)
+    _library.autograd.serve_lora_linears(_fwd, _bwd, *((_fwd_on_triton, _bwd_on_triton) if _library.triton_serves() else (_fwd, _bwd)))
 
 
 @_library.flop_formula(torch.ops.fastpeft.lora_linears_fwd)

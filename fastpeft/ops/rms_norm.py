@@ -60,7 +60,7 @@ def _bwd(dy, h, weight, rstd, dh, need_dx, need_dweight):
     rstd = rstd.view(*h.shape[:-1], 1)
     x_hat, dy = h.to(rstd.dtype) * rstd, dy.to(rstd.dtype)
     like = h if weight is None else weight
-    dweight = (dy * x_hat).view(-1, n).sum(0).to(like.dtype) if need_dweight else like.new_empty(0)
+    dweight = (dy * x_hat).reshape(-1, n).sum(0).to(like.dtype) if need_dweight else like.new_empty(0)
     if not need_dx:
         return h.new_empty(0), dweight
     wd = dy if weight is None else dy * weight

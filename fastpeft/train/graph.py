@@ -9,8 +9,9 @@ gradients are read every few steps. Where a step cannot be captured, steps run a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +96,29 @@ def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: Mem
     return step
 
 
+@contextlib.contextmanager
+def capture_or_leave_all_as_it_was() -> Iterator[None]:
+    """Around a capture: after one that failed the stream is the one from before, and the device's generator draws again. PyTorch leaves the
+    capture's stream current, and a generator that takes every later draw for a part of the capture and refuses it."""
+    stream = torch.cuda.current_stream()
+    try:
+        yield
+    except Exception:
+        torch.cuda.set_stream(stream)
+        if torch.cuda.default_generators:
+            generator, fresh = torch.cuda.default_generators[stream.device_index], torch.Generator(stream.device)
+            fresh.set_state(generator.get_state())
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
+
+
 class Graph:
     """The launches of one function, captured; not run yet."""
 
     def __init__(self, function: Callable[[], None], pool):
         self.function, self.captured = function, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.captured, pool=pool, capture_error_mode="thread_local"):  # a data loader's thread may allocate meanwhile
+        how = {"pool": pool, "capture_error_mode": "thread_local"}  # a data loader's thread may allocate meanwhile
+        with capture_or_leave_all_as_it_was(), torch.cuda.graph(self.captured, **how):
             function()
 
     def replay(self) -> None:

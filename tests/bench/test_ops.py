@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -58,11 +59,12 @@ def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "LEAST", 0.0)
-    say = "from bench.pieces import say; say({'case': 'a', 'seconds': 1}); say({'case': 'b', 'failed': 'wrong by 1'})"
+    say = "from bench.pieces import say; print('.', end='', flush=True); say({'case': 'a', 'seconds': 1})"
+    say += "; say({'case': 'b', 'failed': 'wrong by 1'})"
     hang = f"{say}; import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('was asleep')"
     python = sys.executable
     tried = [("bad", [python, "-c", "raise SystemExit(3)"], 30.0), ("slow", [python, "-c", hang], 5.0), ("good", [python, "-c", say], 30.0)]
-    monkeypatch.setitem(gpu.PIECES, "right", lambda: tried)
+    monkeypatch.setitem(gpu.PIECES, "right", lambda seconds: tried)
     assert bench.main(["gpu", "right"]) == 1
     assert sorted(path.name for path in out.iterdir()) == ["gpu-right.json", "gpu-right.log"]
     found = json.loads((out / "gpu-right.json").read_text())
@@ -78,16 +80,25 @@ def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
 def test_the_calls_and_their_files_fit():
     """Three calls, two files each, of the eight that come back; the backends and the twins come first."""
     assert list(gpu.PIECES) == list(gpu.CALLS) == ["right", "kernels", "steps"]
-    right = gpu.right()
+    right = gpu.right(60.0)
     assert [name for name, *_ in right][:2] == ["backends", "tests"] and any("test_cuda_twins" in argument for argument in right[1][1])
-    assert gpu.kernels()[0][1][-1] == "bf16" and gpu.kernels()[0][1][4:7] == ["lora_linear", "layer_norm", "rms_norm"]
+    compiled, bf16, fp32 = (command for _, command, _ in gpu.kernels(60.0))
+    assert "compile_all" in compiled[-1] and (bf16[-1], fp32[-1]) == ("bf16", "fp32")
+    assert bf16[4:7] == ["lora_linear", "layer_norm", "rms_norm"]
     for call in gpu.PIECES.values():
-        assert all(command[0] and seconds <= 480 for _, command, seconds in call())
+        assert all(command[0] and seconds <= 480 for _, command, seconds in call(200.0))
 
 
 def test_the_most_important_tests_come_first():
     names = [f"t.py::test_{name}" for name in ("norms[768-float32]", "linear_cross_entropy", "norms[768-bfloat16]", "lora[bfloat16]")]
     assert sorted(names, key=pytest_cases.rank) == [names[3], names[2], names[1], names[0]]
+    assert min(*names, "tests/train/test_on_cuda.py::test_a_run[T/T/T]", key=pytest_cases.rank).endswith("[T/T/T]")  # whole runs before all
+
+
+def test_every_bench_compiles_its_kernels_first(monkeypatch):
+    begun = []
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **how: begun.append(command) or mock.Mock(wait=lambda: 0))
+    assert gpu.compile_all() == 0 and sorted(command[4] for command in begun) == sorted(gpu.OPS)
 
 
 def test_aten_where_a_kernel_of_ours_was_meant_is_a_failure(monkeypatch, capfd):

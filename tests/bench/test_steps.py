@@ -111,14 +111,14 @@ def test_what_is_not_the_same_is_not_timed():
     from bench import frame
 
     row = frame.Row("a", 1.0, 2.0, 1.0, 1, 1)
-    frame._check(frame.Row("b", 1.00001, 2.001, 1.0, 1, 1), row, 1e-4)
+    frame.check(frame.Row("b", 1.00001, 2.001, 1.0, 1, 1), row, 1e-4)
     for other in (
         frame.Row("b", 1.001, 2.0, 1.0, 1, 1),
         frame.Row("b", 1.0, 2.01, 1.0, 1, 1),
         frame.Row("b", float("nan"), 2.0, 1.0, 1, 1),
     ):
         with pytest.raises(ValueError, match=r"b: .* of a: not the same computation, nothing is timed"):
-            frame._check(other, row, 1e-4)
+            frame.check(other, row, 1e-4)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_within_five_percent_of_the_step(name, plan, how, dtype):
     assert e.weight_bytes == pytest.approx(sum(t.nbytes for t in (*model.parameters(), *model.buffers())), rel=1e-6)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert e.optimizer_bytes == sum(p.numel() * (12 if p.dtype == torch.bfloat16 else 8) for p in trained)
-    assert e.peak_bytes - e.process_bytes >= e.weight_bytes + e.optimizer_bytes
+    assert e.peak_bytes - e.process_bytes >= e.weight_bytes + e.optimizer_bytes + 0.99 * e.saved_bytes
 
 
 def test_full_size_allocates_nothing():

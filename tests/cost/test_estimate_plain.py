@@ -69,6 +69,7 @@ def test_the_step_of_the_plain_model(name, plan, how, dtype):
     assert not ours.seen
     assert e.flops_per_sample * 4 == counter.get_total_flops()
     assert e.saved_bytes == cost.saved_bytes
+    assert e.peak_bytes - e.process_bytes >= e.weight_bytes + e.optimizer_bytes + 0.99 * e.saved_bytes
     assert e.weight_bytes == sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     assert e.plan == plan
 

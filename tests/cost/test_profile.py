@@ -183,6 +183,6 @@ def test_peak_is_of_this_process_alone():
 def test_flops_are_the_same_on_cuda(miss):
     def total(device):
         model = miss.without_dropout(miss.build("F/LoRA/LoRA", dtype=torch.float32)).to(device)
-        return run(model, to_device(batch(miss), (*MODEL_INPUTS, "labels"), torch.device(device), torch.float32)).flops
+        return run(model, to_device(batch(miss), (*MODEL_INPUTS, "labels"), torch.device(device), torch.float32, model)).flops
 
     assert total("cuda") == total("cpu")

@@ -242,12 +242,25 @@ class CUDAGraph:
 
 @contextmanager
 def graph(captured: CUDAGraph, pool=None, stream=None, capture_error_mode: str = "global") -> Iterator[None]:
-    recording = Recording()
+    """As PyTorch's: after a capture that failed its stream is left current."""
+    recording, before = Recording(), torch.cuda.current_stream()
+    torch.cuda.set_stream(Stream())
     with _capturing(recording):
         yield
+    torch.cuda.set_stream(before)
     captured.recording = recording
 
 
+class Stream:
+    """One of the device's; nothing is queued on it."""
+
+    device, device_index = torch.device("cuda", 0), 0
+
+
+_streams = [Stream()]  # the last is the current one
+
+
 def install() -> None:
+    torch.cuda.current_stream, torch.cuda.set_stream = lambda device=None: _streams[-1], _streams.append
     torch.cuda.CUDAGraph, torch.cuda.graph, torch.cuda.graph_pool_handle = CUDAGraph, graph, lambda: (0, 0)
     torch.cuda.is_current_stream_capturing = lambda: _now is not None

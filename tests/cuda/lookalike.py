@@ -149,13 +149,20 @@ def _indices(packet, args):
 
 def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     assert q.dtype in (torch.bfloat16, torch.float16) and dropout_p == 0.0 and q.shape[-1] % 8 == 0
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, attn_mask=_at_the_last(q, k, is_causal), scale=scale)
     seed = torch.zeros(2, dtype=torch.uint64)
     return o, lse.contiguous(), None, None, q.shape[2], k.shape[2], seed, seed.clone(), q.new_empty(0)
 
 
 def _flash_backward(do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, is_causal, scale=scale)
+    mask = _at_the_last(q, k, is_causal)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
+
+
+def _at_the_last(q, k, is_causal):
+    """CUDA's flash kernel aligns causality at the last query and the last key; the CPU's at the first ones."""
+    M, N = q.shape[2], k.shape[2]
+    return q.new_full((M, N), -torch.inf).triu(1 + N - M) if is_causal else None
 
 
 def _bias(mask):
@@ -269,6 +276,7 @@ def install() -> None:
     torch.Generator = lambda device="cpu": generator("cpu")  # draws what the CPU's would
     _flash.SDPAParams = lambda *args: args
     _flash.can_use_flash_attention = lambda params, debug=False: _choice(*params[:3], attn_mask=params[3]) == 1
+    _flash.can_use_cudnn_attention = _flash.can_use_flash_attention
     _flash.can_use_efficient_attention = lambda params, debug=False: params[0].dtype != torch.float64
     Device().__enter__()
 

@@ -6,6 +6,7 @@ m: rows (tokens), n: the width that is summed, normalised or looped over. Random
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from fastpeft.ops.rms_norm import rms_norm_reference
 from fastpeft.ops.rotary import rotary_reference
 
 EPS = 1e-5
+inputs_of = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,28 @@ def _excitor_inputs(image):
     return make
 
 
+def _one_pass(q, k, v, q_norm, k_norm, l_k, l_v, cos, sin):
+    """Whatever the rule: by the parts where the one pass is not made for such heads."""
+    form = inputs_of._together if q.shape[3] <= inputs_of.WIDEST and q.numel() else inputs_of._in_parts
+    return form(q, k, v, inputs_of._How(cos, sin, q_norm, k_norm, l_k, l_v), inputs_of._Form(EPS, 1.0))
+
+
+def _parts(q, k, v, q_norm, k_norm, l_k, l_v, cos, sin):
+    options = {"rotary": (cos, sin), "q_norm": q_norm, "k_norm": k_norm, "ia3": (l_k, l_v), "norm_eps": EPS, "norm_offset": 1.0}
+    return ops.attention_inputs(q, k, v, **options)
+
+
+def _inputs_reference(q, k, v, q_norm, k_norm, l_k, l_v, cos, sin):
+    return inputs_of.attention_inputs_reference(q, k, v, inputs_of._How(cos, sin, q_norm, k_norm, l_k, l_v), EPS, 1.0)
+
+
+def _heads_of_tokens(m, n):
+    d = 2 * ((n + 1) // 2)
+    angle = torch.rand(1, m, d // 2, dtype=torch.float64).repeat(1, 1, 2) * 6
+    factors = [draw(*shape) for shape in ((d,), (d,), (2, d), (2, d))]
+    return [draw(2, m, 4, d), draw(2, m, 2, d), draw(2, m, 2, d), *factors, angle.cos(), angle.sin()]
+
+
 def _lora_inputs(m, n):
     return [draw(m, n), draw(9, n, fan=n), draw(9), draw(3, n, fan=n), draw(9, 3)]
 
@@ -207,6 +231,8 @@ TABLE = {
         seeded(lambda x: ops.dropout(x, 0.3)), seeded(lambda x: x * ops.dropout(torch.ones_like(x), 0.3)), lambda m, n: [draw(m, n)],
         random=True,
     ),
+    "attention_inputs": Op(_one_pass, _inputs_reference, _heads_of_tokens, constants=2),
+    "attention_inputs parts": Op(_parts, _inputs_reference, _heads_of_tokens, constants=2),
     "attention": _attention_op(),
     "attention causal padded": _attention_op(causal=True, padded=True),
     "attention prefix": _attention_op(padded=True, extra="prefix", shape=lambda n: (1, 3, n)),

@@ -113,6 +113,11 @@ LORA = {
 }
 
 
+def dropped(x, w1, w2, w3, b1, b2, A1, B1, A3, B3):
+    torch.manual_seed(2)
+    return ops.lora_linears(x, [(w1, b1, A1, B1, 0.5), (w3, None, A3, B3, 2.0)], 0.3)
+
+
 @pytest.mark.parametrize("name", LORA)
 def test_lora_is_the_same_for_every_kind_of_subset(name, in_python):
     kinds = [{0}, {1, 2, 3}, {4, 5}, {6, 8}, {7, 9}, {6}, {9}]  # x, weights, biases, lora_A, lora_B, one of each
@@ -125,11 +130,27 @@ def test_lora_is_the_same_for_every_kind_of_subset(name, in_python):
         assert_same(got, taken(LORA[name], *case))
 
 
-def test_dropout_is_the_same(in_python):
-    def dropped(x, w1, w2, w3, b1, b2, A1, B1, A3, B3):
-        torch.manual_seed(2)
-        return ops.lora_linears(x, [(w1, b1, A1, B1, 0.5), (w3, None, A3, B3, 2.0)], 0.3)
+@pytest.mark.parametrize("function", [*LORA.values(), dropped], ids=[*LORA, "dropout"])
+def test_products_of_a_gpu(function, monkeypatch, check):
+    """They are ATen's, so any device can form them; as near to float64 as Python's are, in each dtype, for each kind of gradient."""
+    ext = _library.autograd
+    pairs, chosen = [*DTYPES, (torch.float16,) * 2], ({0}, {6, 8}, {0, 7, 9}, set(range(10)))
+    cases = [(lora_inputs(*pair, 4), subset) for pair in pairs for subset in chosen]
+    truth = [taken(function, [t.double() for t in tensors], subset) for tensors, subset in cases]
+    theirs = [taken(function, *case) for case in cases]
+    monkeypatch.setattr(_library, "autograd", None)
+    monkeypatch.setattr(lora_linear, "_forward", ext.lora_linears_fwd_on_gpu)
+    monkeypatch.setattr(lora_linear, "_backward", ext.lora_linears_bwd_on_gpu)
+    for case, want, other in zip(cases, truth, theirs):
+        got, eps = taken(function, *case), torch.finfo(case[0][0].dtype).eps
+        for a, exact, b in zip(got[0] + got[1], want[0] + want[1], other[0] + other[1], strict=True):
+            assert (a is None) == (exact is None)
+            if a is not None:
+                assert a.dtype == b.dtype
+                assert check.error(a, exact) <= 2 * check.error(b, exact) + 4 * eps
 
+
+def test_dropout_is_the_same(in_python):
     case = lora_inputs(torch.float32, torch.float32, 4), {0, 1, 6, 7, 8, 9}
     ours = taken(dropped, *case)
     in_python()

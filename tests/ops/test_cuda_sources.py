@@ -1,6 +1,7 @@
 """csrc's CUDA kernels at the shapes they are made for, run on the CPU by tests/cuda/cuda_runtime.h: `make test-cuda`."""
 
 import ctypes
+import importlib
 import itertools
 import os
 
@@ -24,7 +25,8 @@ WIDTHS = [8, 256, 768, 1024, 1288, 2048, 3072, 4096, 5120, 6152, 8192, 4099]
 def test_the_cuda_sources_serve():
     assert _library.native_missing == ""
     served = _library.backend_of()
-    assert all(served[op]["CPU"] == "native" for op in ("layer_norm_bwd", "rms_norm_fwd", "rescale_bwd", "rotary", "gelu_fwd"))
+    some = ("layer_norm_bwd", "rms_norm_fwd", "rescale_bwd", "rotary", "gelu_fwd", "attention_inputs_bwd")
+    assert all(served[op]["CPU"] == "native" for op in some)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,3 +118,60 @@ def test_rotary(check, rot, dtype):
     for tables in ([angle.cos().to(dtype), angle.sin().to(dtype)], [angle.cos(), angle.sin()]):
         for x in (heads, heads.contiguous(), wide[..., 1 : rot + 9]):
             check.no_worse(ops.rotary, rotary_reference, rotary_reference, [x, *tables], (True, False, False))
+
+
+def philox(counter: int, key: int) -> list[int]:
+    """Philox4x32-10, as its authors write it; held to their known answer below."""
+    c, k, low = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32], 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & low, (a >> 32) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return c
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_dropout(dtype):
+    """Philox's own numbers, whatever the width of a load: whole Packs, a tail, a tensor that begins between two, a permuted one."""
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    op, seed, index, p = torch.ops.fastpeft.dropout, torch.tensor([(5 << 32) + 77]), 3, 0.3
+    wide = torch.randn(43 * 30 + 1).to(dtype)
+    for x in (wide[:1200].view(40, 30), wide[:-1].view(43, 30), wide[1:].view(43, 30), wide[:1200].view(40, 30).t(), wide[:0], wide[5]):
+        numbers = [n for i in range(-(-x.numel() // 4)) for n in philox(i, int(seed) + index)][: x.numel()]
+        keep = torch.tensor(numbers, dtype=torch.float64).view(x.shape) >= p * 2**32
+        want = torch.where(keep, x.to(torch.promote_types(dtype, torch.float32)) / (1 - p), 0.0)
+        y = op(x, p, seed, index)
+        assert y.dtype == dtype and y.is_contiguous()
+        torch.testing.assert_close(y, want.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert torch.equal(y == 0, ~keep | (x == 0))
+    x = torch.randn(300, 77, requires_grad=True)
+    y = ops.dropout(x, 0.25)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(grad == 0, y == 0) and abs((y == 0).double().mean() - 0.25) < 0.01
+
+
+INPUTS = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
+
+
+def test_attention_inputs_launches():
+    """All sides in one launch; in backward one more for the sum of each parameter."""
+    launches = ctypes.CDLL(os.environ["FASTPEFT_LIBRARY"]).emulated_launches
+    angle = torch.rand(1, 9, 32).repeat(1, 1, 2)
+    how = INPUTS._How(angle.cos(), angle.sin(), *torch.randn(2, 64), *torch.randn(2, 2, 64), *torch.randn(2, 2, 3, 64))
+    for trained in ((), ("q_norm", "k_norm"), ("l_k", "l_v"), ("q_norm", "k_norm", "l_k", "l_v")):
+        how = how._replace(**{name: t.detach().requires_grad_(name in trained) for name, t in how._asdict().items()})
+        q, k, v = (torch.randn(2, 9, heads, 64, requires_grad=True) for heads in (4, 2, 2))
+        before = launches()
+        outputs = INPUTS._together(q, k, v, how, INPUTS._Form(1e-6))
+        assert launches() - before == 1
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+        assert launches() - before == 2 + len(trained)
+
+
+def test_attention_inputs_stops_what_it_cannot_do():
+    x = torch.randn(1, 2, 1, 514)
+    with pytest.raises(RuntimeError, match="512 at most"):
+        INPUTS._together(x, x, x, INPUTS._How(l_k=torch.ones(1, 514)), INPUTS._Form())
+    x = torch.randn(1, 2, 1, 64)
+    with pytest.raises(RuntimeError, match="not kept"):
+        torch.ops.fastpeft.attention_inputs_bwd(x, x, None, None, None, None, None, None, x[0, 0, 0], None, 0.0, 1e-6, None, None, 1)

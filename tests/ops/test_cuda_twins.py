@@ -1,6 +1,7 @@
 """csrc's CUDA kernels (and the Triton row pass) against their CPU twins: same inputs, both devices. Only where there is a GPU."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -57,6 +58,30 @@ def test_row_wise(check, dtype):
         same(check, ops.rotary, [heads, *tables], (True, False, False))
 
 
+INPUTS = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, rot", [(128, 128), (64, 32), (80, 20), (256, 256)])
+def test_attention_inputs(check, d, rot, dtype):
+    """Norms, rotary embedding, factors and a prefix in one pass, and each of them alone; more rows than backward's groups walk at once."""
+    q, k, v = torch.randn(2, 301, 7 * d).to(dtype).split([3 * d, 2 * d, 2 * d], -1)
+    angle = torch.rand(1, 301, rot // 2).repeat(1, 1, 2)
+    tables = [angle.cos().to(dtype), angle.sin().to(dtype)]
+    parameters = {"norms": torch.randn(2, d), "factors": torch.randn(2, 2, d), "prefix": torch.randn(2, 2, 3, d)}
+    for kinds in (("norms", "factors", "prefix"), ("norms",), ("factors",), ("prefix",), ()):
+        given = [t.to(dtype) for kind in kinds for t in parameters[kind]]
+
+        def call(q, k, v, cos, sin, *given, kinds=kinds):
+            q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
+            rest = iter(given)
+            how = {kind: (next(rest), next(rest)) for kind in kinds}
+            how = INPUTS._How(cos, sin, *(t for kind in parameters for t in how.get(kind, (None, None))))
+            return INPUTS._together(q, k, v, how, INPUTS._Form(1e-6, 1.0))
+
+        same(check, call, [q, k, v, *tables, *given], (True, True, True, False, False, *(True for _ in given)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy(check, dtype, reduction):
@@ -91,18 +116,22 @@ def two_branches(x, A, B, W, b):
     return ops.lora_linears(x, [one, ops.Projection(W), one._replace(bias=None, scaling=2.0)])
 
 
+def one_branch(x, A, B, W, b):
+    return ops.lora_linear(x, W, b, A, B, 0.5)
+
+
 @functools.cache
-def branches_on_cpu(run, m, k, n, r):
+def branches_on_cpu(run, branches, m, k, n, r):
     """(inputs, which need gradients, outputs and gradients): once for all forms, as CPUs without bfloat16 arithmetic take seconds."""
     torch.manual_seed(0)
     sizes = ((m, k), (r, k), (n, r), (n, k), (n,))
     inputs = [(torch.randn(size) * (size[-1] ** -0.5 if i else 1.0)).bfloat16() for i, size in enumerate(sizes)]
     needs = (True, True, True, False, False)
-    outputs, grads = run(two_branches, inputs, needs)
+    outputs, grads = run(branches, inputs, needs)
     return inputs, needs, outputs + grads
 
 
-@pytest.mark.parametrize("how", ["loop", "given", "cublas"])
+@pytest.mark.parametrize("cache", [0, 1 << 30], ids=["large", "small"])
 @pytest.mark.parametrize(
     "m, k, n, r, programs",
     [
@@ -111,22 +140,24 @@ def branches_on_cpu(run, m, k, n, r):
         # of an H100's 128 programs as few as make 1100 rows what 4100 are there: tiles of 32 rows, several to a program, sums over spans;
         # and more than one group of eight blocks of rows
         (1100, 64, 136, 16, 32),
-        (300, 328, 2056, 16, 16),  # dy's wide tiles, from 2048 columns on; sums longer than the pipelines have stages
+        (300, 328, 2056, 16, 16),  # sums longer than the pipelines have stages
+        (304, 256, 520, 8, 4),  # rows in multiples of 16: wide loads of S
     ],
 )
-def test_every_form_of_lora_linear(check, monkeypatch, how, m, k, n, r, programs):
-    """Whichever way its rule would choose, at sizes that a CPU without bfloat16 arithmetic bears."""
+def test_both_ways_of_lora_linear(check, monkeypatch, cache, m, k, n, r, programs):
+    """Whether dy is large or small, at sizes that a CPU without bfloat16 arithmetic bears: branches together, and one alone."""
     from fastpeft.kernels import lora_branch
     from fastpeft.kernels import lora_linear as kernels
 
-    monkeypatch.setattr(kernels, "form", lambda *sizes: how)
+    monkeypatch.setattr(kernels, "IN_CACHE", cache)
     monkeypatch.setattr(lora_branch, "PROGRAMS", programs)
-    inputs, needs, on_cpu = branches_on_cpu(check.run, m, k, n, r)
-    outputs, grads = check.run(two_branches, [t.cuda() for t in inputs], needs)
-    for value, want in zip(outputs + grads, on_cpu):
-        assert (value is None) == (want is None)
-        if value is not None:
-            assert check.error(value.cpu(), want, 1e-3) <= TOLERANCE[torch.bfloat16]
+    for branches in (two_branches, one_branch):
+        inputs, needs, on_cpu = branches_on_cpu(check.run, branches, m, k, n, r)
+        outputs, grads = check.run(branches, [t.cuda() for t in inputs], needs)
+        for value, want in zip(outputs + grads, on_cpu):
+            assert (value is None) == (want is None)
+            if value is not None:
+                assert check.error(value.cpu(), want, 1e-3) <= TOLERANCE[torch.bfloat16]
 
 
 def test_no_op_waits_for_the_gpu(check, row):

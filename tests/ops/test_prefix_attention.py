@@ -19,8 +19,9 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True)
 def none_handed_over(monkeypatch):
-    """Calls here are small: those with a prefix would go to SDPA."""
+    """Calls here are small: those with a prefix would go to SDPA. Rows before the keys have test_attention_inputs.py."""
     monkeypatch.setattr(module, "FEW", 0)
+    monkeypatch.setattr(module, "reserved_pays", lambda *a: False)
 
 
 def make(B=2, H=4, G=2, M=7, N=9, d=32, n=5, dtype=torch.float32, params=None):

@@ -1,6 +1,7 @@
 """A study in a process that a test may kill: its jobs are forked from it, as it has the imports."""
 
 import multiprocessing
+from pathlib import Path
 
 from fastpeft.study import runner
 
@@ -16,3 +17,9 @@ def context():
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["fastpeft.runs.train", "fastpeft.study.runner", "fastpeft.evaluate", "fastpeft.models.miss"])
     return server
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path

@@ -4,7 +4,6 @@ at two times show what a graph would not know to be stale."""
 import math
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -141,8 +140,9 @@ def test_what_cannot_be_captured_runs_as_before(fault, monkeypatch):
     if fault is inputs_let_go and capture is None:
         pytest.skip("needs tests/cuda/lookalike.py: a GPU reads freed memory without a word")
     fault(monkeypatch)
-    step = step_of("llama-tiny", drops=True)
+    step, stream = step_of("llama-tiny", drops=True), torch.cuda.current_stream()
     losses = run(step, "llama-tiny", GROUPS)
+    assert torch.cuda.current_stream() == stream and torch.rand(3, device="cuda").isfinite().all()  # as if nothing had been captured
     assert step.note.startswith("no CUDA graphs: ") and step.said() == step.note
     assert len(step.note) > 30 and all(p.grad is None for p in step.model.parameters())
     assert all(loss is None or math.isfinite(loss) for loss, _ in losses)
@@ -200,23 +200,3 @@ def test_a_run_resumed_in_the_middle(runs, phantoms, tmp_path):
     assert rest.fit()["steps"] == 5
     assert runs.metrics(tmp_path / "part") == runs.metrics(tmp_path / "whole")
     runs.assert_same_weights(runs.weights(rest), runs.weights(whole))
-
-
-def test_the_benchmark_times_such_steps(tmp_path, monkeypatch):
-    """bench/rivals.py: the loss and the gradient's norm of a graphed step are those of the others, then dropout is on."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    from bench.rivals import GraphedMissStep, MissStep
-
-    model = model_of("miss-tiny", False, "F/LoRA/LoRA")
-    batch = batch_of("miss-tiny", model, 0, samples=4)
-    held = {name: t for name, t in batch.items() if name not in ("decoder_input_ids", "decoder_attention_mask", "samples")}
-    with torch.no_grad():
-        kept = {"image_embeds": model.encode_images(held["pixel_values"])}
-    torch.save({"model": model, "batch": held, "kept": kept}, tmp_path / "step.pt")
-    how = {"cached": True, "grouped": True, "memory": 1e9, "device": "cuda"}
-    want = MissStep(tmp_path / "step.pt", "ours", **how).measure()
-    timed = GraphedMissStep(tmp_path / "step.pt", "ours", dropout=0.1, **how)
-    told = timed.measure()
-    assert [told[name] for name in ("loss", "grad_norm")] == pytest.approx([want[name] for name in ("loss", "grad_norm")], rel=1e-5)
-    timed.step()
-    assert timed.graphed.replayed == 2 and math.isfinite(told["loss"])

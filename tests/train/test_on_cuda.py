@@ -16,6 +16,12 @@ from fastpeft.train import step
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def all_digits(monkeypatch):
+    """PyTorch lets cuDNN round float32 images to TF32's ten bits: more than what is compared here."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @contextlib.contextmanager
 def no_waiting():
     torch.cuda.set_sync_debug_mode("error")

@@ -1,0 +1,71 @@
+"""Fused attentions on ops.attention_inputs' one pass, where its rule takes it: the same losses and gradients as on the parts."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from double import Double
+from tiny_models import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastpeft as fp
+
+module = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
+SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+
+
+def both(monkeypatch, step):
+    """``step`` on the parts, then in one pass, which must be taken."""
+    made, calls = [], []
+    count = module._made
+    monkeypatch.setattr(module, "_made", lambda *a: calls.append(a) or count(*a))
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(module, "ONE_PASS", devices)
+        made.append(step())
+        assert bool(calls) == bool(devices)
+    (loss, grads), (want, wanted) = made[1], made[0]
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-10)
+    assert grads.keys() == wanted.keys()
+    scale = max(grad.abs().max() for grad in wanted.values())
+    assert max((grads[name] - grad).abs().max() for name, grad in wanted.items()) < 1e-10 * scale
+    return calls
+
+
+def step_of(model, batch):
+    def step():
+        model.zero_grad()
+        with Double():
+            loss = model(**batch).loss
+            loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    return step
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "PTv2", "Excitor"])
+def test_llama(monkeypatch, plan, padded):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.2)).double().train()
+    fp.optimize(model)
+    fp.adapt(model, plan)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 6:], mask[1, :2] = 0, 0
+    calls = both(monkeypatch, step_of(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}))
+    if plan == "IA3":
+        assert all(how.l_k is not None for _, _, _, how, _ in calls)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3-text", "phi3", "gpt-neox"])
+def test_interface(monkeypatch, name):
+    """Queries and keys turned together in the attention of any model, whole heads or some channels of them."""
+    torch.manual_seed(0)
+    model, make, config = (*tiny(name), None)[:3]
+    model = copy.deepcopy(model).train()
+    fp.optimize(model)
+    both(monkeypatch, step_of(model, make("right") if config is None else make("right", config)))
