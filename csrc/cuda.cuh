@@ -37,10 +37,10 @@ struct Launch {
 #else
 class Launch {
  public:
-  explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
+  explicit Launch(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastpeft: this build of torch has no CUDA");
     void* found = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &found) == 0, "fastpeft: no current CUDA stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &found) == 0, "fastpeft: no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(found);
   }
   // Whether a CUDA graph records what is launched: host memory that is read now would be so for every replay.
@@ -60,9 +60,8 @@ class Launch {
     check(cudaGetLastError());
   }
   int multiprocessors() const {
-    int device, count;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    int count;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
     return count;
   }
   // Blocks that run at the same time on a multiprocessor.
@@ -78,6 +77,7 @@ class Launch {
   static constexpr unsigned kShared = 32 << 10;  // 48 KB need no asking, those that a kernel declares among them
   static void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "fastpeft: CUDA error: ", cudaGetErrorString(error)); }
 
+  const int32_t device_;
   cudaStream_t stream_;
   torch::stable::accelerator::DeviceGuard guard_;
 };

@@ -3,6 +3,12 @@
 // there as it came: 16-bit numbers are widened at each pass over them. Backward's groups walk over rows, the next two of which are under way
 // into shared memory meanwhile, and keep the parameters' sums in registers. Any other row (odd width or stride, float64, too wide) belongs to
 // one block, which reads it more than once.
+//
+// Why: an H200 took 62 and 107 us for LayerNorm's forward in bfloat16 (8192 x 4096, 65536 x 768) and 104 and 133 us for dx where three to eight
+// warps with a Pack or two a thread shared a row, 1.1 to 1.4 times as long as PyTorch at 4096; a copy of as many bytes as that first forward
+// takes 37. Each row of dx was 868 instructions in each of 8 warps, and 517 in each of 3; it is 410, and 531 in one (machine code, sm_90, all
+// branches), nothing of the row is waited for any more when it comes to it, and 96 KB are under way in a multiprocessor where it was 32. This
+// form has not been timed: python -m bench ops layer_norm rms_norm --device cuda, where a copy of the same bytes runs beside it.
 #include "cuda.cuh"
 
 namespace fastpeft {
