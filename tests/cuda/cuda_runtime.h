@@ -5,7 +5,7 @@
 // A block's threads are fibers of one thread of the system. A fiber runs until it meets a barrier (a shuffle is one, of a warp) or ends, a
 // warp as far as it gets before the next one runs, and in every other launch the order is reversed: code that lacks a barrier then reads
 // what is not there yet or not there any more, and a barrier that some of its threads never reach ends the process with a message.
-// Blocks run one after another.
+// Blocks run one after another. An asynchronous copy is made when it is waited for and not before, so a missing wait shows.
 #include <math.h>
 
 #include <algorithm>

@@ -19,8 +19,8 @@ from fastpeft.ops.rotary import rotary_reference
 
 pytestmark = pytest.mark.skipif("FASTPEFT_LIBRARY" not in os.environ, reason="make test-cuda compiles the CUDA sources for the CPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# whole warps and idle lanes, one to four Packs a thread, and more than a block holds; odd ones go an element at a time
-WIDTHS = [8, 256, 768, 1024, 1288, 2048, 3072, 4096, 5120, 6152, 8192, 16392, 4099]
+# whole warps and idle lanes, one to four Packs a thread; of float32 more than a block holds; odd ones go an element at a time
+WIDTHS = [8, 256, 768, 1024, 1288, 2048, 3072, 4096, 5120, 6152, 8192, 4099]
 
 
 def test_the_cuda_sources_serve():
@@ -53,6 +53,13 @@ def test_norms(check, n, dtype):
             check.no_worse(ops.rms_norm, theirs, theirs, [x, weight], needs[:2])
     check.no_worse(ops.add_layer_norm, layer_sum, layer_sum, [x, residual, weight, bias])
     check.no_worse(ops.add_rms_norm, rms_sum, rms_sum, [x, residual, weight])
+
+
+@pytest.mark.parametrize("n", [16384, 16392])
+def test_norms_of_rows_that_backward_or_neither_holds(check, n):
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((2, n), (n,), (n,)))
+    reference = lambda *a: layer_norm_reference(*a, 1e-5)  # noqa: E731
+    check.no_worse(ops.layer_norm, reference, reference, [x, weight, bias])
 
 
 @pytest.mark.parametrize("n", [512, 768, 1024])
