@@ -150,7 +150,7 @@ def main() -> None:
         f"`python -m bench.coverage`, transformers {transformers.__version__}. Every model from its configuration's defaults, two layers "
         "of each stack, on meta tensors.",
         "A layer is covered when a fused module computes it: a fused block around it, or the layer's own fused class. Experts that a model "
-        "holds as stacked parameters are no linear layers, and stay its own.",
+        "holds as stacked parameters are no linear layers, and not counted.",
         "",
         *table(targets),
         "",

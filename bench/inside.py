@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
 import signal
 import time
 from collections import Counter
@@ -27,8 +28,9 @@ import fastpeft as fp
 from bench.frame import Rival, Row, check
 from fastpeft.cost.profile import memory_bytes, peak_memory_bytes, reset_peak
 
-PATIENCE = 60.0  # seconds: for an estimate that is still to come
+PATIENCE = 20.0  # seconds: for an estimate that is still to come
 WARM, BLOCK = 2, 3  # steps before timing; steps between two waits for a GPU, which else works on while the host prepares the next
+LONG = 0.1  # seconds: such a step gains nothing by that
 TOP = 12  # kernels that are named
 
 
@@ -36,8 +38,8 @@ class Runner(Protocol):
     shared_bytes: int  # of its weights, those that were there before it was made
 
     def enter(self, case: str) -> dict[str, Any]:
-        """Gets ready for ``case``: one step's loss, grad_norm, flops, saved_bytes, weight_bytes (of the whole batch), and maybe a note.
-        Without loss and grad_norm where steps are random."""
+        """Gets ready for ``case``: one step's loss, grad_norm, flops, saved_bytes, weight_bytes (of the whole batch), and maybe a note; of
+        one without dropout, where it has some."""
 
     def step(self) -> None:
         """Forward, backward and update; nothing is read from the device."""
@@ -61,10 +63,11 @@ class CaseRow(Row):
 
 @dataclass
 class _Seat:
-    """A rival that runs, and its lines by case."""
+    """A rival that runs, and its lines by case. ``held``: bytes of its own between two steps."""
 
     rival: Rival
     runner: Runner
+    held: int
     rows: dict[str, CaseRow] = field(default_factory=dict)
 
 
@@ -82,73 +85,140 @@ def run(
 ) -> tuple[list[CaseRow], dict[str, str]]:
     """(lines, {name: why it has none or not all}). ``rounds``: blocks of steps that are timed, of which the median counts, or the
     ``least``; ``tolerance``: relative, of losses, ten times as much of gradients' lengths; ``baselines``: of an earlier run."""
-    at, seats, failed = torch.device(device), [], {}
-    baselines = {row.case: row for row in reversed(baselines)}
-    on_gpu = at.type == "cuda"
-    if on_gpu:
-        gc.collect()
-        gc.freeze()  # what is imported stays: collecting then takes no time
-    for rival in rivals:
-        seat = None
+    comparison = _Comparison(samples, rounds, torch.device(device), tolerance, tell, least, {row.case: row for row in reversed(baselines)})
+    first, *others = cases
+    with _few_to_collect() if comparison.on_gpu else contextlib.nullcontext():
+        seats = [seat for rival in rivals if (seat := comparison.seated(rival, first)) is not None]
+        for case, seat in product(others, seats):
+            if seat.rival.name not in comparison.failed:
+                comparison.further(seat, case)
+        comparison.complete(seats)
+    rows = [row for seat in seats for row in seat.rows.values()]
+    for row in rows:  # the baseline's seconds are known now
+        comparison.against_baseline(row)
+    return rows, comparison.failed
+
+
+@dataclass
+class _Comparison:
+    """A run of rivals; fields as :func:`run`'s arguments, baselines by case."""
+
+    samples: int
+    rounds: int
+    device: torch.device
+    tolerance: float
+    tell: Callable[[dict], None]
+    least: bool
+    baselines: dict[str, CaseRow]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.on_gpu = self.device.type == "cuda"
+        if self.on_gpu:
+            _get_workspaces(self.device)
+
+    def seated(self, rival: Rival, case: str) -> _Seat | None:
+        """The rival with its line of the first case; None, told, where it has none."""
+        with self._told(rival), patient(rival.patience):
+            before = self._settled()
+            seat = _Seat(rival, rival.make(**rival.options), 0)
+            self._settled()  # copies made on the way
+            self._line(seat, case, before, seat.runner.shared_bytes)
+            seat.held = self._settled() - before + seat.runner.shared_bytes
+            return seat
+        return None
+
+    def further(self, seat: _Seat, case: str) -> None:
+        with self._told(seat.rival), patient(seat.rival.patience):
+            self._line(seat, case, self._settled(), seat.held)
+
+    @contextlib.contextmanager
+    def _told(self, rival: Rival, what: str = "") -> Iterator[None]:
+        """Whatever goes wrong in a rival is its result."""
         try:
-            with patient(rival.patience):
-                before = _settled(at)
-                seat = _Seat(rival, rival.make(**rival.options))
-                _settled(at)  # copies made on the way
-                for case in cases:
-                    _enter(seat, case, baselines, samples, tolerance, at)
-                    _time(seat, case, rounds if on_gpu else 1, at, before, least)
-                    _compare(seat.rows[case], baselines, samples)
-                    tell(seat.rows[case].to_dict() | {"case": f"{rival.name}, {case}"})
-        except Exception as error:  # whatever goes wrong in a rival is its result
-            failed[rival.name] = _said(error)
-            tell({"case": rival.name, "failed": failed[rival.name]})
-        if seat is not None and any(row.seconds for row in seat.rows.values()):
-            seats.append(seat)
-    if not on_gpu:  # by turns, as other work comes and goes on its cores
-        for _, seat in product(range(rounds - 1), [seat for seat in seats if seat.rival.name not in failed]):
-            _time(seat, cases[-1], 1, at, 0, least)
-            _compare(seat.rows[cases[-1]], baselines, samples)
-    else:
-        for seat in seats:
-            try:
-                _complete(seat, baselines, samples, rounds, at, tell)
-            except Exception as error:
-                failed.setdefault(seat.rival.name, f"traced: {_said(error)}")
-                tell({"case": f"{seat.rival.name}, traced", "failed": _said(error)})
-        gc.unfreeze()
-    return [row for seat in seats for row in seat.rows.values() if row.seconds], failed
+            yield
+        except Exception as error:
+            self.failed.setdefault(rival.name, f"{what}{_said(error)}")
+            self.tell({"case": rival.name, "failed": f"{what}{_said(error)}"})
 
+    def _line(self, seat: _Seat, case: str, before: int, held: int) -> None:
+        """Its line in a case: one step that is compared with the baseline's, then those that are timed. ``before``: bytes in all, of which
+        ``held`` are its own."""
+        reset_peak(self.device)
+        told = seat.runner.enter(case)
+        told["flops_per_sample"] = told.pop("flops") / self.samples
+        row = CaseRow(seat.rival.name, **told, case=case)
+        if seat.rival.same and case in self.baselines:
+            check(row, self.baselines[case], self.tolerance)
+        self._time(seat, row, self.rounds if self.on_gpu else 1)
+        row.peak_bytes = peak_memory_bytes(self.device) - before + held if self.on_gpu else 0
+        seat.rows[case] = row
+        self.tell(row.to_dict() | {"case": f"{row.what}, {case}"})
 
-def _settled(device: torch.device) -> int:
-    """Bytes held now, on a GPU with nothing waiting to be freed."""
-    if device.type == "cuda":
+    def _time(self, seat: _Seat, row: CaseRow, rounds: int) -> None:
+        step, block = seat.runner.step, 1
+        if self.on_gpu:
+            for _ in range(WARM):
+                step()
+            block = BLOCK if _timed(step, 1, self.device) < LONG else 1
+        row.seconds_all += [_timed(step, block, self.device) for _ in range(rounds)]
+        found = torch.tensor(row.seconds_all, dtype=torch.float64)
+        row.seconds = (found.min() if self.least else found.quantile(0.5)).item()
+        self.against_baseline(row)
+
+    def against_baseline(self, row: CaseRow) -> None:
+        baseline = self.baselines.setdefault(row.case, row)
+        row.samples_per_second, row.speedup = self.samples / row.seconds, baseline.seconds / row.seconds
+        row.flops_ratio = baseline.flops_per_sample / row.flops_per_sample
+
+    def complete(self, seats: list[_Seat]) -> None:
+        """On a GPU what a trace shows, and steps timed once more: a clock that has changed meanwhile shows. On the CPU the other rounds, by
+        turns, as other work comes and goes on its cores."""
+        if self.on_gpu:
+            for seat in seats:
+                with self._told(seat.rival, "traced: "):
+                    self._trace(seat)
+            return
+        for _, seat in product(range(self.rounds - 1), seats):
+            if seat.rival.name not in self.failed:
+                self._time(seat, list(seat.rows.values())[-1], 1)
+
+    def _trace(self, seat: _Seat) -> None:
+        *others, last = seat.rows
+        for case in (last, *others):  # it is in the last, or was on its way from there
+            row = seat.rows[case]
+            if case != last or seat.rival.name in self.failed:
+                seat.runner.enter(case)
+            self._time(seat, row, max(1, self.rounds // 2))
+            vars(row).update(traced(seat.runner.step, self.device))
+            row.busy = row.gpu_seconds / row.seconds
+            self.tell(row.to_dict() | {"case": f"{row.what}, {case}, complete"})
+
+    def _settled(self) -> int:
+        """Bytes held now, on a GPU with nothing waiting to be freed."""
+        if not self.on_gpu:
+            return 0
         gc.collect()
         torch.cuda.empty_cache()
-    return memory_bytes(device)
+        return memory_bytes(self.device)
 
 
-def _enter(seat: _Seat, case: str, baselines: dict[str, CaseRow], samples: int, tolerance: float, device: torch.device) -> None:
-    """Its line, of one step that is compared with the baseline's."""
-    reset_peak(device)
-    told = seat.runner.enter(case)
-    told["flops_per_sample"] = told.pop("flops") / samples
-    compared = "loss" in told
-    row = CaseRow(seat.rival.name, **{"loss": float("nan"), "grad_norm": float("nan")} | told, case=case)
-    if seat.rival.same and compared and case in baselines:
-        check(row, baselines[case], tolerance)
-    seat.rows[case] = row
+@contextlib.contextmanager
+def _few_to_collect() -> Iterator[None]:
+    """What is imported by now is nothing that garbage collection looks at: it else takes a second each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-def _time(seat: _Seat, case: str, rounds: int, device: torch.device, before: int, least: bool) -> None:
-    row, step = seat.rows[case], seat.runner.step
-    block = BLOCK if device.type == "cuda" else 1
-    for _ in range(WARM if device.type == "cuda" else 0):
-        step()
-    row.seconds_all += [_timed(step, block, device) for _ in range(rounds)]
-    row.seconds = min(row.seconds_all) if least else torch.tensor(row.seconds_all, dtype=torch.float64).quantile(0.5).item()
-    if device.type == "cuda":
-        row.peak_bytes = peak_memory_bytes(device) - before + seat.runner.shared_bytes
+def _get_workspaces(device: torch.device) -> None:
+    """Libraries keep theirs from the first product on: nobody's peak then has them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(64, 64, dtype=dtype, device=device)
+        torch.nn.functional.linear(x @ x, x, x[0])
 
 
 def _timed(step: Callable[[], None], block: int, device: torch.device) -> float:
@@ -163,28 +233,6 @@ def _timed(step: Callable[[], None], block: int, device: torch.device) -> float:
         step()
     torch.cuda.synchronize(device)
     return (time.perf_counter() - began) / block
-
-
-def _compare(row: CaseRow, baselines: dict[str, CaseRow], samples: int) -> None:
-    baseline = baselines.setdefault(row.case, row)
-    row.samples_per_second, row.speedup = samples / row.seconds, baseline.seconds / row.seconds
-    row.flops_ratio = baseline.flops_per_sample / row.flops_per_sample
-
-
-def _complete(seat: _Seat, baselines: dict, samples: int, rounds: int, device: torch.device, tell: Callable[[dict], None]) -> None:
-    """What a trace shows, and steps timed once more: a clock that has changed meanwhile shows."""
-    timed, last = [case for case in seat.rows if seat.rows[case].seconds], list(seat.rows)[-1]
-    for case in reversed(timed):
-        row = seat.rows[case]
-        if case != last:
-            seat.runner.enter(case)
-        peak = row.peak_bytes
-        _time(seat, case, max(1, rounds // 2), device, 0, least=False)
-        row.peak_bytes = peak
-        _compare(row, baselines, samples)
-        vars(row).update(traced(seat.runner.step, device))
-        row.busy = row.gpu_seconds / row.seconds
-        tell(row.to_dict() | {"case": f"{seat.rival.name}, {case}, complete"})
 
 
 def traced(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
@@ -230,14 +278,31 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+_beside: list[Executor] = []
+
+
 @contextlib.contextmanager
 def meanwhile() -> Iterator[Executor]:
-    """For :func:`estimated`: a process beside the rivals'."""
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    """For :func:`estimated`: a process beside the rivals', forked while CUDA is not there yet, so that it has imported everything. Inside
+    another ``meanwhile``, that one's."""
+    if _beside:
+        yield _beside[0]
+        return
+    how = "spawn" if torch.cuda.is_initialized() else "fork"
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(how), initializer=_be_modest)
+    _beside.append(pool)
     try:
+        if how == "fork":
+            pool.submit(int)  # now
         yield pool
     finally:
+        _beside.clear()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _be_modest() -> None:
+    torch.set_num_threads(1)
+    os.nice(10)
 
 
 def estimated(make: Callable[[], nn.Module], plan: str, **how) -> int:

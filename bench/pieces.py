@@ -78,12 +78,12 @@ class Report:
         self.write()
         return piece["status"]
 
-    def _keep(self, name: str, piece: dict, line: str) -> None:
+    def _keep(self, name: str, piece: dict, line: str, at: float) -> None:
         try:
             case = json.loads(line)
         except ValueError:
             return
-        piece["cases"].append(case)
+        piece["cases"].append(case | {"at": round(at, 1)})  # seconds since the piece began
         if case.get("failed"):
             self.told["failed"].append(f"{name}: {case.get('case', '')}: {case['failed']}")
         self.write()

@@ -196,13 +196,7 @@ class MissStep:
 
     def compared(self) -> dict[str, Any]:
         """What a step computes and costs."""
-        few = int((self.batch["image_index"] == self.batch["image_index"][0]).sum()) if self.grouped else 1
-        with measure(self.model) as cost:
-            self.backward(self.model, self.piece(0, few))
-        self.model.zero_grad(set_to_none=True)
-        room = self.memory - 3 * sum(p.nbytes for p in self.trained)  # gradients and AdamW's two moments
-        most = min(self.samples, max(few, int(room / (ROOM * max(1, cost.saved_bytes) / few))))
-        count = math.ceil(self.samples / most)
+        count = self.micro_batches()
         edges = [round(i * self.samples / count) for i in range(count + 1)]
         self.pieces = [self.piece(start, stop) for start, stop in pairwise(edges)]
         told = {"loss": 0.0, "flops": 0, "saved_bytes": 0, "weight_bytes": sum(p.nbytes for p in self.model.parameters())}
@@ -214,6 +208,18 @@ class MissStep:
         told["grad_norm"] = math.hypot(*(float(p.grad.double().norm()) for p in self.trained if p.grad is not None))
         self.model.zero_grad(set_to_none=True)
         return told | {"note": f"in {count} micro-batches: 1/{count} is kept at a time" if count > 1 else ""}
+
+    def micro_batches(self) -> int:
+        """How many a step needs, by what one with the fewest samples keeps for backward."""
+        if math.isinf(self.memory):
+            return 1
+        few = int((self.batch["image_index"] == self.batch["image_index"][0]).sum()) if self.grouped else 1
+        with measure(self.model) as cost:
+            self.backward(self.model, self.piece(0, few))
+        self.model.zero_grad(set_to_none=True)
+        room = self.memory - 3 * sum(p.nbytes for p in self.trained)  # gradients and AdamW's two moments
+        most = min(self.samples, max(few, int(room / (ROOM * max(1, cost.saved_bytes) / few))))
+        return math.ceil(self.samples / most)
 
     def step(self) -> None:
         for piece in self.pieces:

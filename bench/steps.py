@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -212,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each rival")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
-    parser.add_argument("--memory", type=float, help="GB a step may take before it runs in micro-batches (default: half of what is free)")
+    free = "GB a step may take before it runs in micro-batches (default: half of what is free; on a GPU it never does)"
+    parser.add_argument("--memory", type=float, help=free)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds that torch.compile may take")
     parser.add_argument("--out", type=Path, help="JSON file to write; a Markdown file of the same name beside it")
     parser.add_argument("--lines", action="store_true", help="tell each plan's rows as a line of JSON at once")
@@ -221,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     on_gpu = torch.device(args.device).type == "cuda"
-    args.memory = args.memory or (0.9 * torch.cuda.mem_get_info()[0] / 1e9 if on_gpu else psutil.virtual_memory().available / 2e9)
+    args.memory = args.memory or (math.inf if on_gpu else psutil.virtual_memory().available / 2e9)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     hidden = ("out", "json", "lines")
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in hidden}

@@ -15,9 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 
-from bench import steps, steps_llama
+from bench import inside, steps, steps_llama
 from bench.pieces import say
 
 LEAST = 12.0  # seconds: a section with less than that is not begun
@@ -83,10 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     began, found = time.perf_counter(), sections()
     if unknown := sorted(set(args.only or ()) - found.keys()):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(found)}")
-    if not torch.cuda.is_available():
-        print("bench steps_gpu: torch sees no CUDA device here", file=sys.stderr)
-        return 2
-    status, left = run({name: found[name] for name in args.only or found}, args.seconds)
+    with inside.meanwhile():
+        if not torch.cuda.is_available():
+            print("bench steps_gpu: torch sees no CUDA device here", file=sys.stderr)
+            return 2
+        say({"case": "imports", "seconds": round(time.time() - psutil.Process().create_time(), 1)})
+        status, left = run({name: found[name] for name in args.only or found}, args.seconds)
     remain = args.seconds - (time.perf_counter() - began)
     if left and remain > LEAST:
         say({"case": "CUDA", "failed": "nothing runs any more: a new process goes on"})

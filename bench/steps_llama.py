@@ -27,6 +27,7 @@ import platform
 from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,13 @@ from bench.rivals_llama import FULL, PADDED, SIZES, GraphedLlamaStep, LlamaStep,
 from fastpeft.files import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEFT, LORA, GRAPHED, FROZEN = "LoRA, PEFT", "LoRA", "LoRA, CUDA graphs", "frozen"
+FROZEN = "frozen"
 # key: [(name, runner, form, plan, what else is told to the runner)]
 RIVALS = {
-    "peft": [(PEFT, LlamaStep, "theirs", "LoRA", {})],
-    "lora": [(LORA, LlamaStep, "ours", "LoRA", {"lean": True})],
-    "graphed": [(GRAPHED, GraphedLlamaStep, "ours", "LoRA", {"lean": True})],
-    "readable": [("LoRA, logits readable", LlamaStep, "ours", "LoRA", {})],
+    "peft": [("LoRA, PEFT", LlamaStep, "theirs", "LoRA", {})],
+    "lora": [("LoRA, logits unread", LlamaStep, "ours", "LoRA", {"lean": True})],
+    "graphed": [("LoRA, CUDA graphs", GraphedLlamaStep, "ours", "LoRA", {"lean": True})],
+    "readable": [("LoRA", LlamaStep, "ours", "LoRA", {})],
     "peft16": [("LoRA, PEFT, adapters in 16 bit", LlamaStep, "theirs_in_16_bit", "LoRA", {})],
     "liger": [("LoRA, PEFT, Liger", LlamaStep, "liger", "LoRA", {})],
     "compile": [
@@ -121,6 +122,20 @@ def compared(rows: list[inside.CaseRow], tolerance: float) -> str:
     return ""
 
 
+def about_run(args) -> dict[str, Any]:
+    """What every result is told with."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
+    about = {"date": str(datetime.date.today()), "cpu": platform.processor() or platform.machine(), "threads": 1} | gpu
+    about |= {"shape": SIZES[args.size] | {"num_hidden_layers": args.layers}, "torch": torch.__version__}
+    return about | {"batch": args.batch, "tokens": args.tokens, "dtype": args.dtype}
+
+
+def with_frozen(rows: list[inside.CaseRow]) -> list[dict[str, Any]]:
+    """Lines, with their time over the frozen model's."""
+    frozen = next((row.seconds for row in rows if row.what == FROZEN), None)
+    return [row.to_dict() | ({"over_frozen": row.seconds / frozen} if frozen and row.case == FULL else {}) for row in rows]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 256), ("batch", 4), ("layers", 8), ("rounds", 5)):
@@ -135,16 +150,12 @@ def main(argv: list[str] | None = None) -> int:
     args.rivals = args.rivals or [key for key in RIVALS if args.device == "cuda" or key not in ("graphed", "compile", "liger")]
     torch.set_num_threads(1)
     base = base_of(args.size, args.layers, args.device, DTYPES[args.dtype])
-    about = {"date": str(datetime.date.today()), "cpu": platform.processor() or platform.machine(), "threads": 1}
-    about |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
-    about |= {"shape": SIZES[args.size] | {"num_hidden_layers": args.layers}, "torch": torch.__version__}
-    about |= {"batch": args.batch, "tokens": args.tokens, "dtype": args.dtype}
+    about = about_run(args)
     if args.lines:
         say({"case": "about"} | about)
     rows, failed = measured(base, args, (lambda case: say(case)) if args.lines else (lambda case: None))
     wrong = compared(rows, 1e-4 if args.dtype == "fp32" else 2e-2)
-    frozen = next((row.seconds for row in rows if row.what == FROZEN), None)
-    told = [row.to_dict() | ({"over_frozen": row.seconds / frozen} if frozen and row.case == FULL else {}) for row in rows]
+    told = with_frozen(rows)
     print(inside.markdown(rows), *(f"- left out: {name}: {why}" for name, why in failed.items()), wrong, sep="\n", flush=True)
     if args.lines:
         say({"case": "table", "rows": told, "left_out": failed} | ({"failed": wrong} if wrong else {}))

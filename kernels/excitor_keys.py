@@ -32,7 +32,7 @@ class Merge:
 
 # by (image, bytes of an element)
 CONFIGS = {(False, 2): Merge(), (False, 4): Merge(BLOCK_C=64), (True, 2): Merge(), (True, 4): Merge(BLOCK_C=32, num_warps=8)}
-SCORE_ROWS = 64
+SCORE_ROWS, MOST_ROWS = 64, 128  # of a program that makes scores; of R in one of our passes, beyond which ATen's products serve
 PROGRAMS = 256  # of a launch, where the rows give as many; else rows' scores are made again for a part of the columns
 
 
@@ -151,8 +151,8 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
     n = n.contiguous()
     _excitor_merge_fwd_kernel[grid](
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
-        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R, STEPS=steps,
-        stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
+        STEPS=steps, stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
         stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
         BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R),
         num_warps=config.num_warps,
@@ -162,6 +162,9 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
 
 def _products(g, Lt, rows, need_dl, need_y):
     """(dL^T [KR, M], Y [KR, C]) of dK' [M, C], L^T [KR, M] and g R [KR, C], in float32; None where not needed."""
+    if rows.shape[0] > MOST_ROWS:
+        low = None if Lt is None else Lt.to(g.dtype)
+        return (rows @ g.t()).float() if need_dl else None, (low @ g).float() if need_y else None
     dl = g.new_empty(rows.shape[0], g.shape[0], dtype=torch.float32) if need_dl else None
     one_pass = need_dl and need_y and fits_one_pass(g, rows.shape[0])
     if need_dl and not one_pass:
@@ -181,7 +184,8 @@ def excitor_text_bwd(g, u, n, prompt, gate, need_dl, need_y):
     (K, C), R, H = prompt.shape, u.shape[2], gate.shape[0]
     g, (u, n, prompt, gate) = g.reshape(-1, C).contiguous(), (t.contiguous() for t in (u, n, prompt, gate))
     M = g.shape[0]
-    du, dn, dprompt, dgate = (t.new_empty(t.shape if need else 0) for t, need in ((u, need_dl), (n, need_dl), (prompt, need_y), (gate, need_y)))
+    wanted = (u, need_dl), (n, need_dl), (prompt, need_y), (gate, need_y)
+    du, dn, dprompt, dgate = (t.new_empty(t.shape if need else 0) for t, need in wanted)
     blocks = {"BLOCK_M": SCORE_ROWS, "BLOCK_K": padded(K), "BLOCK_R": padded(R)}
     grid, how = (triton.cdiv(M, SCORE_ROWS),), {"u_ptr": u, "n_ptr": n, "M": M, "K": K, "R": R, **blocks}
     off = dict.fromkeys(("l_ptr", "dl_ptr", "du_ptr", "dn_ptr"))

@@ -1,15 +1,15 @@
 """The skinny half of a LoRA layer: everything of it but the product with W, at the rate memory gives.
 
     S = D(x) A^T, and y_0 = b + s S B^T         _lora_rows_kernel: a program owns rows, over all their columns
-    dS = s dy B, and dx_0 = D'(dS A)            the same over dy
+    dS = s dy B                                 the same over dy, where dB is not wanted or not to be had in one pass
     dS = s dy B, dB^T = s S^T dy                _lora_pass_kernel over dy: DOWN and OUTER
     dA = dS^T D(x), dx_0 = D'(dS A)             over x: OUTER and UP
     y_0 = b + s S B^T                           over nothing: UP alone
     dA, dB from their parts                     _lora_sum_kernel: one launch, in the parameters' dtypes
 
 A program of the pass owns a block of columns and a span of rows: what is summed over rows stays in registers, one partial per span; what
-is summed over columns leaves in one partial per block of columns. Both are few (at 8192 x 4096 and r = 16 an eighth of dy's bytes
-together; a program per 64 rows wrote half of dy's for dB alone, and as much for dA), and summed in a fixed order.
+is summed over columns leaves in one partial per block of columns. Both are few (at 8192 x 4096 and r = 8 a ninth of dy's bytes
+together; a program per 64 rows wrote a quarter of dy's for dB alone, and as much for dA), and summed in a fixed order.
 
 Shapes: x [M, C]; T (S, dS) [R, M]; F (A, B^T) [R, C]. Accumulation in float32; operands of tl.dot in x's dtype. The rank is padded to
 16, the least a tensor core takes. Dropout: Philox on (seed + branch, row * columns + column), the same in both passes.
@@ -47,10 +47,10 @@ def dropped(x, seed_ptr, index, counters, p):
 def _lora_rows_kernel(
     x_ptr, a_ptr, b_ptr, bias_ptr, seed_ptr, s_ptr, up_ptr,
     M, K, N, stride_xm, stride_ar, stride_ak, stride_bn, stride_br, stride_sr, scaling, up_scaling, p, index, R: tl.constexpr,
-    UP: tl.constexpr, DROP_IN: tl.constexpr, DROP_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, IEEE: tl.constexpr,
+    UP: tl.constexpr, DROP: tl.constexpr, HAS_BIAS: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """S = scaling D(x) A^T, and from it UP = bias + up_scaling D'(S B^T)."""
+    """S = scaling D(x) A^T, and from it UP = bias + up_scaling S B^T."""
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = x_ptr.dtype.element_ty
     offs_m, offs_r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
@@ -66,7 +66,7 @@ def _lora_rows_kernel(
         x = tl.load(x_ptr + offs_m[None, :, None] * stride_xm + offs_k[:, None, :], mask=mask, other=0.0)  # [SHARES, BLOCK_M, columns]
         a_ptrs = a_ptr + offs_r * stride_ar + offs_k[:, :, None] * stride_ak
         a = tl.load(a_ptrs, mask=mask_k[:, :, None] & mask_r, other=0.0).to(dtype)
-        if DROP_IN:
+        if DROP:
             counters = offs_m[None, :, None] * tl.cdiv(K, 4) + k // 4 + quarter[:, None, :]
             x = dropped(x, seed_ptr, index, counters, p).to(dtype)
         s = tl.dot(x, a, s, input_precision=precision)
@@ -80,9 +80,6 @@ def _lora_rows_kernel(
             b_ptrs = b_ptr + offs_r[None, :, None] * stride_br + offs_n[:, None, :] * stride_bn
             b = tl.load(b_ptrs, mask=mask_r[None, :, None] & mask_n[:, None, :], other=0.0).to(dtype)
             up = tl.dot(rows, b, input_precision=precision) * up_scaling  # [SHARES, BLOCK_M, columns]
-            if DROP_OUT:
-                counters = offs_m[None, :, None] * tl.cdiv(N, 4) + n // 4 + quarter[:, None, :]
-                up = dropped(up, seed_ptr, index, counters, p)
             if HAS_BIAS:
                 up += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None, :]
             up_ptrs = up_ptr + offs_m[None, :, None] * N + offs_n[:, None, :]
@@ -151,42 +148,6 @@ def _lora_pass_kernel(
         tl.store(outer_ptrs, outer * scaling, mask=mask_r[None, :, None] & mask_c[:, None, :])
 
 
-@triton.jit(do_not_specialize=["M", "STEPS", "index"])
-def _lora_outer_kernel(
-    x_ptr, ds_ptr, dy_ptr, s_ptr, seed_ptr, da_ptr, db_ptr, M, K, N, STEPS, stride_xm, stride_dm, stride_dr, stride_sr, scaling, p, index,
-    R: tl.constexpr, DROP: tl.constexpr, IEEE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The parts of dA = dS^T D(x) and of dB^T = scaling S^T dy: the first programs have columns of x, the others of dy."""
-    pid_c, pid_s, columns = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.cdiv(K, BLOCK_C)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    dtype = x_ptr.dtype.element_ty
-    if EVEN:
-        M = M // 16 * 16
-    of_x, C, factor = pid_c < columns, K, 1.0
-    if not of_x:
-        x_ptr, stride_xm, ds_ptr, stride_dr, da_ptr = dy_ptr, stride_dm, s_ptr, stride_sr, db_ptr
-        C, factor, pid_c = N, scaling, pid_c - columns
-    offs_w = tl.arange(0, SHARES)[:, None] * (BLOCK_C // SHARES) + tl.arange(0, BLOCK_C // SHARES)  # [SHARES, columns]
-    quarter = tl.arange(0, SHARES)[:, None] * (BLOCK_C // SHARES // 4) + tl.arange(0, BLOCK_C // SHARES // 4)
-    offs_c, offs_r = pid_c * BLOCK_C + offs_w, tl.arange(0, BLOCK_R)
-    mask_c, mask_r = offs_c < C, offs_r < R
-    outer = tl.zeros((SHARES, BLOCK_R, BLOCK_C // SHARES), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        x_ptrs = x_ptr + offs_m[None, :, None] * stride_xm + offs_c[:, None, :]
-        x = tl.load(x_ptrs, mask=mask_m[None, :, None] & mask_c[:, None, :], other=0.0)  # [SHARES, BLOCK_M, columns]
-        t = tl.load(ds_ptr + offs_r[:, None] * stride_dr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
-        if DROP:
-            counters = offs_m[None, :, None] * tl.cdiv(C, 4) + pid_c * (BLOCK_C // 4) + quarter[:, None, :]
-            x = tl.where(of_x, dropped(x, seed_ptr, index, counters, p).to(dtype), x)
-        t = tl.broadcast_to(t[None, :, :], (SHARES, BLOCK_R, BLOCK_M))
-        outer = tl.dot(t, x, outer, input_precision=precision)  # [SHARES, BLOCK_R, columns]
-    outer_ptrs = da_ptr + (pid_s * R + offs_r[None, :, None]) * C + offs_c[:, None, :]
-    tl.store(outer_ptrs, outer * factor, mask=mask_r[None, :, None] & mask_c[:, None, :])
-
-
 @triton.jit
 def _sum(parts_ptr, out_ptr, offs, SPANS, stride_s, R, C, stride_r, stride_c, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
@@ -221,26 +182,27 @@ def _down_blocks(M: int, R: int, itemsize: int, shared: int) -> dict:
     return tile | {"num_warps": SHARES, "num_stages": stages(4, columns * both, SHARES * rows * padded(R) * 4, shared)}
 
 
-def project_down(x, A, s, scaling=1.0, *, B=None, up=None, bias=None, up_scaling=1.0, p=0.0, p_up=0.0, seed=None, index=0):
-    """s [R, M] = scaling A D(x)^T, with dropout ``p``; and where ``up`` [M, N] is given, up = bias + up_scaling D'(s^T B^T), B [N, R],
-    with dropout ``p_up``, in the same launch."""
-    (M, K), R, blocks = x.shape, A.shape[0], _down_blocks(x.shape[0], A.shape[0], x.element_size(), shared_memory(x))
+def project_down(x, A, s, scaling=1.0, *, B=None, up=None, bias=None, up_scaling=1.0, p=0.0, seed=None, index=0):
+    """s [R, M] = scaling A D(x)^T, with dropout ``p``; where ``up`` [M, N] is given, up = bias + up_scaling s^T B^T, B [N, R], in the same
+    launch."""
+    (M, K), blocks = x.shape, _down_blocks(x.shape[0], A.shape[0], x.element_size(), shared_memory(x))
     if M:
         _lora_rows_kernel[(triton.cdiv(M, blocks["BLOCK_M"]),)](
             x_ptr=x, a_ptr=A, b_ptr=B, bias_ptr=bias, seed_ptr=seed, s_ptr=s, up_ptr=up, M=M, K=K, N=0 if up is None else up.shape[1],
             stride_xm=x.stride(0), stride_ar=A.stride(0), stride_ak=A.stride(1), stride_bn=0 if B is None else B.stride(0),
-            stride_br=1 if B is None else B.stride(1), stride_sr=s.stride(0), scaling=scaling, up_scaling=up_scaling, p=max(p, p_up),
-            index=index, UP=up is not None, DROP_IN=p > 0.0, DROP_OUT=p_up > 0.0, HAS_BIAS=bias is not None, IEEE=ieee(), **blocks,
+            stride_br=1 if B is None else B.stride(1), stride_sr=s.stride(0), scaling=scaling, up_scaling=up_scaling, p=p, index=index,
+            UP=up is not None, DROP=p > 0.0, HAS_BIAS=bias is not None, IEEE=ieee(), **blocks,
         )  # fmt: skip
 
 
 def _pass_blocks(R: int, x_size: int, t_size: int, shared: int, *, outer=False, down=False, up=False, drop=False) -> dict:
-    """Tiles of 16 KB, or of 8 KB where what is added to dx takes registers too; four stages. Three or more programs share an H100's
-    multiprocessor: with one of eight warps each wait was one for all, and dy's pass took three times a copy's time."""
-    columns = (64 if R > 64 else 128 if R > 32 else 256) * 2 // x_size
-    rows = 16 if (outer and up) or x_size > 2 or R > 32 else 32
+    """Tiles of 16 KB, or of 8 KB and less where what is added to dx takes registers too; four stages. Three or more programs share an
+    H100's multiprocessor: with one of eight warps each wait was one for all, and dy's pass took 59 us where a copy of dy took 37."""
+    columns = (64 if R > 64 else 128 if R > 32 or (outer and up and x_size > 2) else 256) * 2 // x_size
+    rows = 16 if up or x_size > 2 or R > 32 else 32
     tile = (outer or down) * rows * columns * x_size + (outer + up) * padded(R) * rows * t_size  # of x, and of T in each of its layouts
-    fixed = (down or up) * padded(R) * columns * x_size + up * rows * columns * x_size + down * SHARES * rows * padded(R) * 4
+    fixed = (down or up) * padded(R) * columns * x_size + up * rows * columns * x_size
+    fixed += SHARES * rows * padded(R) * (down * 4 + up * x_size)  # what shares add up to, or all of them read
     blocks = {"BLOCK_M": rows, "BLOCK_C": columns, "R": R, "BLOCK_R": padded(R), "SHARES": SHARES, "num_warps": SHARES}
     return blocks | {"STAGES": stages(4, tile, fixed, shared)}
 
@@ -259,8 +221,9 @@ def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=
     t_size, flags = 4 if t is None else t.element_size(), {"outer": outer, "down": down is not None, "up": up is not None, "drop": p > 0.0}
     blocks = _pass_blocks(R, x.element_size(), t_size, shared_memory(x), **flags)
     columns, row_blocks = triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
-    # what only writes holds no sums, and needs no spans of rows
-    steps = max(LEAST_STEPS, triton.cdiv(row_blocks, max(1, 3 * PROGRAMS // columns))) if outer or down is not None else 2
+    steps = LEAST_STEPS  # what only writes holds no sums, and needs no longer spans
+    if outer or down is not None:
+        steps = max(steps, triton.cdiv(row_blocks, max(1, 3 * PROGRAMS // columns)))
     spans = triton.cdiv(row_blocks, steps)
     sums = x.new_empty(spans if outer else 0, R, C, dtype=torch.float32)
     parts = down if columns == 1 or down is None else x.new_empty(columns, R, M, dtype=torch.float32)
@@ -274,23 +237,6 @@ def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=
     if parts is not down:
         torch.sum(parts, 0, out=down)
     return sums if outer else None
-
-
-def outer_products(x, ds, dy, s, scaling=1.0, p=0.0, seed=None, index=0):
-    """The parts of dA [spans, R, K] = dS^T D(x) and of dB^T [spans, R, N] = scaling S^T dy, in one launch; dS and S [R, M]."""
-    (M, K), N, R = x.shape, dy.shape[1], s.shape[0]
-    blocks = _pass_blocks(R, x.element_size(), s.element_size(), shared_memory(x), outer=True)
-    columns, row_blocks = triton.cdiv(K, blocks["BLOCK_C"]) + triton.cdiv(N, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"])
-    steps = max(LEAST_STEPS, triton.cdiv(row_blocks, max(1, 3 * PROGRAMS // columns)))
-    spans = triton.cdiv(row_blocks, steps)
-    da, db = (x.new_empty(spans, R, C, dtype=torch.float32) for C in (K, N))
-    if spans:
-        _lora_outer_kernel[(columns, spans)](
-            x_ptr=x, ds_ptr=ds, dy_ptr=dy, s_ptr=s, seed_ptr=seed, da_ptr=da, db_ptr=db, M=M, K=K, N=N, STEPS=steps, stride_xm=x.stride(0),
-            stride_dm=dy.stride(0), stride_dr=ds.stride(0), stride_sr=s.stride(0), scaling=scaling, p=p, index=index, DROP=p > 0.0,
-            IEEE=ieee(), EVEN=M % 16 == 0, **blocks,
-        )  # fmt: skip
-    return da, db
 
 
 def reduce_grads(da, A, db, B):
@@ -311,20 +257,18 @@ def reduce_grads(da, A, db, B):
 def aot_cases(shared: int):
     """Strides of 1 are constants, as Triton's launcher makes them: with unknown ones no load is wide."""
     for dtype, size in (("fp32", 4), ("bf16", 2)):
-        types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "b", "bias", "s", "t", "f", "up", "ds", "dy")} | {"seed_ptr": "*i64"}
+        types = {f"{n}_ptr": f"*{dtype}" for n in ("x", "a", "b", "bias", "s", "t", "f", "up")} | {"seed_ptr": "*i64"}
         types |= dict.fromkeys(("outer_ptr", "down_ptr", "da_ptr", "db_ptr"), "*fp32")
         types |= dict.fromkeys(("scaling", "up_scaling", "p"), "fp32")
-        strides = (f"stride_{n}" for n in ("xm", "ar", "ak", "bn", "br", "sr", "tr", "fr", "fc", "dm", "dr"))
+        strides = (f"stride_{n}" for n in ("xm", "ar", "ak", "bn", "br", "sr", "tr", "fr", "fc"))
         types |= dict.fromkeys(("M", "K", "N", "C", "STEPS", "index", *strides), "i32")
-        flags = ("DROP", "DROP_IN", "DROP_OUT", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP")
+        flags = ("DROP", "ACCUMULATE", "HAS_BIAS", "OUTER", "DOWN", "UP")
         off = dict.fromkeys(flags, False) | {"IEEE": True, "EVEN": True}
-        S, y = {"stride_ak": 1}, {"stride_ak": 1, "stride_br": 1, "UP": True}  # A and B as they lie
-        dx = {"stride_ar": 1, "stride_bn": 1, "UP": True}  # B and A transposed
+        S, y = {"stride_ak": 1}, {"stride_ak": 1, "stride_br": 1, "UP": True, "HAS_BIAS": True}
         cases = []
         for name, rows, R, special in (
-            ("S/2048", 2048, 8, S), ("S", 8192, 8, S), ("S/r128", 8192, 128, S),
-            ("S and y", 8192, 8, y | {"HAS_BIAS": True}), ("S and y/drop", 8192, 8, y | {"DROP_IN": True}), ("dS and dx", 8192, 8, dx),
-            ("dS and dx/drop", 8192, 8, dx | {"DROP_OUT": True}),
+            ("S/2048", 2048, 8, S), ("S", 8192, 8, S), ("S/r128", 8192, 128, S), ("dS", 8192, 8, {"stride_ar": 1}),
+            ("S and y", 8192, 8, y), ("S and y/drop", 8192, 8, y | {"DROP": True}),
         ):  # fmt: skip
             cases.append((name, _lora_rows_kernel, _down_blocks(rows, R, size, shared) | special, {}))
 
@@ -339,7 +283,6 @@ def aot_cases(shared: int):
         cases.append(along_case("x and dx/drop", 8, 4, {"stride_fc": 1}, outer=True, up=True, drop=True))
         cases.append(along_case("x", 8, 4, {"stride_fc": 1}, outer=True))
         cases.append(along_case("y", 8, size, {"stride_fr": 1, "HAS_BIAS": True}, up=True))
-        cases += [(f"both/r{R}", _lora_outer_kernel, _pass_blocks(R, size, size, shared, outer=True), {}) for R in (8, 128)]
         parts = {"a_ptr": "*fp32", "b_ptr": "*fp32"} | dict.fromkeys(("SPANS_A", "SPANS_B", "R"), "i32")
         parts |= dict.fromkeys(("stride_as", "stride_bs"), "i32")
         cases += [("sum", _lora_sum_kernel, SUM | {"FIRST": 0, "num_warps": 4}, parts)] * (size == 4)

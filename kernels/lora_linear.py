@@ -1,24 +1,26 @@
 """LoRA linear layers: the branch lies in the output before cuBLAS adds the frozen product to it.
 
-    y_0 = b + s S B^T, S = D(x) A^T          then y = y_0 + x W^T by cuBLAS, whose epilogue reads y_0 while other tiles multiply
+    y_0 = b + s S B^T, S = D(x) A^T          then y = y_0 + x W^T by cuBLAS, whose epilogue reads y_0
     dx_0 = D'(dS A), dS = s dy B             then dx = dx_0 + dy W; dA = dS^T D(x), dB = s dy^T S
 
-All but the products is in lora_branch.py, passes over x and dy. Two ways, by whether x and dy stay in the cache between two readings:
-
-    large  dS and dB in one pass over dy, its parts of dS summed; dA and dx_0 in one over x; the sums of dA and dB
-    small  dS and dx_0 in one launch over dy; dA and dB in one over x and dy; their sums: a launch less, dy is read twice
-
-Measured on an H200 (bfloat16, graph replay, 8192 x 4096 x 4096, 2026-11-26): reading y_0 in the epilogue costs 4 of 371 us. Products of
-Triton with the branch in their epilogue, or with S made in their loop, stood here: 516 and 602 us by pointers, 401 and 511 by TMA.
+All but the products is in lora_branch.py: S and y_0 in one launch over x; dS and dB in one over dy; dA and dx_0 in one over x; sums.
 
 Shapes: x [M, K]; W [N, K]; A [R, K]; B [N, R]; S, dS [R, M]. Accumulation in float32; operands of tl.dot in x's dtype.
+
+Measured on an H200, bfloat16, 2026-11-26, microseconds of graph replays at 8192 x 4096 x 4096, r = 8, caches flushed:
+- The frozen pair, x W^T and dy W, takes 683 to 735; forward and dx, dA, dB with the passes as they were 899 to 913, of which S 37, y_0 24,
+  dS and dB 59, dA and dx_0 43, sums 7; reading y_0 and dx_0 in the epilogues 7. The bytes ask for 17, 17, 17, 34 and 1. The passes have
+  changed since, and are not measured: every warp has columns of its own, S is fetched ahead, two and more programs share a multiprocessor.
+- By ATen alone, in C++ (csrc/autograd/lora_linear.h): 878; at 8192 x 768 x 768 81 where the passes took 84, and the frozen pair 38. An
+  eager call of five Triton kernels takes 1,100 of the host, of ATen's products in C++ 290: those serve calls up to 2^23 elements.
+- Triton's own products lost, and are gone: S made in the loop 602 for the forward, S given 516; with TMA 511 and 401; cuBLAS 367.
+- [x | S] [W | s B]^T as one product, S behind x already, and dx likewise: 1.12 times the frozen pair, 1.16 with the forward alone so.
 """
 
 import torch
-from fastpeft.kernels.lora_branch import branch_pass, fits_one_pass, outer_products, project_down, reduce_grads
+from fastpeft.kernels.lora_branch import branch_pass, fits_one_pass, project_down, reduce_grads
 
 DW, DB, DLA, DLB = 1, 2, 4, 8
-IN_CACHE = 24 << 20  # bytes of dy that an H100's 50 MB of L2 keep beside x: modelled, bench lora_linear measures both ways
 
 
 def _rows(t):
@@ -80,20 +82,6 @@ def _lora_A_grads(x2, dx, stack, dS, As, needs, p, seed):
     return das
 
 
-def _small(flat, branches, need_dx, needs) -> bool:
-    """Whether the way with fewer launches serves: one branch, all three gradients, dy small."""
-    (i, dy), *others = flat.items()
-    everything = need_dx and not others and branches == [i] and needs[i] & DLA and needs[i] & DLB
-    return bool(everything) and dy.numel() * dy.element_size() <= IN_CACHE
-
-
-def _all_grads(dy, x2, A, B, s, dx, scaling, p, seed, index):
-    """The parts of dA and dB; dx becomes D'(dS A)."""
-    ds = dy.new_empty(s.shape)
-    project_down(dy, B.t(), ds, scaling, B=A.t(), up=dx, p_up=p, seed=seed, index=index)
-    return outer_products(x2, ds, dy, s, scaling, p, seed, index)
-
-
 def _parameter_grads(flat, x2, As, Bs, das, dbs, needs):
     """The needed ones of each projection, in the order dW, db, dA, dB; ``das`` and ``dbs`` are parts still to be summed."""
     out = []
@@ -112,15 +100,10 @@ def lora_linears_bwd(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, nee
     first, branches = next(iter(flat.values())), [i for i in flat if ranks[i] and (need_dx or needs[i] & DLA)]
     M, K = first.shape[0], weights[0].shape[1]
     dx = first.new_empty(M, K) if need_dx else None
-    if _small(flat, branches, need_dx, needs):
-        i = branches[0]
-        da, db = _all_grads(flat[i], x2, As[i], Bs[i], S[i], dx, scalings[i], p, seed, i)
-        das, dbs = {i: da}, {i: db}
-    else:
-        stack = first.new_empty(sum(ranks[i] for i in branches), M, dtype=torch.float32)
-        dS = dict(zip(branches, stack.split([ranks[i] for i in branches])))
-        dbs = _branch_grads(flat, Bs, S, dS, scalings, needs)
-        das = _lora_A_grads(x2, dx, stack, dS, As, needs, p, seed)
+    stack = first.new_empty(sum(ranks[i] for i in branches), M, dtype=torch.float32)
+    dS = dict(zip(branches, stack.split([ranks[i] for i in branches])))
+    dbs = _branch_grads(flat, Bs, S, dS, scalings, needs)
+    das = _lora_A_grads(x2, dx, stack, dS, As, needs, p, seed)
     begun = bool(branches)
     for i, dy in flat.items() if need_dx else ():
         dx.addmm_(dy, weights[i], beta=int(begun))

@@ -1,19 +1,19 @@
 """A LoRA'd linear layer (dx, dA, dB) over the frozen layer it adapts: PEFT's own module where installed, its form by hand, torch.compile.
 
 The baseline is the frozen linear, dx included: a ratio of 0.91 means 1.10 times its time. Targets on CPU, both together: 0.91 at
-2048 x 2048, 0.87 at 768 x 768. On CUDA the same step again both ways of kernels/lora_linear.py, whatever its rule chooses, and by ATen
-alone: what that rule should say.
+2048 x 2048, 0.87 at 768 x 768. On CUDA the same step again by the passes of kernels/lora_linear.py and by ATen's products alone, in C++
+where csrc/autograd is built: up to which size the latter should serve.
 """
 
 import importlib.util
 from functools import partial
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bench.timing import Row, Settings, compare, compiled, measure
+from fastpeft import _library
 from fastpeft._library import has_triton
 from fastpeft.ops.lora_linear import DLA, DLB, Projection, _bwd, _fwd, lora_linear, lora_linears
 
@@ -67,10 +67,9 @@ def forms(settings: Settings, dtype: torch.dtype) -> list[Row]:
     """dx, dA and dB behind y, straight from the backends."""
     from fastpeft.kernels import lora_linear as kernels
 
-    def step(fwd, bwd, x, W, b, A, B, dy, cache=0):
-        with mock.patch.object(kernels, "IN_CACHE", cache):
-            y, s = fwd(x, [W], [b], [A], [B], [SCALING], 0.0, None)
-            return y, *bwd([dy], x, [W], [A], [B], s, [SCALING], 0.0, None, True, [DLA | DLB])
+    def step(fwd, bwd, x, W, b, A, B, dy):
+        y, s = fwd(x, [W], [b], [A], [B], [SCALING], 0.0, None)
+        return y, *bwd([dy], x, [W], [A], [B], s, [SCALING], 0.0, None, True, [DLA | DLB])
 
     def products(x, W, b, A, B, dy):
         return F.linear(x, W, b), dy @ W
@@ -79,12 +78,12 @@ def forms(settings: Settings, dtype: torch.dtype) -> list[Row]:
     for m, k, n in (GPU_SHAPES[0], GPU_SHAPES[2]) if settings.quick else FORM_SHAPES:
         sizes = ((m, k), (n, k), (n,), (16, k), (n, 16), (m, n))
         tensors = [torch.randn(s, device=settings.device).to(dtype) * s[-1] ** -0.5 for s in sizes]
-        chosen = "small" if m * n * dtype.itemsize <= kernels.IN_CACHE else "large"
-        ways = {"large": 0, "small": 1 << 40}
-        rivals = {way: partial(step, kernels.lora_linears_fwd, kernels.lora_linears_bwd, *tensors, cache) for way, cache in ways.items()}
+        rivals = {"passes": partial(step, kernels.lora_linears_fwd, kernels.lora_linears_bwd, *tensors)}
+        if (ext := _library.autograd) is not None:
+            rivals["products in C++"] = partial(step, ext.lora_linears_fwd_on_gpu, ext.lora_linears_bwd_on_gpu, *tensors)
         rivals |= {"composite": partial(step, _fwd, _bwd, *tensors), "frozen linear": partial(products, *tensors)}
         flops = 4 * m * n * k + 6 * m * 16 * (n + k)
-        rows += compare("lora_linear forms", f"{m}x{k}x{n} r16, rule: {chosen}", dtype, rivals, settings, flops=flops)
+        rows += compare("lora_linear forms", f"{m}x{k}x{n} r16", dtype, rivals, settings, flops=flops)
     return rows
 
 

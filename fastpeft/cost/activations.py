@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpeft.cost.profile import CPU_ATTENTION
+from fastpeft.cost.profile import UNCOUNTED
 from fastpeft.fused.flatten import sees_no_values
 from fastpeft.fused.projections import Recomputes
 from fastpeft.ops._private import StorageWeakRef, TorchDispatchMode, storage_id, tree_iter
@@ -105,7 +105,7 @@ class _Recorder:
         self.layers: dict[str, Layer] = defaultdict(Layer)
         self.projected: dict[int, tuple[RecomputablePiece, StorageWeakRef]] = {}  # address of a projection's output -> its piece
         self.stack = [""]  # names of the layers that run now
-        self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        self.counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
     def pack(self, tensor: Tensor) -> None:
         """Counts a tensor that autograd would keep, and keeps nothing."""

@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from weakref import WeakValueDictionary
 
 import psutil
@@ -49,10 +50,17 @@ def _cpu_attention_backward(grad, q, k, v, *args, out_shape=None, **kwargs) -> i
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-# attention on CPU: PyTorch 2.13's counter knows the CUDA forms only
-CPU_ATTENTION = {
+def _grouped_product(a, b, offs=None, *args, out_shape=None, **kwargs) -> int:
+    """[S, K] x [E, K, N], rows by expert; [M, S] x [S, N] and its like, sums by expert; [E, M, K] x [E, K, N]: all elements of the first
+    (of three dimensions against two: of the second) are multiplied by a row each."""
+    return 2 * prod(a) * b[-1] if len(a) == 2 or len(b) == 3 else 2 * prod(b) * a[-2]
+
+
+# What PyTorch 2.13's counter does not know: attention on CPU, products of experts
+UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    torch.ops.aten._grouped_mm: _grouped_product,
 }
 
 
@@ -89,7 +97,7 @@ def measure(model: nn.Module):
             saved[at[-1]] += storage.nbytes()
         return tensor, token
 
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     counter.mod_tracker = _NoModules()
 
     def enter(name):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.last_layer import LOOPS, at_rows, ends_row_by_row
+from fastpeft.fused.last_layer import LOOPS, at_rows, ends_row_by_row, handing_on
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.ops._autocast import first_order
@@ -145,6 +146,8 @@ class FusedTextStack:
         _, layers = layers_of(self) or ("", None)
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
             return None
+        if any(map(_checkpoints, layers)) and any(handing_on(type(layer)) is not None for layer in layers):
+            return None
         host = read.positions()
         fewest = read.outputs() if ends_row_by_row(replaced_class(type(self))) else host
         if not (bool(host.any()) and int(fewest.sum()) <= FULL * host.numel()):
@@ -162,6 +165,11 @@ def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
 def _hands_on_layouts(module: nn.Module) -> bool:
     """Whether ``module``, if it is an attention layer, looks its function up where layouts are understood."""
     return isinstance(module, FusedInterfaceAttention) or not reads_interface(replaced_class(type(module)) or type(module))
+
+
+def _checkpoints(layer: nn.Module) -> bool:
+    """Whether a layer runs again in backward, by its ``__call__``."""
+    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
 
 
 class _Flat(Tensor):
@@ -288,18 +296,20 @@ class _OnTokens:
             return layer(hidden, *args, **kwargs)
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
         last = self._at_labels(tokens.device) if self.last else None
-        if last is None:
-            output = layer(tokens, *given[0], **given[1], **{LAYOUT: call.layout})
-        else:
-            output = at_rows(type(layer))(layer, tokens, *given[0], **given[1], **{LAYOUT: last})
+        layout, forward = (call.layout, handing_on(type(layer))) if last is None else (last, at_rows(type(layer)))
+        output = self.run(forward, tokens, *given[0], **given[1], **{LAYOUT: layout})
         hidden, *others = (output,) if isinstance(output, Tensor) else output
         hidden = (call.layout if last is None else last.outputs).pad(hidden) if self.last else _Flat.of(hidden, call.layout)
         return hidden if isinstance(output, Tensor) else (hidden, *others)
 
+    def run(self, forward: FunctionType | None, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer, by a ``forward`` made of its own (None: by its own)."""
+        return self.layer(tokens, *args, **kwargs) if forward is None else forward(self.layer, tokens, *args, **kwargs)
+
     def _at_labels(self, device: torch.device) -> LastLayout | None:
         """How the last layer runs at labelled positions alone behind its attention; None where it runs as it is."""
         layer, wanted = self.layer, self.call.outputs
-        if wanted is None or not isinstance(layer, GradientCheckpointingLayer) or (layer.gradient_checkpointing and layer.training):
+        if wanted is None or not isinstance(layer, GradientCheckpointingLayer) or _checkpoints(layer):
             return None
         return None if at_rows(type(layer)) is None else LastLayout.of(self.call.layout, wanted, device)
 

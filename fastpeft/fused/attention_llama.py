@@ -14,7 +14,8 @@ from fastpeft.fused.prefix_cache import shared_before
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
 from fastpeft.methods.excitor import Visual
-from fastpeft.ops.attention_inputs import one_pass
+from fastpeft.ops.attention_inputs import one_pass, without_rows
+from fastpeft.ops.reserved_prefix import reserved_pays
 from fastpeft.registry import fuses
 
 
@@ -83,9 +84,12 @@ class FusedLlamaAttention(Recomputes):
         # l_v moves to the output, except over a prefix, whose values it does not touch, or a cache, which a caller may read
         values_raw = prefix is None and past_key_values is None
         l_v = output_factor(self.v_proj) if values_raw else None
+        behind = None
         if labelled is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = self.projected(partial(self._tables, linears, tables, layout, values_raw), hidden_states, linears)
+            others = (attention_mask, past_key_values, excitor, prompted, layout.tree if isinstance(layout, TreeLayout) else None)
+            behind = prefix if causal and all(other is None for other in others) else None
+            q, k, v = self.projected(partial(self._tables, linears, tables, layout, values_raw, behind=behind), hidden_states, linears)
             keys = layout
         else:
             layout, keys = labelled.queries, labelled.keys
@@ -100,7 +104,9 @@ class FusedLlamaAttention(Recomputes):
             k, v = past_key_values.update(k, v, self.layer_idx)
             prefix = shared_before(past_key_values, self.layer_idx, prefix)
         tree = layout.tree if isinstance(layout, TreeLayout) else None
-        context = self._attend(q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"), tree)
+        rows = 0 if behind is None else k.shape[2] - (hidden_states.shape[1] if layout is None else layout.columns)
+        context = self._attend(q, k, v, attention_mask, causal, None if rows else prefix, kwargs.get("is_causal"), tree)
+        context = without_rows(context, rows) if rows else context
         if prompted is not None:
             context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, values_raw, past_key_values), prompted.gate)
         output = self._output(context, l_v, layout, shape)
@@ -162,12 +168,13 @@ class FusedLlamaAttention(Recomputes):
         kept[self.layer_idx] = (prompt, *(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (k, v)))
         return kept[self.layer_idx][1:]
 
-    def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor) -> tuple[Tensor, ...]:
+    def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor, behind=None) -> tuple[Tensor, ...]:
         """Projections of x as attention reads them, [B, heads, M, d]: rotated (values apart), and with IA3's factors, except that
-        ``values_raw`` leaves l_v to the output. l_k multiplies the key before its rotation: q cannot take it."""
+        ``values_raw`` leaves l_v to the output. l_k multiplies the key before its rotation: q cannot take it. ``behind``: a prefix, which
+        may get rows before the tokens of all three."""
         out, tensors = [], project_together(linears, x)
-        if len(tensors) == 3 and (inputs := self._in_one_pass(tensors, rotary, values_raw)) is not None:
-            return inputs if layout is None else tuple(self._padded(layout, t) for t in inputs)
+        if len(tensors) == 3 and (inputs := self._in_one_pass(tensors, rotary, layout, values_raw, behind)) is not None:
+            return inputs
         for linear, t in zip(linears, tensors):
             value = linear is self.v_proj
             t = t if value and values_raw else rescaled(linear, t)
@@ -176,16 +183,22 @@ class FusedLlamaAttention(Recomputes):
             out.append(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         return tuple(out)
 
-    def _in_one_pass(self, tensors: tuple[Tensor, ...], rotary, values_raw: bool) -> tuple[Tensor, ...] | None:
+    def _in_one_pass(self, tensors, rotary, layout: Layout | None, values_raw: bool, behind) -> tuple[Tensor, ...] | None:
         """q, k, v [B, heads, M, d] of projections [B, M, .] or [T, .], where a pass for all of them pays."""
-        flat = tensors[0].dim() == 2
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim))[None if flat else ...] for t in tensors)
+        tokens, dense = tensors[0].shape[:-1], layout is not None and layout.place is None
+        shape = (layout.rows, layout.columns) if dense else tokens if len(tokens) == 2 else (1, *tokens)
+        q, k, v = (t.reshape(*shape, -1, self.head_dim) for t in tensors)
         if not one_pass(q, k):
             return None
         l_k, l_v = output_factor(self.k_proj), None if values_raw else output_factor(self.v_proj)
         factors = tuple(l if l is None else l.view(-1, self.head_dim) for l in (l_k, l_v))
         q = q if output_factor(self.q_proj) is None else rescaled(self.q_proj, tensors[0]).view_as(q)
-        return ops.attention_inputs(q, k, v, rotary=tuple(t.squeeze(-2)[None if flat else ...] for t in rotary), ia3=factors)
+        if behind is not None and not ((layout is None or dense) and reserved_pays(*(t.transpose(1, 2) for t in (q, k, v)), True, None)):
+            behind = None
+        tables = [t.squeeze(-2) for t in rotary]  # [B or 1, M, rot] or [T, rot]
+        tables = [t.expand(*tokens, -1).reshape(*shape, -1) if dense or t.dim() == 2 else t for t in tables]
+        inputs = ops.attention_inputs(q, k, v, rotary=tuple(tables), ia3=factors, prefix=behind, rows_for_queries=True)
+        return inputs if layout is None or dense else tuple(self._padded(layout, t) for t in inputs)
 
     @staticmethod
     def _padded(layout: Layout, t: Tensor) -> Tensor:

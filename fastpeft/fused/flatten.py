@@ -69,10 +69,11 @@ class _Survey:
         self.attributes = [module.__dict__ for module in self.modules]
         self.classes, self.children = list(map(type, self.modules)), list(self._children())
         self.variants = [v for m in self.modules if isinstance(v := getattr(m, "lora_variant", None), dict)]
+        layers = set(chain.from_iterable(root.children() for root in roots))
         unknown = (
             m
             for m in self.modules
-            if not (is_row_wise(type(m)) or getattr(type(m), "takes_flat_tokens", False) or (by_code and is_row_wise_code(m)))
+            if not (is_row_wise(type(m)) or getattr(type(m), "takes_flat_tokens", False) or (by_code and is_row_wise_code(m, m in layers)))
         )
         self.why_not = next(((m, f"({type(m).__name__}) is not known to treat every token by itself") for m in unknown), None)
 

@@ -201,7 +201,7 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
             states = self.cls.predictions.transform(hidden.flatten(0, -2)[at])
             loss = labelled_loss(self.cls.predictions.decoder, states, targets[rows], items, **options)
             if reduction == "none":
-                loss = loss.new_zeros(len(targets)).index_copy(0, at, loss)
+                loss = loss.new_zeros(len(targets)).index_copy_(0, at, loss)
         else:  # an adapter on the head, ours or PEFT's, or a hook: the weight alone is not what it computes
             loss = loss_of_logits(self.cls(hidden) if logits is None else logits, targets, items, **options)
         return loss.view(samples, -1).sum(1) if reduction == "none" else loss

@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft.fused.attention_interface import LAYOUT
 from fastpeft.fused.layout import LastLayout
+from fastpeft.fused.row_wise import is_silent
 from fastpeft.fused.shared_input import tree_of
 from fastpeft.registry import replaced_class
 
@@ -102,7 +103,7 @@ def handed_on(cls: type[nn.Module]) -> str | None:
     module, uses = read
     for node in uses.of_output:
         parent = uses.parents[node]
-        if isinstance(parent, ast.Return) or (isinstance(parent, ast.keyword) and parent.arg is None):
+        if isinstance(parent, ast.Return) or uses.is_returned(parent):
             continue
         if not isinstance(parent, ast.Attribute):
             return None
@@ -158,9 +159,13 @@ class _Uses:
             isinstance(parent, ast.Return)
             or (isinstance(parent, ast.Attribute) and parent.attr == LAST)
             or (isinstance(parent, ast.Subscript) and ast.unparse(parent.slice) == "0")
-            or (isinstance(parent, ast.keyword) and parent.arg is None)
+            or self.is_returned(parent)
             for parent in around
         )
+
+    def is_returned(self, node: ast.AST) -> bool:
+        """Whether ``node`` hands all on to what is returned: ``return Output(**outputs)``."""
+        return isinstance(node, ast.keyword) and node.arg is None and isinstance(self.parents[self.parents[node]], ast.Return)
 
 
 _PATH = re.compile(r"self(\.[A-Za-z_]\w*)+").fullmatch
@@ -220,10 +225,46 @@ def at_rows(cls: type[nn.Module]) -> FunctionType | None:
     return _at_rows(inspect.unwrap(cls.forward))
 
 
+def handing_on(cls: type[nn.Module]) -> FunctionType | None:
+    """A forward of the layers of ``cls`` that hands its other keyword arguments, which say where tokens lie, on to its attention too; None
+    where its own does."""
+    return _handing_on(inspect.unwrap(cls.forward))
+
+
+@cache
+def _handing_on(function: FunctionType) -> FunctionType | None:
+    tree = _tree_of(function)
+    return None if tree is None or not _give_rest(tree) else _compiled(function, tree)
+
+
+def _tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """The code of a forward that has keyword arguments besides those it names."""
+    tree = None if function.__closure__ else tree_of(function)
+    return None if tree is None or tree.args.kwarg is None else tree
+
+
+def _give_rest(tree: ast.FunctionDef) -> bool:
+    """Give the calls that get the mask alone all keyword arguments; whether there was one."""
+    silent = list(filter(is_silent, ast.walk(tree)))
+    for call in silent:
+        call.keywords.append(ast.keyword(None, ast.Name(tree.args.kwarg.arg, ast.Load())))
+    return bool(silent)
+
+
+def _compiled(function: FunctionType, tree: ast.FunctionDef) -> FunctionType:
+    """``function`` with the code of ``tree``."""
+    tree.decorator_list = []
+    code = compile(ast.fix_missing_locations(ast.Module([tree], [])), function.__code__.co_filename, "exec")
+    code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == tree.name)
+    ours = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    ours.__kwdefaults__ = function.__kwdefaults__
+    return ours
+
+
 @cache
 def _at_rows(function: FunctionType) -> FunctionType | None:
-    tree = None if function.__closure__ else tree_of(function)
-    if tree is None or tree.args.kwarg is None:
+    tree = _tree_of(function)
+    if tree is None:
         return None
     attends = [i for i, statement in enumerate(tree.body) if _hands_mask(statement)]
     if len(attends) != 1 or not isinstance(tree.body[attends[0]], ast.Assign):
@@ -232,17 +273,13 @@ def _at_rows(function: FunctionType) -> FunctionType | None:
     needed = _needed(tree.args, before, after)
     if rest in needed or any(map(_keeps_shape, before)):
         return None
+    _give_rest(tree)
     for name in sorted(needed):
         value = ast.Call(ast.Name(ROWS, ast.Load()), [ast.Name(rest, ast.Load()), ast.Name(name, ast.Load())], [])
         before.append(ast.Assign([ast.Name(name, ast.Store())], value))
-    tree.body, tree.decorator_list = before + after, []
-    code = compile(ast.fix_missing_locations(ast.Module([tree], [])), function.__code__.co_filename, "exec")
-    code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == tree.name)
-    namespace = function.__globals__
-    namespace.setdefault(ROWS, rows)
-    ours = FunctionType(code, namespace, function.__name__, function.__defaults__)
-    ours.__kwdefaults__ = function.__kwdefaults__
-    return ours
+    tree.body = before + after
+    function.__globals__.setdefault(ROWS, rows)
+    return _compiled(function, tree)
 
 
 def _needed(arguments: ast.arguments, before: list[ast.stmt], after: list[ast.stmt]) -> set[str]:

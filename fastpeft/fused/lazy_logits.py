@@ -316,7 +316,7 @@ def _loss_of_rows(x: LazyLogits, target: Tensor, options: dict[str, Any]) -> Ten
     for step in x.steps:
         logits = step(logits)
     loss = F.cross_entropy(logits.to(accumulator(logits.dtype)), target[rows], **options)
-    return loss if options["reduction"] != "none" else loss.new_zeros(len(target)).index_copy(0, rows, loss)
+    return loss if options["reduction"] != "none" else loss.new_zeros(len(target)).index_copy_(0, rows, loss)
 
 
 DIVISIONS = {Tensor.div, Tensor.__truediv__, Tensor.divide, Tensor.true_divide, torch.div, torch.divide, torch.true_divide}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from fastpeft import ops
-from fastpeft.ops.activations import silu
+from fastpeft.ops.activations import multiply, silu
+from fastpeft.ops.relu import relu_pays
 from fastpeft.registry import fuses
 
 
@@ -112,6 +113,36 @@ class FusedQuickGELU:
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
         return silu(input, 1.702)
+
+
+@fuses("torch.nn.modules.activation.ReLU")
+class FusedReLU:
+    """ReLU of which the linear layer after it keeps what is above zero."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        return ops.relu(input) if relu_pays(input) else super().forward(input)
+
+    @staticmethod
+    def why_not(module: nn.ReLU) -> str:
+        """'' or why this one stays as it is."""
+        return "works in place" if module.inplace else ""
+
+
+@fuses("transformers.activations.ReLUSquaredActivation")
+class FusedReLUSquared:
+    """Its square, likewise."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        if not relu_pays(input):
+            return super().forward(input)
+        above = ops.relu(input)
+        return multiply(above, above)
 
 
 def gelu_kind(act: nn.Module) -> str | None:

@@ -141,7 +141,7 @@ def labelled_loss(
     rows = targets != ignore_index
     logits = project_one(head, hidden.flatten(0, -2)[rows])
     loss = loss_of_logits(logits, targets[rows], items, reduction=reduction, **options)
-    return loss if reduction != "none" else loss.new_zeros(len(targets)).masked_scatter(rows, loss)
+    return loss if reduction != "none" else loss.new_zeros(len(targets)).masked_scatter_(rows, loss)
 
 
 def loss_of_logits(

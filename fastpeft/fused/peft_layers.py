@@ -6,9 +6,12 @@ variant (such as DoRA) and no LoRA bias. Whatever else a layer is asked for, at 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from fastpeft.forms import digest
 from fastpeft.fused.attention_llama import FusedLlamaAttention
+from fastpeft.fused.experts import FIRST, LAST, Branch, FusedExperts
 from fastpeft.fused.flatten import ROW_WISE_PATHS
 from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.methods.adaption_prompt import Prompted
@@ -16,7 +19,7 @@ from fastpeft.methods.base import has_hooks
 from fastpeft.methods.linear_spec import LinearSpec
 from fastpeft.methods.quantized import DequantizingLinear, FusedLinear, is_conv1d, is_quantized, weight_of, why_not
 from fastpeft.ops.lora_linear import Projection
-from fastpeft.registry import fuses, original_class
+from fastpeft.registry import fuses, has_form, original_class
 
 
 class _Fused:
@@ -102,6 +105,63 @@ class FusedIA3Linear(_Fused):
             return None
         factor, projection = self.ia3_l[name].flatten(), Projection(weight_of(self.base_layer), self.base_layer.bias)
         return LinearSpec(projection, input_scale=factor) if self.is_feedforward else LinearSpec(projection, output_scale=factor)
+
+
+# Digests of ParamWrapper.get_delta_weight (fastpeft.forms.digest), which says how its A and B lie: W [E, a, b] += B A, or its transpose
+DELTAS = ("b661b9cba186", "e6628bc10b0c")  # PEFT 0.18; 0.19 to 0.21
+
+
+@fuses("peft.tuners.lora.layer.ParamWrapper")
+class FusedParamWrapper:
+    """PEFT's LoRA on a weight of experts (``target_parameters``), which multiplies tokens and is added to no weight. One on another weight
+    of the same experts stands inside it: the outermost runs them all."""
+
+    takes_flat_tokens = True
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str:
+        """'' or why PEFT's own forward runs whatever the adapter in use."""
+        if not has_form(module.get_base_layer(), FusedExperts):
+            return f"its base layer, {type(module.get_base_layer()).__name__}, has no fused experts"
+        return "" if digest(original_class(module), "get_delta_weight") in DELTAS else "its PEFT lays out the adapter in another way"
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [T, C], and what the experts take behind it."""
+        output = self._on_tokens(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs) if output is None else output
+
+    def _on_tokens(self, *args, **kwargs) -> Tensor | None:
+        """None where PEFT's own forward runs."""
+        if torch.compiler.is_compiling():
+            return None
+        layer, branches = self, {}
+        while isinstance(layer, FusedParamWrapper):
+            name = layer.one_adapter()
+            known = name is not None and layer.parameter_name not in branches and (layer is self or not has_hooks(layer))
+            if not known:
+                return None
+            branches[layer.parameter_name] = layer.branch(name)
+            layer = layer.base_layer
+        usual = isinstance(layer, FusedExperts) and branches.keys() <= {FIRST, LAST} and not has_hooks(layer)
+        return layer.adapted(branches, *args, **kwargs) if usual else None
+
+    def one_adapter(self) -> str | None:
+        """The adapter in use, where PEFT would do nothing but add it to the weight."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or self.num_experts < 2:
+            return None
+        down, up = self.lora_A[active[0]], self.lora_B[active[0]]
+        plain = {original_class(down), original_class(up)} == {nn.Linear} and not (has_hooks(down) or has_hooks(up))
+        return active[0] if plain and isinstance(self.scaling[active[0]], int | float) else None
+
+    def branch(self, name: str) -> Branch:
+        """What an adapter adds to the weight."""
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        down = down.reshape(self.num_experts, -1, down.shape[-1])  # [E, r, in]
+        up = up.reshape(up.shape[0], -1, self.num_experts).permute(2, 0, 1)  # [E, out, r]
+        left, right = (up, down) if getattr(self, "_did_swap_in_out_features", False) else (down.mT, up.mT)
+        dtype = self.get_param().dtype
+        return Branch(left.to(dtype), right.to(dtype), float(self.scaling[name]))
 
 
 @fuses("peft.tuners.adaption_prompt.layer.AdaptedAttention")

@@ -42,7 +42,9 @@ READ = {
     "d748e3d64a68": "deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter",
     "ecc85144a8b4": "granitemoe.modeling_granitemoe.GraniteMoeTopKRouter",
     "2aa2a176027a": "gpt_oss.modeling_gpt_oss.GptOssTopKRouter",
+    "b1d632ccf62c": "nemotron.modeling_nemotron.NemotronLayerNorm1P",
     "d2c052bd2453": "mixtral.modeling_mixtral.MixtralExperts",
+    "1fa971a82665": "mixtral.modeling_mixtral.MixtralExperts",  # to transformers 5.17
     "02814d650b5f": "gpt_oss.modeling_gpt_oss.GptOssExperts",
     "a0f9b479e16b": "mixtral.modeling_mixtral.MixtralSparseMoeBlock",
     "fcbfafa44650": "qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
@@ -51,33 +53,66 @@ READ = {
     "bd955c1b463e": "deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE",
     "88ea07a7977c": "granitemoe.modeling_granitemoe.GraniteMoeMoE",
     "0490faf6abfe": "gpt_oss.modeling_gpt_oss.GptOssMLP",
+    "28f2ad5dd041": "afmoe.modeling_afmoe.AfmoeSparseMoeBlock",
+    "e2eeb571a9df": "cohere2_moe.modeling_cohere2_moe.Cohere2MoeSparseMoeBlock",
+    "b6c1aa07e5e3": "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock",
+    "842111a059d7": "hy_v3.modeling_hy_v3.HYV3MoE",
+    "16d306d417c6": "mimo_v2_flash.modeling_mimo_v2_flash.MiMoV2FlashMoE",
+    "5171e628bad1": "minimax_m2.modeling_minimax_m2.MiniMaxM2SparseMoeBlock",
+    "cb2baff6950c": "deepseek_v2.modeling_deepseek_v2.DeepseekV2TopkRouter",
+    "4180b9f44953": "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeTopKRouter",
+    "86d8fd53afec": "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeStatics",
+    "efc0f529fc2e": "minimax_m2.modeling_minimax_m2.MiniMaxM2TopKRouter",
+    "e9a73cfd066d": "afmoe.modeling_afmoe.AfmoeTokenChoiceRouter",
+    "ef9504dc72a0": "cohere2_moe.modeling_cohere2_moe.Cohere2MoeTopKRouter",
+    "390435cbdaf5": "hy_v3.modeling_hy_v3.HYV3TopKRouter",
     "209a8291c946": "gpt2.modeling_gpt2.GPT2Block",  # without an encoder's states, which no stack hands on beside a layout
     "51bcf498504d": "gpt2.modeling_gpt2.GPT2Attention",
+    # Attentions that hand queries, keys and values of each token to their function, once. Cross-attention as above.
+    "75712120c07f": "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention",
+    "8670a021ed3f": "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention",
+    "3bafd2c542e9": "minicpm3.modeling_minicpm3.MiniCPM3Attention",
+    "cb3036ffab30": "ministral3.modeling_ministral3.Ministral3Attention",
+    "b2bf4d08995e": "stablelm.modeling_stablelm.StableLmAttention",
+    "7ff6f0eb0d66": "persimmon.modeling_persimmon.PersimmonAttention",
+    "47953bbcba2e": "laguna.modeling_laguna.LagunaAttention",
+    "c1296bfc0eb2": "bart.modeling_bart.BartAttention",
 }
 # what such code does only where an attribute is set: noise on a batch's hidden states, and attention of a model's own
 UNLESS = ("jitter_noise", "reorder_and_upcast_attn")
 
-_KNOWN: WeakKeyDictionary[type, frozenset[str] | None] = WeakKeyDictionary()  # class -> the modules that it calls, None: not row-wise
+# class -> (the modules that it calls, those of them that get the mask and not where tokens lie), None: not row-wise
+_KNOWN: WeakKeyDictionary[type, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()
 
 
-def is_row_wise_code(module: nn.Module) -> bool:
-    """Whether the forward of ``module``'s class, or of the class that it replaces, is known to be row-wise but for the modules it calls."""
+def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
+    """Whether the forward of ``module``'s class, or of the class that it replaces, is known to be row-wise but for the modules it calls.
+    ``layer``: a stack's own, which may be made to hand on where tokens lie (:func:`fastpeft.fused.last_layer.handing_on`)."""
     cls = replaced_class(type(module)) or type(module)
     if digest(cls) in READ:
         return not any(getattr(module, name, False) for name in UNLESS)
     if cls not in _KNOWN:
         reader = _Reader(cls)
-        _KNOWN[cls] = frozenset(reader.called) if reader.accepts(cls.forward) else None
-    called = _KNOWN[cls]
+        _KNOWN[cls] = (frozenset(reader.called), frozenset(reader.silent)) if reader.accepts(cls.forward) else None
+    if _KNOWN[cls] is None:
+        return False
+    called, silent = _KNOWN[cls]
+    if silent and not (layer and all(_takes_rest(getattr(module, name, None)) for name in silent)):
+        return False
     # what is not there is not called: a norm that this configuration does without
-    return called is not None and all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
+    return all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
+
+
+def _takes_rest(module: nn.Module | None) -> bool:
+    return module is not None and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
 
 
 class _Reader:
-    """Reads what a class's forward reaches. ``called``: attributes of ``self`` that it calls and the class does not have."""
+    """Reads what a class's forward reaches. ``called``: attributes of ``self`` that it calls and the class does not have; ``silent``: of
+    them, those that get the mask and no ``**``."""
 
     def __init__(self, cls: type[nn.Module]):
-        self.cls, self.seen, self.called = cls, set(), set()
+        self.cls, self.seen, self.called, self.silent = cls, set(), set(), set()
 
     def accepts(self, function: Callable) -> bool:
         function = inspect.unwrap(function)
@@ -116,8 +151,10 @@ class _Reader:
             found = inspect.getattr_static(self.cls, called.attr, None)
             if found is None:
                 self.called.add(called.attr)
+                self.silent |= {called.attr} if is_silent(call) else set()
                 return True
-            return isinstance(found, FunctionType | staticmethod) and self.accepts(getattr(found, "__func__", found))
+            function = None if is_silent(call) else getattr(found, "__func__", found)
+            return isinstance(function, FunctionType) and self.accepts(function)
         if called.attr == "update":  # of a cache: there is none where tokens are flattened
             return isinstance(called.value, ast.Name) and called.value.id.startswith(("past_key_value", "layer_past"))
         if called.attr == "flatten" and len(call.args) == 1 and not call.keywords and _is_number(call.args[0], -2):
@@ -145,10 +182,20 @@ def _handed(call: ast.Call, name: str) -> int:
 
 
 def _hands_on(call: ast.Call, tree: ast.FunctionDef) -> bool:
-    """Whether a call gets the mask, and all other keyword arguments of the forward around it, which say where tokens lie."""
+    """Whether a call gets the mask, and all other keyword arguments of the forward around it, which say where tokens lie; or is silent."""
     rest = tree.args.kwarg.arg if tree.args.kwarg else None
-    handed = [keyword.value.id for keyword in call.keywords if keyword.arg is None and isinstance(keyword.value, ast.Name)]
-    return rest is not None and handed == [rest] and _handed(call, MASK) == 1
+    return rest is not None and _handed(call, MASK) == 1 and (_hands(call, rest) or is_silent(call))
+
+
+def _hands(call: ast.Call, rest: str) -> bool:
+    return [keyword.value.id for keyword in call.keywords if keyword.arg is None and isinstance(keyword.value, ast.Name)] == [rest]
+
+
+def is_silent(call: ast.AST) -> bool:
+    """Whether a node calls a module of ``self`` with the mask, and without a ``**``."""
+    if not isinstance(call, ast.Call) or any(keyword.arg is None for keyword in call.keywords) or not _handed(call, MASK):
+        return False
+    return isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id == "self"
 
 
 def _over_last(call: ast.Call) -> bool:

@@ -12,14 +12,18 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | alone                                   |
 | low_rank_grads                                                        | native             | two skinny products of one matrix, read |
 |                                                                       |                    | once; on the CPU alone                  |
+| relu_fwd, relu_pack, relu_again, relu_bwd                             | native             | values above zero and a bit each, in    |
+|                                                                       |                    | place of y; on the CPU alone            |
 | lora_linears_fwd, lora_linears_bwd                                    | triton             | skinny products of what a wide one      |
 |                                                                       |                    | reads; on a CPU ATen's GEMMs serve      |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
+| excitor_text_bwd                                                      | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
 | dropout                                                               | native             | one pass, on CUDA alone; on a CPU       |
 |                                                                       |                    | PyTorch's own generator                 |
 | attention_dq                                                          | none               | three of ATen's products, by blocks     |
+| expert_linear_fwd, expert_linear_bwd                                  | none               | ATen's products, an expert's rows each  |
 """
 
 from fastpeft.ops.absorbed_attention import absorbed_attention
@@ -34,6 +38,7 @@ from fastpeft.ops.lora_attention import lora_attention
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linears
 from fastpeft.ops.mm_adapter import mm_adapter
 from fastpeft.ops.norm_mm_adapter import norm_mm_adapter
+from fastpeft.ops.relu import relu
 from fastpeft.ops.rescale import rescale
 from fastpeft.ops.rms_norm import add_rms_norm, rms_norm
 from fastpeft.ops.rotary import rotary
@@ -58,6 +63,7 @@ __all__ = [
     "lora_linears",
     "mm_adapter",
     "norm_mm_adapter",
+    "relu",
     "rescale",
     "rms_norm",
     "rotary",

@@ -29,15 +29,18 @@ from fastpeft.savings import on
 
 
 class Recipe(NamedTuple):
-    """``function(*inputs)`` recomputes the tensor, as it was at ``version``; ``peek`` does so for another recipe that builds on it."""
+    """``function(*inputs)`` recomputes the tensor, as it was at ``version``; ``peek`` does so for another recipe that builds on it.
+    ``pack``, of the tensor and the inputs, makes one input more, the first, as soon as somebody asks for them."""
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor | None, ...]
     version: int
     peek: Callable[..., Tensor]
+    pack: Callable[..., Tensor] | None = None
 
 
-def _active() -> bool:
+def recomputes() -> bool:
+    """Whether recipes are on."""
     return on("remake") and not torch.compiler.is_compiling()
 
 
@@ -47,8 +50,18 @@ def _held(x: Tensor | None) -> Recipe | None:
     return recipe if recipe is not None and recipe.version == x._version else None
 
 
+def _packed(x: Tensor, recipe: Recipe) -> Recipe:
+    """x's recipe with all of its inputs there."""
+    if recipe.pack is None:
+        return recipe
+    with torch.no_grad():
+        inputs = recipe.pack(x, *recipe.inputs), *recipe.inputs
+    x._fastpeft_recipe = recipe = recipe._replace(inputs=inputs, pack=None)
+    return recipe
+
+
 def recipe_of(x: Tensor) -> Recipe | None:
-    return _held(x) if _active() else None
+    return _held(x) if recomputes() else None
 
 
 def mark_recomputable(
@@ -57,17 +70,19 @@ def mark_recomputable(
     *inputs: Tensor | None,
     smaller: bool = False,
     peek: Callable[..., Tensor] | None = None,
+    pack: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """``y``, marked as equal to ``function(*inputs)`` bit for bit. The inputs are tensors that backward saves anyway, or ``smaller``
-    than y; one that has a recipe of its own is replaced by what that recipe needs."""
-    if not _active() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
+    than y; one that has a recipe of its own is replaced by what that recipe needs. With ``pack`` it is
+    ``function(pack(y, *inputs), *inputs)``, and y is packed when somebody would keep it."""
+    if not recomputes() or not (y.requires_grad or (smaller and torch.is_grad_enabled())):
         return y
     peek = function if peek is None else peek
-    recipes = list(map(_held, inputs))
+    recipes = [None if (recipe := _held(x)) is None else _packed(x, recipe) for x in inputs]
     if any(recipes):
         flat = tuple(t for x, recipe in zip(inputs, recipes) for t in ((x,) if recipe is None else recipe.inputs))
         function, peek, inputs = _composed(function, recipes), _composed(peek, recipes), flat
-    y._fastpeft_recipe = Recipe(function, inputs, y._version, peek)
+    y._fastpeft_recipe = Recipe(function, inputs, y._version, peek, pack)
     return y
 
 
@@ -90,7 +105,10 @@ def without_recipe(x: Tensor | None) -> Tensor | None:
 def to_save(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
     """(function, tensors): what a Function saves in place of ``x``; :func:`recompute` takes both."""
     recipe = None if x is None else recipe_of(x)
-    return (None, (x,)) if recipe is None else (recipe.function, recipe.inputs)
+    if recipe is None:
+        return None, (x,)
+    recipe = _packed(x, recipe)
+    return recipe.function, recipe.inputs
 
 
 def recompute(function: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -137,7 +155,7 @@ def recomputed(
     ``parameters`` are what ``call`` uses besides x: they are saved, so that a change before backward is an error. ``random``: it draws
     random numbers; the same are redrawn. Under autocast it is recomputed under the same autocast.
     """
-    if not _active() or not torch.is_grad_enabled():
+    if not recomputes() or not torch.is_grad_enabled():
         return call(x)
     device, devices = x.device.type, [x.device] if x.device.type == "cuda" else []
     cast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}

@@ -150,7 +150,7 @@ class _Images:
     def _table(self, x: Tensor) -> Tensor:
         """[R, a] -> [U, rows of the image with most, a]."""
         if self.cells is not None:
-            x = x.new_zeros(len(self.counts) * self.most, x.shape[1]).index_copy(0, self.cells, x)
+            x = x.new_zeros(len(self.counts) * self.most, x.shape[1]).index_copy_(0, self.cells, x)
         return x.view(len(self.counts), self.most, x.shape[1])
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:

@@ -178,9 +178,8 @@ def _strategy(q, k, v, causal: bool, padding: Tensor | None, prefix, dropout_p: 
 
 
 def _for_others(q, k, v, causal: bool, padding: Tensor | None, prefix) -> str:
-    if prefix is None or CHOICE not in ("", "sdpa"):
-        return "sdpa"
-    return "rows" if reserved_pays(q, k, v, causal, padding) else ""
+    apart = prefix is None or CHOICE not in ("", "sdpa")
+    return "sdpa" if apart else "rows" if reserved_pays(q, k, v, causal, padding) else ""
 
 
 def _plain(causal, scale, padding, bias, q, k, v, lk):

@@ -42,16 +42,10 @@ from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_affine, check_floating, wants_grad
 from fastpeft.ops._recompute import mark_recomputable, recipe_of, recompute_all, to_save_all
 from fastpeft.ops.rescale import rescale
-from fastpeft.ops.rms_norm import rms_norm, rms_norm_reference
+from fastpeft.ops.rms_norm import norm_inputs, rms_norm, rms_norm_reference
 from fastpeft.ops.rotary import _rotate, rotary_reference
 from fastpeft.ops.rotary import rotary as turned
 
-# Devices on which one pass replaces the parts. Measured on an H200 (torch 2.11, bfloat16, ms of a captured graph, forward and backward, one
-# pass and parts): 4 x 2048 tokens, 32 heads of 128 for queries and keys each, frozen norms and rotary 0.36 and 0.70, trained norms 0.41 and
-# 0.71, l_k and rotary 0.32 and 0.51, rotary alone 0.215 and 0.224; 8 heads of keys 0.22 and 0.45, 0.26 and 0.46, 0.19 and 0.23, 0.141 and
-# 0.146; 20 x 35 tokens, 12 heads of 64 0.013 and 0.040, 0.018 and 0.055, 0.025 and 0.035, 0.017 and 0.021. On a CPU the parts stay: csrc has
-# them, and not this.
-ONE_PASS = {"cuda"}
 WIDEST = 512  # channels of a head that csrc's form takes
 
 
@@ -170,6 +164,18 @@ _backward = _library.define(
 )
 
 
+# Devices on which one pass replaces the parts. Measured on an H200 (torch 2.11, bfloat16, ms of a captured graph, forward and backward,
+# one pass and parts): 4 x 2048 tokens, 32 heads of 128 for queries and keys each, frozen norms and rotary 0.36 and 0.70, trained norms 0.41
+# and 0.71, l_k and rotary 0.32 and 0.51, rotary alone 0.215 and 0.224; 8 heads of keys 0.22 and 0.45, 0.26 and 0.46, 0.19 and 0.23, 0.141
+# and 0.146; 20 x 35 tokens, 12 heads of 64 0.013 and 0.040, 0.018 and 0.055, 0.025 and 0.035, 0.017 and 0.021. On a CPU the parts stay:
+# csrc has them, and not this; nor does ATen's form replace them where csrc's is missing.
+def _devices(served: str) -> set[str]:
+    return {"cuda"} if served == "native" or _library.FORCED == "composite" else set()
+
+
+ONE_PASS = _devices(_library.backend_of()["attention_inputs_fwd"]["CUDA"])
+
+
 class _Form(NamedTuple):
     """What of a call is no tensor."""
 
@@ -217,9 +223,8 @@ class _AttentionInputs(Function):
         needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[6:10]]
         wanted = sum(need << i for i, need in enumerate(needs) if i > 2 or done[i])
         if wanted:
-            made = _backward(
-                dq, dk, dv, *recompute_all(ctx.recipe, kept), cos, sin, q_norm, k_norm, ctx.form.offset, ctx.form.eps, l_k, l_v, wanted
-            )
+            came = (dq if done[0] else None, dk, dv if done[2] else None, *recompute_all(ctx.recipe, kept))
+            made = _backward(*came, cos, sin, q_norm, k_norm, ctx.form.offset, ctx.form.eps, l_k, l_v, wanted)
             grads = [made[i] if wanted & (1 << i) else grad for i, grad in enumerate(grads)]
         grads = [grad if need else None for grad, need in zip(grads, needs)]
         return None, *grads[:3], None, None, *grads[3:], *prefix
@@ -242,9 +247,27 @@ def behind(q: Tensor | None, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor) -> 
 
 
 def both_turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k [B, heads, M, d] turned by tables [B or 1, M, rot], in one pass."""
-    q, k = _one_pass(q.transpose(1, 2), k.transpose(1, 2), None, _How(cos, sin), _Form())
+    """q and k [B, heads, M, d] turned by tables [B or 1, M, rot], in one pass. Where each was normalised before, by heads and with one eps,
+    so are they here, from what was before the norms: backward is one pass too, and what the norms made and kept is let go."""
+    norms = [normalised_from(t) for t in (q, k)]
+    if all(norms) and norms[0][2] == norms[1][2]:
+        (q, q_norm, eps), (k, k_norm, _) = norms
+    else:
+        q, k, q_norm, k_norm, eps = q.transpose(1, 2), k.transpose(1, 2), None, None, 0.0
+    q, k = _one_pass(q, k, None, _How(cos, sin, q_norm, k_norm), _Form(eps))
     return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def normalised_from(x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(h [B, M, heads, d], weight, eps) where x [B, heads, M, d] is what rms_norm made of h, or that seen by heads, and nobody waits for
+    its own gradient; None elsewhere."""
+    y = x if x._base is None else x._base
+    if (came := norm_inputs(y)) is None or came[0].dim() != 4 or came[1] is None or y._backward_hooks or y.retains_grad:
+        return None
+    if y is x:
+        return came[0].transpose(1, 2), *came[1:]
+    seen = y.transpose(1, 2)
+    return came if (x.shape, x.stride(), x.storage_offset()) == (seen.shape, seen.stride(), seen.storage_offset()) else None
 
 
 class _WithoutRows(Function):
@@ -266,7 +289,8 @@ def without_rows(o: Tensor, n: int) -> Tensor:
 
 def factors(k: Tensor, v: Tensor, l_k: Tensor, l_v: Tensor) -> tuple[Tensor, Tensor]:
     """(k l_k, v l_v) for k, v [B, H_kv, N, d] and l_k, l_v [H_kv, d], in one pass."""
-    k, v = _one_pass(None, k.transpose(1, 2), v.transpose(1, 2), _How(l_k=l_k, l_v=l_v), _Form())
+    how = _How(l_k=l_k.to(k.dtype), l_v=l_v.to(k.dtype))
+    k, v = _one_pass(None, k.transpose(1, 2), v.transpose(1, 2), how, _Form())
     return k.transpose(1, 2), v.transpose(1, 2)
 
 

@@ -16,8 +16,9 @@ Shapes: k, K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [
 I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
-Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2 in 16 bit
-(dK' read by one launch, T by dw_down's product). Counted by tests/ops/test_traffic.py.
+Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2
+in 16 bit (dK' read by one launch, T by dw_down's product). Without an image three launches more make what is narrow of it. Counted by
+tests/ops/test_traffic.py.
 
 | gradient needed for     | saved                                                           | computed in backward        |
 |-------------------------|-----------------------------------------------------------------|-----------------------------|
@@ -103,7 +104,7 @@ def _bwd_fake(g, L, rows, need_dl, need_y):
 
 def _text_bwd(g, u, n, prompt, gate, need_dl, need_y):
     """(dU, dN, dP, dg) where there is no image; the first two empty without ``need_dl``, the others without ``need_y``."""
-    acc, (H, d) = accumulator(g.dtype), (gate.shape[0], prompt.shape[1] // gate.shape[0])
+    acc = accumulator(g.dtype)
     a, L = _attend(u, n, None, prompt.shape[0])
     dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(prompt, gate, g.dtype), need_dl, need_y)
     du, dn, dprompt, dgate = (t.new_empty(0) for t in (u, n, prompt, gate))
@@ -144,12 +145,18 @@ _merge_bwd = _library.define(
     composite=_bwd,
     triton=triton_launcher("excitor_keys", "excitor_merge_bwd", _bwd),
 )
+def _on_triton(*args):
+    """Of more than 128 prompts a program would not hold the scores of its rows in registers."""
+    return (_text_launch if args[3].shape[0] <= 128 else _text_bwd)(*args)
+
+
+_text_launch = triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd)
 _text_grads = _library.define(
     "excitor_text_bwd(Tensor dk, Tensor u, Tensor n, Tensor prompt, Tensor gate, bool need_dl, bool need_y)"
     " -> (Tensor du, Tensor dn, Tensor dprompt, Tensor dgate)",
     fake=_text_bwd_fake,
     composite=_text_bwd,
-    triton=triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd),
+    triton=_on_triton,
 )
 
 

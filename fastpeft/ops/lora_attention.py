@@ -37,9 +37,10 @@ from fastpeft.ops._common import check_floating
 from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops._recompute import recomputed
 from fastpeft.ops.attention import attention
-from fastpeft.ops.attention_inputs import attention_inputs
+from fastpeft.ops.attention_inputs import attention_inputs, without_rows
 from fastpeft.ops.excitor_keys import excitor_keys, excitor_keys_reference
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linear_reference, lora_linears
+from fastpeft.ops.reserved_prefix import reserved_pays
 from fastpeft.ops.rms_norm import rms_norm_reference
 from fastpeft.ops.rotary import rotary_reference
 
@@ -90,18 +91,27 @@ def lora_attention_reference(
     return lora_linear_reference(c.transpose(1, 2).flatten(2), *Projection(*o))
 
 
-def _queries_keys_values(x, projections, heads: int, keys: _Keys, rescaled: bool, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As attention reads them, each [B, heads, M, d]. ``rescaled``: (IA)^3's factors on keys and values are applied here."""
+def _queries_keys_values(
+    x, projections, heads: int, keys: _Keys, rescaled: bool, dropout_p: float, prefix, causal: bool, padding: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As attention reads them, each [B, heads, M, d]; all with rows for ``prefix`` before, and its keys and values there, where that pays.
+    ``rescaled``: (IA)^3's factors on keys and values are applied here."""
     q, k, v = lora_linears(x, projections, dropout_p)
     d = q.shape[-1] // heads
     q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))  # [B, M, heads, d]
     factors = tuple(l.view(-1, d) for l in keys.ia3) if rescaled and keys.ia3 is not None else None
     norms = {"q_norm": keys.q_norm, "k_norm": keys.k_norm, "norm_eps": keys.norm_eps}
-    q, k, v = attention_inputs(q, k, v, rotary=keys.rotary, ia3=factors, **norms)
+    if prefix is not None and (keys.excitor is not None or not causal or not reserved_pays(*map(_by_heads, (q, k, v)), True, padding)):
+        prefix = None
+    q, k, v = attention_inputs(q, k, v, rotary=keys.rotary, ia3=factors, prefix=prefix, rows_for_queries=True, **norms)
     if keys.excitor is not None:  # its gate is one number for each query head: groups do not share their keys
         k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
         k = excitor_keys(k, x, *keys.excitor)
     return q, k, v
+
+
+def _by_heads(t: Tensor) -> Tensor:
+    return t.transpose(1, 2)
 
 
 def _check(x, q: Projection, k: Projection, v: Projection, o: Projection, heads: int, keys: _Keys, dropout_p: float) -> None:
@@ -166,17 +176,18 @@ def lora_attention(
     folds = ia3 is not None and prefix is None and rotary is None and k_norm is None and excitor is None
 
     def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _queries_keys_values(x, projections, heads, keys, not folds, lora_dropout_p)
+        return _queries_keys_values(x, projections, heads, keys, not folds, lora_dropout_p, prefix, causal, key_padding_mask)
 
     if recompute:
         tensors = recomputed(call, x, (*_parameters(projections), *keys.tensors()), lora_dropout_p > 0)
     else:
         tensors = call(x)
     factors = tuple(l.view(-1, tensors[0].shape[-1]) for l in ia3) if folds else None
-    context = attention(
-        *tensors, causal=causal, key_padding_mask=key_padding_mask, scale=scale, prefix=_for_heads(prefix, tensors[1]), rescale=factors,
-        dropout_p=dropout_p,
-    )  # fmt: skip
+    rows = tensors[1].shape[2] - x.shape[1]  # of a prefix that lies in the keys already
+    behind = None if rows else _for_heads(prefix, tensors[1])
+    how = {"causal": causal, "key_padding_mask": key_padding_mask, "scale": scale, "dropout_p": dropout_p}
+    context = attention(*tensors, prefix=behind, rescale=factors, **how)
+    context = without_rows(context, rows) if rows else context
     return lora_linear(context.transpose(1, 2).flatten(2), *o, lora_dropout_p)
 
 

@@ -24,13 +24,12 @@ W may be :class:`~fastpeft.ops._quantized_weight.QuantizedWeight`, a quantised w
 dequantize it, and no copy is saved.
 
 Moved through memory, in tensors of the sizes of x, y and W (x, dx: M K; y, dy: M N; W: N K), frozen W, all other gradients; what is R
-wide is left out. large, small: kernels/lora_linear.py. Counted by tests/ops/test_traffic.py.
+wide is left out. Counted by tests/ops/test_traffic.py; kernels/lora_linear.py has what was measured.
 
 | form           | forward         | launches | backward               | launches                       |
 |----------------|-----------------|----------|------------------------|--------------------------------|
 | CPU, float32   | 2 x + 3 y + W   |          | x + 3 dx + 2 dy + W    |                                |
-| Triton, large  | 2 x + 3 y + W   | 2        | x + 3 dx + 2 dy + W    | 4, and a sum of dS's parts     |
-| Triton, small  | 2 x + 3 y + W   | 2        | x + 3 dx + 3 dy + W    | 4                              |
+| Triton         | 2 x + 3 y + W   | 2        | x + 3 dx + 2 dy + W    | 4, and a sum of dS's parts     |
 
 Two forms that the CPU does not take, as they lose there (Intel Xeon, Sapphire Rapids, one thread, float32, rank 8, middle of 4 s,
 interleaved; bench/ops/bench_lora_linear.py has the first, for GPUs to decide):

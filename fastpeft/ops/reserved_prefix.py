@@ -2,12 +2,13 @@
 
     o = softmax(scale q [P_k; k]^T) [P_v; v]        dP = the first n rows of dK and dV, summed over the batch
 
-Causal, n rows of zeros stand before the queries, too: as many queries as keys are PyTorch's own is_causal, and every query sees the prefix.
-The first n outputs are nobody's. That form is for cuDNN's kernel, which SDPA takes on sm_90 and which knows no other causality. Measured on
-an H200 (torch 2.11), 4 x 2048 tokens, 32 heads of 128, n = 10, causal, bfloat16, ms of a captured graph, forward and backward: nothing added
-1.10, rows 1.33 (by torch.cat 1.82), the merge 2.19; with the rotary embedding that writes them 1.47, 1.32 without a prefix, 2.39 merged. At
-2000 tokens, where ten rows more need no tile more, nothing added 1.11, rows 1.26. FlashAttention's causality is aligned at the last query and
-the last key (torch.nn.attention.bias.causal_lower_right), and needs no rows of zeros, but its kernel is slower there: 2.26 with rotary.
+Causal, n rows of zeros stand before the queries, too: as many queries as keys are PyTorch's own is_causal, and every query sees the
+prefix. The first n outputs are nobody's. That form is for cuDNN's kernel, which SDPA takes on sm_90 and which knows no other causality.
+Measured on an H200 (torch 2.11), 4 x 2048 tokens, 32 heads of 128, n = 10, causal, bfloat16, ms of a captured graph, forward and backward:
+nothing added 1.10, rows 1.33 (by torch.cat 1.82), the merge 2.19; with the rotary embedding that writes them 1.47, 1.32 without a prefix,
+2.39 merged. At 2000 tokens, where ten rows more need no tile more, nothing added 1.11, rows 1.26. FlashAttention's causality is aligned at
+the last query and the last key (torch.nn.attention.bias.causal_lower_right), and needs no rows of zeros, but its kernel is slower there:
+2.26 with rotary.
 
 Not causal, SDPA takes as many queries as there are. Small calls (20 x 35 tokens, 12 heads of 64) took 0.058 merged and 0.057 by torch.cat,
 and a third of the host's time; few queries on many keys (cross-attention, a cache) stay with the merge, which copies no keys.

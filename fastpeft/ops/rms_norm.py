@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from fastpeft import _library
 from fastpeft.ops._autocast import first_order, under_autocast
 from fastpeft.ops._common import accumulator, check_norm, in_cpp, wants_grad
-from fastpeft.ops._recompute import mark_recomputable
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -114,6 +114,13 @@ class _RMSNorm(Function):
 def _again(eps, h, weight):
     """y, for the backward of an op that took it."""
     return _forward(h, None, weight, eps, False)[0]
+
+
+def norm_inputs(y: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """(x, weight, eps) of the call that made ``y``, unchanged since; None where that is not known."""
+    recipe = recipe_of(y)
+    known = recipe is not None and isinstance(recipe.function, partial) and recipe.function.func is _again
+    return (*recipe.inputs, recipe.function.args[0]) if known else None
 
 
 @under_autocast("promote")

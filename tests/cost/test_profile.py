@@ -186,3 +186,12 @@ def test_flops_are_the_same_on_cuda(miss):
         return run(model, to_device(batch(miss), (*MODEL_INPUTS, "labels"), torch.device(device), torch.float32, model)).flops
 
     assert total("cuda") == total("cpu")
+
+
+def test_products_of_experts_are_counted():
+    """Forward, and backward for the input and for the weights of the experts."""
+    x, weight = torch.randn(12, 16, requires_grad=True), torch.randn(3, 16, 32, requires_grad=True)
+    with measure(nn.Linear(1, 1)) as cost:
+        y = torch.nn.functional.grouped_mm(x, weight, offs=torch.tensor([4, 4, 12], dtype=torch.int32))
+        y.backward(torch.randn_like(y))
+    assert cost.flops == 3 * 2 * 12 * 16 * 32

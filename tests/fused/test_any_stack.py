@@ -13,13 +13,15 @@ import fastpeft as fp
 from fastpeft.fused import any_head, any_stack
 from fastpeft.fused.any_head import output_head
 from fastpeft.fused.attention_interface import reads_interface
-from fastpeft.fused.last_layer import reads_labels_alone
+from fastpeft.fused.last_layer import handing_on, reads_labels_alone
 from fastpeft.fused.row_wise import is_row_wise_code
 
 UNPADDED = ["mistral", "qwen2", "qwen3", "gemma3-text", "phi3", "smollm3", "olmo2"]
 UNPADDED += ["gpt2", "opt", "gpt-neox", "phi", "cohere"]
+UNPADDED += ["stablelm", "nemotron", "persimmon", "ministral3", "deepseek-v2", "deepseek-v3", "minicpm3", "bart-decoder"]
+UNPADDED += ["ernie-moe", "minimax-m2", "afmoe", "cohere2-moe", "hy-v3"]
 UNPADDED += ["blip2", "llava-mistral", "llava-onevision", "paligemma2", "gemma3", "qwen2.5-vl", "qwen3-vl", "internvl"]
-QUICK = ["mistral", "gemma3-text", "phi3", "gpt2", "opt", "blip2", "paligemma2", "qwen3-vl"]
+QUICK = ["stablelm", "deepseek-v3", "bart-decoder", "mistral", "gemma3-text", "phi3", "gpt2", "opt", "blip2", "paligemma2", "qwen3-vl"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +52,13 @@ def read(given):
 @pytest.fixture
 def tokens_seen(monkeypatch):
     """Tokens that each layer of a stack computed where it stood for real tokens."""
-    seen, call = [], any_stack._OnTokens.__call__
+    seen, run = [], any_stack._OnTokens.run
 
-    def watched(self, hidden, *args, **kwargs):
-        layer = self.layer
+    def watched(self, forward, hidden, *args, **kwargs):
+        seen.append(hidden.shape[:2].numel())
+        return run(self, forward, hidden, *args, **kwargs)
 
-        def counted(hidden, *args, **kwargs):
-            seen.append(hidden.shape[:2].numel())
-            return layer(hidden, *args, **kwargs)
-
-        self.layer = counted
-        try:
-            return call(self, hidden, *args, **kwargs)
-        finally:
-            self.layer = layer
-
-    monkeypatch.setattr(any_stack._OnTokens, "__call__", watched)
+    monkeypatch.setattr(any_stack._OnTokens, "run", watched)
     return seen
 
 
@@ -124,6 +117,17 @@ def test_gradient_checkpointing(checkpointing, tokens_seen):
     given = batch("left")
     assert_same_step(plain, model, given)
     assert tokens_seen == [read(given)] * 2
+
+
+def test_layers_that_run_again_by_their_own_forward_hand_nothing_on(tokens_seen):
+    """StableLM's hand their attention no other arguments: under gradient checkpointing they get every token."""
+    plain, model, batch = both("stablelm")
+    for each in (plain, model):
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_step(plain, model, batch("padded"))
+    assert tokens_seen == []
+    model.eval()  # nothing runs again; and nothing is left out
+    assert_same_step(plain.eval(), model, batch("padded"))
 
 
 def test_adapters_in_the_layers(tokens_seen):
@@ -326,6 +330,7 @@ def mixing(body):
         ("return attention_interface(self, hidden_states, None, **kwargs)", False),
         ("return self.act_fn(hidden_states, attention_mask=attention_mask, **kwargs)", True),
         ("return self.act_fn(hidden_states, attention_mask=attention_mask)", False),
+        ("return self.forward(hidden_states, attention_mask)", False),
         ("return self.act_fn(hidden_states, attention_mask=attention_mask.bool(), **kwargs)", False),
         ("return [x for x in hidden_states]", False),
         ("return self.a_function(hidden_states)", False),
@@ -339,6 +344,24 @@ def test_what_code_treats_every_token_by_itself(body, known):
     module = mixing(body)()
     module.act_fn, module.a_function = nn.SiLU(), torch.nn.functional.silu
     assert is_row_wise_code(module) == known
+
+
+def test_what_a_layer_can_be_made_to_hand_on():
+    """To a module that takes it; not to a method of its own, and not where its own arguments end."""
+    for body, known in (
+        ("return self.act_fn(hidden_states, attention_mask=attention_mask)", True),
+        ("return self.narrow(hidden_states, attention_mask=attention_mask)", False),
+        ("return self.forward(hidden_states, attention_mask)", False),
+        ("return self.act_fn(hidden_states, attention_mask.bool())", False),
+    ):
+        module = mixing(body)()
+        module.act_fn, module.narrow = nn.Identity(), nn.SiLU()
+        module.act_fn.forward = lambda hidden_states, **kwargs: (hidden_states, kwargs)
+        assert is_row_wise_code(module, layer=True) == known, body
+        assert not is_row_wise_code(module)
+    forward = handing_on(mixing("return self.act_fn(hidden_states, attention_mask=attention_mask)"))
+    assert forward(module, 1, attention_mask=2, other=3) == (1, {"attention_mask": 2, "other": 3})
+    assert handing_on(mixing("return self.act_fn(hidden_states, attention_mask=attention_mask, **kwargs)")) is None
 
 
 def test_code_of_others_is_not_read():

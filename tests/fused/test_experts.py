@@ -1,4 +1,4 @@
-"""Mixtures of experts: what lies between their products keeps its input alone, and their stacks run without padding."""
+"""Mixtures of experts: neither weights nor gates are kept, adapters multiply tokens, and their stacks run without padding."""
 
 from __future__ import annotations
 
@@ -73,20 +73,141 @@ def test_noise_of_a_batch_keeps_the_padding():
     assert not is_row_wise_code(block)
 
 
-def test_adapted_experts():
-    """PEFT adapts the weights of experts by a class that it makes while they run."""
+def adapted(name, parameters=("gate_up_proj", "down_proj"), implementation="eager", change=lambda model: None):
+    """(PEFT's model, its optimised copy, batch), with an adapter on the experts' weights that does something."""
     peft = pytest.importorskip("peft")
-    base, batch = tiny("qwen3-moe")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    base, batch = tiny(name)
+    base.set_experts_implementation(implementation)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=[f"experts.{p}" for p in parameters])
     plain = peft.get_peft_model(base, config).double().train()
+    change(plain)
     with torch.no_grad():
-        for name, p in plain.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        for at, p in plain.named_parameters():
+            if "lora_B" in at:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(at)))
     model = copy.deepcopy(plain)
     fp.optimize(model, lean_logits=True)
+    return plain, model, batch
+
+
+@pytest.fixture
+def on_tokens(monkeypatch):
+    """Of each call of adapted experts, how many branches ran on tokens."""
+    seen, run = [], experts.FusedExperts._run
+
+    def counted(self, branches, *args):
+        seen.append(len(branches))
+        return run(self, branches, *args)
+
+    monkeypatch.setattr(experts.FusedExperts, "_run", counted)
+    return seen
+
+
+BOTH = ("gate_up_proj", "down_proj")
+ADAPTED = [("qwen3-moe", BOTH, "eager"), ("gpt-oss", BOTH, "batched_mm"), ("mixtral", ("down_proj",), "eager")]
+MORE = [(name, BOTH, how) for name in MODELS for how in ("eager", "batched_mm")] + [("gpt-oss", (p,), "eager") for p in BOTH]
+
+
+@pytest.mark.parametrize("name, weights, implementation", [*ADAPTED, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE)])
+def test_adapted_experts(name, weights, implementation, on_tokens):
+    """PEFT adapts the weights of experts by a class that it makes while they run: ours multiplies tokens."""
+    plain, model, batch = adapted(name, weights, implementation)
     for kind in ("full", "padded"):
         assert_same(step(model, batch(kind)), step(plain, batch(kind)))
+    assert set(on_tokens) == {len(weights)}
+
+
+def test_experts_whose_weights_are_trained():
+    """In full, with an adapter on one of them."""
+    plain, model, batch = adapted("mixtral", ("down_proj",), change=lambda model: model.requires_grad_(True))
+    mine, theirs = step(model, batch("padded")), step(plain, batch("padded"))
+    assert any("gate_up_proj" in name for name in mine[1])
+    assert_same(mine, theirs)
+
+
+def test_adapters_as_they_are_set(on_tokens):
+    """Disabled, another one, two at once, merged: as PEFT has it; and back."""
+    plain, model, batch = adapted("mixtral", change=lambda model: None)
+    given = batch("padded")
+    count = len(model.base_model.model.model.layers)
+
+    def same(ours):
+        on_tokens.clear()
+        assert_same(step(model, given), step(plain, given))
+        assert on_tokens == [ours] * count
+
+    for m in (plain, model):
+        m.base_model.disable_adapter_layers()
+        m.get_input_embeddings().requires_grad_(True)
+    same(0)
+    for m in (plain, model):
+        m.base_model.enable_adapter_layers()
+    same(2)
+    for m in (plain, model):
+        m.merge_adapter()
+    same(0)
+    for m in (plain, model):
+        m.unmerge_adapter()
+    same(2)
+
+
+def test_who_watches_adapted_experts_sees_them_as_peft_has_them(on_tokens):
+    """A hook on the experts, or on a wrapper inside, gets PEFT's calls."""
+    plain, model, batch = adapted("mixtral")
+    for m in (plain, model):
+        m.seen = []
+        outer = m.base_model.model.model.layers[0].mlp.experts
+        outer.register_forward_hook(lambda module, args, out, m=m: m.seen.append(out.detach()))
+    assert_same(step(model, batch("full")), step(plain, batch("full")))
+    torch.testing.assert_close(model.seen, plain.seen, rtol=1e-10, atol=1e-12)
+    assert on_tokens == [2, 2]
+    on_tokens.clear()
+    for m in (plain, model):
+        inner = m.base_model.model.model.layers[0].mlp.experts.base_layer
+        inner.register_forward_hook(lambda module, args, out, m=m: m.seen.append(out.detach()))
+    assert_same(step(model, batch("full")), step(plain, batch("full")))
+    torch.testing.assert_close(model.seen, plain.seen, rtol=1e-10, atol=1e-12)
+    assert on_tokens == [0, 2] or on_tokens == [2]  # PEFT's call reaches the experts, whose weights are then no parameters
+
+
+def test_adapted_experts_keep_no_weights():
+    plain, model, batch = adapted("mixtral")
+    of_their_size = []
+    for m in (plain, model):
+        held = {p.untyped_storage().data_ptr() for p in m.parameters()}
+        kept = {}
+
+        def pack(t, held=held, kept=kept):
+            if t.untyped_storage().data_ptr() not in held:
+                kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            m(**batch("full"))
+        sizes = {p.untyped_storage().nbytes() for name, p in m.named_parameters() if p.dim() == 3}
+        assert sizes
+        of_their_size.append(any(t.untyped_storage().nbytes() in sizes for t in kept.values()))
+    assert of_their_size == [True, False]
+
+
+def test_where_the_experts_are_transformers():
+    """Nothing to keep, another dtype, an expert that is not here, a function that somebody registered."""
+    module = tiny("mixtral")[0].train().model.layers[0].mlp.experts
+    width = module.down_proj.shape[1]
+    hidden, index = torch.randn(5, width, dtype=torch.float64), torch.randint(3, (5, 2))
+    weights = torch.rand(5, 2, dtype=torch.float64)
+    want = module(hidden, index, weights)
+    fp.optimize(module.requires_grad_(False))
+    call = (hidden.requires_grad_(), index, weights)
+    assert experts.why_not_here(module, {}, call, {}) == ""
+    torch.testing.assert_close(module(*call), want)
+    torch.testing.assert_close(module(hidden_states=hidden, top_k_index=index, top_k_weights=weights), want)
+    with torch.no_grad():
+        assert experts.why_not_here(module, {}, call, {}) == "nothing is kept for backward"
+    assert "dtypes" in experts.why_not_here(module, {}, (hidden.float(), index, weights), {})
+    assert module.adapted({}, hidden, index.clone().fill_(3), weights) is None  # transformers' own loop leaves it out
+    module.config._experts_implementation = "sonicmoe"
+    assert "sonicmoe" in experts.why_not_here(module, {}, call, {})
 
 
 def kept_by_a_gate(module, gate_up):
@@ -146,12 +267,14 @@ def test_a_gate_that_somebody_watches_or_trains_is_its_own():
     assert module.act_fn.slope.grad is not None
 
 
-def test_the_report_counts_no_products_of_experts():
-    model = tiny("mixtral")[0]
-    report = fp.optimize(model)
-    sizes = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters(recurse=False))
-    total = sum(p.numel() for p in model.parameters())
-    assert report.classes["MixtralExperts"].fused == 2 and report.coverage["parameters"] <= 1 - sizes / total
+def test_the_report_counts_the_products_of_experts_that_are_ours():
+    for implementation, ours in (("eager", True), ("deepgemm", False)):
+        model = tiny("mixtral")[0]
+        model.config._experts_implementation = implementation
+        report = fp.optimize(model)
+        sizes = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters(recurse=False))
+        share = sizes / sum(p.numel() for p in model.parameters())
+        assert report.classes["MixtralExperts"].fused == 2 and (report.coverage["parameters"] > 1 - share) == ours
 
 
 def test_second_derivatives_are_refused():
@@ -163,17 +286,17 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("table, method", [(experts.GATES, "_apply_gate"), (row_wise.READ, "forward")], ids=["gates", "row-wise"])
+@pytest.mark.parametrize("table, method", [(experts.GATES, "_apply_gate"), (experts.LOOPS, "forward"), (row_wise.READ, "forward")])
 def test_code_is_known_by_its_digest(table, method):
     """Of this release of transformers: an older one may not have the class, or have it otherwise, which is then left alone."""
-    known, here = 0, 0
+    here = {}
     for code, path in table.items():
         home, _, name = path.rpartition(".")
         try:
             cls = getattr(importlib.import_module(f"transformers.models.{home}"), name)
         except (ImportError, AttributeError):
             continue
-        here += 1
-        known += digest(cls, method) == code
-    newest = T.__version__.startswith("5.23")
-    assert known == len(table) if newest else known <= here
+        here[path] = here.get(path, False) or digest(cls, method) == code
+    assert any(here.values())
+    if T.__version__.startswith("5.23"):
+        assert here == dict.fromkeys(table.values(), True)

@@ -170,3 +170,14 @@ def test_llamas_last_layer_at_labelled_positions_only(miss, plan, batch):
     assert loss == pytest.approx(want, rel=1e-12)
     miss.assert_same(gradients, wanted)
     assert rows[1] < rows[0] and rows[1] <= int((given["labels"][:, 1:] != -100).sum())
+
+
+def test_padding_copies_no_zeros():
+    """The table is zeroed and written, once each: out of place, index_copy would copy the zeros first."""
+    layout = Layout(3, 4, torch.tensor([0, 1, 4, 8, 9, 10]))
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        table = layout.pad(x)
+    assert {"aten::index_copy_", "aten::zero_"} <= (ran := {event.name for event in trace.events()}) and "aten::copy_" not in ran
+    assert torch.equal(layout.unpad(table), x) and table.count_nonzero() == x.numel()
+    assert torch.autograd.gradcheck(layout.pad, x)

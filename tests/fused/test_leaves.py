@@ -1,6 +1,7 @@
 """Leaves that stand anywhere: linear layers, activations, PyTorch's norms. Values, gradients, bytes kept, names of arguments."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def test_a_norm_and_the_linear_layer_after_it(norm, linear):
 @pytest.mark.parametrize("norm", NORMS)
 def test_norms_in_16_bit(norm):
     compare(nn.Sequential(NORMS[norm](N)), torch.bfloat16, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, activations.ReLUSquaredActivation])
+@pytest.mark.parametrize("linear", LINEARS)
+def test_relu_and_the_linear_layer_after_it(act, linear, monkeypatch):
+    """What is above zero and a bit for each element; where the layer needs nothing of it, the bits."""
+    monkeypatch.setattr(sys.modules["fastpeft.ops.relu"], "FEW", 0)
+    packs = sys.modules["fastpeft.ops.relu"].PACKS
+    module = nn.Sequential(LINEARS[linear](N, 16), act(), LINEARS[linear](16, 8))
+    plain, ours = compare(module, rtol=1e-10, atol=1e-9)
+    assert ours < 0.75 * plain if packs else ours <= plain
+    module[2].requires_grad_(False)
+    if act is nn.ReLU and linear == "Linear":
+        plain, ours = compare(module, **EXACT)
+        assert plain == 15 * 16 * 8 and (ours == 15 * 16 // 8 if packs else ours == plain)
 
 
 def test_a_frozen_linear_layer_keeps_what_it_kept():

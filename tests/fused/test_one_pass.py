@@ -1,6 +1,5 @@
 """Fused attentions on ops.attention_inputs' one pass, where its rule takes it: the same losses and gradients as on the parts."""
 
-import copy
 import importlib
 
 import pytest
@@ -61,11 +60,45 @@ def test_llama(monkeypatch, plan, padded):
         assert all(how.l_k is not None for _, _, _, how, _ in calls)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3-text", "phi3", "gpt-neox"])
-def test_interface(monkeypatch, name):
-    """Queries and keys turned together in the attention of any model, whole heads or some channels of them."""
-    torch.manual_seed(0)
-    model, make, config = (*tiny(name), None)[:3]
-    model = copy.deepcopy(model).train()
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_prefix_before_the_keys(monkeypatch, flat):
+    """PTv2: one pass turns queries and keys into rows behind the prefix's, without padding; where there is some, the merge stays."""
+    reserved = importlib.import_module("fastpeft.ops.reserved_prefix")
+    monkeypatch.setattr(reserved, "kernel_of", lambda *a: "flash")
+    monkeypatch.setattr(reserved, "takes_cudnn", lambda *a: True)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.2)).double().train()
     fp.optimize(model)
-    both(monkeypatch, step_of(model, make("right") if config is None else make("right", config)))
+    fp.adapt(model, llm=fp.PTv2(num_virtual_tokens=5))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    for padded in (False, True):
+        if padded:
+            mask[0, 6:] = 0
+        batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100)} | ({"attention_mask": mask} if flat or padded else {})
+        calls = both(monkeypatch, step_of(model, batch))
+        assert all((how.p_k is None) == padded for _, _, _, how, _ in calls)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3-text", "gpt-neox"])
+def test_interface(monkeypatch, name, trained):
+    """Queries and keys turned together in the attention of any model, whole heads or some channels of them, with the norms before them."""
+    model, batch = tiny(name)
+    for parameter, p in model.named_parameters():
+        p.requires_grad_(trained or "norm" not in parameter)
+    fp.optimize(model.train())
+    calls = both(monkeypatch, step_of(model, batch("right")))
+    assert all((how.q_norm is not None) == (name != "gpt-neox") for _, _, _, how, _ in calls)
+
+
+def test_norms_whose_gradient_is_read(monkeypatch):
+    """A hook on what a norm made, put there by a hook on the norm, sees its gradient: the norm stays a pass of its own."""
+    model, batch = tiny("qwen3")
+    fp.optimize(model.train())
+    seen = []
+    norm = model.model.layers[0].self_attn.q_norm
+    norm.register_forward_hook(lambda module, args, y: y.register_hook(lambda grad: seen.append(grad.shape)) and None)
+    calls = both(monkeypatch, step_of(model, batch("right")))
+    assert len(seen) == 2 and [how.q_norm is None for _, _, _, how, _ in calls] == [True, False]

@@ -24,6 +24,7 @@ from fastpeft.ops.linear_cross_entropy import linear_cross_entropy_reference
 from fastpeft.ops.lora_linear import Projection, lora_linear_reference
 from fastpeft.ops.mm_adapter import mm_adapter_reference
 from fastpeft.ops.norm_mm_adapter import norm_mm_adapter_reference
+from fastpeft.ops.relu import relu_reference
 from fastpeft.ops.rescale import rescale_reference
 from fastpeft.ops.rms_norm import rms_norm_reference
 from fastpeft.ops.rotary import rotary_reference
@@ -222,6 +223,7 @@ TABLE = {
     ),
     "rms_norm": Op(_norm(ops.rms_norm), _norm(rms_norm_reference), lambda m, n: [draw(m, n), draw(n) + 1]),
     "add_rms_norm": Op(_norm(ops.add_rms_norm), _summed(rms_norm_reference), lambda m, n: [draw(m, n), draw(m, n), draw(n) + 1]),
+    "relu": Op(ops.relu, relu_reference, lambda m, n: [draw(m, n)]),
     "gelu": Op(ops.gelu, gelu_reference, lambda m, n: [draw(m, n), draw(n)]),
     "swiglu": Op(ops.swiglu, swiglu_reference, lambda m, n: [draw(m, n), draw(m, n), draw(n)]),
     "geglu": Op(ops.geglu, geglu_reference, lambda m, n: [draw(m, n), draw(m, n), draw(n)]),

@@ -166,6 +166,8 @@ def test_every_operator_is_some_rows(table, check):
     seen = {func._schema.name.split("::")[1] for func in calls.seen}
     apart = {"prefix_attention_fwd", "prefix_attention_bwd"}  # small calls go to SDPA: test_prefix_attention.py has these two
     apart |= {"low_rank_grads"}  # of many rows: test_low_rank_grads.py has it
+    apart |= {"relu_pack", "relu_again"}  # for a layer behind it: test_relu.py has these two
+    apart |= {"expert_linear_fwd", "expert_linear_bwd"}  # of no shape, where an expert ends: test_expert_linear.py has them
     assert seen | apart == set(_library.backend_of())
     of_trees = {"PrefixTree", "tree_attention"}  # a tree is no shape: test_tree_attention.py has them
     of_others = {"lora_attention"}  # five rows' ops in turn: test_lora_attention.py has it

@@ -63,7 +63,9 @@ def compare(check, tensors, offset=0.0, form=None, needs=None):
 def test_backend():
     for name in ("attention_inputs_fwd", "attention_inputs_bwd"):
         assert not _library.backend_of()[name]["CPU"].startswith("triton")
-    assert {"cuda"} == module.ONE_PASS
+    assert module._devices("native") == {"cuda"}
+    assert module._devices("composite (csrc has no CUDA form here)") == ({"cuda"} if _library.FORCED == "composite" else set())
+    assert module._devices(_library.backend_of()["attention_inputs_fwd"]["CUDA"]) == module.ONE_PASS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -325,7 +327,7 @@ def test_factors_in_one_pass(check, monkeypatch):
     """(IA)^3 where attention is someone else's: keys and values by one pass, in place of queries and outputs."""
     monkeypatch.setattr(whole, "_strategy", lambda *a: "sdpa")
     monkeypatch.setattr(module, "ONE_PASS", {"cpu"})
-    tensors = [*(torch.randn(2, 5, h, 16, dtype=torch.float64).transpose(1, 2) for h in (4, 2, 2)), *torch.randn(2, 2, 16).double()]
+    tensors = [*(torch.randn(2, 5, h, 16, dtype=torch.float64).transpose(1, 2) for h in (4, 2, 2)), *torch.randn(2, 2, 16)]
     for needs in check.subsets(5):
         runs = [
             check.run(lambda q, k, v, *l, fn=fn: fn(q, k, v, causal=True, rescale=l), tensors, needs)

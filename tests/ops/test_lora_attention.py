@@ -1,5 +1,7 @@
 """lora_attention against its definition, with float64 as the truth; what it saves for each subset of gradients; what it refuses."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -87,6 +89,23 @@ def close(check, ours, reference, inputs, needs=None):
         if value is not None:
             slack = {torch.float64: 2**-42, torch.float32: 2**-19}[value.dtype]
             assert check.error(value, exact, 1.0) <= 4 * check.error(other, exact, 1.0) + slack
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("extras", [("prefix",), ("norms", "rotary", "ia3", "prefix")], ids=["prefix", "all"])
+def test_prefix_in_rows_of_one_pass(check, monkeypatch, extras, recompute):
+    """As on CUDA: queries, keys and values behind a prefix's rows, made with norms, rotary embedding and factors."""
+    inputs, reserved = (importlib.import_module(f"fastpeft.ops.{name}") for name in ("attention_inputs", "reserved_prefix"))
+    monkeypatch.setattr(inputs, "ONE_PASS", {"cpu"})
+    monkeypatch.setattr(reserved, "kernel_of", lambda *a: "flash")
+    monkeypatch.setattr(reserved, "takes_cudnn", lambda *a: True)
+    made, count = [], inputs._made
+    monkeypatch.setattr(inputs, "_made", lambda *a: made.append(a[3].p_k is not None) or count(*a))
+    tensors = drawn(torch.float64, **dict.fromkeys(extras))
+    ours = called(lora_attention, list(tensors), causal=True, recompute=recompute)
+    reference = called(lora_attention_reference, list(tensors), causal=True)
+    close(check, ours, reference, list(tensors.values()), [name not in PAIRS["rotary"] for name in tensors])
+    assert made and all(made)
 
 
 def test_excitor(check):

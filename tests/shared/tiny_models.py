@@ -272,6 +272,11 @@ def _causal(Model, Config, **more) -> Callable:
     return make
 
 
+def _newer(name: str, **more) -> Callable:
+    """The same of a model that the oldest transformers may not have."""
+    return lambda: _causal(getattr(T, f"{name}ForCausalLM"), getattr(T, f"{name}Config"), **more)()
+
+
 def _encoder(Model, Config, **more) -> Callable:
     return lambda: (Model(Config(**TEXT | {"num_labels": 2} | more)), _encoder_batch)
 
@@ -328,6 +333,8 @@ DECODERS: dict[str, Callable] = {
     "gpt2": _gpt2,
 }
 SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0}
 # Mixtures of experts, and other layers than LLaMA's; apart, as the tests of every model take time enough.
 OTHER_DECODERS: dict[str, Callable] = {
     "mixtral": _causal(T.MixtralForCausalLM, T.MixtralConfig, num_local_experts=3),
@@ -339,6 +346,19 @@ OTHER_DECODERS: dict[str, Callable] = {
     "gpt-neox": _causal(T.GPTNeoXForCausalLM, T.GPTNeoXConfig),
     "phi": _causal(T.PhiForCausalLM, T.PhiConfig),
     "cohere": _causal(T.CohereForCausalLM, T.CohereConfig),
+    "stablelm": _causal(T.StableLmForCausalLM, T.StableLmConfig),
+    "nemotron": _causal(T.NemotronForCausalLM, T.NemotronConfig),
+    "persimmon": _causal(T.PersimmonForCausalLM, T.PersimmonConfig),
+    "ministral3": _newer("Ministral3", head_dim=8),
+    "deepseek-v2": _causal(T.DeepseekV2ForCausalLM, T.DeepseekV2Config, **LATENT, n_routed_experts=4, **SPARSE),
+    "deepseek-v3": _causal(T.DeepseekV3ForCausalLM, T.DeepseekV3Config, **LATENT, n_routed_experts=4, n_group=1, topk_group=1, **SPARSE),
+    "minicpm3": _newer("MiniCPM3", **LATENT),
+    "bart-decoder": _causal(T.BartForCausalLM, T.BartConfig, **BART),
+    "ernie-moe": _causal(T.Ernie4_5_MoeForCausalLM, T.Ernie4_5_MoeConfig, moe_num_experts=3, moe_k=2, moe_intermediate_size=24),
+    "afmoe": _newer("Afmoe", num_experts=3, num_dense_layers=1, head_dim=8, **SPARSE),
+    "cohere2-moe": _newer("Cohere2Moe", num_experts=3, num_experts_per_tok=2, head_dim=8),
+    "hy-v3": _newer("HYV3", num_experts=3, head_dim=8, first_k_dense_replace=1, **SPARSE),
+    "minimax-m2": _newer("MiniMaxM2", num_local_experts=3, num_experts_per_tok=2, head_dim=8),
 }
 ENCODERS: dict[str, Callable] = {
     "bert": _encoder(T.BertForSequenceClassification, T.BertConfig, **NO_DROPOUT),
