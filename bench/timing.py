@@ -176,6 +176,12 @@ def compiled(fn: Callable, settings: Settings) -> dict[str, Callable]:
     return {"torch.compile": torch.compile(fn, fullgraph=True, dynamic=False)}
 
 
+def copy_of(nbytes: float, device: str) -> Callable:
+    """A copy that moves so many bytes, those it reads and those it writes: what an operator that only moves memory is held against."""
+    source = torch.zeros(int(nbytes) // 2, dtype=torch.uint8, device=device)
+    return functools.partial(torch.empty_like(source).copy_, source)
+
+
 def compare(
     op: str,
     shape: str,
@@ -188,8 +194,11 @@ def compare(
     note: str = "",
 ) -> list[Row]:
     """A row per rival. The last one is the baseline of the ratios; ``bytes_moved`` and ``flops`` are what the work needs, not what a
-    rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named."""
+    rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named.
+    On CUDA a copy of ``bytes_moved`` runs among them."""
     ours, baseline = next(iter(rivals)), list(rivals)[-1]
+    if bytes_moved and settings.device == "cuda" and ours != baseline:
+        rivals = {ours: rivals[ours], "copy": copy_of(bytes_moved, settings.device), **rivals}
     rivals, peaks, told = _warmed_up(f"{op} {shape} {dtype}", rivals, settings, needed=(ours, baseline))
     replays, untaken = _captured_all(rivals) if settings.device == "cuda" else ({}, [])
     note = "; ".join(filter(None, (note, *told, *untaken)))

@@ -9,12 +9,12 @@ namespace fastpeft::cuda_activations {
 // erfc takes 952 instructions for 8 elements.
 template <bool APPROXIMATE, class A>
 __device__ A exponential(A x) {
-  if constexpr (APPROXIMATE) return __expf(x);
+  if constexpr (APPROXIMATE) return approximate_exp2(x * 1.44269504088896340736f);
   else return exp(x);
 }
 template <bool APPROXIMATE, class A>
 __device__ A reciprocal(A x) {
-  if constexpr (APPROXIMATE) return __fdividef(1.0f, x);
+  if constexpr (APPROXIMATE) return approximate_reciprocal(x);
   else return A(1) / x;
 }
 
@@ -87,7 +87,9 @@ struct Args {
 template <int V>
 __device__ int64_t columns() { return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V; }
 
-template <Kind KIND, int V, class T>
+constexpr int kAtOnce = 2;  // rows that a thread reads before it uses the first
+
+template <Kind KIND, int V, int U, class T>
 __global__ void forward_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
@@ -95,19 +97,30 @@ __global__ void forward_kernel(Args<T> a) {
   if (j >= a.n) return;
   A scale[V];
   a.scale.template load<V>(j, scale);
-  for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-    P gate = P::load(a.gate + r * a.gate_stride + j), up;
-    if (a.up) up = P::load(a.up + r * a.up_stride + j);
+  for (int64_t first = int64_t(blockIdx.x) * U; first < a.rows; first += int64_t(gridDim.x) * U) {
+    P gate[U], up[U];
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const A y = act<KIND, T>(static_cast<A>(gate.v[e]), nullptr) * scale[e];
-      gate.v[e] = static_cast<T>(a.up ? y * static_cast<A>(up.v[e]) : y);
+    for (int u = 0; u < U; ++u) {
+      const int64_t r = first + u;
+      if (r < a.rows) gate[u] = P::load(a.gate + r * a.gate_stride + j);
+      if (r < a.rows && a.up) up[u] = P::load(a.up + r * a.up_stride + j);
     }
-    gate.store(a.y + r * a.n + j);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      A g[V], other[V];
+      widen(gate[u], g);
+      if (a.up) widen(up[u], other);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const A y = act<KIND, T>(g[e], nullptr) * scale[e];
+        gate[u].v[e] = static_cast<T>(a.up ? y * other[e] : y);
+      }
+      if (first + u < a.rows) gate[u].store(a.y + (first + u) * a.n + j);
+    }
   }
 }
 
-template <Kind KIND, int V, class T>
+template <Kind KIND, int V, int U, class T>
 __global__ void backward_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
@@ -115,19 +128,35 @@ __global__ void backward_kernel(Args<T> a) {
   if (j >= a.n) return;
   A scale[V], sum[V] = {};
   a.scale.template load<V>(j, scale);
-  for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-    P dy = P::load(a.dy + r * a.dy_stride + j), gate = P::load(a.gate + r * a.gate_stride + j), up;
-    if (a.up) up = P::load(a.up + r * a.up_stride + j);
+  for (int64_t first = int64_t(blockIdx.x) * U; first < a.rows; first += int64_t(gridDim.x) * U) {
+    P dy[U], gate[U], up[U];
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      A slope;
-      const A d = static_cast<A>(dy.v[e]), y = act<KIND, T>(static_cast<A>(gate.v[e]), &slope), u = a.up ? static_cast<A>(up.v[e]) : A(1);
-      sum[e] += d * y * u;
-      dy.v[e] = static_cast<T>(d * scale[e] * u * slope);
-      up.v[e] = static_cast<T>(d * scale[e] * y);
+    for (int u = 0; u < U; ++u) {
+      const int64_t r = first + u;
+      if (r >= a.rows) continue;
+      dy[u] = P::load(a.dy + r * a.dy_stride + j);
+      gate[u] = P::load(a.gate + r * a.gate_stride + j);
+      if (a.up) up[u] = P::load(a.up + r * a.up_stride + j);
     }
-    if (a.dgate) dy.store(a.dgate + r * a.n + j);
-    if (a.dup) up.store(a.dup + r * a.n + j);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t r = first + u;
+      if (r >= a.rows) continue;
+      A d[V], g[V], other[V];
+      widen(dy[u], d);
+      widen(gate[u], g);
+      if (a.up) widen(up[u], other);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        A slope;
+        const A y = act<KIND, T>(g[e], &slope), o = a.up ? other[e] : A(1);
+        sum[e] += d[e] * y * o;
+        dy[u].v[e] = static_cast<T>(d[e] * scale[e] * o * slope);
+        up[u].v[e] = static_cast<T>(d[e] * scale[e] * y);
+      }
+      if (a.dgate) dy[u].store(a.dgate + r * a.n + j);
+      if (a.dup) up[u].store(a.dup + r * a.n + j);
+    }
   }
 #pragma unroll
   for (int e = 0; e < V; ++e)
@@ -157,7 +186,7 @@ Tensor run_forward(const Tensor& gate, const Maybe& up, const Maybe& scale) {
     using T = typename decltype(t)::type;
     const Args<T> a{nullptr, read<T>(g.own), up ? read<T>(u.own) : nullptr, 0, g.stride, u.stride, g.count, g.n,
                     param<T>(scale, own, gate, 1), write<T>(y), nullptr, nullptr, nullptr};
-    run(a, g.count, launch, [](auto v) { return forward_kernel<KIND, decltype(v)::value, T>; });
+    run(a, (g.count + kAtOnce - 1) / kAtOnce, launch, [](auto v) { return forward_kernel<KIND, decltype(v)::value, kAtOnce, T>; });
   });
   return y;
 }
@@ -181,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     const Args<T> a{read<T>(d.own), read<T>(g.own), up ? read<T>(u.own) : nullptr, d.stride, g.stride, u.stride, g.count, g.n,
                     param<T>(scale, own, gate, 1), nullptr, need_dgate ? write<T>(dgate) : nullptr,
                     need_dup ? write<T>(dup) : nullptr, need_dscale ? write<A>(part) : nullptr};
-    run(a, need_dscale ? parts : g.count, launch, [](auto v) { return backward_kernel<KIND, decltype(v)::value, T>; });
+    run(a, need_dscale ? parts : (g.count + kAtOnce - 1) / kAtOnce, launch, [](auto v) { return backward_kernel<KIND, decltype(v)::value, kAtOnce, T>; });
     sum_parts(read<A>(part), parts, g.n, dscale, launch);
   });
   return {dgate, dup, dscale};

@@ -95,12 +95,6 @@ __device__ void times(const Param<T>& factor, int64_t at, acc_t<T> (&v)[V]) {
 }
 
 template <int V, class T>
-__device__ void widen(const Pack<T, V>& from, acc_t<T> (&to)[V]) {
-#pragma unroll
-  for (int e = 0; e < V; ++e) to[e] = static_cast<acc_t<T>>(from.v[e]);
-}
-
-template <int V, class T>
 __device__ void store(const acc_t<T> (&v)[V], T* to) {
   Pack<T, V> out;
 #pragma unroll
@@ -127,8 +121,8 @@ __global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2) attention_inputs_fwd
   for (int k = 0; k < K; ++k) {
     const Pair pair(a, (group.lane + k * a.lanes) * V);
     if (!here || !pair.mine || !from) continue;
-    widen<V, T>(P::load(from + pair.one), one[k]);
-    widen<V, T>(P::load(from + pair.two), two[k]);
+    widen(P::load(from + pair.one), one[k]);
+    widen(P::load(from + pair.two), two[k]);
     if (s.factor.data && token && !a.transpose) {
       times<V, T>(s.factor, h * a.d + pair.one, one[k]);
       times<V, T>(s.factor, h * a.d + pair.two, two[k]);
@@ -193,12 +187,12 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       const Pair pair(a, (group.lane + k * a.lanes) * V);
       if (!here || !pair.mine) continue;
       if (x) x1[k] = P::load(x + pair.one), x2[k] = P::load(x + pair.two);
-      widen<V, T>(P::load(dy + pair.one), g1[k]);
-      widen<V, T>(P::load(dy + pair.two), g2[k]);
+      widen(P::load(dy + pair.one), g1[k]);
+      widen(P::load(dy + pair.two), g2[k]);
       if (s.turns && pair.turns) turn<V, T>(a.tables, table, pair, true, g1[k], g2[k]);
       if (!NORM || !s.norm.data) continue;
       A v1[V], v2[V], w1[V], w2[V];
-      widen<V, T>(x1[k], v1), widen<V, T>(x2[k], v2);
+      widen(x1[k], v1), widen(x2[k], v2);
       if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, v1), times<V, T>(s.factor, head * a.d + pair.two, v2);
       s.norm.template load<V>(pair.one, w1);
       s.norm.template load<V>(pair.two, w2);
@@ -221,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       if (!pair.mine) continue;
       if (NORM && s.norm.data) {
         A v1[V], v2[V], w1[V], w2[V];
-        widen<V, T>(x1[k], v1), widen<V, T>(x2[k], v2);
+        widen(x1[k], v1), widen(x2[k], v2);
         if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, v1), times<V, T>(s.factor, head * a.d + pair.two, v2);
         s.norm.template load<V>(pair.one, w1);
         s.norm.template load<V>(pair.two, w2);

@@ -107,12 +107,17 @@ class Walk {
  public:
   Walk(const Tensor& x, const Tensor& t) : Walk(x, t, [](int64_t) { return true; }) {}
   template <class F>
-  Walk(const Tensor& x, const Tensor& t, F over) : dims_(x.dim() - 1) {
-    STD_TORCH_CHECK(dims_ <= kMax && t.dim() <= x.dim(), "fastpeft: at most ", kMax + 1, " dimensions");
+  Walk(const Tensor& x, const Tensor& t, F over) {
+    STD_TORCH_CHECK(x.dim() - 1 <= kMax && t.dim() <= x.dim(), "fastpeft: at most ", kMax + 1, " dimensions");
     const int64_t pad = x.dim() - t.dim();
-    for (int64_t i = 0; i < dims_; ++i) {
-      size_[i] = over(i) ? x.size(i) : 1;
-      stride_[i] = i < pad || t.size(i - pad) == 1 ? 0 : t.stride(i - pad);
+    for (int64_t i = 0; i < x.dim() - 1; ++i) {
+      const int64_t size = over(i) ? x.size(i) : 1, stride = i < pad || t.size(i - pad) == 1 ? 0 : t.stride(i - pad);
+      if (size == 1) continue;
+      if (dims_ && stride_[dims_ - 1] == size * stride) {  // one dimension with the one outside: a division less at every row
+        size_[dims_ - 1] *= size, stride_[dims_ - 1] = stride;
+      } else {
+        size_[dims_] = size, stride_[dims_++] = stride;
+      }
     }
   }
   template <class I>
@@ -135,7 +140,7 @@ class Walk {
 
  private:
   static constexpr int64_t kMax = 7;
-  int64_t dims_, size_[kMax], stride_[kMax];
+  int64_t dims_ = 0, size_[kMax], stride_[kMax];
 };
 
 }  // namespace fastpeft

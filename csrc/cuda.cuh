@@ -28,14 +28,19 @@ struct Launch {
   void operator()(void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
     emulated::run(grid, threads, [=] { kernel(args...); });
   }
+  template <class... P, class... Args>
+  void with_shared(unsigned, void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const { (*this)(kernel, grid, threads, args...); }
+  int multiprocessors() const { return 3; }
+  template <class Kernel>
+  int resident(Kernel, unsigned, unsigned) const { return 2; }
 };
 #else
 class Launch {
  public:
-  explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
+  explicit Launch(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastpeft: this build of torch has no CUDA");
     void* found = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &found) == 0, "fastpeft: no current CUDA stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &found) == 0, "fastpeft: no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(found);
   }
   // Whether a CUDA graph records what is launched: host memory that is read now would be so for every replay.
@@ -45,12 +50,34 @@ class Launch {
   }
   template <class... P, class... Args>
   void operator()(void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
-    kernel<<<grid, threads, 0, stream_>>>(args...);
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, "fastpeft: CUDA error: ", cudaGetErrorString(error));
+    with_shared(0, kernel, grid, threads, args...);
+  }
+  // With so many bytes of dynamic_shared().
+  template <class... P, class... Args>
+  void with_shared(unsigned bytes, void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
+    if (bytes > kShared) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    kernel<<<grid, threads, bytes, stream_>>>(args...);
+    check(cudaGetLastError());
+  }
+  int multiprocessors() const {
+    int count;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return count;
+  }
+  // Blocks that run at the same time on a multiprocessor.
+  template <class Kernel>
+  int resident(Kernel kernel, unsigned threads, unsigned bytes) const {
+    int blocks;
+    if (bytes > kShared) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(threads), bytes));
+    return std::max(blocks, 1);
   }
 
  private:
+  static constexpr unsigned kShared = 32 << 10;  // 48 KB need no asking, those that a kernel declares among them
+  static void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "fastpeft: CUDA error: ", cudaGetErrorString(error)); }
+
+  const int32_t device_;
   cudaStream_t stream_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
@@ -65,11 +92,78 @@ __device__ inline void barrier(unsigned id, unsigned threads) {
 #endif
 }
 
+// The block's shared memory whose size its launch gives.
+__device__ inline char* dynamic_shared() {
+#ifdef FASTPEFT_EMULATED
+  return emulated::dynamic;
+#else
+  extern __shared__ __align__(16) char dynamic[];
+  return dynamic;
+#endif
+}
+
+// 16 bytes on their way from memory into shared memory, without registers; zeros where they are not wanted. A thread's copies form groups:
+// close_copies() ends one, await_copies<N>() waits until at most the N youngest of its own are still under way.
+__device__ inline void copy_async(void* to, const void* from, bool wanted) {
+#ifdef FASTPEFT_EMULATED
+  emulated::copy_async(to, from, wanted);
+#else
+  const unsigned at = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+#endif
+}
+__device__ inline void close_copies() {
+#ifdef FASTPEFT_EMULATED
+  emulated::close_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N>
+__device__ inline void await_copies() {
+#ifdef FASTPEFT_EMULATED
+  emulated::await_copies(N);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// 2^x and 1 / x by the GPU's own instructions, within 2^-22 or so; what would be below float32's normal numbers is zero.
+__device__ inline float approximate_exp2(float x) {
+#ifdef FASTPEFT_EMULATED
+  return emulated::flushed(exp2f(x) * (1.0f + 0x1p-21f));
+#else
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+#endif
+}
+__device__ inline float approximate_reciprocal(float x) {
+#ifdef FASTPEFT_EMULATED
+  return emulated::flushed(1.0f / emulated::flushed(x) * (1.0f - 0x1p-22f));
+#else
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+#endif
+}
+
 // V neighbouring elements, in one instruction for each 16 bytes.
 template <class T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
   __device__ static Pack load(const T* from) { return *reinterpret_cast<const Pack*>(from); }
+  // What nobody reads again and no kernel writes meanwhile: it leaves the first-level cache to parameters.
+  __device__ static Pack load_once(const T* from) {
+#ifndef FASTPEFT_EMULATED
+    if constexpr (sizeof(Pack) == 16) {
+      uint32_t w[4];
+      asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
+      Pack p;
+      memcpy(p.v, w, 16);
+      return p;
+    }
+#endif
+    return load(from);
+  }
   __device__ void store(T* to) const {
 #ifndef FASTPEFT_EMULATED
     if constexpr (sizeof(Pack) == 16) {  // said to the assembler: left to itself, nvcc writes 16-bit Packs in four or eight pieces
@@ -81,7 +175,52 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
 #endif
     *reinterpret_cast<Pack*>(to) = *this;
   }
+  // From here on the compiler keeps the elements as they are in registers, not what was computed from them: 16-bit ones take half the room.
+  __device__ void keep() {
+#ifndef FASTPEFT_EMULATED
+    static_assert(sizeof(Pack) == 16);
+    uint32_t w[4];
+    memcpy(w, v, 16);
+    asm volatile("" : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]));
+    memcpy(v, w, 16);
+#endif
+  }
 };
+
+// V values, 16 bytes at a time.
+template <int V, class A>
+__device__ inline void store(const A (&v)[V], A* to) {
+  constexpr int each = 16 / sizeof(A);
+#pragma unroll
+  for (int i = 0; i < V; i += each) {
+    Pack<A, each> some;
+#pragma unroll
+    for (int e = 0; e < each; ++e) some.v[e] = v[i + e];
+    *reinterpret_cast<Pack<A, each>*>(to + i) = some;
+  }
+}
+
+// A Pack's elements in the accumulator's type. Of bfloat16 both halves of a word in one instruction each: nvcc takes two for the upper one.
+template <class T, int V>
+__device__ inline void widen(const Pack<T, V>& p, acc_t<T> (&out)[V]) {
+#ifdef FASTPEFT_EMULATED
+  constexpr bool words = false;
+#else
+  constexpr bool words = std::is_same_v<T, bf16> && V % 2 == 0;
+#endif
+  if constexpr (words) {
+    uint32_t w[V / 2];
+    memcpy(w, p.v, sizeof w);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      const uint32_t halves[2] = {w[i] << 16, w[i] & 0xffff0000u};
+      memcpy(out + 2 * i, halves, 8);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) out[e] = static_cast<acc_t<T>>(p.v[e]);
+  }
+}
 
 // Whether every row of these begins where a Pack of V elements can: else kernels go one element at a time.
 template <class T, int V>
@@ -104,9 +243,7 @@ struct Param {
 #pragma unroll
       for (int i = 0; i < V; ++i) out[i] = p.v[i];
     } else if (data) {
-      const auto p = Pack<T, V>::load(static_cast<const T*>(data) + j);
-#pragma unroll
-      for (int i = 0; i < V; ++i) out[i] = static_cast<acc_t<T>>(p.v[i]);
+      widen(Pack<T, V>::load(static_cast<const T*>(data) + j), out);
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) out[i] = absent;
@@ -123,33 +260,52 @@ Param<T> param(const Maybe& p, Tensor& own, const Tensor& x, double absent) {
   return {own.const_data_ptr(), own.scalar_type() != x.scalar_type(), acc_t<T>(absent)};
 }
 
-// The threads of a block that share a row: whole warps; a block has several such groups.
+// The threads of a block that share a row: whole warps; a block has several such groups. The usual ones without a division, which would
+// take some 100 cycles before the first read is asked for.
 struct Group {
   unsigned size, index, lane, count;
-  __device__ explicit Group(unsigned size)
-      : size(size), index(threadIdx.x / size), lane(threadIdx.x % size), count(blockDim.x / size) {}
+  __device__ explicit Group(unsigned size) : size(size), index(0), lane(threadIdx.x), count(1) {
+    if (size == blockDim.x) return;
+    if (size == 32) index = threadIdx.x >> 5, lane = threadIdx.x & 31, count = blockDim.x >> 5;
+    else index = threadIdx.x / size, lane = threadIdx.x % size, count = blockDim.x / size;
+  }
 };
 
-// Sum over a group of two values; every thread gets both. In a fixed order: deterministic.
 template <class A>
 struct Two {
   A a, b;
+  __device__ Two& operator+=(const Two& other) { return a += other.a, b += other.b, *this; }
 };
 template <class A>
-__device__ Two<A> group_sum(Two<A> v, const Group& group) {
+__device__ inline A from_lane(A v, int xor_) { return __shfl_xor_sync(~0u, v, xor_); }
+template <class A>
+__device__ inline Two<A> from_lane(Two<A> v, int xor_) { return {from_lane(v.a, xor_), from_lane(v.b, xor_)}; }
+
+// Sum over a group, of a number or Two; every thread gets it. In a fixed order: deterministic. `slot`, 0 or 1: another one at the next sum,
+// which then waits for nobody who still reads this one's parts.
+template <class V>
+__device__ inline V group_sum(V v, const Group& group, unsigned slot) {
 #pragma unroll
-  for (int lane = 16; lane; lane >>= 1) {
-    v.a += __shfl_xor_sync(~0u, v.a, lane);
-    v.b += __shfl_xor_sync(~0u, v.b, lane);
-  }
+  for (int lane = 16; lane; lane >>= 1) v += from_lane(v, lane);
   if (group.size == 32) return v;
-  __shared__ Two<A> warps[32];
-  if ((threadIdx.x & 31) == 0) warps[threadIdx.x >> 5] = v;
+  __shared__ V warps[2][32];
+  if ((threadIdx.x & 31) == 0) warps[slot][threadIdx.x >> 5] = v;
   barrier(1 + group.index, group.size);
-  v = {0, 0};
-  for (unsigned w = 0, first = group.index * (group.size >> 5); w < group.size >> 5; ++w) v.a += warps[first + w].a, v.b += warps[first + w].b;
-  barrier(1 + group.index, group.size);  // before the next row's sums lie here
+  const V* mine = warps[slot] + group.index * (group.size >> 5);
+  v = mine[0];
+#pragma unroll 4
+  for (unsigned w = 1; w < group.size >> 5; ++w) v += mine[w];
   return v;
+}
+
+// Sum of a thread's V values, in log2 V steps that wait for each other.
+template <class A, int V>
+__device__ inline A tree_sum(A (&v)[V]) {
+#pragma unroll
+  for (int half = V / 2; half; half /= 2)
+#pragma unroll
+    for (int e = 0; e < half; ++e) v[e] += v[e + half];
+  return v[0];
 }
 
 // first[j] = sum over parts of part[p][j] and, in the same launch, second[j] that of part[p][n + j]; either may be null: not wanted. In a

@@ -1,5 +1,5 @@
 // CUDA twin of layer_norm.cpp.
-#include "norm.cuh"
+#include "norm_bwd.cuh"
 
 namespace fastpeft::layer_norm {
 

@@ -4,7 +4,7 @@
 
 namespace fastpeft::rescale {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kAtOnce = 4;  // rows that a thread reads before it uses the first
 
 // Row i of those that meet row k of scale begins at own(k) + shared(i).
 struct RowAt {
@@ -19,7 +19,8 @@ struct Args {
   Param<T> scale;
   acc_t<T>* part;  // sums of dscale, [chunks, K, n] where scale has columns, [chunks * column_blocks, K] elsewhere
   bool column;     // scale has x's last dimension; else one value a row
-  int64_t n, K, rows, chunks;  // K rows of scale, each met by `rows` rows
+  int64_t n;
+  unsigned K, rows, chunks, chunk;  // K rows of scale, each met by `rows` rows, which chunks of so many divide
   unsigned across, column_blocks;  // threads along a row
 };
 
@@ -27,12 +28,10 @@ template <int V, class T>
 __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
-  int64_t block = blockIdx.x;
-  const int64_t column_block = block % a.column_blocks;
-  block /= a.column_blocks;
-  const int64_t k = block % a.K, chunk = block / a.K;  // neighbouring blocks take the heads of the same tokens, which lie together
+  const unsigned column_block = blockIdx.x % a.column_blocks, block = blockIdx.x / a.column_blocks;
+  const unsigned k = block % a.K, chunk = block / a.K;  // neighbouring blocks take the heads of the same tokens, which lie together
   const unsigned down = kThreads / a.across, x = threadIdx.x % a.across, y = threadIdx.x / a.across;
-  const int64_t j = (column_block * a.across + x) * V;
+  const int64_t j = (int64_t(column_block) * a.across + x) * V;
   const bool mine = y < down && j < a.n;
   A scale[V] = {}, sum[V] = {};
   if (mine && a.column) a.scale.template load<V>(k * a.n + j, scale);
@@ -40,23 +39,37 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
   for (int e = 0; e < V; ++e) scale[e] = a.column ? scale[e] : a.scale[k];
   const T *from_row = a.from + a.from_at.own(k) + j, *x_row = a.x ? a.x + a.x_at.own(k) + j : nullptr;
   T* to_row = a.to ? a.to + a.to_at.own(k) + j : nullptr;
-  for (int64_t i = a.rows * chunk / a.chunks + y, end = a.rows * (chunk + 1) / a.chunks; mine && i < end; i += down) {
-    P from = P::load(from_row + a.from_at.shared(uint32_t(i))), other;
-    if (x_row) other = P::load(x_row + a.x_at.shared(uint32_t(i)));
+  const int64_t end = mine ? min(int64_t(a.rows), (int64_t(chunk) + 1) * a.chunk) : 0;
+  for (int64_t first = int64_t(chunk) * a.chunk + y; first < end; first += kAtOnce * down) {
+    P from[kAtOnce], other[kAtOnce];
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      if (a.x) sum[e] += static_cast<A>(from.v[e]) * static_cast<A>(other.v[e]);
-      from.v[e] = static_cast<T>(static_cast<A>(from.v[e]) * scale[e]);
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t i = first + u * down;
+      if (i < end) from[u] = P::load(from_row + a.from_at.shared(uint32_t(i)));
+      if (i < end && x_row) other[u] = P::load(x_row + a.x_at.shared(uint32_t(i)));
     }
-    if (to_row) from.store(to_row + a.to_at.shared(uint32_t(i)));
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t i = first + u * down;
+      if (i >= end) continue;
+      A v[V], w[V];
+      widen(from[u], v);
+      if (x_row) widen(other[u], w);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (x_row) sum[e] += v[e] * w[e];
+        from[u].v[e] = static_cast<T>(v[e] * scale[e]);
+      }
+      if (to_row) from[u].store(to_row + a.to_at.shared(uint32_t(i)));
+    }
   }
   if (!a.x) return;
   if (!a.column) {
     double total = 0;  // of very many elements where one number scales all
 #pragma unroll
     for (int e = 0; e < V; ++e) total += sum[e];
-    total = group_sum<double>({total, 0}, Group(kThreads)).a;
-    if (threadIdx.x == 0) a.part[(chunk * a.column_blocks + column_block) * a.K + k] = A(total);
+    total = group_sum(total, Group(kThreads), 0);
+    if (threadIdx.x == 0) a.part[(int64_t(chunk) * a.column_blocks + column_block) * a.K + k] = A(total);
     return;
   }
   __shared__ A sums[V][kThreads];
@@ -67,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
 #pragma unroll
   for (int e = 0; e < V; ++e) {
     for (unsigned other = 1; other < down; ++other) sum[e] += sums[e][other * a.across + x];
-    a.part[(chunk * a.K + k) * a.n + j + e] = sum[e];
+    a.part[(int64_t(chunk) * a.K + k) * a.n + j + e] = sum[e];
   }
 }
 
@@ -87,8 +100,9 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
     Tensor dense;
     Args<T> a{read<T>(in), x ? read<T>(other) : nullptr, to ? write<T>(*to) : nullptr, at(in), at(other), at(to ? *to : in),
               param<T>(scale, dense, from, 1), nullptr, column, n};
-    a.K = a.from_at.own.rows(), a.rows = a.from_at.shared.rows();
-    STD_TORCH_CHECK(a.rows < int64_t(1) << 32, "rescale: more than 2^32 rows meet one of scale");
+    const int64_t K = a.from_at.own.rows(), rows = a.from_at.shared.rows();
+    STD_TORCH_CHECK(K < int64_t(1) << 32 && rows < int64_t(1) << 32, "rescale: more than 2^32 rows of scale, or that meet one of them");
+    a.K = unsigned(K), a.rows = unsigned(rows);
     auto in_packs = [&](const T* p, const RowAt& where) {
       return packs<T, V>(p, 0) && where.own.strides_are_multiples_of(V) && where.shared.strides_are_multiples_of(V);
     };
@@ -96,12 +110,15 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
     const int64_t wide = whole ? n / V : n;
     a.across = unsigned(std::min<int64_t>(wide, kThreads));
     a.column_blocks = unsigned((wide + a.across - 1) / a.across);
-    const int64_t deep = (a.rows + kThreads / a.across - 1) / (kThreads / a.across);  // rounds of a block over its rows
-    a.chunks = dscale ? std::max<int64_t>(1, std::min(deep, 4 * kParts / (a.K * a.column_blocks))) : deep;
-    const int64_t parts = column ? a.chunks : a.chunks * a.column_blocks, size = column ? a.K * n : a.K;
+    const int64_t down = kThreads / a.across, deep = (rows + down - 1) / down, sets = K * a.column_blocks;  // deep: rounds of a block over rows
+    const int64_t most = dscale ? 4 * kParts / sets : std::max((deep + kAtOnce - 1) / kAtOnce, 8 * kParts / sets);
+    const int64_t rounds = (deep + std::max<int64_t>(1, most) - 1) / std::max<int64_t>(1, most);
+    a.chunk = unsigned(std::min(rounds * down, rows));
+    a.chunks = unsigned((rows + a.chunk - 1) / a.chunk);
+    const int64_t parts = column ? a.chunks : int64_t(a.chunks) * a.column_blocks, size = column ? K * n : K;
     const Tensor part = make_empty(from, {dscale ? parts * size : 0}, acc_type(from));
     a.part = write<A>(part);
-    const unsigned grid = unsigned(a.K * a.chunks * a.column_blocks);
+    const unsigned grid = unsigned(sets * a.chunks);
     if (whole) launch(rescale_kernel<V, T>, grid, kThreads, a);
     else launch(rescale_kernel<1, T>, grid, kThreads, a);
     if (dscale) sum_parts(read<A>(part), int(parts), size, *dscale, launch);

@@ -1,5 +1,5 @@
 // CUDA twin of rms_norm.cpp.
-#include "norm.cuh"
+#include "norm_bwd.cuh"
 
 namespace fastpeft::rms_norm {
 

@@ -47,6 +47,11 @@ def test_a_rival_that_fails_is_left_out_and_nan_is_not_timed():
         timing.measure("nan", "3", torch.float32, {"fastpeft": lambda x: x / 0 - x / 0, "torch": torch.neg}, (x,), settings)
 
 
+def test_a_copy_moves_what_an_operator_does():
+    copied = timing.copy_of(24.0, "cpu")()
+    assert copied.nbytes == 12 and copied.isfinite().all()
+
+
 def test_without_a_gpu(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")

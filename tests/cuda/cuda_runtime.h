@@ -5,7 +5,7 @@
 // A block's threads are fibers of one thread of the system. A fiber runs until it meets a barrier (a shuffle is one, of a warp) or ends, a
 // warp as far as it gets before the next one runs, and in every other launch the order is reversed: code that lacks a barrier then reads
 // what is not there yet or not there any more, and a barrier that some of its threads never reach ends the process with a message.
-// Blocks run one after another.
+// Blocks run one after another. An asynchronous copy is made when it is waited for and not before, so a missing wait shows.
 #include <math.h>
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -50,12 +51,18 @@ __attribute__((naked, noinline)) inline void change_stack([[maybe_unused]] void*
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
 }
 
+struct Copy {
+  void* to;
+  const void* from;
+  bool wanted;
+};
 struct Fiber {
   void* top;
   std::unique_ptr<char[]> stack{new char[kStack]};
   unsigned index;
   bool ended;
   unsigned shuffles;  // so far: a warp's slots alternate, and one barrier a shuffle suffices
+  std::deque<std::vector<Copy>> copies;  // asynchronous ones, by group: made when they are waited for, never before
 };
 struct Barrier {
   unsigned arrived = 0, times = 0;
@@ -90,6 +97,18 @@ inline void wait(unsigned id, unsigned count) {
   while (barrier.times == times) change_stack(&self->top, scheduler);
 }
 
+alignas(16) inline char dynamic[227 << 10];  // shared memory
+
+inline void copy_async(void* to, const void* from, bool wanted) {
+  if (uintptr_t(to) % 16 || (wanted && uintptr_t(from) % 16)) stop("an asynchronous copy that is not aligned to 16 bytes");
+  current->copies.back().push_back({to, from, wanted});
+}
+inline void close_copies() { current->copies.emplace_back(); }
+inline void await_copies(size_t under_way) {
+  for (auto& copies = current->copies; copies.size() > under_way + 1; copies.pop_front())
+    for (const Copy& copy : copies.front()) copy.wanted ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+}
+
 inline void enter() {
   body();
   current->ended = progress = true;
@@ -102,7 +121,7 @@ inline void run_block(unsigned threads) {
   while (fibers.size() < threads) fibers.emplace_back(new Fiber);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[i];
-    fiber.index = i, fiber.ended = false, fiber.shuffles = 0;
+    fiber.index = i, fiber.ended = false, fiber.shuffles = 0, fiber.copies.assign(1, {});
     void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t(15)) - 1;  // as after a call
     *--top = reinterpret_cast<void*>(enter);  // where the first change of stacks returns to; below it six registers
     fiber.top = top - 6;
@@ -140,13 +159,11 @@ inline void run(dim3 grid, unsigned threads, std::function<void()> kernel) {
   ++launches;
 }
 
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+
 }  // namespace emulated
 
 extern "C" __attribute__((visibility("default"), used)) inline int64_t emulated_launches() { return emulated::launches; }
-
-// the GPU's own exp and division: as far off as they may be, so that what bears no error there fails here
-inline float __expf(float x) { return expf(x) * (1.0f + 0x1p-21f); }
-inline float __fdividef(float x, float y) { return fabsf(y) > 0x1p126f ? 0.0f : x / y * (1.0f - 0x1p-22f); }
 
 inline void __syncthreads() { emulated::wait(0, blockDim.x); }
 

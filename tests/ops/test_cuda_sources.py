@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import itertools
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fastpeft.ops.rotary import rotary_reference
 
 pytestmark = pytest.mark.skipif("FASTPEFT_LIBRARY" not in os.environ, reason="make test-cuda compiles the CUDA sources for the CPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# whole warps and idle lanes, one Pack a thread, two, and more than a block holds; odd ones go an element at a time
+# whole warps and idle lanes, one to four Packs a thread; of float32 more than a block holds; odd ones go an element at a time
 WIDTHS = [8, 256, 768, 1024, 1288, 2048, 3072, 4096, 5120, 6152, 8192, 4099]
 
 
@@ -52,6 +53,31 @@ def test_norms(check, n, dtype):
             check.no_worse(ops.rms_norm, theirs, theirs, [x, weight], needs[:2])
     check.no_worse(ops.add_layer_norm, layer_sum, layer_sum, [x, residual, weight, bias])
     check.no_worse(ops.add_rms_norm, rms_sum, rms_sum, [x, residual, weight])
+
+
+@pytest.mark.parametrize("n", [16384, 16392])
+def test_norms_of_rows_that_backward_or_neither_holds(check, n):
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((2, n), (n,), (n,)))
+    reference = lambda *a: layer_norm_reference(*a, 1e-5)  # noqa: E731
+    check.no_worse(ops.layer_norm, reference, reference, [x, weight, bias])
+
+
+@pytest.mark.parametrize("n", [512, 768, 1024])
+def test_norms_of_more_rows_than_are_under_way(check, n):
+    """A block's groups walk over rows, of which two are read ahead, and stop in different rounds."""
+    dy, both, dh = torch.randn(3, 203, 2 * n).bfloat16().unbind(0)
+    dy, h, dh = (t[:, :n] for t in (dy, both, dh))  # rows further apart than they are wide
+    weight, bias = torch.randn(2, n).bfloat16().unbind(0)
+    exact = [t.double().requires_grad_() for t in (h, weight, bias)]
+    true = torch.autograd.grad(layer_norm_reference(*exact, 1e-5), exact, dy.double())
+    mean, rstd = h.double().mean(-1).float(), (h.double().var(-1, correction=0) + 1e-5).rsqrt().float()
+    for carry in (None, dh):
+        backward = partial(torch.ops.fastpeft.layer_norm_bwd, dy, h, weight, mean, rstd, carry, True)
+        first, again, (alone, *_) = backward(True, True), backward(True, True), backward(False, False)
+        assert all(torch.equal(one, two) for one, two in zip(first, again))
+        assert torch.equal(first[0], alone)
+        for got, want in zip(first, (true[0] if carry is None else true[0] + carry, *true[1:])):
+            assert check.error(got, want) <= 2**-8
 
 
 @pytest.mark.parametrize("n", [768, 4099])

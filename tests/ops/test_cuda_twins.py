@@ -26,7 +26,7 @@ def same(check, fn, inputs, needs=None, floor=1e-3):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", WIDTHS)
 def test_norms(check, n, dtype):
-    # more rows than the 264 blocks that sum over them; of wide ones few more, for they take seconds on a CPU
+    # more rows than the blocks that sum over them; of wide ones few more, for they take seconds on a CPU
     x, residual = torch.randn(2, 3, 301 if n < 4096 else 91, n).to(dtype).unbind(0)
     weight, bias = torch.randn(2, n).to(dtype).unbind(0)
     floor = 1.0 if n == 1 else 1e-3  # of one element, dx is what eps leaves of a difference
@@ -38,6 +38,15 @@ def test_norms(check, n, dtype):
     same(check, lambda *a: ops.add_rms_norm(*a, 1e-6), [x, residual, weight])
     same(check, lambda *a: ops.rms_norm(*a, 1e-6), [x[:, ::2], weight])
     same(check, lambda *a: ops.layer_norm(*a, 1e-5), [x[:0], weight, bias])
+
+
+@pytest.mark.parametrize(("rows", "n"), [(8191, 768), (1601, 4096)])
+def test_norms_of_more_rows_than_a_gpu_takes_at_once(check, rows, n):
+    """Backward's blocks walk over them, and read ahead."""
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((rows, n), (n,), (n,)))
+    for needs in ((True, True, True), (True, False, False), (False, True, True)):
+        same(check, lambda *a: ops.layer_norm(*a, 1e-5), [x, weight, bias], needs)
+    same(check, lambda *a: ops.add_rms_norm(*a, 1e-6), [x, x.flip(0), weight], (True, True, False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
