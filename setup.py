@@ -139,7 +139,7 @@ def find_compiler():
 def autograd_name(torch):
     """As fastpeft/_library.py looks for it."""
     version = re.search(r"^__version__\s*=\s*['\"](.+)['\"]$", (torch / "version.py").read_text(), re.MULTILINE)[1]
-    return "_autograd_" + re.sub(r"\W", "_", version)
+    return "_autograd_2_" + re.sub(r"\W", "_", version)
 
 
 def built_for_cuda(torch):

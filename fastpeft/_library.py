@@ -100,8 +100,9 @@ native_missing = _load_native()
 
 
 def autograd_name(version: str) -> str:
-    """The module of csrc/autograd that was built for a torch: its C++ interface changes between versions."""
-    return "_autograd_" + re.sub(r"\W", "_", version)
+    """The module of csrc/autograd that was built for a torch: its C++ interface changes between versions. The first number is that of what
+    the module offers (setup.py): one that was built from older sources is not found."""
+    return "_autograd_2_" + re.sub(r"\W", "_", version)
 
 
 def _load_autograd():
@@ -112,7 +113,7 @@ def _load_autograd():
     try:
         return importlib.import_module(f"fastpeft.{name}"), ""
     except ModuleNotFoundError:
-        return None, f"it was not built for torch {torch.__version__} and this Python"
+        return None, f"it was not built from these sources for torch {torch.__version__} and this Python"
     except ImportError as error:
         return None, f"it did not load: {str(error).splitlines()[0]}"
 

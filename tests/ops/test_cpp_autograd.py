@@ -271,4 +271,4 @@ def test_a_change_in_place_of_what_a_layer_returned():
 def test_the_name_is_that_of_the_build():
     assert _library.autograd is not None, _library.autograd_missing
     assert _library.autograd.__name__.split(".")[-1] == _library.autograd_name(torch.__version__)
-    assert _library.autograd_name("2.10.1+cu128") == "_autograd_2_10_1_cu128"
+    assert _library.autograd_name("2.10.1+cu128") == "_autograd_2_2_10_1_cu128"
