@@ -66,7 +66,7 @@ class Report:
                     break
                 before, mark, case = line.partition(MARK)  # pytest's dots stand before it
                 if mark:
-                    self._keep(name, piece, case)
+                    self._keep(name, piece, case, time.perf_counter() - began)
                 if before:
                     log.write(before)
                     log.flush()

@@ -84,11 +84,10 @@ class FusedLlamaAttention(Recomputes):
         # l_v moves to the output, except over a prefix, whose values it does not touch, or a cache, which a caller may read
         values_raw = prefix is None and past_key_values is None
         l_v = output_factor(self.v_proj) if values_raw else None
-        behind = None
+        others = (attention_mask, past_key_values, excitor, prompted, labelled, getattr(layout, "tree", None))
+        behind = self._to_stand_behind(prefix, causal, others)
         if labelled is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
-            others = (attention_mask, past_key_values, excitor, prompted, layout.tree if isinstance(layout, TreeLayout) else None)
-            behind = prefix if causal and all(other is None for other in others) else None
             q, k, v = self.projected(partial(self._tables, linears, tables, layout, values_raw, behind=behind), hidden_states, linears)
             keys = layout
         else:
@@ -104,15 +103,26 @@ class FusedLlamaAttention(Recomputes):
             k, v = past_key_values.update(k, v, self.layer_idx)
             prefix = shared_before(past_key_values, self.layer_idx, prefix)
         tree = layout.tree if isinstance(layout, TreeLayout) else None
-        rows = 0 if behind is None else k.shape[2] - (hidden_states.shape[1] if layout is None else layout.columns)
-        context = self._attend(q, k, v, attention_mask, causal, None if rows else prefix, kwargs.get("is_causal"), tree)
-        context = without_rows(context, rows) if rows else context
+        rows = self._rows_before(k, behind, hidden_states, layout)
+        context = self._attend_behind(rows, q, k, v, attention_mask, causal, prefix, kwargs.get("is_causal"), tree)
         if prompted is not None:
             context = attend_prompt(context, q, *self._of_prompt(prompted.prompt, values_raw, past_key_values), prompted.gate)
         output = self._output(context, l_v, layout, shape)
         if prompted is not None and self.o_proj.bias is not None:
             output = output + self.o_proj.bias  # as PEFT: once for the tokens, once for the prompt
         return output, None
+
+    @staticmethod
+    def _to_stand_behind(prefix, causal: bool | None, others: tuple):
+        """A prefix whose keys and values may get rows before the tokens': nothing else is attended to, or asks for less."""
+        return prefix if causal and all(other is None for other in others) else None
+
+    @staticmethod
+    def _rows_before(k: Tensor, behind, hidden_states: Tensor, layout: Layout | None) -> int:
+        """How many rows of k come before the tokens'."""
+        if behind is None:
+            return 0
+        return k.shape[2] - (hidden_states.shape[1] if layout is None else layout.columns)
 
     def _active_excitor(self) -> nn.Module | None:
         excitor = getattr(self, "excitor", None)
@@ -158,6 +168,12 @@ class FusedLlamaAttention(Recomputes):
             k, v = k[:, :, :M], v[:, :, :M]
         return ops.attention(q, k, v, causal=bool(causal), **options)
 
+    def _attend_behind(self, rows: int, q: Tensor, k: Tensor, v: Tensor, mask, causal, prefix, is_causal, tree) -> Tensor:
+        """:meth:`_attend`, ``rows`` of q, k and v being a prefix's."""
+        if not rows:
+            return self._attend(q, k, v, mask, causal, prefix, is_causal, tree)
+        return without_rows(self._attend(q, k, v, mask, causal, None, is_causal, tree), rows)
+
     def _of_prompt(self, prompt: Tensor, values_raw: bool, cache) -> tuple[Tensor, Tensor]:
         """Keys, not rotated, and values of an adaption prompt [n, C], each [1, H_kv, n, d]; in generation they stay with the cache."""
         kept = {} if cache is None or torch.is_grad_enabled() else cache.__dict__.setdefault("prompts", {})
@@ -190,15 +206,20 @@ class FusedLlamaAttention(Recomputes):
         q, k, v = (t.reshape(*shape, -1, self.head_dim) for t in tensors)
         if not one_pass(q, k):
             return None
-        l_k, l_v = output_factor(self.k_proj), None if values_raw else output_factor(self.v_proj)
-        factors = tuple(l if l is None else l.view(-1, self.head_dim) for l in (l_k, l_v))
+        factors = self._factors(values_raw)
         q = q if output_factor(self.q_proj) is None else rescaled(self.q_proj, tensors[0]).view_as(q)
-        if behind is not None and not ((layout is None or dense) and reserved_pays(*(t.transpose(1, 2) for t in (q, k, v)), True, None)):
+        behind = behind if dense or layout is None else None
+        if behind is not None and not reserved_pays(*(t.transpose(1, 2) for t in (q, k, v)), True, None):
             behind = None
         tables = [t.squeeze(-2) for t in rotary]  # [B or 1, M, rot] or [T, rot]
         tables = [t.expand(*tokens, -1).reshape(*shape, -1) if dense or t.dim() == 2 else t for t in tables]
         inputs = ops.attention_inputs(q, k, v, rotary=tuple(tables), ia3=factors, prefix=behind, rows_for_queries=True)
         return inputs if layout is None or dense else tuple(self._padded(layout, t) for t in inputs)
+
+    def _factors(self, values_raw: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(l_k, l_v), each [H_kv, d], None where there is none; l_v where it is not the output's."""
+        factors = (output_factor(self.k_proj), None if values_raw else output_factor(self.v_proj))
+        return tuple(l if l is None else l.view(-1, self.head_dim) for l in factors)
 
     @staticmethod
     def _padded(layout: Layout, t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ of a prefix, all in one pass.
 Each is there where it is given: a norm per head (c = 0 as in Qwen3, 1 as in Gemma 3), tables (their channels first, the rest passes
 through), l_k and l_v [H_kv, d], a prefix [H_kv, n, d], which is neither normalised, turned nor rescaled. The keys' first n rows being the
 prefix's, attention to k' and v' needs no merge: its cost grows by n / N. Causality is aligned at the last query and the last key there.
-Sources: those of rms_norm.py, rotary.py, rescale.py; Li, Liang, "Prefix-Tuning" (2021).
+Sources: rms_norm.py's, rotary.py's, rescale.py's; Li, Liang, "Prefix-Tuning" (2021).
 Shapes: q [B, M, H, d]; k, v [B, M, H_kv, d], any strides; cos, sin [B or 1, M, rot], rot <= d and even; q', k', v' [B, heads, n + M, d]
 ([B, heads, M, d] for queries), laid out by token.
 Accumulation: float32 (float64 for float64), one rounding, after all of it.
@@ -25,12 +25,12 @@ Accumulation: float32 (float64 for float64), one rounding, after all of it.
 
 Moved through memory, in tensors of q's, k's and v's size, of csrc's form: forward 2 (x, y) of each side in one launch, v untouched where
 it has neither factor nor prefix; backward 2 (dy, dx), 3 where x is read, in one launch and one for the sums of each parameter
-(counted by tests/ops/test_traffic.py). The parts one after another take 2 and 3 for each norm and factor, 2 for each rotation, and 4 for
-keys and values behind a prefix.
+(counted by tests/ops/test_traffic.py). The parts take 2 and 3 for each norm and factor, 2 for each rotation, 4 for rows of a prefix.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -198,14 +198,14 @@ class _AttentionInputs(Function):
     def forward(ctx, form, q, k, v, *how):
         ctx.form, ctx.given, how = form, [x is not None for x in (q, k, v)], _How(*how)
         need_q, need_k, need_v, _, _, need_q_norm, need_k_norm, need_l_k, need_l_v, need_p_k, need_p_v = ctx.needs_input_grad[1:]
-        keeps_q = how.q_norm is not None and (need_q or need_q_norm)
-        keeps_k = (how.k_norm is not None and (need_k or need_k_norm or need_l_k)) or need_l_k
+        keeps_q = how.q_norm is not None and any((need_q, need_q_norm))
+        keeps_k = need_l_k or (how.k_norm is not None and any((need_k, need_k_norm)))
         ctx.recipe, kept = to_save_all(q if keeps_q else None, k if keeps_k else None, v if need_l_v else None)
         ctx.save_for_backward(*how[:6], *kept)
-        ctx.n, ctx.dtypes = 0 if how.p_k is None else how.p_k.shape[1], [p if p is None else p.dtype for p in how[6:]]
+        ctx.n, ctx.dtypes = 0 if how.p_k is None else how.p_k.shape[1], [getattr(p, "dtype", None) for p in how[6:]]
         made = _made(q, k, v, how, form)
-        trained = (need_q or need_q_norm, need_k or need_k_norm or need_l_k or need_p_k, need_v or need_l_v or need_p_v)
-        of = [need for need, given in zip(trained, ctx.given) if given]
+        trained = (any((need_q, need_q_norm)), any((need_k, need_k_norm, need_l_k, need_p_k)), any((need_v, need_l_v, need_p_v)))
+        of = itertools.compress(trained, ctx.given)
         ctx.mark_non_differentiable(*(y for y, need in zip(made, of) if not need))
         return made
 
@@ -217,9 +217,9 @@ class _AttentionInputs(Function):
         cos, sin, q_norm, k_norm, l_k, l_v, *kept = ctx.saved_tensors
         need_p_k, need_p_v = ctx.needs_input_grad[10:]
         prefix = (_summed(dk, ctx.n, ctx.dtypes[0], need_p_k), _summed(dv, ctx.n, ctx.dtypes[1], need_p_v))
-        dq, dk, dv = (t if t is None else t[:, n:] for t, n in ((dq, ctx.n if ctx.form.queries else 0), (dk, ctx.n), (dv, ctx.n)))
+        dq, dk, dv = (t if t is None else t[:, n:] for t, n in ((dq, ctx.n * ctx.form.queries), (dk, ctx.n), (dv, ctx.n)))
         grads = [dq, dk, dv, *[None] * 4]  # those of a side on which nothing is done
-        done = [cos is not None or q_norm is not None, cos is not None or k_norm is not None or l_k is not None, l_v is not None]
+        done = [any(t is not None for t in side) for side in ((cos, q_norm), (cos, k_norm, l_k), (l_v,))]
         needs = [*ctx.needs_input_grad[1:4], *ctx.needs_input_grad[6:10]]
         wanted = sum(need << i for i, need in enumerate(needs) if i > 2 or done[i])
         if wanted:

@@ -75,6 +75,7 @@ def test_a_call_leaves_two_files_written_as_it_runs(out, monkeypatch, capsys):
     found = json.loads((out / "gpu-right.json").read_text())
     assert {name: piece["status"] for name, piece in found["pieces"].items()} == {"bad": 3, "slow": 124, "good": 0}
     assert [case["case"] for case in found["pieces"]["slow"]["cases"]] == ["a", "b"] and found["gpu"] == "a GPU"
+    assert all(0 <= case["at"] <= piece["seconds"] + 0.1 for piece in found["pieces"].values() for case in piece["cases"])
     assert "was asleep" in (out / "gpu-right.log").read_text()
     assert found["failed"] == ["bad: status 3", "slow: b: wrong by 1", "slow: status 124", "good: b: wrong by 1"]
     monkeypatch.setattr(gpu, "LEAST", 1e9)
