@@ -6,7 +6,7 @@
 //
 // Why: an H200 took 62 and 107 us for LayerNorm's forward in bfloat16 (8192 x 4096, 65536 x 768) and 104 and 133 us for dx where three to eight
 // warps with a Pack or two a thread shared a row, 1.1 to 1.4 times as long as PyTorch at 4096; a copy of as many bytes as that first forward
-// takes 37. Each row of dx was 868 instructions in each of 8 warps, and 517 in each of 3; it is 410, and 531 in one (machine code, sm_90, all
+// takes 37. Each row of dx was 868 instructions in each of 8 warps, and 517 in each of 3; it is 415 in 8, and 534 in one (machine code, sm_90, all
 // branches), nothing of the row is waited for any more when it comes to it, and 96 KB are under way in a multiprocessor where it was 32. This
 // form has not been timed: python -m bench ops layer_norm rms_norm --device cuda, where a copy of the same bytes runs beside it.
 #include "cuda.cuh"
