@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from fastpeft.caching.calls import NOT_READ
 from fastpeft.caching.frozen import ASK_FOR_GRADIENTS
 from fastpeft.caching.spans import Cut, NotCut, cut
 from fastpeft.fused.attention_interface import LAYOUT
+from fastpeft.fused.last_layer import run_handing_on
 from fastpeft.fused.layout import Layout, sub_layout
 from fastpeft.fused.lower import Refused
 from fastpeft.ops._private import FakeTensor
@@ -108,11 +110,12 @@ class LayerCall:
     def _run(self, index: int, layer: nn.Module, hidden: Tensor, options: dict[str, Any]) -> Any:
         last = index == self.cache.count - 1
         output, values = hidden, self.cache.shapes.get(self.about, (None, 0))[1]
+        run = partial(run_handing_on, layer) if LAYOUT in options else layer
         if self.all:
-            output = layer(hidden, **options)
+            output = run(hidden, **options)
         elif self.missing:
             rows, own = self._some(hidden, options)
-            output = layer(rows, **own)
+            output = run(rows, **own)
         elif index == 0:
             output = hidden.clone()  # a stack may change a layer's output in place
         if self.missing:

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.last_layer import LOOPS, at_rows, ends_row_by_row, handing_on
+from fastpeft.fused.last_layer import LOOPS, at_rows, ends_row_by_row, handing_on, run_handing_on
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.ops._autocast import first_order
@@ -296,15 +296,15 @@ class _OnTokens:
             return layer(hidden, *args, **kwargs)
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
         last = self._at_labels(tokens.device) if self.last else None
-        layout, forward = (call.layout, handing_on(type(layer))) if last is None else (last, at_rows(type(layer)))
+        layout, forward = (call.layout, None) if last is None else (last, at_rows(type(layer)))
         output = self.run(forward, tokens, *given[0], **given[1], **{LAYOUT: layout})
         hidden, *others = (output,) if isinstance(output, Tensor) else output
         hidden = (call.layout if last is None else last.outputs).pad(hidden) if self.last else _Flat.of(hidden, call.layout)
         return hidden if isinstance(output, Tensor) else (hidden, *others)
 
     def run(self, forward: FunctionType | None, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer, by a ``forward`` made of its own (None: by its own)."""
-        return self.layer(tokens, *args, **kwargs) if forward is None else forward(self.layer, tokens, *args, **kwargs)
+        """The layer, by a ``forward`` made of its own (None: by its own, which hands on where tokens lie)."""
+        return run_handing_on(self.layer, tokens, *args, **kwargs) if forward is None else forward(self.layer, tokens, *args, **kwargs)
 
     def _at_labels(self, device: torch.device) -> LastLayout | None:
         """How the last layer runs at labelled positions alone behind its attention; None where it runs as it is."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Callable
 from functools import cache
 from operator import attrgetter
 from types import CodeType, FunctionType
@@ -227,8 +228,14 @@ def at_rows(cls: type[nn.Module]) -> FunctionType | None:
 
 def handing_on(cls: type[nn.Module]) -> FunctionType | None:
     """A forward of the layers of ``cls`` that hands its other keyword arguments, which say where tokens lie, on to its attention too; None
-    where its own does."""
-    return _handing_on(inspect.unwrap(cls.forward))
+    where its own does, and for what stands for a layer."""
+    return _handing_on(inspect.unwrap(cls.forward)) if issubclass(cls, nn.Module) else None
+
+
+def run_handing_on(layer: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What ``layer`` gives where all its keyword arguments reach its attention; what stands for a layer sees to that itself."""
+    forward = handing_on(type(layer))
+    return layer(*args, **kwargs) if forward is None else forward(layer, *args, **kwargs)
 
 
 @cache

@@ -182,7 +182,7 @@ def test_no_product_is_left_in_16_bit(check, lacking, table, products, dtype):
         with products() as made:
             check.run(call, inputs, [i < len(inputs) - constants for i in range(len(inputs))])
         assert not made.in_16_bit(), (name, made.in_16_bit())
-        assert made.seen or not name.startswith(PRODUCTS), name
+        assert made.seen or not name.startswith(PRODUCTS) or name.startswith("attention_inputs"), name  # these make none
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
