@@ -12,8 +12,8 @@ Measured on an H200, bfloat16, 2026-11-26, microseconds of graph replays at 8192
   dS and dB 59, dA and dx_0 43, sums 7; reading y_0 and dx_0 in the epilogues 7. The bytes ask for 17, 17, 17, 34 and 1. The passes have
   changed since, and are not measured: every warp has columns of its own, S is fetched ahead, two and more programs share a multiprocessor.
 - By ATen alone, in C++ (csrc/autograd/lora_linear.h): 878; at 8192 x 768 x 768 81 where the passes took 84, and the frozen pair 38. An
-  eager call of five Triton kernels takes 1,100 of the host, of ATen's products in C++ 290: those serve, and these passes where csrc/autograd
-  was not built. With 700 rows of 768, bound by launches, the passes took 31, ATen's products 48, PyTorch's own 38.
+  eager call of five Triton kernels takes 1,100 of the host, of ATen's products in C++ 290: those serve, and these passes where
+  csrc/autograd was not built. With 700 rows of 768, bound by launches, the passes took 31, ATen's products 48, PyTorch's own 38.
 - Triton's own products lost, and are gone: S made in the loop 602 for the forward, S given 516; with TMA 511 and 401; cuBLAS 367.
 - [x | S] [W | s B]^T as one product, S behind x already, and dx likewise: 1.12 times the frozen pair, 1.16 with the forward alone so.
 """
