@@ -43,8 +43,8 @@ interleaved; bench/ops/bench_lora_linear.py has the first, for GPUs to decide):
 
 csrc/autograd has the Function below in C++, and the products: on CPUs of calls in one dtype without dropout, the same to the bit at a
 third of the host time (bench/results/host_cpu.md); on CUDA of all but mixed dtypes, by cuBLAS, which on an H200 took as long as Triton's
-passes and a quarter of the host's time (bench/results/gpu_h200.md). Those passes serve where it was not built. Quantised weights, and what PyTorch
-looks into, take Python's Function.
+passes and a quarter of the host's time (bench/results/gpu_h200.md). Those passes serve where it was not built. Quantised weights,
+and what PyTorch looks into, take Python's Function.
 
 Projections sharing x (q, k, v; gate, up) go through :func:`lora_linears` together: one GEMM for all S, one dx, x saved once.
 """
