@@ -40,7 +40,7 @@ LOOKALIKE = OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) test
 ROW_WISE = $(addprefix tests/ops/test_,$(addsuffix .py,activations all_ops attention_inputs cuda_sources layer_norm rescale rms_norm rotary))
 test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions and streaming, of very many rows
 	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=build/cuda/emulated.so $(PY) -m pytest $(PYTEST) -n 2 $(ROW_WISE) -k 'not 16_bit_number and not larger_than'
-	$(LOOKALIKE) --ignore=tests/ops/test_cuda_twins.py tests/ops tests/train tests/bench & other=$$!; $(LOOKALIKE) tests/ops/test_cuda_twins.py && wait $$other
+	$(LOOKALIKE) --ignore=tests/ops/test_cuda_twins.py tests/ops tests/train tests/cost & other=$$!; $(LOOKALIKE) tests/ops/test_cuda_twins.py tests/bench && wait $$other
 
 test-slow: $(VENV)/.built
 	$(PY) -m pytest $(PYTEST) -m slow
@@ -87,13 +87,15 @@ $(OLD_TRITON)/.done: $(VENV)/.built
 # csrc with its CUDA kernels, for the check alone where torch is a CPU build
 NVCC         = $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 CUDA_LIBRARY = build/cuda-library/fastpeft/_C.abi3.so
+# of one architecture, for its sake alone: `make aot AOT_ARCHS="80;90;100"` looks at all that are published
+AOT_ARCHS    = 90
 $(CUDA_LIBRARY): $(VENV)/.built $(SRC)
-	FASTPEFT_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/cuda-library --build-temp build/cuda-objects
+	FASTPEFT_CUDA=1 FASTPEFT_CUDA_ARCHS="$(AOT_ARCHS)" $(PY) setup.py -q build_ext --build-lib build/cuda-library --build-temp build/cuda-objects
 	touch $@
 
 aot: $(VENV)/.built $(OLD_TRITON)/.done $(if $(NVCC),$(CUDA_LIBRARY))
 	$(PY) bench/aot.py --check bench/aot_limits.json $(if $(NVCC),--library $(CUDA_LIBRARY))
-	PYTHONPATH=$(OLD_TRITON) $(PY) bench/aot.py --check bench/aot_limits.json
+	PYTHONPATH=$(OLD_TRITON) $(PY) bench/aot.py --arch 80 90 --check bench/aot_limits.json
 
 # every link and anchor checked; its Python and its commands are run and read by tests/test_docs.py
 docs: $(VENV)/.built
