@@ -33,6 +33,7 @@ CALLS = {"right": 0.4, "kernels": 0.3, "steps": 0.3}  # and their shares of the 
 OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "excitor_keys", "linear_cross_entropy")
 IMPORTS = 25.0  # seconds, on a slow host
 LEAST = 10.0  # seconds: a piece with less than that is not begun
+SANITIZED = "test_norms and 768 and bfloat16 or test_passes_of_lora_linear and 33"  # of the twins
 COMPILE = "from bench.gpu import compile_all; raise SystemExit(compile_all())"
 BACKENDS = "from bench.gpu import tell_backends; raise SystemExit(tell_backends())"
 
@@ -61,8 +62,7 @@ def right(seconds: float) -> list[tuple[str, list[str], float]]:
         pytest += ["-n", str(PROCESSES)]
     pieces = [("backends", [python, "-c", BACKENDS], 60.0), ("tests", [python, *pytest, *marked], 360.0)]
     if sanitizer := shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"):
-        few = "test_norms and 768 and bfloat16 or test_every_form_of_lora_linear and 33 and cublas"
-        twins = [python, *pytest[:-2], "-m", "gpu", "-k", few, str(ROOT / "tests/ops/test_cuda_twins.py")]
+        twins = [python, *pytest[:-2], "-m", "gpu", "-k", SANITIZED, str(ROOT / "tests/ops/test_cuda_twins.py")]
         twins = [argument for argument in twins if argument not in ("-n", str(PROCESSES))]
         for tool in ("memcheck", "racecheck"):
             pieces.append((tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *twins], 120.0))

@@ -160,7 +160,7 @@ def define(
         served["CPU"] = f"composite ({_why_composite('CPU', native, triton is not None)})"
 
     if triton and triton_serves():
-        if not _has_kernel(name, "CUDA"):  # csrc/autograd's forms what is short, and hands the rest over
+        if not _has_kernel(name, "CUDA"):  # csrc/autograd's hands over what it does not form
             library.impl(name, triton, "CUDA")
         served["CUDA"] = "triton"
     elif native and _has_kernel(name, "CUDA") and not cuda_unfit(_native_cuda):

@@ -1,8 +1,6 @@
 // Linear layers with LoRA branches: their Function, and their products on CPU tensors. Equations, what is saved and why, and the same in
 // Python: fastpeft/ops/lora_linear.py.
 #pragma once
-#include <limits>
-
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -159,15 +157,15 @@ py::object lora_linears(
   return py::cast(released([&] { return LoRALinears::apply(call, *x, at::TensorList(tensors)); }));
 }
 
-// The products, as fastpeft/ops/lora_linear.py's _fwd and _bwd form them on CPU tensors; on a GPU those of calls whose kernels are so short
-// that forming them without Python counts for more. What is not plain here is handed to Python: its _fwd and _bwd, or Triton's launchers.
+// The products, as fastpeft/ops/lora_linear.py's _fwd and _bwd form them on CPU tensors, and on a GPU by cuBLAS. What is not plain here is
+// handed to Python: its _fwd and _bwd, or Triton's launchers.
 struct InPython {
   py::object *fwd = nullptr, *bwd = nullptr;
 };
 InPython on_cpu, on_cuda;
 
-// Calls of at most so many elements of x or of one y are formed here on a GPU: all of them, as measured (fastpeft/ops/lora_linear.py).
-int64_t most_on_cuda = std::numeric_limits<int64_t>::max();
+// Whether they are formed here on a GPU; if not, float64's and those with dropout are all the same: Triton's kernels accumulate in float32.
+bool products_on_cuda = true;
 
 // Whether weights, biases and gradients have x's dtype, one that the device multiplies in. Branches may have another on a GPU, where they
 // are cast; on a CPU they have the same, and no dropout.
@@ -184,14 +182,7 @@ bool plain(const Tensor& x, double p, bool gpu, at::TensorList weights, const Ma
   return std::all_of(weights.begin(), weights.end(), same) && (gpu || (all(As) && all(Bs))) && (all(lists) && ...);
 }
 
-// Whether a GPU's call of this size is formed here; of float64 all are, for Triton's kernels accumulate in float32.
-bool few(const Tensor& x, at::TensorList weights, const MaybeList& As) {
-  if (x.scalar_type() == at::kDouble) return true;
-  int64_t widest = 0;
-  for (size_t i = 0; i < As.size(); ++i)
-    if (As.get(i)) widest = std::max({widest, weights[i].size(0), weights[i].size(1)});
-  return x.numel() / std::max<int64_t>(1, x.size(-1)) * widest <= most_on_cuda;
-}
+bool formed_here(const Tensor& x, double p, bool gpu) { return !gpu || products_on_cuda || p > 0.0 || x.scalar_type() == at::kDouble; }
 
 std::vector<int64_t> ranks_of(const MaybeList& As) {
   std::vector<int64_t> ranks;
@@ -366,7 +357,7 @@ template <bool GPU>
 std::vector<Tensor> forward_on(
     const Tensor& x, at::TensorList weights, const MaybeList& biases, const MaybeList& As, const MaybeList& Bs,
     at::ArrayRef<double> scalings, double p, const Maybe& seed) {
-  if (plain(x, p, GPU, weights, As, Bs, biases) && (!GPU || p > 0.0 || few(x, weights, As))) {
+  if (plain(x, p, GPU, weights, As, Bs, biases) && formed_here(x, p, GPU)) {
     return forward(x, weights, biases, As, Bs, scalings, p, seed, GPU);
   }
   const py::gil_scoped_acquire acquire;
@@ -380,7 +371,7 @@ std::vector<Tensor> backward_on(
     at::ArrayRef<double> scalings, double p, const Maybe& seed, bool need_dx, at::IntArrayRef needs) {
   const Tensor& like = *dys.get(given(dys).at(0));
   const bool same = !x || x->scalar_type() == like.scalar_type();
-  if (same && plain(like, p, GPU, weights, As, Bs, dys) && (!GPU || p > 0.0 || few(like, weights, As))) {
+  if (same && plain(like, p, GPU, weights, As, Bs, dys) && formed_here(like, p, GPU)) {
     return backward(dys, x, weights, As, Bs, s, scalings, p, seed, need_dx, needs, GPU);
   }
   const py::gil_scoped_acquire acquire;
@@ -398,8 +389,8 @@ inline void bind_lora_linear(py::module_& m) {
     on_cpu = {keep(fwd), keep(bwd)};
     on_cuda = {keep(cuda_fwd), keep(cuda_bwd)};
   });
-  // of tests and benchmarks: the largest call formed here on a GPU, and its products on tensors of any device
-  m.def("set_most_on_cuda", [](int64_t elements) { return std::exchange(most_on_cuda, elements); });
+  // of tests and benchmarks: whether a GPU's products are formed here, and those products on tensors of any device
+  m.def("set_products_on_cuda", [](bool here) { return std::exchange(products_on_cuda, here); });
   m.def("lora_linears_fwd_on_gpu", [](const Tensor& x, const variable_list& weights, const std::vector<Maybe>& biases,
                                       const std::vector<Maybe>& As, const std::vector<Maybe>& Bs, const std::vector<double>& scalings, double p,
                                       const Maybe& seed) {

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -91,6 +92,8 @@ def test_the_calls_and_their_files_fit():
     compiled, bf16, fp32 = (command for _, command, _ in gpu.kernels(60.0))
     assert "compile_all" in compiled[-1] and (bf16[-1], fp32[-1]) == ("bf16", "fp32")
     assert bf16[4:7] == ["lora_linear", "layer_norm", "rms_norm"]
+    twins = (Path(gpu.ROOT) / "tests/ops/test_cuda_twins.py").read_text()
+    assert all(f"def {word}(" in twins for word in gpu.SANITIZED.split() if word.startswith("test_"))
     for call in gpu.PIECES.values():
         assert all(command[0] and seconds <= 480 for _, command, seconds in call(200.0))
 

@@ -158,8 +158,8 @@ def test_passes_of_lora_linear(check, monkeypatch, request, m, k, n, r, programs
 
     monkeypatch.setattr(lora_branch, "PROGRAMS", programs)
     if _library.autograd is not None:  # which forms what is short itself
-        most = _library.autograd.set_most_on_cuda(0)
-        request.addfinalizer(lambda: _library.autograd.set_most_on_cuda(most))
+        before = _library.autograd.set_products_on_cuda(False)
+        request.addfinalizer(lambda: _library.autograd.set_products_on_cuda(before))
     for branches in (two_branches, one_branch):
         inputs, needs, on_cpu = branches_on_cpu(check.run, branches, m, k, n, r)
         outputs, grads = check.run(branches, [t.cuda() for t in inputs], needs)
