@@ -51,7 +51,7 @@ def _excitor_merge_fwd_kernel(
     IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    pid_c, pid_m, pid_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    pid_c, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = out_ptr.dtype.element_ty
     offs_m, offs_r, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
@@ -111,7 +111,7 @@ def _excitor_scores_kernel(
     score, n = _scores(u, n_ptr, offs_r, offs_k, mask_r, K, BLOCK_K)
     prob = tl.exp(score - tl.max(score, 1)[:, None])
     prob /= tl.sum(prob, 1)[:, None]  # [BLOCK_M, BLOCK_K]
-    offs, mask = offs_k * M + offs_m[:, None], mask_m[:, None] & mask_k
+    offs, mask = offs_k.to(tl.int64) * M + offs_m[:, None], mask_m[:, None] & mask_k
     if BACKWARD:
         dl = tl.load(dl_ptr + offs, mask=mask, other=0.0)
         ds = prob * (dl - tl.sum(prob * dl, 1)[:, None])
@@ -145,7 +145,7 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
     config = CONFIGS[z is not None, k.element_size()]
     row_blocks, columns = triton.cdiv(M, config.BLOCK_M), triton.cdiv(C, config.BLOCK_C)
     steps = triton.cdiv(columns, max(1, PROGRAMS // max(1, row_blocks * B)))
-    grid = (triton.cdiv(columns, max(1, steps)), row_blocks, B)
+    grid = (row_blocks, triton.cdiv(columns, max(1, steps)), B)
     if 0 in grid:
         return out
     n = n.contiguous()

@@ -22,6 +22,7 @@ from fastpeft.kernels.card import ieee, padded, shared_memory, stages
 
 SUM = {"BLOCK_S": 32, "BLOCK": 64}
 SHARES = 4  # of the columns, one for each warp
+MOST_SPANS = 65535  # programs along any axis of a grid but the first
 LEAST_STEPS = 4  # of a span: what it leaves behind is then small beside what it reads
 PROGRAMS = 128  # one for each multiprocessor of an H100, each with 48 to 64 KB of loads under way: 3 TB/s at 700 ns ask for 16
 
@@ -71,7 +72,7 @@ def _lora_rows_kernel(
             x = dropped(x, seed_ptr, index, counters, p).to(dtype)
         s = tl.dot(x, a, s, input_precision=precision)
     rows = (tl.sum(s, 0) * scaling).to(s_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
-    tl.store(s_ptr + offs_r * stride_sr + offs_m[:, None], rows, mask=mask_m[:, None] & mask_r)
+    tl.store(s_ptr + offs_r.to(tl.int64) * stride_sr + offs_m[:, None], rows, mask=mask_m[:, None] & mask_r)
     if UP:
         rows = tl.broadcast_to(rows.to(dtype)[None, :, :], (SHARES, BLOCK_M, BLOCK_R))
         for n in range(0, N, BLOCK_K):
@@ -112,6 +113,7 @@ def _lora_pass_kernel(
         f_ptrs = f_ptr + offs_r[None, :, None] * stride_fr + offs_c[:, None, :] * stride_fc
         f_up = tl.load(f_ptrs, mask=mask_r[None, :, None] & mask_c[:, None, :], other=0.0).to(dtype)  # [SHARES, BLOCK_R, columns]
     outer = tl.zeros((SHARES, BLOCK_R, BLOCK_C // SHARES), tl.float32)
+    offs_t = offs_r.to(tl.int64) * stride_tr  # 128 ranks of 17 million rows are more than 32 bits hold
     for step in tl.range(0, STEPS, num_stages=STAGES):
         offs_m = (pid_s * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
@@ -121,13 +123,13 @@ def _lora_pass_kernel(
             x_ptrs = x_ptr + offs_m[None, :, None] * stride_xm + offs_c[:, None, :]
             x = tl.load(x_ptrs, mask=mask, other=0.0)  # [SHARES, BLOCK_M, columns]
         if OUTER:
-            t = tl.load(t_ptr + offs_r[:, None] * stride_tr + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
+            t = tl.load(t_ptr + offs_t[:, None] + offs_m, mask=mask_r[:, None] & mask_m, other=0.0).to(dtype)
         if DOWN:
             part = tl.sum(tl.dot(x, f_down, input_precision=precision), 0) * scaling  # [BLOCK_M, BLOCK_R]
             tl.store(down_ptr + (pid_c * R + offs_r) * M + offs_m[:, None], part, mask=mask_m[:, None] & mask_r)
         if UP:
             # read apart from t: one load in two layouts is not fetched ahead
-            rows = tl.load(t_ptr + offs_r * stride_tr + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0).to(dtype)
+            rows = tl.load(t_ptr + offs_t + offs_m[:, None], mask=mask_m[:, None] & mask_r, other=0.0).to(dtype)
             rows = tl.broadcast_to(rows[None, :, :], (SHARES, BLOCK_M, BLOCK_R))
             up = tl.dot(rows, f_up, input_precision=precision) * scaling  # [SHARES, BLOCK_M, columns]
             if DROP:
@@ -224,6 +226,7 @@ def branch_pass(x, t, f, *, outer=False, down=None, up=None, bias=None, scaling=
     steps = LEAST_STEPS  # what only writes holds no sums, and needs no longer spans
     if outer or down is not None:
         steps = max(steps, triton.cdiv(row_blocks, max(1, 3 * PROGRAMS // columns)))
+    steps = max(steps, triton.cdiv(row_blocks, MOST_SPANS))
     spans = triton.cdiv(row_blocks, steps)
     sums = x.new_empty(spans if outer else 0, R, C, dtype=torch.float32)
     parts = down if columns == 1 or down is None else x.new_empty(columns, R, M, dtype=torch.float32)

@@ -41,6 +41,15 @@ interleaved; bench/ops/bench_lora_linear.py has the first, for GPUs to decide):
 - Three W of one input laid together, one product instead of three: forward 1.00 to 1.05 of their time, dx 0.98 to 1.07 with the dy copied
   together; at 35 rows 0.86 in the middle, 1.04 at the least.
 
+On CUDA the first is not built either. Over the C++ form it saves one reading and writing of y, by a product whose K is a multiple of 64
+more, where x's producer already writes into the wide buffer and S is one skinny product there; in backward dy is nobody's to lay out,
+and copying it moves what the sum into dx does. Model (an H200's 4.2 TB/s and measured frozen pairs, bfloat16), in percent of the pair,
+M x K x N: 8192x2048x2048 7, 8192x4096x4096 4, 8192x4096x11008 4, 8192x11008x4096 1; with x copied, less than 0 of a square; 8192x768x768
+12, had its y not fitted into the L2. Measured at 4096 (bench/results/gpu_h200.md): 1.20 of the frozen pair with S made, and 1.21 the C++
+form, by what Triton's passes took in both of these runs.
+Against it stands that W would have to lie in rows of K + R: a parameter that is a view, which a drop-in may not make of a model's own
+(checkpoints, sharding and optimisers see its storage), and s B written beside it after each step.
+
 csrc/autograd has the Function below in C++, and the products: on CPUs of calls in one dtype without dropout, the same to the bit at a
 third of the host time (bench/results/host_cpu.md); on CUDA of all but mixed dtypes, by cuBLAS, which on an H200 took as long as Triton's
 passes and a quarter of the host's time (bench/results/gpu_h200.md). Those passes serve where it was not built. Quantised weights,
@@ -341,6 +350,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection | tuple], dropout_p
         raise ValueError(f"lora_linear: dropout_p is {dropout_p}; it must lie in [0, 1)")
     for projection in projections:
         _check(x, projection)
+    projections = [p._replace(lora_A=None, lora_B=None) if p.lora_A is not None and not len(p.lora_A) else p for p in projections]
     scalings = [float(p.scaling) for p in projections]
     dropout_p = float(dropout_p) if any(p.lora_A is not None for p in projections) else 0.0
     seed = new_seed() if dropout_p > 0.0 else None

@@ -205,8 +205,8 @@ def _check(x, w_down, b_down, w_up, b_up, routing, groups, dropout_p) -> None:
         raise ValueError(f"mm_adapter: x has shape {tuple(x.shape)}; pass [B, M, C]")
     B, M, C = x.shape
     h = w_down.shape[0]
-    if groups < 1 or h % groups or C % groups:
-        raise ValueError(f"mm_adapter: {groups} groups do not divide h = {h} and C = {C}")
+    if h < 1 or groups < 1 or h % groups or C % groups:
+        raise ValueError(f"mm_adapter: {groups} groups do not divide h = {h} and C = {C}; pass h of 1 or more, and groups that divide both")
     shapes = {"w_down": (h, C), "b_down": (h,), "w_up": (2, C, h // groups), "b_up": (2, C)}
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:

@@ -84,6 +84,17 @@ def test_empty(check, shape):
     assert all((g == 0).all() for g in grads)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_no_ranks(p):
+    """A branch of rank 0 adds nothing and asks for nothing in backward."""
+    x, w, b, A, B = make((5,), 12, 10, 1)
+    x, w, b, A, B = (t.requires_grad_() for t in (x, w, b, A[:0], B[:, :0]))
+    y, plain = lora_linears(x, [(w, b, A, B, 0.5), (w, b)], p)
+    (y - 2 * plain).sum().backward()
+    assert torch.equal(y, plain) and A.grad is B.grad is None
+    torch.testing.assert_close(x.grad, -w.sum(0).expand(5, -1))
+
+
 @pytest.mark.parametrize("needs", [(True, False, False, True, True), (True, True, True, True, True)])
 def test_float32_masters_on_a_bfloat16_trunk(check, needs):
     """The output is bfloat16, the adapters' gradients float32; the error is that of adapters kept in bfloat16, or less."""

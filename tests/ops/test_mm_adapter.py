@@ -129,6 +129,7 @@ def test_dropout():
     [
         ({"x": torch.randn(5, 12)}, "pass .B, M, C."),
         ({"groups": 3}, "do not divide"),
+        (dict(zip(("w_down", "b_down", "w_up"), make(h=0)[2:5])), "h of 1 or more"),
         ({"w_up": torch.randn(2, 12, 4)}, "w_up has shape"),
         ({"routing": torch.randn(2, 3)}, "per sample or"),
         ({"dropout_p": -0.1}, "must lie in"),
