@@ -43,7 +43,7 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHS = (80, 86, 90, 100, 120)
 LOWERED = 120  # from here on to LLVM's IR only
 # sizes a launch has in multiples of 16 (channels, vocabulary, strides of them): what Triton's launcher would find out
-DIVISIBLE = re.compile(r"stride_\w+|[NKCDV]")
+DIVISIBLE = re.compile(r"stride_\w+|[NKCDV]|HALF")
 RESOURCES = ("registers", "stack", "shared", "spills")
 
 

@@ -1,6 +1,7 @@
 """Excitor's key merge: softmax, reconstruction, gate and sum in one read of K and one write of K'; backward in one read of dK'.
 
     K' = K + g (A_P P + E W_vu^T),  [A_P, A_I] = softmax(U N),  E = A_I Z         _excitor_merge_fwd_kernel
+    Q' = rot(Q), K' = rot(K) + g (...), each read once: the rotary pass itself    _excitor_turn_fwd_kernel
     dL = dK' (g R)^T,  Y = L^T dK'                                                lora_branch.py's pass: those of a LoRA of KR ranks
     text: L^T, or dU = dS N^T and dN = U^T dS, dS = A (dA - rowsum(A dA))         _excitor_scores_kernel
           dP = g Y, dg_h = <Y_h, P_h>                                             _excitor_table_kernel
@@ -9,6 +10,11 @@ Shapes: k [B, H, M, d], any strides; u [B, M, r]; n [B or 1, r, K + V]; z [B, V,
 L [B M, KR], R [KR, C], KR = K + r or K. A program owns BLOCK_M rows and STEPS blocks of columns: it makes A for itself, from r numbers a
 row, once for all columns where the rows alone give programs enough. With a program for each block of columns the merge took some 150 us
 of an H200 at 8192 x 4096, where k's bytes ask for 37: 8,192 programs each waited for their scores. Softmax and accumulation in float32.
+
+Where queries and keys are still to be turned, a program goes from head to head instead, with its rows' tables, which all heads share, in
+registers beside their scores: both halves of a head of q and of k are read, turned, and k's summed, so that of q and k each is read and
+written once in all, where the rotary pass and the merge read and write k twice. Read anew for every head, float32 tables would be four
+times k's bytes: for that reason backward's pass, whose programs own columns, does not turn dK' back.
 """
 
 from dataclasses import dataclass
@@ -32,6 +38,7 @@ class Merge:
 
 # by (image, bytes of an element)
 CONFIGS = {(False, 2): Merge(), (False, 4): Merge(BLOCK_C=64), (True, 2): Merge(), (True, 4): Merge(BLOCK_C=32, num_warps=8)}
+
 SCORE_ROWS, MOST_ROWS = 64, 128  # of a program that makes scores; of R in one of our passes, beyond which ATen's products serve
 PROGRAMS = 256  # of a launch, where the rows give as many; else rows' scores are made again for a part of the columns
 
@@ -44,20 +51,15 @@ def _scores(u, n_ptr, offs_r, offs_k, mask_r, K, BLOCK_K: tl.constexpr):
     return tl.where(mask_k, tl.dot(u, n, input_precision="ieee"), float("-inf")), n
 
 
-@triton.jit(do_not_specialize=["M", "STEPS"])
-def _excitor_merge_fwd_kernel(
-    k_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, out_ptr,
-    M, C, D, K, V, R, STEPS, stride_kb, stride_kh, stride_km, stride_kd, stride_nb,
-    IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit
+def _attended(
+    u_ptr, n_ptr, z_ptr, row, pid_b, mask_m, K, V, R, stride_nb, dtype: tl.constexpr,
+    IMAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid_c, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    dtype = out_ptr.dtype.element_ty
-    offs_m, offs_r, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    mask_m, mask_r, mask_k = offs_m < M, offs_r < R, offs_k < K
-    row = pid_b * M + offs_m
-    k_ptr += pid_b * stride_kb
+    """A_P [BLOCK_M, BLOCK_K] and, of an image, E [BLOCK_M, BLOCK_R]: softmax(U N) of a program's rows."""
+    offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    mask_r, mask_k = offs_r < R, offs_k < K
+    e = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     u = tl.load(u_ptr + row[:, None] * R + offs_r, mask=mask_m[:, None] & mask_r, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
     n_row = n_ptr + pid_b * stride_nb + offs_r[:, None] * (K + V)
     n = tl.load(n_row + offs_k, mask=mask_r[:, None] & mask_k, other=0.0).to(tl.float32)
@@ -66,7 +68,6 @@ def _excitor_merge_fwd_kernel(
     prob = tl.exp(score - top[:, None])
     total = tl.sum(prob, 1)
     if IMAGE:  # online softmax over the image's keys: 512 scores a row at once spilled 14,000 registers
-        e = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for v in range(0, V, BLOCK_V):
             offs_v = v + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
@@ -81,21 +82,88 @@ def _excitor_merge_fwd_kernel(
             prob *= shrink[:, None]
             total = total * shrink + tl.sum(part, 1)
             top = highest
-        e = (e / total[:, None]).to(dtype)
-    prob = (prob / total[:, None]).to(dtype)
+        e /= total[:, None]
+    return (prob / total[:, None]).to(dtype), e.to(dtype)
+
+
+@triton.jit
+def _extra(
+    prob, e, prompt_ptr, up_ptr, offs_c, mask_c, C, K, R,
+    IMAGE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """K_x of some columns, float32."""
+    dtype: tl.constexpr = prob.dtype
+    offs_k, offs_r = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_R)[:, None]
+    p = tl.load(prompt_ptr + offs_k * C + offs_c, mask=(offs_k < K) & mask_c, other=0.0).to(dtype)
+    extra = tl.dot(prob, p, input_precision=precision)  # [BLOCK_M, columns]
+    if IMAGE:
+        w = tl.load(up_ptr + offs_c * R + offs_r, mask=(offs_r < R) & mask_c, other=0.0).to(dtype)
+        extra = tl.dot(e, w, extra, input_precision=precision)
+    return extra
+
+
+@triton.jit(do_not_specialize=["M", "STEPS"])
+def _excitor_merge_fwd_kernel(
+    k_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, out_ptr,
+    M, C, D, K, V, R, STEPS, stride_kb, stride_kh, stride_km, stride_kd, stride_nb,
+    IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid_c, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = out_ptr.dtype.element_ty
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, row = offs_m < M, pid_b * M + offs_m
+    k_ptr += pid_b * stride_kb
+    prob, e = _attended(u_ptr, n_ptr, z_ptr, row, pid_b, mask_m, K, V, R, stride_nb, dtype, IMAGE, BLOCK_M, BLOCK_K, BLOCK_V, BLOCK_R)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         offs_c = (pid_c * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         mask = mask_m[:, None] & mask_c
         k_ptrs = k_ptr + offs_m[:, None] * stride_km + (offs_c // D) * stride_kh + (offs_c % D) * stride_kd
         k = tl.load(k_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
-        p = tl.load(prompt_ptr + offs_k[:, None] * C + offs_c, mask=mask_k[:, None] & mask_c, other=0.0).to(dtype)
-        extra = tl.dot(prob, p, input_precision=precision)  # [BLOCK_M, BLOCK_C]
-        if IMAGE:
-            w = tl.load(up_ptr + offs_c * R + offs_r[:, None], mask=mask_r[:, None] & mask_c, other=0.0).to(dtype)
-            extra = tl.dot(e, w, extra, input_precision=precision)
+        extra = _extra(prob, e, prompt_ptr, up_ptr, offs_c, mask_c, C, K, R, IMAGE, BLOCK_K, BLOCK_R, precision)
         gate = tl.load(gate_ptr + offs_c // D, mask=mask_c, other=0.0).to(tl.float32)
         tl.store(out_ptr + row[:, None] * C + offs_c, (k.to(tl.float32) + gate * extra).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "STEPS"])
+def _excitor_turn_fwd_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, turned_ptr, out_ptr,
+    M, C, HALF, K, V, R, STEPS, stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_km, stride_kd,
+    stride_tb, stride_tm, stride_nb,
+    IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """HALF: half of a head's channels, BLOCK_D at most; a program's STEPS heads."""
+    pid_h, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    dtype = out_ptr.dtype.element_ty
+    offs_m, offs_d = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    mask_m, mask_d, row = offs_m < M, offs_d < HALF, pid_b * M + offs_m
+    mask = mask_m[:, None] & mask_d
+    prob, e = _attended(u_ptr, n_ptr, z_ptr, row, pid_b, mask_m, K, V, R, stride_nb, dtype, IMAGE, BLOCK_M, BLOCK_K, BLOCK_V, BLOCK_R)
+    table = pid_b * stride_tb + offs_m[:, None] * stride_tm + offs_d
+    c1 = tl.load(cos_ptr + table, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    c2 = tl.load(cos_ptr + table + HALF, mask=mask, other=0.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + table + HALF, mask=mask, other=0.0).to(tl.float32)
+    q_ptrs = q_ptr + pid_b * stride_qb + offs_m[:, None] * stride_qm + offs_d * stride_qd
+    k_ptrs = k_ptr + pid_b * stride_kb + offs_m[:, None] * stride_km + offs_d * stride_kd
+    for head in tl.range(pid_h * STEPS, tl.minimum((pid_h + 1) * STEPS, C // (2 * HALF)), num_stages=STAGES):
+        columns = head * (2 * HALF) + offs_d
+        out = row[:, None] * C + columns
+        q1 = tl.load(q_ptrs + head * stride_qh, mask=mask, other=0.0).to(tl.float32)
+        q2 = tl.load(q_ptrs + head * stride_qh + HALF * stride_qd, mask=mask, other=0.0).to(tl.float32)
+        tl.store(turned_ptr + out, (q1 * c1 - q2 * s1).to(dtype), mask=mask)
+        tl.store(turned_ptr + out + HALF, (q2 * c2 + q1 * s2).to(dtype), mask=mask)
+        k1 = tl.load(k_ptrs + head * stride_kh, mask=mask, other=0.0).to(tl.float32)
+        k2 = tl.load(k_ptrs + head * stride_kh + HALF * stride_kd, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + head).to(tl.float32)
+        extra = _extra(prob, e, prompt_ptr, up_ptr, columns, mask_d, C, K, R, IMAGE, BLOCK_K, BLOCK_R, precision)
+        tl.store(out_ptr + out, (k1 * c1 - k2 * s1 + gate * extra).to(dtype), mask=mask)
+        extra = _extra(prob, e, prompt_ptr, up_ptr, columns + HALF, mask_d, C, K, R, IMAGE, BLOCK_K, BLOCK_R, precision)
+        tl.store(out_ptr + out + HALF, (k2 * c2 + k1 * s2 + gate * extra).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -138,26 +206,46 @@ def _excitor_table_kernel(
     tl.store(dgate_ptr + head, tl.sum(tl.sum(product, 1), 0).to(dgate_ptr.dtype.element_ty))
 
 
-def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
-    (B, _, M, D), (K, C), R = k.shape, prompt.shape, u.shape[2]
-    out = k.new_empty(B, M, C)
-    V = n.shape[2] - K
-    config = CONFIGS[z is not None, k.element_size()]
-    row_blocks, columns = triton.cdiv(M, config.BLOCK_M), triton.cdiv(C, config.BLOCK_C)
+def _launch(kernel, k, u, n, z, prompt, wv_up, gate, columns, config, **own):
+    """``columns``: blocks of columns, or heads."""
+    (B, _, M, _), (K, C), R, V = k.shape, prompt.shape, u.shape[2], n.shape[2] - prompt.shape[0]
+    row_blocks = triton.cdiv(M, config.BLOCK_M)
     steps = triton.cdiv(columns, max(1, PROGRAMS // max(1, row_blocks * B)))
     grid = (row_blocks, triton.cdiv(columns, max(1, steps)), B)
     if 0 in grid:
-        return out
+        return
     n = n.contiguous()
-    _excitor_merge_fwd_kernel[grid](
+    kernel[grid](
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
-        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), out_ptr=out, M=M, C=C, D=D, K=K, V=V, R=R,
-        STEPS=steps, stride_kb=k.stride(0), stride_kh=k.stride(1), stride_km=k.stride(2), stride_kd=k.stride(3),
-        stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
-        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R),
-        num_warps=config.num_warps,
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps,
+        **_strides("k", k), stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
+        BLOCK_M=config.BLOCK_M, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R), num_warps=config.num_warps, **own,
     )  # fmt: skip
+
+
+def _strides(name, t):
+    return {f"stride_{name}{axis}": stride for axis, stride in zip("bhmd", t.stride())}
+
+
+def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
+    (B, _, M, D), C, config = k.shape, prompt.shape[1], CONFIGS[z is not None, k.element_size()]
+    out, width = k.new_empty(B, M, C), config.BLOCK_C
+    columns = triton.cdiv(C, width)
+    _launch(_excitor_merge_fwd_kernel, k, u, n, z, prompt, wv_up, gate, columns, config, out_ptr=out, D=D, BLOCK_C=width)
     return out
+
+
+def excitor_turn_fwd(q, k, cos, sin, u, n, z, prompt, wv_up, gate):
+    """(Q', K') [B, M, C] of q and k [B, H, M, d], d even, and tables [B or 1, M, d]."""
+    (B, H, M, D), C = k.shape, prompt.shape[1]
+    turned, out = k.new_empty(B, M, C), k.new_empty(B, M, C)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _launch(
+        _excitor_turn_fwd_kernel, k, u, n, z, prompt, wv_up, gate, H, Merge(), q_ptr=q,
+        cos_ptr=cos, sin_ptr=sin, turned_ptr=turned, out_ptr=out, HALF=D // 2, BLOCK_D=padded(D // 2), **_strides("q", q),
+        stride_tb=0 if len(cos) == 1 else cos.stride(0), stride_tm=cos.stride(1),
+    )  # fmt: skip
+    return turned, out
 
 
 def _products(g, Lt, rows, need_dl, need_y):
@@ -218,6 +306,14 @@ def aot_cases(shared: int):
             constants = blocks | {"stride_kd": 1, "IMAGE": image, "IEEE": True, "STAGES": config.STAGES}
             options = {"num_warps": config.num_warps}
             yield name, _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
+            if size == 4:  # spills, and is left to the parts
+                continue
+            turning = pointers | {f"{n}_ptr": f"*{dtype}" for n in ("q", "turned")} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+            strides = (f"stride_{n}" for n in ("qb", "qh", "qm", "kb", "kh", "km", "tb", "tm", "nb"))
+            blocks |= {"BLOCK_D": 64, "IMAGE": image, "IEEE": True, "STAGES": config.STAGES, "stride_qd": 1, "stride_kd": 1}
+            signature = turning | dict.fromkeys(("M", "C", "HALF", "K", "V", "R", "STEPS", *strides), "i32")
+            constants = {n: of for n, of in blocks.items() if n != "BLOCK_C"}
+            yield name.replace("fwd", "turn"), _excitor_turn_fwd_kernel, signature, constants, options
         for name, backward in (("scores", False), ("scores/bwd", True)):
             pointers = {f"{n}_ptr": f"*{dtype}" for n in ("u", "n", "l", "du")} | {"dl_ptr": "*fp32", "dn_ptr": "*fp32"}
             blocks = {"BACKWARD": backward, "BLOCK_M": SCORE_ROWS, "BLOCK_K": 32, "BLOCK_R": 16}

@@ -86,9 +86,11 @@ class FusedLlamaAttention(Recomputes):
         l_v = output_factor(self.v_proj) if values_raw else None
         others = (attention_mask, past_key_values, excitor, prompted, labelled, getattr(layout, "tree", None))
         behind = self._to_stand_behind(prefix, causal, others)
+        turning = self._turns_with_keys(excitor, hidden_states, layout, visual, tables[0], labelled)
         if labelled is None:
             linears = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = self.projected(partial(self._tables, linears, tables, layout, values_raw, behind=behind), hidden_states, linears)
+            as_read = partial(self._tables, linears, tables, layout, values_raw, behind=behind, raw=turning)
+            q, k, v = self.projected(as_read, hidden_states, linears)
             keys = layout
         else:
             layout, keys = labelled.queries, labelled.keys
@@ -98,7 +100,8 @@ class FusedLlamaAttention(Recomputes):
             k, v = self._tables((self.k_proj, self.v_proj), tables, keys, values_raw, hidden_states)
             shape = asked.shape[:-1]
         if excitor is not None:
-            k, v, prefix = self._with_excitor(excitor, k, v, prefix, hidden_states, keys, visual, tables)
+            of_tokens = (hidden_states, keys, visual, tables)
+            q, k, v, prefix = self._with_excitor(excitor, turning, q, k, v, prefix, *of_tokens)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
             prefix = shared_before(past_key_values, self.layer_idx, prefix)
@@ -135,20 +138,30 @@ class FusedLlamaAttention(Recomputes):
             context = ops.rescale(context, self._per_query_head(l_v))
         return project_one(self.o_proj, context if layout is None else layout.unpad(context).view(*shape, -1))
 
+    def _turns_with_keys(self, excitor, x: Tensor, layout: Layout | None, visual: Visual | None, cos: Tensor, labelled) -> bool:
+        """Whether queries and keys are turned where Excitor's are merged, in one pass: every query head has a key of its own."""
+        if excitor is None or labelled is not None or self.num_key_value_groups > 1 or isinstance(layout, TreeLayout):
+            return False
+        return excitor.turns(x, self.head_dim, visual, cos)
+
     def _with_excitor(
-        self, excitor, k: Tensor, v: Tensor, prefix, hidden_states: Tensor, keys: Layout | None, visual: Visual | None, tables
-    ):
-        """(k, v, prefix) with Excitor's keys merged into k. Its gate is one number per query head: groups no longer share their keys."""
+        self, excitor, turning: bool, q: Tensor, k: Tensor, v: Tensor, prefix, hidden_states: Tensor, keys: Layout | None,
+        visual: Visual | None, tables,
+    ):  # fmt: skip
+        """(q, k, v, prefix) with Excitor's keys merged into k; ``turning``: q and k are still to be turned. Its gate is one number per
+        query head: groups no longer share their keys."""
+        if turning:
+            return *excitor.turn(q, k, hidden_states, keys, visual, tables), v, prefix
         if (groups := self.num_key_value_groups) > 1:
             k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
             prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
         if not isinstance(keys, TreeLayout) or visual is None:
-            return excitor(k, hidden_states, keys, visual, tables), v, prefix
+            return q, excitor(k, hidden_states, keys, visual, tables), v, prefix
         rows, by_token = keys.by_root, k.transpose(1, 2).flatten(2)  # an image is seen by all tokens of a tree
         visual = visual._replace(index=visual.index[keys.tree.roots])
         k = rows.pad(by_token).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
         k = excitor(k, hidden_states.reshape(-1, hidden_states.shape[-1]), rows, visual, tuple(t.flatten(0, -3) for t in tables))
-        return rows.unpad(k.transpose(1, 2).flatten(2))[None].unflatten(-1, (k.shape[1], -1)).transpose(1, 2), v, prefix
+        return q, rows.unpad(k.transpose(1, 2).flatten(2))[None].unflatten(-1, (k.shape[1], -1)).transpose(1, 2), v, prefix
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, prefix, is_causal: bool | None, tree=None
@@ -184,17 +197,17 @@ class FusedLlamaAttention(Recomputes):
         kept[self.layer_idx] = (prompt, *(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (k, v)))
         return kept[self.layer_idx][1:]
 
-    def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor, behind=None) -> tuple[Tensor, ...]:
+    def _tables(self, linears, rotary, layout: Layout | None, values_raw: bool, x: Tensor, behind=None, raw=False) -> tuple[Tensor, ...]:
         """Projections of x as attention reads them, [B, heads, M, d]: rotated (values apart), and with IA3's factors, except that
-        ``values_raw`` leaves l_v to the output. l_k multiplies the key before its rotation: q cannot take it. ``behind``: a prefix, which
-        may get rows before the tokens of all three."""
+        ``values_raw`` leaves l_v to the output. l_k multiplies the key before its rotation: q cannot take it. ``raw``: none is
+        rotated. ``behind``: a prefix, which may get rows before the tokens of all three."""
         out, tensors = [], project_together(linears, x)
-        if len(tensors) == 3 and (inputs := self._in_one_pass(tensors, rotary, layout, values_raw, behind)) is not None:
+        if len(tensors) == 3 and not raw and (inputs := self._in_one_pass(tensors, rotary, layout, values_raw, behind)) is not None:
             return inputs
         for linear, t in zip(linears, tensors):
             value = linear is self.v_proj
             t = t if value and values_raw else rescaled(linear, t)
-            t = t if value else ops.rotary(t.unflatten(-1, (-1, self.head_dim)), *rotary).flatten(-2)
+            t = t if value or raw else ops.rotary(t.unflatten(-1, (-1, self.head_dim)), *rotary).flatten(-2)
             t = t if layout is None else layout.pad(t)
             out.append(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         return tuple(out)

@@ -20,6 +20,7 @@ from fastpeft.methods.base import Method, Part, shorten
 from fastpeft.methods.peft_config import COMMON, MODULES_TO_SAVE, NEUTRAL, READ, Refused, check_fields
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops.excitor_keys import merge_keys
+from fastpeft.ops.excitor_turn import turn_and_merge, turns
 from fastpeft.ops.lora_linear import linear
 from fastpeft.static_shapes import sizes
 
@@ -84,10 +85,37 @@ class ExcitorBlock(nn.Module):
         cos, sin = ((t if layout is None else layout.pad(t)).unsqueeze(1) for t in (cos, sin))
         return k + ops.rotary(merged, cos, sin)
 
+    def turns(self, x: Tensor, d: int, visual: Visual | None, cos: Tensor) -> bool:
+        """Whether :meth:`turn` takes queries and keys of d channels, in x's dtype and on its device: the extra key is not turned, and all
+        samples see an image or none does."""
+        return not self.rotary and turns(x, d, cos) and self._seen_by(visual) != "some"
+
+    def turn(
+        self, q: Tensor, k: Tensor, hidden: Tensor, layout, visual: Visual | None, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(Q', K') of q and k, both before their rotation; the rest as :meth:`forward` takes it."""
+        u, *tables = (linear(hidden, self.w_down.to(hidden.dtype)), *(t.squeeze(-2).expand(*hidden.shape[:-1], -1) for t in tables))
+        if layout is not None:
+            u, *tables = (layout.pad(t) for t in (u, *tables))
+        pair = None
+        if self._seen_by(visual) == "every":
+            zk, zv = (linear(visual.features.to(w.dtype), w) for w in (self.wk_down, self.wv_down))
+            images = to_device_async(visual.index, k.device)
+            pair = (zk[images], self.wk_up, zv[images], self.wv_up)
+        return turn_and_merge(q, k, tuple(tables), u, self.w_up, self.prompt, self.gate.expand(self.heads), pair, self.scale)
+
+    def _seen_by(self, visual: Visual | None) -> str:
+        """Which samples see an image: "none", "some" or "every" one."""
+        if visual is None or not hasattr(self, "wk_up"):
+            return "none"
+        if (static := sizes()) is not None:
+            return static.images
+        sees = visual.index >= 0
+        return "every" if bool(sees.all()) else "some" if bool(sees.any()) else "none"
+
     def _merged(self, k: Tensor, u: Tensor, gate: Tensor, visual: Visual | None) -> Tensor:
         static = sizes()
-        unseen = visual is None or not hasattr(self, "wk_up")
-        if unseen or (bool((visual.index < 0).all()) if static is None else static.images == "none"):
+        if self._seen_by(visual) == "none":
             return merge_keys(k, u, self.w_up, self.prompt, gate, scale=self.scale)
         zk, zv = (linear(visual.features.to(w.dtype), w) for w in (self.wk_down, self.wv_down))  # once per distinct image
         if static is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastpeft import methods, ops
 from fastpeft.methods.excitor import ExcitorBlock
 from fastpeft.methods.mm_adapter import AdapterParameters
+from fastpeft.ops.excitor_turn import excitor_turn, turns
 
 
 class MMAdapter(AdapterParameters):
@@ -123,13 +124,17 @@ class ExcitorAttention(nn.Module):
         heads = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
         projections = zip((self.q_proj, self.k_proj, self.v_proj), heads)
         q, k, v = (proj(x).unflatten(-1, (n, -1)).transpose(1, 2) for proj, n in projections)  # [B, heads, M, d]
-        if position_embeddings is not None:
-            cos, sin = (t.unsqueeze(1) for t in position_embeddings)
-            q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        k, v = (t.repeat_interleave(self.num_heads // self.num_key_value_heads, 1) for t in (k, v))  # every query head has keys of its own
         own = self.excitor
         image = None if visual is None else (visual, own.wk_down, own.wk_up, own.wv_down, own.wv_up)
-        k = ops.excitor_keys(k, x, own.w_down, own.w_up, own.prompt, own.gate, image)
+        excitor = (x, own.w_down, own.w_up, own.prompt, own.gate, image)
+        if position_embeddings is not None and q.shape == k.shape and turns(q, q.shape[-1], position_embeddings[0]):
+            q, k = excitor_turn(q, k, position_embeddings, *excitor)
+        else:
+            if position_embeddings is not None:
+                cos, sin = (t.unsqueeze(1) for t in position_embeddings)
+                q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+            k, v = (t.repeat_interleave(self.num_heads // self.num_key_value_heads, 1) for t in (k, v))  # each query head has its own keys
+            k = ops.excitor_keys(k, *excitor)
         mask = None if attention_mask is None else attention_mask.bool()
         y = ops.attention(q, k, v, causal=is_causal, key_padding_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -17,8 +17,8 @@ I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
 Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2
-in 16 bit (dK' read by one launch, T by dw_down's product). Without an image three launches more make what is narrow of it. Counted by
-tests/ops/test_traffic.py.
+in 16 bit (dK' read by one launch, T by dw_down's product). Without an image three launches more make what is narrow of it.
+excitor_turn.py takes the rotary embedding along. Counted by tests/ops/test_traffic.py.
 
 | gradient needed for     | saved                                                           | computed in backward        |
 |-------------------------|-----------------------------------------------------------------|-----------------------------|
@@ -177,45 +177,48 @@ def _text_bwd_flops(g, u, n, prompt, gate, need_dl, need_y, *args, out_shape=Non
     return 2 * B * M * (K * C * (need_dl + need_y) + r * K * (1 + 2 * need_dl))
 
 
+def _parameter_grads(g, u, n, z, prompt, wv_up, gate, needs) -> tuple[Tensor | None, ...]:
+    """(du, dn, dz, dprompt, dwv_up, dgate), None where not needed, of dK' [B, M, C]."""
+    need_u, need_n, need_z, need_p, need_v, need_gate = needs
+    need_y, need_dl = need_p or need_v or need_gate, need_u or need_n or need_z
+    if z is None:
+        grads = _text_grads(g, u, n, prompt, gate, need_dl, need_y)
+        du, dn, dprompt, dgate = (t if need else None for t, need in zip(grads, (need_u, need_n, need_p, need_gate)))
+        return du, dn, None, dprompt, None, dgate
+    K, acc = prompt.shape[0], accumulator(g.dtype)
+    du = dn = dz = dprompt = dwv = dgate = None
+    a, L = _attend(u, n, z, K)
+    rows = _rows(prompt, wv_up)
+    dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(rows, gate, g.dtype), need_dl, need_y)
+    if need_y:
+        dr, dgate = _table_grads(y, rows, gate)
+        dgate = dgate if need_gate else None
+        dprompt = dr[:K].to(prompt.dtype) if need_p else None
+        dwv = dr[K:].t().to(wv_up.dtype) if need_v else None
+    if need_dl:
+        dL = dL.view_as(L)
+        dz = (a[..., K:].mT @ dL[..., K:]).to(z.dtype) if need_z else None
+        ds = _softmax_grad(a, torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1))
+        du = (ds @ n.to(acc).mT).to(u.dtype) if need_u else None
+        dn = (u.to(acc).mT @ ds).to(n.dtype) if need_n else None
+    return du, dn, dz, dprompt, dwv, dgate
+
+
 class _Merge(Function):
     @staticmethod
-    def forward(ctx, k, u, n, z, prompt, wv_up, gate):
+    def forward(ctx, k, *params):
         ctx.shape = k.shape
         if any(ctx.needs_input_grad[1:]):
-            ctx.save_for_backward(u, n, z, prompt, wv_up, gate)
-        return no_view(_merge(k, u, n, z, prompt, wv_up, gate))
+            ctx.save_for_backward(*params)
+        return no_view(_merge(k, *params))
 
     @staticmethod
     @first_order
     def backward(ctx, g):
-        need_k, need_u, need_n, need_z, need_p, need_v, need_gate = ctx.needs_input_grad
+        need_k, *needs = ctx.needs_input_grad
         B, H, M, d = ctx.shape
         dk = g.view(B, M, H, d).transpose(1, 2) if need_k else None
-        if not any(ctx.needs_input_grad[1:]):
-            return dk, None, None, None, None, None, None
-        u, n, z, prompt, wv_up, gate = ctx.saved_tensors
-        need_y, need_dl = need_p or need_v or need_gate, need_u or need_n or need_z
-        if z is None:
-            grads = _text_grads(g, u, n, prompt, gate, need_dl, need_y)
-            du, dn, dprompt, dgate = (t if need else None for t, need in zip(grads, (need_u, need_n, need_p, need_gate)))
-            return dk, du, dn, None, dprompt, None, dgate
-        K, acc = prompt.shape[0], accumulator(g.dtype)
-        du = dn = dz = dprompt = dwv = dgate = None
-        a, L = _attend(u, n, z, K)
-        rows = _rows(prompt, wv_up)
-        dL, y = _merge_bwd(g, L.flatten(0, 1), _gated(rows, gate, g.dtype), need_dl, need_y)
-        if need_y:
-            dr, dgate = _table_grads(y, rows, gate)
-            dgate = dgate if need_gate else None
-            dprompt = dr[:K].to(prompt.dtype) if need_p else None
-            dwv = dr[K:].t().to(wv_up.dtype) if need_v else None
-        if need_dl:
-            dL = dL.view_as(L)
-            dz = (a[..., K:].mT @ dL[..., K:]).to(z.dtype) if need_z else None
-            ds = _softmax_grad(a, torch.cat([dL[..., :K], dL[..., K:] @ z.to(acc).mT], -1))
-            du = (ds @ n.to(acc).mT).to(u.dtype) if need_u else None
-            dn = (u.to(acc).mT @ ds).to(n.dtype) if need_n else None
-        return dk, du, dn, dz, dprompt, dwv, dgate
+        return dk, *(_parameter_grads(g, *ctx.saved_tensors, needs) if any(needs) else [None] * 6)
 
 
 def _check(k, hidden, w_down, w_up, prompt, gate, visual) -> None:
@@ -258,12 +261,17 @@ def excitor_keys(
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     _check(k, hidden, w_down, w_up, prompt, gate, visual)
+    return merge_keys(k, *_narrow(hidden, w_down, w_up, prompt, gate, visual))
+
+
+def _narrow(hidden, w_down, w_up, prompt, gate, visual) -> tuple:
+    """(u, w_up, prompt, gate, visual) as :func:`merge_keys` takes them."""
     u = linear(hidden, w_down.to(hidden.dtype))
     if visual is None:
-        return merge_keys(k, u, w_up, prompt, gate)
+        return u, w_up, prompt, gate, None
     image, wk_down, wk_up, wv_down, wv_up = visual
     zk, zv = (linear(image.to(w.dtype), w) for w in (wk_down, wv_down))
-    return merge_keys(k, u, w_up, prompt, gate, (zk, wk_up, zv, wv_up))
+    return u, w_up, prompt, gate, (zk, wk_up, zv, wv_up)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -284,6 +292,13 @@ def merge_keys(
 ) -> Tensor:
     """:func:`excitor_keys` for what is already r wide: ``u`` [B, M, r] = T W_down^T, and of images (zk [B, V, r], wk_up, zv [B, V, r],
     wv_up), so that rows can be gathered and spread where they are narrow. ``scale`` of S_excitor: C^-1/2."""
+    params = _params(u, w_up, prompt, gate, visual, scale)
+    merged = _Merge.apply(k, *params) if wants_grad(k, *params) else _merge(k, *params)
+    return merged.unflatten(-1, k.shape[1::2]).transpose(1, 2)
+
+
+def _params(u, w_up, prompt, gate, visual, scale) -> tuple[Tensor | None, ...]:
+    """(u, n, z, prompt, wv_up, gate), as the operators take them."""
     # N is tiny; float16 alone is widened for it: C^-1/2 times a gradient leaves its range
     wide = torch.float32 if w_up.dtype == torch.float16 else w_up.dtype
     up, scale = w_up.to(wide).t(), prompt.shape[1] ** -0.5 if scale is None else scale
@@ -292,9 +307,5 @@ def merge_keys(
     if visual is not None:
         zk, wk_up, z, wv_up = visual
         of_image = matmul(_scaled_product(up, wk_up.to(wide), scale), zk.mT.to(wide))
-        n = torch.cat([n.expand(k.shape[0], -1, -1), of_image], -1)
-    if wants_grad(k, u, n, z, prompt, wv_up, gate):
-        merged = _Merge.apply(k, u, n, z, prompt, wv_up, gate)
-    else:
-        merged = _merge(k, u, n, z, prompt, wv_up, gate)
-    return merged.unflatten(-1, k.shape[1::2]).transpose(1, 2)
+        n = torch.cat([n.expand(u.shape[0], -1, -1), of_image], -1)
+    return u, n, z, prompt, wv_up, gate

@@ -39,6 +39,7 @@ from fastpeft.ops._recompute import recomputed
 from fastpeft.ops.attention import attention
 from fastpeft.ops.attention_inputs import attention_inputs, without_rows
 from fastpeft.ops.excitor_keys import excitor_keys, excitor_keys_reference
+from fastpeft.ops.excitor_turn import excitor_turn, turns
 from fastpeft.ops.lora_linear import Projection, lora_linear, lora_linear_reference, lora_linears
 from fastpeft.ops.reserved_prefix import reserved_pays
 from fastpeft.ops.rms_norm import rms_norm_reference
@@ -103,11 +104,21 @@ def _queries_keys_values(
     norms = {"q_norm": keys.q_norm, "k_norm": keys.k_norm, "norm_eps": keys.norm_eps}
     if prefix is not None and (keys.excitor is not None or not causal or not reserved_pays(*map(_by_heads, (q, k, v)), True, padding)):
         prefix = None
+    if _turns_with_keys(q, k, keys, factors):
+        q, k = (t.transpose(1, 2) for t in (q, k))
+        return *excitor_turn(q, k, keys.rotary, x, *keys.excitor), v.transpose(1, 2)
     q, k, v = attention_inputs(q, k, v, rotary=keys.rotary, ia3=factors, prefix=prefix, rows_for_queries=True, **norms)
     if keys.excitor is not None:  # its gate is one number for each query head: groups do not share their keys
         k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
         k = excitor_keys(k, x, *keys.excitor)
     return q, k, v
+
+
+def _turns_with_keys(q: Tensor, k: Tensor, keys: _Keys, factors) -> bool:
+    """Whether the rotary embedding of q and k [B, M, heads, d] and Excitor's keys are one pass: every query head has keys, and nothing
+    else is done to either."""
+    alone = keys.q_norm is keys.k_norm is factors is None and q.shape == k.shape
+    return keys.excitor is not None and keys.rotary is not None and alone and turns(q, q.shape[-1], keys.rotary[0])
 
 
 def _by_heads(t: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from tiny_models import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
+from fastpeft import ops
+from fastpeft.fused.layout import Layout
+from fastpeft.methods.excitor import ExcitorBlock, Visual
 
 module = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
@@ -58,6 +61,59 @@ def test_llama(monkeypatch, plan, padded):
     calls = both(monkeypatch, step_of(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}))
     if plan == "IA3":
         assert all(how.l_k is not None for _, _, _, how, _ in calls)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_excitors_keys_where_queries_and_keys_are_turned(monkeypatch, padded):
+    turn = importlib.import_module("fastpeft.ops.excitor_turn")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)).double().train()
+    fp.optimize(model)
+    fp.adapt(model, "Excitor")
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 6:], mask[1, :2] = 0, 0
+    step = step_of(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    want, wanted = step()
+    calls, together = [], turn._together
+    monkeypatch.setattr(turn, "_together", lambda *a: calls.append(a) or together(*a))
+    monkeypatch.setattr(turn, "TURNS", {"cpu"})
+    monkeypatch.setattr(turn, "DTYPES", (torch.float64,))
+    loss, grads = step()
+    assert calls
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-10)
+    assert grads.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("index", [None, [-1, -1, -1], [1, 0, 1], [1, -1, 0]], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_excitors_block_turns_as_it_merges(monkeypatch, padded, index):
+    """Of images that no sample, every one or some of them sees; of tokens laid out with padding."""
+    turn = importlib.import_module("fastpeft.ops.excitor_turn")
+    monkeypatch.setattr(turn, "TURNS", {"cpu"})
+    monkeypatch.setattr(turn, "DTYPES", (torch.float64,))
+    torch.manual_seed(0)
+    block = ExcitorBlock(torch.nn.Linear(16, 16).double(), 4, fp.Excitor(r=3, num_prompts=5, gate_std=1.0), 6)
+    layout = Layout(3, 5, torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 11, 13, 14])) if padded else None
+    visual = None if index is None else Visual(torch.randn(2, 7, 6).double(), torch.tensor(index))
+    hidden, angle = torch.randn(3, 5, 16).double(), torch.rand(3, 5, 1, 2).double().repeat(1, 1, 1, 2)
+    q, k = (torch.randn(3, 4, 5, 4).double() for _ in range(2))
+    if padded:
+        hidden, angle = hidden.flatten(0, 1)[layout.place], angle.flatten(0, 1)[layout.place]
+    tables, cells = (angle.cos(), angle.sin()), angle.squeeze(-2) if layout is None else layout.pad(angle.squeeze(-2))
+    assert block.turns(hidden, 4, visual, tables[0]) == (index != [1, -1, 0])
+    if index == [1, -1, 0]:
+        return
+    there = torch.ones(3, 1, 5, 1) if layout is None else layout.pad(torch.ones(11, 1))[:, None]
+    want = [ops.rotary(t, cells.cos()[:, None] * there, cells.sin()[:, None] * there) for t in (q, k)]
+    want[1] = block(want[1], hidden, layout, visual)
+    for value, exact in zip(block.turn(q, k, hidden, layout, visual, tables), want):
+        torch.testing.assert_close(value, exact)
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -91,6 +91,25 @@ def test_excitor_keys():
 
 
 @tiles
+def test_excitor_turn():
+    """q and k are read and written once, by one launch; beside them the hidden states are read. Backward: the pass that turns dQ' and dK'
+    back, the parameters' pass over dK', and dw_down's over the hidden states."""
+    turn = importlib.import_module("fastpeft.ops.excitor_turn")
+    q, k = (torch.randn(HEADS).bfloat16().requires_grad_() for _ in range(2))
+    hidden, angle = torch.randn(2, T, H * D).bfloat16(), torch.rand(1, T, D // 2).repeat(1, 1, 2)
+    parameters = [torch.randn(s).bfloat16().requires_grad_() for s in ((R, H * D), (H * D, R), (5, H * D), (H,))]
+    forward, backward = _traffic.Traffic(), _traffic.Traffic()
+    with forward.counted():
+        made = turn.excitor_turn(q, k, (angle.cos(), angle.sin()), hidden, *parameters)
+    assert forward.moved(k=QUERIES) == {"k": 5} and forward.kernels[-1] == "_excitor_turn_fwd_kernel"
+    served, dys = _library.backend_of() | {"attention_inputs_bwd": {"CPU": "native"}}, [torch.randn_like(t) for t in made]
+    csrc = mock.patch.object(_library, "backend_of", lambda: served)  # csrc's operator is one launch
+    with csrc, mock.patch.object(turn.attention_inputs, "ONE_PASS", {"cpu"}), backward.counted():
+        torch.autograd.grad(made, (q, k, *parameters), dys)
+    assert backward.moved(k=QUERIES) == {"k": 6}, backward.launches
+
+
+@tiles
 def test_prefix_attention():
     """One launch beside the tokens' attention, whatever N is: q and o in, o out."""
     q, o, do, dq = (torch.randn(HEADS) for _ in range(4))
