@@ -8,6 +8,7 @@ only set aside, move nothing.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,11 +27,13 @@ def _key(t: Tensor) -> tuple:
 
 
 class Traffic(TorchDispatchMode):
-    """``launches``: (name, elements of each tensor that it is handed) of each, inside fastpeft's operators too."""
+    """``launches``: (name, elements of each tensor that it is handed) of each, inside fastpeft's operators too. ``programs``: of each of
+    Triton's, how many."""
 
     def __init__(self):
         super().__init__()
         self.launches: list[tuple[str, list[int]]] = []
+        self.programs: list[int] = []
 
     def moved(self, **wide: int) -> dict[str, int]:
         """How often a tensor of so many elements is read or written, by the names given; others, which are narrow, are left out."""
@@ -75,6 +78,7 @@ class Traffic(TorchDispatchMode):
         def told(executor, *args, **kwargs):
             tensors = {_key(t): t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
             self.launches.append((executor.fn.__name__, list(tensors.values())))
+            self.programs.append(math.prod(executor.grid))
             with _disable_current_modes():  # the interpreter copies tensors to where it is and back
                 return launch(executor, *args, **kwargs)
 

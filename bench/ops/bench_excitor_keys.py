@@ -7,9 +7,10 @@ matrices.
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, compiled, measure
+from bench.timing import Row, Settings, compiled, measure, under
 from fastpeft.ops.attention import attention
 from fastpeft.ops.excitor_keys import excitor_keys, excitor_keys_reference
+from fastpeft.ops.excitor_turn import excitor_turn
 
 SHAPES = [(1, 32, 512, 128), (1, 32, 1024, 128)]  # B, H, M, d: LLaMA-7B
 GPU_SHAPES = [(4, 32, 2048, 128), (4, 32, 512, 128)]  # what the merge moves grows with the tokens, attention with their square
@@ -31,6 +32,20 @@ def plain(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def turning(name, shape, dtype, qk, rest, settings: Settings) -> list[Row]:
+    """Rotary embedding and merged keys, in one pass where there is one, against the one after the other."""
+    B, H, M, d = shape
+    angle = torch.rand(1, M, d // 2, device=settings.device).repeat(1, 1, 2)
+    tables, cotangents = (angle.cos(), angle.sin()), [torch.randn_like(t) for t in qk]
+
+    def turned(q, k, hidden, *params):
+        return excitor_turn(q, k, tables, hidden, *params[:4], params[4:] or None)
+
+    fns = {"fastpeft": turned, "parts": under(turned, "fastpeft.ops.excitor_turn", TURNS=set())}
+    moved = (5 * qk[0].nbytes, 6 * qk[0].nbytes)
+    return measure(name, f"B{B} H{H} {M} d{d}", dtype, fns, (*qk, *rest), settings, cotangent=cotangents, bytes_moved=moved)
+
+
 def run(settings: Settings) -> list[Row]:
     rows = []
     for dtype in settings.dtypes:
@@ -49,4 +64,5 @@ def run(settings: Settings) -> list[Row]:
                 how = {"cotangent": do, "flops": (2 * product + branch, 5 * product + 2 * branch)}
                 fns = {"fastpeft": ours, **naive, "plain sdpa": (plain, qkv)}
                 rows += measure(f"excitor {name}", f"B{B} H{H} {M} d{d} r{R} K{K}", dtype, fns, (*qkv, *rest), settings, **how)
+                rows += turning(f"excitor {name}, turned", (B, H, M, d), dtype, qkv[:2], rest, settings)
     return rows

@@ -24,6 +24,13 @@ Accumulation: the GEMM's (float32, float64 for float64). Parameters may be float
 Moved through memory by the Triton forms, in tensors of x's size: forward 2 (x, x') in one launch; backward 3 (dx', x, dx) for dx, 2
 (dx', x) for all parameters and a sum of parts, three launches (counted by tests/ops/test_traffic.py).
 
+A program owns 16 rows and reads all weights for them, (2 h / groups + h + 2) C numbers and gamma's C, from L2: at h = 8 with a norm that
+gives 2 + 19 / 16 tensors of x in forward, where memory gives 1 as long as L2 keeps x until the second pass over it (three programs a
+multiprocessor hold 52 MB of x on an H200 at C = 4096, bfloat16; its L2 holds 50). A persistent grid would not change this: those weights
+are 156 KB, Triton keeps no tensor in shared memory from one tile of rows to the next, and the 256 KB of registers hold x as well. Programs
+of 32 rows by eight warps read half as many weights, but take 128 to 188 registers, and 69 MB of x are in flight; they were compiled, and
+left. Weights held in shared memory, 2 tensors from L2 in all, would need another kind of kernel.
+
 norm_mm_adapter.py takes the RMSNorm before it along.
 """
 

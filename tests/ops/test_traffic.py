@@ -169,6 +169,7 @@ def test_mm_adapter():
     parameters = [torch.randn(s, requires_grad=True) for s in ((8, 96), (8,), (2, 96, 4), (2, 96))]
     forward, backward = counted(lambda x, *p: ops.mm_adapter(x, *p, routing), x, *parameters)
     assert (forward.moved(x=x.numel()), len(forward.kernels)) == ({"x": 2}, 1)
+    assert forward.programs == backward.programs[:1] == [80 // 16]  # each reads all weights
     assert (backward.moved(x=x.numel()), len(backward.kernels)) == ({"x": 5}, 3)
 
 
