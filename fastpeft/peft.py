@@ -112,6 +112,18 @@ class ExcitorLayer(nn.Module, BaseTunerLayer):
             k = block(k, *args)
         return k
 
+    def turns(self, *args: Any) -> bool:
+        """As :meth:`ExcitorBlock.turns`: the first one in use turns, others add to what it made."""
+        return self.in_use[0].turns(*args)
+
+    def turn(self, q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """As :meth:`ExcitorBlock.turn`."""
+        first, *others = self.in_use
+        q, k = first.turn(q, k, *args)
+        for block in others:
+            k = block(k, *args)
+        return q, k
+
     def get_base_layer(self) -> nn.Module:
         return self.attention
 

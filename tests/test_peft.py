@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastpeft as fp
+from fastpeft.ops import excitor_turn as turn
 
 peft = pytest.importorskip("peft")
 ours = pytest.importorskip("fastpeft.peft")
@@ -199,6 +200,29 @@ def test_two_in_use_add_their_keys(batch):
         for layer in model.base_model.model.model.layers[2:]:
             layer.self_attn.excitor.excitor_blocks["default"].gate.mul_(2)
         torch.testing.assert_close(twice, model(**batch).logits, rtol=1e-10, atol=1e-12)
+
+
+def test_turned_in_one_pass(batch, monkeypatch):
+    """The first one in use turns queries and keys as it merges its own, the second adds; one that is hooked is called."""
+    model = wrapped(base(kv_heads=4))
+    model.add_adapter("other", ours.ExcitorConfig(**OPTIONS))
+    model.base_model.set_adapter(["default", "other"])
+    want, wanted = gradients(model, batch)
+    calls, seen, together = [], [], turn._together
+    monkeypatch.setattr(turn, "_together", lambda *a: calls.append(a) or together(*a))
+    monkeypatch.setattr(turn, "TURNS", {"cpu"})
+    monkeypatch.setattr(turn, "DTYPES", (torch.float64,))
+    for hooked in (False, True):
+        if hooked:
+            blocks = [b for m in model.modules() if isinstance(m, ours.ExcitorLayer) for b in m.excitor_blocks.values()]
+            for block in blocks:
+                block.register_forward_hook(lambda *a: seen.append(a))
+        loss, grads = gradients(model, batch)
+        assert bool(calls) != hooked and len(seen) == hooked * 4
+        torch.testing.assert_close(loss, want)
+        for grad, exact in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, exact)
+        calls.clear()
 
 
 def test_unload_gives_the_model_back(batch):

@@ -13,6 +13,7 @@ from fastpeft.fused.layout import LabelledQueries, Layout, TreeLayout, rows_of
 from fastpeft.fused.prefix_cache import shared_before
 from fastpeft.fused.projections import Recomputes, output_factor, project_one, project_together, rescaled
 from fastpeft.methods.adaption_prompt import Prompted, attend_prompt
+from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.ops.attention_inputs import one_pass, without_rows
 from fastpeft.ops.reserved_prefix import reserved_pays
@@ -142,7 +143,7 @@ class FusedLlamaAttention(Recomputes):
         """Whether queries and keys are turned where Excitor's are merged, in one pass: every query head has a key of its own."""
         if excitor is None or labelled is not None or self.num_key_value_groups > 1 or isinstance(layout, TreeLayout):
             return False
-        return excitor.turns(x, self.head_dim, visual, cos)
+        return excitor.turns(x, self.head_dim, visual, cos) and not any(map(has_hooks, excitor.modules()))
 
     def _with_excitor(
         self, excitor, turning: bool, q: Tensor, k: Tensor, v: Tensor, prefix, hidden_states: Tensor, keys: Layout | None,
