@@ -31,7 +31,6 @@ from fastpeft.ops.rotary import rotary_reference
 
 EPS = 1e-5
 inputs_of = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
-turn = importlib.import_module("fastpeft.ops.excitor_turn")
 
 
 @dataclass(frozen=True)
@@ -144,29 +143,6 @@ def _excitor_inputs(image):
     return make
 
 
-def _turn_inputs(image):
-    def make(m, n):
-        d = 2 * ((n + 1) // 2)
-        k, *rest = _excitor_inputs(image)(m, d)
-        angle = torch.rand(1, m, d // 2, dtype=torch.float64).repeat(1, 1, 2) * 6
-        return [torch.randn_like(k), k, *rest, angle.cos(), angle.sin()]
-
-    return make
-
-
-def _turn_and_merge(q, k, hidden, *rest):
-    """Whatever the rule."""
-    *params, cos, sin = rest
-    excitor = turn.excitor
-    narrow = excitor._narrow(hidden, *params[:4], params[4:] or None)
-    return turn._together(q, k, cos, sin, excitor._params(*narrow, None))
-
-
-def _turn_reference(q, k, hidden, *rest):
-    *params, cos, sin = rest
-    return turn.excitor_turn_reference(q, k, (cos, sin), hidden, *params[:4], params[4:] or None)
-
-
 def _one_pass(q, k, v, q_norm, k_norm, l_k, l_v, cos, sin):
     """Whatever the rule: by the parts where the one pass is not made for such heads."""
     form = inputs_of._together if q.shape[3] <= inputs_of.WIDEST and q.numel() else inputs_of._in_parts
@@ -271,8 +247,6 @@ TABLE = {
     "absorbed_attention": Op(_absorb(ops.absorbed_attention), _absorb(absorbed_attention_reference), _absorbed_inputs),
     "excitor_keys": Op(_excitor(ops.excitor_keys), _excitor(excitor_keys_reference), _excitor_inputs(False), tile=True),
     "excitor_keys image": Op(_excitor(ops.excitor_keys), _excitor(excitor_keys_reference), _excitor_inputs(True), tile=True),
-    "excitor_turn": Op(_turn_and_merge, _turn_reference, _turn_inputs(False), constants=2, tile=True),
-    "excitor_turn image": Op(_turn_and_merge, _turn_reference, _turn_inputs(True), constants=2, tile=True),
     "lora_linear": Op(_lora(ops.lora_linear), _lora(lora_linear_reference), _lora_inputs, tile=True),
     "lora_linears": Op(
         _projections(ops.lora_linears), _projections(_each_projection),

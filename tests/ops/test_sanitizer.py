@@ -16,6 +16,7 @@ if _library.FORCED != "triton":
 import triton
 import triton.language as tl
 
+turn = importlib.import_module("fastpeft.ops.excitor_turn")
 spec = importlib.util.spec_from_file_location("_sanitizer", Path(__file__).parents[1] / "_sanitizer.py")
 _sanitizer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_sanitizer)
@@ -53,6 +54,12 @@ def test_what_the_table_has_not(check, sanitizer):
     for n in (19, 3):  # the two gradients by a launch each, and by one
         join_prefix_bwd(do, q, o, lse, *(p[:, :n] for p in prefix), dq, 0.3, True)
     assert sanitizer.launches.count("_prefix_attention_bwd_kernel") == 3
+    q, k, hidden, angle = (spaced(torch.randn(s)).bfloat16() for s in ((2, 3, 19, 6), (2, 3, 19, 6), (2, 19, 18), (2, 19, 6)))
+    tables, params = (angle.cos(), angle.sin()), [torch.randn(s).bfloat16() for s in ((2, 18), (18, 2), (5, 18), (3,))]
+    image = [torch.randn(s).bfloat16() for s in ((2, 35, 7), (2, 7), (18, 2), (2, 7), (18, 2))]
+    for visual in (None, image):
+        turn.excitor_turn(q, k, tables, hidden, *params, visual)
+    assert sanitizer.launches.count("_excitor_turn_fwd_kernel") == 2
 
 
 @triton.jit
