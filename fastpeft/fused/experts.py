@@ -18,16 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward, grouped_mm_experts_forward
 
 from fastpeft import ops
 from fastpeft.forms import digest
-from fastpeft.fused.leaves import gelu_kind
+from fastpeft.fused.leaves import gelu_kind, keeping_input_alone
 from fastpeft.fused.mlp import SILU
 from fastpeft.methods.base import has_hooks
-from fastpeft.ops._autocast import first_order
 from fastpeft.ops._common import FLOATS
 from fastpeft.ops._private import is_fake, under_func
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
@@ -148,7 +145,7 @@ class FusedExperts:
             return unit(*gate_up.chunk(2, dim=-1))
         if form in CLAMPED and (options := _clamped(self, CLAMPED[form], act)) is not None and gate_up.device.type == "cpu":
             return ops.clamped_swiglu(gate_up, **options)
-        return mark_recomputable(_Recomputed.apply(own, gate_up), own, gate_up)
+        return keeping_input_alone(own, gate_up)
 
 
 def why_not_here(module: nn.Module, branches: dict[str, Branch], args: tuple, kwargs: dict) -> str:
@@ -240,26 +237,3 @@ def _clamped(module: nn.Module, form: Clamped, act: Callable | None) -> dict[str
     if not fits or (form.acts and original_class(act) not in SILU):
         return None
     return {"limit": limit, "alpha": alpha, "one": form.one, "interleaved": form.interleaved}
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-class _Recomputed(Function):
-    """``function(x)``, computed once more in backward, of x alone."""
-
-    @staticmethod
-    def forward(ctx, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(x)
-        return function(x)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # what is kept for a moment is nobody's to count or move
-            x = x.detach().requires_grad_()
-            (dx,) = torch.autograd.grad(ctx.function(x), x, dy)
-        return None, dx
