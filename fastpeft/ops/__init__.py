@@ -19,7 +19,7 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | reads; on a CPU ATen's GEMMs serve      |
 | mm_adapter_fwd, mm_adapter_bwd, norm_mm_adapter_fwd,                  | triton             | likewise                                |
 | norm_mm_adapter_bwd, excitor_merge_fwd, excitor_merge_bwd             | triton             | likewise                                |
-| excitor_text_bwd                                                      | triton             | likewise                                |
+| excitor_text_bwd, excitor_turn_fwd                                    | triton             | likewise                                |
 | prefix_attention_fwd, prefix_attention_bwd, linear_cross_entropy      | triton             | likewise                                |
 | dropout                                                               | native             | one pass, on CUDA alone; on a CPU       |
 |                                                                       |                    | PyTorch's own generator                 |
