@@ -70,8 +70,16 @@ def join_calls(function: FunctionType) -> FunctionType:
     """``function``, a forward, whose calls of layers with one input run together; itself where there are none, or no source."""
     if function.__closure__ or (tree := tree_of(function)) is None:
         return function
-    if not _Joiner(tree).join():
-        return function
+    return compiled(function, tree) if join_tree(tree) else function
+
+
+def join_tree(tree: ast.FunctionDef) -> bool:
+    """Join such calls in the code of a forward; whether there were any."""
+    return _Joiner(tree).join()
+
+
+def compiled(function: FunctionType, tree: ast.FunctionDef) -> FunctionType:
+    """``function`` with the code of ``tree``, made of its own."""
     tree.decorator_list = []
     ast.increment_lineno(tree, function.__code__.co_firstlineno - tree.lineno)
     module = compile(ast.Module([ast.fix_missing_locations(tree)], []), function.__code__.co_filename, "exec")
