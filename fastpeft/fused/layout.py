@@ -63,7 +63,7 @@ class Layout:
         """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
         x = x.reshape(-1, x.shape[-1])
         if self.place is not None:
-            x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy_(0, self.place, x)  # in place: else zeros are copied first
+            x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_put_((self.place,), x)  # index_copy_ would keep x for backward
         return x.view(self.rows, self.columns, -1)
 
     def unpad(self, table: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Layout:
         """What :meth:`by_row` lays row by row -> as the tokens lie."""
         if self.is_uncounted:
             return self.unpad(x.view(self.rows, self.columns, -1))
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+        return x if self.order is None else torch.empty_like(x).index_put_((self.order,), x)
 
 
 @dataclass(frozen=True)

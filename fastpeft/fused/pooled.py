@@ -105,8 +105,10 @@ class _Resolver:
         """What is read of the state that ``module`` has from its stack, in it or below; ``OUT`` where it hands the state on."""
         state = self._known(state_of(code_class(module)))
         if state.layers is not None:
-            layers = module._modules.get(state.layers)
-            if not isinstance(layers, nn.ModuleList) or {isinstance(m, GradientCheckpointingLayer) for m in layers} != {True}:
+            layers, dropped = module._modules.get(state.layers), getattr(module, "layerdrop", None)
+            if (state.skips and dropped != 0) or not isinstance(layers, nn.ModuleList):
+                raise Unknown
+            if {isinstance(layer, GradientCheckpointingLayer) for layer in layers} != {True}:
                 raise Unknown
             self.pooled, reads = Pooled(module, state.layers), {OUT}
         else:

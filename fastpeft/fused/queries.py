@@ -83,32 +83,35 @@ class _Rewriter:
         self.hidden, self.rest = tree.args.args[1].arg, tree.args.kwarg.arg
 
     def rewrite(self) -> None:
-        body = self.tree.body
-        at = [i for i, s in enumerate(body) if any(isinstance(n, ast.Call) and _is(n, ATTENTION) for n in ast.walk(s))]
-        if len(at) != 1 or not isinstance(body[at[0]], ast.Assign) or any(self.hidden in _stores(s) for s in body):
-            raise _NotThis
-        before, attends, behind = body[: at[0]], body[at[0]], body[at[0] + 1 :]
-        call, target = attends.value, attends.targets[0]
-        if not isinstance(call, ast.Call) or not isinstance(target, ast.Tuple) or len(call.args) < 5:
-            raise _NotThis
-        if not all(isinstance(node, ast.Name) for node in (*target.elts, *call.args[1:4])):
-            raise _NotThis
+        before, attends, behind = self._parts()
+        call, out = attends.value, attends.targets[0].elts[0].id
         self.query, self.key = call.args[1].id, call.args[2].id
-        self.shapes = {name for s in before if isinstance(s, ast.Assign) and _is_shape(s.value, self.hidden) for name in _stores(s)}
-        self.tuples = {
-            s.targets[0].id: m.group(1)
-            for s in before
-            if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name) and (m := HEADS(ast.unparse(s.value)))
-        }
+        assigns = [s for s in before if isinstance(s, ast.Assign)]
+        self.shapes = {name for s in assigns if _is_shape(s.value, self.hidden) for name in _stores(s)}
+        self.tuples = {ast.unparse(s.targets[0]): m.group(1) for s in assigns if (m := HEADS(ast.unparse(s.value)))}
         made = [new for statement in before for new in self._before(statement)]
         if any(self.query in _loads(n) for n in (*call.args[3:], *call.keywords)):
             raise _NotThis
-        self._check(behind, before, _stores(target))
-        behind = [_Flatten(target.elts[0].id, self.shapes).visit(s) for s in behind]
+        self._check(behind, before, _stores(attends))
+        behind = [_Flatten(out, self.shapes).visit(s) for s in behind]
         if any(_loads(s) & (self.shapes | self.tuples.keys()) for s in behind):
             raise _NotThis
         taken = ast.Assign([_name(AT, True)], ast.Call(_name(ROWS), [_name(self.rest), _name(self.hidden)], []))
         self.tree.body = [taken, *made, attends, *behind]
+
+    def _parts(self) -> tuple[list[ast.stmt], ast.Assign, list[ast.stmt]]:
+        """What is before ``out, weights = attention_interface(self, q, k, v, mask, ...)``, this, and what is behind."""
+        body = self.tree.body
+        at = [i for i, s in enumerate(body) if any(isinstance(n, ast.Call) and _is(n, ATTENTION) for n in ast.walk(s))]
+        if len(at) != 1 or any(self.hidden in _stores(s) for s in body):
+            raise _NotThis
+        attends = body[at[0]]
+        call = attends.value if isinstance(attends, ast.Assign) else None
+        if not isinstance(call, ast.Call) or not isinstance(attends.targets[0], ast.Tuple) or len(call.args) < 5:
+            raise _NotThis
+        if not all(isinstance(node, ast.Name) for node in (*attends.targets[0].elts, *call.args[1:4])):
+            raise _NotThis
+        return body[: at[0]], attends, body[at[0] + 1 :]
 
     def _check(self, behind: list[ast.stmt], before: list[ast.stmt], attended: set[str]) -> None:
         """Nothing that has all tokens' rows is read behind attention."""

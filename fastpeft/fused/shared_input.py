@@ -152,7 +152,7 @@ class _Joiner:
             statement = body[i]
             for site in self.sites(statement):
                 group = self.used.get(id(site.call))
-                if site.conditions or site.variable not in bound or group in inside:
+                if site.conditions or site.variable not in bound or (group is not None and group in inside):
                     continue
                 made = self.group(site, body[i:], bound) if group is None else self.rest_of(group, site, body[i:])
                 inside.add(self.used.get(id(site.call)))

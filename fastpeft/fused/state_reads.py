@@ -49,11 +49,13 @@ class Through:
 
 
 class State(NamedTuple):
-    """Of a forward: where it has a last hidden state from, a module inside (``inner``) or its loop over ``layers``, and its ``uses``."""
+    """Of a forward: where it has a last hidden state from, a module inside (``inner``) or its loop over ``layers``, and its ``uses``.
+    ``skips``: the loop may leave layers out."""
 
     inner: str | None
     layers: str | None
     uses: frozenset[str | Through]
+    skips: bool = False
 
 
 def reads_labels_alone(model: nn.Module, head: nn.Module, decoder: nn.Module | None) -> bool:
@@ -174,6 +176,8 @@ class _Tracer:
         if parent.attr in ("device", "dtype"):
             return frozenset()
         call = self.parents[parent]
+        if parent.attr == "shape" and isinstance(call, ast.Subscript) and ast.unparse(call.slice) == "0":
+            return frozenset()
         if not isinstance(call, ast.Call) or call.func is not parent:
             raise Unknown
         if parent.attr == "to":
@@ -282,14 +286,21 @@ def _of_loop(tree: ast.FunctionDef, at: int, layers: str, variables: set[str], l
     (name,) = names
     if labels:
         return State(None, layers, _Tracer(tree, behind, labels=True).of_variable(name))
+    _check_loop(loop, calls, name)
+    skips = any(isinstance(n, ast.Continue) for n in ast.walk(loop))
+    return State(None, layers, _Tracer(tree, behind).of_variable(name), skips)
+
+
+def _check_loop(loop: ast.For, calls: list[ast.Call], name: str) -> None:
+    """Unknown where a loop does more with the state ``name`` than to call layers with it, first of their arguments."""
+    if loop.orelse or any(isinstance(n, ast.Break) for n in ast.walk(loop)):
+        raise Unknown
     inside = [n for call in calls for n in ast.walk(call)]
-    if any(isinstance(n, ast.Continue | ast.Break) for n in ast.walk(loop)) or loop.orelse:
+    stores = [n for n in ast.walk(loop) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)]
+    if len(stores) != len(calls) or not all(n in inside for n in loads_of(ast.walk(loop), name)):
         raise Unknown
-    if not all(n in inside for n in loads_of(ast.walk(loop), name)) or any(not c.args or ast.unparse(c.args[0]) != name for c in calls):
+    if any(not call.args or ast.unparse(call.args[0]) != name for call in calls):
         raise Unknown
-    if sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in ast.walk(loop)) != len(calls):
-        raise Unknown
-    return State(None, layers, _Tracer(tree, behind).of_variable(name))
 
 
 _PATH = re.compile(r"self(\.[A-Za-z_]\w*)+").fullmatch
