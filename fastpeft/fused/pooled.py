@@ -51,6 +51,7 @@ from fastpeft.fused.state_reads import (
 from fastpeft.methods.base import has_hooks, watched_globally
 from fastpeft.ops._private import is_fake
 from fastpeft.registry import fuses, path_of, signature_of_replaced
+from fastpeft.savings import on
 from fastpeft.static_shapes import sizes
 
 NOTE = "the head reads one row of each sample of the last hidden state: the last layer computes no other, and no layer computes padding"
@@ -182,9 +183,9 @@ class FusedPooledModel:
 
 def _call_of(model: nn.Module, given: dict[str, Any]) -> _PooledCall | None:
     """How this call of ``model`` runs; None where it is the model's own."""
-    if torch.jit.is_tracing() or get_interpreter_stack() or watched_globally() or given.get("past_key_values") is not None:
+    if torch.jit.is_tracing() or get_interpreter_stack() or watched_globally() or not on("labelled"):
         return None
-    pooled = pooled_read(model)
+    pooled = None if given.get("past_key_values") is not None else pooled_read(model)
     if pooled is None or any(map(has_hooks, pooled.called)) or _asks_for_more(model, pooled, given):
         return None
     if pooled.gives_loss and given.get("labels") is not None and model.loss_function is not ForSequenceClassificationLoss:
