@@ -195,7 +195,7 @@ def _of_each(layout: LastLayout, flat: bool, function, module, query: Tensor, ke
             at = torch.arange(key.shape[2], device=key.device)
             mask = (at <= torch.as_tensor(layout.column, device=key.device).view(-1, 1))[:, None, None]
     output, weights = function(module, query, key, value, mask, **kwargs)
-    return output.view(*((1, -1) if flat else (-1, 1)), H, d), weights
+    return output.view(*((1, layout.rows) if flat else (layout.rows, 1)), H, d), weights
 
 
 def _pad(layout: Layout, x: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ class _Standing(OnTokens):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.call
-        if threading.get_ident() != call.thread or not args:
+        if threading.get_ident() != call.thread or not args or not isinstance(args[0], Tensor):
             return self.layer(*args, **kwargs)
         if self.index == 0:
             call.begin(self.names, args[0], args[1:], kwargs)
@@ -364,7 +364,7 @@ def _kept(mask: Tensor | None, rows: int, columns: int, column: int | Tensor) ->
     if content.dead and bool((kept & ~content.allowed.any(-1).all(1)).any()):
         return None
     kept = kept.cpu()
-    return kept if int(kept.sum()) <= FULL * kept.numel() else None
+    return kept if 0 < int(kept.sum()) <= FULL * kept.numel() else None
 
 
 def cannot_be_read(x: Tensor) -> bool:
