@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -73,7 +73,6 @@ def reads_labels_alone(model: nn.Module, head: nn.Module, decoder: nn.Module | N
     return inner is decoder
 
 
-@cache
 def read_by_head(cls: type[nn.Module]) -> tuple[str, str] | None:
     """(the module whose output's last hidden state the forward of ``cls`` reads, the head that it goes to), by their names; None where it
     goes elsewhere too, or that cannot be told."""
@@ -82,42 +81,48 @@ def read_by_head(cls: type[nn.Module]) -> tuple[str, str] | None:
     return (state.inner, heads[0]) if len(heads) == 1 and heads[0] is not None else None
 
 
-@cache
 def handed_on(cls: type[nn.Module]) -> str | None:
     """The module whose output's last hidden state the forward of ``cls`` returns as its own, and does nothing else with."""
     state = state_of(cls, labels=True)
     return None if state is None or state.uses != {OUT} else state.inner
 
 
-@cache
 def ends_row_by_row(cls: type[nn.Module]) -> bool:
     """Whether the forward of a stack's class, behind its loop over layers, calls norms and projections on the hidden states alone."""
     state = state_of(cls, labels=True)
-    return state is not None and state.layers is not None
+    return state is not None and state.layers is not None and _ends(state.uses) <= {OUT, BACK}
 
 
 def code_class(module: nn.Module) -> type[nn.Module]:
     return replaced_class(type(module)) or type(module)
 
 
-@cache
 def state_of(cls: type[nn.Module], labels: bool = False) -> State | None:
     """Where the last hidden state in the forward of ``cls`` goes; None where that cannot be told. ``labels``: what is read of it is read
     at labelled positions, whatever rows the forward takes before its head."""
-    tree = tree_of(inspect.unwrap(cls.forward))
+    return _state_of(inspect.unwrap(cls.forward), getattr(cls, "base_model_prefix", ""), labels)
+
+
+@cache
+def _state_of(function: Callable, prefix: str, labels: bool) -> State | None:
+    tree = tree_of(function)
     if tree is None:
         return None
     found = _loop_of(tree)
     try:
-        return _of_loop(tree, *found, labels) if found is not None else _of_inner(cls, tree, labels)
+        return _of_loop(tree, *found, labels) if found is not None else _of_inner(tree, prefix, labels)
     except Unknown:
         return None
 
 
-@cache
 def argument_uses(cls: type[nn.Module]) -> frozenset[str | Through] | None:
     """Where the forward of ``cls`` reads its first argument; None where that cannot be told."""
-    tree = tree_of(inspect.unwrap(cls.forward))
+    return _argument_uses(inspect.unwrap(cls.forward))
+
+
+@cache
+def _argument_uses(function: Callable) -> frozenset[str | Through] | None:
+    tree = tree_of(function)
     if tree is None or len(tree.args.args) < 2:
         return None
     try:
@@ -285,7 +290,7 @@ def _of_loop(tree: ast.FunctionDef, at: int, layers: str, variables: set[str], l
         raise Unknown
     (name,) = names
     if labels:
-        return State(None, layers, _Tracer(tree, behind, labels=True).of_variable(name))
+        return State(None, layers, _Tracer(tree, behind).of_variable(name))
     _check_loop(loop, calls, name)
     skips = any(isinstance(n, ast.Continue) for n in ast.walk(loop))
     return State(None, layers, _Tracer(tree, behind).of_variable(name), skips)
@@ -306,19 +311,19 @@ def _check_loop(loop: ast.For, calls: list[ast.Call], name: str) -> None:
 _PATH = re.compile(r"self(\.[A-Za-z_]\w*)+").fullmatch
 
 
-def _of_inner(cls: type[nn.Module], tree: ast.FunctionDef, labels: bool) -> State:
+def _of_inner(tree: ast.FunctionDef, prefix: str, labels: bool) -> State:
     """The state of a forward that has it from one module inside."""
     made: dict[str, list[str]] = {}
     for node in ast.walk(tree):
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and isinstance(node.value, ast.Call):
-            made.setdefault(target.id, []).append(_module_path(cls, node.value.func))
+            made.setdefault(target.id, []).append(_module_path(prefix, node.value.func))
     tracer = _Tracer(tree, labels=labels)
     found = [(paths, uses) for name, paths in made.items() if (uses := _of_output(tracer, name, labels)) is not None]
     if not found and not labels:
         returned = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return)]
         if len(returned) == 1 and isinstance(returned[0], ast.Call):
-            found = [([_module_path(cls, returned[0].func)], frozenset((OUT,)))]
+            found = [([_module_path(prefix, returned[0].func)], frozenset((OUT,)))]
     found = [(paths, uses) for paths, uses in found if any(paths)]
     if len(found) != 1 or len(found[0][0]) != 1:
         raise Unknown
@@ -328,15 +333,15 @@ def _of_inner(cls: type[nn.Module], tree: ast.FunctionDef, labels: bool) -> Stat
     return State(path, None, uses)
 
 
-def _module_path(cls: type[nn.Module], called: ast.AST) -> str | None:
+def _module_path(prefix: str, called: ast.AST) -> str | None:
     """The path of a module inside that is called; None for other functions."""
     if ast.unparse(called) == "getattr(self, self.base_model_prefix)":
-        return cls.base_model_prefix
+        return prefix
     text = ast.unparse(called)
     return text.removeprefix("self.") if _PATH(text) else None
 
 
-_ALL: frozenset[str | Through] = frozenset(("unknown",))
+_ALL: frozenset[str | Through] = frozenset(("unknown",))  # anywhere
 
 
 def _of_output(tracer: _Tracer, name: str, labels: bool) -> frozenset[str | Through] | None:
@@ -369,12 +374,14 @@ def _is_returned(tracer: _Tracer, node: ast.AST) -> bool:
     return isinstance(node, ast.keyword) and node.arg is None and isinstance(tracer.parents[tracer.parents[node]], ast.Return)
 
 
-@cache
 def may_pool(cls: type[nn.Module]) -> bool:
     """Whether the forward of ``cls`` keeps the last hidden state of the model inside to itself, as far as its own code tells."""
     state = state_of(cls)
-    return state is not None and state.inner is not None and OUT not in _flat(state.uses)
+    return state is not None and state.inner is not None and OUT not in _ends(state.uses)
 
 
-def _flat(uses: frozenset[str | Through]) -> set[str]:
-    return {end for use in uses for end in ((use,) if isinstance(use, str) else _flat(use.uses or ()))}
+def _ends(uses: frozenset[str | Through] | None) -> set[str]:
+    """Where a state goes in the end, behind the modules that it goes through; "unknown" too where that cannot be told."""
+    if uses is None:
+        return set(_ALL)
+    return {end for use in uses for end in ((use,) if isinstance(use, str) else _ends(use.uses))}

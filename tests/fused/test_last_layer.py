@@ -190,6 +190,14 @@ class StackThatMixes(Stack):
         return self.norm(hidden)
 
 
+class StackThatMixesBehindItsNorm(Stack):
+    def forward(self, hidden, **kwargs):
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        normed = self.norm(hidden)
+        return normed - normed.mean(1, keepdim=True)
+
+
 class Layer(nn.Module):
     def forward(self, hidden, attention_mask=None, **kwargs):
         attended, _ = self.attention(self.norm(hidden), attention_mask=attention_mask, **kwargs)
@@ -215,7 +223,8 @@ def test_what_is_found_in_code():
     assert state_reads.read_by_head(Head) == ("model", "lm_head")
     assert [state_reads.read_by_head(cls) for cls in (ReadsItTwice, TwoHeads, HandsAllOn)] == [None] * 3
     assert [state_reads.handed_on(cls) for cls in (Between, BetweenThatReads)] == ["language_model", None]
-    assert state_reads.ends_row_by_row(Stack) and not state_reads.ends_row_by_row(StackThatMixes)
+    assert state_reads.ends_row_by_row(Stack)
+    assert not any(map(state_reads.ends_row_by_row, (StackThatMixes, StackThatMixesBehindItsNorm)))
     assert last_layer.at_rows(Layer) and not any(map(last_layer.at_rows, (LayerWithAShape, LayerOfTwoAttentions)))
     assert not state_reads.ends_row_by_row(T.Gemma3nTextModel), "which puts several streams together behind its layers"
 
