@@ -71,7 +71,10 @@ READ = {
     "d2921592ab53": "bert.modeling_bert.BertLayer",  # and RoBERTa's, ELECTRA's, ...; cross-attention as above
     "904e4ed3230c": "layoutlm.modeling_layoutlm.LayoutLMLayer",
     "073cce2d00eb": "distilbert.modeling_distilbert.FFN",
+    "056c7a7d6f6f": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLLayer",
     "c998de6e6c89": "bert.modeling_bert.BertAttention",
+    "9b68fa4aeb9c": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLAttention",
+    "b0db8fa75d2d": "roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormAttention",
     "bee0b58e9710": "bert.modeling_bert.BertSelfAttention",
     # Attentions that hand queries, keys and values of each token to their function, once. Cross-attention as above.
     "75712120c07f": "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention",

@@ -39,6 +39,8 @@ FIRST = {  # a token before the patches; a pooler; a head of its own; a projecti
     "ernie": lambda: T.ErnieForSequenceClassification(T.ErnieConfig(**BERT)),
     "layoutlm": lambda: T.LayoutLMForSequenceClassification(T.LayoutLMConfig(**BERT)),
     "roberta": lambda: T.RobertaForSequenceClassification(T.RobertaConfig(**ROBERTA)),
+    "roberta-prenorm": lambda: T.RobertaPreLayerNormForSequenceClassification(T.RobertaPreLayerNormConfig(**ROBERTA)),
+    "xlm-roberta-xl": lambda: T.XLMRobertaXLForSequenceClassification(T.XLMRobertaXLConfig(**ROBERTA)),
     "xlm-roberta": lambda: T.XLMRobertaForSequenceClassification(T.XLMRobertaConfig(**ROBERTA)),
     "electra": lambda: T.ElectraForSequenceClassification(T.ElectraConfig(**BERT, embedding_size=16)),
     "distilbert": lambda: T.DistilBertForSequenceClassification(T.DistilBertConfig(**DISTIL)),
