@@ -12,7 +12,7 @@ import ast
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,8 +177,25 @@ class FusedPooledModel:
         call = None if torch.compiler.is_compiling() else _call_of(self, arguments_of(self, args, kwargs))
         if call is None:
             return super().forward(*args, **kwargs)
-        with call.standing():
+        with _alone(self) as alone, call.standing() if alone else nullcontext():
             return super().forward(*args, **kwargs)
+
+
+_running: set[nn.Module] = set()
+_lock = threading.Lock()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[bool]:
+    """Whether no other thread runs ``model`` now, inside: what stands for its modules is there for one. The others call the modules."""
+    with _lock:
+        alone = model not in _running
+        _running.add(model)
+    try:
+        yield alone
+    finally:
+        if alone:
+            _running.discard(model)
 
 
 def _call_of(model: nn.Module, given: dict[str, Any]) -> _PooledCall | None:
@@ -244,8 +261,8 @@ class _PooledCall(StackCall):
     def standing(self) -> Iterator[None]:
         """Inside, and on this thread, what stands for the layers."""
         stack, name = self.pooled.stack, self.pooled.layers
-        layers = list(getattr(stack, name))
-        names = names_behind(type(stack._modules[name][0]))
+        layers = list(stack._modules[name])
+        names = names_behind(type(layers[0]))
         ours = [_Standing(layer, self, names, i, layer is layers[-1]) for i, layer in enumerate(layers)]
         with standing(stack, ours, name), self.expanding():
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastpeft as fp
 from fastpeft.fused import attention_interface, queries, state_reads
 from fastpeft.fused.layout import LastLayout
-from fastpeft.fused.pooled import FusedPooledModel, pooled_read
+from fastpeft.fused.pooled import FusedPooledModel, _PooledCall, pooled_read
 from fastpeft.ops.attention import attention
 from fastpeft.registry import has_form
 
@@ -190,6 +191,32 @@ def test_adapters_and_a_head_that_peft_trains(computed):
         assert computed, name
         assert fp.restore(model) == []
         assert_same(step(model, given), step(plain, given))
+
+
+@pytest.mark.parametrize("name", ["bert", "mistral"])
+def test_two_threads(name, monkeypatch, computed):
+    """One model, called while another thread runs it: that call computes every token, by the modules as they are."""
+    plain = tiny(name).eval()
+    model = copy.deepcopy(plain)
+    fp.optimize(model)
+    given, other, seen = batch_of(name, "padded"), batch_of(name, "full"), []
+    begin = _PooledCall.begin
+
+    def begun(self, *args):
+        thread = threading.Thread(target=lambda: seen.append(model(**other).logits))
+        begin(self, *args)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(_PooledCall, "begin", begun)
+    with torch.no_grad():
+        theirs = plain(**given).logits
+        torch.testing.assert_close(model(**given).logits, theirs)
+        torch.testing.assert_close(seen[0], plain(**other).logits)
+        monkeypatch.setattr(_PooledCall, "begin", begin)
+        assert len(computed) == 1 and model(**given).logits.shape == theirs.shape
+    stack = pooled_read(model).stack
+    assert not {"layer", "layers", "score"} & (stack.__dict__.keys() | model.__dict__.keys())
 
 
 OTHERS = {
