@@ -126,6 +126,10 @@ class _Rewriter:
             if self.query in _loads(statement):
                 raise _NotThis
             return [statement]
+        if isinstance(statement, ast.If) and self.query not in _loads(statement.test):
+            statement.body = [new for inner in statement.body for new in self._before(inner)]
+            statement.orelse = [new for inner in statement.orelse for new in self._before(inner)]
+            return [statement]
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             raise _NotThis
         target, value = statement.targets[0], statement.value

@@ -51,6 +51,7 @@ LAST = {
     "qwen2": lambda: T.Qwen2ForSequenceClassification(T.Qwen2Config(**DECODER)),
     "qwen3": lambda: T.Qwen3ForSequenceClassification(T.Qwen3Config(**DECODER, head_dim=8)),
     "gemma2": lambda: T.Gemma2ForSequenceClassification(T.Gemma2Config(**DECODER, head_dim=8, query_pre_attn_scalar=8)),
+    "smollm3": lambda: T.SmolLM3ForSequenceClassification(T.SmolLM3Config(**DECODER, no_rope_layers=[1, 1])),
     "phi3": lambda: T.Phi3ForSequenceClassification(T.Phi3Config(**DECODER, sliding_window=None)),
     "gpt2": lambda: T.GPT2ForSequenceClassification(T.GPT2Config(**GPT2)),
     "opt": lambda: T.OPTForSequenceClassification(T.OPTConfig(**OPT)),
@@ -415,6 +416,8 @@ class Plain(nn.Module):
         q = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
         k = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         v = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        if self.scales:
+            q = q * 2
         attention_interface = sdpa
         out, weights = attention_interface(self, q, k, v, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
         out = out.reshape(*input_shape, -1).contiguous()
@@ -457,7 +460,7 @@ class Scaled(Plain):
 @pytest.mark.parametrize("column", [0, 3, torch.tensor([2, 0])])
 def test_a_forward_of_few_queries(column):
     layer = Plain().double()
-    layer.head_dim, layer.is_causal, layer.config = 4, False, T.LlamaConfig(attn_implementation="sdpa")
+    layer.scales, layer.head_dim, layer.is_causal, layer.config = True, 4, False, T.LlamaConfig(attn_implementation="sdpa")
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         setattr(layer, name, nn.Linear(8, 8).double())
     layer.q_norm = nn.LayerNorm(4).double()
