@@ -367,7 +367,7 @@ void launch_fwd(Args<T>& a, const Tabled<T>& tables, unsigned sides, const Launc
   if (rows == 0) return;
   by_packs(a, tables, sides, [&](auto v, auto k) {
     const unsigned groups = kThreads / a.lanes;
-    launch(attention_inputs_fwd_kernel<decltype(v)::value, decltype(k)::value, T>, dim3(blocks_of(rows, groups), sides), kThreads, a);
+    launch(attention_inputs_fwd_kernel<decltype(v)::value, decltype(k)::value, T>, Grid{blocks_of(rows, groups), sides}, kThreads, a);
   });
 }
 
@@ -446,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
       }
       const auto run = [&](auto norm, auto dnorm, auto dfactor) {
         auto kernel = attention_inputs_bwd_kernel<decltype(v)::value, decltype(k)::value, norm, dnorm, dfactor, T>;
-        launch(kernel, dim3(most, sides), kThreads, a);
+        launch(kernel, Grid{most, sides}, kThreads, a);
       };
       const std::true_type yes;
       const std::false_type no;

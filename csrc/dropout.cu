@@ -82,7 +82,7 @@ Tensor apply(const Tensor& from, double p, const Tensor& seed, int64_t index) {
     a.scale = acc_t<T>(1 / (1 - p));
     const bool whole = packs<T, V>(a.x, 0) && packs<T, V>(a.y, 0);
     const int64_t threads = whole ? (a.n + V - 1) / V : a.n;
-    launch(whole ? dropout_kernel<V, T> : dropout_kernel<1, T>, unsigned((threads + kThreads - 1) / kThreads), kThreads, a);
+    launch(whole ? dropout_kernel<V, T> : dropout_kernel<1, T>, Grid{(threads + kThreads - 1) / kThreads}, kThreads, a);
   });
   return y;
 }

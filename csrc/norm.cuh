@@ -174,7 +174,7 @@ void with_packs(int K, F&& f) {
   else f(std::integral_constant<int, 4>{});
 }
 
-inline unsigned blocks_of(int64_t rows, unsigned groups) { return unsigned((rows + groups - 1) / groups); }
+inline int64_t blocks_of(int64_t rows, unsigned groups) { return (rows + groups - 1) / groups; }
 
 template <bool CENTER>
 void norm_fwd_cuda(
@@ -198,10 +198,10 @@ void norm_fwd_cuda(
         return with_packs(d.K, [&](auto k) {
           constexpr int K = decltype(k)::value;
           const auto kernel = residual ? norm_fwd_kernel<CENTER, true, K, T> : norm_fwd_kernel<CENTER, false, K, T>;
-          launch(kernel, blocks_of(in.count, d.groups), d.threads(), a, d.per_row);
+          launch(kernel, Grid{blocks_of(in.count, d.groups)}, d.threads(), a, d.per_row);
         });
     }
-    launch(norm_fwd_any_kernel<CENTER, T>, unsigned(in.count), d.per_row, a);
+    launch(norm_fwd_any_kernel<CENTER, T>, Grid{in.count}, d.per_row, a);
   });
 }
 

@@ -95,6 +95,27 @@ def test_a_norms_backward_is_two_launches(n):
             assert launches() - before == (2 if any(needs[1:]) else 1), needs
 
 
+def test_the_driver_is_asked_once():
+    """How many blocks a multiprocessor holds, and for more shared memory: not at every call, which takes the host microseconds."""
+    asked = ctypes.CDLL(os.environ["FASTPEFT_LIBRARY"]).emulated_asked
+    for n in (776, 4104):
+        x, weight = torch.randn(9, n, requires_grad=True), torch.randn(n, requires_grad=True)
+        ops.rms_norm(x, weight).sum().backward()
+        before = asked()
+        for _ in range(3):
+            ops.rms_norm(x, weight).sum().backward()
+        assert asked() == before > 0
+
+
+def test_a_grid_has_an_end(check):
+    """More columns than a grid has room for at 65,535 blocks of them; on the CPU that is seven."""
+    gate, up, scale = torch.randn(3, 7 * 256 + 300, dtype=torch.float64).unbind(0)
+    for needs in ((True, True, True), (False, False, True)):
+        check.no_worse(ops.swiglu, swiglu_reference, swiglu_reference, [gate[None], up[None], scale], needs)
+    wide = torch.randn(3, 2 * 7 * 256 + 3)[:, 1:]
+    check.no_worse(ops.gelu, gelu_reference, gelu_reference, [wide, torch.randn(wide.shape[1])])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_parameters(check, dtype):
     x, weight, bias = torch.randn(9, 768).to(dtype), torch.randn(768), torch.randn(768)
