@@ -81,13 +81,12 @@ struct Args {
   Param<T> scale;
   T *y, *dgate, *dup;  // null: not wanted
   acc_t<T>* part;      // [gridDim.x, n] sums of dscale; null: not wanted
+  int64_t before = 0;  // columns of other launches
 };
 
-// The first of the V columns of a thread, and how far on its next ones are.
-template <int V>
-__device__ int64_t columns() { return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V; }
-template <int V>
-__device__ int64_t columns_of_all() { return int64_t(gridDim.y) * blockDim.x * V; }
+// The V columns of a thread.
+template <int V, class T>
+__device__ int64_t columns(const Args<T>& a) { return a.before + (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V; }
 
 constexpr int kAtOnce = 2;  // rows that a thread reads before it uses the first
 
@@ -95,29 +94,29 @@ template <Kind KIND, int V, int U, class T>
 __global__ void forward_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
-  for (int64_t j = columns<V>(); j < a.n; j += columns_of_all<V>()) {
-    A scale[V];
-    a.scale.template load<V>(j, scale);
-    for (int64_t first = int64_t(blockIdx.x) * U; first < a.rows; first += int64_t(gridDim.x) * U) {
-      P gate[U], up[U];
+  const int64_t j = columns<V>(a);
+  if (j >= a.n) return;
+  A scale[V];
+  a.scale.template load<V>(j, scale);
+  for (int64_t first = int64_t(blockIdx.x) * U; first < a.rows; first += int64_t(gridDim.x) * U) {
+    P gate[U], up[U];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int64_t r = first + u;
-        if (r < a.rows) gate[u] = P::load(a.gate + r * a.gate_stride + j);
-        if (r < a.rows && a.up) up[u] = P::load(a.up + r * a.up_stride + j);
+    for (int u = 0; u < U; ++u) {
+      const int64_t r = first + u;
+      if (r < a.rows) gate[u] = P::load(a.gate + r * a.gate_stride + j);
+      if (r < a.rows && a.up) up[u] = P::load(a.up + r * a.up_stride + j);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      A g[V], other[V];
+      widen(gate[u], g);
+      if (a.up) widen(up[u], other);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const A y = act<KIND, T>(g[e], nullptr) * scale[e];
+        gate[u].v[e] = static_cast<T>(a.up ? y * other[e] : y);
       }
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        A g[V], other[V];
-        widen(gate[u], g);
-        if (a.up) widen(up[u], other);
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          const A y = act<KIND, T>(g[e], nullptr) * scale[e];
-          gate[u].v[e] = static_cast<T>(a.up ? y * other[e] : y);
-        }
-        if (first + u < a.rows) gate[u].store(a.y + (first + u) * a.n + j);
-      }
+      if (first + u < a.rows) gate[u].store(a.y + (first + u) * a.n + j);
     }
   }
 }
@@ -126,56 +125,60 @@ template <Kind KIND, int V, int U, class T>
 __global__ void backward_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
-  for (int64_t j = columns<V>(); j < a.n; j += columns_of_all<V>()) {
-    A scale[V], sum[V] = {};
-    a.scale.template load<V>(j, scale);
-    for (int64_t first = int64_t(blockIdx.x) * U; first < a.rows; first += int64_t(gridDim.x) * U) {
-      P dy[U], gate[U], up[U];
+  const int64_t j = columns<V>(a);
+  if (j >= a.n) return;
+  A scale[V], sum[V] = {};
+  a.scale.template load<V>(j, scale);
+  for (int64_t first = int64_t(blockIdx.x) * U; first < a.rows; first += int64_t(gridDim.x) * U) {
+    P dy[U], gate[U], up[U];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int64_t r = first + u;
-        if (r >= a.rows) continue;
-        dy[u] = P::load(a.dy + r * a.dy_stride + j);
-        gate[u] = P::load(a.gate + r * a.gate_stride + j);
-        if (a.up) up[u] = P::load(a.up + r * a.up_stride + j);
-      }
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int64_t r = first + u;
-        if (r >= a.rows) continue;
-        A d[V], g[V], other[V];
-        widen(dy[u], d);
-        widen(gate[u], g);
-        if (a.up) widen(up[u], other);
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          A slope;
-          const A y = act<KIND, T>(g[e], &slope), o = a.up ? other[e] : A(1);
-          sum[e] += d[e] * y * o;
-          dy[u].v[e] = static_cast<T>(d[e] * scale[e] * o * slope);
-          up[u].v[e] = static_cast<T>(d[e] * scale[e] * y);
-        }
-        if (a.dgate) dy[u].store(a.dgate + r * a.n + j);
-        if (a.dup) up[u].store(a.dup + r * a.n + j);
-      }
+    for (int u = 0; u < U; ++u) {
+      const int64_t r = first + u;
+      if (r >= a.rows) continue;
+      dy[u] = P::load(a.dy + r * a.dy_stride + j);
+      gate[u] = P::load(a.gate + r * a.gate_stride + j);
+      if (a.up) up[u] = P::load(a.up + r * a.up_stride + j);
     }
 #pragma unroll
-    for (int e = 0; e < V; ++e)
-      if (a.part) a.part[int64_t(blockIdx.x) * a.n + j + e] = sum[e];
+    for (int u = 0; u < U; ++u) {
+      const int64_t r = first + u;
+      if (r >= a.rows) continue;
+      A d[V], g[V], other[V];
+      widen(dy[u], d);
+      widen(gate[u], g);
+      if (a.up) widen(up[u], other);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        A slope;
+        const A y = act<KIND, T>(g[e], &slope), o = a.up ? other[e] : A(1);
+        sum[e] += d[e] * y * o;
+        dy[u].v[e] = static_cast<T>(d[e] * scale[e] * o * slope);
+        up[u].v[e] = static_cast<T>(d[e] * scale[e] * y);
+      }
+      if (a.dgate) dy[u].store(a.dgate + r * a.n + j);
+      if (a.dup) up[u].store(a.dup + r * a.n + j);
+    }
   }
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    if (a.part) a.part[int64_t(blockIdx.x) * a.n + j + e] = sum[e];
 }
 
 // kernel(std::integral_constant<int, V>) is the kernel for V columns a thread; `blocks` of rows.
 template <class T, class F>
-void run(const Args<T>& a, int64_t blocks, const Launch& launch, F&& kernel) {
+void run(Args<T> a, int64_t blocks, const Launch& launch, F&& kernel) {
   constexpr int V = 16 / sizeof(T);
   const bool whole = a.n % V == 0 && a.scale.packs() && packs<T, V>(a.dy, a.dy_stride) && packs<T, V>(a.gate, a.gate_stride) &&
                      packs<T, V>(a.up, a.up_stride);
   const int64_t threads = whole ? a.n / V : a.n;
   const unsigned block = unsigned(std::min<int64_t>(256, (threads + 31) / 32 * 32));
-  const Grid grid{blocks, std::min(kGridY, (threads + block - 1) / block)};
-  if (whole) launch(kernel(std::integral_constant<int, V>{}), grid, block, a);
-  else launch(kernel(std::integral_constant<int, 1>{}), grid, block, a);
+  const int64_t across = (threads + block - 1) / block;
+  for (int64_t done = 0; done < across; done += kGridY) {
+    const Grid grid{blocks, std::min(kGridY, across - done)};
+    a.before = done * block * (whole ? V : 1);
+    if (whole) launch(kernel(std::integral_constant<int, V>{}), grid, block, a);
+    else launch(kernel(std::integral_constant<int, 1>{}), grid, block, a);
+  }
 }
 
 template <Kind KIND>

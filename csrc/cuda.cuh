@@ -22,7 +22,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace fastpeft {
 
-// Blocks of a launch. `y` at most kGridY: kernels walk over what is more. In tests on a CPU it is so few that they do.
+// Blocks of a launch. `y` is kGridY at most, so few in tests on a CPU that they exceed it.
 #ifdef FASTPEFT_EMULATED
 constexpr int64_t kGridY = 7;
 #else
