@@ -32,9 +32,14 @@ struct Grid {
   int64_t x, y = 1;
 };
 
-// x's device made current, for as long as this lives; called, it launches a kernel on the current stream.
+// x's device made current, for as long as this lives; called, it launches a kernel on the current stream. All tensors must lie there: a
+// kernel that reads the host's memory, or another card's, ends CUDA for the whole process.
 class Launch {
  public:
+  template <class... Others>
+  explicit Launch(const Tensor& x, const Others&... others) : Launch(x) {
+    STD_TORCH_CHECK((same_device(x, others) && ...), "fastpeft: tensors of one call lie on several devices; move them to the first one's");
+  }
 #ifdef FASTPEFT_EMULATED
   explicit Launch(const Tensor& x) : device_(x.get_device_index()) {}
 #else
@@ -287,11 +292,12 @@ struct Param {
   bool packs() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 };
 
-// `own` keeps a dense copy alive until the launches are queued.
+// `own` keeps a dense copy alive until the launches are queued. `n`: the elements it must have, where that is known.
 template <class T>
-Param<T> param(const Maybe& p, Tensor& own, const Tensor& x, double absent) {
+Param<T> param(const Maybe& p, Tensor& own, const Tensor& x, double absent, int64_t n = -1) {
   if (!p) return {nullptr, false, acc_t<T>(absent)};
   own = torch::stable::contiguous(*p);
+  STD_TORCH_CHECK(n < 0 || own.numel() == n, "fastpeft: parameter of the wrong size");
   return {own.const_data_ptr(), own.scalar_type() != x.scalar_type(), acc_t<T>(absent)};
 }
 

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(Args<T> a) {
   using P = Pack<T, V>;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   if (i >= a.n) return;
-  const uint64_t key = uint64_t((a.on_card ? *a.on_card : a.seed) + a.index);
+  const uint64_t key = uint64_t(a.on_card ? *a.on_card : a.seed) + uint64_t(a.index);
   const bool whole = i + V <= a.n;
   P pack;
   if (whole) {

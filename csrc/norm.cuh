@@ -182,14 +182,15 @@ void norm_fwd_cuda(
     const Tensor& mean, const Tensor& rstd) {
   const Rows in = rows_of(x), other = residual ? rows_of(*residual) : in;
   if (in.count == 0) return;
-  const Launch launch(x);
+  STD_TORCH_CHECK(other.count == in.count && other.n == in.n, "norm: shapes differ");
+  const Launch launch(x, residual, weight, bias);
   dispatch(x.scalar_type(), "norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
     constexpr int V = 16 / sizeof(T);
     Tensor own_weight, own_bias;
     const NormFwd<T> a{read<T>(in.own), residual ? read<T>(other.own) : nullptr, in.stride, other.stride, in.count, in.n,
-                       param<T>(weight, own_weight, x, 1), param<T>(bias, own_bias, x, 0), A(eps), A(1) / A(in.n), write<T>(y),
+                       param<T>(weight, own_weight, x, 1, in.n), param<T>(bias, own_bias, x, 0, in.n), A(eps), A(1) / A(in.n), write<T>(y),
                        residual ? write<T>(h) : nullptr, keep && CENTER ? write<A>(mean) : nullptr, keep ? write<A>(rstd) : nullptr};
     const bool whole = packs<T, V>(a.x, a.x_stride) && packs<T, V>(a.residual, a.residual_stride) && a.weight.packs() && a.bias.packs();
     const Deal d = deal_forward(packs_of<T>(in.n, whole));

@@ -244,14 +244,16 @@ void norm_bwd_cuda(
       if (sum.numel()) torch::stable::zero_(sum);
     return;
   }
-  const Launch launch(h);
+  STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count && carry.n == in.n, "norm backward: shapes differ");
+  STD_TORCH_CHECK((!mean || mean->numel() == in.count) && rstd.numel() == in.count, "norm backward: statistics were not kept");
+  const Launch launch(h, dy, weight, mean, rstd, dh);
   dispatch(h.scalar_type(), "norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
     constexpr int V = 16 / sizeof(T);
     Tensor own_weight, part;
     NormBwd<T> a{read<T>(up.own), read<T>(in.own), dh && need_dx ? read<T>(carry.own) : nullptr, up.stride, in.stride, carry.stride, in.count,
-                 in.n, param<T>(weight, own_weight, h, 1), CENTER ? read<A>(*mean) : nullptr, read<A>(rstd),
+                 in.n, param<T>(weight, own_weight, h, 1, in.n), CENTER ? read<A>(*mean) : nullptr, read<A>(rstd),
                  need_dx ? write<T>(dx) : nullptr, nullptr, A(1) / A(in.n)};
     const bool whole = packs<T, V>(a.dy, a.dy_stride) && packs<T, V>(a.h, a.h_stride) && packs<T, V>(a.dh, a.dh_stride) && a.weight.packs();
     const Deal d = deal_backward(packs_of<T>(in.n, whole));

@@ -92,7 +92,7 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
   auto at = [&](const Tensor& t) { return RowAt{Walk(from, t, own), Walk(from, t, [&](int64_t i) { return !own(i); })}; };
   auto rows_along = [](const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); };
   const Tensor in = rows_along(from), other = x ? rows_along(*x) : in;
-  const Launch launch(from);
+  const Launch launch(from, x, scale);
   dispatch(from.scalar_type(), "rescale", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;

@@ -58,7 +58,7 @@ Tensor apply_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool tr
   Tensor y = unit ? torch::stable::empty_like(x) : output_like(x);
   if (x.numel() == 0) return y;
   Tensor c, s;
-  const Launch launch(x);
+  const Launch launch(x, cos, sin);
   dispatch(x.scalar_type(), "rotary", [&](auto t) {
     using T = typename decltype(t)::type;
     constexpr int V = 16 / sizeof(T);

@@ -222,3 +222,53 @@ def test_attention_inputs_stops_what_it_cannot_do():
     x = torch.randn(1, 2, 1, 64)
     with pytest.raises(RuntimeError, match="not kept"):
         torch.ops.fastpeft.attention_inputs_bwd(x, x, None, None, None, None, None, None, x[0, 0, 0], None, 0.0, 1e-6, None, None, 1)
+
+
+def on_the_cpu(op, *args):
+    """A call that reaches csrc's kernel whatever its tensors are."""
+    return op.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+
+
+def test_tensors_of_several_devices_are_refused():
+    """A kernel that reads the host's memory ends CUDA for the whole process."""
+    op, n = torch.ops.fastpeft, 8
+    x, away = torch.randn(3, n), torch.empty(n, device="meta")
+    rows, one = torch.empty(3, n, device="meta"), torch.ones(3)
+    heads, far = torch.randn(1, 3, 1, n), torch.empty(1, 3, 1, n, device="meta")
+    nothing = [None] * 10
+    for call, *args in (
+        (op.layer_norm_fwd, x, None, away, None, 1e-5, True),
+        (op.layer_norm_fwd, x, rows, None, None, 1e-5, True),
+        (op.layer_norm_bwd, x, x, away, one, one, None, True, True, False),
+        (op.rms_norm_fwd, x, None, away, 1e-5, True),
+        (op.rms_norm_bwd, rows, x, None, one, None, True, False),
+        (op.rescale_fwd, x, away),
+        (op.rescale_bwd, x, x, away, True, False),
+        (op.rotary, x, rows, rows, False),
+        (op.swiglu_fwd, x, rows, None),
+        (op.gelu_fwd, x, away, "none"),
+        (op.gelu_bwd, rows, x, None, "none", True, False),
+        (op.attention_inputs_fwd, heads, far, heads, *nothing[:4], 0.0, 1e-5, *nothing[:4], 0, 0),
+        (op.attention_inputs_bwd, None, heads, far, *nothing[:7], 0.0, 1e-5, None, None, 6),
+    ):
+        with pytest.raises(RuntimeError, match="several devices; move them"):
+            on_the_cpu(call, *args)
+
+
+def test_what_does_not_fit_is_refused():
+    """What would read past the end of a tensor on a GPU."""
+    op, x, one = torch.ops.fastpeft, torch.randn(3, 8), torch.ones(3)
+    for message, call, *args in (
+        ("wrong size", op.layer_norm_fwd, x, None, torch.ones(7), None, 1e-5, True),
+        ("shapes differ", op.layer_norm_fwd, x, x[:2], None, None, 1e-5, True),
+        ("shapes differ", op.layer_norm_bwd, x[:2], x, None, one, one, None, True, False, False),
+        ("not kept", op.layer_norm_bwd, x, x, None, one[:0], one[:0], None, True, False, False),
+        ("not kept", op.rms_norm_bwd, x, x, None, one[:2], None, True, False),
+        ("shapes differ", op.swiglu_fwd, x, x[:, :4], None),
+        ("wrong size", op.gelu_fwd, x, torch.ones(9), "none"),
+        ("not kept", op.swiglu_bwd, x, x, None, None, True, False, False),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*args)
+    y, _, mean, _ = op.layer_norm_fwd(torch.empty(3, 0), None, None, None, 1e-5, True)
+    assert y.shape == (3, 0) and mean.numel() == 0
