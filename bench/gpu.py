@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = max(8, (os.cpu_count() or 1) - 2)  # compiling Triton's kernels is what the tests wait for
 CALLS = {"right": 0.4, "kernels": 0.3, "steps": 0.3}  # and their shares of the time, where several are made
 # the order in which operators are measured
-OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "excitor_keys", "linear_cross_entropy")
+OPS = ("lora_linear", "layer_norm", "rms_norm", "lora_products", "attention", "mm_adapter", "excitor_keys", "linear_cross_entropy")
 IMPORTS = 25.0  # seconds, on a slow host
 LEAST = 10.0  # seconds: a piece with less than that is not begun
 NATIVE = (
