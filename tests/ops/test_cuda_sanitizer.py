@@ -7,6 +7,7 @@ threads run in several orders, which must give the same bits.
 import ctypes
 import importlib
 import os
+import random
 import re
 import subprocess
 
@@ -191,3 +192,28 @@ def test_attention_inputs(sanitizer, d, rot, dtype):
 
         tables = [angle.cos().to(dtype), angle.sin().to(dtype)] if rot else []
         sanitizer.run(call, [q, k, v, *tables, *given], (True, True, True, *(False for _ in tables), *(True for _ in given)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_shapes(sanitizer, seed, dtype):
+    """Any width, number of rows, place of a row's first element, and subset of gradients."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(6):
+        widest = draw.randrange(4096, 9000) if draw.random() < 0.3 else 1
+        n = draw.choice((draw.randrange(1, 600), 8 * draw.randrange(1, 300), widest))
+        m = draw.randrange(1, 5 if n > 2000 else 40)
+        x, other = (rows(m, n, dtype, draw.choice((0, 0, 1, 2, 8))) for _ in range(2))
+        weight, bias = torch.randn(2, n).to(draw.choice((dtype, torch.promote_types(dtype, torch.float32)))).unbind(0)
+        needs = [draw.random() < 0.7 for _ in range(4)]
+        sanitizer.run(ops.add_layer_norm, [x, other, weight, bias], needs)
+        sanitizer.run(ops.add_rms_norm, [x, other, weight], needs[:3])
+        sanitizer.run(ops.swiglu, [x, other, weight], needs[:3])
+        sanitizer.run(ops.gelu, [x, weight], needs[:2])
+        shape = draw.choice(((n,), (m, 1), (m, n), ()))
+        sanitizer.run(ops.rescale, [x, torch.randn(shape).to(weight.dtype)], needs[:2])
+        if n % 2 == 0:
+            rot = 2 * draw.randrange(1, n // 2 + 1)
+            sanitizer.run(ops.rotary, [x, *torch.randn(2, m, rot).to(weight.dtype)], (needs[0], False, False))
