@@ -2,7 +2,8 @@
 
     python -m bench gpu [right] [kernels] [steps] [--minutes 7.5]
 
-right: which backend serves each operator, then every test marked gpu, in many processes; and compute-sanitizer, where it is installed.
+right: which backend serves each operator; csrc's kernels against their CPU twins in one process, where nothing is compiled; then every test
+marked gpu, in many processes; and compute-sanitizer, where it is installed.
 kernels: every operator against its peers, bfloat16 first. steps: whole steps of MISS and of a LLaMA-shaped stack (bench/steps_gpu.py).
 
 Each call leaves two files in $OUT (or bench/results): gpu-CALL.json, written after every case, and gpu-CALL.log; tables of whole steps are
@@ -30,9 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = max(8, (os.cpu_count() or 1) - 2)  # compiling Triton's kernels is what the tests wait for
 CALLS = {"right": 0.4, "kernels": 0.3, "steps": 0.3}  # and their shares of the time, where several are made
 # the order in which operators are measured
-OPS = ("lora_linear", "layer_norm", "rms_norm", "attention", "mm_adapter", "excitor_keys", "linear_cross_entropy")
+OPS = ("lora_linear", "layer_norm", "rms_norm", "lora_products", "attention", "mm_adapter", "excitor_keys", "linear_cross_entropy")
 IMPORTS = 25.0  # seconds, on a slow host
 LEAST = 10.0  # seconds: a piece with less than that is not begun
+NATIVE = (
+    "bfloat16 and (test_norms or test_row_wise or test_attention_inputs) or test_norms_of_more_rows"  # of the twins: csrc's, rewritten last
+)
 SANITIZED = "test_norms and 768 and bfloat16 or test_passes_of_lora_linear and 33"  # of the twins
 COMPILE = "from bench.gpu import compile_all; raise SystemExit(compile_all())"
 BACKENDS = "from bench.gpu import tell_backends; raise SystemExit(tell_backends())"
@@ -58,14 +62,14 @@ def right(seconds: float) -> list[tuple[str, list[str], float]]:
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = ["-m", "pytest", "-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "bench.pytest_cases"]
     pytest += ["--import-mode=importlib", "-m", "gpu"]
-    if importlib.util.find_spec("xdist"):
-        pytest += ["-n", str(PROCESSES)]
-    pieces = [("backends", [python, "-c", BACKENDS], 60.0), ("tests", [python, *pytest, *marked], 360.0)]
+    twins = [python, *pytest, str(ROOT / "tests/ops/test_cuda_twins.py"), "-k"]
+    native = [*twins[:-1], str(ROOT / "tests/ops/test_dropout.py"), "-k", NATIVE]
+    workers = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
+    pieces = [("backends", [python, "-c", BACKENDS], 60.0), ("native", native, 75.0)]
+    pieces.append(("tests", [python, *pytest, *workers, *marked], 360.0))
     if sanitizer := shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"):
-        twins = [python, *pytest[:-2], "-m", "gpu", "-k", SANITIZED, str(ROOT / "tests/ops/test_cuda_twins.py")]
-        twins = [argument for argument in twins if argument not in ("-n", str(PROCESSES))]
         for tool in ("memcheck", "racecheck"):
-            pieces.append((tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *twins], 120.0))
+            pieces.append((tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *twins, SANITIZED], 120.0))
     return pieces
 
 

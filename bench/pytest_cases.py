@@ -7,6 +7,9 @@ import sys
 
 from bench.pieces import say
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # many such processes, each with as many threads as there are cores, would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
 # of a test's name, from the most important on
 ORDER = ("lora", "norm", "prefix", "attention", "adapter", "cross_entropy")
 

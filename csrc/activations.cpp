@@ -141,6 +141,7 @@ enum Kind { kSwiGLU, kGELU, kGELUTanh };
 
 Tensor run_forward(Kind kind, const Tensor& gate, const Maybe& up, const Maybe& scale) {
   const Rows g = rows_of(gate), u = up ? rows_of(*up) : g;
+  STD_TORCH_CHECK(u.count == g.count && u.n == g.n, "activation: shapes differ");
   Tensor y = output_like(gate);
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
@@ -162,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     Kind kind, bool gated, const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup,
     bool need_dscale) {
   const Rows d = rows_of(dy), g = rows_of(gate), u = up ? rows_of(*up) : g;
-  STD_TORCH_CHECK(d.count == g.count && d.n == g.n && u.count == g.count, "activation backward: shapes differ");
+  STD_TORCH_CHECK(d.count == g.count && d.n == g.n && u.count == g.count && u.n == g.n, "activation backward: shapes differ");
   STD_TORCH_CHECK(up || !gated || !(need_dgate || need_dscale), "activation backward: up was not kept");
   Tensor dgate = output_like(gate, need_dgate), dup = output_like(gate, need_dup);
   Tensor dscale = make_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});

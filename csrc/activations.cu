@@ -81,11 +81,12 @@ struct Args {
   Param<T> scale;
   T *y, *dgate, *dup;  // null: not wanted
   acc_t<T>* part;      // [gridDim.x, n] sums of dscale; null: not wanted
+  int64_t before = 0;  // columns of other launches
 };
 
 // The V columns of a thread.
-template <int V>
-__device__ int64_t columns() { return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V; }
+template <int V, class T>
+__device__ int64_t columns(const Args<T>& a) { return a.before + (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V; }
 
 constexpr int kAtOnce = 2;  // rows that a thread reads before it uses the first
 
@@ -93,7 +94,7 @@ template <Kind KIND, int V, int U, class T>
 __global__ void forward_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
-  const int64_t j = columns<V>();
+  const int64_t j = columns<V>(a);
   if (j >= a.n) return;
   A scale[V];
   a.scale.template load<V>(j, scale);
@@ -124,7 +125,7 @@ template <Kind KIND, int V, int U, class T>
 __global__ void backward_kernel(Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
-  const int64_t j = columns<V>();
+  const int64_t j = columns<V>(a);
   if (j >= a.n) return;
   A scale[V], sum[V] = {};
   a.scale.template load<V>(j, scale);
@@ -165,15 +166,19 @@ __global__ void backward_kernel(Args<T> a) {
 
 // kernel(std::integral_constant<int, V>) is the kernel for V columns a thread; `blocks` of rows.
 template <class T, class F>
-void run(const Args<T>& a, int64_t blocks, const Launch& launch, F&& kernel) {
+void run(Args<T> a, int64_t blocks, const Launch& launch, F&& kernel) {
   constexpr int V = 16 / sizeof(T);
   const bool whole = a.n % V == 0 && a.scale.packs() && packs<T, V>(a.dy, a.dy_stride) && packs<T, V>(a.gate, a.gate_stride) &&
                      packs<T, V>(a.up, a.up_stride);
   const int64_t threads = whole ? a.n / V : a.n;
   const unsigned block = unsigned(std::min<int64_t>(256, (threads + 31) / 32 * 32));
-  const dim3 grid(unsigned(blocks), unsigned((threads + block - 1) / block));
-  if (whole) launch(kernel(std::integral_constant<int, V>{}), grid, block, a);
-  else launch(kernel(std::integral_constant<int, 1>{}), grid, block, a);
+  const int64_t across = (threads + block - 1) / block;
+  for (int64_t done = 0; done < across; done += kGridY) {
+    const Grid grid{blocks, std::min(kGridY, across - done)};
+    a.before = done * block * (whole ? V : 1);
+    if (whole) launch(kernel(std::integral_constant<int, V>{}), grid, block, a);
+    else launch(kernel(std::integral_constant<int, 1>{}), grid, block, a);
+  }
 }
 
 template <Kind KIND>
@@ -181,11 +186,12 @@ Tensor run_forward(const Tensor& gate, const Maybe& up, const Maybe& scale) {
   const Rows g = rows_of(gate), u = up ? rows_of(*up) : g;
   Tensor y = output_like(gate), own;
   if (gate.numel() == 0) return y;
-  const Launch launch(gate);
+  STD_TORCH_CHECK(u.count == g.count && u.n == g.n, "activation: shapes differ");
+  const Launch launch(gate, up, scale);
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
     const Args<T> a{nullptr, read<T>(g.own), up ? read<T>(u.own) : nullptr, 0, g.stride, u.stride, g.count, g.n,
-                    param<T>(scale, own, gate, 1), write<T>(y), nullptr, nullptr, nullptr};
+                    param<T>(scale, own, gate, 1, g.n), write<T>(y), nullptr, nullptr, nullptr};
     run(a, (g.count + kAtOnce - 1) / kAtOnce, launch, [](auto v) { return forward_kernel<KIND, decltype(v)::value, kAtOnce, T>; });
   });
   return y;
@@ -193,7 +199,7 @@ Tensor run_forward(const Tensor& gate, const Maybe& up, const Maybe& scale) {
 
 template <Kind KIND>
 std::tuple<Tensor, Tensor, Tensor> run_backward(
-    const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup, bool need_dscale) {
+    bool gated, const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup, bool need_dscale) {
   const Rows d = rows_of(dy), g = rows_of(gate), u = up ? rows_of(*up) : g;
   Tensor dgate = output_like(gate, need_dgate), dup = output_like(gate, need_dup), own;
   Tensor dscale = make_empty(scale ? *scale : gate, {need_dscale ? g.n : 0});
@@ -201,14 +207,16 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     if (need_dscale) torch::stable::zero_(dscale);
     return {dgate, dup, dscale};
   }
-  const Launch launch(gate);
+  STD_TORCH_CHECK(d.count == g.count && d.n == g.n && u.count == g.count && u.n == g.n, "activation backward: shapes differ");
+  STD_TORCH_CHECK(up || !gated || !(need_dgate || need_dscale), "activation backward: up was not kept");
+  const Launch launch(gate, dy, up, scale);
   const int parts = int(std::min<int64_t>(g.count, kParts));
   dispatch(gate.scalar_type(), "activation", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
     const Tensor part = make_empty(gate, {need_dscale ? parts * g.n : 0}, acc_type(gate));
     const Args<T> a{read<T>(d.own), read<T>(g.own), up ? read<T>(u.own) : nullptr, d.stride, g.stride, u.stride, g.count, g.n,
-                    param<T>(scale, own, gate, 1), nullptr, need_dgate ? write<T>(dgate) : nullptr,
+                    param<T>(scale, own, gate, 1, g.n), nullptr, need_dgate ? write<T>(dgate) : nullptr,
                     need_dup ? write<T>(dup) : nullptr, need_dscale ? write<A>(part) : nullptr};
     run(a, need_dscale ? parts : (g.count + kAtOnce - 1) / kAtOnce, launch, [](auto v) { return backward_kernel<KIND, decltype(v)::value, kAtOnce, T>; });
     sum_parts(read<A>(part), parts, g.n, dscale, launch);
@@ -223,16 +231,20 @@ Tensor gelu_forward(const Tensor& x, const Maybe& scale, std::string approximate
 Tensor geglu_forward(const Tensor& gate, const Tensor& up, const Maybe& scale, std::string approximate) {
   return approximate == "tanh" ? run_forward<kGELUTanh>(gate, up, scale) : run_forward<kGELU>(gate, up, scale);
 }
+std::tuple<Tensor, Tensor, Tensor> swiglu_backward(
+    const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, bool need_dgate, bool need_dup, bool need_dscale) {
+  return run_backward<kSwiGLU>(true, dy, gate, up, scale, need_dgate, need_dup, need_dscale);
+}
 std::tuple<Tensor, Tensor, Tensor> geglu_backward(
     const Tensor& dy, const Tensor& gate, const Maybe& up, const Maybe& scale, std::string approximate, bool need_dgate, bool need_dup,
     bool need_dscale) {
   auto run = approximate == "tanh" ? run_backward<kGELUTanh> : run_backward<kGELU>;
-  return run(dy, gate, up, scale, need_dgate, need_dup, need_dscale);
+  return run(true, dy, gate, up, scale, need_dgate, need_dup, need_dscale);
 }
 std::tuple<Tensor, Tensor> gelu_backward(
     const Tensor& dy, const Tensor& x, const Maybe& scale, std::string approximate, bool need_dx, bool need_dscale) {
   auto run = approximate == "tanh" ? run_backward<kGELUTanh> : run_backward<kGELU>;
-  auto [dx, none, dscale] = run(dy, x, std::nullopt, scale, need_dx, false, need_dscale);
+  auto [dx, none, dscale] = run(false, dy, x, std::nullopt, scale, need_dx, false, need_dscale);
   return {dx, dscale};
 }
 
@@ -240,7 +252,7 @@ std::tuple<Tensor, Tensor> gelu_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, FASTPEFT_CUDA_KEY, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&fastpeft::cuda_activations::swiglu_forward));
-  m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::run_backward<fastpeft::cuda_activations::kSwiGLU>));
+  m.impl("swiglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::swiglu_backward));
   m.impl("geglu_fwd", TORCH_BOX(&fastpeft::cuda_activations::geglu_forward));
   m.impl("geglu_bwd", TORCH_BOX(&fastpeft::cuda_activations::geglu_backward));
   m.impl("gelu_fwd", TORCH_BOX(&fastpeft::cuda_activations::gelu_forward));

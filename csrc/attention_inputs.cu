@@ -94,6 +94,20 @@ __device__ void times(const Param<T>& factor, int64_t at, acc_t<T> (&v)[V]) {
   for (int e = 0; e < V; ++e) v[e] *= f[e];
 }
 
+// What a norm takes of a pair, times its factor, and what the norm multiplies it by.
+template <int V, class T>
+struct ToNorm {
+  acc_t<T> x1[V], x2[V], weight1[V], weight2[V];
+  __device__ ToNorm(const Args<T>& a, const Side<T>& s, uint32_t head, const Pair& pair, const Pack<T, V>& one, const Pack<T, V>& two) {
+    widen(one, x1), widen(two, x2);
+    if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, x1), times<V, T>(s.factor, head * a.d + pair.two, x2);
+    s.norm.template load<V>(pair.one, weight1);
+    s.norm.template load<V>(pair.two, weight2);
+#pragma unroll
+    for (int e = 0; e < V; ++e) weight1[e] += a.offset, weight2[e] += a.offset;
+  }
+};
+
 template <int V, class T>
 __device__ void store(const acc_t<T> (&v)[V], T* to) {
   Pack<T, V> out;
@@ -191,15 +205,11 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       widen(P::load(dy + pair.two), g2[k]);
       if (s.turns && pair.turns) turn<V, T>(a.tables, table, pair, true, g1[k], g2[k]);
       if (!NORM || !s.norm.data) continue;
-      A v1[V], v2[V], w1[V], w2[V];
-      widen(x1[k], v1), widen(x2[k], v2);
-      if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, v1), times<V, T>(s.factor, head * a.d + pair.two, v2);
-      s.norm.template load<V>(pair.one, w1);
-      s.norm.template load<V>(pair.two, w2);
+      const ToNorm<V, T> to(a, s, head, pair, x1[k], x2[k]);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        sums.a += v1[e] * v1[e] + v2[e] * v2[e];
-        sums.b += g1[k][e] * (a.offset + w1[e]) * v1[e] + g2[k][e] * (a.offset + w2[e]) * v2[e];
+        sums.a += to.x1[e] * to.x1[e] + to.x2[e] * to.x2[e];
+        sums.b += g1[k][e] * to.weight1[e] * to.x1[e] + g2[k][e] * to.weight2[e] * to.x2[e];
       }
     }
     A rstd = 1, mean = 0;
@@ -214,17 +224,13 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       const Pair pair(a, (group.lane + k * a.lanes) * V);
       if (!pair.mine) continue;
       if (NORM && s.norm.data) {
-        A v1[V], v2[V], w1[V], w2[V];
-        widen(x1[k], v1), widen(x2[k], v2);
-        if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, v1), times<V, T>(s.factor, head * a.d + pair.two, v2);
-        s.norm.template load<V>(pair.one, w1);
-        s.norm.template load<V>(pair.two, w2);
+        const ToNorm<V, T> to(a, s, head, pair, x1[k], x2[k]);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          v1[e] *= rstd, v2[e] *= rstd;
-          if (DNORM) dnorm1[k][e] += g1[k][e] * v1[e], dnorm2[k][e] += g2[k][e] * v2[e];
-          g1[k][e] = rstd * (g1[k][e] * (a.offset + w1[e]) - v1[e] * mean);
-          g2[k][e] = rstd * (g2[k][e] * (a.offset + w2[e]) - v2[e] * mean);
+          const A v1 = to.x1[e] * rstd, v2 = to.x2[e] * rstd;
+          if (DNORM) dnorm1[k][e] += g1[k][e] * v1, dnorm2[k][e] += g2[k][e] * v2;
+          g1[k][e] = rstd * (g1[k][e] * to.weight1[e] - v1 * mean);
+          g2[k][e] = rstd * (g2[k][e] * to.weight2[e] - v2 * mean);
         }
       }
       if (DFACTOR && s.dfactor) {
@@ -367,7 +373,7 @@ void launch_fwd(Args<T>& a, const Tabled<T>& tables, unsigned sides, const Launc
   if (rows == 0) return;
   by_packs(a, tables, sides, [&](auto v, auto k) {
     const unsigned groups = kThreads / a.lanes;
-    launch(attention_inputs_fwd_kernel<decltype(v)::value, decltype(k)::value, T>, dim3(blocks_of(rows, groups), sides), kThreads, a);
+    launch(attention_inputs_fwd_kernel<decltype(v)::value, decltype(k)::value, T>, Grid{blocks_of(rows, groups), sides}, kThreads, a);
   });
 }
 
@@ -378,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(
   Tensor y[3] = {make_empty(k, {0}), make_empty(k, {B, n + M, heads, d}), make_empty(k, {0})};
   if (q) y[0] = make_empty(k, {B, n_q + M, q->size(2), d});
   if (v) y[2] = make_empty(k, {B, n + M, heads, d});
-  const Launch launch(k);
+  const Launch launch(k, q, v, cos, sin, q_norm, k_norm, l_k, l_v, p_k, p_v);
   dispatch(k.scalar_type(), "attention_inputs", [&](auto t) {
     using T = typename decltype(t)::type;
     Given given[3] = {{q, {}, q_norm, {}, {}, n_q, bool(cos), k, k, k, k, k},
@@ -404,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
   const Tensor none = make_empty(dk, {0});
   Tensor out[3] = {like(dq, DQ), like(dk, DK), like(dv, DV)}, dnorm[3] = {like(q_norm, DQ_NORM), like(k_norm, DK_NORM), none};
   Tensor dfactor[3] = {none, like(l_k, DL_K), like(l_v, DL_V)}, norm_part[3] = {none, none, none}, factor_part[3] = {none, none, none};
-  const Launch launch(dk);
+  const Launch launch(dk, dq, dv, q, k, v, cos, sin, q_norm, k_norm, l_k, l_v);
   dispatch(dk.scalar_type(), "attention_inputs", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -434,6 +440,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
       const unsigned groups = kThreads / a.lanes;
       for (unsigned i = 0; i < sides; ++i) {
         Side<T>& s = a.side[i];
+        STD_TORCH_CHECK(s.heads > 0, "attention_inputs_bwd: no heads");
         const bool walks = dnorm[of[i]].numel() || dfactor[of[i]].numel();
         norm |= s.norm.data != nullptr, dnorms |= dnorm[of[i]].numel() > 0, dfactors |= dfactor[of[i]].numel() > 0;
         s.blocks = blocks_of(s.rows, groups);
@@ -446,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
       }
       const auto run = [&](auto norm, auto dnorm, auto dfactor) {
         auto kernel = attention_inputs_bwd_kernel<decltype(v)::value, decltype(k)::value, norm, dnorm, dfactor, T>;
-        launch(kernel, dim3(most, sides), kThreads, a);
+        launch(kernel, Grid{most, sides}, kThreads, a);
       };
       const std::true_type yes;
       const std::false_type no;

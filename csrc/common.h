@@ -58,6 +58,14 @@ const T* read(const Maybe& t) { return t ? read<T>(*t) : nullptr; }
 template <class T>
 T* write(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
+inline bool same_device(const Tensor& x, const Tensor& t) {
+  int32_t type, other;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &other));
+  return type == other && x.get_device_index() == t.get_device_index();
+}
+inline bool same_device(const Tensor& x, const Maybe& t) { return !t || same_device(x, *t); }
+
 // A contiguous tensor on x's device, of x's dtype unless another is given. Allocated at once: torch::stable::new_empty looks the operator
 // up by its name, which costs the host more than all else that a norm of a few rows does.
 inline Tensor make_empty(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> dtype = std::nullopt) {
@@ -86,8 +94,13 @@ struct Rows {
   int64_t count, n, stride;
 };
 
+inline int64_t row_count(const Tensor& x) {
+  const int64_t n = x.size(x.dim() - 1);
+  return n ? x.numel() / n : 0;
+}
+
 inline Rows rows_of(const Tensor& x) {
-  const int64_t dim = x.dim(), n = x.size(dim - 1), count = n ? x.numel() / n : 0;
+  const int64_t dim = x.dim(), n = x.size(dim - 1), count = row_count(x);
   if (x.is_contiguous()) return {x, count, n, n};
   bool ok = x.stride(dim - 1) == 1 || n == 1;
   int64_t stride = n, next = -1;  // next: the stride the dimension outside must have

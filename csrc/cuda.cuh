@@ -7,6 +7,9 @@
 // such reads before the first is used.
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+
 #include "common.h"
 #include <torch/csrc/stable/accelerator.h>
 
@@ -19,69 +22,106 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace fastpeft {
 
-// x's device made current, for as long as this lives; called, it launches a kernel on the current stream.
+// Blocks of a launch. `y` is kGridY at most, so few in tests on a CPU that they exceed it.
 #ifdef FASTPEFT_EMULATED
-struct Launch {
-  explicit Launch(const Tensor&) {}
-  bool captured() const { return false; }
-  template <class... P, class... Args>
-  void operator()(void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
-    emulated::run(grid, threads, [=] { kernel(args...); });
-  }
-  template <class... P, class... Args>
-  void with_shared(unsigned, void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const { (*this)(kernel, grid, threads, args...); }
-  int multiprocessors() const { return 3; }
-  template <class Kernel>
-  int resident(Kernel, unsigned, unsigned) const { return 2; }
-};
+constexpr int64_t kGridY = 7;
 #else
+constexpr int64_t kGridY = 65535;
+#endif
+struct Grid {
+  int64_t x, y = 1;
+};
+
+// x's device made current, for as long as this lives; called, it launches a kernel on the current stream. All tensors must lie there: a
+// kernel that reads the host's memory, or another card's, ends CUDA for the whole process.
 class Launch {
  public:
+  template <class... Others>
+  explicit Launch(const Tensor& x, const Others&... others) : Launch(x) {
+    STD_TORCH_CHECK((same_device(x, others) && ...), "fastpeft: tensors of one call lie on several devices; move them to the first one's");
+  }
+#ifdef FASTPEFT_EMULATED
+  explicit Launch(const Tensor& x) : device_(x.get_device_index()) {}
+#else
   explicit Launch(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastpeft: this build of torch has no CUDA");
     void* found = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &found) == 0, "fastpeft: no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(found);
   }
+#endif
   // Whether a CUDA graph records what is launched: host memory that is read now would be so for every replay.
   bool captured() const {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
   }
   template <class... P, class... Args>
-  void operator()(void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
+  void operator()(void (*kernel)(P...), Grid grid, unsigned threads, Args... args) const {
     with_shared(0, kernel, grid, threads, args...);
   }
   // With so many bytes of dynamic_shared().
   template <class... P, class... Args>
-  void with_shared(unsigned bytes, void (*kernel)(P...), dim3 grid, unsigned threads, Args... args) const {
-    if (bytes > kShared) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-    kernel<<<grid, threads, bytes, stream_>>>(args...);
+  void with_shared(unsigned bytes, void (*kernel)(P...), Grid grid, unsigned threads, Args... args) const {
+    STD_TORCH_CHECK(grid.x < int64_t(1) << 31 && grid.y <= kGridY, "fastpeft: a tensor of more rows than one launch takes: call it on parts");
+    allow(kernel, bytes);
+    const dim3 blocks(unsigned(grid.x), unsigned(grid.y));
+#ifdef FASTPEFT_EMULATED
+    emulated::launch(kernel, blocks, threads, bytes, args...);
+#else
+    kernel<<<blocks, threads, bytes, stream_>>>(args...);
+#endif
     check(cudaGetLastError());
   }
   int multiprocessors() const {
-    int count;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
+    return asked_once(device_, [&] {
+      int count;
+      check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+      return count;
+    });
   }
   // Blocks that run at the same time on a multiprocessor.
   template <class Kernel>
   int resident(Kernel kernel, unsigned threads, unsigned bytes) const {
-    int blocks;
-    if (bytes > kShared) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(threads), bytes));
-    return std::max(blocks, 1);
+    return asked_once(std::tuple(kernel, device_, threads, bytes), [&] {
+      int blocks;
+      allow(kernel, bytes);
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(threads), bytes));
+      return std::max(blocks, 1);
+    });
   }
 
  private:
   static constexpr unsigned kShared = 32 << 10;  // 48 KB need no asking, those that a kernel declares among them
   static void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "fastpeft: CUDA error: ", cudaGetErrorString(error)); }
 
+  // ask(), whose answer stays: it takes the host some microseconds.
+  template <class Key, class F>
+  static int asked_once(const Key& key, F&& ask) {
+    static std::mutex mutex;
+    static std::map<Key, int> answers;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = answers.find(key);
+    return found != answers.end() ? found->second : answers[key] = ask();
+  }
+  // So much dynamic shared memory to a kernel on this device, or what it was allowed before where that is more.
+  template <class Kernel>
+  void allow(Kernel kernel, unsigned bytes) const {
+    if (bytes <= kShared) return;
+    static std::mutex mutex;
+    static std::map<std::tuple<Kernel, int32_t>, unsigned> allowed;
+    const std::lock_guard<std::mutex> lock(mutex);
+    unsigned& most = allowed[{kernel, device_}];
+    if (bytes <= most) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    most = bytes;
+  }
+
   const int32_t device_;
-  cudaStream_t stream_;
+  cudaStream_t stream_ = nullptr;
+#ifndef FASTPEFT_EMULATED
   torch::stable::accelerator::DeviceGuard guard_;
-};
 #endif
+};
 
 // Waits for `threads` threads of the block, whole warps, at its barrier `id`, 1 to 15.
 __device__ inline void barrier(unsigned id, unsigned threads) {
@@ -95,7 +135,7 @@ __device__ inline void barrier(unsigned id, unsigned threads) {
 // The block's shared memory whose size its launch gives.
 __device__ inline char* dynamic_shared() {
 #ifdef FASTPEFT_EMULATED
-  return emulated::dynamic;
+  return emulated::dynamic();
 #else
   extern __shared__ __align__(16) char dynamic[];
   return dynamic;
@@ -252,11 +292,12 @@ struct Param {
   bool packs() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 };
 
-// `own` keeps a dense copy alive until the launches are queued.
+// `own` keeps a dense copy alive until the launches are queued. `n`: the elements it must have, where that is known.
 template <class T>
-Param<T> param(const Maybe& p, Tensor& own, const Tensor& x, double absent) {
+Param<T> param(const Maybe& p, Tensor& own, const Tensor& x, double absent, int64_t n = -1) {
   if (!p) return {nullptr, false, acc_t<T>(absent)};
   own = torch::stable::contiguous(*p);
+  STD_TORCH_CHECK(n < 0 || own.numel() == n, "fastpeft: parameter of the wrong size");
   return {own.const_data_ptr(), own.scalar_type() != x.scalar_type(), acc_t<T>(absent)};
 }
 
@@ -341,7 +382,7 @@ void sum_parts(const A* part, int parts, int64_t stride, const Tensor& first, co
   if (n == 0) return;
   dispatch(first.scalar_type(), "parameter gradient", [&](auto t) {
     using P = typename decltype(t)::type;
-    const dim3 grid(unsigned((n + 31) / 32), both ? 2 : 1);
+    const Grid grid{(n + 31) / 32, both ? 2 : 1};
     P *into = first.numel() ? write<P>(first) : nullptr, *then = both ? write<P>(*second) : nullptr;
     launch(sum_parts_kernel<A, P>, grid, 512, part, parts, stride, n, into, then);
   });

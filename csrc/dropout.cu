@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(Args<T> a) {
   using P = Pack<T, V>;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   if (i >= a.n) return;
-  const uint64_t key = uint64_t((a.on_card ? *a.on_card : a.seed) + a.index);
+  const uint64_t key = uint64_t(a.on_card ? *a.on_card : a.seed) + uint64_t(a.index);
   const bool whole = i + V <= a.n;
   P pack;
   if (whole) {
@@ -82,7 +82,7 @@ Tensor apply(const Tensor& from, double p, const Tensor& seed, int64_t index) {
     a.scale = acc_t<T>(1 / (1 - p));
     const bool whole = packs<T, V>(a.x, 0) && packs<T, V>(a.y, 0);
     const int64_t threads = whole ? (a.n + V - 1) / V : a.n;
-    launch(whole ? dropout_kernel<V, T> : dropout_kernel<1, T>, unsigned((threads + kThreads - 1) / kThreads), kThreads, a);
+    launch(whole ? dropout_kernel<V, T> : dropout_kernel<1, T>, Grid{(threads + kThreads - 1) / kThreads}, kThreads, a);
   });
   return y;
 }

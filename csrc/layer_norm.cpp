@@ -13,6 +13,7 @@ FASTPEFT_WIDE_PER_DTYPE(bwd_rows, NormBwd, bwd)
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias, double eps, bool keep) {
   const Rows in = rows_of(x), other = residual ? rows_of(*residual) : in;
+  STD_TORCH_CHECK(other.count == in.count && other.n == in.n, "layer_norm_fwd: shapes differ");
   Tensor y = output_like(x), h = output_like(x, residual.has_value());
   Tensor mean = make_empty(x, {keep ? in.count : 0}, acc_type(x));
   Tensor rstd = make_empty(x, {keep ? in.count : 0}, acc_type(x));
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& h, const Maybe& weight, const Tensor& mean, const Tensor& rstd, const Maybe& dh, bool need_dx,
     bool need_dweight, bool need_dbias) {
   const Rows in = rows_of(h), up = rows_of(dy), carry = dh ? rows_of(*dh) : in;
-  STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count, "layer_norm_bwd: shapes differ");
+  STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count && carry.n == in.n, "layer_norm_bwd: shapes differ");
   STD_TORCH_CHECK(mean.numel() == in.count && rstd.numel() == in.count, "layer_norm_bwd: statistics were not kept");
   const Tensor& like = weight ? *weight : h;
   Tensor dx = output_like(h, need_dx), dweight = make_empty(like, {need_dweight ? in.n : 0});

@@ -5,7 +5,7 @@ namespace fastpeft::layer_norm {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias, double eps, bool keep) {
-  const int64_t rows = keep ? x.numel() / x.size(x.dim() - 1) : 0;
+  const int64_t rows = keep ? row_count(x) : 0;
   Tensor y = output_like(x), h = output_like(x, residual.has_value());
   Tensor mean = make_empty(x, {rows}, acc_type(x)), rstd = make_empty(x, {rows}, acc_type(x));
   norm_fwd_cuda<true>(x, residual, weight, bias, eps, keep, y, h, mean, rstd);

@@ -174,7 +174,7 @@ void with_packs(int K, F&& f) {
   else f(std::integral_constant<int, 4>{});
 }
 
-inline unsigned blocks_of(int64_t rows, unsigned groups) { return unsigned((rows + groups - 1) / groups); }
+inline int64_t blocks_of(int64_t rows, unsigned groups) { return (rows + groups - 1) / groups; }
 
 template <bool CENTER>
 void norm_fwd_cuda(
@@ -182,14 +182,15 @@ void norm_fwd_cuda(
     const Tensor& mean, const Tensor& rstd) {
   const Rows in = rows_of(x), other = residual ? rows_of(*residual) : in;
   if (in.count == 0) return;
-  const Launch launch(x);
+  STD_TORCH_CHECK(other.count == in.count && other.n == in.n, "norm: shapes differ");
+  const Launch launch(x, residual, weight, bias);
   dispatch(x.scalar_type(), "norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
     constexpr int V = 16 / sizeof(T);
     Tensor own_weight, own_bias;
     const NormFwd<T> a{read<T>(in.own), residual ? read<T>(other.own) : nullptr, in.stride, other.stride, in.count, in.n,
-                       param<T>(weight, own_weight, x, 1), param<T>(bias, own_bias, x, 0), A(eps), A(1) / A(in.n), write<T>(y),
+                       param<T>(weight, own_weight, x, 1, in.n), param<T>(bias, own_bias, x, 0, in.n), A(eps), A(1) / A(in.n), write<T>(y),
                        residual ? write<T>(h) : nullptr, keep && CENTER ? write<A>(mean) : nullptr, keep ? write<A>(rstd) : nullptr};
     const bool whole = packs<T, V>(a.x, a.x_stride) && packs<T, V>(a.residual, a.residual_stride) && a.weight.packs() && a.bias.packs();
     const Deal d = deal_forward(packs_of<T>(in.n, whole));
@@ -198,10 +199,10 @@ void norm_fwd_cuda(
         return with_packs(d.K, [&](auto k) {
           constexpr int K = decltype(k)::value;
           const auto kernel = residual ? norm_fwd_kernel<CENTER, true, K, T> : norm_fwd_kernel<CENTER, false, K, T>;
-          launch(kernel, blocks_of(in.count, d.groups), d.threads(), a, d.per_row);
+          launch(kernel, Grid{blocks_of(in.count, d.groups)}, d.threads(), a, d.per_row);
         });
     }
-    launch(norm_fwd_any_kernel<CENTER, T>, unsigned(in.count), d.per_row, a);
+    launch(norm_fwd_any_kernel<CENTER, T>, Grid{in.count}, d.per_row, a);
   });
 }
 

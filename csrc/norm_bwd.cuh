@@ -225,10 +225,10 @@ unsigned norm_bwd_packs(NormBwd<T>& a, const Deal& d, const Tensor& h, Tensor& p
     const auto kernel = norm_bwd_kernel<CENTER, DX, PARAMS, CARRY, K, T>;
     const unsigned sums = PARAMS && d.groups > 1 ? unsigned(d.groups * a.n * sizeof(acc_t<T>)) : 0;
     const unsigned shared = std::max(Ring<kAhead, 2 + CARRY, K, T>::bytes(d.threads()), sums);
-    const unsigned rounds = blocks_of(a.rows, d.groups), resident = unsigned(launch.multiprocessors() * launch.resident(kernel, d.threads(), shared));
-    blocks = std::min(PARAMS ? (rounds + 3) / 4 : rounds, resident);
+    const int64_t rounds = blocks_of(a.rows, d.groups), resident = launch.multiprocessors() * launch.resident(kernel, d.threads(), shared);
+    blocks = unsigned(std::min(PARAMS ? (rounds + 3) / 4 : rounds, resident));
     if (PARAMS) part = make_empty(h, {blocks * 2 * a.n}, acc_type(h)), a.part = write<acc_t<T>>(part);
-    launch.with_shared(shared, kernel, blocks, d.threads(), a, d.per_row);
+    launch.with_shared(shared, kernel, Grid{blocks}, d.threads(), a, d.per_row);
   });
   return blocks;
 }
@@ -244,14 +244,16 @@ void norm_bwd_cuda(
       if (sum.numel()) torch::stable::zero_(sum);
     return;
   }
-  const Launch launch(h);
+  STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count && carry.n == in.n, "norm backward: shapes differ");
+  STD_TORCH_CHECK((!mean || mean->numel() == in.count) && rstd.numel() == in.count, "norm backward: statistics were not kept");
+  const Launch launch(h, dy, weight, mean, rstd, dh);
   dispatch(h.scalar_type(), "norm", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
     constexpr int V = 16 / sizeof(T);
     Tensor own_weight, part;
     NormBwd<T> a{read<T>(up.own), read<T>(in.own), dh && need_dx ? read<T>(carry.own) : nullptr, up.stride, in.stride, carry.stride, in.count,
-                 in.n, param<T>(weight, own_weight, h, 1), CENTER ? read<A>(*mean) : nullptr, read<A>(rstd),
+                 in.n, param<T>(weight, own_weight, h, 1, in.n), CENTER ? read<A>(*mean) : nullptr, read<A>(rstd),
                  need_dx ? write<T>(dx) : nullptr, nullptr, A(1) / A(in.n)};
     const bool whole = packs<T, V>(a.dy, a.dy_stride) && packs<T, V>(a.h, a.h_stride) && packs<T, V>(a.dh, a.dh_stride) && a.weight.packs();
     const Deal d = deal_backward(packs_of<T>(in.n, whole));
@@ -270,7 +272,7 @@ void norm_bwd_cuda(
       const int64_t most = params ? std::min<int64_t>(2 * launch.multiprocessors(), (in.count + 3) / 4) : 8 * launch.multiprocessors();
       blocks = unsigned(std::min(in.count, most));
       if (params) part = make_empty(h, {blocks * 2 * in.n}, acc_type(h)), a.part = write<A>(part);
-      launch(norm_bwd_any_kernel<CENTER, T>, blocks, d.per_row, a);
+      launch(norm_bwd_any_kernel<CENTER, T>, Grid{blocks}, d.per_row, a);
     }
     if (params) sum_parts(read<A>(part), int(blocks), 2 * in.n, dweight, launch, &dbias);
   });

@@ -92,7 +92,7 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
   auto at = [&](const Tensor& t) { return RowAt{Walk(from, t, own), Walk(from, t, [&](int64_t i) { return !own(i); })}; };
   auto rows_along = [](const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); };
   const Tensor in = rows_along(from), other = x ? rows_along(*x) : in;
-  const Launch launch(from);
+  const Launch launch(from, x, scale);
   dispatch(from.scalar_type(), "rescale", [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -118,7 +118,7 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
     const int64_t parts = column ? a.chunks : int64_t(a.chunks) * a.column_blocks, size = column ? K * n : K;
     const Tensor part = make_empty(from, {dscale ? parts * size : 0}, acc_type(from));
     a.part = write<A>(part);
-    const unsigned grid = unsigned(sets * a.chunks);
+    const Grid grid{sets * a.chunks};
     if (whole) launch(rescale_kernel<V, T>, grid, kThreads, a);
     else launch(rescale_kernel<1, T>, grid, kThreads, a);
     if (dscale) sum_parts(read<A>(part), int(parts), size, *dscale, launch);

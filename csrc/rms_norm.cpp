@@ -12,6 +12,7 @@ FASTPEFT_WIDE_PER_DTYPE(bwd_rows, NormBwd, bwd)
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe& residual, const Maybe& weight, double eps, bool keep) {
   const Rows in = rows_of(x), other = residual ? rows_of(*residual) : in;
+  STD_TORCH_CHECK(other.count == in.count && other.n == in.n, "rms_norm_fwd: shapes differ");
   Tensor y = output_like(x), h = output_like(x, residual.has_value());
   Tensor rstd = make_empty(x, {keep ? in.count : 0}, acc_type(x));
   dispatch(x.scalar_type(), "rms_norm", [&](auto t) {
@@ -28,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe& residua
 std::tuple<Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& h, const Maybe& weight, const Tensor& rstd, const Maybe& dh, bool need_dx, bool need_dweight) {
   const Rows in = rows_of(h), up = rows_of(dy), carry = dh ? rows_of(*dh) : in;
-  STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count, "rms_norm_bwd: shapes differ");
+  STD_TORCH_CHECK(up.count == in.count && up.n == in.n && carry.count == in.count && carry.n == in.n, "rms_norm_bwd: shapes differ");
   STD_TORCH_CHECK(rstd.numel() == in.count, "rms_norm_bwd: statistics were not kept");
   Tensor dx = output_like(h, need_dx), dweight = make_empty(weight ? *weight : h, {need_dweight ? in.n : 0});
   dispatch(h.scalar_type(), "rms_norm", [&](auto t) {

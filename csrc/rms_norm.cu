@@ -4,7 +4,7 @@
 namespace fastpeft::rms_norm {
 
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, const Maybe& residual, const Maybe& weight, double eps, bool keep) {
-  const int64_t rows = keep ? x.numel() / x.size(x.dim() - 1) : 0;
+  const int64_t rows = keep ? row_count(x) : 0;
   Tensor y = output_like(x), h = output_like(x, residual.has_value()), rstd = make_empty(x, {rows}, acc_type(x));
   norm_fwd_cuda<false>(x, residual, weight, std::nullopt, eps, keep, y, h, rstd, rstd);
   return {y, h, rstd};

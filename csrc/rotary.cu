@@ -47,7 +47,7 @@ template <int V, class T>
 void run(const Args<T>& a, const Launch& launch) {
   const int64_t threads = a.rows * (a.n - a.rot / 2) / V;
   auto kernel = threads < int64_t(1) << 31 ? rotary_kernel<V, uint32_t, T> : rotary_kernel<V, uint64_t, T>;
-  launch(kernel, unsigned((threads + 255) / 256), 256, a);
+  launch(kernel, Grid{(threads + 255) / 256}, 256, a);
 }
 
 Tensor apply_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transpose) {
@@ -58,7 +58,7 @@ Tensor apply_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool tr
   Tensor y = unit ? torch::stable::empty_like(x) : output_like(x);
   if (x.numel() == 0) return y;
   Tensor c, s;
-  const Launch launch(x);
+  const Launch launch(x, cos, sin);
   dispatch(x.scalar_type(), "rotary", [&](auto t) {
     using T = typename decltype(t)::type;
     constexpr int V = 16 / sizeof(T);

@@ -192,13 +192,19 @@ std::vector<int64_t> ranks_of(const MaybeList& As) {
   return ranks;
 }
 
+// t.to(dtype), which costs the host a call where there is nothing to do.
+Tensor cast(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+
 Tensor stacked(const variable_list& parts) { return parts.size() == 1 ? parts[0] : at::cat(parts); }
+
+// The branches' A or B, [R, in]: one cast of all where they have another dtype.
+Tensor stacked(const variable_list& parts, at::ScalarType dtype) { return cast(stacked(parts), dtype); }
 
 Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
-// scaling a b, rounded once: in a product's own epilogue, where a pass over the result is a launch more.
-Tensor scaled_product(const Tensor& a, const Tensor& b, double scaling) {
-  return at::empty({a.size(0), b.size(1)}, a.options()).addmm_(a, b, 0, scaling);
+// scaling a b, rounded once: in a product's own epilogue, where a pass over the result is a launch more. `into`: where it goes.
+Tensor scaled_product(const Tensor& a, const Tensor& b, double scaling, Tensor into = {}) {
+  return (into.defined() ? into : at::empty({a.size(0), b.size(1)}, a.options())).addmm_(a, b, 0, scaling);
 }
 
 // x W^T + b + s S B^T. On a CPU the bias is one more rank, whose S is one: nothing but the product with W passes over y. On a GPU it is
@@ -231,17 +237,17 @@ std::vector<Tensor> forward(
   if (s.size(0) && p == 0.0) {
     variable_list images;
     for (size_t i = 0; i < As.size(); ++i)
-      if (As.get(i)) images.push_back(As.get(i)->to(x.scalar_type()));
-    at::mm_out(s, stacked(images), x2.t());
+      if (As.get(i)) images.push_back(*As.get(i));
+    at::mm_out(s, stacked(images, x.scalar_type()), x2.t());
   }
   std::vector<int64_t> sizes = x.sizes().vec();
   std::vector<Tensor> out;
   for (size_t i = 0, row = 0; i < weights.size(); row += ranks[i++]) {
     Tensor y;
     if (As.get(i)) {
-      const Tensor B = Bs.get(i)->to(x.scalar_type());
+      const Tensor B = cast(*Bs.get(i), x.scalar_type());
       Tensor low = s.narrow(0, row, ranks[i]);
-      if (p > 0.0) at::mm_out(low, As.get(i)->to(x.scalar_type()), masked(x2, p, seed, i).t());
+      if (p > 0.0) at::mm_out(low, cast(*As.get(i), x.scalar_type()), masked(x2, p, seed, i).t());
       y = with_branch(x2, weights[i], biases.get(i), low, B, scalings[i], gpu);
     } else {
       y = at::linear(x2, weights[i], biases.get(i));
@@ -256,12 +262,12 @@ std::vector<Tensor> forward(
 // Up to this rank csrc's form serves (fastpeft/ops/low_rank_grads.py has the figures).
 constexpr int64_t kLowRank = 16;
 
-// (dS, dB), each where B or S is given; in dy's dtype.
-std::tuple<Tensor, Tensor> low_rank_grads(const Tensor& dy, const Maybe& B, const Maybe& S, double scaling, bool gpu) {
+// (dS, dB), each where B or S is given; in dy's dtype. On a GPU dS goes into `into` where that is defined.
+std::tuple<Tensor, Tensor> low_rank_grads(const Tensor& dy, const Maybe& B, const Maybe& S, double scaling, bool gpu, const Tensor& into) {
   static const auto op = find_op<LowRankGrads>("fastpeft::low_rank_grads");
   if (!B && !S) return {};
   if (gpu) {
-    return {B ? scaled_product(B->t(), dy.t(), scaling) : Tensor(), S ? scaled_product(dy.t(), S->t(), scaling) : Tensor()};
+    return {B ? scaled_product(B->t(), dy.t(), scaling, into) : Tensor(), S ? scaled_product(dy.t(), S->t(), scaling) : Tensor()};
   }
   const int64_t rank = B ? B->size(1) : S->size(0);
   if (rank <= kLowRank) {
@@ -298,25 +304,36 @@ std::vector<Tensor> backward(
 
   std::vector<size_t> branches;  // those with dS
   variable_list rows, images;
+  int64_t together = 0;  // their ranks
   for (size_t i : live) {
     flat[i] = rows_of(*dys.get(i));
-    const bool branch = ranks[i] && (need_dx || needs[i] & DLA);
-    const Maybe up = branch ? Maybe(Bs.get(i)->to(dtype)) : std::nullopt, low = needs[i] & DLB ? Maybe(parts[i]) : std::nullopt;
-    std::tie(ds[i], dBs[i]) = low_rank_grads(flat[i], up, low, scalings[i], gpu);
-    if (!branch) continue;
+    if (!ranks[i] || !(need_dx || needs[i] & DLA)) continue;
     branches.push_back(i);
-    rows.push_back(ds[i]);
-    if (need_dx) images.push_back(As.get(i)->to(dtype));
+    together += ranks[i];
+    if (need_dx) images.push_back(*As.get(i));
   }
   // without dropout the dS lie together: dx and dA take one product each
-  const Tensor stack = branches.empty() || p > 0.0 ? Tensor() : stacked(rows);
+  Tensor stack;
+  if (gpu && branches.size() > 1 && p == 0.0) stack = at::empty({together, flat[live[0]].size(0)}, like.options());
+  auto branch = branches.begin();
+  int64_t row = 0;
+  for (size_t i : live) {
+    const bool with_ds = branch != branches.end() && *branch == i;
+    const Maybe up = with_ds ? Maybe(cast(*Bs.get(i), dtype)) : std::nullopt, low = needs[i] & DLB ? Maybe(parts[i]) : std::nullopt;
+    const Tensor into = with_ds && stack.defined() ? stack.narrow(0, row, ranks[i]) : Tensor();
+    std::tie(ds[i], dBs[i]) = low_rank_grads(flat[i], up, low, scalings[i], gpu, into);
+    if (!with_ds) continue;
+    rows.push_back(ds[i]);
+    row += ranks[i], ++branch;
+  }
+  if (!stack.defined() && !branches.empty() && p == 0.0) stack = stacked(rows);
 
   std::vector<Tensor> grads;
   if (need_dx) {
     const size_t first = live[0];
-    Tensor dx = stack.defined() ? at::mm(stack.t(), stacked(images)) : Tensor();
+    Tensor dx = stack.defined() ? at::mm(stack.t(), stacked(images, dtype)) : Tensor();
     for (size_t k = 0; p > 0.0 && k < branches.size(); ++k) {
-      const Tensor part = masked(at::mm(rows[k].t(), images[k]), p, seed, branches[k]);
+      const Tensor part = masked(at::mm(rows[k].t(), cast(images[k], dtype)), p, seed, branches[k]);
       dx = dx.defined() ? dx.add_(part) : part;
     }
     dx = dx.defined() ? dx.addmm_(flat[first], weights[first]) : at::mm(flat[first], weights[first]);
@@ -333,23 +350,22 @@ std::vector<Tensor> backward(
       trained_ranks.push_back(ranks[i]);
     }
   for (size_t i : live)
-    if (p > 0.0 && needs[i] & DLA) dAs[i] = at::mm(ds[i], masked(x2, p, seed, i)).to(As.get(i)->scalar_type());
+    if (p > 0.0 && needs[i] & DLA) dAs[i] = cast(at::mm(ds[i], masked(x2, p, seed, i)), As.get(i)->scalar_type());
   if (!trained.empty() && p == 0.0) {
-    const Tensor together = at::mm(trained.size() == branches.size() ? stack : at::cat(trained), x2);
-    const variable_list split = together.split_with_sizes(trained_ranks);
+    const variable_list split = at::mm(trained.size() == branches.size() ? stack : at::cat(trained), x2).split_with_sizes(trained_ranks);
     auto next = split.begin();
     for (size_t i : live) {
       if (!(needs[i] & DLA)) continue;
       const auto own = As.get(i)->scalar_type();
       // an op's outputs share no storage
-      dAs[i] = split.size() == 1 || own != dtype ? (*next++).to(own) : (next++)->clone();
+      dAs[i] = split.size() == 1 || own != dtype ? cast(*next++, own) : (next++)->clone();
     }
   }
   for (size_t i : live) {
     if (needs[i] & DW) grads.push_back(at::mm(flat[i].t(), x2));
     if (needs[i] & DB) grads.push_back(flat[i].sum(0));
     if (needs[i] & DLA) grads.push_back(dAs[i]);
-    if (needs[i] & DLB) grads.push_back(dBs[i].to(Bs.get(i)->scalar_type()));
+    if (needs[i] & DLB) grads.push_back(cast(dBs[i], Bs.get(i)->scalar_type()));
   }
   return grads;
 }

@@ -32,10 +32,12 @@ from fastpeft.train.step import Passed, Step, cost_of
 
 MOST = 32  # graphs of batches: activations share their memory, the nodes of a graph of MISS take some MB
 READS_EVERY = 10  # steps
-# A step pays as a graph where the host takes longer to launch it than the GPU to compute it. Modelled, not measured: MISS has 2,100
-# launches a step, 50 to 80 ms of the host, in some 300 modules; a GPU at 300 TFLOP/s, forward and the activations' gradients
+# A step pays as a graph where the host takes longer to launch it than the GPU to compute it. That is told from sizes, not by a clock: a run
+# that is resumed must pad its batches as one that was not interrupted. The host's side as an H200's machine took for linear layers of 700
+# rows, forward and backward, eagerly: 0.1 ms, 0.3 to 0.4 with LoRA (bench/results/gpu_h200.md). The GPU's side is modelled: forward and the
+# activations' gradients at what products of a step's size sustain on an H100, which has other units for float32
 HOST_SECONDS = 2e-4  # for each module with parameters of its own
-FLOPS = 300e12
+FLOPS = {"16 bit": 300e12, "tf32": 150e12, "float32": 40e12}
 
 
 def why_not(model: nn.Module, device: torch.device, *, budget: bool, mixed: bool) -> str:
@@ -265,8 +267,11 @@ class GraphedStep(Step):
 
 def _most_tokens(model: nn.Module) -> float:
     """Of a batch whose launches take the host longer than its products the GPU."""
+    parameters = list(model.parameters())
     launching = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
-    return HOST_SECONDS * launching * FLOPS / (4 * sum(p.numel() for p in model.parameters()))
+    wide = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+    flops = FLOPS["16 bit" if parameters[0].element_size() == 2 else wide]
+    return HOST_SECONDS * launching * flops / (4 * sum(p.numel() for p in parameters))
 
 
 def _longest_text(model: nn.Module) -> int:

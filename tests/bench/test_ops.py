@@ -1,8 +1,10 @@
 """bench's own workings: ops measured phase by phase, rivals that fail left out, and the GPU's calls, written as they run."""
 
+import importlib
 import json
+import os
+import re
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -88,12 +90,14 @@ def test_the_calls_and_their_files_fit():
     """Three calls, two files each, of the eight that come back; the backends and the twins come first."""
     assert list(gpu.PIECES) == list(gpu.CALLS) == ["right", "kernels", "steps"]
     right = gpu.right(60.0)
-    assert [name for name, *_ in right][:2] == ["backends", "tests"] and any("test_cuda_twins" in argument for argument in right[1][1])
+    assert [name for name, *_ in right][:3] == ["backends", "native", "tests"]
+    assert all(any("test_cuda_twins" in argument for argument in command) for _, command, _ in right[1:3])
+    assert "-n" not in right[1][1] and "-n" in right[2][1]
     compiled, bf16, fp32 = (command for _, command, _ in gpu.kernels(60.0))
     assert "compile_all" in compiled[-1] and (bf16[-1], fp32[-1]) == ("bf16", "fp32")
     assert bf16[4:7] == ["lora_linear", "layer_norm", "rms_norm"]
-    twins = (Path(gpu.ROOT) / "tests/ops/test_cuda_twins.py").read_text()
-    assert all(f"def {word}(" in twins for word in gpu.SANITIZED.split() if word.startswith("test_"))
+    twins = "".join((gpu.ROOT / f"tests/ops/test_{name}.py").read_text() for name in ("cuda_twins", "dropout"))
+    assert all(f"def {word}" in twins for word in re.findall(r"test_\w+", gpu.SANITIZED + gpu.NATIVE))
     for call in gpu.PIECES.values():
         assert all(command[0] and seconds <= 480 for _, command, seconds in call(200.0))
 
@@ -102,6 +106,18 @@ def test_the_most_important_tests_come_first():
     names = [f"t.py::test_{name}" for name in ("norms[768-float32]", "linear_cross_entropy", "norms[768-bfloat16]", "lora[bfloat16]")]
     assert sorted(names, key=pytest_cases.rank) == [names[3], names[2], names[1], names[0]]
     assert min(*names, "tests/train/test_on_cuda.py::test_a_run[T/T/T]", key=pytest_cases.rank).endswith("[T/T/T]")  # whole runs before all
+
+
+def test_workers_of_pytest_have_a_thread_each(monkeypatch):
+    """Fourteen of sixteen threads each had one result in 133 seconds."""
+    for worker, threads in (("gw0", "1"), (None, None)):
+        for name in ("OMP_NUM_THREADS", "PYTEST_XDIST_WORKER"):
+            monkeypatch.setenv(name, "")  # remembers what it is
+            monkeypatch.delenv(name)
+        if worker:
+            monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+        importlib.reload(pytest_cases)
+        assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 def test_every_bench_compiles_its_kernels_first(monkeypatch):

@@ -247,3 +247,23 @@ def test_outputs_changed_in_place(row, request):
     else:
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(_library.backend_of()["layer_norm_fwd"]["CPU"] != "native", reason="the same in every mode")
+def test_what_does_not_fit_is_refused():
+    """csrc reads past the end of no tensor, whoever calls it."""
+    op, x, one = torch.ops.fastpeft, torch.randn(3, 8), torch.ones(3)
+    for message, call, *args in (
+        ("wrong size", op.layer_norm_fwd, x, None, torch.ones(7), None, 1e-5, True),
+        ("shapes differ", op.layer_norm_fwd, x, x[:2], None, None, 1e-5, True),
+        ("shapes differ", op.layer_norm_bwd, x[:2], x, None, one, one, None, True, False, False),
+        ("not kept", op.layer_norm_bwd, x, x, None, one[:0], one[:0], None, True, False, False),
+        ("not kept", op.rms_norm_bwd, x, x, None, one[:2], None, True, False),
+        ("shapes differ", op.swiglu_fwd, x, x[:, :4], None),
+        ("wrong size", op.gelu_fwd, x, torch.ones(9), "none"),
+        ("not kept", op.swiglu_bwd, x, x, None, None, True, False, False),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*args)
+    y, _, mean, _ = op.layer_norm_fwd(torch.empty(3, 0), None, None, None, 1e-5, True)
+    assert y.shape == (3, 0) and mean.numel() == 0

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft import _library, ops
 from fastpeft.ops import _common
@@ -148,6 +149,44 @@ def test_products_of_a_gpu(function, monkeypatch, check):
             if a is not None:
                 assert a.dtype == b.dtype
                 assert check.error(a, exact) <= 2 * check.error(b, exact) + 4 * eps
+
+
+class Launches(TorchDispatchMode):
+    """ATen's operators that compute or copy: on a GPU a launch each."""
+
+    FREE = ("t", "view", "reshape", "transpose", "detach", "narrow", "slice", "split_with_sizes", "_unsafe_view", "empty")
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.seen += [] if name in self.FREE else [name]
+        return func(*args, **(kwargs or {}))
+
+
+# of one branch: S, and the branch in y's product; then dS and dB, dx's two, dA
+@pytest.mark.parametrize(
+    "needs, need_dx, most", [(12, True, 5), (0, True, 3), (4, True, 4), (8, True, 4), (12, False, 3), (4, False, 2), (8, False, 1)]
+)
+def test_launches_on_a_gpu(needs, need_dx, most):
+    """As many as there are products. Several branches: one copy of all A, one of each dA; a cast of all A of another dtype."""
+    ext, trained = _library.autograd, bool(needs & 4) + bool(needs & 8)
+    for n, bias, wide in itertools.product((1, 3), (False, True), (False, True)):
+        x, dy, (weight, A, B) = *torch.randn(2, 20, 16).bfloat16().unbind(0), (torch.randn(s, 16).bfloat16() for s in (16, 4, 4))
+        A, B = (t.float() if wide else t for t in (A, B.t()))
+        parts, biases = ([weight] * n, [A] * n, [B] * n), [weight[0] if bias else None] * n
+        with Launches() as forward:
+            *_, S = ext.lora_linears_fwd_on_gpu(x, parts[0], biases, *parts[1:], [2.0] * n, 0.0, None)
+        joint = n > 1
+        assert len(forward.seen) == 1 + 2 * n + joint + wide * (1 + n), forward.seen
+        with Launches() as backward:
+            ext.lora_linears_bwd_on_gpu([dy] * n, x, *parts, S, [2.0] * n, 0.0, None, need_dx, [needs] * n)
+        once = need_dx + bool(needs & 4)  # products of all branches together
+        casts = wide * (n * trained + need_dx + n * bool(need_dx or needs & 4))  # of each gradient, of all A, of each B
+        clones = n if joint and needs & 4 and not wide else 0
+        assert len(backward.seen) == once + n * (most - once) + (joint and need_dx) + casts + clones, backward.seen
 
 
 def test_dropout_is_the_same(in_python):

@@ -95,6 +95,27 @@ def test_a_norms_backward_is_two_launches(n):
             assert launches() - before == (2 if any(needs[1:]) else 1), needs
 
 
+def test_the_driver_is_asked_once():
+    """How many blocks a multiprocessor holds, and for more shared memory: not at every call, which takes the host microseconds."""
+    asked = ctypes.CDLL(os.environ["FASTPEFT_LIBRARY"]).emulated_asked
+    for n in (776, 4104):
+        x, weight = torch.randn(9, n, requires_grad=True), torch.randn(n, requires_grad=True)
+        ops.rms_norm(x, weight).sum().backward()
+        before = asked()
+        for _ in range(3):
+            ops.rms_norm(x, weight).sum().backward()
+        assert asked() == before > 0
+
+
+def test_a_grid_has_an_end(check):
+    """More columns than a grid has room for at 65,535 blocks of them; on the CPU that is seven."""
+    gate, up, scale = torch.randn(3, 7 * 256 + 300, dtype=torch.float64).unbind(0)
+    for needs in ((True, True, True), (False, False, True)):
+        check.no_worse(ops.swiglu, swiglu_reference, swiglu_reference, [gate[None], up[None], scale], needs)
+    wide = torch.randn(3, 2 * 7 * 256 + 3)[:, 1:]
+    check.no_worse(ops.gelu, gelu_reference, gelu_reference, [wide, torch.randn(wide.shape[1])])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_parameters(check, dtype):
     x, weight, bias = torch.randn(9, 768).to(dtype), torch.randn(768), torch.randn(768)
@@ -201,3 +222,34 @@ def test_attention_inputs_stops_what_it_cannot_do():
     x = torch.randn(1, 2, 1, 64)
     with pytest.raises(RuntimeError, match="not kept"):
         torch.ops.fastpeft.attention_inputs_bwd(x, x, None, None, None, None, None, None, x[0, 0, 0], None, 0.0, 1e-6, None, None, 1)
+
+
+def on_the_cpu(op, *args):
+    """A call that reaches csrc's kernel whatever its tensors are."""
+    return op.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+
+
+def test_tensors_of_several_devices_are_refused():
+    """A kernel that reads the host's memory ends CUDA for the whole process."""
+    op, n = torch.ops.fastpeft, 8
+    x, away = torch.randn(3, n), torch.empty(n, device="meta")
+    rows, one = torch.empty(3, n, device="meta"), torch.ones(3)
+    heads, far = torch.randn(1, 3, 1, n), torch.empty(1, 3, 1, n, device="meta")
+    nothing = [None] * 10
+    for call, *args in (
+        (op.layer_norm_fwd, x, None, away, None, 1e-5, True),
+        (op.layer_norm_fwd, x, rows, None, None, 1e-5, True),
+        (op.layer_norm_bwd, x, x, away, one, one, None, True, True, False),
+        (op.rms_norm_fwd, x, None, away, 1e-5, True),
+        (op.rms_norm_bwd, rows, x, None, one, None, True, False),
+        (op.rescale_fwd, x, away),
+        (op.rescale_bwd, x, x, away, True, False),
+        (op.rotary, x, rows, rows, False),
+        (op.swiglu_fwd, x, rows, None),
+        (op.gelu_fwd, x, away, "none"),
+        (op.gelu_bwd, rows, x, None, "none", True, False),
+        (op.attention_inputs_fwd, heads, far, heads, *nothing[:4], 0.0, 1e-5, *nothing[:4], 0, 0),
+        (op.attention_inputs_bwd, None, heads, far, *nothing[:7], 0.0, 1e-5, None, None, 6),
+    ):
+        with pytest.raises(RuntimeError, match="several devices; move them"):
+            on_the_cpu(call, *args)

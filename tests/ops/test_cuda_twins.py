@@ -49,6 +49,16 @@ def test_norms_of_more_rows_than_a_gpu_takes_at_once(check, rows, n):
     same(check, lambda *a: ops.add_rms_norm(*a, 1e-6), [x, x.flip(0), weight], (True, True, False))
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "rescale", "gelu"])
+def test_a_layer_left_on_the_cpu_is_an_error(name):
+    """Of that call alone: a kernel that read the host's memory would end CUDA for the process."""
+    x, scale = torch.randn(3, 8, device="cuda"), torch.ones(8)
+    op = functools.partial(ops.layer_norm, bias=None) if name == "layer_norm" else getattr(ops, name)
+    with pytest.raises(RuntimeError, match="device"):
+        op(x, scale)
+    assert torch.isfinite(op(x, scale.cuda())).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row_wise(check, dtype):
     x, up = torch.randn(2, 3, 301, 257).to(dtype).unbind(0)

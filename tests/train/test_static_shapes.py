@@ -8,7 +8,7 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import family_of
 from fastpeft.static_shapes import NotStatic, Seeds, first_rows, mixed, static_shapes
 from fastpeft.train.buckets import measured_batch, padded, up
-from fastpeft.train.graph import why_not
+from fastpeft.train.graph import _most_tokens, why_not
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -119,3 +119,19 @@ def test_why_steps_are_not_captured():
     stranger = Own(2, 2)
     assert "Own reads of a batch" in why_not(stranger, torch.device("cuda"), budget=False, mixed=False)
     assert why_not(model_of("miss-tiny", True), torch.device("cuda"), budget=False, mixed=False) == ""  # drop-path is a hook of ours
+
+
+def test_up_to_which_size_a_step_is_a_graph():
+    """By sizes alone, so that a resumed run pads as before; fewer tokens where products take longer, and where the model is larger."""
+    most, wide = _most_tokens(model_of("llama-tiny", False).bfloat16()), model_of("llama-tiny", False)
+    assert most == _most_tokens(model_of("llama-tiny", False).half()) == pytest.approx(7.5 * _most_tokens(wide))
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert _most_tokens(wide) == pytest.approx(most / 2)
+    finally:
+        matmul.fp32_precision = before
+    larger = torch.nn.Linear(wide.lm_head.in_features, 3 * sum(p.numel() for p in wide.parameters()) // wide.lm_head.in_features)
+    few = _most_tokens(wide)
+    wide.lm_head = larger
+    assert _most_tokens(wide) < few / 2
