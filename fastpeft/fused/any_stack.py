@@ -29,6 +29,7 @@ from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.fused.state_reads import ends_row_by_row
+from fastpeft.methods.base import must_be_called
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
@@ -148,7 +149,7 @@ class FusedTextStack:
         _, layers = layers_of(self) or ("", None)
         if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(hands_on_layouts, layers.modules())):
             return None
-        if any(map(checkpoints, layers)) and any(handing_on(type(layer)) is not None for layer in layers):
+        if any(not may_be_made_to_hand_on(layer) for layer in layers):
             return None
         host = read.positions()
         fewest = read.outputs() if ends_row_by_row(replaced_class(type(self))) else host
@@ -172,6 +173,11 @@ def hands_on_layouts(module: nn.Module) -> bool:
 def checkpoints(layer: nn.Module) -> bool:
     """Whether a layer runs again in backward, by its ``__call__``."""
     return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
+
+
+def may_be_made_to_hand_on(layer: nn.Module) -> bool:
+    """Whether a layer hands on where tokens lie, or another forward, made of its own, can do so in its place."""
+    return handing_on(type(layer)) is None or not (checkpoints(layer) or must_be_called(layer))
 
 
 class _Flat(Tensor):
@@ -315,7 +321,9 @@ class OnTokens:
     def at_last(self, device: torch.device) -> LastLayout | None:
         """How the last layer runs at the rows alone that are read; None where it runs as it is."""
         layer = self.layer
-        if not isinstance(layer, GradientCheckpointingLayer) or checkpoints(layer) or at_rows(type(layer)) is None:
+        if not isinstance(layer, GradientCheckpointingLayer) or checkpoints(layer) or must_be_called(layer):
+            return None
+        if at_rows(type(layer)) is None:
             return None
         return self.call.at_last(device)
 

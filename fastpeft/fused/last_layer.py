@@ -22,6 +22,7 @@ from fastpeft.fused.layout import LastLayout
 from fastpeft.fused.queries import ROWS, of_queries, rows
 from fastpeft.fused.row_wise import is_silent
 from fastpeft.fused.shared_input import compiled, tree_of
+from fastpeft.methods.base import must_be_called
 from fastpeft.registry import replaced_class
 
 ATTEND = "_fastpeft_attend"
@@ -70,7 +71,7 @@ def _give_rest(tree: ast.FunctionDef) -> bool:
 def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What ``module``, an attention or what has one inside, gives; for the rows alone that are read, where it can."""
     layout, forward = kwargs.get(LAYOUT), None
-    if isinstance(layout, LastLayout) and isinstance(module, nn.Module):
+    if isinstance(layout, LastLayout) and isinstance(module, nn.Module) and not must_be_called(module):
         if not isinstance(module, FusedInterfaceAttention):
             forward = at_rows(type(module))
         elif layout.column is not None:

@@ -25,7 +25,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from fastpeft.fused.any_head import arguments_of, may_have_output_head
-from fastpeft.fused.any_stack import FULL, OnTokens, Read, StackCall, checkpoints, hands_on_layouts, names_behind, read_at
+from fastpeft.fused.any_stack import (
+    FULL,
+    OnTokens,
+    Read,
+    StackCall,
+    checkpoints,
+    hands_on_layouts,
+    may_be_made_to_hand_on,
+    names_behind,
+    read_at,
+)
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention
 from fastpeft.fused.attention_masks import read_mask
 from fastpeft.fused.flatten import is_row_wise, why_not_flat
@@ -208,7 +218,7 @@ def _call_of(model: nn.Module, given: dict[str, Any]) -> _PooledCall | None:
     if pooled.gives_loss and given.get("labels") is not None and model.loss_function is not ForSequenceClassificationLoss:
         return None  # it may read the logits of every token
     layers = pooled.stack._modules[pooled.layers]
-    if any(map(checkpoints, layers)):
+    if any(checkpoints(layer) or not may_be_made_to_hand_on(layer) for layer in layers):
         return None
     if isinstance(pooled.stack, FusedLlamaModel):
         return _of_llama(model, pooled, given)

@@ -177,6 +177,13 @@ def sees_values(hook: Callable) -> bool:
     return where not in ("torch.utils.module_tracker", FSDP) and not getattr(hook, "sees_no_values", False)
 
 
+def must_be_called(module: nn.Module) -> bool:
+    """Whether something that sees no values is done around each call of ``module``, so that no other function can take the place of its
+    forward: FSDP gathers its weights there."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks)
+    return any(getattr(hook, "__module__", None) == FSDP for hooks in kinds if hooks for hook in hooks.values())
+
+
 @functools.lru_cache(maxsize=1 << 16)  # the image cache asks of every name at every call
 def is_adapter(name: str) -> bool:
     """Whether the parameter of this name was added by a method (as opposed to belonging to the base)."""

@@ -17,6 +17,7 @@ import fastpeft as fp
 from fastpeft.fused import attention_interface, queries, state_reads
 from fastpeft.fused.layout import LastLayout
 from fastpeft.fused.pooled import FusedPooledModel, _PooledCall, pooled_read
+from fastpeft.methods.base import FSDP
 from fastpeft.ops.attention import attention
 from fastpeft.registry import has_form
 
@@ -304,6 +305,24 @@ def test_what_keeps_every_token(why, computed):
         torch.testing.assert_close(a, b)
     for a, b in zip(plain.parameters(), model.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("where", ["layer", "attention"])
+def test_fsdp_gathers_weights_where_a_module_is_called(where, computed):
+    """Its hooks see no values, but nothing else may run in place of the module's call: that would compute with a shard."""
+    plain = tiny("bert")
+    model, called = copy.deepcopy(plain), []
+    fp.optimize(model)
+    last = model.bert.encoder.layer[-1]
+
+    def gather(module, args):
+        called.append(module)
+
+    gather.__module__ = FSDP
+    (last if where == "layer" else last.attention.self).register_forward_pre_hook(gather)
+    given = batch_of("bert", "padded")
+    assert_same(step(model, given), step(plain, given))
+    assert len(called) == 1 and bool(computed) == (where == "attention")
 
 
 def test_a_loss_of_ones_own_may_read_every_logit(computed):
