@@ -25,7 +25,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from fastpeft.fused.attention import why_not_fused
 from fastpeft.fused.attention_masks import MaskContent, attend_allowed, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
-from fastpeft.fused.layout import Layout
+from fastpeft.fused.layout import CrossLayout, Layout
 from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
@@ -51,6 +51,7 @@ from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.registry import fuses
 
 LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
+KEY_STATES = ("key_value_states", "encoder_hidden_states")  # what attentions call the states of another sequence, an encoder's
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
 OURS = "_fastpeft_{}".format  # the name, in the same file, of what stands in place of a name
 
@@ -130,7 +131,24 @@ class FusedInterfaceAttention:
         ours.__kwdefaults__, ours.__doc__, ours.__module__ = theirs.__kwdefaults__, theirs.__doc__, theirs.__module__
         ours.__annotations__, ours.__qualname__ = theirs.__annotations__, theirs.__qualname__
         ours.__dict__.update(theirs.__dict__)
-        return ours
+        return _told_of_keys(ours)
+
+
+def _told_of_keys(forward: FunctionType) -> FunctionType:
+    """``forward`` of an attention, where it may get states of another sequence for its keys: it then hands on where those lie."""
+    names = list(inspect.signature(forward).parameters)
+    at = next((i for i, name in enumerate(names) if name in KEY_STATES), None)
+    if at is None:
+        return forward
+
+    @wraps(forward)
+    def ours(*args, **kwargs):
+        layout = kwargs.get(LAYOUT)
+        if layout is not None and (args[at] if len(args) > at else kwargs.get(names[at])) is not None:
+            kwargs[LAYOUT] = CrossLayout(layout, layout.source)
+        return forward(*args, **kwargs)
+
+    return ours
 
 
 class Functions:
@@ -168,10 +186,11 @@ def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Te
     layout = kwargs.pop(LAYOUT, None)
     if layout is None:
         return function(module, query, key, value, *args, **kwargs)
-    padded = [_pad(layout, x) for x in (query, key, value)]
+    queries, keys = layout if isinstance(layout, CrossLayout) else (layout, layout)
+    padded = _pad(queries, query), _pad(keys, key), _pad(keys, value)
     output, weights = function(module, *padded, *args, **kwargs)
     B, L, H, d = output.shape
-    return layout.unpad(output.reshape(B, L, H * d)).view(1, -1, H, d), weights
+    return queries.unpad(output.reshape(B, L, H * d)).view(1, -1, H, d), weights
 
 
 def _pad(layout: Layout, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fastpeft.registry import replaced_class
 
 ROWS = "_fastpeft_rows"
 MASK, LAST = "attention_mask", "last_hidden_state"
-LOOPS = frozenset(("layers", "h"))  # what a stack calls its layers
+LOOPS = frozenset(("layers", "h", "block"))  # what a stack calls its layers
 CUT = "slice_logits_to_keep"
 ELSEWHERE = "encoder_hidden_states"  # of cross-attention, which no stack without padding has
 
