@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastpeft.fused.any_stack import Read, layers_of, read_at
-from fastpeft.fused.encoder_decoder import ENCODER_STATE, read_at_labels, read_at_tokens, stacks_of
+from fastpeft.fused.encoder_decoder import ENCODER_STATE, labels_handed_to, read_at_labels, read_at_tokens, stacks_of
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.last_layer import reads_labels_alone
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
@@ -112,9 +112,18 @@ class FusedLanguageModel:
         head = output_head(self)
         if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
             return None
+        if self.lean_logits and self._leaves_loss_to() is not None:
+            return None
         if why_not_flat(self, head) or not (self.lean_logits or (is_plain(head) and can_defer(head))):
             return None
         return head
+
+
+    def _leaves_loss_to(self) -> nn.Module | None:
+        """The encoder-decoder inside that gets the labels, as BLIP-2's T5 does; None where the loss is formed here."""
+        names = labels_handed_to(replaced_class(type(self)) or type(self))
+        inside = (getattr(self, name, None) for name in names)
+        return next((m for m in inside if isinstance(m, FusedLanguageModel) and m.config.is_encoder_decoder), None)
 
 
 def _given(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def read_at_labels(model: nn.Module, head: nn.Module, stacks: Stacks) -> bool:
     return "loss_function" not in _Code.of(_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
 
 
+@cache
+def labels_handed_to(cls: type[nn.Module]) -> frozenset[str]:
+    """The modules that the forward of ``cls`` calls with labels."""
+    code = _Code.of(cls)
+    calls = [] if code is None else [node for node in code.nodes if _path(node) and _is_name(_keywords(node).get("labels"), "labels")]
+    return frozenset(map(_path, calls))
+
+
 def _class(module: nn.Module) -> type[nn.Module]:
     return replaced_class(type(module)) or type(module)
 
