@@ -39,7 +39,7 @@ from transformers.utils import output_capturing
 from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.fused.attention import why_not_fused
-from fastpeft.fused.attention_masks import MaskContent, attend_allowed, read_mask
+from fastpeft.fused.attention_masks import MaskContent, adds_nothing, attend_allowed, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
 from fastpeft.fused.layout import CrossLayout, Layout
@@ -223,7 +223,7 @@ def attention_forward(
 
     Computes what ``otherwise``, of this ``kind``, does, but saves less; what :func:`why_not_here` names ``otherwise`` computes itself."""
     causal = not kind.eager and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    bias = position_bias if kind.position_bias else None
+    bias = position_bias if kind.position_bias and not adds_nothing(position_bias, attention_mask) else None
     if why_not_here(kind, module, query, key, value, attention_mask, scaling, causal, bias, kwargs):
         kwargs |= {} if is_causal is None else {"is_causal": is_causal}
         kwargs |= {} if position_bias is None else {"position_bias": position_bias}

@@ -229,6 +229,19 @@ class Doubled(nn.Module):
         return self.inner(x) + x.mean(1, keepdim=True)[..., : self.weight.shape[0]].mean()
 
 
+def test_a_bias_of_zeros_is_not_kept():
+    """T5's cross-attention adds zeros; its frozen biases of its own positions are kept once for all layers of a stack."""
+    plain, model, batch = both("t5", None)
+    for each in (plain, model):
+        each.get_decoder().block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(False)
+    one, kept = batch("full"), []
+    assert_same(step(model, one), step(plain, one))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(**one)
+    found = {t.untyped_storage().data_ptr(): tuple(t.shape) for t in kept if t.dim() == 4 and t.shape[0] == 1}
+    assert sorted(found.values()) == [(1, 4, 6, 6), (1, 4, 12, 12)]
+
+
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_adapters(name, tokens_seen):
     peft = pytest.importorskip("peft")
