@@ -64,7 +64,7 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        given = _given(self, args, kwargs)
+        given = arguments_of(self, args, kwargs)
         reads = self._reads(given, head) if self.lean_logits else {}
         masked = any(read is None or read.mask is not None for read in reads.values())
         # without a mask, position_ids may mark packed samples, but only where there is no cache
@@ -107,7 +107,7 @@ class FusedLanguageModel:
     def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
         """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
         nobody reads the logits or they can still be computed."""
-        if not self.training or _given(self, args, kwargs).get("labels") is None:
+        if not self.training or arguments_of(self, args, kwargs).get("labels") is None:
             return None
         head = output_head(self)
         if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
@@ -126,7 +126,7 @@ class FusedLanguageModel:
         return next((m for m in inside if isinstance(m, FusedLanguageModel) and m.config.is_encoder_decoder), None)
 
 
-def _given(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; only those that have one where they do not fit: the model then says what is wrong."""
     if not args:
         return kwargs

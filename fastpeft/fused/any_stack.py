@@ -1,7 +1,7 @@
 """Any stack of layers of transformers, its padding left out while the layers run.
 
 Where nobody reads a stack's output at padding, its layers see real tokens alone, [1, T, C] in place of [B, L, C]. The model's own forward
-runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`_OnTokens`, which call them
+runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`OnTokens`, which call them
 on real tokens. Attention functions get padded queries, keys and values, as the masks are (:mod:`fastpeft.fused.attention_interface`), so
 whatever a mask says is as it was. A decoder that attends to an encoder's states gets those of real tokens, too.
 """
@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.last_layer import LAST, LOOPS, at_rows, ends_row_by_row, handing_on, run_handing_on
-from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, LayerCall
+from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, StackCall
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.fused.row_wise import hands_states_on, mixes_in_float16
@@ -190,11 +190,11 @@ class FusedTextStack:
         if (name := self.config._attn_implementation) not in ("sdpa", "eager"):
             return True  # others get masks of other kinds
         # what is padding on the left attends to nothing, which is every key in "eager", and where a bias is added
-        if (name != "sdpa" or BIASES[0] in _names_behind(type(layers[0]))) and read.on_padding():
+        if (name != "sdpa" or BIASES[0] in names_behind(type(layers[0]))) and read.on_padding():
             return True
-        if why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
+        if why_not_flat(self, layers, by_code=True) or not all(map(hands_on_layouts, layers.modules())):
             return True
-        if any(map(_checkpoints, layers)) and any(handing_on(type(layer)) is not None for layer in layers):
+        if any(map(checkpoints, layers)) and any(handing_on(type(layer)) is not None for layer in layers):
             return True
         return mixes_in_float16(layers) and _is_float16(self, _tokens(options).device)
 
@@ -234,12 +234,12 @@ def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
     return bool(getattr(stack.config, f"output_{what}", False) if value is None else value is not False)
 
 
-def _hands_on_layouts(module: nn.Module) -> bool:
+def hands_on_layouts(module: nn.Module) -> bool:
     """Whether ``module``, if it is an attention layer, looks its function up where layouts are understood."""
     return isinstance(module, FusedInterfaceAttention) or not reads_interface(replaced_class(type(module)) or type(module))
 
 
-def _checkpoints(layer: nn.Module) -> bool:
+def checkpoints(layer: nn.Module) -> bool:
     """Whether a layer runs again in backward, by its ``__call__``."""
     return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
 
@@ -290,25 +290,25 @@ def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     at_last = read.alone and ends_row_by_row(replaced_class(type(stack)) or type(stack))
     by_mask = not read.alone and layout.source is None and read.mask is not None and is_causal(stack)
-    call = LayerCall(layout, read.outputs() if at_last else None, None if by_mask else is_causal(stack))
+    call = StackCall(layout, read.outputs() if at_last else None, None if by_mask else is_causal(stack))
     name, own = layers_of(stack)
     layers = list(getattr(stack, name))  # others may stand for them already
-    with standing(stack, [_OnTokens(layer, call, _names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
+    with standing(stack, [OnTokens(layer, call, names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
         yield
 
 
 @cache
-def _names_behind(cls: type[nn.Module]) -> list[str]:
+def names_behind(cls: type[nn.Module]) -> list[str]:
     """The names of a layer's arguments behind its hidden states."""
     return list(inspect.signature(cls.forward).parameters)[2:]
 
 
-class _OnTokens:
+class OnTokens:
     """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers. The last one's
     output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
     saved tensors (profiles)."""
 
-    def __init__(self, layer: nn.Module, call: LayerCall, names: list[str], last: bool):
+    def __init__(self, layer: nn.Module, call: StackCall, names: list[str], last: bool):
         self.layer, self.call, self.names, self.last = layer, call, names, last
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -321,7 +321,7 @@ class _OnTokens:
                 hidden = hidden.read()
             return layer(hidden, *args, **kwargs)
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
-        last = self._at_labels(tokens.device) if self.last else None
+        last = self.at_last(tokens.device) if self.last else None
         layout, forward = (call.layout, None) if last is None else (last, at_rows(type(layer)))
         output = self.run(forward, tokens, *given[0], **given[1], **{LAYOUT: layout})
         hidden, *others = (output,) if isinstance(output, Tensor) else output
@@ -332,12 +332,12 @@ class _OnTokens:
         """The layer, by a ``forward`` made of its own (None: by its own, which hands on where tokens lie)."""
         return run_handing_on(self.layer, tokens, *args, **kwargs) if forward is None else forward(self.layer, tokens, *args, **kwargs)
 
-    def _at_labels(self, device: torch.device) -> LastLayout | None:
-        """How the last layer runs at labelled positions alone behind its attention; None where it runs as it is."""
-        layer, wanted = self.layer, self.call.outputs
-        if wanted is None or not isinstance(layer, GradientCheckpointingLayer) or _checkpoints(layer):
+    def at_last(self, device: torch.device) -> LastLayout | None:
+        """How the last layer runs at the rows alone that are read; None where it runs as it is."""
+        layer = self.layer
+        if not isinstance(layer, GradientCheckpointingLayer) or checkpoints(layer) or at_rows(type(layer)) is None:
             return None
-        return None if at_rows(type(layer)) is None else LastLayout.of(self.call.layout, wanted, device)
+        return self.call.at_last(device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.forms import digest
-from fastpeft.fused.layout import Layout
+from fastpeft.fused.layout import LastLayout, Layout
 from fastpeft.registry import replaced_class
 
 MASK, SOURCE_MASK, STATES = "attention_mask", "encoder_attention_mask", "encoder_hidden_states"
@@ -27,15 +27,19 @@ class Unknown(Exception):
     """An argument that a layer may read in a way of its own."""
 
 
-class LayerCall:
+class StackCall:
     """One call of a stack: where its tokens lie, and what its layers' arguments are on tokens. ``outputs`` [B, L] bool: the only ones of
     the last layer that are read (None: all). ``causal``: without a mask no token attends to a later one; None: masks are taken at their
     word."""
 
-    def __init__(self, layout: Layout, outputs: Tensor | None = None, causal: bool | None = None):
+    def __init__(self, layout: Layout | None, outputs: Tensor | None = None, causal: bool | None = None):
         self.layout, self.outputs, self.causal, self.thread = layout, outputs, causal, threading.get_ident()
         self.known: dict[int, tuple[Any, Any]] = {}
         self.hiding: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+
+    def at_last(self, device: torch.device) -> LastLayout | None:
+        """Where the last layer's outputs are read; None where all are."""
+        return None if self.outputs is None else LastLayout.of(self.layout, self.outputs, device)
 
     def arguments(
         self, names: list[str], args: tuple, kwargs: dict[str, Any], layer: nn.Module | None = None

@@ -75,13 +75,13 @@ def both(name, lean=True):
 @pytest.fixture
 def tokens_seen(monkeypatch):
     """Tokens that each layer of a stack computed where it stood for real tokens."""
-    seen, run = [], any_stack._OnTokens.run
+    seen, run = [], any_stack.OnTokens.run
 
     def watched(self, forward, hidden, *args, **kwargs):
         seen.append(hidden.shape[:2].numel())
         return run(self, forward, hidden, *args, **kwargs)
 
-    monkeypatch.setattr(any_stack._OnTokens, "run", watched)
+    monkeypatch.setattr(any_stack.OnTokens, "run", watched)
     return seen
 
 
