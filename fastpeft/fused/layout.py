@@ -7,7 +7,7 @@ Linear layers, norms and activations see [T, C]: no padding is computed. Self-at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Layout:
     counts: tuple[int, ...] | None = None
     order: Tensor | None = None
     host: Tensor | None = None
-    source: Layout | None = None
+    source: Layout | None = field(default=None, kw_only=True)
 
     @property
     def cells(self) -> Tensor:
