@@ -11,8 +11,9 @@ of it can be saved, copied or pickled to where fastpeft is not, ``set_attn_imple
 who set it themselves.
 
 The function saves q, k, v, o and lse: neither keys and values once more for every query head, nor scores and probabilities, nor an additive
-mask for each layer. A mask [B, 1, M, N] that is causality or nothing besides key padding is taken as that. With soft caps, sinks and
-trained biases it saves q, k and v. What it does not do exactly it hands on to the function that was set (:func:`why_not_here`).
+mask for each layer; nor o of real tokens beside o, where padding was left out. A mask [B, 1, M, N] that is causality or nothing besides key
+padding is taken as that. With soft caps, sinks and trained biases it saves q, k and v. What it does not do exactly it hands on to the
+function that was set (:func:`why_not_here`).
 
 The function that turns queries and keys (rotary embedding) is exchanged in the same way (:mod:`fastpeft.fused.attention_rotary`).
 
@@ -190,7 +191,11 @@ def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Te
     padded = _pad(queries, query), _pad(keys, key), _pad(keys, value)
     output, weights = function(module, *padded, *args, **kwargs)
     B, L, H, d = output.shape
-    return queries.unpad(output.reshape(B, L, H * d)).view(1, -1, H, d), weights
+    laid = output.reshape(B, L, H * d)
+    tokens = queries.unpad(laid)
+    if queries.place is not None and getattr(output, "_fastpeft_is_kept", False):  # by the attention, for its backward
+        mark_recomputable(tokens, queries.unpad, laid)
+    return tokens.view(1, -1, H, d), weights
 
 
 def _pad(layout: Layout, x: Tensor) -> Tensor:
@@ -243,7 +248,14 @@ def attention_forward(
     extras = {"softcap": kwargs.get("softcap") if kind.softcap else None, "sinks": module.sinks if kind.sinks else None}
     dropout = dropout if module.training or not kind.eager else 0.0
     output = _attend(_tokens_first(query), key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
-    return output.transpose(1, 2).contiguous(), None
+    return _tokens_behind(output, extras), None
+
+
+def _tokens_behind(output: Tensor, extras: dict[str, Any]) -> Tensor:
+    """[B, H, M, d] -> [B, M, H, d], with a note on it where the operator keeps this memory for its backward."""
+    laid = output.transpose(1, 2)
+    laid._fastpeft_is_kept = laid.is_contiguous() and not any(extra is not None for extra in extras.values())
+    return laid.contiguous()
 
 
 def _tokens_first(query: Tensor) -> Tensor:

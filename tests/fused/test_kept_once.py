@@ -91,3 +91,18 @@ def test_a_sum_of_what_is_kept_is_formed_again():
             model(**batch).loss.backward()
         grads |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], grad) for name, grad in wanted.items())
+
+
+@pytest.mark.parametrize("name", ["t5", "qwen3", "whisper"])
+def test_an_output_of_real_tokens_is_formed_of_the_padded_one(name):
+    """Where padding was left out, attention keeps its padded output: its real tokens, which the output projection reads, are in it."""
+    model, batch = tiny(name)
+    batch = batch("padded")
+    model, read = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train(), []
+    fp.optimize(model, lean_logits=True)
+    stack = model.get_base_model().get_decoder()
+    for name, module in stack.named_modules():
+        if name.rpartition(".")[2] in ("out_proj", "o_proj", "o") and isinstance(module, nn.Module):
+            module.register_forward_pre_hook(sees_no_values(lambda m, args: read.append(args[0])))
+    kept = {storage(t) for t in kept_by(model, batch)}
+    assert read and all(x.shape[0] == 1 for x in read) and not any(storage(x) in kept for x in read)
