@@ -13,11 +13,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
 from fastpeft.ops.tree_attention import PrefixTree, tree_of
 from fastpeft.static_shapes import first_rows, sizes
+
+
+class _Placed(Function):
+    """x [T, ...] in the rows ``place`` [T] of a table of ``cells`` rows, zero elsewhere. Keeps ``place`` alone, where autograd's own
+    ``index_copy_`` keeps x too."""
+
+    @staticmethod
+    def forward(ctx, x, place, cells):
+        ctx.save_for_backward(place)
+        return x.new_zeros(cells, *x.shape[1:]).index_copy_(0, place, x)  # in place: else zeros are copied first
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Layout:
         """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
         x = x.reshape(-1, x.shape[-1])
         if self.place is not None:
-            x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy_(0, self.place, x)  # in place: else zeros are copied first
+            x = _Placed.apply(x, self.place, self.rows * self.columns)
         return x.view(self.rows, self.columns, -1)
 
     def unpad(self, table: Tensor) -> Tensor:
@@ -88,7 +104,7 @@ class Layout:
         """What :meth:`by_row` lays row by row -> as the tokens lie."""
         if self.is_uncounted:
             return self.unpad(x.view(self.rows, self.columns, -1))
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+        return x if self.order is None else _Placed.apply(x, self.order, len(x))
 
 
 @dataclass(frozen=True)

@@ -181,3 +181,17 @@ def test_padding_copies_no_zeros():
     assert {"aten::index_copy_", "aten::zero_"} <= (ran := {event.name for event in trace.events()}) and "aten::copy_" not in ran
     assert torch.equal(layout.unpad(table), x) and table.count_nonzero() == x.numel()
     assert torch.autograd.gradcheck(layout.pad, x)
+
+
+@pytest.mark.parametrize("lay", ["pad", "from_rows"])
+def test_tokens_laid_elsewhere_are_not_kept(lay):
+    """``index_copy_`` itself keeps what it copies, to expand a gradient to its shape."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    batch = self_layout((2, 3), mask, torch.device("cpu"))
+    layout = batch if lay == "pad" else image_layout(batch, torch.tensor([1, 0]), 2, torch.device("cpu"))
+    x, kept = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        table = getattr(layout, lay)(x * 1.0)
+    assert kept and all(t.dtype == torch.int64 for t in kept)
+    assert torch.autograd.gradcheck(getattr(layout, lay), x)
+    assert table.sum() == x.sum()
