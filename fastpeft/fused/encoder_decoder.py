@@ -251,11 +251,13 @@ def _is_head(node: ast.AST) -> bool:
 
 
 def _onward(code: _Code, node: ast.expr) -> list[ast.expr] | None:
-    """Where a hidden state goes: the expressions that hold it next, at the same positions; None where it cannot be told."""
+    """Where a hidden state goes: the expressions that hold it, or rows of it, next; None where it cannot be told."""
     parent = code.parents[node]
     if (name := code.target(node)) is not None:
         return list(code.names(name))
     if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Mult | ast.Div):
+        return [parent]
+    if isinstance(parent, ast.Subscript) and parent.value is node:  # rows that logits are kept of
         return [parent]
     if isinstance(parent, ast.Attribute) and parent.attr == "to" and _is_called(code, parent):
         return [code.parents[parent]]
