@@ -6,6 +6,7 @@ import inspect
 from collections import OrderedDict
 from contextlib import suppress
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,19 +18,27 @@ from transformers.utils import ModelOutput
 from fastpeft.fused.any_stack import Read, layers_of, read_at
 from fastpeft.fused.encoder_decoder import ENCODER_STATE, labels_handed_to, read_at_labels, read_at_tokens, stacks_of
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.last_layer import reads_labels_alone
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
+from fastpeft.fused.state_reads import reads_labels_alone
 from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
 
 def takes_labels(cls: type[nn.Module]) -> bool:
-    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, takes labels. (A forward of somebody else's may hand
-    logits to what no function of PyTorch's announces, an autograd Function of its own.)"""
+    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, takes labels, and that may have a head that makes
+    logits. (A forward of somebody else's may hand logits to what no function of PyTorch's announces, an autograd Function of its own.)"""
     if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
         return False
-    return "labels" in _signature(cls).parameters
+    return "labels" in _signature(cls).parameters and may_have_output_head(cls)
+
+
+@cache
+def may_have_output_head(cls: type[nn.Module]) -> bool:
+    """Whether models of ``cls`` say which module makes their logits, or have one where transformers looks for it."""
+    made = (vars(kind)["__init__"] for kind in cls.__mro__ if "__init__" in vars(kind))
+    own = cls.get_output_embeddings is not PreTrainedModel.get_output_embeddings
+    return own or any("lm_head" in init.__code__.co_names for init in made if isinstance(init, FunctionType))
 
 
 @cache

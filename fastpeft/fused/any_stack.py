@@ -24,16 +24,19 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
+from fastpeft.fused.attention_interface import FusedInterfaceAttention, reads_interface
+from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.last_layer import LAST, LOOPS, at_rows, ends_row_by_row, handing_on, run_handing_on
+from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
 from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, StackCall
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.fused.row_wise import hands_states_on, mixes_in_float16
+from fastpeft.fused.state_reads import LAST, ends_row_by_row
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
+LOOPS = frozenset(("layers", "h", "block"))  # what a stack calls its layers
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
 CAUSAL_MASK = "create_causal_mask"
 _reading = threading.local()
@@ -301,6 +304,10 @@ def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
 def names_behind(cls: type[nn.Module]) -> list[str]:
     """The names of a layer's arguments behind its hidden states."""
     return list(inspect.signature(cls.forward).parameters)[2:]
+
+
+class _Unknown(Exception):
+    """An argument that a layer may read in a way of its own."""
 
 
 class OnTokens:

@@ -26,7 +26,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -43,16 +43,13 @@ from fastpeft.fused.attention import why_not_fused
 from fastpeft.fused.attention_masks import MaskContent, adds_nothing, attend_allowed, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
-from fastpeft.fused.layout import CrossLayout, Layout
+from fastpeft.fused.attention_tokens import of_real_tokens, told_of_keys
 from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
-from fastpeft.ops._recompute import mark_recomputable, recipe_of
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.registry import fuses
 
-LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
-KEY_STATES = ("key_value_states", "encoder_hidden_states")  # what attentions call the states of another sequence, an encoder's
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
 OURS = "_fastpeft_{}".format  # the name, in the same file, of what stands in place of a name
 
@@ -122,33 +119,20 @@ class FusedInterfaceAttention:
     @staticmethod
     def forward_of(cls: type) -> FunctionType:
         """The forward of ``cls``, with the function looked up here, and its projections of one input joined."""
-        theirs = join_calls(cls.forward)
-        code, namespace = theirs.__code__, theirs.__globals__
-        others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
-        for name, make in (others := {THEIRS: Functions} | others).items():
-            namespace.setdefault(OURS(name), make(namespace, name))
-        names = tuple(OURS(name) if name in others else name for name in code.co_names)
-        ours = FunctionType(code.replace(co_names=names), namespace, theirs.__name__, theirs.__defaults__, theirs.__closure__)
-        ours.__kwdefaults__, ours.__doc__, ours.__module__ = theirs.__kwdefaults__, theirs.__doc__, theirs.__module__
-        ours.__annotations__, ours.__qualname__ = theirs.__annotations__, theirs.__qualname__
-        ours.__dict__.update(theirs.__dict__)
-        return _told_of_keys(ours)
+        return told_of_keys(looking_up_ours(join_calls(cls.forward)))
 
 
-def _told_of_keys(forward: FunctionType) -> FunctionType:
-    """``forward`` of an attention, where it may get states of another sequence for its keys: it then hands on where those lie."""
-    names = list(inspect.signature(forward).parameters)
-    at = next((i for i, name in enumerate(names) if name in KEY_STATES), None)
-    if at is None:
-        return forward
-
-    @wraps(forward)
-    def ours(*args, **kwargs):
-        layout = kwargs.get(LAYOUT)
-        if layout is not None and (args[at] if len(args) > at else kwargs.get(names[at])) is not None:
-            kwargs[LAYOUT] = CrossLayout(layout, layout.source)
-        return forward(*args, **kwargs)
-
+def looking_up_ours(theirs: FunctionType) -> FunctionType:
+    """A forward of an attention layer, the functions that it looks up ours."""
+    code, namespace = theirs.__code__, theirs.__globals__
+    others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
+    for name, make in (others := {THEIRS: Functions} | others).items():
+        namespace.setdefault(OURS(name), make(namespace, name))
+    names = tuple(OURS(name) if name in others else name for name in code.co_names)
+    ours = FunctionType(code.replace(co_names=names), namespace, theirs.__name__, theirs.__defaults__, theirs.__closure__)
+    ours.__kwdefaults__, ours.__doc__, ours.__module__ = theirs.__kwdefaults__, theirs.__doc__, theirs.__module__
+    ours.__annotations__, ours.__qualname__ = theirs.__annotations__, theirs.__qualname__
+    ours.__dict__.update(theirs.__dict__)
     return ours
 
 
@@ -179,34 +163,6 @@ class Functions:
 
     def __contains__(self, name: str) -> bool:
         return name in self.theirs
-
-
-def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-    """``function``, an attention function, where ``fastpeft_layout`` among the keyword arguments says that query, key and value
-    [1, H, T, d] are those of real tokens only: they are padded for it, as the mask is."""
-    layout = kwargs.pop(LAYOUT, None)
-    if layout is None:
-        return function(module, query, key, value, *args, **kwargs)
-    queries, keys = layout if isinstance(layout, CrossLayout) else (layout, layout)
-    padded = _pad(queries, query), _pad(keys, key), _pad(keys, value)
-    output, weights = function(module, *padded, *args, **kwargs)
-    B, L, H, d = output.shape
-    laid = output.reshape(B, L, H * d)
-    tokens = queries.unpad(laid)
-    if queries.place is not None and getattr(output, "_fastpeft_is_kept", False):  # by the attention, for its backward
-        mark_recomputable(tokens, queries.unpad, laid)
-    return tokens.view(1, -1, H, d), weights
-
-
-def _pad(layout: Layout, x: Tensor) -> Tensor:
-    """[1, H, T, d] -> [B, H, L, d]; what backward can form again, it can also pad."""
-    padded = _padded(layout, x)
-    return padded if recipe_of(x) is None else mark_recomputable(padded, partial(_padded, layout), x)
-
-
-def _padded(layout: Layout, x: Tensor) -> Tensor:
-    _, H, T, d = x.shape
-    return layout.pad(x.transpose(1, 2).reshape(T, H * d)).view(layout.rows, layout.columns, H, d).transpose(1, 2)
 
 
 def attention_forward(

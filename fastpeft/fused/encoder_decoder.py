@@ -22,10 +22,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from fastpeft.fused.last_layer import CUT, LAST, handed_on
 from fastpeft.fused.layer_arguments import MASK, SOURCE_MASK, STATES
 from fastpeft.fused.shared_input import tree_of
-from fastpeft.registry import replaced_class
+from fastpeft.fused.state_reads import CUT, LAST, code_class, handed_on
 
 ENCODER_STATE = "encoder_last_hidden_state"  # what outputs call it
 RENAMES = frozenset(("view", "reshape", "float", "to", "contiguous"))  # of logits: the same in another shape or dtype
@@ -46,8 +45,8 @@ class Stacks(NamedTuple):
 def stacks_of(model: nn.Module, decoder: nn.Module) -> Stacks | None:
     """The encoder and decoder of ``model``; None where no forward known to do so calls them."""
     above, home = [], model
-    while (paths := _calls(_class(home))) is None:
-        path = handed_on(_class(home)) if above else _state_of(_class(home))
+    while (paths := _calls(code_class(home))) is None:
+        path = handed_on(code_class(home)) if above else _state_of(code_class(home))
         if path is None or not isinstance(inner := attrgetter(path)(home), PreTrainedModel) or inner is home:
             return None
         above, home = [*above, home], inner
@@ -57,15 +56,15 @@ def stacks_of(model: nn.Module, decoder: nn.Module) -> Stacks | None:
 
 def read_at_tokens(stacks: Stacks) -> bool:
     """Whether the encoder's last hidden state is read by the decoder alone, and returned."""
-    return _encoder_is_handed_on(_class(stacks.home)) and all(_only_returned(_class(module)) for module in stacks.above)
+    return _encoder_is_handed_on(code_class(stacks.home)) and all(_only_returned(code_class(module)) for module in stacks.above)
 
 
 def read_at_labels(model: nn.Module, head: nn.Module, stacks: Stacks) -> bool:
     """Whether the decoder's last hidden state goes to ``head`` alone, and its logits to a cross entropy of the labels alone."""
-    name = _head_of(_class(model))
-    if name is None or getattr(model, name, None) is not head or (stacks.above and not _state_is_returned(_class(stacks.home))):
+    name = _head_of(code_class(model))
+    if name is None or getattr(model, name, None) is not head or (stacks.above and not _state_is_returned(code_class(stacks.home))):
         return False
-    return "loss_function" not in _Code.of(_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
+    return "loss_function" not in _Code.of(code_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
 
 
 @cache
@@ -74,10 +73,6 @@ def labels_handed_to(cls: type[nn.Module]) -> frozenset[str]:
     code = _Code.of(cls)
     calls = [] if code is None else [node for node in code.nodes if _path(node) and _is_name(_keywords(node).get("labels"), "labels")]
     return frozenset(map(_path, calls))
-
-
-def _class(module: nn.Module) -> type[nn.Module]:
-    return replaced_class(type(module)) or type(module)
 
 
 class _Code:

@@ -131,10 +131,29 @@ class TreeLayout(Layout):
 
 @dataclass(frozen=True)
 class LastLayout(Layout):
-    """Of a last layer's tokens, outputs are read at ``read`` [T'] alone, and lie in the batch as ``outputs`` says."""
+    """Of a last layer's tokens, outputs are read at ``read`` [T'] alone, and lie in the batch as ``outputs`` says. ``column``: that of the
+    one row of each sample that is read, of all or [rows] int64; None where others are read. ``flat``: the layer gets tokens [1, T, C]; else
+    [rows, columns, C]."""
 
     read: Tensor | None = None
     outputs: Layout | None = None
+    column: int | Tensor | None = None
+    flat: bool = True
+
+    @classmethod
+    def of_columns(cls, rows: int, columns: int, column: int | Tensor, device: torch.device, tokens: Layout | None = None) -> LastLayout:
+        """One row of each sample is read; ``tokens``: of these the layer gets all (None: [rows, columns])."""
+        cells = torch.arange(rows, device=device) * columns + column
+        layout = Layout(rows, columns, None) if tokens is None else tokens
+        read = cells if layout.place is None else torch.searchsorted(layout.place, cells)
+        place = (layout.place, layout.counts, layout.order, layout.host)
+        return cls(rows, columns, *place, read, Layout(rows, 1, None), column, tokens is not None)
+
+    def of_each(self, x: Tensor) -> Tensor:
+        """[rows or 1, columns, ...] -> [rows or 1, 1, ...]: what is at ``column`` of each sample."""
+        if isinstance(self.column, int):
+            return x.narrow(1, self.column, 1)
+        return x.expand(self.rows, *x.shape[1:])[torch.arange(self.rows, device=x.device), self.column][:, None]
 
     @classmethod
     def of(cls, layout: Layout, wanted: Tensor, device: torch.device) -> LastLayout | None:

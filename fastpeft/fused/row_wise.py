@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from fastpeft.forms import digest
-from fastpeft.fused.attention_interface import KEY_STATES, reads_interface
+from fastpeft.fused.attention_interface import reads_interface
+from fastpeft.fused.attention_tokens import KEY_STATES
 from fastpeft.fused.shared_input import tree_of
 from fastpeft.registry import replaced_class
 
@@ -71,6 +72,14 @@ READ = {
     "390435cbdaf5": "hy_v3.modeling_hy_v3.HYV3TopKRouter",
     "209a8291c946": "gpt2.modeling_gpt2.GPT2Block",  # without an encoder's states, which no stack hands on beside a layout
     "51bcf498504d": "gpt2.modeling_gpt2.GPT2Attention",
+    "d2921592ab53": "bert.modeling_bert.BertLayer",  # and RoBERTa's, ELECTRA's, ...; cross-attention as above
+    "904e4ed3230c": "layoutlm.modeling_layoutlm.LayoutLMLayer",
+    "073cce2d00eb": "distilbert.modeling_distilbert.FFN",
+    "056c7a7d6f6f": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLLayer",
+    "c998de6e6c89": "bert.modeling_bert.BertAttention",
+    "9b68fa4aeb9c": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLAttention",
+    "b0db8fa75d2d": "roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormAttention",
+    "bee0b58e9710": "bert.modeling_bert.BertSelfAttention",
     # Attentions that hand queries, keys and values of each token to their function, once. Cross-attention as above.
     "75712120c07f": "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention",
     "8670a021ed3f": "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention",
@@ -91,8 +100,8 @@ READ = {
 }
 # Of these, the ones that look, in float16, whether any token of the batch is infinite.
 IN_FLOAT16 = frozenset(("4ab550002f24", "29bf216e4c76", "af96f2f0a421"))
-# what such code does only where an attribute is set: noise on a batch's hidden states, and attention of a model's own
-UNLESS = ("jitter_noise", "reorder_and_upcast_attn")
+# what such code does only where an attribute is set: noise on a batch's hidden states, attention of a model's own, chunks of tokens
+UNLESS = ("jitter_noise", "reorder_and_upcast_attn", "chunk_size_feed_forward")
 
 # class -> (the modules that it calls, those of them that get the mask and not where tokens lie), None: not row-wise
 _KNOWN: WeakKeyDictionary[type, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()

@@ -13,9 +13,10 @@ import fastpeft as fp
 from fastpeft.fused import any_head, any_stack
 from fastpeft.fused.any_head import output_head
 from fastpeft.fused.attention_interface import reads_interface
-from fastpeft.fused.last_layer import at_rows, handing_on, reads_labels_alone
+from fastpeft.fused.last_layer import at_rows, handing_on
 from fastpeft.fused.layer_arguments import StackCall
 from fastpeft.fused.row_wise import is_row_wise_code
+from fastpeft.fused.state_reads import reads_labels_alone
 
 UNPADDED = ["mistral", "qwen2", "qwen3", "gemma3-text", "phi3", "smollm3", "olmo2"]
 UNPADDED += ["gpt2", "opt", "gpt-neox", "phi", "cohere"]
