@@ -130,6 +130,16 @@ def bart() -> Case:
     return model, {"input_ids": ids, "labels": ids[:, :64].clone()}
 
 
+def in_pairs(make: Callable[[], Case]) -> Case:
+    """The same model on texts and answers of 35 to 100% of a row."""
+    model, batch = make()
+    parts = torch.linspace(0.35, 1.0, 4)[:, None]
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = (torch.arange(ids.shape[1]) < parts * ids.shape[1]).long()
+    answered = torch.arange(labels.shape[1]) < parts * labels.shape[1]
+    return model, {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(~answered, -100)}
+
+
 def t5() -> Case:
     size = {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048, "num_layers": LAYERS}
     config = tf.T5Config(**size, vocab_size=FEW, dropout_rate=0.0, decoder_start_token_id=0)
@@ -167,6 +177,8 @@ CASES |= {
     "blip2": blip2,
     "bart": bart,
     "t5": t5,
+    "bart-padded": lambda: in_pairs(bart),
+    "t5-padded": lambda: in_pairs(t5),
     "whisper": whisper,
 }
 
@@ -193,12 +205,12 @@ def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
 def one_case(case: str, rounds: int, seconds: float) -> dict:
     """``rounds`` 0: nothing is timed."""
     plain, batch = adapted(case)
-    decodes = case.partition("-")[0] in DECODERS
+    decodes, lean = case.partition("-")[0] in DECODERS, case.endswith("-padded")
     models = {"peft": plain, "fastpeft": copy.deepcopy(plain)}
     if decodes and rounds:
         models["compiled"] = torch.compile(copy.deepcopy(plain))
     cache = "1GB" if case.endswith("cached") else None
-    report = fp.optimize(models["fastpeft"], lean_logits=True if decodes else None, cache_images=cache)
+    report = fp.optimize(models["fastpeft"], lean_logits=True if decodes or lean else None, cache_images=cache)
     row, expected = {"covered": report.coverage["layers"]}, step(plain, batch)
 
     def equal(name: str) -> float:

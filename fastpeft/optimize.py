@@ -35,9 +35,9 @@ def optimize(
     filter_fn(module, name) -> bool: return False to leave a module as it is. cache_images: a size of host memory ("4GB") or a folder, to
     keep there what frozen image encoders compute (:mod:`fastpeft.caching.images`); cache_layers: the same, to keep what the lower layers
     of language models compute that train nothing (:mod:`fastpeft.caching.layers`). lean_logits: True says that nobody reads the logits
-    of a training step, so they are not returned. False takes either back; None leaves it. Outputs, losses and gradients stay those of the
-    model, up to rounding, except where the report's ``notes`` say otherwise. A module with hooks is called, never computed by the one
-    around it.
+    of a training step, nor an encoder's last hidden state beside them, so they are not returned. False takes either back; None leaves it.
+    Outputs, losses and gradients stay those of the model, up to rounding, except where the report's ``notes`` say otherwise. A module with
+    hooks is called, never computed by the one around it.
     Call it as often as you like; :func:`restore` undoes it. TypeError for anything but a module.
     """
     _check_module("optimize", model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastpeft.caching.calls import NOT_READ
 from fastpeft.caching.frozen import ASK_FOR_GRADIENTS
 from fastpeft.caching.spans import Cut, NotCut, cut
-from fastpeft.fused.attention_interface import LAYOUT
+from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.last_layer import run_handing_on
 from fastpeft.fused.layout import Layout, sub_layout
 from fastpeft.fused.lower import Refused

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastpeft.fused.any_stack import Read, layers_of, read_at
+from fastpeft.fused.encoder_decoder import ENCODER_STATE, labels_handed_to, read_at_labels, read_at_tokens, stacks_of
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
@@ -72,20 +73,39 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        given, decoder = arguments_of(self, args, kwargs), _decoder_of(self)
-        read = _read_by_loss(given) if self.lean_logits and self._has_one_mask(decoder) else None
-        if read is not None and reads_labels_alone(self, head, decoder):
-            read = read._replace(alone=True)
-        if read is not None and read.mask is not None and not args and self._may_leave_out_cache(given):
+        given = arguments_of(self, args, kwargs)
+        reads = self._reads(given, head) if self.lean_logits else {}
+        masked = any(read is None or read.mask is not None for read in reads.values())
+        # without a mask, position_ids may mark packed samples, but only where there is no cache
+        if reads and (masked or given.get("position_ids") is None) and not args and self._may_leave_out_cache(given):
             kwargs["use_cache"] = False
-        with lazy_head(head), read_at(decoder, read):
+        with lazy_head(head), read_at(reads) as at_tokens:
             output = super().forward(*args, **kwargs)
+            left_out = any(reads[stack] is None for stack in at_tokens)
+        if left_out and isinstance(output, ModelOutput) and ENCODER_STATE in output:  # where the encoder had padding
+            _leave_out(output, ENCODER_STATE)
         return _handed_out(output, self.lean_logits)
+
+    def _reads(self, given: dict[str, Any], head: nn.Module) -> dict[nn.Module, Read | None]:
+        """Where the last hidden states of stacks are read (None: at the tokens of its mask), in a training step whose logits nobody
+        reads."""
+        decoder = _decoder_of(self)
+        if decoder is None:
+            return {}
+        if self._has_one_mask(decoder):
+            read = _read_by_loss(given, given.get("attention_mask"))
+            return {} if read is None else {decoder: read._replace(alone=reads_labels_alone(self, head, decoder))}
+        stacks = stacks_of(self, decoder) if _returns_names(self, given) else None
+        if stacks is None:
+            return {}
+        reads = {stacks.encoder: None} if read_at_tokens(stacks) else {}
+        read = _read_by_loss(given, given.get("decoder_attention_mask"))
+        return reads if read is None else reads | {decoder: read._replace(alone=read_at_labels(self, head, stacks))}
 
     def _has_one_mask(self, decoder: nn.Module | None) -> bool:
         """Whether ``attention_mask`` is of the tokens that have labels, and not of an encoder's. (BLIP-2 takes language models of both
         kinds.)"""
-        apart = getattr(getattr(decoder, "config", None), "is_encoder_decoder", True)
+        apart = any(getattr(module.config, "is_encoder_decoder", True) for module in (self, decoder) if hasattr(module, "config"))
         return not apart or "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
 
     def _may_leave_out_cache(self, given: dict[str, Any]) -> bool:
@@ -101,9 +121,18 @@ class FusedLanguageModel:
         head = output_head(self)
         if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
             return None
+        if self.lean_logits and self._leaves_loss_to() is not None:
+            return None
         if why_not_flat(self, head) or not (self.lean_logits or (is_plain(head) and can_defer(head))):
             return None
         return head
+
+
+    def _leaves_loss_to(self) -> nn.Module | None:
+        """The encoder-decoder inside that gets the labels, as BLIP-2's T5 does; None where the loss is formed here."""
+        names = labels_handed_to(replaced_class(type(self)) or type(self))
+        inside = (getattr(self, name, None) for name in names)
+        return next((m for m in inside if isinstance(m, FusedLanguageModel) and m.config.is_encoder_decoder), None)
 
 
 def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -127,9 +156,22 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-def _read_by_loss(given: dict[str, Any]) -> Read | None:
-    """Positions that have a label, or whose next has one; None where that cannot be told."""
-    mask, labels, shifted = given.get("attention_mask"), given["labels"], given.get("shift_labels")
+def _returns_names(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether a call returns an output with names, of which one can be left out."""
+    asked = given.get("return_dict")
+    return bool(getattr(model.config, "return_dict", True) if asked is None else asked)
+
+
+def _leave_out(output: ModelOutput, name: str) -> None:
+    """None is what readers of that name find."""
+    OrderedDict.__delitem__(output, name)
+    object.__setattr__(output, name, None)
+
+
+def _read_by_loss(given: dict[str, Any], mask: Any) -> Read | None:
+    """Positions that have a label, or whose next has one; None where that cannot be told. ``mask`` [B, L] of the tokens that labels are
+    of."""
+    labels, shifted = given["labels"], given.get("shift_labels")
     if labels.dim() != 2 or (mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)):
         return None
     ignored = given.get("ignore_index", IGNORE_INDEX)
@@ -162,8 +204,7 @@ def _handed_out(output: Any, lean: bool) -> Any:
             elif name != "logits" or value.is_read:
                 output[name] = value.read()
             elif lean:
-                OrderedDict.__delitem__(output, name)
-                object.__setattr__(output, name, None)
+                _leave_out(output, name)
             else:
                 object.__setattr__(output, name, None)
                 output = with_deferred_logits(output, value.read, value.head)

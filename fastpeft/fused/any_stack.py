@@ -1,9 +1,9 @@
-"""Any stack of decoder layers of transformers, its padding left out while the layers run.
+"""Any stack of layers of transformers, its padding left out while the layers run.
 
 Where nobody reads a stack's output at padding, its layers see real tokens alone, [1, T, C] in place of [B, L, C]. The model's own forward
 runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`OnTokens`, which call them
 on real tokens. Attention functions get padded queries, keys and values, as the masks are (:mod:`fastpeft.fused.attention_interface`), so
-whatever a mask says is as it was.
+whatever a mask says is as it was. A decoder that attends to an encoder's states gets those of real tokens, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -23,18 +24,22 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
+from fastpeft.fused.attention_interface import FusedInterfaceAttention, reads_interface
+from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
+from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, StackCall
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
-from fastpeft.fused.state_reads import ends_row_by_row
+from fastpeft.fused.row_wise import hands_states_on, mixes_in_float16
+from fastpeft.fused.state_reads import LAST, ends_row_by_row
 from fastpeft.methods.base import must_be_called
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
-LOOPS = frozenset(("layers", "h"))  # what a stack calls its layers
+LOOPS = frozenset(("layers", "h", "block"))  # what a stack calls its layers
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
+CAUSAL_MASK = "create_causal_mask"
 _reading = threading.local()
 
 
@@ -50,10 +55,12 @@ class Read(NamedTuple):
         """The same with the mask that the stack itself gets, where that is one over tokens; models with images may have made it."""
         return self._replace(mask=mask) if isinstance(mask, Tensor) and mask.shape == self.labelled.shape else self
 
-    def positions(self) -> Tensor:
-        """[B, L] bool, on the CPU: what a stack computes."""
+    def positions(self, causal: bool = False) -> Tensor:
+        """[B, L] bool, on the CPU: what a stack computes. ``causal``: no token attends to a later one, so that nothing behind the last one
+        that is read is computed."""
         labelled = self.labelled.cpu()
-        return torch.ones_like(labelled) if self.mask is None else labelled | (self.mask.cpu() != 0)
+        computed = torch.ones_like(labelled) if self.mask is None else labelled | (self.mask.cpu() != 0)
+        return computed & labelled.flip(1).cumsum(1).flip(1).bool() if self.alone and causal else computed
 
     def outputs(self) -> Tensor:
         """[B, L] bool, on the CPU: what is read of it."""
@@ -63,13 +70,30 @@ class Read(NamedTuple):
         return self.mask is not None and bool((self.labelled.cpu() & (self.mask.cpu() == 0)).any())
 
 
+def of_tokens(mask: Any) -> Read | None:
+    """Where the states of an encoder are read: at tokens, 1 in ``mask`` [B, L]. None where it says nothing, or a sample has no token: who
+    attends to it attends to all of its padding alike."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool((mask != 0).any(1).all()):
+        return None
+    return Read(mask, mask != 0)
+
+
+class _Now(NamedTuple):
+    """What is known on a thread. ``stacks``: where the last hidden state of each is read, None: at the tokens of its mask; ``at_tokens``:
+    those of them that computed no more."""
+
+    stacks: dict[nn.Module, Read | None]
+    at_tokens: set[nn.Module]
+
+
 @contextmanager
-def read_at(stack: nn.Module | None, read: Read | None) -> Iterator[None]:
-    """Inside, and on this thread, the last hidden state of ``stack`` is read where ``read`` says; None: anywhere."""
+def read_at(stacks: dict[nn.Module, Read | None]) -> Iterator[set[nn.Module]]:
+    """Inside, and on this thread, the last hidden state of each stack is read where its :class:`Read` says, or at the tokens of its mask
+    (None); those of others anywhere. Gives the stacks that have left their padding out, as they do."""
     before = getattr(_reading, "now", None)
-    _reading.now = None if stack is None or read is None else (stack, read)
+    _reading.now = now = _Now(stacks, set())
     try:
-        yield
+        yield now.at_tokens
     finally:
         _reading.now = before
 
@@ -78,12 +102,11 @@ def read_of(stack: nn.Module, given: dict[str, Any]) -> Read | None:
     """Where the last hidden state of ``stack`` is read in this call, with ``input_ids`` or ``inputs_embeds`` ``given``; None: anywhere, as
     far as is known."""
     now = getattr(_reading, "now", None)
-    if now is None or now[0] is not stack:
+    if now is None or stack not in now.stacks:
         return None
-    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    if tokens is None or tokens.shape[:2] != now[1].labelled.shape:
-        return None
-    return now[1].under(given.get("attention_mask"))
+    tokens, read, mask = _tokens(given), now.stacks[stack], given.get("attention_mask")
+    read = of_tokens(mask) if read is None else read.under(mask)
+    return None if read is None or tokens is None or tokens.shape[:2] != read.labelled.shape else read
 
 
 def loops_over_layers(cls: type[nn.Module]) -> bool:
@@ -131,32 +154,82 @@ class FusedTextStack:
         layout = None if read is None else self._layout(read, options)
         if layout is None:
             return own(**options)
+        no_cache = {"use_cache": False} if "use_cache" in inspect.signature(own).parameters else {}
         with _on_tokens(self, layout, read):
-            return own(**options | {"use_cache": False})
+            output = own(**options | no_cache)
+        _reading.now.at_tokens.add(self)
+        if isinstance(getattr(output, LAST, None), _Flat):  # the last layer was dropped
+            output[LAST] = output[LAST].read()
+        return output
 
     def _layout(self, read: Read, options: dict[str, Any]) -> Layout | None:
         """Where the real tokens lie; None where every token is computed."""
-        if options.get("past_key_values") is not None or options.get("use_cache"):
-            return None
-        if options.get("attention_mask") is None:  # then position_ids may mark packed samples, but only where there is no cache
-            return None
-        if any(asked_for(self, what, options) for what in ("attentions", "hidden_states", "router_logits")):
-            return None
-        if (name := self.config._attn_implementation) not in ("sdpa", "eager"):
-            return None  # others get masks of other kinds
-        if name != "sdpa" and read.on_padding():
-            return None  # what is padding on the left attends to nothing, which is every key in "eager"
         _, layers = layers_of(self) or ("", None)
-        if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(hands_on_layouts, layers.modules())):
+        if layers is None or self._asks_for_more(read, options) or self._needs_padding(layers, read, options):
             return None
+        source = self._source(options)
+        if options.get(STATES) is not None and (source is None or not all(map(hands_states_on, layers))):
+            return None
+        host = read.positions(is_causal(self))
+        at_last = ends_row_by_row(replaced_class(type(self))) and at_rows(type(layers[-1])) is not None
+        fewest = read.outputs() if at_last else host
+        few = int(fewest.sum()) <= FULL * host.numel() or (source is not None and source.tokens <= FULL * source.rows * source.columns)
+        if not (bool(host.any()) and few):
+            return None
+        layout = self_layout(tuple(host.shape), None if bool(host.all()) else host, _tokens(options).device)
+        return replace(layout, source=source)
+
+    def _asks_for_more(self, read: Read, options: dict[str, Any]) -> bool:
+        """Whether more is asked for than a last hidden state, or may be."""
+        if options.get("past_key_values") is not None or options.get("use_cache"):
+            return True
+        # without a mask, position_ids may mark packed samples, but only where there is no cache
+        known = (read.alone or options.get(STATES) is not None) and options.get("position_ids") is None
+        if options.get("attention_mask") is None and not known:
+            return True
+        return any(asked_for(self, what, options) for what in ("attentions", "hidden_states", "router_logits"))
+
+    def _needs_padding(self, layers: nn.ModuleList, read: Read, options: dict[str, Any]) -> bool:
+        """Whether the layers, or their attention, read padding."""
+        if (name := self.config._attn_implementation) not in ("sdpa", "eager"):
+            return True  # others get masks of other kinds
+        # what is padding on the left attends to nothing, which is every key in "eager", and where a bias is added
+        if (name != "sdpa" or BIASES[0] in names_behind(type(layers[0]))) and read.on_padding():
+            return True
+        if why_not_flat(self, layers, by_code=True) or not all(map(hands_on_layouts, layers.modules())):
+            return True
         if any(not may_be_made_to_hand_on(layer) for layer in layers):
+            return True
+        return mixes_in_float16(layers) and _is_float16(self, _tokens(options).device)
+
+    def _source(self, options: dict[str, Any]) -> Layout | None:
+        """Where the tokens of the encoder's states lie that this call gets; None where there are none, or that is not known."""
+        states, mask = options.get(STATES), options.get(SOURCE_MASK)
+        if not isinstance(states, Tensor) or states.dim() != 3:
             return None
-        host = read.positions()
-        fewest = read.outputs() if ends_row_by_row(replaced_class(type(self))) else host
-        if not (bool(host.any()) and int(fewest.sum()) <= FULL * host.numel()):
+        if mask is None:
+            return Layout(*states.shape[:2], None)
+        read = of_tokens(mask)
+        if read is None or mask.shape != states.shape[:2]:
             return None
-        tokens = options.get("input_ids") if options.get("inputs_embeds") is None else options["inputs_embeds"]
-        return self_layout(tuple(host.shape), None if bool(host.all()) else host, tokens.device)
+        return self_layout(tuple(mask.shape), read.labelled.cpu(), states.device)
+
+
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    """The tokens that a stack is called with."""
+    return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
+def is_causal(stack: nn.Module) -> bool:
+    """Whether the tokens of a stack attend to none that come later, but where a mask says so: it makes a causal mask."""
+    names = inspect.unwrap((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names
+    return CAUSAL_MASK in names and getattr(stack, "is_decoder", True) and getattr(stack.config, "is_causal", True)
+
+
+def _is_float16(stack: nn.Module, device: torch.device) -> bool:
+    """Whether the hidden states of a stack may be float16."""
+    lowered = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return lowered or any(p.dtype == torch.float16 for p in stack.parameters())
 
 
 def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
@@ -225,58 +298,12 @@ class _Padded(Function):
 def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     at_last = read.alone and ends_row_by_row(replaced_class(type(stack)) or type(stack))
-    call = StackCall(layout, read.outputs() if at_last else None)
+    by_mask = not read.alone and layout.source is None and read.mask is not None and is_causal(stack)
+    call = StackCall(layout, read.outputs() if at_last else None, None if by_mask else is_causal(stack))
     name, own = layers_of(stack)
     layers = list(getattr(stack, name))  # others may stand for them already
     with standing(stack, [OnTokens(layer, call, names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
         yield
-
-
-class StackCall:
-    """One call of a stack: where its tokens lie, and what its layers' arguments are on tokens. ``outputs`` [B, L] bool: the only ones of
-    the last layer that are read (None: all)."""
-
-    def __init__(self, layout: Layout | None, outputs: Tensor | None = None):
-        self.layout, self.outputs, self.thread = layout, outputs, threading.get_ident()
-        self.known: dict[int, tuple[Any, Any]] = {}
-
-    def at_last(self, device: torch.device) -> LastLayout | None:
-        """Where the last layer's outputs are read; None where all are."""
-        return None if self.outputs is None else LastLayout.of(self.layout, self.outputs, device)
-
-    def arguments(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """A layer's arguments behind its hidden states, on tokens; None where one is of no known kind. ``names`` of those by position."""
-        if len(args) > len(names):
-            return None
-        try:
-            named = {name: self._argument(name, value) for name, value in kwargs.items()}
-            return tuple(map(self._argument, names, args)), named
-        except _Unknown:
-            return None
-
-    def _argument(self, name: str, value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4:
-            return value
-        if name.startswith("position_embeddings") and isinstance(value, tuple) and all(isinstance(t, Tensor) for t in value):
-            return tuple(self._on_tokens(t, 3) for t in value)
-        if name == "position_embeddings" and isinstance(value, Tensor):
-            return self._on_tokens(value, 3)
-        if name == "position_ids" and isinstance(value, Tensor):
-            return self._on_tokens(value, 2)
-        raise _Unknown
-
-    def _on_tokens(self, table: Tensor, dims: int) -> Tensor:
-        """[B or 1, L, ...] -> [1, T, ...]."""
-        kept = self.known.get(id(table))
-        if kept is None:
-            B, L = self.layout.rows, self.layout.columns
-            if table.dim() != dims or table.shape[0] not in (1, B) or table.shape[1] != L:
-                raise _Unknown
-            full = table.expand(B, *table.shape[1:]).reshape(B, L, -1)
-            kept = self.known[id(table)] = table, self.layout.unpad(full).view(1, -1, *table.shape[2:])
-        return kept[1]
 
 
 @cache
@@ -301,7 +328,7 @@ class OnTokens:
         call, layer = self.call, self.layer
         if threading.get_ident() != call.thread:
             return layer(hidden, *args, **kwargs)
-        given = call.arguments(self.names, args, kwargs)
+        given = call.arguments(self.names, args, kwargs, layer)
         if given is None:
             if isinstance(hidden, _Flat):
                 hidden = hidden.read()

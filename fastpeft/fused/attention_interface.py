@@ -11,8 +11,9 @@ of it can be saved, copied or pickled to where fastpeft is not, ``set_attn_imple
 who set it themselves.
 
 The function saves q, k, v, o and lse: neither keys and values once more for every query head, nor scores and probabilities, nor an additive
-mask for each layer. A mask [B, 1, M, N] that is causality or nothing besides key padding is taken as that. With soft caps, sinks and
-trained biases it saves q, k and v. What it does not do exactly it hands on to the function that was set (:func:`why_not_here`).
+mask for each layer; nor o of real tokens beside o, where padding was left out. A mask [B, 1, M, N] that is causality or nothing besides key
+padding is taken as that. With soft caps, sinks and trained biases it saves q, k and v. What it does not do exactly it hands on to the
+function that was set (:func:`why_not_here`).
 
 The function that turns queries and keys (rotary embedding) is exchanged in the same way (:mod:`fastpeft.fused.attention_rotary`).
 
@@ -39,18 +40,16 @@ from transformers.utils import output_capturing
 from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.fused.attention import why_not_fused
-from fastpeft.fused.attention_masks import MaskContent, attend_allowed, read_mask
+from fastpeft.fused.attention_masks import MaskContent, adds_nothing, attend_allowed, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
-from fastpeft.fused.layout import LastLayout, Layout
+from fastpeft.fused.attention_tokens import of_real_tokens, told_of_keys
 from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
-from fastpeft.ops._recompute import mark_recomputable, recipe_of
 from fastpeft.ops.attention_backends import allowed_keys
 from fastpeft.ops.attention_scores import attention_with_scores
 from fastpeft.registry import fuses
 
-LAYOUT = "fastpeft_layout"  # the keyword argument by which layers hand on where tokens lie
 THEIRS = "ALL_ATTENTION_FUNCTIONS"
 OURS = "_fastpeft_{}".format  # the name, in the same file, of what stands in place of a name
 
@@ -120,7 +119,7 @@ class FusedInterfaceAttention:
     @staticmethod
     def forward_of(cls: type) -> FunctionType:
         """The forward of ``cls``, with the function looked up here, and its projections of one input joined."""
-        return looking_up_ours(join_calls(cls.forward))
+        return told_of_keys(looking_up_ours(join_calls(cls.forward)))
 
 
 def looking_up_ours(theirs: FunctionType) -> FunctionType:
@@ -166,49 +165,6 @@ class Functions:
         return name in self.theirs
 
 
-def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-    """``function``, an attention function, where ``fastpeft_layout`` among the keyword arguments says that query, key and value
-    [1, H, T, d] are those of real tokens only: they are padded for it, as the mask is. Or that one query of each sample is there."""
-    layout = kwargs.pop(LAYOUT, None)
-    flat = layout is not None and key.shape[::2] == (1, layout.tokens)
-    if query.shape[2] != key.shape[2] and isinstance(layout, LastLayout):
-        return _of_each(layout, flat, function, module, query, key, value, *args, **kwargs)
-    if not flat:
-        return function(module, query, key, value, *args, **kwargs)
-    padded = [_pad(layout, x) for x in (query, key, value)]
-    output, weights = function(module, *padded, *args, **kwargs)
-    B, L, H, d = output.shape
-    return layout.unpad(output.reshape(B, L, H * d)).view(1, -1, H, d), weights
-
-
-def _of_each(layout: LastLayout, flat: bool, function, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
-    """``function`` for one query of each sample, [1, H, B, d] or [B, H, 1, d], under its row of the mask."""
-    _, H, _, d = query.shape
-    query = query.transpose(1, 2).reshape(layout.rows, H, 1, d)
-    if flat:
-        key, value = _pad(layout, key), _pad(layout, value)
-    if mask is not None and mask.shape[2] > 1:
-        mask = layout.of_each(mask.transpose(1, 2)).transpose(1, 2)
-    elif mask is None and (module.config._attn_implementation or "eager") != "eager":
-        causal = kwargs.get("is_causal")
-        if getattr(module, "is_causal", True) if causal is None else causal:
-            at = torch.arange(key.shape[2], device=key.device)
-            mask = (at <= torch.as_tensor(layout.column, device=key.device).view(-1, 1))[:, None, None]
-    output, weights = function(module, query, key, value, mask, **kwargs)
-    return output.view(*((1, layout.rows) if flat else (layout.rows, 1)), H, d), weights
-
-
-def _pad(layout: Layout, x: Tensor) -> Tensor:
-    """[1, H, T, d] -> [B, H, L, d]; what backward can form again, it can also pad."""
-    padded = _padded(layout, x)
-    return padded if recipe_of(x) is None else mark_recomputable(padded, partial(_padded, layout), x)
-
-
-def _padded(layout: Layout, x: Tensor) -> Tensor:
-    _, H, T, d = x.shape
-    return layout.pad(x.transpose(1, 2).reshape(T, H * d)).view(layout.rows, layout.columns, H, d).transpose(1, 2)
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -228,7 +184,7 @@ def attention_forward(
 
     Computes what ``otherwise``, of this ``kind``, does, but saves less; what :func:`why_not_here` names ``otherwise`` computes itself."""
     causal = not kind.eager and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    bias = position_bias if kind.position_bias else None
+    bias = position_bias if kind.position_bias and not adds_nothing(position_bias, attention_mask) else None
     if why_not_here(kind, module, query, key, value, attention_mask, scaling, causal, bias, kwargs):
         kwargs |= {} if is_causal is None else {"is_causal": is_causal}
         kwargs |= {} if position_bias is None else {"position_bias": position_bias}
@@ -248,7 +204,14 @@ def attention_forward(
     extras = {"softcap": kwargs.get("softcap") if kind.softcap else None, "sinks": module.sinks if kind.sinks else None}
     dropout = dropout if module.training or not kind.eager else 0.0
     output = _attend(_tokens_first(query), key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
-    return output.transpose(1, 2).contiguous(), None
+    return _tokens_behind(output, extras), None
+
+
+def _tokens_behind(output: Tensor, extras: dict[str, Any]) -> Tensor:
+    """[B, H, M, d] -> [B, M, H, d], with a note on it where the operator keeps this memory for its backward."""
+    laid = output.transpose(1, 2)
+    laid._fastpeft_is_kept = laid.is_contiguous() and not any(extra is not None for extra in extras.values())
+    return laid.contiguous()
 
 
 def _tokens_first(query: Tensor) -> Tensor:

@@ -41,6 +41,17 @@ def read_mask(mask: Tensor) -> MaskContent:
     return noted[1]
 
 
+def adds_nothing(bias: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether ``bias``, added to scores beside ``mask``, is zero everywhere, as T5's of its cross-attention. It is read once, as a mask is.
+    Where ``mask`` leaves a query no key, a sum with a bias is another than without: it attends to all."""
+    if mask is not None and (mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point())):
+        return False
+    if bias is None or bias.requires_grad or bias.dim() != 4 or bias.device.type != "cpu" or not bias.is_floating_point():
+        return False
+    content = read_mask(bias)
+    return content.allowed is not None and bool(content.allowed.all()) and (mask is None or not read_mask(mask).dead)
+
+
 def attend_allowed(q: Tensor, k: Tensor, v: Tensor, content: MaskContent, *, rescale=None, bias: Tensor | None = None, **options) -> Tensor:
     """[B, H, T, d] of q [B, H, M, d] and k, v [B, H_kv, N, d] under a mask that is neither causality nor padding: by parts where samples
     share prefixes. rescale, bias, options: as :func:`fastpeft.ops.attention`'s."""

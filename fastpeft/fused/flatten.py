@@ -23,9 +23,9 @@ from fastpeft.registry import path_of
 __all__ = ["ROW_WISE", "ROW_WISE_PATHS", "sees_no_values", "why_not_flat"]
 
 TORCH_ROW_WISE = (
-    nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential,
-    nn.ParameterList, nn.ParameterDict, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
+    nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.Identity, nn.ModuleList, nn.ModuleDict,
+    nn.Sequential, nn.ParameterList, nn.ParameterDict, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
 )  # fmt: skip
 # Exact classes that are row-wise, and dotted paths of others, which need not be imported. A class of ours says
 # ``takes_flat_tokens = True``.

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention
+from fastpeft.fused.attention_interface import FusedInterfaceAttention
+from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.layout import LastLayout
 from fastpeft.fused.queries import ROWS, of_queries, rows
 from fastpeft.fused.row_wise import is_silent
@@ -88,8 +89,9 @@ def _at_rows(function: FunctionType) -> FunctionType | None:
     if len(attends) != 1 or not isinstance(tree.body[attends[0]], ast.Assign):
         return None
     before, after, rest = tree.body[: attends[0] + 1], tree.body[attends[0] + 1 :], tree.args.kwarg.arg
-    after = [statement for statement in after if not _attends_elsewhere(statement)]
-    needed = _needed(tree.args, before, after)
+    across = list(filter(_attends_elsewhere, after))  # it hands on where tokens lie
+    needed = _needed(tree.args, before, [statement for statement in after if statement not in across])
+    needed |= _names(before, ast.Store) & _names(across, ast.Load)
     if rest in needed or any(map(_keeps_shape, before)):
         return None
     _give_rest(tree)

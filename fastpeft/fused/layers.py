@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastpeft.fused.layout import LabelledQueries, rows_of
-from fastpeft.fused.norms import add_norm
+from fastpeft.fused.norms import add_norm, norm_add
 from fastpeft.methods.mm_adapter import ATTENTION, FEED_FORWARD, Place, Routing
 from fastpeft.ops._recompute import without_recipe
 from fastpeft.registry import fuses
@@ -121,6 +121,35 @@ class FusedGemma2DecoderLayer:
         )
         x, hidden_states = add_norm(self.post_attention_layernorm(attended), hidden_states, self.pre_feedforward_layernorm)
         return hidden_states + self.post_feedforward_layernorm(self.mlp(x))
+
+
+@fuses("transformers.models.olmo2.modeling_olmo2.Olmo2DecoderLayer", code="5b2ced5fd952")
+class FusedOlmo2DecoderLayer:
+    """OLMo 2's, OLMo 3's and EXAONE 4's layer, with norms behind alone: x + norm(attention(x)), then x + norm(mlp(x)). Backward forms the
+    first of these sums again."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """[B, M, C]."""
+        attended, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = norm_add(attended, hidden_states, self.post_attention_layernorm)
+        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
 
 
 @fuses("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionBlock", code="72c197f9afd8")

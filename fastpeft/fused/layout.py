@@ -7,7 +7,7 @@ Linear layers, norms and activations see [T, C]: no padding is computed. Self-at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ class Layout:
     """Token t lies in cell ``place[t]`` of a table [rows, columns]; ``place`` None: in cell t, with none left over.
 
     Without the table: ``counts`` are the tokens of each row (None: columns each), ``order`` [T] names the tokens row by row (None: they
-    lie so). ``host``: place on the CPU, where it is known there, so that laying out again does not wait for the device."""
+    lie so). ``host``: place on the CPU, where it is known there, so that laying out again does not wait for the device. ``source``: where
+    the tokens of an encoder lie that these attend to, too."""
 
     rows: int
     columns: int
@@ -49,6 +50,7 @@ class Layout:
     counts: tuple[int, ...] | None = None
     order: Tensor | None = None
     host: Tensor | None = None
+    source: Layout | None = field(default=None, kw_only=True)
 
     @property
     def cells(self) -> Tensor:
@@ -162,7 +164,14 @@ class LastLayout(Layout):
             return None
         at, read = cells[hit], to_device_async(hit.nonzero().squeeze(1), device)
         outputs = Layout(layout.rows, layout.columns, to_device_async(at, device), host=at)
-        return cls(layout.rows, layout.columns, layout.place, layout.counts, layout.order, layout.host, read, outputs)
+        return cls(**{**vars(layout), "read": read, "outputs": outputs})
+
+
+class CrossLayout(NamedTuple):
+    """Of attention whose queries lie in one batch, its keys and values in another."""
+
+    queries: Layout
+    keys: Layout
 
 
 def _laid(rows: int, columns: int, row: Tensor, column: Tensor, device: torch.device) -> Layout:

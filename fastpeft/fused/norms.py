@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastpeft import ops
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._common import accumulator
+from fastpeft.ops._recompute import mark_recomputable, recipe_of
 from fastpeft.registry import form_of, fuses, has_form
 
 
@@ -230,3 +231,13 @@ def add_norm(branch: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor,
         return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)
     total = branch + residual  # the norm has hooks, or is someone's wrapper, such as PEFT's LN tuning
     return norm(total), total
+
+
+def norm_add(branch: Tensor, residual: Tensor, norm: nn.Module) -> Tensor:
+    """residual + norm(branch). The norm keeps its branch, and what reads the residual keeps that: backward forms the sum of the two again.
+    Where the residual itself would have to be formed again, the sum is kept, or each layer would form all those before it."""
+    normed = norm(branch)
+    total = residual + normed
+    if recipe_of(normed) is None or recipe_of(residual) is not None:
+        return total
+    return mark_recomputable(total, torch.add, residual, normed)

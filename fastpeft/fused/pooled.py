@@ -36,8 +36,9 @@ from fastpeft.fused.any_stack import (
     names_behind,
     read_at,
 )
-from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention
+from fastpeft.fused.attention_interface import FusedInterfaceAttention
 from fastpeft.fused.attention_masks import read_mask
+from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.flatten import is_row_wise, why_not_flat
 from fastpeft.fused.last_layer import MASK, at_rows
 from fastpeft.fused.layout import LastLayout, self_layout
@@ -324,7 +325,7 @@ class _LlamaCall(_PooledCall):
 
     @contextmanager
     def standing(self) -> Iterator[None]:
-        with read_at(self.pooled.stack, self.read), self.expanding():
+        with read_at({self.pooled.stack: self.read}), self.expanding():
             yield
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastpeft.fused.attention_interface import LAYOUT, looking_up_ours
+from fastpeft.fused.attention_interface import looking_up_ours
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
+from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.layout import LastLayout
 from fastpeft.fused.row_wise import ATTENTION
 from fastpeft.fused.shared_input import compiled, join_tree, tree_of

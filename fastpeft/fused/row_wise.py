@@ -12,12 +12,16 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import cache
 from types import FunctionType
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from fastpeft.forms import digest
+from fastpeft.fused.attention_interface import reads_interface
+from fastpeft.fused.attention_tokens import KEY_STATES
+from fastpeft.fused.shared_input import tree_of
 from fastpeft.registry import replaced_class
 
 ANYWHERE = frozenset((
@@ -85,7 +89,17 @@ READ = {
     "7ff6f0eb0d66": "persimmon.modeling_persimmon.PersimmonAttention",
     "47953bbcba2e": "laguna.modeling_laguna.LagunaAttention",
     "c1296bfc0eb2": "bart.modeling_bart.BartAttention",
+    "b6a2c45cca53": "whisper.modeling_whisper.WhisperAttention",
+    "ba67cb207a67": "speech_to_text.modeling_speech_to_text.Speech2TextAttention",
+    "dbcab0706ce2": "t5gemma.modeling_t5gemma.T5GemmaCrossAttention",
+    "2fc8dd129ac6": "t5.modeling_t5.T5Attention",  # given a position bias
+    # Layers of encoder-decoders, but for float16.
+    "4ab550002f24": "bart.modeling_bart.BartEncoderLayer",
+    "29bf216e4c76": "mbart.modeling_mbart.MBartEncoderLayer",
+    "af96f2f0a421": "t5.modeling_t5.T5Block",
 }
+# Of these, the ones that look, in float16, whether any token of the batch is infinite.
+IN_FLOAT16 = frozenset(("4ab550002f24", "29bf216e4c76", "af96f2f0a421"))
 # what such code does only where an attribute is set: noise on a batch's hidden states, attention of a model's own, chunks of tokens
 UNLESS = ("jitter_noise", "reorder_and_upcast_attn", "chunk_size_feed_forward")
 
@@ -109,6 +123,28 @@ def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
         return False
     # what is not there is not called: a norm that this configuration does without
     return all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
+
+
+def mixes_in_float16(layers: Iterable[nn.Module]) -> bool:
+    """Whether a layer of a stack looks at a batch's tokens together where hidden states are float16."""
+    return any(digest(cls) in IN_FLOAT16 for cls in {replaced_class(type(layer)) or type(layer) for layer in layers})
+
+
+def hands_states_on(layer: nn.Module) -> bool:
+    """Whether what is in a layer hands all keyword arguments, which say where tokens lie, to whatever it hands an encoder's states."""
+    return all(_hands_states_on(cls) for cls in {replaced_class(type(module)) or type(module) for module in layer.modules()})
+
+
+@cache
+def _hands_states_on(cls: type[nn.Module]) -> bool:
+    names = [name for name in KEY_STATES if name in inspect.signature(cls.forward).parameters]
+    if not names or reads_interface(cls):  # attention: it projects them
+        return True
+    tree = tree_of(inspect.unwrap(cls.forward))
+    if tree is None or tree.args.kwarg is None:
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and any(_handed(node, name) for name in names)]
+    return all(_hands(call, tree.args.kwarg.arg) for call in calls)
 
 
 def _takes_rest(module: nn.Module | None) -> bool:

@@ -10,9 +10,9 @@ calls :func:`recompute` in backward:
 So a linear layer after a norm, GELU, SwiGLU or (IA)^3 factor saves nothing of its own: 10C instead of 16C elements per token in a ViT
 layer, whichever parameters are trained.
 
-The recipe travels on the tensor. A tensor that lost it (a view, another's product) or that was changed in place is saved as ever: a recipe
-decides about memory, never about numbers. ``fastpeft.without("remake")`` switches recipes off; under torch.compile there are none, as its
-partitioner makes this choice itself.
+The recipe travels on the tensor, and to views that show all of it in another shape. A tensor that lost it (a part, another's product) or
+that was changed in place is saved as ever: a recipe decides about memory, never about numbers. ``fastpeft.without("remake")`` switches
+recipes off; under torch.compile there are none, as its partitioner makes this choice itself.
 """
 
 from __future__ import annotations
@@ -104,11 +104,27 @@ def without_recipe(x: Tensor | None) -> Tensor | None:
 
 def to_save(x: Tensor | None) -> tuple[Callable[..., Tensor] | None, tuple[Tensor | None, ...]]:
     """(function, tensors): what a Function saves in place of ``x``; :func:`recompute` takes both."""
-    recipe = None if x is None else recipe_of(x)
-    if recipe is None:
+    if x is None:
         return None, (x,)
-    recipe = _packed(x, recipe)
-    return recipe.function, recipe.inputs
+    if (recipe := recipe_of(x)) is not None:
+        recipe = _packed(x, recipe)
+        return recipe.function, recipe.inputs
+    if (base := _shown_whole(x)) is not None:
+        recipe = _packed(base, recipe_of(base))
+        return partial(_in_shape, x.shape, recipe.function), recipe.inputs
+    return None, (x,)
+
+
+def _shown_whole(x: Tensor) -> Tensor | None:
+    """The tensor with a recipe that ``x`` is, in another shape; None where it is none."""
+    base = x._base
+    if base is None or base.numel() != x.numel() or not (x.is_contiguous() and base.is_contiguous() and x.dtype == base.dtype):
+        return None
+    return base if recipe_of(base) is not None else None
+
+
+def _in_shape(shape: torch.Size, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    return function(*inputs).view(shape)
 
 
 def recompute(function: Callable[..., Tensor] | None, tensors: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -13,7 +13,8 @@ import fastpeft as fp
 from fastpeft.fused import any_head, any_stack
 from fastpeft.fused.any_head import output_head
 from fastpeft.fused.attention_interface import reads_interface
-from fastpeft.fused.last_layer import handing_on
+from fastpeft.fused.last_layer import at_rows, handing_on
+from fastpeft.fused.layer_arguments import StackCall
 from fastpeft.fused.row_wise import is_row_wise_code
 from fastpeft.fused.state_reads import reads_labels_alone
 
@@ -47,7 +48,7 @@ def both(name="mistral", filter_fn=stacks_and_attentions):
 
 def read(given):
     """How many tokens the loss may read: those that are no padding, and padding on which the first of them is predicted."""
-    return int(any_head._read_by_loss(given).positions().sum())
+    return int(any_head._read_by_loss(given, given.get("attention_mask")).positions().sum())
 
 
 @pytest.fixture
@@ -88,7 +89,9 @@ def test_the_model_as_it_was(name, tokens_seen):
         given = batch(kind)
         assert_same_step(plain, model, given)
         padded = kind in ("padded", "left")
-        at_labels = "attention_mask" in given and reads_labels_alone(model, output_head(model), model.get_decoder())
+        decoder = any_head._decoder_of(model)
+        cut = at_rows(type(any_stack.layers_of(decoder)[1][-1])) is not None
+        at_labels = kind != "packed" and cut and reads_labels_alone(model, output_head(model), decoder)
         assert tokens_seen == ([read(given)] * 2 if padded or at_labels else []), kind
         tokens_seen.clear()
     assert not any({"layers", "h"} & module.__dict__.keys() for module in model.modules())
@@ -215,6 +218,29 @@ def test_holes_and_positions(tokens_seen):
     assert tokens_seen == [read(given)] * 2
 
 
+@pytest.mark.parametrize("kind", ["full", "padded", "left"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3-text", "gpt2", "opt", "paligemma2"])
+def test_tokens_behind_the_last_label(name, kind, tokens_seen):
+    """No token attends to a later one: what is behind the last label is computed for nobody, with a mask or without."""
+    plain, model, batch = both(name)
+    given = batch(kind)
+    last = given["labels"].shape[1] - torch.tensor([[0], [3], [6]])
+    given["labels"][torch.arange(given["labels"].shape[1]) >= last] = -100
+    if kind == "full":
+        given.pop("attention_mask", None)
+    assert_same_step(plain, model, given)
+    cut = any_head._read_by_loss(given, given.get("attention_mask"))._replace(alone=True).positions(causal=True)
+    assert tokens_seen == [int(cut.sum())] * 2 and tokens_seen[0] < read(given)
+
+
+def test_labels_of_one_sample_alone(tokens_seen):
+    plain, model, batch = both()
+    given = batch("full")
+    given["labels"][1:] = -100
+    assert_same_step(plain, model, given)
+    assert tokens_seen == [12] * 2
+
+
 def test_a_sample_without_tokens(tokens_seen):
     plain, model, batch = both()
     given = batch("left")
@@ -246,7 +272,7 @@ def test_what_a_layer_may_be_told():
     """An argument of no known kind: the layers see the padded batch."""
     given = tiny("mistral")[1]("padded")
     layout = any_stack.self_layout((3, 12), given["attention_mask"].bool(), torch.device("cpu"))
-    call = any_stack.StackCall(layout)
+    call = StackCall(layout)
     table, ids = torch.randn(1, 12, 8), torch.arange(36).view(3, 12)
     args, named = call.arguments(
         ["past_key_values"], (None,), {"position_embeddings": (table, table), "position_ids": ids, "use_cache": False}
@@ -386,9 +412,10 @@ def test_an_encoders_mask_is_not_the_decoders(tokens_seen):
     _, batch = tiny("mistral")
     given = batch("padded")
     mask = torch.ones_like(given["attention_mask"])
+    given["labels"][:, 10:] = -100
     for decoder_mask in (None, mask, given["attention_mask"].flip(0)):
         assert_same_step(plain, model, given | {"decoder_attention_mask": decoder_mask})
-    assert not tokens_seen
+    assert tokens_seen == [28, 10 + 9 + 7] * 3
 
 
 def test_every_name_is_a_model():

@@ -3,6 +3,8 @@ or after a norm."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers as T
@@ -68,3 +70,39 @@ def test_queries_before_a_norm_are_kept_alone():
     B, L = batch["input_ids"].shape
     wide = {storage(t) for t in kept if t.dim() == 4 and t.shape == (B, 4, L, 8)}
     assert len(wide) == 2  # the outputs of two layers
+
+
+def test_a_sum_of_what_is_kept_is_formed_again():
+    """OLMo 2 adds a norm's output to what the attention read: the norm keeps its input, the attention its own, the feed-forward block
+    nothing."""
+    model, batch = of("olmo2")
+    model = adapted(model.float())
+    B, L = batch["input_ids"].shape
+
+    def wide():
+        return len({storage(t) for t in kept_by(model, batch) if t.shape == (B, L, 32)})
+
+    # of each layer: what its attention reads, queries before their norm, the output, what the two norms read; and what the last one reads
+    assert wide() == 2 * 5 + 1
+    wanted, got = {}, {}
+    for grads, context in ((got, nullcontext()), (wanted, fp.without("remake"))):
+        model.zero_grad()
+        with context:
+            model(**batch).loss.backward()
+        grads |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], grad) for name, grad in wanted.items())
+
+
+@pytest.mark.parametrize("name", ["t5", "qwen3", "whisper"])
+def test_an_output_of_real_tokens_is_formed_of_the_padded_one(name):
+    """Where padding was left out, attention keeps its padded output: its real tokens, which the output projection reads, are in it."""
+    model, batch = tiny(name)
+    batch = batch("padded")
+    model, read = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train(), []
+    fp.optimize(model, lean_logits=True)
+    stack = model.get_base_model().get_decoder()
+    for name, module in stack.named_modules():
+        if name.rpartition(".")[2] in ("out_proj", "o_proj", "o") and isinstance(module, nn.Module):
+            module.register_forward_pre_hook(sees_no_values(lambda m, args: read.append(args[0])))
+    kept = {storage(t) for t in kept_by(model, batch)}
+    assert read and all(x.shape[0] == 1 for x in read) and not any(storage(x) in kept for x in read)

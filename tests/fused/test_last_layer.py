@@ -88,7 +88,7 @@ def test_adapters(computed):
     assert computed
 
 
-KEEPS = ["hidden states", "another loss", "a hook", "not lean", "no mask", "evaluation", "wholly labelled"]
+KEEPS = ["hidden states", "another loss", "a hook", "not lean", "positions and no mask", "evaluation", "wholly labelled"]
 
 
 @pytest.mark.parametrize("why", KEEPS)
@@ -103,7 +103,8 @@ def test_what_keeps_every_token(why, computed):
         if why == "a hook":
             each.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: heard.append(output.shape[:2].numel()))
     given |= {"output_hidden_states": True} if why == "hidden states" else {}
-    given.pop("attention_mask" if why == "no mask" else "", None)
+    if why == "positions and no mask":  # they may mark packed samples
+        given |= {"attention_mask": None, "position_ids": torch.arange(12).expand(3, -1)}
     if why == "wholly labelled":
         given["labels"] = given["input_ids"]
     if why == "evaluation":

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
-from fastpeft.fused import attention_interface, queries, state_reads
+from fastpeft.fused import attention_tokens, queries, state_reads
 from fastpeft.fused.layout import LastLayout
 from fastpeft.fused.pooled import FusedPooledModel, _PooledCall, pooled_read
 from fastpeft.methods.base import FSDP
@@ -78,7 +78,7 @@ def batch_of(name: str, kind: str) -> dict:
 def computed(monkeypatch):
     """Of each call whose last layer computes one row of each sample: how many tokens the layers below compute, and whether its attention
     computes the queries of these rows alone."""
-    seen, of, each = [], LastLayout.of_columns.__func__, attention_interface._of_each
+    seen, of, each = [], LastLayout.of_columns.__func__, attention_tokens._of_each
 
     def layout(cls, rows, columns, column, device, tokens=None):
         made = of(cls, rows, columns, column, device, tokens)
@@ -90,7 +90,7 @@ def computed(monkeypatch):
         return each(*args, **kwargs)
 
     monkeypatch.setattr(LastLayout, "of_columns", classmethod(layout))
-    monkeypatch.setattr(attention_interface, "_of_each", queries_of_each)
+    monkeypatch.setattr(attention_tokens, "_of_each", queries_of_each)
     return seen
 
 
@@ -444,7 +444,7 @@ class Plain(nn.Module):
 
 
 def sdpa(module, q, k, v, mask, scaling, **kwargs):
-    return attention_interface.of_real_tokens(
+    return attention_tokens.of_real_tokens(
         lambda m, q, k, v, mask: (attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2), None), module, q, k, v, mask, **kwargs
     )
 
@@ -488,6 +488,6 @@ def test_a_forward_of_few_queries(column):
     mask = torch.ones(2, 1, 4, 4).tril().bool()
     layout = LastLayout.of_columns(2, 4, column, x.device)
     for given in (None, mask):
-        few, _ = forward(layer, x, given, **{attention_interface.LAYOUT: layout})
+        few, _ = forward(layer, x, given, **{attention_tokens.LAYOUT: layout})
         torch.testing.assert_close(few, layout.of_each(layer(x, given)[0]))
     assert queries.of_queries(Gated) is None and queries.of_queries(Scaled) is None
