@@ -116,7 +116,8 @@ class LayerCache:
             return "steps of static shapes, which a graph repeats, read nothing on the host"
         if given.get("prefix_lengths") is not None:
             return "samples of a row share what they begin with"
-        if self.count >= min(len(stack._modules["layers"]), stack.config.num_hidden_layers):
+        told = getattr(stack.config, "decoder_layers", stack.config.num_hidden_layers)  # BART's num_hidden_layers are the encoder's
+        if self.count >= min(len(stack._modules["layers"]), told):
             return "it has fewer layers than it had"
         keeps_keys = given.get("use_cache")
         if keeps_keys is None:
