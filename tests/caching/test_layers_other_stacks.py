@@ -1,4 +1,5 @@
-"""Lower layers of a decoder that reads an encoder's states: kept by these states too, and left alone where they need a gradient."""
+"""Lower layers of stacks that are no decoder alone. One that reads an encoder's states: kept by these states too, and left alone where they
+need a gradient. An image encoder's."""
 
 import copy
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from double import assert_same, step
-from tiny_models import PAD, V, _lively
+from tiny_models import PAD, V, _lively, tiny
 
 import fastpeft as fp
 from fastpeft.caching.layers import layer_caches
@@ -61,3 +62,18 @@ def test_an_encoder_that_trains_gets_its_gradients_through_frozen_layers(classes
     for _ in range(2):
         assert_same(step(kept, batch(1)), step(without, batch(1)))
     assert cache.passed == {"what enters them needs a gradient": 2} and not cache.reused
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "siglip", "bert"])
+@pytest.mark.parametrize("both", [True, False])
+def test_encoders_of_images_and_text(name, both):
+    without, given = tiny(name)
+    without.train()
+    highest = [n for n, _ in without.named_parameters()][-4:]
+    for n, p in without.named_parameters():
+        p.requires_grad_(n in highest)
+    kept = copy.deepcopy(without)
+    fp.optimize(without)
+    fp.optimize(kept, cache_layers="10MB", cache_images="10MB" if both else None)
+    for _ in range(3):
+        assert_same(step(kept, given("full")), step(without, given("full")), name)
