@@ -92,6 +92,8 @@ struct LoRALinears : Function<LoRALinears> {
     py::tuple tensors(saved.size() - from);
     for (size_t i = from; i < saved.size(); ++i) tensors[i - from] = saved[i].defined() ? py::cast(saved[i]) : py::none();
     const at::NoGradGuard no_grad;  // also where backward itself runs with a graph
+    const auto keys = c10::impl::tls_local_dispatch_key_set();  // a recipe may take derivatives of its own
+    const c10::impl::ForceDispatchKeyGuard above(keys.included_, keys.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
     return call.recompute->object(*tensors).cast<Tensor>();
   }
 

@@ -15,6 +15,7 @@ from fastpeft.fused import (  # noqa: F401
     mlp,
     norms,
     peft_layers,
+    pooled,
     stack_blip,
     stack_llama,
 )

@@ -6,6 +6,7 @@ import inspect
 from collections import OrderedDict
 from contextlib import suppress
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,19 +17,27 @@ from transformers.utils import ModelOutput
 
 from fastpeft.fused.any_stack import Read, layers_of, read_at
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.last_layer import reads_labels_alone
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
+from fastpeft.fused.state_reads import reads_labels_alone
 from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
 
 def takes_labels(cls: type[nn.Module]) -> bool:
-    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, takes labels. (A forward of somebody else's may hand
-    logits to what no function of PyTorch's announces, an autograd Function of its own.)"""
+    """Whether modules of ``cls`` are models whose forward, as transformers wrote it, takes labels, and that may have a head that makes
+    logits. (A forward of somebody else's may hand logits to what no function of PyTorch's announces, an autograd Function of its own.)"""
     if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
         return False
-    return "labels" in _signature(cls).parameters
+    return "labels" in _signature(cls).parameters and may_have_output_head(cls)
+
+
+@cache
+def may_have_output_head(cls: type[nn.Module]) -> bool:
+    """Whether models of ``cls`` say which module makes their logits, or have one where transformers looks for it."""
+    made = (vars(kind)["__init__"] for kind in cls.__mro__ if "__init__" in vars(kind))
+    own = cls.get_output_embeddings is not PreTrainedModel.get_output_embeddings
+    return own or any("lm_head" in init.__code__.co_names for init in made if isinstance(init, FunctionType))
 
 
 @cache
@@ -63,7 +72,7 @@ class FusedLanguageModel:
         head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
         if head is None:
             return super().forward(*args, **kwargs)
-        given, decoder = _given(self, args, kwargs), _decoder_of(self)
+        given, decoder = arguments_of(self, args, kwargs), _decoder_of(self)
         read = _read_by_loss(given) if self.lean_logits and self._has_one_mask(decoder) else None
         if read is not None and reads_labels_alone(self, head, decoder):
             read = read._replace(alone=True)
@@ -87,7 +96,7 @@ class FusedLanguageModel:
     def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
         """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
         nobody reads the logits or they can still be computed."""
-        if not self.training or _given(self, args, kwargs).get("labels") is None:
+        if not self.training or arguments_of(self, args, kwargs).get("labels") is None:
             return None
         head = output_head(self)
         if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
@@ -97,7 +106,7 @@ class FusedLanguageModel:
         return head
 
 
-def _given(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; only those that have one where they do not fit: the model then says what is wrong."""
     if not args:
         return kwargs

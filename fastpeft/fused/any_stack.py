@@ -1,7 +1,7 @@
 """Any stack of decoder layers of transformers, its padding left out while the layers run.
 
 Where nobody reads a stack's output at padding, its layers see real tokens alone, [1, T, C] in place of [B, L, C]. The model's own forward
-runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`_OnTokens`, which call them
+runs: it embeds, makes masks and rotary tables for [B, L], and calls its layers, in whose place stand :class:`OnTokens`, which call them
 on real tokens. Attention functions get padded queries, keys and values, as the masks are (:mod:`fastpeft.fused.attention_interface`), so
 whatever a mask says is as it was.
 """
@@ -25,12 +25,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.fused.attention_interface import LAYOUT, FusedInterfaceAttention, reads_interface
 from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.last_layer import LOOPS, at_rows, ends_row_by_row, handing_on, run_handing_on
+from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
 from fastpeft.fused.layout import LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
+from fastpeft.fused.state_reads import ends_row_by_row
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
+LOOPS = frozenset(("layers", "h"))  # what a stack calls its layers
 FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
 _reading = threading.local()
 
@@ -144,9 +146,9 @@ class FusedTextStack:
         if name != "sdpa" and read.on_padding():
             return None  # what is padding on the left attends to nothing, which is every key in "eager"
         _, layers = layers_of(self) or ("", None)
-        if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(_hands_on_layouts, layers.modules())):
+        if layers is None or why_not_flat(self, layers, by_code=True) or not all(map(hands_on_layouts, layers.modules())):
             return None
-        if any(map(_checkpoints, layers)) and any(handing_on(type(layer)) is not None for layer in layers):
+        if any(map(checkpoints, layers)) and any(handing_on(type(layer)) is not None for layer in layers):
             return None
         host = read.positions()
         fewest = read.outputs() if ends_row_by_row(replaced_class(type(self))) else host
@@ -162,12 +164,12 @@ def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
     return bool(getattr(stack.config, f"output_{what}", False) if value is None else value is not False)
 
 
-def _hands_on_layouts(module: nn.Module) -> bool:
+def hands_on_layouts(module: nn.Module) -> bool:
     """Whether ``module``, if it is an attention layer, looks its function up where layouts are understood."""
     return isinstance(module, FusedInterfaceAttention) or not reads_interface(replaced_class(type(module)) or type(module))
 
 
-def _checkpoints(layer: nn.Module) -> bool:
+def checkpoints(layer: nn.Module) -> bool:
     """Whether a layer runs again in backward, by its ``__call__``."""
     return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
 
@@ -217,20 +219,24 @@ class _Padded(Function):
 def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
     at_last = read.alone and ends_row_by_row(replaced_class(type(stack)) or type(stack))
-    call = _Call(layout, read.outputs() if at_last else None)
+    call = StackCall(layout, read.outputs() if at_last else None)
     name, own = layers_of(stack)
     layers = list(getattr(stack, name))  # others may stand for them already
-    with standing(stack, [_OnTokens(layer, call, _names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
+    with standing(stack, [OnTokens(layer, call, names_behind(type(own[0])), last=layer is layers[-1]) for layer in layers], name):
         yield
 
 
-class _Call:
+class StackCall:
     """One call of a stack: where its tokens lie, and what its layers' arguments are on tokens. ``outputs`` [B, L] bool: the only ones of
     the last layer that are read (None: all)."""
 
-    def __init__(self, layout: Layout, outputs: Tensor | None = None):
+    def __init__(self, layout: Layout | None, outputs: Tensor | None = None):
         self.layout, self.outputs, self.thread = layout, outputs, threading.get_ident()
         self.known: dict[int, tuple[Any, Any]] = {}
+
+    def at_last(self, device: torch.device) -> LastLayout | None:
+        """Where the last layer's outputs are read; None where all are."""
+        return None if self.outputs is None else LastLayout.of(self.layout, self.outputs, device)
 
     def arguments(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """A layer's arguments behind its hidden states, on tokens; None where one is of no known kind. ``names`` of those by position."""
@@ -268,7 +274,7 @@ class _Call:
 
 
 @cache
-def _names_behind(cls: type[nn.Module]) -> list[str]:
+def names_behind(cls: type[nn.Module]) -> list[str]:
     """The names of a layer's arguments behind its hidden states."""
     return list(inspect.signature(cls.forward).parameters)[2:]
 
@@ -277,12 +283,12 @@ class _Unknown(Exception):
     """An argument that a layer may read in a way of its own."""
 
 
-class _OnTokens:
+class OnTokens:
     """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers. The last one's
     output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
     saved tensors (profiles)."""
 
-    def __init__(self, layer: nn.Module, call: _Call, names: list[str], last: bool):
+    def __init__(self, layer: nn.Module, call: StackCall, names: list[str], last: bool):
         self.layer, self.call, self.names, self.last = layer, call, names, last
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -295,7 +301,7 @@ class _OnTokens:
                 hidden = hidden.read()
             return layer(hidden, *args, **kwargs)
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
-        last = self._at_labels(tokens.device) if self.last else None
+        last = self.at_last(tokens.device) if self.last else None
         layout, forward = (call.layout, None) if last is None else (last, at_rows(type(layer)))
         output = self.run(forward, tokens, *given[0], **given[1], **{LAYOUT: layout})
         hidden, *others = (output,) if isinstance(output, Tensor) else output
@@ -306,12 +312,12 @@ class _OnTokens:
         """The layer, by a ``forward`` made of its own (None: by its own, which hands on where tokens lie)."""
         return run_handing_on(self.layer, tokens, *args, **kwargs) if forward is None else forward(self.layer, tokens, *args, **kwargs)
 
-    def _at_labels(self, device: torch.device) -> LastLayout | None:
-        """How the last layer runs at labelled positions alone behind its attention; None where it runs as it is."""
-        layer, wanted = self.layer, self.call.outputs
-        if wanted is None or not isinstance(layer, GradientCheckpointingLayer) or _checkpoints(layer):
+    def at_last(self, device: torch.device) -> LastLayout | None:
+        """How the last layer runs at the rows alone that are read; None where it runs as it is."""
+        layer = self.layer
+        if not isinstance(layer, GradientCheckpointingLayer) or checkpoints(layer) or at_rows(type(layer)) is None:
             return None
-        return None if at_rows(type(layer)) is None else LastLayout.of(self.call.layout, wanted, device)
+        return self.call.at_last(device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)

@@ -42,7 +42,7 @@ from fastpeft.fused.attention import why_not_fused
 from fastpeft.fused.attention_masks import MaskContent, attend_allowed, read_mask
 from fastpeft.fused.attention_rotary import Rotary
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
-from fastpeft.fused.layout import Layout
+from fastpeft.fused.layout import LastLayout, Layout
 from fastpeft.fused.shared_input import join_calls
 from fastpeft.methods.base import has_hooks
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
@@ -120,17 +120,21 @@ class FusedInterfaceAttention:
     @staticmethod
     def forward_of(cls: type) -> FunctionType:
         """The forward of ``cls``, with the function looked up here, and its projections of one input joined."""
-        theirs = join_calls(cls.forward)
-        code, namespace = theirs.__code__, theirs.__globals__
-        others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
-        for name, make in (others := {THEIRS: Functions} | others).items():
-            namespace.setdefault(OURS(name), make(namespace, name))
-        names = tuple(OURS(name) if name in others else name for name in code.co_names)
-        ours = FunctionType(code.replace(co_names=names), namespace, theirs.__name__, theirs.__defaults__, theirs.__closure__)
-        ours.__kwdefaults__, ours.__doc__, ours.__module__ = theirs.__kwdefaults__, theirs.__doc__, theirs.__module__
-        ours.__annotations__, ours.__qualname__ = theirs.__annotations__, theirs.__qualname__
-        ours.__dict__.update(theirs.__dict__)
-        return ours
+        return looking_up_ours(join_calls(cls.forward))
+
+
+def looking_up_ours(theirs: FunctionType) -> FunctionType:
+    """A forward of an attention layer, the functions that it looks up ours."""
+    code, namespace = theirs.__code__, theirs.__globals__
+    others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
+    for name, make in (others := {THEIRS: Functions} | others).items():
+        namespace.setdefault(OURS(name), make(namespace, name))
+    names = tuple(OURS(name) if name in others else name for name in code.co_names)
+    ours = FunctionType(code.replace(co_names=names), namespace, theirs.__name__, theirs.__defaults__, theirs.__closure__)
+    ours.__kwdefaults__, ours.__doc__, ours.__module__ = theirs.__kwdefaults__, theirs.__doc__, theirs.__module__
+    ours.__annotations__, ours.__qualname__ = theirs.__annotations__, theirs.__qualname__
+    ours.__dict__.update(theirs.__dict__)
+    return ours
 
 
 class Functions:
@@ -164,14 +168,34 @@ class Functions:
 
 def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
     """``function``, an attention function, where ``fastpeft_layout`` among the keyword arguments says that query, key and value
-    [1, H, T, d] are those of real tokens only: they are padded for it, as the mask is."""
+    [1, H, T, d] are those of real tokens only: they are padded for it, as the mask is. Or that one query of each sample is there."""
     layout = kwargs.pop(LAYOUT, None)
-    if layout is None:
+    flat = layout is not None and key.shape[::2] == (1, layout.tokens)
+    if query.shape[2] != key.shape[2] and isinstance(layout, LastLayout):
+        return _of_each(layout, flat, function, module, query, key, value, *args, **kwargs)
+    if not flat:
         return function(module, query, key, value, *args, **kwargs)
     padded = [_pad(layout, x) for x in (query, key, value)]
     output, weights = function(module, *padded, *args, **kwargs)
     B, L, H, d = output.shape
     return layout.unpad(output.reshape(B, L, H * d)).view(1, -1, H, d), weights
+
+
+def _of_each(layout: LastLayout, flat: bool, function, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
+    """``function`` for one query of each sample, [1, H, B, d] or [B, H, 1, d], under its row of the mask."""
+    _, H, _, d = query.shape
+    query = query.transpose(1, 2).reshape(layout.rows, H, 1, d)
+    if flat:
+        key, value = _pad(layout, key), _pad(layout, value)
+    if mask is not None and mask.shape[2] > 1:
+        mask = layout.of_each(mask.transpose(1, 2)).transpose(1, 2)
+    elif mask is None and (module.config._attn_implementation or "eager") != "eager":
+        causal = kwargs.get("is_causal")
+        if getattr(module, "is_causal", True) if causal is None else causal:
+            at = torch.arange(key.shape[2], device=key.device)
+            mask = (at <= torch.as_tensor(layout.column, device=key.device).view(-1, 1))[:, None, None]
+    output, weights = function(module, query, key, value, mask, **kwargs)
+    return output.view(*((1, layout.rows) if flat else (layout.rows, 1)), H, d), weights
 
 
 def _pad(layout: Layout, x: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class MaskContent(NamedTuple):
 
 def read_mask(mask: Tensor) -> MaskContent:
     """The content of ``mask``. The layers of a model share a mask: it is read once, and the note stays on it until it is changed."""
+    if mask.is_inference():  # without a version: it may have been changed since
+        return _read(mask)
     noted = getattr(mask, "_fastpeft_content", None)
     if noted is None or noted[0] != mask._version:
         with torch.no_grad():

@@ -18,16 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward, grouped_mm_experts_forward
 
 from fastpeft import ops
 from fastpeft.forms import digest
-from fastpeft.fused.leaves import gelu_kind
+from fastpeft.fused.leaves import gelu_kind, keeping_input_alone
 from fastpeft.fused.mlp import SILU
 from fastpeft.methods.base import has_hooks
-from fastpeft.ops._autocast import first_order
 from fastpeft.ops._common import FLOATS
 from fastpeft.ops._private import is_fake, under_func
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
@@ -36,6 +33,18 @@ from fastpeft.registry import fuses, original_class, signature_of_replaced
 from fastpeft.static_shapes import sizes
 
 PLAIN = "3067a4d2bfb6"  # act(gate) * up, transformers' own
+
+
+class Clamped(NamedTuple):
+    """How experts say what :func:`fastpeft.ops.clamped_swiglu` takes: the attributes that hold its limit and its alpha (None: 1)."""
+
+    limit: str
+    alpha: str | None = None
+    one: float = 0.0
+    interleaved: bool = False
+    acts: bool = False  # whether the activation is act_fn's, which has to be SiLU
+
+
 # Digests (fastpeft.forms.digest of _apply_gate), each with a class that has it: what a gate gives depends on its input and on numbers.
 GATES = {
     PLAIN: "mixtral.modeling_mixtral.MixtralExperts",
@@ -45,6 +54,13 @@ GATES = {
     "d2cbd8637eb8": "gpt_oss.modeling_gpt_oss.GptOssExperts",
     "fc1521659ee5": "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts",
     "cb5103a6d051": "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts",
+}
+CLAMPED = {
+    "35b6a0f5379b": Clamped("swiglu_limit"),
+    "f9c7b224fd21": Clamped("limit", acts=True),
+    "d2cbd8637eb8": Clamped("limit", "alpha", 1.0, interleaved=True),
+    "fc1521659ee5": Clamped("swiglu_limit", "swiglu_alpha", 1.0),
+    "cb5103a6d051": Clamped("limit", "alpha", 1.0),
 }
 
 
@@ -124,9 +140,12 @@ class FusedExperts:
             return own(gate_up)
         order = type(self).__mro__  # PEFT gives experts whose weights it adapts a subclass while they run
         theirs = order[order.index(FusedExperts) + 1]
-        if digest(theirs, "_apply_gate") == PLAIN and (unit := _unit(act)) is not None:
+        form = digest(theirs, "_apply_gate")
+        if form == PLAIN and (unit := _unit(act)) is not None:
             return unit(*gate_up.chunk(2, dim=-1))
-        return mark_recomputable(_Recomputed.apply(own, gate_up), own, gate_up)
+        if form in CLAMPED and (options := _clamped(self, CLAMPED[form], act)) is not None and gate_up.device.type == "cpu":
+            return ops.clamped_swiglu(gate_up, **options)
+        return keeping_input_alone(own, gate_up)
 
 
 def why_not_here(module: nn.Module, branches: dict[str, Branch], args: tuple, kwargs: dict) -> str:
@@ -211,24 +230,10 @@ def _unit(act: Callable) -> Callable[[Tensor, Tensor], Tensor] | None:
     return None if kind is None else partial(ops.geglu, approximate=kind)
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-class _Recomputed(Function):
-    """``function(x)``, computed once more in backward, of x alone."""
-
-    @staticmethod
-    def forward(ctx, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(x)
-        return function(x)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # what is kept for a moment is nobody's to count or move
-            x = x.detach().requires_grad_()
-            (dx,) = torch.autograd.grad(ctx.function(x), x, dy)
-        return None, dx
+def _clamped(module: nn.Module, form: Clamped, act: Callable | None) -> dict[str, float] | None:
+    """What :func:`fastpeft.ops.clamped_swiglu` takes; None where it does not compute this gate."""
+    limit, alpha = getattr(module, form.limit), 1.0 if form.alpha is None else getattr(module, form.alpha)
+    fits = all(isinstance(number, int | float) for number in (limit, alpha)) and limit >= 0
+    if not fits or (form.acts and original_class(act) not in SILU):
+        return None
+    return {"limit": limit, "alpha": alpha, "one": form.one, "interleaved": form.interleaved}

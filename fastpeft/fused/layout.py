@@ -13,11 +13,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fastpeft.ops._common import to_device_async
 from fastpeft.ops._recompute import mark_recomputable, recipe_of
 from fastpeft.ops.tree_attention import PrefixTree, tree_of
 from fastpeft.static_shapes import first_rows, sizes
+
+
+class _Placed(Function):
+    """x [T, ...] in the rows ``place`` [T] of a table of ``cells`` rows, zero elsewhere. Keeps ``place`` alone, where autograd's own
+    ``index_copy_`` keeps x too."""
+
+    @staticmethod
+    def forward(ctx, x, place, cells):
+        ctx.save_for_backward(place)
+        return x.new_zeros(cells, *x.shape[1:]).index_copy_(0, place, x)  # in place: else zeros are copied first
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Layout:
         """[T, C] (or any shape of T rows) -> [rows, columns, C], zero where no token lies."""
         x = x.reshape(-1, x.shape[-1])
         if self.place is not None:
-            x = x.new_zeros(self.rows * self.columns, x.shape[-1]).index_copy_(0, self.place, x)  # in place: else zeros are copied first
+            x = _Placed.apply(x, self.place, self.rows * self.columns)
         return x.view(self.rows, self.columns, -1)
 
     def unpad(self, table: Tensor) -> Tensor:
@@ -86,7 +102,7 @@ class Layout:
         """What :meth:`by_row` lays row by row -> as the tokens lie."""
         if self.is_uncounted:
             return self.unpad(x.view(self.rows, self.columns, -1))
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+        return x if self.order is None else _Placed.apply(x, self.order, len(x))
 
 
 @dataclass(frozen=True)
@@ -113,10 +129,29 @@ class TreeLayout(Layout):
 
 @dataclass(frozen=True)
 class LastLayout(Layout):
-    """Of a last layer's tokens, outputs are read at ``read`` [T'] alone, and lie in the batch as ``outputs`` says."""
+    """Of a last layer's tokens, outputs are read at ``read`` [T'] alone, and lie in the batch as ``outputs`` says. ``column``: that of the
+    one row of each sample that is read, of all or [rows] int64; None where others are read. ``flat``: the layer gets tokens [1, T, C]; else
+    [rows, columns, C]."""
 
     read: Tensor | None = None
     outputs: Layout | None = None
+    column: int | Tensor | None = None
+    flat: bool = True
+
+    @classmethod
+    def of_columns(cls, rows: int, columns: int, column: int | Tensor, device: torch.device, tokens: Layout | None = None) -> LastLayout:
+        """One row of each sample is read; ``tokens``: of these the layer gets all (None: [rows, columns])."""
+        cells = torch.arange(rows, device=device) * columns + column
+        layout = Layout(rows, columns, None) if tokens is None else tokens
+        read = cells if layout.place is None else torch.searchsorted(layout.place, cells)
+        place = (layout.place, layout.counts, layout.order, layout.host)
+        return cls(rows, columns, *place, read, Layout(rows, 1, None), column, tokens is not None)
+
+    def of_each(self, x: Tensor) -> Tensor:
+        """[rows or 1, columns, ...] -> [rows or 1, 1, ...]: what is at ``column`` of each sample."""
+        if isinstance(self.column, int):
+            return x.narrow(1, self.column, 1)
+        return x.expand(self.rows, *x.shape[1:])[torch.arange(self.rows, device=x.device), self.column][:, None]
 
     @classmethod
     def of(cls, layout: Layout, wanted: Tensor, device: torch.device) -> LastLayout | None:

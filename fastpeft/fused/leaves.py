@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import GELUActivation, GELUTanh
 
 from fastpeft import ops
+from fastpeft.ops._autocast import first_order
+from fastpeft.ops._recompute import mark_recomputable, recomputes
 from fastpeft.ops.activations import multiply, silu
 from fastpeft.ops.relu import relu_pays
 from fastpeft.registry import fuses
@@ -143,6 +149,66 @@ class FusedReLUSquared:
             return super().forward(input)
         above = ops.relu(input)
         return multiply(above, above)
+
+
+@fuses("transformers.activations.XIELUActivation")  # Apertus
+@fuses("transformers.activations.MishActivation")
+@fuses("transformers.activations.LaplaceActivation")
+@fuses("transformers.activations.ClippedGELUActivation")
+class FusedOtherActivation:
+    """An activation that transformers writes out, every step of which PyTorch keeps: it keeps its input alone, and the linear layer after
+    it nothing."""
+
+    takes_flat_tokens = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input of any shape."""
+        if not recomputes() or not torch.is_grad_enabled() or any(p.requires_grad for p in self.parameters()):
+            return super().forward(input)
+        return keeping_input_alone(super().forward, input) if input.requires_grad else super().forward(input)
+
+
+def keeping_input_alone(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, of x and constants, of which backward keeps x alone; what reads the result keeps nothing. Backward computes it once
+    more, for both."""
+    again = _Again(function)
+    return mark_recomputable(_Recomputed.apply(again, x), again, x, peek=function)
+
+
+class _Again:
+    """``function``, whose steps stay from when what read its output asked for it again until its own backward, which comes next."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function, self.steps = function, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # what is kept for a moment is nobody's to count or move
+            x = x.detach().requires_grad_()
+            self.steps = x, self.function(x)
+        return self.steps[1].detach()
+
+    def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        if self.steps is None:
+            self(x)
+        (x, y), self.steps = self.steps, None
+        return torch.autograd.grad(y, x, dy)[0]
+
+
+class _Recomputed(Function):
+    @staticmethod
+    def forward(ctx, again: _Again, x: Tensor) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(x)
+        return again.function(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.again.backward(*ctx.saved_tensors, dy)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def gelu_kind(act: nn.Module) -> str | None:

@@ -68,6 +68,14 @@ READ = {
     "390435cbdaf5": "hy_v3.modeling_hy_v3.HYV3TopKRouter",
     "209a8291c946": "gpt2.modeling_gpt2.GPT2Block",  # without an encoder's states, which no stack hands on beside a layout
     "51bcf498504d": "gpt2.modeling_gpt2.GPT2Attention",
+    "d2921592ab53": "bert.modeling_bert.BertLayer",  # and RoBERTa's, ELECTRA's, ...; cross-attention as above
+    "904e4ed3230c": "layoutlm.modeling_layoutlm.LayoutLMLayer",
+    "073cce2d00eb": "distilbert.modeling_distilbert.FFN",
+    "056c7a7d6f6f": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLLayer",
+    "c998de6e6c89": "bert.modeling_bert.BertAttention",
+    "9b68fa4aeb9c": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLAttention",
+    "b0db8fa75d2d": "roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormAttention",
+    "bee0b58e9710": "bert.modeling_bert.BertSelfAttention",
     # Attentions that hand queries, keys and values of each token to their function, once. Cross-attention as above.
     "75712120c07f": "deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention",
     "8670a021ed3f": "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention",
@@ -78,8 +86,8 @@ READ = {
     "47953bbcba2e": "laguna.modeling_laguna.LagunaAttention",
     "c1296bfc0eb2": "bart.modeling_bart.BartAttention",
 }
-# what such code does only where an attribute is set: noise on a batch's hidden states, and attention of a model's own
-UNLESS = ("jitter_noise", "reorder_and_upcast_attn")
+# what such code does only where an attribute is set: noise on a batch's hidden states, attention of a model's own, chunks of tokens
+UNLESS = ("jitter_noise", "reorder_and_upcast_attn", "chunk_size_feed_forward")
 
 # class -> (the modules that it calls, those of them that get the mask and not where tokens lie), None: not row-wise
 _KNOWN: WeakKeyDictionary[type, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()

@@ -70,8 +70,16 @@ def join_calls(function: FunctionType) -> FunctionType:
     """``function``, a forward, whose calls of layers with one input run together; itself where there are none, or no source."""
     if function.__closure__ or (tree := tree_of(function)) is None:
         return function
-    if not _Joiner(tree).join():
-        return function
+    return compiled(function, tree) if join_tree(tree) else function
+
+
+def join_tree(tree: ast.FunctionDef) -> bool:
+    """Join such calls in the code of a forward; whether there were any."""
+    return _Joiner(tree).join()
+
+
+def compiled(function: FunctionType, tree: ast.FunctionDef) -> FunctionType:
+    """``function`` with the code of ``tree``, made of its own."""
     tree.decorator_list = []
     ast.increment_lineno(tree, function.__code__.co_firstlineno - tree.lineno)
     module = compile(ast.Module([ast.fix_missing_locations(tree)], []), function.__code__.co_filename, "exec")
@@ -144,7 +152,7 @@ class _Joiner:
             statement = body[i]
             for site in self.sites(statement):
                 group = self.used.get(id(site.call))
-                if site.conditions or site.variable not in bound or group in inside:
+                if site.conditions or site.variable not in bound or (group is not None and group in inside):
                     continue
                 made = self.group(site, body[i:], bound) if group is None else self.rest_of(group, site, body[i:])
                 inside.add(self.used.get(id(site.call)))

@@ -170,6 +170,10 @@ class FusedLlamaModel:
             use_cache = self.config.use_cache and not (alone and self.training)
         return bool(use_cache) and not (self.gradient_checkpointing and self.training)
 
+    def uses_cache_by_default(self) -> bool:
+        """Whether a call that does not say so fills a cache."""
+        return self._uses_cache(None, self.alone)
+
     def _positions(self, given: dict, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """Of samples alone: padding on the left is not counted."""
         if position_ids is not None or given["past_key_values"] is not None or mask is None or mask.dim() != 2:

@@ -8,6 +8,7 @@ Every operator has a composite form, on ATen. An operator has at most one other 
 |                                                                       |                    | serves, on CPU and CUDA alike           |
 | gelu_fwd, gelu_bwd, swiglu_fwd, swiglu_bwd, geglu_fwd, geglu_bwd      | native             | likewise                                |
 | rescale_fwd, rescale_bwd, rotary                                      | native             | likewise                                |
+| clamped_swiglu_fwd, clamped_swiglu_bwd                                | native             | likewise; on the CPU alone              |
 | attention_inputs_fwd, attention_inputs_bwd                            | native             | several of these in one pass, on CUDA   |
 |                                                                       |                    | alone                                   |
 | low_rank_grads                                                        | native             | two skinny products of one matrix, read |
@@ -30,6 +31,7 @@ from fastpeft.ops.absorbed_attention import absorbed_attention
 from fastpeft.ops.activations import geglu, gelu, swiglu
 from fastpeft.ops.attention import attention
 from fastpeft.ops.attention_inputs import attention_inputs
+from fastpeft.ops.clamped_swiglu import clamped_swiglu
 from fastpeft.ops.dropout import dropout
 from fastpeft.ops.excitor_keys import excitor_keys
 from fastpeft.ops.layer_norm import add_layer_norm, layer_norm
@@ -52,6 +54,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_inputs",
+    "clamped_swiglu",
     "dropout",
     "excitor_keys",
     "geglu",

@@ -78,7 +78,8 @@ def test_llama_under_a_budget(miss, plan):
     inputs["attention_mask"][1, 5:], inputs["labels"][:, :3], inputs["labels"][1, 5:] = 0, -100, -100
     want, wanted, cost = step(miss, model, inputs)
     found, fixed = profile_activations(model, lambda: model(**inputs).loss), fixed_bytes(model)
-    assert cost.saved_bytes <= found.saved <= 1.06 * cost.saved_bytes  # the lowest layer's norm output counts where nothing remakes it
+    normed = int(inputs["attention_mask"].sum()) * 32 * 8  # the lowest layer's, which counts where nothing remakes it
+    assert cost.saved_bytes <= found.saved <= 1.01 * cost.saved_bytes + normed
     for modules, layers in (
         ([name for layer in found.layers.values() for name in layer.pieces], []),
         ([], list(found.layers)),
@@ -93,7 +94,7 @@ def test_llama_under_a_budget(miss, plan):
         with pytest.raises(ValueError, match="at least"):
             choose(found, fixed, most - 1)
     else:
-        chosen = choose(found, fixed, fixed + (most - fixed) * 9 // 10)
+        chosen = choose(found, fixed, fixed + (most - fixed) * 19 // 20)
         assert chosen.modules or chosen.layers
 
 

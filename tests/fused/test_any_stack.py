@@ -13,8 +13,9 @@ import fastpeft as fp
 from fastpeft.fused import any_head, any_stack
 from fastpeft.fused.any_head import output_head
 from fastpeft.fused.attention_interface import reads_interface
-from fastpeft.fused.last_layer import handing_on, reads_labels_alone
+from fastpeft.fused.last_layer import handing_on
 from fastpeft.fused.row_wise import is_row_wise_code
+from fastpeft.fused.state_reads import reads_labels_alone
 
 UNPADDED = ["mistral", "qwen2", "qwen3", "gemma3-text", "phi3", "smollm3", "olmo2"]
 UNPADDED += ["gpt2", "opt", "gpt-neox", "phi", "cohere"]
@@ -52,13 +53,13 @@ def read(given):
 @pytest.fixture
 def tokens_seen(monkeypatch):
     """Tokens that each layer of a stack computed where it stood for real tokens."""
-    seen, run = [], any_stack._OnTokens.run
+    seen, run = [], any_stack.OnTokens.run
 
     def watched(self, forward, hidden, *args, **kwargs):
         seen.append(hidden.shape[:2].numel())
         return run(self, forward, hidden, *args, **kwargs)
 
-    monkeypatch.setattr(any_stack._OnTokens, "run", watched)
+    monkeypatch.setattr(any_stack.OnTokens, "run", watched)
     return seen
 
 
@@ -245,7 +246,7 @@ def test_what_a_layer_may_be_told():
     """An argument of no known kind: the layers see the padded batch."""
     given = tiny("mistral")[1]("padded")
     layout = any_stack.self_layout((3, 12), given["attention_mask"].bool(), torch.device("cpu"))
-    call = any_stack._Call(layout)
+    call = any_stack.StackCall(layout)
     table, ids = torch.randn(1, 12, 8), torch.arange(36).view(3, 12)
     args, named = call.arguments(
         ["past_key_values"], (None,), {"position_embeddings": (table, table), "position_ids": ids, "use_cache": False}

@@ -12,7 +12,7 @@ from tiny_models import tiny
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.fused import any_stack, last_layer
+from fastpeft.fused import any_stack, last_layer, state_reads
 from fastpeft.fused.layout import LastLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +190,14 @@ class StackThatMixes(Stack):
         return self.norm(hidden)
 
 
+class StackThatMixesBehindItsNorm(Stack):
+    def forward(self, hidden, **kwargs):
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        normed = self.norm(hidden)
+        return normed - normed.mean(1, keepdim=True)
+
+
 class Layer(nn.Module):
     def forward(self, hidden, attention_mask=None, **kwargs):
         attended, _ = self.attention(self.norm(hidden), attention_mask=attention_mask, **kwargs)
@@ -212,12 +220,13 @@ class LayerOfTwoAttentions(Layer):
 
 
 def test_what_is_found_in_code():
-    assert last_layer.read_by_head(Head) == ("model", "lm_head")
-    assert [last_layer.read_by_head(cls) for cls in (ReadsItTwice, TwoHeads, HandsAllOn)] == [None] * 3
-    assert [last_layer.handed_on(cls) for cls in (Between, BetweenThatReads)] == ["language_model", None]
-    assert last_layer.ends_row_by_row(Stack) and not last_layer.ends_row_by_row(StackThatMixes)
+    assert state_reads.read_by_head(Head) == ("model", "lm_head")
+    assert [state_reads.read_by_head(cls) for cls in (ReadsItTwice, TwoHeads, HandsAllOn)] == [None] * 3
+    assert [state_reads.handed_on(cls) for cls in (Between, BetweenThatReads)] == ["language_model", None]
+    assert state_reads.ends_row_by_row(Stack)
+    assert not any(map(state_reads.ends_row_by_row, (StackThatMixes, StackThatMixesBehindItsNorm)))
     assert last_layer.at_rows(Layer) and not any(map(last_layer.at_rows, (LayerWithAShape, LayerOfTwoAttentions)))
-    assert not last_layer.ends_row_by_row(T.Gemma3nTextModel), "which puts several streams together behind its layers"
+    assert not state_reads.ends_row_by_row(T.Gemma3nTextModel), "which puts several streams together behind its layers"
 
 
 def test_a_forward_at_rows():

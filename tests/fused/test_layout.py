@@ -172,12 +172,28 @@ def test_llamas_last_layer_at_labelled_positions_only(miss, plan, batch):
     assert rows[1] < rows[0] and rows[1] <= int((given["labels"][:, 1:] != -100).sum())
 
 
-def test_padding_copies_no_zeros():
-    """The table is zeroed and written, once each: out of place, index_copy would copy the zeros first."""
+def test_padding_copies_no_zeros_and_keeps_no_tokens():
+    """The table is zeroed and written, once each, and backward needs the places alone: index_copy would keep the tokens for it."""
     layout = Layout(3, 4, torch.tensor([0, 1, 4, 8, 9, 10]))
-    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+    x, kept = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), []
+    packing = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
+    with packing, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         table = layout.pad(x)
     assert {"aten::index_copy_", "aten::zero_"} <= (ran := {event.name for event in trace.events()}) and "aten::copy_" not in ran
+    assert len(kept) == 1 and kept[0].data_ptr() == layout.place.data_ptr()
     assert torch.equal(layout.unpad(table), x) and table.count_nonzero() == x.numel()
     assert torch.autograd.gradcheck(layout.pad, x)
+
+
+@pytest.mark.parametrize("lay", ["pad", "from_rows"])
+def test_tokens_laid_elsewhere_are_not_kept(lay):
+    """``index_copy_`` itself keeps what it copies, to expand a gradient to its shape."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    batch = self_layout((2, 3), mask, torch.device("cpu"))
+    layout = batch if lay == "pad" else image_layout(batch, torch.tensor([1, 0]), 2, torch.device("cpu"))
+    x, kept = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        table = getattr(layout, lay)(x * 1.0)
+    assert kept and all(t.dtype == torch.int64 for t in kept)
+    assert torch.autograd.gradcheck(getattr(layout, lay), x)
+    assert table.sum() == x.sum()

@@ -26,6 +26,10 @@ ACTS = {
     "nn.GELU": nn.GELU,
     "nn.GELU tanh": lambda: nn.GELU(approximate="tanh"),
     "nn.SiLU": nn.SiLU,
+    "xIELU": lambda: activations.XIELUActivation(dtype=torch.float64).requires_grad_(False),
+    "mish": activations.MishActivation,
+    "laplace": activations.LaplaceActivation,
+    "clipped gelu": lambda: activations.ClippedGELUActivation(-1.5, 1.0),
 }
 LINEARS = {"Linear": nn.Linear, "Conv1D": lambda n, m: Conv1D(m, n), "FalconLinear": FalconLinear}
 NORMS = {
@@ -83,6 +87,11 @@ def test_an_activation_and_the_linear_layer_after_it(act, linear):
     first, last = LINEARS[linear](N, 16), LINEARS[linear](16, 8)
     plain, ours = compare(nn.Sequential(first, ACTS[act](), last), rtol=1e-10, atol=1e-9)
     assert ours == 15 * 16 * 8 < plain
+
+
+def test_an_activation_that_is_trained():
+    """Its parameters get their gradients from PyTorch's own backward."""
+    compare(nn.Sequential(nn.Linear(N, 16), activations.XIELUActivation(dtype=torch.float64), nn.Linear(16, 8)), rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", NORMS)

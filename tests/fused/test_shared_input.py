@@ -188,8 +188,8 @@ MODELS = {
     "qwen3": [3, 3],
     "gemma3": [3] * 4,  # images, then text
     "olmo2": [3, 3],
-    "bert": [3, 3],
-    "vit": [3, 3],
+    "bert": [3, 2],  # in the last layer, keys and values of every token
+    "vit": [3, 2],
     "siglip": [3] * 4,
     "t5": [3, 3, 3, 2, 3, 2],  # encoder; then self- and cross-attention
     "whisper": [3, 3, 3, 2, 3, 2],

@@ -9,6 +9,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastpeft.ops._common import to_device_async
 from fastpeft.ops.absorbed_attention import absorbed_attention_reference
 from fastpeft.ops.activations import geglu_reference, gelu_reference, swiglu_reference
 from fastpeft.ops.attention import attention_reference
+from fastpeft.ops.clamped_swiglu import clamped_swiglu_reference
 from fastpeft.ops.excitor_keys import excitor_keys_reference
 from fastpeft.ops.layer_norm import layer_norm_reference
 from fastpeft.ops.linear_cross_entropy import linear_cross_entropy_reference
@@ -30,6 +32,7 @@ from fastpeft.ops.rms_norm import rms_norm_reference
 from fastpeft.ops.rotary import rotary_reference
 
 EPS = 1e-5
+CLAMPED = {"limit": 1.1, "alpha": 1.702, "one": 1.0, "interleaved": True}
 inputs_of = importlib.import_module("fastpeft.ops.attention_inputs")  # fastpeft.ops has the function under that name
 
 
@@ -227,6 +230,12 @@ TABLE = {
     "gelu": Op(ops.gelu, gelu_reference, lambda m, n: [draw(m, n), draw(n)]),
     "swiglu": Op(ops.swiglu, swiglu_reference, lambda m, n: [draw(m, n), draw(m, n), draw(n)]),
     "geglu": Op(ops.geglu, geglu_reference, lambda m, n: [draw(m, n), draw(m, n), draw(n)]),
+    "clamped_swiglu": Op(
+        partial(ops.clamped_swiglu, **CLAMPED), partial(clamped_swiglu_reference, **CLAMPED), lambda m, n: [draw(m, 2 * n)],
+    ),
+    "clamped_swiglu halves": Op(
+        partial(ops.clamped_swiglu, limit=0.8), partial(clamped_swiglu_reference, limit=0.8), lambda m, n: [draw(m, 2 * n)],
+    ),
     "rescale": Op(ops.rescale, rescale_reference, lambda m, n: [draw(m, n), draw(n)]),
     "rotary": Op(ops.rotary, rotary_reference, _turn, constants=2),
     "dropout": Op(
