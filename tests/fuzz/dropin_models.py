@@ -64,7 +64,7 @@ def draw_config(cls: type[PretrainedConfig], draw: random.Random, **fixed: Any) 
         switch = _switch(name, value, draw, layers, int(given.get("head_dim", given.get("kv_channels", 32 // heads))))
         if switch is not _KEEP:
             given[name] = switch
-    given |= fixed
+    given |= {"num_labels": 3} | fixed
     return cls(**given), given
 
 
