@@ -6,7 +6,7 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 SRC     = $(wildcard csrc/*.* csrc/autograd/*) setup.py pyproject.toml
 
-.PHONY: venv demo test docs-and-trainers test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers crash fuzz soak aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
+.PHONY: venv demo test docs-and-trainers test-native test-composite test-triton test-cuda test-slow test-oldest test-trainers crash fuzz fuzz-dropin soak aot lint docs bench gpu gpu-build gpu-right gpu-kernels gpu-steps wheel clean
 venv: $(VENV)/.built
 
 demo: $(VENV)/.built
@@ -52,6 +52,10 @@ crash: $(VENV)/.built
 
 fuzz: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/fuzz.py --cases 100000
+
+# drawn models, adapters and batches, each with and without optimize. Hours: by hand
+fuzz-dropin: $(VENV)/.built
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(PY) tests/fuzz/fuzz_dropin.py --cases 20000
 
 soak: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -m slow -s tests/crash/test_soak.py

@@ -97,14 +97,14 @@ def write_adapter(state: dict[str, Any], folder: str | Path, write_more: Callabl
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that :func:`save_adapter` wrote, or part folders that PEFT wrote, into ``model`` (adapting it if it is not). Of a
-    model of one part, such as LLaMA, the folder may also be what PEFT wrote itself.
+    model of one part, such as LLaMA, the folder may also be what PEFT wrote itself. A run's folder serves too.
 
     Everything is checked before anything is copied, and shapes against the files' headers before memory is taken.
     ValueError names a missing file; every missing, unexpected or misshapen key; every tensor that is not of floating point, or holds NaN
     or an infinity; every field of a PEFT configuration that would change the outputs and is not known here
     (see ``peft_fields`` of each method); and a folder of tensors that the plan has no place for.
     """
-    folder = Path(folder)
+    folder = adapter_in(folder)
     if not is_folder(folder):
         raise ValueError(f"no adapter folder at {folder}")
     plan = read_plan(model, folder)
@@ -163,6 +163,13 @@ def _warn_of_another_base(model: nn.Module, folder: Path) -> None:
 def _equivalent(mine: Plan, theirs: Plan, parts: tuple[Part, ...]) -> bool:
     pairs = [(part, mine.treatments[part.name], theirs.treatments[part.name]) for part in parts]
     return all(len(a) == len(b) and all(m.equivalent(n, part) for m, n in zip(a, b)) for part, a, b in pairs)
+
+
+def adapter_in(folder: str | Path) -> Path:
+    """The adapter's folder, where ``folder`` is a run's; any other as it is."""
+    folder = Path(folder)
+    inside = folder / "adapter"
+    return inside if not (folder / DESCRIPTION).is_file() and (inside / DESCRIPTION).is_file() else folder
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.caching.calls import NOT_READ
 from fastpeft.caching.frozen import ASK_FOR_GRADIENTS
-from fastpeft.caching.spans import Cut, NotCut, cut
+from fastpeft.caching.spans import TOKENS, Cut, NotCut, cut, tensors_in
 from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.last_layer import run_handing_on
 from fastpeft.fused.layout import Layout, sub_layout
@@ -61,7 +61,7 @@ class LayerCall:
         try:
             if isinstance(hidden, FakeTensor):
                 raise NotCut("tensors without data")
-            if self.grad and not self._asked_for_gradients(hidden):
+            if self._gradients_pass(hidden, read, given):
                 raise NotCut("what enters them needs a gradient")
             if "labelled" in options or "prefix" in options:
                 raise NotCut("a prefix, or labelled positions only")
@@ -82,6 +82,13 @@ class LayerCall:
             self.began = time.perf_counter()
         self.pieces = None if self.all else self._on_device()
         self.random = _random_state(hidden)
+
+    def _gradients_pass(self, hidden: Tensor, read: dict[str, Any], given: dict[str, Any]) -> bool:
+        """Whether something below trains, an encoder whose states these layers read among it."""
+        if self.grad and not self._asked_for_gradients(hidden):
+            return True
+        beside = [t for values in (read, given) for name, one in values.items() if name not in TOKENS for t in tensors_in(one)]
+        return torch.is_grad_enabled() and any(t.requires_grad for t in beside)
 
     def _asked_for_gradients(self, hidden: Tensor) -> bool:
         """Whether ``hidden`` needs a gradient only because a hook said so (``enable_input_require_grads``), for checkpointing."""

@@ -116,11 +116,13 @@ class LayerCache:
             return "steps of static shapes, which a graph repeats, read nothing on the host"
         if given.get("prefix_lengths") is not None:
             return "samples of a row share what they begin with"
-        if self.count >= min(len(stack._modules["layers"]), stack.config.num_hidden_layers):
+        layers, config = stack._modules["layers"], stack.config
+        told = config.num_hidden_layers if not hasattr(config, "decoder_layers") else len(layers)  # BART's are the encoder's, whoever asks
+        if self.count >= min(len(layers), told):
             return "it has fewer layers than it had"
         keeps_keys = given.get("use_cache")
         if keeps_keys is None:
-            keeps_keys = stack.config.use_cache and not (stack.training and torch.is_grad_enabled())
+            keeps_keys = _fills_a_cache(stack) and not (stack.training and torch.is_grad_enabled())
         if given.get("past_key_values") is not None or keeps_keys:
             return "keys and values are kept: train with use_cache=False, in the call or the configuration"
         if _packed_only_without_cache(stack, given):
@@ -210,10 +212,15 @@ class LayerCache:
         return f"{name}: {held}; computed {self.computed} times, reused {self.reused} times{others}"
 
 
+def _fills_a_cache(stack: nn.Module) -> bool:
+    """Whether a stack keeps keys and values unless told otherwise; an image encoder never does."""
+    return bool(getattr(stack.config, "use_cache", False))
+
+
 def _packed_only_without_cache(stack: nn.Module, given: dict[str, Any]) -> bool:
     """Whether without a cache of keys and values, which a call served has not, positions would say more than they do with it."""
     positions = given.get("position_ids")
-    if given.get("use_cache") is False or not stack.config.use_cache or getattr(stack, "alone", False):
+    if given.get("use_cache") is False or not _fills_a_cache(stack) or getattr(stack, "alone", False):
         return False
     if positions is None or given.get("attention_mask") is not None:
         return False

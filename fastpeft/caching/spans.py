@@ -192,29 +192,49 @@ def _parts(hidden: Tensor, options: dict[str, Any], given: dict[str, Any], layou
         if layout is not None and name in ("attention_mask", "position_ids"):
             continue  # of these two the layout and the first layer's own arguments tell
         if (table := _per_token(name, value, *shape)) is None:
-            text.append(f"{name}={_told(name, value)}")
+            text.append(_of_batch(name, value, shape[0], of_rows))
         elif layout is None:
             parts[name] = table
         elif shape == tuple(value.shape[:2]):
             parts[name] = layout.unpad(table.view(*shape, -1))
         else:
             raise NotCut(f"{name} is of another shape than the batch")
-    told = _of_first_layer(parts, options, *(shape if layout is None else (1, hidden[..., 0].numel())), layout)
+    told = _of_first_layer(parts, options, shape, hidden[..., 0].numel(), layout, of_rows)
     return parts, of_rows, " ".join(text + told)
 
 
-def _of_first_layer(parts: dict[str, Tensor], options: dict[str, Any], rows: int, columns: int, layout: Layout | None) -> list[str]:
-    """Add to ``parts`` what the first layer gets by token; text about the rest."""
+def _of_first_layer(parts, options: dict[str, Any], shape: tuple[int, int], tokens: int, layout: Layout | None, of_rows) -> list[str]:
+    """Add to ``parts`` what the first layer gets by token, and to ``of_rows`` what it gets by row; text about the rest."""
     text = []
+    table_shape = shape if layout is None else (1, tokens)
     for name, value in options.items():
         if name == "attention_mask" or value is None:
             continue
         for number, one in enumerate(value if isinstance(value, tuple) else (value,)):
-            if (table := _per_token(name, one, rows, columns)) is not None:
+            if (table := _per_token(name, one, *table_shape)) is not None:
                 parts[f".{name}.{number}"] = table
             elif layout is None or name != "position_ids":
-                text.append(f".{name}={_told(name, one)}")
+                text.append("." + _of_batch(name, one, shape[0], of_rows))
     return text
+
+
+def _of_batch(name: str, value: Any, rows: int, of_rows: list[list[bytes]]) -> str:
+    """Text about ``value``, which has no entry for each token. What an encoder hands on [rows, ...] goes to ``of_rows``, by row. Any other
+    tensor that may be of the rows is told as a whole, and the row beside it: a row's own part of it is not known."""
+    if name.startswith("encoder_") and isinstance(value, Tensor) and value.dim() and len(value) == rows:
+        of_rows.append(_rows(row_digests(value.detach().reshape(rows, -1)), f"{name} {value.dtype} {tuple(value.shape[1:])}"))
+        return name
+    if rows > 1 and any(rows in one.shape for one in tensors_in(value)):
+        of_rows.append([f"{name} {row}".encode() for row in range(rows)])
+    return f"{name}={_told(name, value)}"
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Those of an argument, in its lists and mappings too."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inside for tensor in tensors_in(one)]
 
 
 def _told(name: str, value: Any) -> str:
@@ -225,7 +245,7 @@ def _told(name: str, value: Any) -> str:
 
 def _per_token(name: str, value: Any, rows: int, columns: int) -> Tensor | None:
     """[rows * columns, k] of [rows or 1, columns, ...], of positions [k, rows, columns], or of [columns]; None of anything else."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or name.startswith("encoder_"):  # an encoder's are no decoder's tokens, as many as they may be
         return None
     if name == "cache_position" and value.shape == (columns,):
         value = value[None]

@@ -218,7 +218,7 @@ def estimate(
     result.largest_batch_size = largest(peak, batch_size, result.peak_bytes, room)
     if not result.fits:
         result.advice = _advice(run, step, room)
-    result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU are left for the CUDA context, workspaces and fragmentation")
+    result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU is left for the CUDA context, workspaces and fragmentation")
     return result
 
 

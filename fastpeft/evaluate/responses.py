@@ -79,7 +79,7 @@ def respond(
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collator())
         bar = progress_bar(loader, desc="responding", unit="batch", disable=not progress, leave=False)
         with callers_settings_only(model), images_left_alone(dataset, features is not None):
-            for indices, prefix, batch in zip(batches, prefixes, bar):
+            for batch, indices, prefix in zip(bar, batches, prefixes):
                 inputs = to_device(batch, names, first.device, first.dtype) | ({"prefix_length": prefix} if prefix else {})
                 inputs = inputs if features is None else features.put_in(inputs, batch)
                 ids = model.generate(**inputs, **settings)[:, batch["input_ids"].shape[1] :]

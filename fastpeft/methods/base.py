@@ -164,15 +164,23 @@ def sees_no_values(hook: Callable) -> Callable:
     return hook
 
 
+def _collects(hook: Callable) -> str | None:
+    """Under which name one of transformers' capturing hooks collects; None where that cannot be told. Nothing is collected when
+    checkpointing runs a layer again: a hook that sleeps must not decide in the forward pass either."""
+    cells = zip(hook.__code__.co_freevars, hook.__closure__ or ()) if hasattr(hook, "__code__") else ()
+    return next((cell.cell_contents for name, cell in cells if name == "key"), None)
+
+
 FSDP = "torch.distributed.fsdp._fully_shard._fsdp_state"
 
 
 def sees_values(hook: Callable) -> bool:
     """Whether a hook may read or change what its module computes."""
     where = getattr(hook, "__module__", None)
-    if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for hidden states
+    if where == "transformers.utils.output_capturing":  # once installed they stay, and sleep while nobody asks for what they collect
         collector = getattr(loaded(where), "_active_collector", None)
-        return collector is None or bool(collector.get())
+        asked = None if collector is None else collector.get()
+        return collector is None or (bool(asked) and _collects(hook) in {None, *asked})
     # the tracker follows names, for FlopCounterMode; FSDP's gather the weights of a module that is called, and let them go
     return where not in ("torch.utils.module_tracker", FSDP) and not getattr(hook, "sees_no_values", False)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpeft.adapters import adapter_in
 from fastpeft.cost.estimate import Estimate
 from fastpeft.cost.several_adapters import SeveralAdapters, frozen_bytes, together
 from fastpeft.device import choose_device
@@ -36,7 +37,7 @@ def common(given: Mapping[str, Any]) -> dict[str, Any]:
     run, data, text, _, config = split(given, *RECIPE)
     found = {name: getattr(of, name) for of in (run, config, data, text) for name in (*OF_THE_BASE, *OF_THE_DATA) if hasattr(of, name)}
     before = None if run.init_adapter is None else described(run.init_adapter)
-    vocab = run.vocab or (None if before is None else str(Path(run.init_adapter) / before["tokenizer"]))
+    vocab = run.vocab or (None if before is None else str(adapter_in(run.init_adapter) / before["tokenizer"]))
     found["vocab"] = None if vocab is None else _content(Path(vocab))
     source = resolve(run.model, run.image_encoder)
     if (source.without_weights() if run.from_scratch else source).folder is None:  # its weights are drawn

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.adapters import describe
+from fastpeft.adapters import DESCRIPTION, adapter_in, describe
 from fastpeft.data import Instruction, Sample
 from fastpeft.data._files import place_of_image_mark, without_image_mark
 from fastpeft.data.images import Preprocess, load_image
@@ -70,9 +70,8 @@ def load(folder: str | Path, device: str | None = None, model: str | None = None
     device: "cpu", "cuda", ...; None: CUDA where there is one. model: the base, where it is no longer where an adapter says.
     ValueError says what is missing.
     """
-    path = Path(folder).expanduser()
-    adapter = next((one for one in (path, path / "adapter") if (one / "fastpeft.json").is_file()), None)
-    if adapter is not None:
+    adapter = adapter_in(Path(folder).expanduser())
+    if (adapter / DESCRIPTION).is_file():
         network, tokenizer, preprocess = load_run(adapter, device, model)
         return Loaded(network.eval(), tokenizer, preprocess, causal.options_of(describe(adapter)))
     source = resolve(folder)

@@ -147,7 +147,7 @@ def expectations(source: ModelSource, data: DataOptions, held: SampleList | None
         knows = "knows drawn phantoms alone" if source.folder is not None else "has random weights"
         notes.append(f"{source} is for trying things out: it {knows}, and learns little more than frequent answers from other data")
     if evaluate and asked is None and not data.hold_out:
-        notes.append("nothing was scored: --hold-out 0.2 would hold out a fifth of the images and score them")
+        notes.append("nothing was scored: --hold-out 0.2 would hold out a fifth of the images, or of samples without any, and score it")
     return notes
 
 

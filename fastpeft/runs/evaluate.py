@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.adapters import describe, load_adapter
+from fastpeft.adapters import adapter_in, describe, load_adapter
 from fastpeft.data import Preprocess, load_causal_tokenizer, load_tokenizer
 from fastpeft.data.images import allow_pixels
 from fastpeft.device import choose_device
@@ -29,9 +29,9 @@ from fastpeft.runs.train import RUNS
 def load_run(
     adapter: str | Path, device: str | None = None, model: str | None = None, adapted: bool = True
 ) -> tuple[nn.Module, Any, Preprocess]:
-    """The model, tokenizer and preprocessing that an adapter folder describes, ready to answer; or those of a model's own folder. ``model``
-    replaces a moved base. ``adapted`` False: the base alone."""
-    adapter = Path(adapter)
+    """The model, tokenizer and preprocessing that an adapter's folder, or a run's, describes, ready to answer; or those of a model's own
+    folder. ``model`` replaces a moved base. ``adapted`` False: the base alone."""
+    adapter = adapter_in(adapter)
     if not is_folder(adapter):
         raise ValueError(f"no adapter folder at {adapter}")
     about = describe(adapter)
@@ -72,7 +72,7 @@ def load_folder(source: ModelSource, device: str | None = None) -> tuple[nn.Modu
 
 def text_options(folder: str | Path, network: nn.Module) -> TextOptions:
     """How an adapter's model reads text, as it was trained; a model's own folder as its configuration and template say."""
-    about = describe(folder)
+    about = describe(adapter_in(folder))
     return causal.options_of(about) if about or family_of(network).kind == "vqa" else causal.asking_options(network)
 
 
@@ -104,6 +104,7 @@ def eval_run(
     choice where a response names none. The candidates of free-text answers are those of the data's training split, the questions that are
     asked apart. outputs: a file for the responses in AlpacaEval's form, under the name ``generator``. mmlu, kept: of a folder of MMLU, see
     :func:`fastpeft.runs.mmlu.mmlu_run`: nothing is generated there."""
+    adapter = adapter_in(adapter)
     _refuse_folders(out, outputs)
     allow_pixels(data.max_pixels)
     if asks_mmlu(data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fastpeft.adapters import describe, merge, save_adapter
+from fastpeft.adapters import adapter_in, describe, merge, save_adapter
 from fastpeft.data import save_tokenizer
 from fastpeft.files import atomic_folder, write_json
 from fastpeft.models import family_of
@@ -15,11 +15,12 @@ from fastpeft.runs.vqa import PREPROCESS
 
 
 def merge_run(adapter: str | Path, out: str | Path, model: str | None = None, modality: str | None = None) -> Path:
-    """Fold an adapter into its base and write a plain transformers folder with tokenizer and preprocessing; ValueError if out exists.
-    What no weight can hold (see :func:`fastpeft.merge`) stays in ``out/adapter``."""
+    """Fold an adapter, or a run's, into its base and write a plain transformers folder with tokenizer and preprocessing. What no weight can
+    hold (see :func:`fastpeft.merge`) stays in ``out/adapter``. ValueError if out exists."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
+    adapter = adapter_in(adapter)
     network, tokenizer, preprocess = load_run(adapter, "cpu", model)
     merge(network, modality)
     with atomic_folder(out) as draft:

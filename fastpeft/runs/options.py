@@ -95,7 +95,7 @@ class RunOptions:
     from_scratch: Annotated[bool, METHOD] = False
     "Begin with random weights, even where the package ships trained ones."
     init_adapter: Annotated[FilePath | None, METHOD] = None
-    "Begin with the adapter in this folder, of the same base and plan."
+    "Begin with the adapter in this folder, or of this run, of the same base and plan."
     stages: Annotated[Stages | None, METHOD, Option(must="a list of stages, each a mapping of options")] = None
     "Runs in turn, each going on from the one before, with options of its own (in YAML only; see fastpeft.runs.stages)."
     no_eval: Annotated[bool, READ] = False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.adapters import describe, fingerprint, load_adapter
+from fastpeft.adapters import adapter_in, describe, fingerprint, load_adapter
 from fastpeft.data import SampleList
 from fastpeft.data.images import allow_pixels
 from fastpeft.evaluate import Scoring
@@ -36,8 +36,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def described(adapter: str | Path) -> dict[str, Any]:
-    """An adapter's description, of one that a training run wrote. ValueError for anything else."""
-    about = describe(adapter)
+    """An adapter's description, of one that a training run wrote, or of that run's folder. ValueError for anything else."""
+    about = describe(adapter_in(adapter))
     if not about.get("tokenizer") or not isinstance(about.get("base"), dict):
         raise ValueError(f"init_adapter: {adapter} is no adapter that `fastpeft train` wrote (its tokenizer and base are missing)")
     return about
@@ -48,6 +48,7 @@ def go_on_from(network: nn.Module, adapter: str | Path, about: dict[str, Any]) -
     or base are others."""
     if about.get("base_fingerprint") not in (None, fingerprint(network)):
         raise ValueError(f"init_adapter: {adapter} was trained on another base ({about['base'].get('model')} with other weights)")
+    adapter = adapter_in(adapter)
     load_adapter(network, adapter)
     crc = 0
     for file in sorted(Path(adapter).rglob("*.safetensors")):
@@ -92,7 +93,8 @@ class Loaded:
             check_quantize(quantize, DTYPES[config.dtype], self.source)
             options["base"] = {"quantize": quantize, "dtype": DTYPES[config.dtype]}
         if before is not None:  # the vocabulary and the random base that it was trained with
-            options |= {"vocab": vocab or str(Path(init_adapter) / before["tokenizer"]), "seed": before["base"].get("seed", config.seed)}
+            vocab = vocab or str(adapter_in(init_adapter) / before["tokenizer"])
+            options |= {"vocab": vocab, "seed": before["base"].get("seed", config.seed)}
         self._splits: dict[bool, Splits] = {}
         self._datasets: dict[tuple[int, bool], Any] = {}
         samples = self.splits(bool(config.eval_every)).samples

@@ -5,6 +5,8 @@ import copy
 import peft
 import pytest
 import torch
+from small_steps import SINGLE, same, step
+from tiny_models import tiny
 from torch import nn
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
@@ -159,3 +161,15 @@ def test_a_copy_of_a_wrapper_is_a_wrapper():
     torch.testing.assert_close(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
     compiled = torch.compile(model)
     assert type(copy.deepcopy(compiled)) is type(compiled)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "llama", "olmoe"])
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_router_logits"])
+def test_outputs_that_hooks_collect_under_checkpointing(name, asked):
+    """In backward, nothing is collected: the layers that run again must take the form that they took before."""
+    model, given = tiny(name)
+    model.set_attn_implementation("eager")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    other = fused(model)
+    same(*(step(m, given("full"), **{asked: True}) for m in (other, model)), **SINGLE)

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import fastpeft as fp
+from fastpeft.adapters import describe
 from fastpeft.data import load_samples
-from fastpeft.runs.evaluate import eval_run
+from fastpeft.runs.evaluate import eval_run, load_run
 from fastpeft.runs.merge import merge_run
 from fastpeft.runs.options import DataOptions
 from fastpeft.runs.train import train_run
@@ -29,7 +30,7 @@ def run(phantoms, tmp_path_factory):
 
 def test_answers_are_those_of_eval_whatever_the_image_is_given_as(run, phantoms, tmp_path):
     samples = list(load_samples(phantoms, split="test"))[:3]
-    eval_run(run / "adapter", DataOptions(str(phantoms)), device="cpu", out=str(tmp_path / "answers.json"), progress=False)
+    eval_run(run, DataOptions(str(phantoms)), device="cpu", out=str(tmp_path / "answers.json"), progress=False)
     wanted = [row["prediction"] for row in json.loads((tmp_path / "answers.json").read_text())][:3]
     loaded = fp.load(run, device="cpu")
     images = [sample.image for sample in samples]
@@ -43,9 +44,17 @@ def test_answers_are_those_of_eval_whatever_the_image_is_given_as(run, phantoms,
 
 
 def test_a_merged_model_answers_alike(run, phantoms, tmp_path):
-    merged = merge_run(run / "adapter", tmp_path / "merged")
+    merged = merge_run(run, tmp_path / "merged")
     sample = load_samples(phantoms, split="test")[0]
     assert fp.load(merged, device="cpu").ask(sample.image, sample.question) == fp.load(run / "adapter").ask(sample.image, sample.question)
+
+
+def test_a_run_goes_on_from_a_runs_folder_as_from_its_adapters(run, phantoms, tmp_path):
+    config = TrainConfig(steps=1, batch_size=2, out=tmp_path / "run", device="cpu", progress=False)
+    train_run("miss-tiny", "F/LoRA/LoRA", DataOptions(str(phantoms)), config, pretrained=False, evaluate=False, init_adapter=str(run))
+    assert describe(tmp_path / "run" / "adapter")["started_from"]["adapter"] == str(run / "adapter")
+    model = load_run(run)[0]
+    assert fp.load_adapter(model, run) is model
 
 
 @pytest.mark.parametrize("name, plan", [("llama-tiny", "LoRA"), ("llava-med-tiny", "F/F/LoRA/F"), ("lavin-tiny", "MMAdapter/T/MMAdapter")])
