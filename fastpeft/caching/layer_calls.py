@@ -41,11 +41,11 @@ class LayerCall:
         if threading.get_ident() != self.thread:
             return layer(hidden, *args, **options)
         names = list(inspect.signature(type(layer).forward).parameters)[2 : 2 + len(args)] if args else []
-        options = dict(zip(names, args)) | options
+        own, options = options, dict(zip(names, args)) | options
         if index == 0:
             self._begin(hidden, options)
         if self.made is None:
-            return layer(hidden, **options)
+            return layer(hidden, *args, **own)  # by place where given so: what reentrant checkpointing gives a gradient to
         if index and not self.made.fits(options.get("attention_mask")):
             self.cache.tails = False
             raise Refused("a layer's mask lets sequences attend to others")
@@ -88,7 +88,7 @@ class LayerCall:
         if self.grad and not self._asked_for_gradients(hidden):
             return True
         beside = [t for values in (read, given) for name, one in values.items() if name not in TOKENS for t in tensors_in(one)]
-        return torch.is_grad_enabled() and any(t.requires_grad for t in beside)
+        return any(t.requires_grad for t in beside)  # in reentrant checkpointing too, where gradients are off for now
 
     def _asked_for_gradients(self, hidden: Tensor) -> bool:
         """Whether ``hidden`` needs a gradient only because a hook said so (``enable_input_require_grads``), for checkpointing."""
