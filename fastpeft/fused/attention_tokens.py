@@ -54,7 +54,7 @@ def of_real_tokens(function: Callable, module: nn.Module, query: Tensor, key: Te
     laid = output.reshape(B, L, H * d)
     tokens = queries.unpad(laid)
     if queries.place is not None and getattr(output, "_fastpeft_is_kept", False):  # by the attention, for its backward
-        mark_recomputable(tokens, queries.unpad, laid)
+        mark_recomputable(tokens, queries.unpad, laid, in_views=True)  # models lay its heads side by side
     return tokens.view(1, -1, H, d), weights
 
 

@@ -10,9 +10,10 @@ calls :func:`recompute` in backward:
 So a linear layer after a norm, GELU, SwiGLU or (IA)^3 factor saves nothing of its own: 10C instead of 16C elements per token in a ViT
 layer, whichever parameters are trained.
 
-The recipe travels on the tensor, and to views that show all of it in another shape. A tensor that lost it (a part, another's product) or
-that was changed in place is saved as ever: a recipe decides about memory, never about numbers. ``fastpeft.without("remake")`` switches
-recipes off; under torch.compile there are none, as its partitioner makes this choice itself.
+The recipe travels on the tensor. A tensor that lost it (a view, another's product) or that was changed in place is saved as ever: a recipe
+decides about memory, never about numbers. FSDP and checkpoints hand views on where a module begins, behind which a recipe's parameters may
+be gone, so that a recipe survives a view only where it says so (``in_views``: its inputs are no parameters). ``fastpeft.without("remake")``
+switches recipes off; under torch.compile there are none, as its partitioner makes this choice itself.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from fastpeft.savings import on
 
 class Recipe(NamedTuple):
     """``function(*inputs)`` recomputes the tensor, as it was at ``version``; ``peek`` does so for another recipe that builds on it.
-    ``pack``, of the tensor and the inputs, makes one input more, the first, as soon as somebody asks for them."""
+    ``pack``, of the tensor and the inputs, makes one input more, the first, as soon as somebody asks for them. ``in_views``: views that
+    show all of the tensor in another shape have it too."""
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor | None, ...]
     version: int
     peek: Callable[..., Tensor]
     pack: Callable[..., Tensor] | None = None
+    in_views: bool = False
 
 
 def recomputes() -> bool:
@@ -71,6 +74,7 @@ def mark_recomputable(
     smaller: bool = False,
     peek: Callable[..., Tensor] | None = None,
     pack: Callable[..., Tensor] | None = None,
+    in_views: bool = False,
 ) -> Tensor:
     """``y``, marked as equal to ``function(*inputs)`` bit for bit. The inputs are tensors that backward saves anyway, or ``smaller``
     than y; one that has a recipe of its own is replaced by what that recipe needs. With ``pack`` it is
@@ -82,7 +86,7 @@ def mark_recomputable(
     if any(recipes):
         flat = tuple(t for x, recipe in zip(inputs, recipes) for t in ((x,) if recipe is None else recipe.inputs))
         function, peek, inputs = _composed(function, recipes), _composed(peek, recipes), flat
-    y._fastpeft_recipe = Recipe(function, inputs, y._version, peek, pack)
+    y._fastpeft_recipe = Recipe(function, inputs, y._version, peek, pack, in_views and not any(recipes))
     return y
 
 
@@ -120,7 +124,8 @@ def _shown_whole(x: Tensor) -> Tensor | None:
     base = x._base
     if base is None or base.numel() != x.numel() or not (x.is_contiguous() and base.is_contiguous() and x.dtype == base.dtype):
         return None
-    return base if recipe_of(base) is not None else None
+    recipe = recipe_of(base)
+    return base if recipe is not None and recipe.in_views else None
 
 
 def _in_shape(shape: torch.Size, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
