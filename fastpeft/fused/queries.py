@@ -34,8 +34,10 @@ HEADS = re.compile(r"\(\*(\w+), -1, [\w.]+\)").fullmatch  # (*input_shape, -1, s
 
 def rows(rest: dict[str, Any], value: Any) -> Any:
     """The rows of ``value`` that are read, as the layout in a layer's keyword arguments says: of tokens [1, T, ...], or, where it is not
-    flat, of [B or 1, L, ...]. What has those alone stays."""
+    flat, of [B or 1, L, ...]. What has those alone stays. Of what an attention returned, its output's."""
     layout = rest.get(LAYOUT)
+    if isinstance(value, tuple) and value:
+        return rows(rest, value[0]), *value[1:]
     if not isinstance(value, Tensor) or not isinstance(layout, LastLayout) or value.dim() < 3:
         return value
     if layout.flat:
@@ -90,10 +92,13 @@ class _Rewriter:
         assigns = [s for s in before if isinstance(s, ast.Assign)]
         self.shapes = {name for s in assigns if _is_shape(s.value, self.hidden) for name in _stores(s)}
         self.tuples = {ast.unparse(s.targets[0]): m.group(1) for s in assigns if (m := HEADS(ast.unparse(s.value)))}
+        arguments = {a.arg for a in (*self.tree.args.args[1:], *self.tree.args.kwonlyargs)}
+        self.tokenwise = set().union(*map(_stores, before), arguments) - self.shapes - self.tuples.keys()  # may have all tokens' rows
         made = [new for statement in before for new in self._before(statement)]
         if any(self.query in _loads(n) for n in (*call.args[3:], *call.keywords)):
             raise _NotThis
-        self._check(behind, before, _stores(attends))
+        if any(_loads(s) & (self.tokenwise - _stores(attends)) for s in behind):
+            raise _NotThis
         behind = [_Flatten(out, self.shapes).visit(s) for s in behind]
         if any(_loads(s) & (self.shapes | self.tuples.keys()) for s in behind):
             raise _NotThis
@@ -114,13 +119,6 @@ class _Rewriter:
             raise _NotThis
         return body[: at[0]], attends, body[at[0] + 1 :]
 
-    def _check(self, behind: list[ast.stmt], before: list[ast.stmt], attended: set[str]) -> None:
-        """Nothing that has all tokens' rows is read behind attention."""
-        arguments = {a.arg for a in (*self.tree.args.args, *self.tree.args.kwonlyargs)} - {self.tree.args.args[0].arg}
-        tokenwise = (set().union(*map(_stores, before), arguments)) - attended - self.shapes - self.tuples.keys()
-        if any(_loads(s) & tokenwise for s in behind):
-            raise _NotThis
-
     def _before(self, statement: ast.stmt) -> list[ast.stmt]:
         """What takes the place of a statement before the attention."""
         if self.query not in _stores(statement):
@@ -135,7 +133,7 @@ class _Rewriter:
             raise _NotThis
         target, value = statement.targets[0], statement.value
         if isinstance(target, ast.Name):
-            if _loads(value) & {self.key}:
+            if _loads(value) & (self.tokenwise - {self.query, self.hidden}):
                 raise _NotThis
             statement.value = _AtRows(self).visit(value)
             return [statement]

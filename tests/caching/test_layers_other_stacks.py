@@ -30,7 +30,7 @@ def pair(classes, trained: str):
     """(without a cache, with one), training what ``trained`` is in the names of."""
     model, config = classes
     torch.manual_seed(0)
-    without = _lively(model(config(**SIZES)), torch.float64).train()
+    without = _lively(model(config(**SIZES)), torch.float64).eval()  # to transformers 5.17 training draws a number for each layer's drop
     for name, p in without.named_parameters():
         p.requires_grad_(trained in name and "fc1" in name)
     kept = copy.deepcopy(without)

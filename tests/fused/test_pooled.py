@@ -58,8 +58,11 @@ LAST = {
     "opt": lambda: T.OPTForSequenceClassification(T.OPTConfig(**OPT)),
     "gpt-neox": lambda: T.GPTNeoXForSequenceClassification(T.GPTNeoXConfig(**TEXT, num_labels=3, hidden_dropout=0.0)),
     "llama": lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**DECODER)),
+    "ministral3": lambda: T.Ministral3ForSequenceClassification(T.Ministral3Config(**DECODER, head_dim=8)),
+    "modernbert decoder": lambda: T.ModernBertDecoderForSequenceClassification(T.ModernBertDecoderConfig(**DECODER)),
 }
-WHOLE_ATTENTION = ("phi3", "gpt2", "gpt-neox")  # queries come out of one projection with keys and values
+# queries come out of one projection with keys and values; or are scaled by their positions
+WHOLE_ATTENTION = ("phi3", "gpt2", "gpt-neox", "ministral3", "modernbert decoder")
 
 
 def tiny(name: str, dtype=torch.float64) -> nn.Module:
@@ -94,7 +97,7 @@ def computed(monkeypatch):
     return seen
 
 
-QUICK = ["vit", "bert", "roberta", "electra", "distilbert", "mistral", "gemma2", "gpt2", "opt", "llama"]
+QUICK = ["vit", "bert", "roberta", "electra", "distilbert", "mistral", "gemma2", "gpt2", "opt", "llama", "ministral3", "modernbert decoder"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*FIRST, *LAST)])
