@@ -127,7 +127,6 @@ class FusedLanguageModel:
             return None
         return head
 
-
     def _leaves_loss_to(self) -> nn.Module | None:
         """The encoder-decoder inside that gets the labels, as BLIP-2's T5 does; None where the loss is formed here."""
         names = labels_handed_to(replaced_class(type(self)) or type(self))

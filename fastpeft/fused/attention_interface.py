@@ -41,7 +41,7 @@ from fastpeft import ops
 from fastpeft.forms import function_digest
 from fastpeft.fused.attention import why_not_fused
 from fastpeft.fused.attention_masks import MaskContent, adds_nothing, attend_allowed, read_mask
-from fastpeft.fused.attention_rotary import Rotary
+from fastpeft.fused.attention_rotary import Rotary, RotaryOfOne, recomputable
 from fastpeft.fused.attention_rotary import kind_of as rotary_kind
 from fastpeft.fused.attention_tokens import of_real_tokens, told_of_keys
 from fastpeft.fused.shared_input import join_calls
@@ -125,7 +125,8 @@ class FusedInterfaceAttention:
 def looking_up_ours(theirs: FunctionType) -> FunctionType:
     """A forward of an attention layer, the functions that it looks up ours."""
     code, namespace = theirs.__code__, theirs.__globals__
-    others = {name: Rotary for name in code.co_names if "rotary" in name and rotary_kind(namespace.get(name)) is not None}
+    kinds = {name: rotary_kind(namespace.get(name)) for name in code.co_names if "rotary" in name}
+    others = {name: RotaryOfOne if kind.alone else Rotary for name, kind in kinds.items() if kind is not None}
     for name, make in (others := {THEIRS: Functions} | others).items():
         namespace.setdefault(OURS(name), make(namespace, name))
     names = tuple(OURS(name) if name in others else name for name in code.co_names)
@@ -203,7 +204,8 @@ def attention_forward(
         scaling = (module.head_dim if kind.softcap else query.shape[3]) ** -0.5
     extras = {"softcap": kwargs.get("softcap") if kind.softcap else None, "sinks": module.sinks if kind.sinks else None}
     dropout = dropout if module.training or not kind.eager else 0.0
-    output = _attend(_tokens_first(query), key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
+    query = _tokens_first(recomputable(query))
+    output = _attend(query, key, value, content, causal, bias, kind.eager, extras, scale=scaling, dropout_p=dropout)
     return _tokens_behind(output, extras), None
 
 

@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     partial: bool = False  # rot may be less than d
     keeps_dtype: bool = False  # the result has the input's dtype, whatever the tables'
     unsqueezed: int | None = None  # where the tables get the dimension of heads; None: the function takes unsqueeze_dim, 1 by itself
+    alone: bool = False  # it turns queries or keys, one tensor a call
 
 
 # Digests (fastpeft.forms.function_digest) of the functions in transformers' model files, each with a file that has it.
@@ -31,6 +32,7 @@ ROTARY = {
     "b8f9ffb9f4c4": Kind(keeps_dtype=True),  # olmo2
     "9cd03d9be402": Kind(partial=True),  # gpt_neox
     "890f50e3894a": Kind(keeps_dtype=True, unsqueezed=-2),  # qwen2_5_vl's images
+    "34684829be0b": Kind(alone=True),  # gemma4
 }
 
 
@@ -59,7 +61,19 @@ class Rotary:
         cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
         if not all(_broadcasts(cos, t) for t in (q, k)):
             return theirs(q, k, cos.squeeze(dim), sin.squeeze(dim), *args, **kwargs)
-        return ops.rotary(_recomputable(q), cos, sin), ops.rotary(_recomputable(k), cos, sin)
+        return ops.rotary(recomputable(q), cos, sin), ops.rotary(recomputable(k), cos, sin)
+
+
+class RotaryOfOne(Rotary):
+    """Likewise, of one tensor a call."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
+        theirs = self.namespace[self.name]
+        kind = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else kind_of(theirs)
+        tables = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        if kind is None or not _fits(kind, x, cos, sin) or not _broadcasts(tables[0], x):
+            return theirs(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        return ops.rotary(recomputable(x), *tables)
 
 
 def _alike(q: Tensor, k: Tensor, cos: Tensor) -> bool:
@@ -69,10 +83,10 @@ def _alike(q: Tensor, k: Tensor, cos: Tensor) -> bool:
     return (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:]) and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2]
 
 
-def _recomputable(x: Tensor) -> Tensor:
+def recomputable(x: Tensor) -> Tensor:
     """``x`` with the recipe of the tensor that it is a view of: norms of queries and keys come before their heads are moved."""
     base = x._base
-    if base is None or recipe_of(base) is None or not base.is_contiguous():
+    if base is None or recipe_of(x) is not None or recipe_of(base) is None or not base.is_contiguous():
         return x
     return mark_recomputable(x, partial(_view, x.shape, x.stride(), x.storage_offset()), base)
 

@@ -3,6 +3,7 @@ or after a norm."""
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -106,3 +107,27 @@ def test_an_output_of_real_tokens_is_formed_of_the_padded_one(name):
             module.register_forward_pre_hook(sees_no_values(lambda m, args: read.append(args[0])))
     kept = {storage(t) for t in kept_by(model, batch)}
     assert read and all(x.shape[0] == 1 for x in read) and not any(storage(x) in kept for x in read)
+
+
+def test_queries_that_are_turned_alone_are_kept_before_their_norm():
+    """Gemma 4 turns queries and keys one at a time, before it moves their heads."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8}
+    sizes |= {"vocab_size_per_layer_input": 60, "num_kv_shared_layers": 0}
+    torch.manual_seed(0)
+    plain = T.Gemma4ForCausalLM(T.Gemma4TextConfig(**sizes)).float()
+    plain = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
+    ids = torch.arange(3, 33).view(3, 10)
+    batch, model = {"input_ids": ids, "labels": ids}, copy.deepcopy(plain)
+    fp.optimize(model)
+    heads = {(4, q.out_features // 4) for name, q in model.named_modules() if name.endswith("q_proj.base_layer")}
+    kept = [t for t in kept_by(model, batch) if t.dim() == 4 and (t.shape[1], t.shape[3]) in heads and t.shape[2] == 10]
+    assert len({storage(t) for t in kept}) == 2  # the outputs of two layers
+    losses = []
+    for each in (model, plain):
+        losses.append(each(**batch).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-4 * float(q.grad.abs().max()), msg=name)
