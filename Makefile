@@ -89,14 +89,14 @@ $(OLD_TRITON)/.done: $(VENV)/.built
 	$(PIP) install -q --no-deps --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
-# csrc with its CUDA kernels, for the check alone where torch is a CPU build
+# csrc's CUDA kernels, for the check alone where torch is a CPU build
 NVCC         = $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 CUDA_LIBRARY = build/cuda-library/fastpeft/_C.abi3.so
 # of one architecture, for its sake alone: `make aot AOT_ARCHS="80;90;100" CARDS="80 86 90 100 120"` looks at all; sm_86's shared memory is sm_120's
 AOT_ARCHS    = 90
 CARDS        = 80 86 90 100
 $(CUDA_LIBRARY): $(VENV)/.built $(SRC)
-	FASTPEFT_CUDA=1 FASTPEFT_CUDA_ARCHS="$(AOT_ARCHS)" $(PY) setup.py -q build_ext --build-lib build/cuda-library --build-temp build/cuda-objects
+	FASTPEFT_CUDA=alone FASTPEFT_CUDA_ARCHS="$(AOT_ARCHS)" $(PY) setup.py -q build_ext --build-lib build/cuda-library --build-temp build/cuda-objects
 	touch $@
 
 aot: $(VENV)/.built $(OLD_TRITON)/.done $(if $(NVCC),$(CUDA_LIBRARY))

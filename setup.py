@@ -9,7 +9,8 @@ in isolation finds it too). Where one is missing, the install is pure Python, an
 Environment:
     FASTPEFT_NO_EXT=1              pure Python, asked for
     CXX=g++                        the C++ compiler (default: the first of g++, clang++, c++)
-    FASTPEFT_CUDA=auto|0|1         compile csrc/*.cu (auto: where torch is a CUDA build and nvcc is found; 1 needs no GPU and no CUDA torch)
+    FASTPEFT_CUDA=auto|0|1|alone   compile csrc/*.cu (auto: where torch is a CUDA build and nvcc is found; 1 needs no GPU and no CUDA torch;
+                                   alone: nothing else, a library to look at)
     FASTPEFT_CUDA_ARCHS=80;90;100  real architectures; PTX of the last one is added, which newer cards compile for themselves
     FASTPEFT_LABEL=cpu             a local version, 0.1.0+cpu, as `make wheel` names its wheels
     FASTPEFT_NVCC=/path/to/nvcc    another nvcc than PATH's. The library needs a driver for its CUDA: what is published is built with 12.8
@@ -60,10 +61,10 @@ class build_ext(_build_ext):
         tmp, out = Path(self.build_temp), Path(self.get_ext_fullpath(ext.name))
         tmp.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        if "autograd" in ext.name:
-            self.build_autograd(ext, torch, tmp, out)
-        else:
+        if "autograd" not in ext.name:
             self.build_library(ext, torch, tmp, out)
+        elif not cuda_alone():
+            self.build_autograd(ext, torch, tmp, out)
 
     def build_autograd(self, ext, torch, tmp, out):
         cxx = find_compiler()
@@ -90,7 +91,7 @@ class build_ext(_build_ext):
         stamp = tmp / "build.cpp"
         stamp.write_text(f'extern "C" __attribute__((visibility("default"))) const char* fastpeft_build() {{ return "{made_from}"; }}\n')
         jobs, objects, link = [], [], []
-        for source in [*ext.sources, str(stamp)]:
+        for source in [*(() if cuda_alone() else ext.sources), str(stamp)]:
             objects.append(str(tmp / (Path(source).stem + ".cpp.o")))
             flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"]
             jobs.append([cxx, *flags, *include, "-c", source, "-o", objects[-1]])
@@ -158,13 +159,17 @@ def why_pure():
     return ""
 
 
+def cuda_alone():
+    return os.environ.get("FASTPEFT_CUDA") == "alone"
+
+
 def find_nvcc(torch):
     want = os.environ.get("FASTPEFT_CUDA", "auto")
     if want == "auto" and not built_for_cuda(torch):
         return None
     nvcc = os.environ.get("FASTPEFT_NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if want == "1" and not nvcc:
-        raise RuntimeError("FASTPEFT_CUDA=1 but nvcc was not found on PATH or in /usr/local/cuda/bin")
+    if want in ("1", "alone") and not nvcc:
+        raise RuntimeError(f"FASTPEFT_CUDA={want} but nvcc was not found on PATH or in /usr/local/cuda/bin")
     return nvcc if want != "0" and any(Path("csrc").glob("*.cu")) else None
 
 
