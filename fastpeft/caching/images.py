@@ -42,7 +42,7 @@ from fastpeft.caching.calls import Call, digest_of_text
 from fastpeft.caching.digest import digest_of_weights
 from fastpeft.caching.frozen import Wrapper, asks_for_gradients, configuration_of, state_of, tensors_below, why_not_constant
 from fastpeft.caching.memory import Entry, Kept
-from fastpeft.caching.outputs import Pattern, computed_when_read, leaves
+from fastpeft.caching.outputs import Pattern, asking_for_gradients, computed_when_read, leaves
 from fastpeft.caching.store import FeatureStore
 from fastpeft.progress import progress_bar
 from fastpeft.static_shapes import sizes
@@ -141,7 +141,7 @@ class ImageCache(Wrapper):
             if self._varies:
                 return output
             self._learn(call, constants, keys, output, run)
-            return self._watched(output, call, constants, keys, run)
+            return self._watched(self._as_asked(output), call, constants, keys, run)
         if missing:
             made = self._made(pattern, call, keys, missing, run)
             if made is None:
@@ -150,6 +150,10 @@ class ImageCache(Wrapper):
         self.computed += len(missing)
         self.reused += len(keys) - len(missing)
         return self._output(pattern, [found[key] for key in keys], call, constants, keys, run)
+
+    def _as_asked(self, output: Any) -> Any:
+        """``output``; where a hook below makes it require a gradient that no parameter needs, it does."""
+        return asking_for_gradients(output) if torch.is_grad_enabled() and asks_for_gradients(self.owner, self.below) else output
 
     def _made(self, pattern: Pattern, call: Call, keys: list[str], missing: list[str], run: Callable) -> dict[str, Entry] | None:
         """The entries of some of the images, computed and kept; None where nothing can be kept after all."""
@@ -222,7 +226,7 @@ class ImageCache(Wrapper):
 
     def _output(self, pattern: Pattern, entries: list[Entry], call: Call, constants: str, keys: list[str], run: Callable) -> Any:
         """What is kept, put together; other fields are computed when they are read, and kept from then on."""
-        output = pattern.join(entries)
+        output = self._as_asked(pattern.join(entries))
         if not pattern.unkept or not isinstance(output, ModelOutput):
             return output
         state, grad, kind = self._state, torch.is_grad_enabled(), call.device.type

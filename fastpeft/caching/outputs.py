@@ -61,6 +61,14 @@ def _rebuilt(node: Any, values: list[tuple[Any, Any]]) -> Any:
     return type(node)(*only) if hasattr(node, "_fields") else type(node)(only)
 
 
+def asking_for_gradients(node: Any) -> Any:
+    """``node``, its floating tensors as others that require a gradient: reentrant checkpoints look for one in what they get."""
+    if isinstance(node, Tensor):
+        return node.detach().requires_grad_() if node.is_floating_point() else node
+    inside = children(node)
+    return node if inside is None else _rebuilt(node, [(key, asking_for_gradients(value)) for key, value in inside])
+
+
 @dataclass
 class Pattern:
     """How one image's output looks. ``output``: its tree, tensors replaced by empty ones of their dtype and device; ``lists``: paths of

@@ -82,6 +82,24 @@ def test_gradient_checkpointing(reentrant):
     assert (cache.computed, cache.reused, dict(cache.passed)) == (2, 2, {})
 
 
+def test_reentrant_checkpoints_of_what_reads_the_features():
+    """They give gradients only where an input requires one: the features do, as the encoder's output did."""
+    model, batch = build("blip2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("qformer" in name and name.endswith("value.weight"))
+    plain, pixels = copy.deepcopy(model), images(2)
+    fp.optimize(model, cache_images="1GB")
+    for one in (model, plain):
+        one.gradient_checkpointing_enable({"use_reentrant": True})
+        one.enable_input_require_grads()
+    for _ in range(2):
+        mine, theirs = results(model, batch(pixels)), results(plain, batch(pixels))
+        assert theirs[1] and mine[1].keys() == theirs[1].keys()
+        for name, grad in theirs[1].items():  # the layers have islands of float32
+            torch.testing.assert_close(mine[1][name], grad, rtol=0, atol=1e-4 * float(grad.abs().max()), msg=name)
+    assert image_caches(model)[0].reused == 2
+
+
 def test_with_a_trained_projector_the_tower_is_kept(rows):
     model, batch = build("llava")
     model.model.multi_modal_projector.requires_grad_()
