@@ -29,7 +29,7 @@ from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
 from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, StackCall
-from fastpeft.fused.layout import LastLayout, Layout, self_layout
+from fastpeft.fused.layout import FULL, LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
 from fastpeft.fused.row_wise import hands_states_on, mixes_in_float16
 from fastpeft.fused.state_reads import LAST, ends_row_by_row
@@ -38,7 +38,6 @@ from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
 LOOPS = frozenset(("layers", "h", "block"))  # what a stack calls its layers
-FULL = 0.95  # of a batch: with more real tokens than that, laying them out costs what they save
 CAUSAL_MASK = "create_causal_mask"
 _reading = threading.local()
 

@@ -26,7 +26,6 @@ from transformers.utils import output_capturing
 
 from fastpeft.fused.any_head import arguments_of, may_have_output_head
 from fastpeft.fused.any_stack import (
-    FULL,
     OnTokens,
     Read,
     StackCall,
@@ -41,7 +40,7 @@ from fastpeft.fused.attention_masks import read_mask
 from fastpeft.fused.attention_tokens import LAYOUT
 from fastpeft.fused.flatten import is_row_wise, why_not_flat
 from fastpeft.fused.last_layer import MASK, at_rows
-from fastpeft.fused.layout import LastLayout, self_layout
+from fastpeft.fused.layout import FULL, LastLayout, self_layout
 from fastpeft.fused.lower import standing
 from fastpeft.fused.row_wise import is_row_wise_code
 from fastpeft.fused.shared_input import tree_of
