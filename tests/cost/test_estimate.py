@@ -55,6 +55,7 @@ def test_full_size_allocates_nothing():
     assert e.weight_bytes == pytest.approx(13.5e9, rel=0.01) and e.fits and e.peak_bytes < 20.5e9
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_the_largest():
     e = fp.estimate("miss-tiny", "LoRA/LoRA/LoRA", batch_size=4, gpu_memory="1.2GB")
     n, room = e.largest_batch_size, 1.2e9 - module.RESERVE
@@ -66,6 +67,7 @@ def test_the_largest_batch_is_the_largest():
     assert e.fits and n > 4 and peak(n) <= room < peak(n + 1)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_advice():
     e = fp.estimate("miss-tiny", "LoRA/LoRA/LoRA", batch_size=64, gpu_memory="1.1GB")
     assert not e.fits and 0 < e.largest_batch_size < 64
