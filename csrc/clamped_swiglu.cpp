@@ -26,54 +26,57 @@ FASTPEFT_INLINE void apart(const T* __restrict x, int64_t start, int64_t size, c
   }
 }
 
-template <class T>
-FASTPEFT_INLINE void forward_rows(const Args<T>& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  alignas(64) A gate[kBlock], up[kBlock];
-  for (int64_t r = begin; r < end; ++r) {
+// f(row, start, size, gate, up) for each block of the rows
+template <class T, class F>
+FASTPEFT_INLINE void each_block(const Args<T>& a, int64_t begin, int64_t end, const F& f) {
+  alignas(64) acc_t<T> gate[kBlock], up[kBlock];
+  for (int64_t r = begin; r < end; ++r)
     for (int64_t start = 0; start < a.n; start += kBlock) {
       const int64_t size = std::min(kBlock, a.n - start);
       apart(a.x + r * a.x_stride, start, size, a, gate, up);
-#pragma omp simd
-      for (int64_t j = 0; j < size; ++j) {
-        const A g = gate[j] > a.limit ? a.limit : gate[j], u = up[j] > a.limit ? a.limit : up[j] < -a.limit ? -a.limit : up[j];
-        gate[j] = (u + a.one) * (g * sigmoid(a.alpha * g));
-      }
-      T* __restrict y = a.to + r * a.n + start;
-#pragma omp simd
-      for (int64_t j = 0; j < size; ++j) put(y + j, gate[j]);
+      f(r, start, size, gate, up);
     }
-  }
+}
+template <class A>
+FASTPEFT_INLINE A clamped(A x, A limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+
+template <class T>
+FASTPEFT_INLINE void forward_rows(const Args<T>& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  each_block(a, begin, end, [&](int64_t r, int64_t start, int64_t size, A* gate, A* up) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t j = 0; j < size; ++j) {
+      const A g = gate[j] > a.limit ? a.limit : gate[j];
+      gate[j] = (clamped(up[j], a.limit) + a.one) * (g * sigmoid(a.alpha * g));
+    }
+    T* __restrict y = a.to + r * a.n + start;
+#pragma omp simd
+    for (int64_t j = 0; j < size; ++j) put(y + j, gate[j]);
+  });
 }
 
 template <class T>
 FASTPEFT_INLINE void backward_rows(const Args<T>& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  alignas(64) A gate[kBlock], up[kBlock];
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t start = 0; start < a.n; start += kBlock) {
-      const int64_t size = std::min(kBlock, a.n - start);
-      apart(a.x + r * a.x_stride, start, size, a, gate, up);
-      const T* __restrict dy = a.dy + r * a.dy_stride + start;
+  each_block(a, begin, end, [&](int64_t r, int64_t start, int64_t size, A* gate, A* up) __attribute__((always_inline)) {
+    const T* __restrict dy = a.dy + r * a.dy_stride + start;
 #pragma omp simd
-      for (int64_t j = 0; j < size; ++j) {
-        const A d = get(dy[j]), g = gate[j] > a.limit ? a.limit : gate[j], sigma = sigmoid(a.alpha * g);
-        const A u = up[j] > a.limit ? a.limit : up[j] < -a.limit ? -a.limit : up[j];
-        const A slope = sigma * (1 + a.alpha * g * (1 - sigma));
-        const bool free_gate = gate[j] <= a.limit, free_up = std::abs(up[j]) <= a.limit;  // as torch.clamp's: not for NaN
-        gate[j] = free_gate ? d * (u + a.one) * slope : A(0);
-        up[j] = free_up ? d * (g * sigma) : A(0);
-      }
-      T* __restrict dx = a.to + r * 2 * a.n;
-      if (a.interleaved) {
-#pragma omp simd
-        for (int64_t j = 0; j < size; ++j) put(dx + 2 * (start + j), gate[j]), put(dx + 2 * (start + j) + 1, up[j]);
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < size; ++j) put(dx + start + j, gate[j]), put(dx + a.n + start + j, up[j]);
-      }
+    for (int64_t j = 0; j < size; ++j) {
+      const A d = get(dy[j]), g = gate[j] > a.limit ? a.limit : gate[j], sigma = sigmoid(a.alpha * g);
+      const A slope = sigma * (1 + a.alpha * g * (1 - sigma));
+      const bool free_gate = gate[j] <= a.limit, free_up = std::abs(up[j]) <= a.limit;  // as torch.clamp's: not for NaN
+      gate[j] = free_gate ? d * (clamped(up[j], a.limit) + a.one) * slope : A(0);
+      up[j] = free_up ? d * (g * sigma) : A(0);
     }
-  }
+    T* __restrict dx = a.to + r * 2 * a.n;
+    if (a.interleaved) {
+#pragma omp simd
+      for (int64_t j = 0; j < size; ++j) put(dx + 2 * (start + j), gate[j]), put(dx + 2 * (start + j) + 1, up[j]);
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < size; ++j) put(dx + start + j, gate[j]), put(dx + a.n + start + j, up[j]);
+    }
+  });
 }
 
 FASTPEFT_PER_DTYPE(fwd_rows, Args, forward_rows)
