@@ -63,10 +63,11 @@ FASTPEFT_INLINE void backward_rows(const Args<T>& a, int64_t begin, int64_t end)
 #pragma omp simd
     for (int64_t j = 0; j < size; ++j) {
       const A d = get(dy[j]), g = gate[j] > a.limit ? a.limit : gate[j], sigma = sigmoid(a.alpha * g);
-      const A slope = sigma * (1 + a.alpha * g * (1 - sigma));
-      const bool free_gate = gate[j] <= a.limit, free_up = std::abs(up[j]) <= a.limit;  // as torch.clamp's: not for NaN
-      gate[j] = free_gate ? d * (clamped(up[j], a.limit) + a.one) * slope : A(0);
-      up[j] = free_up ? d * (g * sigma) : A(0);
+      // products first: one that only a branch forms is no vector's
+      const A dgate = d * (clamped(up[j], a.limit) + a.one) * (sigma * (1 + a.alpha * g * (1 - sigma))), dup = d * (g * sigma);
+      const A bound = up[j] < 0 ? -up[j] : up[j];
+      gate[j] = gate[j] <= a.limit ? dgate : A(0);  // as torch.clamp's: not for NaN
+      up[j] = bound <= a.limit ? dup : A(0);
     }
     T* __restrict dx = a.to + r * 2 * a.n;
     if (a.interleaved) {
