@@ -163,9 +163,8 @@ class FusedOtherActivation:
 
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
-        if not recomputes() or not torch.is_grad_enabled() or any(p.requires_grad for p in self.parameters()):
-            return super().forward(input)
-        return keeping_input_alone(super().forward, input) if input.requires_grad else super().forward(input)
+        own, kept = super().forward, recomputes() and torch.is_grad_enabled() and input.requires_grad
+        return keeping_input_alone(own, input) if kept and not any(p.requires_grad for p in self.parameters()) else own(input)
 
 
 def keeping_input_alone(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -45,6 +45,17 @@ def step_of(model, batch):
     return step
 
 
+def scattered_step(model, padded: bool):
+    """A step of ``model``, whose trained parameters are drawn, on three rows."""
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
+    ids = torch.randint(3, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 6:], mask[1, :2] = 0, 0
+    return step_of(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("plan", ["T", "LoRA", "IA3", "PTv2", "Excitor"])
 def test_llama(monkeypatch, plan, padded):
@@ -52,13 +63,7 @@ def test_llama(monkeypatch, plan, padded):
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.2)).double().train()
     fp.optimize(model)
     fp.adapt(model, plan)
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
-    ids = torch.randint(3, 50, (3, 9))
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, 6:], mask[1, :2] = 0, 0
-    calls = both(monkeypatch, step_of(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}))
+    calls = both(monkeypatch, scattered_step(model, padded))
     if plan == "IA3":
         assert all(how.l_k is not None for _, _, _, how, _ in calls)
 
@@ -70,13 +75,7 @@ def test_excitors_keys_where_queries_and_keys_are_turned(monkeypatch, padded):
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)).double().train()
     fp.optimize(model)
     fp.adapt(model, "Excitor")
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
-    ids = torch.randint(3, 50, (3, 9))
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, 6:], mask[1, :2] = 0, 0
-    step = step_of(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    step = scattered_step(model, padded)
     want, wanted = step()
     calls, together = [], turn._together
     monkeypatch.setattr(turn, "_together", lambda *a: calls.append(a) or together(*a))
