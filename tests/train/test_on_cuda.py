@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ def test_a_run(runs, phantoms, tmp_path, plan):
         assert run.fit()["steps"] == 2
         got[device] = [row["loss"] for row in runs.metrics(out)]
     assert got["cuda"] == pytest.approx(got["cpu"], rel=1e-4)
+
+
+def test_a_run_on_a_device_that_is_not_the_current_one(runs, phantoms, tmp_path):
+    if torch.cuda.device_count() < 2 and "lookalike" not in sys.modules:
+        pytest.skip("needs a second CUDA device")
+    losses = {}
+    for device in ("cpu", "cuda:1"):
+        runs.trainer(phantoms, "F/IA3/LoRA", device=device, steps=3, out=str(tmp_path / device[-1])).fit()
+        losses[device] = [row["loss"] for row in runs.metrics(tmp_path / device[-1])]
+    assert losses["cuda:1"] == pytest.approx(losses["cpu"], rel=1e-4) and torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("plan", ["F/LoRA/LoRA", "LoRA/LoRA/LoRA", "F/IA3/Prefix", "T/T/T"])
