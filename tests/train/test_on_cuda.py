@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
 from fastpeft.device import to_device
@@ -98,3 +99,24 @@ def test_a_causal_step_waits_for_nothing(conversations, monkeypatch, name):
     assert {t.device.type for t in inputs.values()} == {"cpu", "cuda"}
     with no_waiting():
         model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("lean_logits", [None, True])
+def test_a_drop_ins_waits_do_not_grow_with_its_layers(lean_logits):
+    """Whose masks and labels lie on the device, padded: some for what the batch is, none for a layer."""
+    lookalike = pytest.importorskip("lookalike", reason="needs tests/cuda/lookalike.py: it counts waits")
+    counts = []
+    for layers in (3, 6):
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2, "vocab_size": 50}
+        model = LlamaForCausalLM(LlamaConfig(**shape)).cuda().train()
+        model.requires_grad_(False).model.layers[0].self_attn.q_proj.requires_grad_(True)
+        fp.optimize(model, lean_logits=lean_logits)
+        ids, mask = torch.randint(3, 50, (3, 8)), torch.ones(3, 8, dtype=torch.int64)
+        mask[1, 5:] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        batch = {name: t.cuda() for name, t in batch.items()}
+        for _ in range(2):
+            before = len(lookalike.waits)
+            model(**batch).loss.backward()
+        counts.append(len(lookalike.waits) - before)
+    assert counts[0] == counts[1] <= 7
