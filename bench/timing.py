@@ -194,12 +194,20 @@ def compare(
     note: str = "",
 ) -> list[Row]:
     """A row per rival. The last one is the baseline of the ratios; ``bytes_moved`` and ``flops`` are what the work needs, not what a
-    rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named.
-    On CUDA a copy of ``bytes_moved`` runs among them."""
+    rival does, so that GB/s and TFLOP/s compare as the times do. A rival that fails, but the first and the last, is left out and named;
+    an error of these is raised or, where lines are told, told: the next case is then measured. On CUDA a copy of ``bytes_moved`` runs among
+    them."""
     ours, baseline = next(iter(rivals)), list(rivals)[-1]
     if bytes_moved and settings.device == "cuda" and ours != baseline:
         rivals = {ours: rivals[ours], "copy": copy_of(bytes_moved, settings.device), **rivals}
-    rivals, peaks, told = _warmed_up(f"{op} {shape} {dtype}", rivals, settings, needed=(ours, baseline))
+    case = f"{op} {shape} {dtype}"
+    try:
+        rivals, peaks, told = _warmed_up(case, rivals, settings, needed=(ours, baseline))
+    except Exception as error:
+        if not settings.lines:
+            raise
+        say({"case": case, "failed": " ".join(f"{getattr(error, 'rival', '')}: {type(error).__name__}: {error}".split())[:400]})
+        return []
     replays, untaken = _captured_all(rivals) if settings.device == "cuda" else ({}, [])
     note = "; ".join(filter(None, (note, *told, *untaken)))
     times, graph_times = _interleaved(rivals, replays, settings, ours)
@@ -217,7 +225,7 @@ def compare(
         both = row.graph_ms and rows[-1].graph_ms
         row.ratio = rows[-1].graph_ms[1] / row.graph_ms[1] if both else rows[-1].ms[1] / row.ms[1]
     if settings.lines:
-        say({"case": f"{op} {shape} {dtype}", "rows": [dataclasses.asdict(row) for row in rows]})
+        say({"case": case, "rows": [dataclasses.asdict(row) for row in rows]})
     return rows
 
 
@@ -236,6 +244,7 @@ def _warmed_up(
                 _check_finite(f"{case}: {name}", fn())
         except Exception as error:  # a compiler that is not there, a kernel that does not take the shape
             if name in needed:
+                error.rival = name
                 raise
             told.append(_told(name, "left out", error))
             continue

@@ -15,6 +15,7 @@ import pytest
 KNOWN = [
     r"needs a CUDA device",  # make gpu; make test-cuda runs those of the ops and of training on a lookalike
     r"needs tests/cuda/lookalike.py: .*",  # make test-cuda
+    r"needs a second CUDA device",  # make test-cuda has two
     r"there is one",  # what a machine without a GPU is told
     r"make test-cuda compiles the CUDA sources for the CPU",
     r"the same in every mode",  # runs once, in make test-native

@@ -4,10 +4,12 @@ The baseline is plain causal SDPA. Targets on CPU, both together: 0.91 of it (1.
 matrices.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from bench.timing import Row, Settings, compiled, measure, under
+from bench.timing import Row, Settings, attention_alone, compiled, measure, under
 from fastpeft.ops.attention import attention
 from fastpeft.ops.excitor_keys import excitor_keys, excitor_keys_reference
 from fastpeft.ops.excitor_turn import excitor_turn
@@ -62,7 +64,10 @@ def run(settings: Settings) -> list[Row]:
                 naive = {"two score matrices": two_score_matrices, **compiled(two_score_matrices, settings)}
                 product, branch = B * H * M * M * d, 2 * B * M * (R * (C + K) + K * C)  # causal: half of each product
                 how = {"cotangent": do, "flops": (2 * product + branch, 5 * product + 2 * branch)}
-                fns = {"fastpeft": ours, **naive, "plain sdpa": (plain, qkv)}
+                fns = {"fastpeft": ours, **naive}
+                if dtype.itemsize == 2 and settings.device == "cuda":
+                    fns["plain flash"] = partial(attention_alone, causal=True, flash=True), qkv
+                fns["plain sdpa"] = plain, qkv
                 rows += measure(f"excitor {name}", f"B{B} H{H} {M} d{d} r{R} K{K}", dtype, fns, (*qkv, *rest), settings, **how)
                 rows += turning(f"excitor {name}, turned", (B, H, M, d), dtype, qkv[:2], rest, settings)
     return rows

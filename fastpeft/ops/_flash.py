@@ -54,11 +54,12 @@ def kernel_of(q: Tensor, k: Tensor, v: Tensor, causal: bool, masked: bool) -> st
     return ""
 
 
-def takes_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether SDPA takes cuDNN's kernel for a causal call with as many queries as keys: from sm_90 on PyTorch asks that one first."""
+def takes_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> bool:
+    """Whether SDPA takes cuDNN's kernel for a call with as many queries as keys, or without causality: from sm_90 on PyTorch asks that
+    one first."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] < 9:
         return False
-    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1]))
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1]))
 
 
 def _for_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):

@@ -11,7 +11,9 @@
 xformers takes grouped heads as [B, M, H_kv, H / H_kv, d], without a backward: where a gradient is asked for, SDPA serves them. So it does
 whatever needs a mask: padding under causality; in xformers also padding, a prefix under causality, M != N under causality.
 A package counts as installed where its functions are: FlashAttention-4 alone leaves a ``flash_attn`` without any (its own are in
-``flash_attn.cute``, for cards from sm_90 on), and xformers may come without its attention, which newer ones keep in the package ``mslk``.
+``flash_attn.cute``, for cards from sm_90 on; version 2's need sm_80), and xformers may come without its attention, which newer ones keep in
+the package ``mslk``.
+Version 2 leaves to SDPA what cuDNN's kernel would take there, unless it is asked for.
 ``FASTPEFT_ATTENTION=sdpa|flash-attn|xformers`` restricts the choice; neither package is imported before a tensor could use it.
 """
 
@@ -24,26 +26,27 @@ import torch
 from torch import Tensor
 
 from fastpeft import _library
+from fastpeft.ops._flash import takes_cudnn
 
 CHOICE = _library.chosen("FASTPEFT_ATTENTION", ("sdpa", "flash-attn", "xformers"))
 
 
-# name: modules that may hold the function, the best first
+# name: (module, its functions that are called in any case), the best first
 FUNCTIONS = {
-    "flash-attn": (("flash_attn", "flash_attn_func"), ("flash_attn.cute", "flash_attn_func")),
-    "xformers": (("xformers.ops", "memory_efficient_attention"), ("mslk.attention.fmha", "memory_efficient_attention")),
+    "flash-attn": (("flash_attn", ("flash_attn_func",)), ("flash_attn.cute", ("flash_attn_func",))),
+    "xformers": tuple((home, ("memory_efficient_attention", "LowerTriangularMask")) for home in ("xformers.ops", "mslk.attention.fmha")),
 }
 
 
 @functools.cache
 def _module(name: str):
     """The module with this backend's functions, None where there is none: imported once, when a tensor could first use it."""
-    for module, function in FUNCTIONS[name]:
+    for module, functions in FUNCTIONS[name]:
         try:
             found = importlib.import_module(module)
         except Exception:  # a package built for another torch fails in ways of its own
             continue
-        if callable(getattr(found, function, None)):
+        if all(callable(getattr(found, function, None)) for function in functions):
             return found
     return None
 
@@ -56,9 +59,8 @@ def _widest(device: torch.device) -> int:
     """Channels of a head that flash-attn takes on this device; 0: none."""
     if not _installed("flash-attn"):
         return 0
-    if _module("flash-attn").__name__ == "flash_attn":
-        return 256
-    return 128 if torch.cuda.get_device_capability(device) >= (9, 0) else 0
+    widest, oldest = (128, (9, 0)) if _version_4() else (256, (8, 0))
+    return widest if torch.cuda.get_device_capability(device) >= oldest else 0
 
 
 def fits(q: Tensor, k: Tensor) -> str:
@@ -129,6 +131,13 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropou
     return (o.flatten(2, 3) if heads != groups else o).transpose(1, 2)
 
 
+def _cudnn_is_faster(q: Tensor, k: Tensor, v: Tensor, causal: bool, n: int, dropout_p: float) -> bool:
+    """Whether SDPA's own choice beats version 2: on an H200 cuDNN's kernel took 1.10 ms where PyTorch's build of version 2 took 1.89,
+    forward and backward at 4 x 2048, 32 heads of 128 (bench/results/attention_h200.md)."""
+    square = not n and not (causal and q.shape[2] != k.shape[2])
+    return square and not CHOICE and not _version_4() and not dropout_p and takes_cudnn(q, k, v, causal)
+
+
 def beside_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor | None, n: int, scale: float, dropout_p: float):
     """The output [B, H, M, d], or None where SDPA should serve. The first ``n`` keys are a prefix, seen by every query."""
     backend, M, N = fits(q, k), q.shape[2], k.shape[2] - n
@@ -136,7 +145,10 @@ def beside_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor |
         if _version_4() and (dropout_p or padding is not None):
             return None
         if padding is not None:
-            return None if causal else flash_attn_varlen(q, k, v, padding, scale, dropout_p)
+            whole = causal or not hasattr(_module("flash-attn"), "flash_attn_varlen_func")
+            return None if whole else flash_attn_varlen(q, k, v, padding, scale, dropout_p)
+        if _cudnn_is_faster(q, k, v, causal, n, dropout_p):
+            return None
         # aligned at the last key, causality leaves the prefix to every query that sees a key at all
         return flash_attn(q, k, v, causal, scale, dropout_p) if not (causal and n and M > N) else None
     if backend != "xformers" or padding is not None or (causal and (n or M != N)):

@@ -1,7 +1,8 @@
-"""A CUDA device that is not there: tensors that say ``cuda:0`` and compute on the CPU, with the rules of a real one.
+"""CUDA devices that are not there: tensors that say ``cuda:0`` or ``cuda:1`` and compute on the CPU, with the rules of real ones.
 
 What our Python does on a GPU (which kernel it chooses, what it puts where, when it waits) runs here to the last line, with numbers. An
-operator between a tensor of the device and one of the host is an error, as on CUDA; every wait of the host (``item()``, ``nonzero()``,
+operator between a tensor of a device and one of the host or of the other device is an error, as on CUDA; what is made without a device's
+number lies on the current one, which is each thread's own; every wait of the host (``item()``, ``nonzero()``,
 a copy to the host) is counted, or forbidden by ``torch.cuda.set_sync_debug_mode("error")``. ATen's flash and efficient attention have
 CUDA's signatures, layouts and limits. fastpeft's own operators run what serves on CUDA where ``FASTPEFT_BACKEND=composite``, else their
 CPU implementation (the Triton kernels under ``FASTPEFT_BACKEND=triton TRITON_INTERPRET=1``). What a kernel does wrong on a real device,
@@ -19,7 +20,7 @@ import ctypes
 import sys
 
 if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
 import capture
 import torch
@@ -29,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from fastpeft import _library
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda", 0)
 waits: list[str] = []  # every wait of the host so far
 _forbidden = False
 # operators whose result's shape or value the host must know
@@ -53,9 +53,9 @@ class OnCUDA(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor):
+    def __new__(cls, held: Tensor, device: torch.device):
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=CUDA
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=device
         )
         made.held = held
         return made
@@ -96,16 +96,40 @@ def _on_cuda(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
+def current_device() -> int:
+    """This thread's."""
+    return library.lookalike_exchange_device(-1)
+
+
+class Current:
+    """``torch.cuda.device``: a device that is current inside."""
+
+    def __init__(self, device):
+        index = device if isinstance(device, int) else torch.device(device).index
+        self.index = -1 if index is None else index
+
+    def __enter__(self):
+        self.before = library.lookalike_exchange_device(self.index)
+
+    def __exit__(self, *error):
+        library.lookalike_exchange_device(self.before)
+
+
+def _numbered(device) -> torch.device:
+    index = None if device is None else torch.device(device).index
+    return torch.device("cuda", current_device() if index is None else index)
+
+
 def _run(func, args, kwargs):
     tensors = [t for t in capture.leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, OnCUDA)]
-    to_cuda = bool(ours)
+    to_cuda, home = bool(ours), ours[0].device if ours else _numbered(None)
     packet = func.overloadpacket
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if "device" in kwargs:
         wanted = kwargs["device"]
         if wanted is not None:
-            to_cuda = _on_cuda(wanted)
+            to_cuda, home = _on_cuda(wanted), _numbered(wanted)
             if ours and not to_cuda and torch.device(wanted).type == "cpu":
                 _wait(str(func))
         kwargs = kwargs | {"device": None if wanted is not None and _on_cuda(wanted) else wanted}
@@ -115,15 +139,15 @@ def _run(func, args, kwargs):
     elif packet is aten.copy_:
         if isinstance(args[1], OnCUDA) and not isinstance(args[0], OnCUDA):
             _wait(str(func))
-        to_cuda = isinstance(args[0], OnCUDA)
+        to_cuda, home = isinstance(args[0], OnCUDA), args[0].device
     elif ours and func.namespace == "fastpeft":  # they may take what lies on the host, and say so
         if _library.FORCED == "composite":  # what serves on CUDA, on tensors of the device
             with Device():
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
     elif ours and packet not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-        strangers = [t for t in tensors if not isinstance(t, OnCUDA) and t.dim() > 0]
+        strangers = [t for t in tensors if t.device != home and (t.dim() > 0 or isinstance(t, OnCUDA))]
         if strangers:
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and {strangers[0].device}")
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {home} and {strangers[0].device}")
     if any(isinstance(index, OnCUDA) and index.dtype in (torch.bool, torch.uint8) for index in _indices(packet, args)):
         _wait(f"{func} by a mask")
     implementation = AS_ON_CUDA.get(func, AS_ON_CUDA.get(packet, func)) if ours else func
@@ -134,7 +158,7 @@ def _run(func, args, kwargs):
     else:
         out = implementation(*inner_args, **inner_kwargs)
     if to_cuda:
-        out = capture.mapped(lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t), Tensor, out)
+        out = capture.mapped(lambda t: t if isinstance(t, OnCUDA) else OnCUDA(t, home), Tensor, out)
     if implementation is not func or not ours:
         return out
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -258,7 +282,7 @@ def install() -> None:
 
     cuda, generator = torch.cuda, torch.Generator
     for name, value in {
-        "_lazy_init": None, "is_available": True, "device_count": 1, "current_device": 0, "synchronize": None, "empty_cache": None,
+        "_lazy_init": None, "is_available": True, "device_count": 1, "synchronize": None, "empty_cache": None,
         "memory_allocated": 0, "max_memory_allocated": 1 << 30, "reset_peak_memory_stats": None, "get_device_name": "lookalike",
         "get_rng_state_all": [], "set_rng_state_all": None, "get_device_capability": (9, 0), "is_bf16_supported": True,
     }.items():  # fmt: skip
@@ -269,6 +293,7 @@ def install() -> None:
         _forbidden = mode == "error"
 
     cuda.set_sync_debug_mode = sync_debug_mode
+    cuda.current_device, cuda.device = current_device, Current
     capture.install()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)

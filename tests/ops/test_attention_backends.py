@@ -144,6 +144,70 @@ def test_which_calls_flash_attn_takes(optional_backend):
     assert asked[-1] is False
 
 
+LAYOUTS = {
+    "nothing": ({}, "sdpa", "sdpa"),
+    "a namespace package": ({"flash_attn/flash_attn_interface.py": ""}, "sdpa", "sdpa"),
+    "version 4 alone": ({"flash_attn/cute/__init__.py": "flash_attn_func"}, "sdpa", "flash-attn"),
+    "version 2": ({"flash_attn/__init__.py": "flash_attn_func flash_attn_varlen_func"}, "flash-attn", "flash-attn"),
+    "version 2, built for another torch": ({"flash_attn/__init__.py": "!undefined symbol"}, "sdpa", "sdpa"),
+    "versions 2 and 4": (
+        {"flash_attn/__init__.py": "flash_attn_func", "flash_attn/cute/__init__.py": "flash_attn_func"},
+        "flash-attn",
+        "flash-attn",
+    ),
+    "version 3 alone": ({"flash_attn_interface.py": "flash_attn_func flash_attn_varlen_func"}, "sdpa", "sdpa"),
+    "xformers without its attention": ({"xformers/ops/__init__.py": ""}, "sdpa", "sdpa"),
+    "attention without its masks": ({"mslk/attention/fmha/__init__.py": "memory_efficient_attention"}, "sdpa", "sdpa"),
+    "xformers and mslk": (
+        {"xformers/ops/__init__.py": "", "mslk/attention/fmha/__init__.py": "memory_efficient_attention LowerTriangularMask"},
+        "xformers",
+        "xformers",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_package_counts_where_its_functions_are(layout, monkeypatch, tmp_path):
+    """On sm_80 and on sm_90, as the packages lie in site-packages."""
+    files, on_80, on_90 = LAYOUTS[layout]
+    for path, names in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        text = f"raise ImportError({names!r})" if names.startswith("!") else "\n".join(f"def {name}(*args): ..." for name in names.split())
+        (tmp_path / path).write_text(text)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "xformers", "mslk", "flash_attn_interface")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    backends._module.cache_clear()
+    q = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), dtype=torch.bfloat16, shape=(1, 2, 4, 64))
+    try:
+        for capability, serving in (((7, 5), "xformers" if on_80 == "xformers" else "sdpa"), ((8, 0), on_80), ((9, 0), on_90)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+            assert backends.fits(q, q) == serving
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "xformers", "mslk")]:
+            del sys.modules[name]
+        backends._module.cache_clear()
+
+
+def test_what_version_2_leaves_to_sdpa(optional_backend, monkeypatch):
+    """Padding where it has no function for it, and what cuDNN takes, unless it is asked for by name."""
+    package = optional_backend(*BACKENDS[0])
+    (q, k, v, pk, pv), mask = make(3, 4, 2, 9, 9)[:5], padding(3, 9)
+
+    def calls(causal=False, hidden=None, prefix=None) -> int:
+        before = len(package.asked_for_determinism)
+        backends.around_sdpa(q, k, v, causal, hidden, 0.4, prefix, 0.0)
+        return len(package.asked_for_determinism) - before
+
+    monkeypatch.setattr(backends, "takes_cudnn", lambda q, k, v, causal: not causal)
+    assert (calls(), calls(causal=True), calls(prefix=(pk, pv)), calls(hidden=mask)) == (0, 1, 1, 1)
+    monkeypatch.setattr(backends, "CHOICE", "flash-attn")
+    assert calls() == 1
+    monkeypatch.delattr(FlashAttn, "flash_attn_varlen_func")
+    want = attention_reference(q, k, v, key_padding_mask=mask, scale=0.4)
+    torch.testing.assert_close(backends.around_sdpa(q, k, v, False, mask, 0.4, None, 0.0), want)
+
+
 def test_backend_fits(monkeypatch, optional_backend):
     """A package counts where its functions are: FlashAttention-4 alone leaves a namespace package, and serves from sm_90 on."""
     fits = backends.fits

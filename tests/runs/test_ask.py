@@ -10,6 +10,7 @@ from PIL import Image
 
 import fastpeft as fp
 from fastpeft.adapters import describe
+from fastpeft.cli import main
 from fastpeft.data import load_samples
 from fastpeft.runs.evaluate import eval_run, load_run
 from fastpeft.runs.merge import merge_run
@@ -95,12 +96,15 @@ def test_what_cannot_be_asked(run, tmp_path):
         fp.load(tmp_path / "nowhere")
 
 
-def test_the_command(run, phantoms):
+def test_the_command(run, phantoms, monkeypatch, capsys):
     sample = load_samples(phantoms, split="test")[0]
     command = [sys.executable, "-m", "fastpeft", "ask", "--adapter", str(run), "--image", str(sample.image), sample.question, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["answers"] == [fp.load(run).ask(sample.image, sample.question)] and done.stdout.splitlines()[0] == told["answers"][0]
-    done = subprocess.run([*command[:4], "--adapter", str(run), "what?"], capture_output=True, text=True)
-    assert done.returncode == 2 and "needs an image" in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["fastpeft", "ask", "--adapter", str(run), "what?"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "needs an image" in said and said.count("\n") == 1

@@ -248,7 +248,7 @@ def edit(adapter, **changes):
     "tear, message",
     [
         (shutil.rmtree, "no adapter folder at"),
-        (lambda a: (a / "fastpeft.json").unlink(), "it is not an adapter folder that fastpeft wrote"),
+        (lambda a: (a / "fastpeft.json").unlink(), "has neither fastpeft.json nor config.json: it is no adapter that fastpeft wrote"),
         (lambda a: (a / "fastpeft.json").write_text('{"format": 1, "pl'), "fastpeft.json is damaged or not ours"),
         (lambda a: (a / "fastpeft.json").write_text("[]"), "fastpeft.json is damaged or not ours"),
         (lambda a: edit(a, format=99), "newer than this fastpeft reads"),

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
 from fastpeft.device import to_device
@@ -41,6 +43,16 @@ def test_a_run(runs, phantoms, tmp_path, plan):
         assert run.fit()["steps"] == 2
         got[device] = [row["loss"] for row in runs.metrics(out)]
     assert got["cuda"] == pytest.approx(got["cpu"], rel=1e-4)
+
+
+def test_a_run_on_a_device_that_is_not_the_current_one(runs, phantoms, tmp_path):
+    if torch.cuda.device_count() < 2 and "lookalike" not in sys.modules:
+        pytest.skip("needs a second CUDA device")
+    losses = {}
+    for device in ("cpu", "cuda:1"):
+        runs.trainer(phantoms, "F/IA3/LoRA", device=device, steps=3, out=str(tmp_path / device[-1])).fit()
+        losses[device] = [row["loss"] for row in runs.metrics(tmp_path / device[-1])]
+    assert losses["cuda:1"] == pytest.approx(losses["cpu"], rel=1e-4) and torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("plan", ["F/LoRA/LoRA", "LoRA/LoRA/LoRA", "F/IA3/Prefix", "T/T/T"])
@@ -87,3 +99,24 @@ def test_a_causal_step_waits_for_nothing(conversations, monkeypatch, name):
     assert {t.device.type for t in inputs.values()} == {"cpu", "cuda"}
     with no_waiting():
         model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("lean_logits", [None, True])
+def test_a_drop_ins_waits_do_not_grow_with_its_layers(lean_logits):
+    """Whose masks and labels lie on the device, padded: some for what the batch is, none for a layer."""
+    lookalike = pytest.importorskip("lookalike", reason="needs tests/cuda/lookalike.py: it counts waits")
+    counts = []
+    for layers in (3, 6):
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2, "vocab_size": 50}
+        model = LlamaForCausalLM(LlamaConfig(**shape)).cuda().train()
+        model.requires_grad_(False).model.layers[0].self_attn.q_proj.requires_grad_(True)
+        fp.optimize(model, lean_logits=lean_logits)
+        ids, mask = torch.randint(3, 50, (3, 8)), torch.ones(3, 8, dtype=torch.int64)
+        mask[1, 5:] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        batch = {name: t.cuda() for name, t in batch.items()}
+        for _ in range(2):
+            before = len(lookalike.waits)
+            model(**batch).loss.backward()
+        counts.append(len(lookalike.waits) - before)
+    assert counts[0] == counts[1] <= 7
