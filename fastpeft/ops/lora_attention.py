@@ -106,18 +106,21 @@ def _queries_keys_values(
         prefix = None
     if _turns_with_keys(q, k, keys, factors):
         q, k = (t.transpose(1, 2) for t in (q, k))
-        return *excitor_turn(q, k, keys.rotary, x, *keys.excitor), v.transpose(1, 2)
+        return *excitor_turn(q, k, keys.rotary, x, *keys.excitor), _for_each_head(v.transpose(1, 2), heads)
     q, k, v = attention_inputs(q, k, v, rotary=keys.rotary, ia3=factors, prefix=prefix, rows_for_queries=True, **norms)
-    if keys.excitor is not None:  # its gate is one number for each query head: groups do not share their keys
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
-        k = excitor_keys(k, x, *keys.excitor)
+    if keys.excitor is not None:
+        k, v = excitor_keys(k, x, *keys.excitor), _for_each_head(v, heads)
     return q, k, v
 
 
+def _for_each_head(v: Tensor, heads: int) -> Tensor:
+    """Values of grouped heads beside Excitor's keys: its gate is one number for each query head, so groups do not share their keys."""
+    return v if v.shape[1] == heads else v.repeat_interleave(heads // v.shape[1], 1)
+
+
 def _turns_with_keys(q: Tensor, k: Tensor, keys: _Keys, factors) -> bool:
-    """Whether the rotary embedding of q and k [B, M, heads, d] and Excitor's keys are one pass: every query head has keys, and nothing
-    else is done to either."""
-    alone = keys.q_norm is keys.k_norm is factors is None and q.shape == k.shape
+    """Whether the rotary embedding of q and k [B, M, heads, d] and Excitor's keys are one pass: nothing else is done to either."""
+    alone = keys.q_norm is keys.k_norm is factors is None
     return keys.excitor is not None and keys.rotary is not None and alone and turns(q, q.shape[-1], keys.rotary[0])
 
 
