@@ -18,4 +18,5 @@ from fastpeft.fused import (  # noqa: F401
     pooled,
     stack_blip,
     stack_llama,
+    unread_layers,
 )
