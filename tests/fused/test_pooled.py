@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastpeft as fp
 from fastpeft.fused import attention_tokens, queries, state_reads
 from fastpeft.fused.layout import LastLayout
-from fastpeft.fused.pooled import FusedPooledModel, _PooledCall, pooled_read
+from fastpeft.fused.pooled import FusedPooledModel, pooled_read
+from fastpeft.fused.stack_rows import RowsCall
 from fastpeft.methods.base import FSDP
 from fastpeft.ops.attention import attention
 from fastpeft.registry import has_form
@@ -205,7 +206,7 @@ def test_two_threads(name, monkeypatch, computed):
     model = copy.deepcopy(plain)
     fp.optimize(model)
     given, other, seen = batch_of(name, "padded"), batch_of(name, "full"), []
-    begin = _PooledCall.begin
+    begin = RowsCall.begin
 
     def begun(self, *args):
         thread = threading.Thread(target=lambda: seen.append(model(**other).logits))
@@ -213,12 +214,12 @@ def test_two_threads(name, monkeypatch, computed):
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(_PooledCall, "begin", begun)
+    monkeypatch.setattr(RowsCall, "begin", begun)
     with torch.no_grad():
         theirs = plain(**given).logits
         torch.testing.assert_close(model(**given).logits, theirs)
         torch.testing.assert_close(seen[0], plain(**other).logits)
-        monkeypatch.setattr(_PooledCall, "begin", begin)
+        monkeypatch.setattr(RowsCall, "begin", begin)
         assert len(computed) == 1 and model(**given).logits.shape == theirs.shape
     stack = pooled_read(model).stack
     assert not {"layer", "layers", "score"} & (stack.__dict__.keys() | model.__dict__.keys())
