@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +23,10 @@ from fastpeft.fused.last_layer import MASK
 from fastpeft.fused.layout import LastLayout
 from fastpeft.fused.shared_input import tree_of
 from fastpeft.fused.stack_llama import FusedLlamaModel
-from fastpeft.fused.stack_rows import RowsCall, alone, cannot_be_read, layers_may, may_leave_rows_out
+from fastpeft.fused.stack_rows import RowsCall, cannot_be_read, layers_may, may_leave_rows_out, standing_in
 from fastpeft.fused.state_reads import FIRST, LAST_TOKEN, Unknown, code_class, may_pool
 from fastpeft.fused.state_walk import StatePath, StateWalk
+from fastpeft.fused.token_heads import token_head
 from fastpeft.registry import fuses, signature_of_replaced
 
 NOTE = "the head reads one row of each sample of the last hidden state: the last layer computes no other, and no layer computes padding"
@@ -65,7 +65,7 @@ def reads_one_row(cls: type[nn.Module]) -> bool:
     logits of a vocabulary."""
     if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
         return False
-    return not may_have_output_head(cls) and may_pool(cls)
+    return not may_have_output_head(cls) and may_pool(cls) and token_head(cls) is None
 
 
 @fuses(rule=reads_one_row, applies=lambda module: pooled_read(module) is not None, note=NOTE)
@@ -77,9 +77,7 @@ class FusedPooledModel:
     @signature_of_replaced
     def forward(self, *args, **kwargs):
         call = _call_of(self, arguments_of(self, args, kwargs))
-        if call is None:
-            return super().forward(*args, **kwargs)
-        with alone(self) as first, call.standing() if first else nullcontext():
+        with standing_in(self, call):
             return super().forward(*args, **kwargs)
 
 

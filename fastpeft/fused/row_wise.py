@@ -188,7 +188,8 @@ class _Reader:
             if called.id in PLAIN or called.id == ATTENTION:
                 return True
             found = function.__globals__.get(called.id)
-            return isinstance(found, FunctionType) and self.accepts(found)
+            activates = type(found).__module__ == "transformers.activations"  # RoBERTa's gelu = ACT2FN["gelu"]
+            return activates or (isinstance(found, FunctionType) and self.accepts(found))
         if not isinstance(called, ast.Attribute):
             return False
         if isinstance(called.value, ast.Name) and called.value.id == "self":

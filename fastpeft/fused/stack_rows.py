@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,13 +47,15 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[bool]:
-    """Whether no other thread runs ``model`` now, inside: what stands for its modules is there for one. The others call the modules."""
+def standing_in(model: nn.Module, call: RowsCall | None) -> Iterator[bool]:
+    """Inside, what stands for modules of ``model`` in a ``call``; False where there is none, or another thread runs the model now: that one
+    calls the modules."""
     with _lock:
-        first = model not in _running
-        _running.add(model)
+        first = call is not None and model not in _running
+        _running.update([model] if first else [])
     try:
-        yield first
+        with call.standing() if first else nullcontext():
+            yield first
     finally:
         if first:
             _running.discard(model)
@@ -73,8 +75,8 @@ def layers_may(model: nn.Module, path: StatePath, given: dict[str, Any]) -> bool
     if any(checkpoints(layer) or not may_be_made_to_hand_on(layer) for layer in layers):
         return False
     if isinstance(path.stack, FusedLlamaModel):  # looks for itself
-        return not path.row_wise or not why_not_flat(model, *path.row_wise, by_code=True)
-    return not why_not_flat(model, layers, *path.row_wise, by_code=True) and all(map(_attends_here, layers.modules()))
+        return not path.row_wise or not why_not_flat(path.stack, *path.row_wise, by_code=True)
+    return not why_not_flat(path.stack, layers, *path.row_wise, by_code=True) and all(map(_attends_here, layers.modules()))
 
 
 def _asks_for_more(model: nn.Module, path: StatePath, given: dict[str, Any]) -> bool:
