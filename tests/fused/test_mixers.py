@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as T
 from double import assert_same, step
-from tiny_models import GROUPED, _lively, _rows
+from tiny_batches import GROUPED, _lively, _rows
 from torch import nn
 
 import fastpeft as fp

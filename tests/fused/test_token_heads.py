@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers as T
 from double import assert_same, step
-from tiny_models import GROUPED, NO_DROPOUT, PAD, TEXT, _lively, _rows
+from tiny_batches import GROUPED, PAD, TEXT, _lively, _rows
+from tiny_models import NO_DROPOUT
 from torch import nn
 
 import fastpeft as fp

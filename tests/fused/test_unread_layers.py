@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as T
 from double import assert_same, step
-from tiny_models import GROUPED, IMAGE, VISION, _image, _lively, _one_image_each, _with_images
+from tiny_batches import GROUPED, IMAGE, VISION, _image, _lively, _one_image_each, _with_images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
