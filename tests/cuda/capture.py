@@ -306,29 +306,22 @@ class Stream:
 
     def __init__(self, device=None):
         index = None if device is None else torch.device(device).index
-        self.device_index = _devices[-1] if index is None else index
+        self.device_index = torch.cuda.current_device() if index is None else index
         self.device = torch.device("cuda", self.device_index)
 
 
-_devices = [0]  # the last is the current one
-_streams = {0: Stream()}  # the current one of each device
+_streams: dict[int, Stream] = {}  # the current one of each device
 
 
 def _set_stream(stream: Stream) -> None:
-    _devices[-1] = stream.device_index
+    torch.cuda._exchange_device(stream.device_index)
     _streams[stream.device_index] = stream
-
-
-def _exchange_device(index: int) -> int:
-    before, _devices[-1] = _devices[-1], _devices[-1] if index < 0 else index
-    return before
 
 
 def install() -> None:
     cuda = torch.cuda
-    cuda.current_stream = lambda device=None: _streams.setdefault(_devices[-1], Stream())
-    cuda.set_stream, cuda.Stream, cuda.current_device = _set_stream, Stream, lambda: _devices[-1]
-    cuda._exchange_device = cuda._maybe_exchange_device = _exchange_device
+    cuda.current_stream = lambda device=None: _streams.setdefault(cuda.current_device(), Stream())
+    cuda.set_stream, cuda.Stream = _set_stream, Stream
     cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = CUDAGraph, graph, lambda: (0, next(_numbers))
     cuda.is_current_stream_capturing, cuda.empty_cache = lambda: _now is not None, allocator.empty_cache
     torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool = allocator.end, allocator.release

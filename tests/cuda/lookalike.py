@@ -111,20 +111,6 @@ def current_device() -> int:
     return library.lookalike_exchange_device(-1)
 
 
-class Current:
-    """``torch.cuda.device``: a device that is current inside."""
-
-    def __init__(self, device):
-        index = device if isinstance(device, int) else torch.device(device).index
-        self.index = -1 if index is None else index
-
-    def __enter__(self):
-        self.before = library.lookalike_exchange_device(self.index)
-
-    def __exit__(self, *error):
-        library.lookalike_exchange_device(self.before)
-
-
 def _numbered(device) -> torch.device:
     index = None if device is None else torch.device(device).index
     return torch.device("cuda", current_device() if index is None else index)
@@ -307,7 +293,8 @@ def install() -> None:
         _forbidden = mode in ("error", 2)
 
     cuda.set_sync_debug_mode, cuda.get_sync_debug_mode = sync_debug_mode, lambda: 2 * _forbidden
-    cuda.current_device, cuda.device = current_device, Current
+    cuda.current_device = current_device
+    cuda._exchange_device = cuda._maybe_exchange_device = library.lookalike_exchange_device
     capture.install()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)
