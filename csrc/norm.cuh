@@ -9,6 +9,8 @@
 // takes 37. Each row of dx was 868 instructions in each of 8 warps, and 517 in each of 3; it is 415 in 8, and 534 in one (machine code, sm_90, all
 // branches), nothing of the row is waited for any more when it comes to it, and 96 KB are under way in a multiprocessor where it was 32. This
 // form has not been timed: python -m bench ops layer_norm rms_norm --device cuda, where a copy of the same bytes runs beside it.
+// Forward, counted: LayerNorm's row of 4096 is about 600 instructions in each of 4 warps, 40 a Pack read or written where 175 a Pack are all that
+// the schedulers issue at a copy's rate; 48 registers leave 10 blocks of 8 KB under way. RMSNorm's 32 leave 16.
 #include "cuda.cuh"
 
 namespace fastpeft {

@@ -139,11 +139,16 @@ def _softmax_grad(a: Tensor, da: Tensor) -> Tensor:
     return a * (da - (a * da).sum(-1, keepdim=True))
 
 
+def with_prompts(launch, composite, at: int):
+    """Triton's launcher but for no prompts (argument ``at``) at all, whose scores are none: the kernels' maximum would be minus infinity."""
+    return lambda *args: (launch if args[at].shape[0] else composite)(*args)
+
+
 _merge = _library.define(
     "excitor_merge_fwd(Tensor k, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate) -> Tensor",
     fake=_fwd_fake,
     composite=_fwd,
-    triton=triton_launcher("excitor_keys", "excitor_merge_fwd", _fwd),
+    triton=with_prompts(triton_launcher("excitor_keys", "excitor_merge_fwd", _fwd), _fwd, 4),
 )
 _merge_bwd = _library.define(
     "excitor_merge_bwd(Tensor dk, Tensor L, Tensor rows, bool need_dl, bool need_y) -> (Tensor dl, Tensor y)",
@@ -153,7 +158,7 @@ _merge_bwd = _library.define(
 )
 def _on_triton(*args):
     """Of more than 128 prompts a program would not hold the scores of its rows in registers."""
-    return (_text_launch if args[3].shape[0] <= 128 else _text_bwd)(*args)
+    return (_text_launch if 0 < args[3].shape[0] <= 128 else _text_bwd)(*args)
 
 
 _text_launch = triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd)

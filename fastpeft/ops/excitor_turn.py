@@ -58,7 +58,7 @@ _turn = _library.define(
     " -> (Tensor q, Tensor k)",
     fake=_turn_fwd_fake,
     composite=_turn_fwd,
-    triton=triton_launcher("excitor_keys", "excitor_turn_fwd", _turn_fwd),
+    triton=excitor.with_prompts(triton_launcher("excitor_keys", "excitor_turn_fwd", _turn_fwd), _turn_fwd, 7),
 )
 TURNS = {device.lower() for device, served in _library.backend_of()["excitor_turn_fwd"].items() if served.startswith("triton")}
 WIDEST = 128  # channels of a head, whose tables a program holds: at 256 with an image, and in float32, it spilled

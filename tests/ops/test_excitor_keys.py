@@ -103,6 +103,14 @@ def test_strided_and_broadcast(check):
     assert merged.transpose(1, 2).is_contiguous(), "stored [B, M, H, d], the layout attention's backward answers in"
 
 
+@pytest.mark.parametrize("image", [(), (6, 7)], ids=["text", "image"])
+def test_no_prompts(check, image):
+    """An image alone is attended to; without one nothing is added."""
+    inputs = make(K=0, image=image)
+    check.no_worse(ours, reference, reference, inputs)
+    assert image or torch.equal(ours(*inputs), inputs[0])
+
+
 @pytest.mark.parametrize("B, M", [(0, 5), (2, 0)])
 def test_empty(check, B, M):
     (out,), grads = check.run(ours, make(B=B, M=M, image=(6, 7)))
