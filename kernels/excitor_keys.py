@@ -219,9 +219,10 @@ def _launch(kernel, k, u, n, z, prompt, wv_up, gate, columns, config, **own):
     n = n.contiguous()
     kernel[grid](
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
-        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps, GROUPS=gate.shape[0] // k.shape[1],
-        **_strides("k", k), stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
-        BLOCK_M=config.BLOCK_M, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R), num_warps=config.num_warps, **own,
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps,
+        **_strides("k", k), stride_nb=0 if n.shape[0] == 1 else n.stride(0), GROUPS=gate.shape[0] // k.shape[1], IMAGE=z is not None,
+        IEEE=ieee(), STAGES=config.STAGES, BLOCK_M=config.BLOCK_M, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R),
+        num_warps=config.num_warps, **own,
     )  # fmt: skip
 
 
