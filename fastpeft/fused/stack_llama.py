@@ -28,7 +28,7 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, TreeLayout, packed_rows, rows_layout, self_layout, tree_layout
 from fastpeft.fused.lower import run_stack
 from fastpeft.fused.prefix_cache import SharedPrefixCache
-from fastpeft.fused.stack import prefixes_of, run_layers
+from fastpeft.fused.stack import prefixes_of, run_layers, without_checkpoints
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Place, Routing
@@ -313,15 +313,16 @@ class FusedLlamaModel:
         routing = Routing(torch.arange(len(hidden), device=hidden.device))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
         layers = self._layers()
-        run_layers(
-            layers,
-            hidden,
-            TokenPlan(layout=Layout(len(hidden), 1, None)),
-            prefixes=prefixes_of(self, layers) if prefixes is None else prefixes,
-            position_embeddings=(table, table),  # one key each: no rotation tells
-            routing=routing,
-            causal=True,
-        )
+        with without_checkpoints(layers):
+            run_layers(
+                layers,
+                hidden,
+                TokenPlan(layout=Layout(len(hidden), 1, None)),
+                prefixes=prefixes_of(self, layers) if prefixes is None else prefixes,
+                position_embeddings=(table, table),  # one key each: no rotation tells
+                routing=routing,
+                causal=True,
+            )
         return routing.weights
 
     def _mask_of_transformers(self, hidden, mask, cache, positions) -> Tensor | None:
