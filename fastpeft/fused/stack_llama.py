@@ -135,7 +135,8 @@ class FusedLlamaModel:
     ) -> BaseModelOutputWithPast:
         """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
-            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
+            how = "what is attached here runs in it alone: go without output_attentions" if ours else "call fastpeft.restore(model) first"
+            raise ValueError(f"fused attention forms no probabilities to return; {how}")
         cache, hidden = given["past_key_values"], given["inputs_embeds"]
         hidden = self.embed_tokens(given["input_ids"]) if hidden is None else hidden
         states = [] if output_asked(self, "hidden_states", kwargs) else None
