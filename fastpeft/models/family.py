@@ -168,6 +168,9 @@ def family_of(model: nn.Module) -> Family:
     for entry in _ENTRIES:
         if entry.architecture in classes and isinstance(model, entry.family().known):
             return entry.family()
+    inside = next((name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), nn.Module)), None)  # DDP's, compile's
+    if inside is not None:
+        raise ValueError(f"{type(model).__name__} wraps a model: give the one inside, model.{inside}")
     known = ", ".join(entry.architecture for entry in _ENTRIES)
     raise ValueError(f"{type(model).__name__} has no parts here; known: {known}; fastpeft.build makes {', '.join(NAMES)}")
 
