@@ -39,6 +39,10 @@ from fastpeft.static_shapes import NotStatic, sizes
 ROTARY = "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding"
 
 
+# what to do about attentions that are asked for, by whether the model runs in fused attention alone
+HOW = {True: "what is attached here runs in it alone: go without output_attentions", False: "call fastpeft.restore(model) first"}
+
+
 @fuses("transformers.models.llama.modeling_llama.LlamaModel", layout_aware=True)
 class FusedLlamaModel:
     """The stack of layers. Computes no padding where nobody reads it and every layer can do without; hands each layer its prefix.
@@ -135,8 +139,7 @@ class FusedLlamaModel:
     ) -> BaseModelOutputWithPast:
         """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
-            how = "what is attached here runs in it alone: go without output_attentions" if ours else "call fastpeft.restore(model) first"
-            raise ValueError(f"fused attention forms no probabilities to return; {how}")
+            raise ValueError(f"fused attention forms no probabilities to return; {HOW[ours]}")
         cache, hidden = given["past_key_values"], given["inputs_embeds"]
         hidden = self.embed_tokens(given["input_ids"]) if hidden is None else hidden
         states = [] if output_asked(self, "hidden_states", kwargs) else None

@@ -170,13 +170,6 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         self.model.multi_modal_projector = Connector(config)
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As transformers', also of a folder that its own LlavaForConditionalGeneration wrote (llava-hf/llava-1.5-7b-hf)."""
-        loaded = super().from_pretrained(*args, key_mapping=RENAMED, **kwargs)
-        vars(loaded[0] if isinstance(loaded, tuple) else loaded).pop("_weight_conversions", None)  # it is saved under its own names
-        return loaded
-
     @property
     def host_inputs(self) -> tuple[str, ...]:
         """Of forward's tensors, those that are best left on the host: nobody then waits for the device."""
@@ -298,4 +291,5 @@ FAMILY = Family(
     template="llava",
     image_tokens=lambda config: config.image_seq_length,
     image_encoder=lambda fields: {"vision_config": fields},
+    renamed=RENAMED,
 )
