@@ -276,6 +276,7 @@ def _folders(plan: Plan, part: Part) -> list[str]:
 def _plan_of(model: nn.Module) -> Plan:
     plan = getattr(model, "fastpeft_plan", None)
     if plan is None:
+        parts_of(model)  # a wrapper hides the plan, and is told
         raise ValueError("the model is not adapted: call fastpeft.adapt(model, plan) first")
     return plan
 

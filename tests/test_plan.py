@@ -284,6 +284,14 @@ def test_one_plan_at_a_time(miss):
         fp.adapt(miss.build(), model.fastpeft_plan, r=2)
 
 
+@pytest.mark.parametrize(("wrap", "name"), [(torch.nn.DataParallel, "module"), (torch.compile, "_orig_mod")])
+def test_a_wrapper_is_named_with_what_it_wraps(wrap, name, tmp_path):
+    model = wrap(fp.adapt(fp.build("llama-tiny"), "LoRA"))
+    for function in (fp.count, fp.merge, lambda wrapped: fp.save_adapter(wrapped, tmp_path / "adapter")):
+        with pytest.raises(ValueError, match=f"wraps a model: give the one inside, model.{name}"):
+            function(model)
+
+
 def test_detach_gives_the_base_back(miss):
     base, model = miss.build(), miss.build("LoRA+IA3/LoRA+Prefix/PTv2")
     detach(model)

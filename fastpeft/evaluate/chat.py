@@ -47,7 +47,8 @@ class Chat:
 
     def follow(self, lines: Iterable[str] | None, on_error: Callable[[Exception], None] | None = None) -> Iterator[str]:
         """A response for each line that is not empty (lines None: those typed at the terminal), until /quit; /reset forgets the turns,
-        /image FILE begins anew over an image. Where on_error is given it is told what is wrong with a line, and the dialogue goes on."""
+        /image FILE begins anew over an image, and another /WORD is an error. Where on_error is given it is told what is wrong with a
+        line, and the dialogue goes on."""
         for line in map(str.strip, typed() if lines is None else lines):
             command, _, rest = line.partition(" ")
             if command == "/quit":
@@ -57,6 +58,8 @@ class Chat:
                     self.turns = []
                 elif command == "/image":
                     self.show(rest.strip())
+                elif command.startswith("/") and command[1:].isalpha():
+                    raise ValueError(f"there is no {command}; there are /image FILE, /reset and /quit")
                 elif line:
                     yield self.ask(line)
             except (ValueError, OSError) as error:

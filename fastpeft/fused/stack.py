@@ -8,7 +8,9 @@ norms and losses see tokens [T, C] and do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +18,35 @@ from torch import Tensor, nn
 from fastpeft.fused.layout import LabelledQueries, TokenPlan, queries_at
 from fastpeft.savings import on
 
+HANDED = ("routing", "visual")  # options of layers that hold tensors with a gradient, as prefixes do
+
 
 def prefixes_of(stack: nn.Module, layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor] | None]:
     """Of each layer its prefix (P_k, P_v), each [H_kv, n, d]; None for each where the stack has no prefix."""
     encoder = getattr(stack, "prefix_encoder", None)
     return [None] * len(layers) if encoder is None else encoder()
+
+
+@contextmanager
+def without_checkpoints(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Layers run as if none were checkpointed: what they leave elsewhere than in their outputs would have no gradient, or be left twice."""
+    on_before = [(layer, layer.gradient_checkpointing) for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    for layer, _ in on_before:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, before in on_before:
+            layer.gradient_checkpointing = before
+
+
+def checkpoint_without_reentrance(layers: Sequence[nn.Module]) -> None:
+    """Make checkpointed layers of reentrant ones such that also differentiate what they are handed by name: a reentrant one runs backward
+    through its graph by itself, layer by layer, and the layers' graphs share what made prefixes, routes or images. The same gradients."""
+    for layer in layers:
+        how = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(how, partial) and how.keywords.get("use_reentrant"):
+            layer._gradient_checkpointing_func = partial(how.func, *how.args, **how.keywords | {"use_reentrant": False})
 
 
 def run_layers(
@@ -43,6 +69,8 @@ def run_layers(
     before and after each layer, [B, L, C].
     """
     tokens, pad, labelled = plan.tokens, _unchanged, None
+    if any(prefixes) or any(options.get(name) is not None for name in HANDED):
+        checkpoint_without_reentrance(layers)
     if tokens is not None:
         pad, hidden = tokens.pad, tokens.unpad(hidden)
         if plan.output_mask is not None and on("labelled"):

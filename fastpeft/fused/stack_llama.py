@@ -28,7 +28,7 @@ from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.layout import Layout, TokenPlan, TreeLayout, packed_rows, rows_layout, self_layout, tree_layout
 from fastpeft.fused.lower import run_stack
 from fastpeft.fused.prefix_cache import SharedPrefixCache
-from fastpeft.fused.stack import prefixes_of, run_layers
+from fastpeft.fused.stack import prefixes_of, run_layers, without_checkpoints
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.excitor import Visual
 from fastpeft.methods.mm_adapter import Place, Routing
@@ -37,6 +37,10 @@ from fastpeft.registry import fuses, path_of
 from fastpeft.static_shapes import NotStatic, sizes
 
 ROTARY = "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding"
+
+
+# what to do about attentions that are asked for, by whether the model runs in fused attention alone
+HOW = {True: "what is attached here runs in it alone: go without output_attentions", False: "call fastpeft.restore(model) first"}
 
 
 @fuses("transformers.models.llama.modeling_llama.LlamaModel", layout_aware=True)
@@ -135,7 +139,7 @@ class FusedLlamaModel:
     ) -> BaseModelOutputWithPast:
         """``forward`` through our own driver. ``asked``: use_cache as it was given; ``ours``: transformers' own forward cannot do it."""
         if output_asked(self, "attentions", kwargs):
-            raise ValueError("fused attention forms no probabilities to return; call fastpeft.restore(model) first")
+            raise ValueError(f"fused attention forms no probabilities to return; {HOW[ours]}")
         cache, hidden = given["past_key_values"], given["inputs_embeds"]
         hidden = self.embed_tokens(given["input_ids"]) if hidden is None else hidden
         states = [] if output_asked(self, "hidden_states", kwargs) else None
@@ -313,15 +317,16 @@ class FusedLlamaModel:
         routing = Routing(torch.arange(len(hidden), device=hidden.device))
         table = hidden.new_ones(len(hidden), self.layers[0].self_attn.head_dim, dtype=accumulator(hidden.dtype))
         layers = self._layers()
-        run_layers(
-            layers,
-            hidden,
-            TokenPlan(layout=Layout(len(hidden), 1, None)),
-            prefixes=prefixes_of(self, layers) if prefixes is None else prefixes,
-            position_embeddings=(table, table),  # one key each: no rotation tells
-            routing=routing,
-            causal=True,
-        )
+        with without_checkpoints(layers):
+            run_layers(
+                layers,
+                hidden,
+                TokenPlan(layout=Layout(len(hidden), 1, None)),
+                prefixes=prefixes_of(self, layers) if prefixes is None else prefixes,
+                position_embeddings=(table, table),  # one key each: no rotation tells
+                routing=routing,
+                causal=True,
+            )
         return routing.weights
 
     def _mask_of_transformers(self, hidden, mask, cache, positions) -> Tensor | None:

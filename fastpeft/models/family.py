@@ -34,7 +34,8 @@ class Family:
     kind: "vqa", answers of an encoder and decoder to questions about images; "causal", a causal language model. Of the latter ``template``
     is the prompt it was trained with, where its configuration names none (``prompt_template``), and ``image_tokens(config)`` the number of
     places an image takes among its tokens. ``image_encoder(fields)``: overrides of a configuration for CLIP of these fields; None where the
-    encoder is no CLIP. ``plan``: of its paper, used where a run names none.
+    encoder is no CLIP. ``plan``: of its paper, used where a run names none. ``renamed``: names of weights in files of others, as regular
+    expressions, and the model's.
     """
 
     kind: Kind
@@ -47,6 +48,7 @@ class Family:
     image_tokens: Callable[[PretrainedConfig], int] = lambda config: 0
     image_encoder: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     plan: str = ""
+    renamed: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,9 @@ def family_of(model: nn.Module) -> Family:
     for entry in _ENTRIES:
         if entry.architecture in classes and isinstance(model, entry.family().known):
             return entry.family()
+    inside = next((name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), nn.Module)), None)  # DDP's, compile's
+    if inside is not None:
+        raise ValueError(f"{type(model).__name__} wraps a model: give the one inside, model.{inside}")
     known = ", ".join(entry.architecture for entry in _ENTRIES)
     raise ValueError(f"{type(model).__name__} has no parts here; known: {known}; fastpeft.build makes {', '.join(NAMES)}")
 
@@ -218,9 +223,12 @@ def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype)
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
+            key_mapping=family.renamed,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} did not load as {family.known.__name__}: {' '.join(str(error).split())[:600]}") from None
+    if family.renamed is not None:
+        vars(model).pop("_weight_conversions", None)  # by which transformers would save it under the other names
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{folder} does not hold this model: " + "; ".join(f"{k}: {', '.join(v[:8])}" for k, v in wrong.items()))

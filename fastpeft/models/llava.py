@@ -101,8 +101,12 @@ RENAMED = {r"^language_model\.lm_head": "lm_head", r"^language_model\.model": "m
 
 def complete(config: LlavaConfig) -> None:
     """Set what a configuration of transformers' own class leaves open, in place: its connector, two linear layers around GELU, and the
-    places of an image, which are its patches. ValueError for another activation than LLaVA's, or without biases."""
+    places of an image, which are its patches. ValueError for another image encoder than CLIP, several of its layers, and for another
+    connector than LLaVA's."""
     config.text_config = as_llama(config.text_config)
+    if config.vision_config.model_type != "clip_vision_model" or not isinstance(config.vision_feature_layer, int):
+        tower, layer = config.vision_config.model_type, config.vision_feature_layer
+        raise ValueError(f"an image encoder {tower!r}, vision_feature_layer {layer!r}: LLaVA here reads one layer of a 'clip_vision_model'")
     if getattr(config, "mm_projector_type", None) is not None:
         return
     config.mm_projector_type = "linear"
@@ -165,13 +169,6 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         super().__init__(config)
         self.model.multi_modal_projector = Connector(config)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As transformers', also of a folder that its own LlavaForConditionalGeneration wrote (llava-hf/llava-1.5-7b-hf)."""
-        loaded = super().from_pretrained(*args, key_mapping=RENAMED, **kwargs)
-        vars(loaded[0] if isinstance(loaded, tuple) else loaded).pop("_weight_conversions", None)  # it is saved under its own names
-        return loaded
 
     @property
     def host_inputs(self) -> tuple[str, ...]:
@@ -294,4 +291,5 @@ FAMILY = Family(
     template="llava",
     image_tokens=lambda config: config.image_seq_length,
     image_encoder=lambda fields: {"vision_config": fields},
+    renamed=RENAMED,
 )

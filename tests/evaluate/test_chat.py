@@ -51,8 +51,9 @@ def test_errors(tmp_path):
 
 def test_a_slip_ends_no_dialogue_where_errors_are_told(tmp_path):
     chat, told = talk("llama-tiny")[0], []
-    first, second = chat.follow(["one", f"/image {tmp_path}/none.png", "two"], told.append)
+    first, second = chat.follow(["one", f"/image {tmp_path}/none.png", "/exit", "two"], told.append)
     assert chat.turns == [("one", first), ("two", second)] and "sees no images" in str(told[0])
+    assert str(told[1]) == "there is no /exit; there are /image FILE, /reset and /quit"
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -252,9 +252,14 @@ def test_a_folder_of_transformers_own_class(tmp_path):
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
     torch.testing.assert_close(again(input_ids=ids, pixel_values=pixels).logits, want, rtol=1e-5, atol=1e-6)
     settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings | {"projector_hidden_act": "relu"}))
-    with pytest.raises(ValueError, match="projector_hidden_act 'relu' and multimodal_projector_bias True: the connectors known"):
-        fp.build(tmp_path / "theirs")
+    for change, said in (
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu' and multimodal_projector_bias True: the connectors known"),
+        ({"vision_feature_layer": [-2, -3]}, r"vision_feature_layer \[-2, -3\]: LLaVA here reads one layer of a 'clip_vision_model'"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "an image encoder 'siglip_vision_model'"),
+    ):
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(ValueError, match=said):
+            fp.build(tmp_path / "theirs", device="meta")
 
 
 @pytest.mark.parametrize(("layer", "strategy", "taken"), [(-1, "default", -1), (2, "default", 2), (0, "full", 0), (-2, "full", -2)])
