@@ -36,8 +36,10 @@ class Tensor(torch.Tensor):
     device = torch.device("cuda", 1)
 
 
-def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
-    module, current, seen = kernels[0], [0], []
+@pytest.fixture
+def current(monkeypatch):
+    """[the device that is current]."""
+    current = [0]
 
     class Guard:
         def __init__(self, device):
@@ -51,6 +53,11 @@ def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    return current
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(kernels, current):
+    module, seen = kernels[0], []
     module.probe = lambda *args: seen.append(current[0])
     launch = _tiled.triton_launcher("probe", "probe", None)
     launch([None, torch.ones(2).as_subclass(Tensor)], 3)
@@ -58,6 +65,12 @@ def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
     assert seen == [1, 0] and current == [0]
     with _tiled.on_device_of([torch.ones(1), torch.ones(1).as_subclass(Tensor)]):
         assert current == [1]
+
+
+def test_the_losss_chunks_are_launched_on_its_tensors_device(current, monkeypatch):
+    loss = importlib.import_module("fastpeft.ops.linear_cross_entropy")
+    monkeypatch.setattr(loss, "chunked", lambda rows, *args: current[0])
+    assert (loss._triton(torch.ones(2).as_subclass(Tensor)), loss._triton(torch.ones(2)), current) == (1, 0, [0])
 
 
 def test_float64_and_what_does_not_fit_run_on_aten(kernels):
