@@ -167,6 +167,24 @@ def test_workers_of_pytest_have_a_thread_each(monkeypatch):
         assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
+def test_a_worker_whose_cuda_is_gone_ends(monkeypatch):
+    """After its failed test was told, and no other: xdist deals the rest to a new one."""
+    ended = []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(pytest_cases, "_failed", set())
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for works, outcome, wanted in ((True, "failed", []), (False, "passed", []), (False, "failed", [3])):
+        monkeypatch.setattr(pytest_cases, "cuda_works", lambda works=works: works)
+        name = f"t.py::test_{works}_{outcome}"
+        pytest_cases.pytest_runtest_logreport(mock.Mock(nodeid=name, outcome=outcome))
+        assert ended == []
+        pytest_cases.pytest_runtest_logfinish(name)
+        assert ended == wanted
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access was encountered")))
+    assert not pytest_cases.cuda_works()
+
+
 def test_every_bench_compiles_its_kernels_first(monkeypatch, capfd):
     """One that does not is told, and stops no other."""
     begun = []
