@@ -54,6 +54,7 @@ LAYERS, FEW = 4, 8_000  # of the matrix: layers, and the vocabulary
 SMALL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": LAYERS, "num_attention_heads": 12, "vocab_size": FEW}
 SMALL |= {"num_key_value_heads": 4, "pad_token_id": 0}
 SPARSE = {"intermediate_size": 768, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+GPTJ = {"n_embd": 768, "n_layer": LAYERS, "n_head": 12, "vocab_size": FEW, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 OPT = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": LAYERS, "num_attention_heads": 12}
 OPT |= {"vocab_size": FEW, "dropout": 0.0}
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -68,6 +69,13 @@ MATRIX_DECODERS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL, num_local_experts=4)),
     "gpt-oss": lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**SMALL | SPARSE)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=LAYERS, vocab_size=FEW, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+}
+WIDE = {"hidden_size": 768, "vocab_size": FEW, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+MIXING_DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**WIDE, num_hidden_layers=LAYERS, num_attention_heads=12)),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(**WIDE, n_layer=LAYERS, n_head=12)),
+    "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**GPTJ)),
+    "qwen3.5": lambda: tf.Qwen3_5ForCausalLM(tf.Qwen3_5TextConfig(**SMALL, head_dim=64)),
 }
 MATRIX_VISION: dict[str, Callable[[], nn.Module]] = {
     "dinov2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(num_hidden_layers=LAYERS, num_labels=10, image_size=224)),
@@ -101,6 +109,23 @@ def images(model: nn.Module) -> Case:
 def sentences(model: nn.Module) -> Case:
     mask = (torch.arange(128) < torch.linspace(0.35, 1.0, 8).mul(128).long()[:, None]).long()
     return model, {"input_ids": torch.randint(1000, FEW, (8, 128)), "attention_mask": mask, "labels": torch.arange(8) % 3}
+
+
+def tagged(model: nn.Module, share: float, classes: int) -> Case:
+    """Of the real tokens so many have a label: first pieces of words of token classification, masked tokens of a language model."""
+    _, batch = sentences(model)
+    labels = torch.randint(0, classes, batch["input_ids"].shape)
+    unlabelled = (batch["attention_mask"] == 0) | (torch.rand(labels.shape) > share)
+    return model, batch | {"labels": labels.masked_fill(unlabelled, -100)}
+
+
+def llava() -> Case:
+    """Images of 16 x 16 patches before 32 tokens of text; the tower's last layer but one is read."""
+    seen = tf.CLIPVisionConfig(num_hidden_layers=LAYERS, hidden_size=768, intermediate_size=3072, num_attention_heads=12, patch_size=14)
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=seen, text_config=tf.LlamaConfig(**SMALL), image_token_index=FEW - 1))
+    ids = torch.randint(3, FEW - 1, (2, 288))
+    ids[:, :256] = FEW - 1
+    return model, {"input_ids": ids, "labels": ids.masked_fill(ids == FEW - 1, -100), "pixel_values": torch.randn(2, 3, 224, 224)}
 
 
 def blip() -> Case:
@@ -180,7 +205,16 @@ CASES |= {
     "bart-padded": lambda: in_pairs(bart),
     "t5-padded": lambda: in_pairs(t5),
     "whisper": whisper,
+    "llava": llava,
 }
+SHORT = OFF | {"num_hidden_layers": LAYERS, "vocab_size": FEW, "classifier_dropout": 0.0}
+CASES |= {  # "-padded": nobody reads the logits
+    "bert-tokens-padded": lambda: tagged(tf.BertForTokenClassification(tf.BertConfig(**SHORT, num_labels=9)), 0.7, 9),
+    "bert-masked-padded": lambda: tagged(tf.BertForMaskedLM(tf.BertConfig(**SHORT)), 0.15, FEW),
+    "roberta-tokens-padded": lambda: tagged(tf.RobertaForTokenClassification(tf.RobertaConfig(**SHORT, num_labels=9)), 0.7, 9),
+    "roberta-masked-padded": lambda: tagged(tf.RobertaForMaskedLM(tf.RobertaConfig(**SHORT)), 0.15, FEW),
+}
+CASES |= {f"{name}-padded": (lambda make=make: decoder(make(), "padded", 4, 128, FEW)) for name, make in MIXING_DECODERS.items()}
 
 
 def adapted(case: str) -> Case:

@@ -28,7 +28,7 @@ import torch
 
 from bench.pieces import say
 from fastpeft.ops._gemm import LACKING
-from fastpeft.train.graph import capture_or_leave_all_as_it_was
+from fastpeft.train.capture import capture_or_leave_all_as_it_was
 
 QUANTILES = (0.2, 0.5, 0.8)
 
@@ -127,8 +127,8 @@ def roofline(device: str, dtype: torch.dtype) -> tuple[float, float]:
 def captured(fn: Callable) -> Callable:
     """``fn`` as a CUDA graph's replay; it has been called before, on the current stream, which is not the default one: backward runs on its
     forward's stream, and the default one cannot be captured. RuntimeError where ``fn`` waits for the device."""
-    graph = torch.cuda.CUDAGraph()
-    with capture_or_leave_all_as_it_was(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    graph, device, pool = torch.cuda.CUDAGraph(), torch.device("cuda"), torch.cuda.graph_pool_handle()
+    with capture_or_leave_all_as_it_was(device, pool), torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
         result = fn()
 
     def replay():

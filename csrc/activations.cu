@@ -103,8 +103,8 @@ __global__ void forward_kernel(Args<T> a) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int64_t r = first + u;
-      if (r < a.rows) gate[u] = P::load(a.gate + r * a.gate_stride + j);
-      if (r < a.rows && a.up) up[u] = P::load(a.up + r * a.up_stride + j);
+      gate[u] = P::load_where(r < a.rows, a.gate + r * a.gate_stride + j);
+      if (a.up) up[u] = P::load_where(r < a.rows, a.up + r * a.up_stride + j);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -114,9 +114,9 @@ __global__ void forward_kernel(Args<T> a) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         const A y = act<KIND, T>(g[e], nullptr) * scale[e];
-        gate[u].v[e] = static_cast<T>(a.up ? y * other[e] : y);
+        g[e] = a.up ? y * other[e] : y;
       }
-      if (first + u < a.rows) gate[u].store(a.y + (first + u) * a.n + j);
+      if (first + u < a.rows) store_as<T>(g, a.y + (first + u) * a.n + j);
     }
   }
 }
@@ -134,10 +134,9 @@ __global__ void backward_kernel(Args<T> a) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int64_t r = first + u;
-      if (r >= a.rows) continue;
-      dy[u] = P::load(a.dy + r * a.dy_stride + j);
-      gate[u] = P::load(a.gate + r * a.gate_stride + j);
-      if (a.up) up[u] = P::load(a.up + r * a.up_stride + j);
+      dy[u] = P::load_where(r < a.rows, a.dy + r * a.dy_stride + j);
+      gate[u] = P::load_where(r < a.rows, a.gate + r * a.gate_stride + j);
+      if (a.up) up[u] = P::load_where(r < a.rows, a.up + r * a.up_stride + j);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -152,11 +151,11 @@ __global__ void backward_kernel(Args<T> a) {
         A slope;
         const A y = act<KIND, T>(g[e], &slope), o = a.up ? other[e] : A(1);
         sum[e] += d[e] * y * o;
-        dy[u].v[e] = static_cast<T>(d[e] * scale[e] * o * slope);
-        up[u].v[e] = static_cast<T>(d[e] * scale[e] * y);
+        g[e] = d[e] * scale[e] * o * slope;
+        d[e] *= scale[e] * y;
       }
-      if (a.dgate) dy[u].store(a.dgate + r * a.n + j);
-      if (a.dup) up[u].store(a.dup + r * a.n + j);
+      if (a.dgate) store_as<T>(g, a.dgate + r * a.n + j);
+      if (a.dup) store_as<T>(d, a.dup + r * a.n + j);
     }
   }
 #pragma unroll

@@ -1,13 +1,18 @@
 // fastpeft::attention_inputs_fwd, fastpeft::attention_inputs_bwd on CUDA (schemas and equations in fastpeft/ops/attention_inputs.py).
 //
 // A row is one head of one token: a group of threads, a power of two within a warp, holds it in registers, in pairs of Packs that a rotation
-// turns into each other. Queries, keys and values are three sides of one launch, blockIdx.y. Forward's groups have a row each; backward's
-// walk over the rows of one head, so that the sums of a factor of that head stay in registers, as those of a norm's weight do.
+// turns into each other. Queries, keys and values are three sides of one launch, blockIdx.y. Forward's groups have two neighbouring heads of a
+// token each, which share the tables and a norm's weight; backward's walk over the rows of one head, so that the sums of a factor of that
+// head stay in registers, as those of a norm's weight do.
+//
+// Why two: with one, an H200 took 111 us for a rotation of 8192 tokens' 64 heads of 128 in bfloat16, whose bytes it copies in 70. For each Pack a
+// thread ran some 150 instructions, half of them divisions, addresses and the tables' loads, and four blocks of 8 KB shared a
+// multiprocessor; now about 90 (machine code, sm_90), and three of 16 KB. Not timed since.
 #include "cuda.cuh"
 
 namespace fastpeft::attention_inputs {
 
-constexpr unsigned kThreads = 256;
+constexpr unsigned kThreads = 256, kForward = 128;  // of a block
 
 // Where the row of head h of token m of sample b begins.
 struct At {
@@ -28,7 +33,9 @@ struct Side {
   const T *x, *dy;  // dy: backward's
   T* y;             // or dx; null: not wanted
   At x_at, dy_at;
-  uint32_t heads, rows;   // rows: of y
+  uint32_t rows;  // of y
+  // of a token; what forward's groups take of one: kHeads neighbours each, the last what is left; tokens of a sample, with a prefix's
+  Divisor heads, units, length;
   Param<T> norm, factor;  // absent where there is none
   const T* prefix;        // [heads, n, d], before the tokens; null: zeros there
   At prefix_at;
@@ -43,7 +50,7 @@ template <class T>
 struct Args {
   Side<T> side[3];
   Tables<T> tables;
-  uint32_t M, d, lanes;  // lanes: threads of a row
+  uint32_t M, d, lanes, log_lanes;  // lanes: threads of a row, 2^log_lanes
   acc_t<T> offset, eps;
   bool transpose;  // the first kernel as the backward of rotations and factors
 };
@@ -60,6 +67,14 @@ struct Pair {
   }
 };
 
+// The threads of a row: a warp, or a part of it.
+struct Few {
+  uint32_t lane, index, count;
+  template <class T>
+  __device__ explicit Few(const Args<T>& a)
+      : lane(threadIdx.x & (a.lanes - 1)), index(threadIdx.x >> a.log_lanes), count(blockDim.x >> a.log_lanes) {}
+};
+
 template <class A>
 __device__ Two<A> lane_sum(Two<A> v, unsigned lanes) {
   for (unsigned lane = lanes / 2; lane; lane >>= 1) {
@@ -69,22 +84,28 @@ __device__ Two<A> lane_sum(Two<A> v, unsigned lanes) {
   return v;
 }
 
-// (one, two) turned, or, transposed, turned back.
+// What turns a pair, or, transposed, turns it back.
 template <int V, class T>
-__device__ void turn(const Tables<T>& tables, int64_t at, const Pair& pair, bool transpose, acc_t<T> (&one)[V], acc_t<T> (&two)[V]) {
+struct Rotation {
   using A = acc_t<T>;
   A c1[V], c2[V], s1[V], s2[V];
-  tables.cos.template load<V>(at + pair.one, c1);
-  tables.cos.template load<V>(at + pair.two, c2);
-  tables.sin.template load<V>(at + (transpose ? pair.two : pair.one), s1);
-  tables.sin.template load<V>(at + (transpose ? pair.one : pair.two), s2);
+  __device__ void load(const Tables<T>& tables, int64_t at, const Pair& pair, bool transpose) {
+    tables.cos.template load<V>(at + pair.one, c1);
+    tables.cos.template load<V>(at + pair.two, c2);
+    tables.sin.template load<V>(at + (transpose ? pair.two : pair.one), s1);
+    tables.sin.template load<V>(at + (transpose ? pair.one : pair.two), s2);
 #pragma unroll
-  for (int e = 0; e < V; ++e) {
-    const A x1 = one[e], x2 = two[e];
-    one[e] = x1 * c1[e] + (transpose ? x2 : -x2) * s1[e];
-    two[e] = x2 * c2[e] + (transpose ? -x1 : x1) * s2[e];
+    for (int e = 0; e < V; ++e) s1[e] = transpose ? s1[e] : -s1[e], s2[e] = transpose ? -s2[e] : s2[e];
   }
-}
+  __device__ void turn(A (&one)[V], A (&two)[V]) const {
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const A x1 = one[e], x2 = two[e];
+      one[e] = x1 * c1[e] + x2 * s1[e];
+      two[e] = x2 * c2[e] + x1 * s2[e];
+    }
+  }
+};
 
 template <int V, class T>
 __device__ void times(const Param<T>& factor, int64_t at, acc_t<T> (&v)[V]) {
@@ -94,82 +115,103 @@ __device__ void times(const Param<T>& factor, int64_t at, acc_t<T> (&v)[V]) {
   for (int e = 0; e < V; ++e) v[e] *= f[e];
 }
 
-// What a norm takes of a pair, times its factor, and what the norm multiplies it by.
+// What a norm multiplies a pair by, beside rstd.
 template <int V, class T>
-struct ToNorm {
-  acc_t<T> x1[V], x2[V], weight1[V], weight2[V];
-  __device__ ToNorm(const Args<T>& a, const Side<T>& s, uint32_t head, const Pair& pair, const Pack<T, V>& one, const Pack<T, V>& two) {
-    widen(one, x1), widen(two, x2);
-    if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, x1), times<V, T>(s.factor, head * a.d + pair.two, x2);
-    s.norm.template load<V>(pair.one, weight1);
-    s.norm.template load<V>(pair.two, weight2);
+struct Weights {
+  acc_t<T> one[V], two[V];
+  __device__ void load(const Args<T>& a, const Side<T>& s, const Pair& pair) {
+    s.norm.template load<V>(pair.one, one);
+    s.norm.template load<V>(pair.two, two);
 #pragma unroll
-    for (int e = 0; e < V; ++e) weight1[e] += a.offset, weight2[e] += a.offset;
+    for (int e = 0; e < V; ++e) one[e] += a.offset, two[e] += a.offset;
   }
 };
 
+// A pair in the accumulator's type, times its head's factor where there is one.
 template <int V, class T>
-__device__ void store(const acc_t<T> (&v)[V], T* to) {
-  Pack<T, V> out;
-#pragma unroll
-  for (int e = 0; e < V; ++e) out.v[e] = static_cast<T>(v[e]);
-  out.store(to);
-}
+struct Wide {
+  acc_t<T> one[V], two[V];
+  __device__ Wide(const Pack<T, V>& first, const Pack<T, V>& second) { widen(first, one), widen(second, two); }
+  __device__ void scale(const Args<T>& a, const Side<T>& s, uint32_t head, const Pair& pair) {
+    times<V, T>(s.factor, head * a.d + pair.one, one), times<V, T>(s.factor, head * a.d + pair.two, two);
+  }
+};
 
-// K pairs of Packs in each thread.
+// K pairs of Packs of each head in each thread.
+template <int K>
+constexpr uint32_t kHeads = K == 1 ? 2 : 1;  // of a token, which a group takes together
+
 template <int V, int K, class T>
-__global__ void __launch_bounds__(kThreads, K == 1 ? 4 : 2) attention_inputs_fwd_kernel(const __grid_constant__ Args<T> a) {
+__global__ void __launch_bounds__(kForward, K == 1 ? 5 : 4) attention_inputs_fwd_kernel(const __grid_constant__ Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
+  constexpr uint32_t U = kHeads<K>;
   const Side<T>& s = a.side[blockIdx.y];
-  const Group group(a.lanes);
-  const uint32_t r = blockIdx.x * group.count + group.index;
-  if (blockIdx.x * group.count >= s.rows) return;  // the whole block: warps stay together, for their sums
-  const bool here = r < s.rows;
-  const uint32_t t = r / s.heads, h = r - t * s.heads, b = t / (s.n + a.M), m = t - b * (s.n + a.M);
-  const bool token = m >= s.n;
-  const T* from = token ? s.x + s.x_at(b, m - s.n, h) : s.prefix ? s.prefix + s.prefix_at(0, m, h) : nullptr;
-  A one[K][V] = {}, two[K][V] = {};
-  Two<A> sums{0, 0};
+  const Few group(a);
+  const uint32_t unit = blockIdx.x * group.count + group.index, t = s.units.under(unit), h = (unit - t * uint32_t(s.units.size)) * U;
+  const uint32_t heads = uint32_t(s.heads.size), r = t * heads + h;
+  // the whole block: warps stay together, for their sums
+  if (s.units.under(blockIdx.x * group.count) * heads >= s.rows) return;
+  const uint32_t b = s.length.under(t), m = t - b * uint32_t(s.length.size);
+  const bool here = r < s.rows, token = here && m >= s.n;
+  const T* from = token ? s.x + s.x_at(b, m - s.n, h) : here && s.prefix ? s.prefix + s.prefix_at(0, m, h) : nullptr;
+  const int64_t step = token ? s.x_at.h : s.prefix_at.h, table = b * a.tables.b + (token ? m - s.n : 0) * a.tables.m;
+  P one[U][K], two[U][K];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const Pair pair(a, (group.lane + k * a.lanes) * V);
-    if (!here || !pair.mine || !from) continue;
-    widen(P::load(from + pair.one), one[k]);
-    widen(P::load(from + pair.two), two[k]);
-    if (s.factor.data && token && !a.transpose) {
-      times<V, T>(s.factor, h * a.d + pair.one, one[k]);
-      times<V, T>(s.factor, h * a.d + pair.two, two[k]);
-    }
 #pragma unroll
-    for (int e = 0; e < V; ++e) sums.a += one[k][e] * one[k][e], sums.b += two[k][e] * two[k][e];
+    for (uint32_t u = 0; u < U; ++u) {
+      const bool wanted = pair.mine && from && h + u < heads;
+      one[u][k] = P::load_where(wanted, from + u * step + pair.one), two[u][k] = P::load_where(wanted, from + u * step + pair.two);
+    }
   }
-  A rstd = 1;
+  Rotation<V, T> rotation;
+  auto look_up = [&](const Pair& pair) {
+    if (s.turns && token && pair.turns) rotation.load(a.tables, table, pair, a.transpose);
+  };
+  if constexpr (K == 1) look_up(Pair(a, group.lane * V));  // while they come
+  A rstd[U] = {};
   if (s.norm.data) {  // of the whole block
-    sums = lane_sum(sums, a.lanes);
-    rstd = A(1) / sqrt((sums.a + sums.b) / a.d + a.eps);
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) {
+      Two<A> sums{0, 0};
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const Pair pair(a, (group.lane + k * a.lanes) * V);
+        Wide<V, T> x(one[u][k], two[u][k]);
+        if (s.factor.data && pair.mine && token && !a.transpose && h + u < heads) x.scale(a, s, h + u, pair);
+#pragma unroll
+        for (int e = 0; e < V; ++e) sums.a += x.one[e] * x.one[e], sums.b += x.two[e] * x.two[e];
+        if constexpr (sizeof(P) == 16) one[u][k].keep(), two[u][k].keep();
+      }
+      sums = lane_sum(sums, a.lanes);
+      rstd[u] = A(1) / sqrt((sums.a + sums.b) / a.d + a.eps);
+    }
   }
   if (!here) return;
   T* to = s.y + int64_t(r) * a.d;
-  const int64_t table = b * a.tables.b + (token ? m - s.n : 0) * a.tables.m;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const Pair pair(a, (group.lane + k * a.lanes) * V);
     if (!pair.mine) continue;
-    if (s.norm.data && token) {
-      A w1[V], w2[V];
-      s.norm.template load<V>(pair.one, w1);
-      s.norm.template load<V>(pair.two, w2);
+    if constexpr (K > 1) look_up(pair);
+    Weights<V, T> weights;
+    if (s.norm.data) weights.load(a, s, pair);
 #pragma unroll
-      for (int e = 0; e < V; ++e) one[k][e] *= rstd * (a.offset + w1[e]), two[k][e] *= rstd * (a.offset + w2[e]);
+    for (uint32_t u = 0; u < U; ++u) {
+      if (h + u >= heads) continue;
+      Wide<V, T> x(one[u][k], two[u][k]);
+      if (s.factor.data && token && !a.transpose) x.scale(a, s, h + u, pair);
+      if (s.norm.data && token) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) x.one[e] *= rstd[u] * weights.one[e], x.two[e] *= rstd[u] * weights.two[e];
+      }
+      if (s.turns && token && pair.turns) rotation.turn(x.one, x.two);
+      if (s.factor.data && token && a.transpose) x.scale(a, s, h + u, pair);
+      store_as<T>(x.one, to + u * a.d + pair.one);
+      store_as<T>(x.two, to + u * a.d + pair.two);
     }
-    if (s.turns && token && pair.turns) turn<V, T>(a.tables, table, pair, a.transpose, one[k], two[k]);
-    if (s.factor.data && token && a.transpose) {
-      times<V, T>(s.factor, h * a.d + pair.one, one[k]);
-      times<V, T>(s.factor, h * a.d + pair.two, two[k]);
-    }
-    store<V, T>(one[k], to + pair.one);
-    store<V, T>(two[k], to + pair.two);
   }
 }
 
@@ -183,14 +225,19 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
   constexpr unsigned warps = kThreads / 32;
   const Side<T>& s = a.side[blockIdx.y];
   if (blockIdx.x >= s.blocks) return;
-  const Group group(a.lanes);
-  const uint32_t walk = blockIdx.x * group.count + group.index, head = walk % s.heads;
+  const Few group(a);
+  const uint32_t walk = blockIdx.x * group.count + group.index, head = walk - s.heads.under(walk) * uint32_t(s.heads.size);
   A dnorm1[K][V] = {}, dnorm2[K][V] = {}, dfactor1[K][V] = {}, dfactor2[K][V] = {};
+  Weights<V, T> weights;
+  auto weigh = [&](const Pair& pair) {
+    if (NORM && s.norm.data && pair.mine) weights.load(a, s, pair);
+  };
+  if constexpr (K == 1 && DNORM) weigh(Pair(a, group.lane * V));
   const uint32_t rounds = (s.rows + s.walks - 1) / s.walks;  // of the whole block: warps stay together
   for (uint32_t i = 0; i < rounds; ++i) {
     const uint32_t r = walk + i * s.walks;
     const bool here = walk < s.walks && r < s.rows;
-    const uint32_t t = r / s.heads, b = t / a.M, m = t - b * a.M;
+    const uint32_t t = s.heads.under(r), b = s.length.under(t), m = t - b * uint32_t(s.length.size);
     const T *dy = s.dy + s.dy_at(b, m, head), *x = s.x ? s.x + s.x_at(b, m, head) : nullptr;
     const int64_t table = b * a.tables.b + m * a.tables.m;
     P x1[K], x2[K];
@@ -203,13 +250,21 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       if (x) x1[k] = P::load(x + pair.one), x2[k] = P::load(x + pair.two);
       widen(P::load(dy + pair.one), g1[k]);
       widen(P::load(dy + pair.two), g2[k]);
-      if (s.turns && pair.turns) turn<V, T>(a.tables, table, pair, true, g1[k], g2[k]);
+      if (s.turns && pair.turns) {
+        Rotation<V, T> rotation;
+        rotation.load(a.tables, table, pair, true);
+        rotation.turn(g1[k], g2[k]);
+      }
       if (!NORM || !s.norm.data) continue;
-      const ToNorm<V, T> to(a, s, head, pair, x1[k], x2[k]);
+      if constexpr (K > 1 || !DNORM) weigh(pair);
+      Wide<V, T> v(x1[k], x2[k]);
+      if (s.factor.data) v.scale(a, s, head, pair);
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        sums.a += to.x1[e] * to.x1[e] + to.x2[e] * to.x2[e];
-        sums.b += g1[k][e] * to.weight1[e] * to.x1[e] + g2[k][e] * to.weight2[e] * to.x2[e];
+        sums.a += v.one[e] * v.one[e] + v.two[e] * v.two[e];
+        const A gw1 = g1[k][e] * weights.one[e], gw2 = g2[k][e] * weights.two[e];
+        sums.b += gw1 * v.one[e] + gw2 * v.two[e];
+        if (!DNORM) g1[k][e] = gw1, g2[k][e] = gw2;  // all that dx asks for
       }
     }
     A rstd = 1, mean = 0;
@@ -224,13 +279,15 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       const Pair pair(a, (group.lane + k * a.lanes) * V);
       if (!pair.mine) continue;
       if (NORM && s.norm.data) {
-        const ToNorm<V, T> to(a, s, head, pair, x1[k], x2[k]);
+        if constexpr (K > 1) weigh(pair);
+        Wide<V, T> v(x1[k], x2[k]);
+        if (s.factor.data) v.scale(a, s, head, pair);
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          const A v1 = to.x1[e] * rstd, v2 = to.x2[e] * rstd;
-          if (DNORM) dnorm1[k][e] += g1[k][e] * v1, dnorm2[k][e] += g2[k][e] * v2;
-          g1[k][e] = rstd * (g1[k][e] * to.weight1[e] - v1 * mean);
-          g2[k][e] = rstd * (g2[k][e] * to.weight2[e] - v2 * mean);
+          v.one[e] *= rstd, v.two[e] *= rstd;
+          if (DNORM) dnorm1[k][e] += g1[k][e] * v.one[e], dnorm2[k][e] += g2[k][e] * v.two[e];
+          g1[k][e] = rstd * (g1[k][e] * (DNORM ? weights.one[e] : A(1)) - v.one[e] * mean);
+          g2[k][e] = rstd * (g2[k][e] * (DNORM ? weights.two[e] : A(1)) - v.two[e] * mean);
         }
       }
       if (DFACTOR && s.dfactor) {
@@ -243,8 +300,8 @@ __global__ void __launch_bounds__(kThreads, K > 1 && sizeof(T) == 8 ? 1 : DNORM 
       if (!s.y) continue;
       if (s.factor.data) times<V, T>(s.factor, head * a.d + pair.one, g1[k]), times<V, T>(s.factor, head * a.d + pair.two, g2[k]);
       T* to = s.y + int64_t(r) * a.d;
-      store<V, T>(g1[k], to + pair.one);
-      store<V, T>(g2[k], to + pair.two);
+      store_as<T>(g1[k], to + pair.one);
+      store_as<T>(g2[k], to + pair.two);
     }
   }
   if (DFACTOR && s.dfactor && walk < s.walks) {
@@ -336,8 +393,8 @@ Side<T> side(Given& given, const Tensor& like, const Tensor* y) {
   }
   s.n = uint32_t(given.n);
   const Tensor& rows = given.x ? *given.x : *given.dy;
-  s.heads = uint32_t(rows.size(2));
-  const int64_t count = rows.size(0) * (s.n + rows.size(1)) * s.heads;
+  s.heads = Divisor(rows.size(2)), s.length = Divisor(s.n + rows.size(1));
+  const int64_t count = rows.size(0) * s.length.size * s.heads.size;
   STD_TORCH_CHECK(count < int64_t(1) << 31, "attention_inputs: more than 2^31 heads of tokens");
   s.rows = uint32_t(count);
   s.norm = param<T>(given.norm, given.own_norm, like, 0);
@@ -358,22 +415,27 @@ void by_packs(Args<T>& a, const Tabled<T>& tables, unsigned sides, F&& f) {
     whole = in_packs<V>(s.x, s.x_at) && in_packs<V>(s.dy, s.dy_at) && in_packs<V>(s.prefix, s.prefix_at) && s.norm.packs() && s.factor.packs();
   }
   if (whole) {
-    for (a.lanes = 1; a.lanes * V < a.d / 2;) a.lanes *= 2;
+    for (a.lanes = 1, a.log_lanes = 0; a.lanes * V < a.d / 2; ++a.log_lanes) a.lanes *= 2;
     f(std::integral_constant<int, V>{}, std::integral_constant<int, 1>{});
   } else {
-    a.lanes = 32;
+    a.lanes = 32, a.log_lanes = 5;
     f(std::integral_constant<int, 1>{}, std::integral_constant<int, kWidest / 64>{});
   }
 }
 
 template <class T>
 void launch_fwd(Args<T>& a, const Tabled<T>& tables, unsigned sides, const Launch& launch) {
-  uint32_t rows = 0;
-  for (unsigned i = 0; i < sides; ++i) rows = std::max(rows, a.side[i].rows);
-  if (rows == 0) return;
   by_packs(a, tables, sides, [&](auto v, auto k) {
-    const unsigned groups = kThreads / a.lanes;
-    launch(attention_inputs_fwd_kernel<decltype(v)::value, decltype(k)::value, T>, Grid{blocks_of(rows, groups), sides}, kThreads, a);
+    constexpr uint32_t each = kHeads<decltype(k)::value>;
+    uint32_t units = 0;
+    for (unsigned i = 0; i < sides; ++i) {
+      Side<T>& s = a.side[i];
+      s.units = Divisor((s.heads.size + each - 1) / each);
+      if (s.rows) units = std::max(units, s.rows / uint32_t(s.heads.size) * uint32_t(s.units.size));
+    }
+    if (units == 0) return;
+    const Grid grid{blocks_of(units, kForward / a.lanes), sides};
+    launch(attention_inputs_fwd_kernel<decltype(v)::value, decltype(k)::value, T>, grid, kForward, a);
   });
 }
 
@@ -391,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(
                       {k, {}, k_norm, l_k, p_k, n, bool(cos), k, k, k, k, k},
                       {v, {}, {}, l_v, p_v, n, false, k, k, k, k, k}};
     const Tabled<T> tables = tabled<T>(cos, sin, k);
-    Args<T> a{{}, tables.tables, uint32_t(M), uint32_t(d), 0, acc_t<T>(offset), acc_t<T>(eps), false};
+    Args<T> a{{}, tables.tables, uint32_t(M), uint32_t(d), 0, 0, acc_t<T>(offset), acc_t<T>(eps), false};
     unsigned sides = 0;
     for (unsigned i = 0; i < 3; ++i)
       if (given[i].x) a.side[sides++] = side<T>(given[i], k, &y[i]);
@@ -418,7 +480,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
                       {k, dk, k_norm, l_k, {}, 0, bool(cos), dk, dk, dk, dk, dk},
                       {v, dv, {}, l_v, {}, 0, false, dk, dk, dk, dk, dk}};
     const Tabled<T> tables = tabled<T>(cos, sin, dk);
-    Args<T> a{{}, tables.tables, uint32_t(M), uint32_t(d), 0, A(offset), A(eps), true};
+    Args<T> a{{}, tables.tables, uint32_t(M), uint32_t(d), 0, 0, A(offset), A(eps), true};
     unsigned sides = 0, of[3];
     bool sums = false;
     for (unsigned i = 0; i < 3; ++i) {
@@ -440,12 +502,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
       const unsigned groups = kThreads / a.lanes;
       for (unsigned i = 0; i < sides; ++i) {
         Side<T>& s = a.side[i];
-        STD_TORCH_CHECK(s.heads > 0, "attention_inputs_bwd: no heads");
+        const uint32_t heads = uint32_t(s.heads.size);
+        STD_TORCH_CHECK(heads > 0, "attention_inputs_bwd: no heads");
         const bool walks = dnorm[of[i]].numel() || dfactor[of[i]].numel();
         norm |= s.norm.data != nullptr, dnorms |= dnorm[of[i]].numel() > 0, dfactors |= dfactor[of[i]].numel() > 0;
         s.blocks = blocks_of(s.rows, groups);
-        if (walks) s.blocks = std::max(std::min(unsigned(kParts), s.blocks), blocks_of(s.heads, groups));
-        s.walks = s.blocks * groups / s.heads * s.heads;
+        if (walks) s.blocks = std::max(std::min(unsigned(kParts), s.blocks), blocks_of(heads, groups));
+        s.walks = s.blocks * groups / heads * heads;
         if (!walks) s.walks = std::max(s.walks, s.rows);
         most = std::max(most, s.blocks);
         if (dnorm[of[i]].numel()) norm_part[i] = make_empty(dk, {s.blocks * d}, acc_type(dk)), s.dnorm = write<A>(norm_part[i]);
@@ -468,7 +531,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
       for (unsigned i = 0; i < sides; ++i) {
         const Side<T>& s = a.side[i];
         if (s.dnorm) sum_parts<A>(s.dnorm, int(s.blocks), d, dnorm[of[i]], launch);
-        if (s.dfactor) sum_parts<A>(s.dfactor, int(s.walks / s.heads), int64_t(s.heads) * d, dfactor[of[i]], launch);
+        if (s.dfactor) sum_parts<A>(s.dfactor, int(s.walks / s.heads.size), s.heads.size * d, dfactor[of[i]], launch);
       }
     });
   });

@@ -114,6 +114,32 @@ inline Rows rows_of(const Tensor& x) {
   return {torch::stable::contiguous(x), count, n, n};
 }
 
+#ifdef __CUDACC__
+#define FASTPEFT_BOTH __host__ __device__
+#else
+#define FASTPEFT_BOTH
+#endif
+
+// What rows are divided by: 32-bit ones by a multiplication, where a GPU's division takes some 20 instructions (Granlund, Montgomery,
+// "Division by invariant integers using multiplication", 1994, figure 4.1).
+struct Divisor {
+  int64_t size = 1;
+  uint32_t factor = 1, first = 0, then = 0;
+  Divisor() = default;
+  explicit Divisor(int64_t n) : size(n) {
+    uint32_t bits = 0;
+    while (bits < 32 && int64_t(1) << bits < n) ++bits;
+    if (n > 0 && n <= int64_t(1) << 32) factor = uint32_t(((((uint64_t(1) << bits) - n) << 32) / n) + 1);
+    first = std::min(bits, 1u), then = bits - first;
+  }
+  FASTPEFT_BOTH uint32_t under(uint32_t row) const {
+    const uint32_t high = uint32_t((uint64_t(row) * factor) >> 32);
+    return (high + ((row - high) >> first)) >> then;
+  }
+  template <class I>
+  FASTPEFT_BOTH I under(I row) const { return row / I(size); }
+};
+
 // Where row r of a tensor begins, for a tensor that broadcasts against x: its leading dimensions walk with x's, size 1 stands still.
 // `over(i)`: whether rows are counted along dimension i; along the others the walk stays at their beginning.
 class Walk {
@@ -127,33 +153,35 @@ class Walk {
       const int64_t size = over(i) ? x.size(i) : 1, stride = i < pad || t.size(i - pad) == 1 ? 0 : t.stride(i - pad);
       if (size == 1) continue;
       if (dims_ && stride_[dims_ - 1] == size * stride) {  // one dimension with the one outside: a division less at every row
-        size_[dims_ - 1] *= size, stride_[dims_ - 1] = stride;
+        size_[dims_ - 1] = Divisor(size_[dims_ - 1].size * size), stride_[dims_ - 1] = stride;
       } else {
-        size_[dims_] = size, stride_[dims_++] = stride;
+        size_[dims_] = Divisor(size), stride_[dims_++] = stride;
       }
     }
   }
-  template <class I>
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  int64_t operator()(I row) const {  // I: uint32_t where rows fit, which a GPU divides several times faster
+  // STRAIGHT: rows are known to lie one stride apart.
+  template <bool STRAIGHT = false, class I>
+  FASTPEFT_BOTH int64_t operator()(I row) const {  // I: uint32_t where rows fit
     int64_t offset = 0;
-    for (int64_t i = dims_ - 1; i > 0; --i) {
-      const I q = row / I(size_[i]);
-      offset += int64_t(row - q * I(size_[i])) * stride_[i];
+    for (int64_t i = dims_ - 1; !STRAIGHT && i > 0; --i) {
+      const I q = size_[i].under(row);
+      offset += int64_t(row - q * I(size_[i].size)) * stride_[i];
       row = q;
     }
-    return dims_ ? offset + int64_t(row) * stride_[0] : 0;
+    return offset + int64_t(row) * stride_[0];
   }
-  int64_t rows() const { return std::accumulate(size_, size_ + dims_, int64_t(1), std::multiplies<int64_t>()); }
+  bool straight() const { return dims_ <= 1; }
+  int64_t rows() const {
+    return std::accumulate(size_, size_ + dims_, int64_t(1), [](int64_t rows, const Divisor& d) { return rows * d.size; });
+  }
   bool strides_are_multiples_of(int64_t n) const {
     return std::all_of(stride_, stride_ + dims_, [n](int64_t stride) { return stride % n == 0; });
   }
 
  private:
   static constexpr int64_t kMax = 7;
-  int64_t dims_ = 0, size_[kMax], stride_[kMax];
+  int64_t dims_ = 0, stride_[kMax] = {};
+  Divisor size_[kMax];
 };
 
 }  // namespace fastpeft

@@ -191,18 +191,29 @@ template <class T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
   __device__ static Pack load(const T* from) { return *reinterpret_cast<const Pack*>(from); }
-  // What nobody reads again and no kernel writes meanwhile: it leaves the first-level cache to parameters.
-  __device__ static Pack load_once(const T* from) {
+  // Zeros where it is not wanted. In words and by one predicated instruction: of a Pack that is read in a branch, nvcc merges 16-bit elements
+  // with the zeros one by one. ONCE: nobody reads it again and no kernel writes it meanwhile; it leaves the first-level cache to parameters.
+  template <bool ONCE = false>
+  __device__ static Pack load_where(bool wanted, const T* from) {
 #ifndef FASTPEFT_EMULATED
     if constexpr (sizeof(Pack) == 16) {
       uint32_t w[4];
-      asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
+      if constexpr (ONCE)
+        asm volatile(
+            "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+            "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];}"
+            : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from), "r"(unsigned(wanted)));
+      else
+        asm volatile(
+            "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+            "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+            : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from), "r"(unsigned(wanted)) : "memory");
       Pack p;
       memcpy(p.v, w, 16);
       return p;
     }
 #endif
-    return load(from);
+    return wanted ? load(from) : Pack{};
   }
   __device__ void store(T* to) const {
 #ifndef FASTPEFT_EMULATED
@@ -238,6 +249,15 @@ __device__ inline void store(const A (&v)[V], A* to) {
     for (int e = 0; e < each; ++e) some.v[e] = v[i + e];
     *reinterpret_cast<Pack<A, each>*>(to + i) = some;
   }
+}
+
+// V accumulators rounded to T, in one instruction for each 16 bytes.
+template <class T, int V>
+__device__ inline void store_as(const acc_t<T> (&v)[V], T* to) {
+  Pack<T, V> out;
+#pragma unroll
+  for (int e = 0; e < V; ++e) out.v[e] = static_cast<T>(v[e]);
+  out.store(to);
 }
 
 // A Pack's elements in the accumulator's type. Of bfloat16 both halves of a word in one instruction each: nvcc takes two for the upper one.

@@ -10,18 +10,22 @@ constexpr int kThreads = 256;
 struct Four {
   uint32_t v[4];
 };
-__device__ inline uint32_t high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
-__device__ inline Four philox(uint64_t key, uint64_t counter) {
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32), c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
+// Those of counters `first` to first + N - 1, side by side, which share the keys' rounds; each product once, for both of its halves: as two
+// nvcc makes it twice.
+template <int N>
+__device__ inline void philox(uint64_t key, uint64_t first, Four (&out)[N]) {
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#pragma unroll
+  for (int n = 0; n < N; ++n) out[n] = {{uint32_t(first + n), uint32_t((first + n) >> 32), 0, 0}};
 #pragma unroll
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const uint32_t was0 = c0, was2 = c2;
-    c0 = high(0xCD9E8D57u, was2) ^ c1 ^ k0;
-    c2 = high(0xD2511F53u, was0) ^ c3 ^ k1;
-    c1 = 0xCD9E8D57u * was2;
-    c3 = 0xD2511F53u * was0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      uint32_t(&c)[4] = out[n].v;
+      const uint64_t one = uint64_t(0xD2511F53u) * c[0], two = uint64_t(0xCD9E8D57u) * c[2];
+      out[n] = {{uint32_t(two >> 32) ^ c[1] ^ k0, uint32_t(two), uint32_t(one >> 32) ^ c[3] ^ k1, uint32_t(one)}};
+    }
   }
-  return {{c0, c1, c2, c3}};
 }
 
 template <class T>
@@ -35,33 +39,32 @@ struct Args {
   acc_t<T> scale;
 };
 
+template <class T>
+__device__ inline T kept(const Args<T>& a, acc_t<T> x, uint32_t number) {
+  return static_cast<T>(number >= a.least ? x * a.scale : acc_t<T>(0));
+}
+
 template <int V, class T>
-__global__ void __launch_bounds__(kThreads) dropout_kernel(Args<T> a) {
-  using P = Pack<T, V>;
+__global__ void __launch_bounds__(kThreads, 8) dropout_kernel(Args<T> a) {
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   if (i >= a.n) return;
   const uint64_t key = uint64_t(a.on_card ? *a.on_card : a.seed) + uint64_t(a.index);
-  const bool whole = i + V <= a.n;
-  P pack;
-  if (whole) {
-    pack = P::load(a.x + i);
-  } else {
+  if (V > 1 && i + V <= a.n) {
+    auto pack = Pack<T, V>::load(a.x + i);
+    Four drawn[(V + 3) / 4];
+    philox(key, uint64_t(i) / 4, drawn);
+    acc_t<T> v[V];
+    widen(pack, v);
 #pragma unroll
-    for (int e = 0; e < V; ++e) pack.v[e] = i + e < a.n ? a.x[i + e] : T(0.0f);
+    for (int e = 0; e < V; ++e) pack.v[e] = kept(a, v[e], drawn[e / 4].v[V < 4 ? (i + e) % 4 : e % 4]);
+    return pack.store(a.y + i);
   }
-#pragma unroll
-  for (int first = 0; first < V; first += 4) {
-    const Four four = philox(key, uint64_t(i + first) / 4);
-#pragma unroll
-    for (int e = first; e < (V < first + 4 ? V : first + 4); ++e) {
-      const uint32_t number = V < 4 ? four.v[(i + e) % 4] : four.v[e % 4];
-      pack.v[e] = number >= a.least ? static_cast<T>(static_cast<acc_t<T>>(pack.v[e]) * a.scale) : T(0.0f);
-    }
+#pragma unroll 1
+  for (int64_t at = i; at < min(i + V, a.n); ++at) {
+    Four drawn[1];
+    philox(key, uint64_t(at) / 4, drawn);
+    a.y[at] = kept(a, static_cast<acc_t<T>>(a.x[at]), drawn[0].v[at % 4]);
   }
-  if (whole) return pack.store(a.y + i);
-#pragma unroll
-  for (int e = 0; e < V; ++e)
-    if (i + e < a.n) a.y[i + e] = pack.v[e];
 }
 
 Tensor apply(const Tensor& from, double p, const Tensor& seed, int64_t index) {

@@ -56,14 +56,14 @@ __global__ void __launch_bounds__(512) norm_fwd_kernel(NormFwd<T> a, unsigned pe
   if (r >= a.rows) return;  // the whole group
   auto mine = [&](int k) { return group.lane + k * per_row < packs; };
   const unsigned first = group.lane * V, each = per_row * V;
-  P x[K] = {}, other[K] = {};
+  P x[K], other[K];
   const T *from = a.x + r * a.x_stride + first, *add_from = RESIDUAL ? a.residual + r * a.residual_stride + first : nullptr;
 #pragma unroll
-  for (int k = 0; k < K; ++k)
-    if (mine(k)) x[k] = P::load_once(from + k * each);
+  for (int k = 0; k < K; ++k) x[k] = P::template load_where<true>(mine(k), from + k * each);
+  if constexpr (RESIDUAL) {
 #pragma unroll
-  for (int k = 0; k < K; ++k)
-    if (RESIDUAL && mine(k)) other[k] = P::load_once(add_from + k * each);
+    for (int k = 0; k < K; ++k) other[k] = P::template load_where<true>(mine(k), add_from + k * each);
+  }
   A sum[V] = {};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -71,8 +71,10 @@ __global__ void __launch_bounds__(512) norm_fwd_kernel(NormFwd<T> a, unsigned pe
     widen(x[k], v);
     if constexpr (RESIDUAL) {
       widen(other[k], add);
+      P sum_of_both;
 #pragma unroll
-      for (int e = 0; e < V; ++e) x[k].v[e] = static_cast<T>(v[e] + add[e]);
+      for (int e = 0; e < V; ++e) sum_of_both.v[e] = static_cast<T>(v[e] + add[e]);
+      x[k] = sum_of_both;
       if (mine(k)) x[k].store(a.h + r * a.n + first + k * each);
       widen(x[k], v);
     }
@@ -106,9 +108,9 @@ __global__ void __launch_bounds__(512) norm_fwd_kernel(NormFwd<T> a, unsigned pe
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const A x_hat = (v[e] - mean) * rstd;
-      x[k].v[e] = static_cast<T>(CENTER ? x_hat * weight[e] + bias[e] : x_hat * weight[e]);
+      v[e] = CENTER ? x_hat * weight[e] + bias[e] : x_hat * weight[e];
     }
-    x[k].store(a.y + r * a.n + first + k * each);
+    store_as<T>(v, a.y + r * a.n + first + k * each);
   }
   keep_statistics<CENTER>(a, r, mean, rstd, group);
 }

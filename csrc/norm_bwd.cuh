@@ -143,13 +143,12 @@ __global__ void __launch_bounds__(bwd_threads(K), bwd_blocks(DX, PARAMS, CARRY, 
         widen(dy[k], d);
         widen(h[k], x);
         if (CARRY) widen(dh[k], add);
-        P out;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const A dx = d[e] * weight[k][e] * rstd + c1 + (x[e] - mean) * c2;
-          out.v[e] = static_cast<T>(CARRY ? dx + add[e] : dx);
+          d[e] = CARRY ? dx + add[e] : dx;
         }
-        out.store(to + k * per_row * V);
+        store_as<T>(d, to + k * per_row * V);
       }
       to += step * a.n;
     }

@@ -24,8 +24,10 @@ struct Args {
   unsigned across, column_blocks;  // threads along a row
 };
 
-template <int V, class T>
-__global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
+// STRAIGHT: the rows that meet one row of scale lie one stride apart in all tensors. SUM: with the code for dscale, whose second input and sums
+// take registers; without, five blocks share a multiprocessor.
+template <int V, bool STRAIGHT, bool SUM, class T>
+__global__ void __launch_bounds__(kThreads, SUM ? 2 : 5) rescale_kernel(const __grid_constant__ Args<T> a) {
   using A = acc_t<T>;
   using P = Pack<T, V>;
   const unsigned column_block = blockIdx.x % a.column_blocks, block = blockIdx.x / a.column_blocks;
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
   if (mine && a.column) a.scale.template load<V>(k * a.n + j, scale);
 #pragma unroll
   for (int e = 0; e < V; ++e) scale[e] = a.column ? scale[e] : a.scale[k];
-  const T *from_row = a.from + a.from_at.own(k) + j, *x_row = a.x ? a.x + a.x_at.own(k) + j : nullptr;
+  const T *from_row = a.from + a.from_at.own(k) + j, *x_row = SUM && a.x ? a.x + a.x_at.own(k) + j : nullptr;
   T* to_row = a.to ? a.to + a.to_at.own(k) + j : nullptr;
   const int64_t end = mine ? min(int64_t(a.rows), (int64_t(chunk) + 1) * a.chunk) : 0;
   for (int64_t first = int64_t(chunk) * a.chunk + y; first < end; first += kAtOnce * down) {
@@ -45,8 +47,8 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int64_t i = first + u * down;
-      if (i < end) from[u] = P::load(from_row + a.from_at.shared(uint32_t(i)));
-      if (i < end && x_row) other[u] = P::load(x_row + a.x_at.shared(uint32_t(i)));
+      if (i < end) from[u] = P::load(from_row + a.from_at.shared.template operator()<STRAIGHT>(uint32_t(i)));
+      if (i < end && x_row) other[u] = P::load(x_row + a.x_at.shared.template operator()<STRAIGHT>(uint32_t(i)));
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
@@ -58,12 +60,12 @@ __global__ void __launch_bounds__(kThreads, 2) rescale_kernel(Args<T> a) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         if (x_row) sum[e] += v[e] * w[e];
-        from[u].v[e] = static_cast<T>(v[e] * scale[e]);
+        v[e] *= scale[e];
       }
-      if (to_row) from[u].store(to_row + a.to_at.shared(uint32_t(i)));
+      if (to_row) store_as<T>(v, to_row + a.to_at.shared.template operator()<STRAIGHT>(uint32_t(i)));
     }
   }
-  if (!a.x) return;
+  if (!SUM || !a.x) return;
   if (!a.column) {
     double total = 0;  // of very many elements where one number scales all
 #pragma unroll
@@ -119,8 +121,12 @@ void run(const Tensor& from, const Maybe& x, const Tensor& scale, const Tensor* 
     const Tensor part = make_empty(from, {dscale ? parts * size : 0}, acc_type(from));
     a.part = write<A>(part);
     const Grid grid{sets * a.chunks};
-    if (whole) launch(rescale_kernel<V, T>, grid, kThreads, a);
-    else launch(rescale_kernel<1, T>, grid, kThreads, a);
+    const bool straight = a.from_at.shared.straight() && a.x_at.shared.straight() && a.to_at.shared.straight();
+    const auto kernel = !whole      ? rescale_kernel<1, false, true, T>
+                        : !straight ? rescale_kernel<V, false, true, T>
+                        : dscale    ? rescale_kernel<V, true, true, T>
+                                    : rescale_kernel<V, true, false, T>;
+    launch(kernel, grid, kThreads, a);
     if (dscale) sum_parts(read<A>(part), int(parts), size, *dscale, launch);
   });
 }

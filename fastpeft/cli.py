@@ -207,6 +207,8 @@ def _quiet_transformers() -> None:
 def _run() -> int:
     try:
         code = app(standalone_mode=False)
+    except KeyboardInterrupt:  # before typer, which ends commands so, is there
+        return 130
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except OptionError as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastpeft.cli_options import Json, emit, printable
+from fastpeft.cli_options import Json, emit, printable, say
 
 
 def study(
@@ -29,7 +28,7 @@ def study(
         how = {"scale": scale, "steps": steps, "side_by_side": side_by_side, "device": device, "say": _tell}
         results = run_study(file, out, data=data_folders(file, data or []), **how)
     except KeyboardInterrupt as error:
-        print(printable(f"fastpeft: {error or 'interrupted'}"), file=sys.stderr)
+        say(str(error) or "interrupted")
         raise typer.Exit(getattr(error, "exit_status", 130)) from None
     tables = [name for name in results["files"] if name.endswith(".md")]
     lines = [Path(name).read_text(encoding="utf-8") for name in tables]

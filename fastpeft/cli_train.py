@@ -109,6 +109,8 @@ def estimate(
 ) -> None:
     """FLOPs and memory of a training step, without running it; with --data, of a step on these data, and how long a run takes here; on
     several devices (--world) also what travels; of several adapters in one run (--adapters) the memory of one base and each one's own."""
+    if gpu_memory is not None:
+        bytes_of(gpu_memory)
     from fastpeft.cost.several_devices import Links
     from fastpeft.models import resolve
     from fastpeft.plan import plan_for

@@ -16,7 +16,8 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # each backend raises another type
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device {name!r} cannot be used here (use {there}): {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 

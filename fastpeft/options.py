@@ -207,8 +207,8 @@ def _named(*classes: type) -> Iterator[tuple[str, FieldOption, bool]]:
 
 
 def canonical(given: Mapping[str, Any], *classes: type) -> dict[str, Any]:
-    """``given`` under the fields' own names; "a,b" of a list of texts split. ValueError where two names say the same thing, or a switch
-    is no switch."""
+    """``given`` under the fields' own names; several values as a tuple, "a,b" split. ValueError where two names say the same thing, or a
+    switch is no switch."""
     other, found = {name: (field.name, off) for name, field, off in _named(*classes)}, {}
     many = {field.name for cls in classes for field in fields(cls) if field.many}
     for said, value in given.items():
@@ -218,7 +218,9 @@ def canonical(given: Mapping[str, Any], *classes: type) -> dict[str, Any]:
                 raise OptionError(f"{said} must be true or false, not {value!r}", name)
             value = not value
         if name in many and isinstance(value, str):
-            value = value.split(",")
+            value = tuple(part.strip() for part in value.split(","))
+        elif name in many and isinstance(value, list):  # as YAML and typer have several values
+            value = tuple(value)
         if name in found and found[name] != value:
             raise OptionError(f"{said} and {name} are the same option: give one of them", name)
         found[name] = value

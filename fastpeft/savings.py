@@ -29,6 +29,11 @@ def forced(saving: str) -> bool | None:
     return _forced.get(saving)
 
 
+def state() -> tuple:
+    """What is switched off and what is forced, now."""
+    return tuple(sorted(_off)), tuple(sorted(_forced.items()))
+
+
 @contextmanager
 def force(saving: str, use: bool) -> Iterator[None]:
     """Inside, a saving that is chosen by its cost ("absorb") is used wherever it is exact, or nowhere."""

@@ -33,15 +33,21 @@ class Sizes(NamedTuple):
 
 
 class Seeds:
-    """Seeds of dropout, drawn on the device from a counter that :meth:`advance` adds one to: the same for the same counter and ``seed``."""
+    """Seeds of dropout, drawn on the device: the same for the same ``seed``, step (:meth:`start`) and place in it (:meth:`advance`)."""
 
     AT_ONCE = 1024
+    PLACES = 1 << 20  # of batches in a step
 
     def __init__(self, seed: int, device: torch.device):
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self.seed, self.drawn, self.used = seed, None, 0
+        self.seed, self.drawn, self.used = int(mixed(torch.tensor(seed))), None, 0  # mixed: no step of a run is one of another's
+
+    def start(self, step: int) -> None:
+        """Of the step's batches, the next is the first."""
+        self.counter.fill_(step * self.PLACES)
 
     def advance(self) -> None:
+        """To the step's next batch."""
         self.counter.add_(1)
         self.drawn, self.used = None, 0
 
@@ -50,7 +56,7 @@ class Seeds:
         at = self.used % self.AT_ONCE
         if at == 0:
             number = torch.arange(self.used, self.used + self.AT_ONCE, device=self.counter.device)
-            self.drawn = mixed(mixed(self.counter + (self.seed << 20)) + number) >> 33 & 0x3FFFFFFF
+            self.drawn = mixed(mixed(self.counter + self.seed) + number) >> 33 & 0x3FFFFFFF
         self.used += 1
         return self.drawn[at : at + 1]
 

@@ -6,7 +6,7 @@
     text: L^T, or dU = dS N^T and dN = U^T dS, dS = A (dA - rowsum(A dA))         _excitor_scores_kernel
           dP = g Y, dg_h = <Y_h, P_h>                                             _excitor_table_kernel
 
-Shapes: k [B, H, M, d], any strides; u [B, M, r]; n [B or 1, r, K + V]; z [B, V, r]; prompt [K, C]; wv_up [C, r]; gate [H];
+Shapes: k [B, H / GROUPS, M, d], any strides; u [B, M, r]; n [B or 1, r, K + V]; z [B, V, r]; prompt [K, C]; wv_up [C, r]; gate [H];
 L [B M, KR], R [KR, C], KR = K + r or K. A program owns BLOCK_M rows and STEPS blocks of columns: it makes A for itself, from r numbers a
 row, once for all columns where the rows alone give programs enough. With a program for each block of columns the merge took some 150 us
 of an H200 at 8192 x 4096, where k's bytes ask for 37: 8,192 programs each waited for their scores. Softmax and accumulation in float32.
@@ -106,8 +106,8 @@ def _extra(
 def _excitor_merge_fwd_kernel(
     k_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, out_ptr,
     M, C, D, K, V, R, STEPS, stride_kb, stride_kh, stride_km, stride_kd, stride_nb,
-    IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid_c, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
@@ -120,7 +120,7 @@ def _excitor_merge_fwd_kernel(
         offs_c = (pid_c * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         mask = mask_m[:, None] & mask_c
-        k_ptrs = k_ptr + offs_m[:, None] * stride_km + (offs_c // D) * stride_kh + (offs_c % D) * stride_kd
+        k_ptrs = k_ptr + offs_m[:, None] * stride_km + (offs_c // D // GROUPS) * stride_kh + (offs_c % D) * stride_kd
         k = tl.load(k_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
         extra = _extra(prob, e, prompt_ptr, up_ptr, offs_c, mask_c, C, K, R, IMAGE, BLOCK_K, BLOCK_R, precision)
         gate = tl.load(gate_ptr + offs_c // D, mask=mask_c, other=0.0).to(tl.float32)
@@ -132,8 +132,8 @@ def _excitor_turn_fwd_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, u_ptr, n_ptr, z_ptr, prompt_ptr, up_ptr, gate_ptr, turned_ptr, out_ptr,
     M, C, HALF, K, V, R, STEPS, stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_km, stride_kd,
     stride_tb, stride_tm, stride_nb,
-    IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """HALF: half of a head's channels, BLOCK_D at most; a program's STEPS heads."""
     pid_h, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -157,8 +157,8 @@ def _excitor_turn_fwd_kernel(
         q2 = tl.load(q_ptrs + head * stride_qh + HALF * stride_qd, mask=mask, other=0.0).to(tl.float32)
         tl.store(turned_ptr + out, (q1 * c1 - q2 * s1).to(dtype), mask=mask)
         tl.store(turned_ptr + out + HALF, (q2 * c2 + q1 * s2).to(dtype), mask=mask)
-        k1 = tl.load(k_ptrs + head * stride_kh, mask=mask, other=0.0).to(tl.float32)
-        k2 = tl.load(k_ptrs + head * stride_kh + HALF * stride_kd, mask=mask, other=0.0).to(tl.float32)
+        k1 = tl.load(k_ptrs + head // GROUPS * stride_kh, mask=mask, other=0.0).to(tl.float32)
+        k2 = tl.load(k_ptrs + head // GROUPS * stride_kh + HALF * stride_kd, mask=mask, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + head).to(tl.float32)
         extra = _extra(prob, e, prompt_ptr, up_ptr, columns, mask_d, C, K, R, IMAGE, BLOCK_K, BLOCK_R, precision)
         tl.store(out_ptr + out, (k1 * c1 - k2 * s1 + gate * extra).to(dtype), mask=mask)
@@ -217,7 +217,7 @@ def _launch(kernel, k, u, n, z, prompt, wv_up, gate, columns, config, **own):
     n = n.contiguous()
     kernel[grid](
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
-        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps,
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps, GROUPS=gate.shape[0] // k.shape[1],
         **_strides("k", k), stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
         BLOCK_M=config.BLOCK_M, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R), num_warps=config.num_warps, **own,
     )  # fmt: skip
@@ -236,8 +236,8 @@ def excitor_merge_fwd(k, u, n, z, prompt, wv_up, gate):
 
 
 def excitor_turn_fwd(q, k, cos, sin, u, n, z, prompt, wv_up, gate):
-    """(Q', K') [B, M, C] of q and k [B, H, M, d], d even, and tables [B or 1, M, d]."""
-    (B, H, M, D), C = k.shape, prompt.shape[1]
+    """(Q', K') [B, M, C] of q [B, H, M, d] and k [B, H or a divisor of it, M, d], d even, and tables [B or 1, M, d]."""
+    (B, H, M, D), C = q.shape, prompt.shape[1]
     turned, out = k.new_empty(B, M, C), k.new_empty(B, M, C)
     cos, sin = cos.contiguous(), sin.contiguous()
     _launch(
@@ -303,14 +303,14 @@ def aot_cases(shared: int):
             pointers = {f"{n}_ptr": f"*{dtype}" for n in ("k", "u", "n", "z", "prompt", "up", "gate", "out")}
             names = ("M", "C", "D", "K", "V", "R", "STEPS", "stride_kb", "stride_kh", "stride_km", "stride_nb")
             blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_C": config.BLOCK_C, "BLOCK_K": 32, "BLOCK_V": 32, "BLOCK_R": 16}
-            constants = blocks | {"stride_kd": 1, "IMAGE": image, "IEEE": True, "STAGES": config.STAGES}
+            constants = blocks | {"stride_kd": 1, "GROUPS": 1, "IMAGE": image, "IEEE": True, "STAGES": config.STAGES}
             options = {"num_warps": config.num_warps}
             yield name, _excitor_merge_fwd_kernel, pointers | dict.fromkeys(names, "i32"), constants, options
             if size == 4:  # spills, and is left to the parts
                 continue
             turning = pointers | {f"{n}_ptr": f"*{dtype}" for n in ("q", "turned")} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
             strides = (f"stride_{n}" for n in ("qb", "qh", "qm", "kb", "kh", "km", "tb", "tm", "nb"))
-            blocks |= {"BLOCK_D": 64, "IMAGE": image, "IEEE": True, "STAGES": config.STAGES, "stride_qd": 1, "stride_kd": 1}
+            blocks |= {"BLOCK_D": 64, "GROUPS": 1, "IMAGE": image, "IEEE": True, "STAGES": config.STAGES, "stride_qd": 1, "stride_kd": 1}
             signature = turning | dict.fromkeys(("M", "C", "HALF", "K", "V", "R", "STEPS", *strides), "i32")
             constants = {n: of for n, of in blocks.items() if n != "BLOCK_C"}
             yield name.replace("fwd", "turn"), _excitor_turn_fwd_kernel, signature, constants, options

@@ -374,3 +374,16 @@ def test_a_killed_process_resumes_to_the_bit(ok, runs, train, tmp_path):
         one, other = (tmp_path / name / "adapter" / part / "adapter_model.safetensors" for name in ("run", "whole"))
         assert one.read_bytes() == other.read_bytes()
     assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("command", [[], ["study", "file.yaml", "--out", "out"]])
+def test_interrupts_before_anything_runs_end_without_a_traceback(command, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastpeft.study.runner.run_study" if command else "fastpeft.cli.app", interrupted)
+    monkeypatch.setattr("fastpeft.study.file.data_folders", lambda *args: {})
+    monkeypatch.setattr(sys, "argv", ["fastpeft", *command])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == ("fastpeft: interrupted\n" if command else "")

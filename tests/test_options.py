@@ -1,5 +1,6 @@
 """Options declared once: checks, other names, defaults, and the command line's and YAML's readings of them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -146,6 +147,7 @@ main()
         (["train", "--steps", "0", "--data", "x", "--out", "y"], 2, "steps must be a whole number of 1 or more, not 0 (option '--steps')"),
         (["train", "--per_device_train_batch_size=0", "--data", "x", "--out", "y"], 2, "batch_size must be a whole number"),
         (["train", "--data", "x"], 2, "--out is missing"),
+        (["train", "--track", "wandb,comet", "--data", "x", "--out", "y"], 2, "no tracker is called comet"),
         (["eval", "--adapter", "x", "--data", "y", "--top-p", "2"], 2, "top_p must be a number from 0 to 1, not 2.0"),
     ],
 )
@@ -176,3 +178,19 @@ def test_metrics_are_chosen_alike_everywhere(tmp_path):
     (chosen,) = split(read_yaml(file), MetricOptions)
     given = {"metrics": ("rouge", "bertscore"), "bertscore_model": "bert", "bertscore_layer": 9, "bertscore_idf": True, "wordnet": "wn"}
     assert chosen.chosen() == given | {"bertscore_baseline": None}
+
+
+SEVERAL = {"allow_change": ("seed", "steps"), "languages": ("en", "zh"), "metrics": ("rouge", "tokens"), "track": ("wandb", "mlflow")}
+
+
+def test_several_values_are_taken_alike_everywhere(tmp_path):
+    assert SEVERAL.keys() == {f.name for made in RECIPE for f in fields(made) if f.many} - {"stages"}
+    for cls, field in ((made, f) for made in RECIPE for f in fields(made) if f.name in SEVERAL):
+        values = SEVERAL[field.name]
+        needed = {"data": "x", "out": "y"}
+        needed = {f.name: needed[f.name] for f in fields(cls) if f.name in needed}
+        for given in (values, list(values), ",".join(values), ", ".join(values)):
+            assert getattr(cls(**{field.name: given}, **needed), field.name) == values
+            file = tmp_path / "a.yaml"
+            file.write_text(json.dumps({field.name: given} | needed))
+            assert getattr(split(read_yaml(file), cls)[0], field.name) == values

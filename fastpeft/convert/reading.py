@@ -133,7 +133,9 @@ def _read_pickle(path: Path, stand_ins=_STAND_INS):
             ) from None
         refused = re.findall(r"GLOBAL (\S+)", str(error))
         if not refused:
-            reason = next(iter(str(error).splitlines()), repr(error))
+            # torch's own first line is advice to load it without weights_only
+            inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+            reason = inner[1] if inner else next(iter(str(error).splitlines()), repr(error))
             raise ValueError(f"no PyTorch checkpoint, or a truncated one: {reason[:200]}") from None
     raise ValueError(f"holds {listing(refused)}, not only tensors: refused, as loading it could run code")
 

@@ -186,7 +186,7 @@ class ImageFinder:
                 continue
             path = place.resolve()
             if not any(path.is_relative_to(base) for base in self._allowed()):
-                raise BadEntry("unsafe image path", refused + "it leaves the data folder through a symbolic link")
+                raise BadEntry("unsafe image path", refused + "it leaves the data folder through a symbolic link: copy it in (cp -L)")
             return path
         looked = ", ".join(dict.fromkeys(str(place.parent.relative_to(self.root)) for place in places))
         raise BadEntry("missing image", f"image {name!r} not found in {self.root} (looked in {looked})")

@@ -107,6 +107,8 @@ def load_image(image, max_pixels: int | None = None):
             return _to_rgb(image)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's own limit; ours is below, and an error
+            if max_pixels > MAX_PIXELS and (Image.MAX_IMAGE_PIXELS or max_pixels) < max_pixels:
+                Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow would refuse more than twice its own number, whatever was allowed here
             with Image.open(path, formats=FORMATS) as opened:
                 _check_size(opened, max_pixels)
                 opened.load()
@@ -114,7 +116,7 @@ def load_image(image, max_pixels: int | None = None):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: image too large to decode safely ({error})") from None
+        raise ValueError(f"{path}: image too large to decode safely ({error}): make it smaller, or raise max_pixels") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise ValueError(f"{path}: not an image that Pillow can read as one of {known} (corrupt, or another kind of file)") from None

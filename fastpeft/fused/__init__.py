@@ -18,4 +18,6 @@ from fastpeft.fused import (  # noqa: F401
     pooled,
     stack_blip,
     stack_llama,
+    token_classifiers,
+    unread_layers,
 )

@@ -20,7 +20,9 @@ from fastpeft.fused.encoder_decoder import ENCODER_STATE, labels_handed_to, read
 from fastpeft.fused.flatten import why_not_flat
 from fastpeft.fused.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.outputs import can_defer, with_deferred_logits
+from fastpeft.fused.stack_rows import standing_in
 from fastpeft.fused.state_reads import reads_labels_alone
+from fastpeft.fused.token_heads import labelled_call, token_path
 from fastpeft.labels import IGNORE_INDEX, next_labels
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
@@ -77,25 +79,26 @@ class FusedLanguageModel:
         reads = self._reads(given, head) if self.lean_logits else {}
         masked = any(read is None or read.mask is not None for read in reads.values())
         # without a mask, position_ids may mark packed samples, but only where there is no cache
-        if reads and (masked or given.get("position_ids") is None) and not args and self._may_leave_out_cache(given):
+        if reads and (masked or given.get("position_ids") is None) and not args and may_leave_out_cache(self, given):
             kwargs["use_cache"] = False
-        with lazy_head(head), read_at(reads) as at_tokens:
+        call = labelled_call(self, given) if self.lean_logits and not reads and returns_names(self, given) else None
+        with standing_in(self, call), lazy_head(head), read_at(reads) as at_tokens:
             output = super().forward(*args, **kwargs)
             left_out = any(reads[stack] is None for stack in at_tokens)
         if left_out and isinstance(output, ModelOutput) and ENCODER_STATE in output:  # where the encoder had padding
-            _leave_out(output, ENCODER_STATE)
+            leave_out(output, ENCODER_STATE)
         return _handed_out(output, self.lean_logits)
 
     def _reads(self, given: dict[str, Any], head: nn.Module) -> dict[nn.Module, Read | None]:
         """Where the last hidden states of stacks are read (None: at the tokens of its mask), in a training step whose logits nobody
         reads."""
         decoder = _decoder_of(self)
-        if decoder is None:
+        if decoder is None or token_path(self) is not None:  # an encoder's: fastpeft.fused.token_heads
             return {}
         if self._has_one_mask(decoder):
             read = _read_by_loss(given, given.get("attention_mask"))
             return {} if read is None else {decoder: read._replace(alone=reads_labels_alone(self, head, decoder))}
-        stacks = stacks_of(self, decoder) if _returns_names(self, given) else None
+        stacks = stacks_of(self, decoder) if returns_names(self, given) else None
         if stacks is None:
             return {}
         reads = {stacks.encoder: None} if read_at_tokens(stacks) else {}
@@ -107,11 +110,6 @@ class FusedLanguageModel:
         kinds.)"""
         apart = any(getattr(module.config, "is_encoder_decoder", True) for module in (self, decoder) if hasattr(module, "config"))
         return not apart or "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
-
-    def _may_leave_out_cache(self, given: dict[str, Any]) -> bool:
-        """Whether the model would fill a cache although nobody asks for one, as nobody reads it here."""
-        takes = "use_cache" in _signature(replaced_class(type(self)) or type(self)).parameters
-        return takes and given.get("use_cache") is None and given.get("past_key_values") is None
 
     def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
         """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
@@ -155,13 +153,19 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-def _returns_names(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+def may_leave_out_cache(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether a model would fill a cache although nobody asks for one, as nobody reads it here."""
+    takes = "use_cache" in _signature(replaced_class(type(model)) or type(model)).parameters
+    return takes and given.get("use_cache") is None and given.get("past_key_values") is None
+
+
+def returns_names(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether a call returns an output with names, of which one can be left out."""
     asked = given.get("return_dict")
     return bool(getattr(model.config, "return_dict", True) if asked is None else asked)
 
 
-def _leave_out(output: ModelOutput, name: str) -> None:
+def leave_out(output: ModelOutput, name: str) -> None:
     """None is what readers of that name find."""
     OrderedDict.__delitem__(output, name)
     object.__setattr__(output, name, None)
@@ -203,7 +207,7 @@ def _handed_out(output: Any, lean: bool) -> Any:
             elif name != "logits" or value.is_read:
                 output[name] = value.read()
             elif lean:
-                _leave_out(output, name)
+                leave_out(output, name)
             else:
                 object.__setattr__(output, name, None)
                 output = with_deferred_logits(output, value.read, value.head)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from types import FunctionType
@@ -31,13 +31,14 @@ from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
 from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, StackCall
 from fastpeft.fused.layout import FULL, LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
+from fastpeft.fused.mixers import OnPadded, may_be_given, mixer_in, mixes_by_recurrence
 from fastpeft.fused.row_wise import hands_states_on, mixes_in_float16
 from fastpeft.fused.state_reads import LAST, ends_row_by_row
 from fastpeft.methods.base import must_be_called
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 
-LOOPS = frozenset(("layers", "h", "block"))  # what a stack calls its layers
+LOOPS = frozenset(("layers", "h", "block", "blocks"))  # what a stack calls its layers
 CAUSAL_MASK = "create_causal_mask"
 _reading = threading.local()
 
@@ -197,7 +198,7 @@ class FusedTextStack:
             return True
         if why_not_flat(self, layers, by_code=True) or not all(map(hands_on_layouts, layers.modules())):
             return True
-        if any(not may_be_made_to_hand_on(layer) for layer in layers):
+        if any(not may_be_made_to_hand_on(layer) for layer in layers) or not _may_mix(self, layers, read, options):
             return True
         return mixes_in_float16(layers) and _is_float16(self, _tokens(options).device)
 
@@ -250,6 +251,18 @@ def checkpoints(layer: nn.Module) -> bool:
 def may_be_made_to_hand_on(layer: nn.Module) -> bool:
     """Whether a layer hands on where tokens lie, or another forward, made of its own, can do so in its place."""
     return handing_on(type(layer)) is None or not (checkpoints(layer) or must_be_called(layer))
+
+
+def _may_mix(stack: nn.Module, layers: nn.ModuleList, read: Read, options: dict[str, Any]) -> bool:
+    """Whether mixers in layers (:mod:`fastpeft.fused.mixers`) may get padded states: no token that is computed reads one that is not."""
+    mixing = [layer for layer in layers if mixer_in(layer) is not None]
+    if not mixing:
+        return True
+    mask = options.get("attention_mask")
+    over_keys = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    if any(map(checkpoints, mixing)) or read.on_padding() or not (over_keys and is_causal(stack)):
+        return False
+    return mask is None or len(mask) > 1 or not any(map(mixes_by_recurrence, mixing))
 
 
 class _Flat(Tensor):
@@ -311,10 +324,6 @@ def names_behind(cls: type[nn.Module]) -> list[str]:
     return list(inspect.signature(cls.forward).parameters)[2:]
 
 
-class _Unknown(Exception):
-    """An argument that a layer may read in a way of its own."""
-
-
 class OnTokens:
     """Stands for a layer in its stack's loop: calls it on real tokens. Whatever else is asked of it, the layer answers. The last one's
     output is padded at once: what follows reads it, and an autograd Function that kept a :class:`_Flat` could not hand it to hooks on
@@ -322,12 +331,13 @@ class OnTokens:
 
     def __init__(self, layer: nn.Module, call: StackCall, names: list[str], last: bool):
         self.layer, self.call, self.names, self.last = layer, call, names, last
+        self.mixer = mixer_in(layer) if isinstance(layer, nn.Module) else None
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         call, layer = self.call, self.layer
         if threading.get_ident() != call.thread:
             return layer(hidden, *args, **kwargs)
-        given = call.arguments(self.names, args, kwargs, layer)
+        given = call.arguments(self.names, args, kwargs, layer) if self.mixer is None else self._for_mixer(args, kwargs)
         if given is None:
             if isinstance(hidden, _Flat):
                 hidden = hidden.read()
@@ -335,10 +345,22 @@ class OnTokens:
         tokens = hidden.tokens if isinstance(hidden, _Flat) else call.layout.unpad(hidden)[None]
         last = self.at_last(tokens.device) if self.last else None
         layout, forward = (call.layout, None) if last is None else (last, at_rows(type(layer)))
-        output = self.run(forward, tokens, *given[0], **given[1], **{LAYOUT: layout})
+        with self._padding(given):
+            output = self.run(forward, tokens, *given[0], **given[1], **{LAYOUT: layout})
         hidden, *others = (output,) if isinstance(output, Tensor) else output
         hidden = (call.layout if last is None else last.outputs).pad(hidden) if self.last else _Flat.of(hidden, call.layout)
         return hidden if isinstance(output, Tensor) else (hidden, *others)
+
+    def _for_mixer(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """What the layer is given, as it is."""
+        return (args, kwargs) if may_be_given(self.layer, self.mixer, dict(zip(self.names, args)) | kwargs) else None
+
+    def _padding(self, given: tuple[tuple, dict[str, Any]]) -> AbstractContextManager:
+        """Inside, the layer's mixer gets padded states."""
+        if self.mixer is None:
+            return nullcontext()
+        mixer = OnPadded(getattr(self.layer, self.mixer), self.call.layout, [*given[0], *given[1].values()])
+        return standing(self.layer, mixer, self.mixer)
 
     def run(self, forward: FunctionType | None, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer, by a ``forward`` made of its own (None: by its own, which hands on where tokens lie)."""

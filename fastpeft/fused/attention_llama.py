@@ -140,8 +140,8 @@ class FusedLlamaAttention(Recomputes):
         return project_one(self.o_proj, context if layout is None else layout.unpad(context).view(*shape, -1))
 
     def _turns_with_keys(self, excitor, x: Tensor, layout: Layout | None, visual: Visual | None, cos: Tensor, labelled) -> bool:
-        """Whether queries and keys are turned where Excitor's are merged, in one pass: every query head has a key of its own."""
-        if excitor is None or labelled is not None or self.num_key_value_groups > 1 or isinstance(layout, TreeLayout):
+        """Whether queries and keys are turned where Excitor's are merged, in one pass."""
+        if excitor is None or labelled is not None or isinstance(layout, TreeLayout):
             return False
         return excitor.turns(x, self.head_dim, visual, cos) and not any(map(has_hooks, excitor.modules()))
 
@@ -151,11 +151,11 @@ class FusedLlamaAttention(Recomputes):
     ):  # fmt: skip
         """(q, k, v, prefix) with Excitor's keys merged into k; ``turning``: q and k are still to be turned. Its gate is one number per
         query head: groups no longer share their keys."""
+        if (groups := self.num_key_value_groups) > 1:
+            v = v.repeat_interleave(groups, 1)
+            prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
         if turning:
             return *excitor.turn(q, k, hidden_states, keys, visual, tables), v, prefix
-        if (groups := self.num_key_value_groups) > 1:
-            k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-            prefix = prefix and tuple(p.repeat_interleave(groups, 0) for p in prefix)
         if not isinstance(keys, TreeLayout) or visual is None:
             return q, excitor(k, hidden_states, keys, visual, tables), v, prefix
         rows, by_token = keys.by_root, k.transpose(1, 2).flatten(2)  # an image is seen by all tokens of a tree

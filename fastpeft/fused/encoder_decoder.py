@@ -13,7 +13,6 @@ model inside, whose output the model with the head hands on.
 from __future__ import annotations
 
 import ast
-import inspect
 from functools import cache
 from operator import attrgetter
 from typing import NamedTuple
@@ -22,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
+from fastpeft.fused.forward_code import Code, called_path, is_state, keywords_of
 from fastpeft.fused.layer_arguments import MASK, SOURCE_MASK, STATES
-from fastpeft.fused.shared_input import tree_of
 from fastpeft.fused.state_reads import CUT, LAST, code_class, handed_on
 
 ENCODER_STATE = "encoder_last_hidden_state"  # what outputs call it
@@ -64,82 +63,15 @@ def read_at_labels(model: nn.Module, head: nn.Module, stacks: Stacks) -> bool:
     name = _head_of(code_class(model))
     if name is None or getattr(model, name, None) is not head or (stacks.above and not _state_is_returned(code_class(stacks.home))):
         return False
-    return "loss_function" not in _Code.of(code_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
+    return "loss_function" not in Code.of(code_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
 
 
 @cache
 def labels_handed_to(cls: type[nn.Module]) -> frozenset[str]:
     """The modules that the forward of ``cls`` calls with labels."""
-    code = _Code.of(cls)
-    calls = [] if code is None else [node for node in code.nodes if _path(node) and _is_name(_keywords(node).get("labels"), "labels")]
-    return frozenset(map(_path, calls))
-
-
-class _Code:
-    """A forward as a tree, with ways up from each node."""
-
-    def __init__(self, tree: ast.FunctionDef):
-        self.nodes = list(ast.walk(tree))
-        self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
-        self.arguments = {a.arg for a in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)}
-        self.attributes = {node.attr for node in self.nodes if isinstance(node, ast.Attribute)}
-
-    @staticmethod
-    @cache
-    def of(cls: type[nn.Module]) -> _Code | None:
-        tree = tree_of(inspect.unwrap(cls.forward))
-        return None if tree is None else _Code(tree)
-
-    def names(self, name: str, how: type[ast.expr_context] = ast.Load) -> list[ast.Name]:
-        return [node for node in self.nodes if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, how)]
-
-    def assigned(self, name: str) -> list[ast.expr]:
-        """What is assigned to a variable."""
-        statements = (node for node in self.nodes if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None)
-        return [statement.value for statement in statements if self.target(statement.value) == name]
-
-    def target(self, value: ast.expr) -> str | None:
-        """The variable that an expression is assigned to."""
-        statement = self.parents[value]
-        (target,) = statement.targets if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else (None,)
-        target = statement.target if isinstance(statement, ast.AnnAssign) else target
-        return target.id if isinstance(target, ast.Name) and statement.value is value else None
-
-    def is_returned(self, node: ast.AST) -> bool:
-        while node in self.parents:
-            if isinstance(node, ast.Return):
-                return True
-            node = self.parents[node]
-        return False
-
-    def states(self, output: str) -> list[ast.expr] | None:
-        """Where the last hidden state of the variable ``output`` is taken out; None where it goes on as a whole."""
-        found = []
-        for node in self.names(output):
-            parent = self.parents[node]
-            if _is_state(parent):
-                found.append(parent)
-            elif isinstance(parent, ast.Subscript | ast.Attribute | ast.Compare) or self.is_returned(node):
-                continue
-            elif not (isinstance(parent, ast.Call) and ast.unparse(parent.func) in ("isinstance", "len")):
-                return None
-        return found
-
-
-def _is_state(node: ast.AST) -> bool:
-    if isinstance(node, ast.Subscript):
-        return isinstance(node.value, ast.Name) and ast.unparse(node.slice) == "0"
-    return isinstance(node, ast.Attribute) and node.attr == LAST
-
-
-def _path(call: ast.AST) -> str | None:
-    """``a.b`` of a call ``self.a.b(...)``."""
-    text = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
-    return text.removeprefix("self.") if text.startswith("self.") and text.replace(".", "").isidentifier() else None
-
-
-def _keywords(call: ast.Call) -> dict[str | None, ast.expr]:
-    return {keyword.arg: keyword.value for keyword in call.keywords}
+    code = Code.of(cls)
+    calls = [] if code is None else [node for node in code.nodes if called_path(node)]
+    return frozenset(called_path(call) for call in calls if _is_name(keywords_of(call).get("labels"), "labels"))
 
 
 class _Pair(NamedTuple):
@@ -154,18 +86,18 @@ class _Pair(NamedTuple):
 @cache
 def _pair(cls: type[nn.Module]) -> _Pair | None:
     """The two calls in the forward of ``cls``."""
-    code = _Code.of(cls)
+    code = Code.of(cls)
     if code is None:
         return None
-    decoders = [node for node in code.nodes if isinstance(node, ast.Call) and _path(node) and STATES in _keywords(node)]
+    decoders = [node for node in code.nodes if isinstance(node, ast.Call) and called_path(node) and STATES in keywords_of(node)]
     if len(decoders) != 1:
         return None
-    states, output = _keywords(decoders[0])[STATES], code.target(decoders[0])
+    states, output = keywords_of(decoders[0])[STATES], code.target(decoders[0])
     if isinstance(states, ast.Name):
         (states,) = code.assigned(states.id) if len(code.assigned(states.id)) == 1 else (None,)
-    if output is None or not _is_state(states) or not isinstance(states.value, ast.Name):
+    if output is None or not is_state(states) or not isinstance(states.value, ast.Name):
         return None
-    encoders = [value for value in code.assigned(states.value.id) if _path(value)]
+    encoders = [value for value in code.assigned(states.value.id) if called_path(value)]
     return _Pair(encoders[0], decoders[0], states.value.id, output) if len(encoders) == 1 else None
 
 
@@ -175,14 +107,14 @@ def _is_name(node: ast.AST | None, name: str) -> bool:
 
 def _calls(cls: type[nn.Module]) -> tuple[str, str] | None:
     pair = _pair(cls)
-    return None if pair is None else (_path(pair.encoder), _path(pair.decoder))
+    return None if pair is None else (called_path(pair.encoder), called_path(pair.decoder))
 
 
 @cache
 def _encoder_is_handed_on(cls: type[nn.Module]) -> bool:
     """Whether the encoder's state goes to the decoder, with the mask that the encoder gets, or is returned, and goes nowhere else."""
-    code, pair = _Code.of(cls), _pair(cls)
-    masks = _keywords(pair.encoder).get(MASK), _keywords(pair.decoder).get(SOURCE_MASK)
+    code, pair = Code.of(cls), _pair(cls)
+    masks = keywords_of(pair.encoder).get(MASK), keywords_of(pair.decoder).get(SOURCE_MASK)
     states = code.states(pair.encoder_output)
     if states is None or not all(_is_name(mask, MASK) for mask in masks) or code.names(MASK, ast.Store):
         return False
@@ -191,7 +123,7 @@ def _encoder_is_handed_on(cls: type[nn.Module]) -> bool:
             states += [use for use in code.names(name) if use not in states]
             continue
         call = code.parents[code.parents[state]]
-        to_decoder = call is pair.decoder and _keywords(call)[STATES] is state
+        to_decoder = call is pair.decoder and keywords_of(call)[STATES] is state
         if not (to_decoder or code.is_returned(state) or (isinstance(call, ast.Call) and code.target(call) == pair.encoder_output)):
             return False
     return True
@@ -200,14 +132,14 @@ def _encoder_is_handed_on(cls: type[nn.Module]) -> bool:
 @cache
 def _only_returned(cls: type[nn.Module]) -> bool:
     """Whether the forward of ``cls`` does nothing with the encoder's state in a model's output but return it."""
-    code = _Code.of(cls)
+    code = Code.of(cls)
     return all(code.is_returned(node) for node in code.nodes if isinstance(node, ast.Attribute) and node.attr == ENCODER_STATE)
 
 
 @cache
 def _state_is_returned(cls: type[nn.Module]) -> bool:
     """Whether the decoder's state is returned as the last hidden state, and goes nowhere else."""
-    code = _Code.of(cls)
+    code = Code.of(cls)
     states = code.states(_pair(cls).decoder_output)
     return states is not None and all(
         isinstance(keyword := code.parents[state], ast.keyword) and keyword.arg == LAST and code.is_returned(state) for state in states
@@ -217,16 +149,16 @@ def _state_is_returned(cls: type[nn.Module]) -> bool:
 @cache
 def _state_of(cls: type[nn.Module]) -> str | None:
     """The module whose output's last hidden state the forward of ``cls``, a model with a head, reads."""
-    code = _Code.of(cls)
-    calls = [] if code is None else [node for node in code.nodes if _path(node) and (name := code.target(node)) and code.states(name)]
-    return _path(calls[0]) if len(calls) == 1 else None
+    code = Code.of(cls)
+    calls = [] if code is None else [node for node in code.nodes if called_path(node) and (name := code.target(node)) and code.states(name)]
+    return called_path(calls[0]) if len(calls) == 1 else None
 
 
 @cache
 def _head_of(cls: type[nn.Module]) -> str | None:
     """The head that the decoder's state goes to in the forward of ``cls``; None where it goes elsewhere too, or the head's logits do."""
-    code, pair = _Code.of(cls), _pair(cls)
-    calls = [node for node in code.nodes if _path(node) == _state_of(cls) and code.target(node)] if pair is None else [pair.decoder]
+    code, pair = Code.of(cls), _pair(cls)
+    calls = [node for node in code.nodes if called_path(node) == _state_of(cls) and code.target(node)] if pair is None else [pair.decoder]
     states = code.states(code.target(calls[0])) if len(calls) == 1 else None
     if not states:
         return None
@@ -241,11 +173,11 @@ def _head_of(cls: type[nn.Module]) -> str | None:
 
 
 def _is_head(node: ast.AST) -> bool:
-    path = _path(node)
+    path = called_path(node)
     return path is not None and "." not in path and len(node.args) == 1 and not node.keywords
 
 
-def _onward(code: _Code, node: ast.expr) -> list[ast.expr] | None:
+def _onward(code: Code, node: ast.expr) -> list[ast.expr] | None:
     """Where a hidden state goes: the expressions that hold it, or rows of it, next; None where it cannot be told."""
     parent = code.parents[node]
     if (name := code.target(node)) is not None:
@@ -263,12 +195,12 @@ def _onward(code: _Code, node: ast.expr) -> list[ast.expr] | None:
     return None
 
 
-def _is_called(code: _Code, attribute: ast.Attribute) -> bool:
+def _is_called(code: Code, attribute: ast.Attribute) -> bool:
     call = code.parents[attribute]
     return isinstance(call, ast.Call) and call.func is attribute
 
 
-def _is_for_loss(code: _Code, logits: list[ast.expr]) -> bool:
+def _is_for_loss(code: Code, logits: list[ast.expr]) -> bool:
     """Whether logits go to a cross entropy, or are returned, and go nowhere else."""
     made = (node for node in code.nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("CrossEntropyLoss"))
     losses = {code.target(node) for node in made}

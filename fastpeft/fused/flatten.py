@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import activations
 
+from fastpeft.fused.mixers import mixer_in
 from fastpeft.fused.row_wise import is_row_wise_code
 from fastpeft.methods.base import has_hooks, sees_no_values, watched_globally
 from fastpeft.registry import path_of
@@ -60,6 +61,11 @@ def why_not_flat(stack: nn.Module, *roots: nn.Module, by_code: bool = False) -> 
     return f"{_name_of(stack, found[0])} {found[1]}" if found else ""
 
 
+def _is_known(module: nn.Module, layer: bool, by_code: bool) -> bool:
+    known = is_row_wise(type(module)) or getattr(type(module), "takes_flat_tokens", False)
+    return known or (by_code and is_row_wise_code(module, layer))
+
+
 class _Survey:
     """The modules below ``roots`` in one list, which C compares in every call."""
 
@@ -70,11 +76,9 @@ class _Survey:
         self.classes, self.children = list(map(type, self.modules)), list(self._children())
         self.variants = [v for m in self.modules if isinstance(v := getattr(m, "lora_variant", None), dict)]
         layers = set(chain.from_iterable(root.children() for root in roots))
-        unknown = (
-            m
-            for m in self.modules
-            if not (is_row_wise(type(m)) or getattr(type(m), "takes_flat_tokens", False) or (by_code and is_row_wise_code(m, m in layers)))
-        )
+        mixers = (getattr(layer, name) for layer in layers if by_code and (name := mixer_in(layer)) is not None)
+        padded = {module for mixer in mixers for module in mixer.modules()}  # see [B, L, C]
+        unknown = (m for m in self.modules if m not in padded and not _is_known(m, m in layers, by_code))
         self.why_not = next(((m, f"({type(m).__name__}) is not known to treat every token by itself") for m in unknown), None)
 
     def _children(self) -> Iterator[nn.Module | None]:

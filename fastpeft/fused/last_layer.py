@@ -96,9 +96,11 @@ def _at_rows(function: FunctionType) -> FunctionType | None:
         return None
     _give_rest(tree)
     _attend_at_rows(before[-1])
+    attended = list(before)
     for name in sorted(needed):
         value = ast.Call(ast.Name(ROWS, ast.Load()), [ast.Name(rest, ast.Load()), ast.Name(name, ast.Load())], [])
-        before.append(ast.Assign([ast.Name(name, ast.Store())], value))
+        taken = ast.Assign([ast.Name(name, ast.Store())], value)
+        before.append(taken if _is_bound(tree.args, attended, name) else _if_bound(taken))
     tree.body = before + after
     function.__globals__.setdefault(ROWS, rows)
     function.__globals__.setdefault(ATTEND, attend)
@@ -123,6 +125,16 @@ def _needed(arguments: ast.arguments, before: list[ast.stmt], after: list[ast.st
     me, *others = (a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.kwarg))
     stored, read = _names(before, ast.Store), _names(after, ast.Load)
     return (stored | set(others)) & read - {me, MASK, ELSEWHERE}
+
+
+def _is_bound(arguments: ast.arguments, before: list[ast.stmt], name: str) -> bool:
+    """Whether a variable has a value ``before``, whatever the configuration is."""
+    given = (a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
+    return name in given or any(name in _names([s], ast.Store) for s in before if not isinstance(s, ast.If))
+
+
+def _if_bound(statement: ast.stmt) -> ast.Try:
+    return ast.Try([statement], [ast.ExceptHandler(ast.Name("UnboundLocalError", ast.Load()), None, [ast.Pass()])], [], [])
 
 
 def _names(statements: list[ast.stmt], how: type[ast.expr_context]) -> set[str]:

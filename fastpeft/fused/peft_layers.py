@@ -17,9 +17,11 @@ from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import has_hooks
 from fastpeft.methods.linear_spec import LinearSpec
-from fastpeft.methods.quantized import DequantizingLinear, FusedLinear, is_conv1d, is_quantized, weight_of, why_not
+from fastpeft.methods.quantized import DequantizingLinear, FusedConv1D, FusedLinear, is_quantized, weight_of, why_not
 from fastpeft.ops.lora_linear import Projection
-from fastpeft.registry import fuses, has_form, original_class
+from fastpeft.registry import fuses, has_form, original_class, path_of
+
+PLAIN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
 class _Fused:
@@ -41,7 +43,7 @@ def _unfit_base(base: nn.Module) -> str:
     """'' or why what an adapter stands on must be called as it is."""
     if has_hooks(base):
         return "its base layer has hooks, or a forward of its own"
-    if original_class(base) is nn.Linear or isinstance(base, FusedLinear) or is_conv1d(base):
+    if path_of(type(base)) in PLAIN or isinstance(base, FusedLinear | FusedConv1D):
         return why_not(base) if is_quantized(base.weight) else ""
     if isinstance(base, DequantizingLinear) and not isinstance(base, AdaptedLinear):
         return "" if is_quantized(base.weight) else "its base layer's weight is not quantised yet"

@@ -21,6 +21,7 @@ from torch import nn
 from fastpeft.forms import digest
 from fastpeft.fused.attention_interface import reads_interface
 from fastpeft.fused.attention_tokens import KEY_STATES
+from fastpeft.fused.mixers import mixer_in
 from fastpeft.fused.shared_input import tree_of
 from fastpeft.registry import replaced_class
 
@@ -75,6 +76,8 @@ READ = {
     "d2921592ab53": "bert.modeling_bert.BertLayer",  # and RoBERTa's, ELECTRA's, ...; cross-attention as above
     "904e4ed3230c": "layoutlm.modeling_layoutlm.LayoutLMLayer",
     "073cce2d00eb": "distilbert.modeling_distilbert.FFN",
+    "f988069ac732": "bloom.modeling_bloom.BloomMLP",
+    "0a680db82691": "bloom.modeling_bloom.BloomGelu",
     "056c7a7d6f6f": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLLayer",
     "c998de6e6c89": "bert.modeling_bert.BertAttention",
     "9b68fa4aeb9c": "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLAttention",
@@ -119,7 +122,7 @@ def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
     if _KNOWN[cls] is None:
         return False
     called, silent = _KNOWN[cls]
-    if silent and not (layer and all(_takes_rest(getattr(module, name, None)) for name in silent)):
+    if silent and not (layer and all(name == mixer_in(module) or _takes_rest(getattr(module, name, None)) for name in silent)):
         return False
     # what is not there is not called: a norm that this configuration does without
     return all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
@@ -188,7 +191,8 @@ class _Reader:
             if called.id in PLAIN or called.id == ATTENTION:
                 return True
             found = function.__globals__.get(called.id)
-            return isinstance(found, FunctionType) and self.accepts(found)
+            activates = type(found).__module__ == "transformers.activations"  # RoBERTa's gelu = ACT2FN["gelu"]
+            return activates or (isinstance(found, FunctionType) and self.accepts(found))
         if not isinstance(called, ast.Attribute):
             return False
         if isinstance(called.value, ast.Name) and called.value.id == "self":

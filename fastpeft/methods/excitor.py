@@ -72,15 +72,15 @@ class ExcitorBlock(nn.Module):
         nn.init.normal_(self.gate, std=self.gate_std)
 
     def forward(self, k: Tensor, hidden: Tensor, layout=None, visual: Visual | None = None, tables: tuple[Tensor, Tensor] | None = None):
-        """K' [B, H, M, d] from k, rotated, and hidden [B, M, C], the attention's input, or [T, C] where ``layout`` says how tokens lie in
+        """K' [B, H, M, d] from k [B, H or a divisor of it, M, d], rotated, and hidden [B, M, C], the attention's input, or [T, C] where ``layout`` says how tokens lie in
         the table of k. tables: (cos, sin) of the tokens, as :func:`fastpeft.ops.rotary` takes them."""
         u = linear(hidden, self.w_down.to(hidden.dtype))
         u = u if layout is None else layout.pad(u)
         gate = self.gate.expand(self.heads)
-        base = torch.zeros_like(k) if self.rotary else k
-        merged = self._merged(base, u, gate, visual)
+        merged = self._merged(torch.zeros_like(k) if self.rotary else k, u, gate, visual)
         if not self.rotary:
             return merged
+        k = k.repeat_interleave(self.heads // k.shape[1], 1)
         cos, sin = (t.squeeze(-2) for t in tables)
         cos, sin = ((t if layout is None else layout.pad(t)).unsqueeze(1) for t in (cos, sin))
         return k + ops.rotary(merged, cos, sin)

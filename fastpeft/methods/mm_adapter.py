@@ -104,8 +104,13 @@ class AdapterParameters(nn.Module):
 
     def by_token(self, x: Tensor) -> Tensor:
         """x [B, M, C], after its norm, every token routed by itself -> [B, M, C]."""
-        weights = self.weights_of(x) if self.routed else x.new_tensor([1.0, 0.0]).expand(len(x), 2)
+        weights = self.weights_of(x) if self.routed else _first_alone(x)
         return ops.mm_adapter(x, self.w_down, self.b_down, *self._experts(), weights, *self._options())
+
+
+def _first_alone(x: Tensor) -> Tensor:
+    """[B, 2], each row 1 and 0; made on the device, which is then not waited for."""
+    return (1 - torch.arange(2, dtype=x.dtype, device=x.device)).expand(len(x), 2)
 
 
 class AdapterBlock(AdapterParameters):
@@ -118,7 +123,7 @@ class AdapterBlock(AdapterParameters):
         """adapter(norm(hidden)) for hidden [T, C] or [B, M, C] under an RMSNorm, in one pass."""
         tokens = hidden if hidden.dim() == 3 else hidden[None]
         if not self.routed:
-            weights = hidden.new_tensor([1.0, 0.0]).expand(len(tokens), 2)
+            weights = _first_alone(tokens)
         elif routing is None:
             raise ValueError("MMAdapter routes by a modality token: give modality= and modality_embeds=, as LaVIN does, or use RepAdapter")
         else:

@@ -16,7 +16,7 @@ from fastpeft.ops._gemm import widened
 from fastpeft.ops._quantized_weight import QuantizedWeight
 from fastpeft.ops._recompute import recipe_of
 from fastpeft.ops.lora_linear import Projection, linear
-from fastpeft.registry import fuses, original_class, swap_class
+from fastpeft.registry import fuses, swap_class
 
 # what bitsandbytes' layers have beside a plain layer's attributes
 LEFTOVERS = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu", "state", "index")
@@ -107,9 +107,10 @@ def plain_linear_spec(layer: nn.Linear) -> LinearSpec:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether ``layer`` is GPT-2's linear layer, transformers' Conv1D, whose weight is [in, out]."""
+    """Whether ``layer`` is GPT-2's linear layer, transformers' Conv1D, whose weight is [in, out]; also of a class made of it, as
+    ``torch.nn.utils.parametrize`` and FSDP make one."""
     home = loaded("transformers.pytorch_utils")
-    return home is not None and original_class(layer) is home.Conv1D
+    return home is not None and isinstance(layer, home.Conv1D)
 
 
 NOTE_8BIT = "bitsandbytes' 8-bit layers multiply by their weights written out; their own forward also rounds its input to 8 bit"

@@ -93,6 +93,30 @@ def llava_med_config(name: str, **overrides) -> LlavaConfig:
 OF_LLAVA = ("mm_projector_type", "image_aspect_ratio", "mm_use_im_start_end", "prompt_template")  # fields that LlavaConfig keeps for us
 
 
+# names in files of transformers' own class, as it has written them until now and writes them still -> names of its modules
+RENAMED = {r"^language_model\.lm_head": "lm_head", r"^language_model\.model": "model.language_model"} | {
+    f"^{name}": f"model.{name}" for name in ("vision_tower", "multi_modal_projector")
+}
+
+
+def complete(config: LlavaConfig) -> None:
+    """Set what a configuration of transformers' own class leaves open, in place: its connector, two linear layers around GELU, and the
+    places of an image, which are its patches. ValueError for another activation than LLaVA's, or without biases."""
+    config.text_config = as_llama(config.text_config)
+    if getattr(config, "mm_projector_type", None) is not None:
+        return
+    config.mm_projector_type = "linear"
+    if "LlavaForConditionalGeneration" in (config.architectures or ()):
+        if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+            act, bias = config.projector_hidden_act, config.multimodal_projector_bias
+            raise ValueError(
+                f"projector_hidden_act {act!r} and multimodal_projector_bias {bias!r}: the connectors known here have 'gelu' and True"
+            )
+        seen = config.vision_config
+        config.mm_projector_type = "mlp2x_gelu"
+        config.image_seq_length = (seen.image_size // seen.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+
+
 def connector_layers(kind: str) -> int:
     """Linear layers of a connector, GELU between them: mm_projector_type of LLaVA's configurations. ValueError for an unknown one."""
     found = re.fullmatch(r"linear|mlp([1-9]\d?)x_gelu", kind)
@@ -116,7 +140,7 @@ class Connector(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        kind, width = getattr(config, "mm_projector_type", "linear"), config.text_config.hidden_size
+        kind, width = config.mm_projector_type, config.text_config.hidden_size
         for number in range(1, connector_layers(kind) + 1):
             name = "linear" if kind == "linear" else f"linear_{number}"
             self.add_module(name, nn.Linear(config.vision_config.hidden_size if number == 1 else width, width))
@@ -137,10 +161,17 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
     lean_logits = False
 
     def __init__(self, config: LlavaConfig):
-        config.text_config = as_llama(config.text_config)
+        complete(config)
         super().__init__(config)
         self.model.multi_modal_projector = Connector(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', also of a folder that its own LlavaForConditionalGeneration wrote (llava-hf/llava-1.5-7b-hf)."""
+        loaded = super().from_pretrained(*args, key_mapping=RENAMED, **kwargs)
+        vars(loaded[0] if isinstance(loaded, tuple) else loaded).pop("_weight_conversions", None)  # it is saved under its own names
+        return loaded
 
     @property
     def host_inputs(self) -> tuple[str, ...]:

@@ -127,13 +127,13 @@ class ExcitorAttention(nn.Module):
         own = self.excitor
         image = None if visual is None else (visual, own.wk_down, own.wk_up, own.wv_down, own.wv_up)
         excitor = (x, own.w_down, own.w_up, own.prompt, own.gate, image)
-        if position_embeddings is not None and q.shape == k.shape and turns(q, q.shape[-1], position_embeddings[0]):
+        v = v.repeat_interleave(self.num_heads // self.num_key_value_heads, 1)  # each query head has its own keys
+        if position_embeddings is not None and turns(q, q.shape[-1], position_embeddings[0]):
             q, k = excitor_turn(q, k, position_embeddings, *excitor)
         else:
             if position_embeddings is not None:
                 cos, sin = (t.unsqueeze(1) for t in position_embeddings)
                 q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-            k, v = (t.repeat_interleave(self.num_heads // self.num_key_value_heads, 1) for t in (k, v))  # each query head has its own keys
             k = ops.excitor_keys(k, *excitor)
         mask = None if attention_mask is None else attention_mask.bool()
         y = ops.attention(q, k, v, causal=is_causal, key_padding_mask=mask)

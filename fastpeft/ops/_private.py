@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import torch
@@ -10,6 +11,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -49,6 +51,26 @@ def compiles_backward() -> bool:
 def is_fake(t: Tensor) -> bool:
     """Whether a tensor has a shape and no values, on any device."""
     return t.device.type == "meta" or isinstance(t, FakeTensor)
+
+
+def end_allocation(device: int, pool: tuple[int, int]) -> None:
+    """After a capture into ``pool`` that the driver ended: PyTorch's ``capture_end`` then raises before it tells the allocator, which frees
+    no memory that it keeps while it believes in a capture (``empty_cache`` fails), and holds the pool for good. Nothing after another."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)  # RuntimeError: there is none
+        torch._C._cuda_releasePool(device, pool)
+
+
+def module_hooks() -> tuple[dict, ...]:
+    """Hooks on every module there is."""
+    every = torch.nn.modules.module
+    return every._global_forward_hooks, every._global_forward_pre_hooks, every._global_backward_hooks, every._global_backward_pre_hooks
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict, ...]:
+    """Hooks around an optimiser's step: its own, and those of all."""
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return *own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
 def graph_is_kept() -> bool:

@@ -11,8 +11,9 @@
     dA_I = dL_I Z^T      dZ = A_I^T dL_I      dS = A (dA - rowsum(A dA))      dU = dS N^T      dN = U^T dS
 
 Source: Zou et al., "LLaMA-Excitor" (2024), equations 3-9. Where it is silent: S_extra is scaled like S, S_excitor over the full C,
-the gate is one number per head without tanh, and K_x gets no rotary embedding (K is merged after its own).
-Shapes: k, K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [C, r]; P (prompt) [K, C]; g (gate) [H];
+the gate is one number per head without tanh, and K_x gets no rotary embedding (K is merged after its own). With grouped heads (H_kv < H,
+not in the paper) each query head has a gate, so keys of its own: K is read where it lies, its group's for every head, and dK adds them up.
+Shapes: k [B, H_kv, M, d], H a multiple of H_kv; K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [C, r]; P (prompt) [K, C]; g (gate) [H];
 I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
@@ -51,8 +52,8 @@ def excitor_keys_reference(k, hidden, w_down, w_up, prompt, gate, visual=None) -
         keys = torch.cat([keys, linear(linear(image, wk_down), wk_up)], 1)
         values = torch.cat([values, linear(linear(image, wv_down), wv_up)], 1)
     scores = linear(linear(hidden, w_down), w_up) @ keys.mT / prompt.shape[1] ** 0.5
-    extra = (scores.softmax(-1) @ values).view(B, M, H, d).transpose(1, 2)
-    return k + gate[:, None, None] * extra
+    extra = (scores.softmax(-1) @ values).view(B, M, gate.shape[0], d).transpose(1, 2)
+    return k.repeat_interleave(extra.shape[1] // H, 1) + gate[:, None, None] * extra
 
 
 def _attend(u: Tensor, n: Tensor, z: Tensor | None, prompts: int) -> tuple[Tensor, Tensor]:
@@ -77,8 +78,13 @@ def _fwd(k, u, n, z, prompt, wv_up, gate):
     _, L = _attend(u, n, z, prompt.shape[0])
     work = work_dtype(k)
     rows = _gated(_rows(prompt, wv_up), gate, work)
-    k2 = k.transpose(1, 2).reshape(-1, rows.shape[1]).to(work)
-    return torch.addmm(k2, L.to(work).flatten(0, 1), rows).to(k.dtype).view(k.shape[0], k.shape[2], rows.shape[1])
+    B, heads, M, d = k.shape
+    by_token, L, H = k.transpose(1, 2).unsqueeze(3), L.to(work).flatten(0, 1), gate.shape[0]  # [B, M, H_kv, 1, d]
+    if heads == H:
+        out = torch.addmm(by_token.reshape(-1, rows.shape[1]).to(work), L, rows)
+    else:  # a group's key once for each of its heads: the one copy, and the sum's place
+        out = k.new_empty(B, M, heads, H // heads, d, dtype=work).copy_(by_token).view(-1, rows.shape[1]).addmm_(L, rows)
+    return out.to(k.dtype).view(B, M, rows.shape[1])
 
 
 def _fwd_fake(k, u, n, z, prompt, wv_up, gate):
@@ -204,6 +210,12 @@ def _parameter_grads(g, u, n, z, prompt, wv_up, gate, needs) -> tuple[Tensor | N
     return du, dn, dz, dprompt, dwv, dgate
 
 
+def summed_over_groups(g: Tensor, heads: int, d: int) -> Tensor:
+    """[B, M, heads, d], the gradient of keys that several heads each read, of g [B, M, C]."""
+    each = g.view(*g.shape[:2], heads, g.shape[2] // (heads * d), d)
+    return each.squeeze(3) if each.shape[3] == 1 else each.sum(3)
+
+
 class _Merge(Function):
     @staticmethod
     def forward(ctx, k, *params):
@@ -217,7 +229,7 @@ class _Merge(Function):
     def backward(ctx, g):
         need_k, *needs = ctx.needs_input_grad
         B, H, M, d = ctx.shape
-        dk = g.view(B, M, H, d).transpose(1, 2) if need_k else None
+        dk = summed_over_groups(g, H, d).transpose(1, 2) if need_k else None
         return dk, *(_parameter_grads(g, *ctx.saved_tensors, needs) if any(needs) else [None] * 6)
 
 
@@ -226,7 +238,8 @@ def _check(k, hidden, w_down, w_up, prompt, gate, visual) -> None:
     check_floating("excitor_keys", k=k, hidden=hidden, w_down=w_down, w_up=w_up, prompt=prompt, gate=gate)
     if k.dim() != 4 or hidden.dim() != 3:
         raise ValueError(f"excitor_keys: k {tuple(k.shape)}, hidden {tuple(hidden.shape)}; pass k [B, H, M, d] and hidden [B, M, C]")
-    B, H, M, d = k.shape
+    B, heads, M, d = k.shape
+    H = gate.shape[0] if gate.dim() == 1 and heads and gate.shape[0] % heads == 0 else heads
     C, r = H * d, w_down.shape[0]
     wanted = {"hidden": (hidden, (B, M, C)), "w_down": (w_down, (r, C)), "w_up": (w_up, (C, r)), "gate": (gate, (H,))}
     wanted["prompt"] = (prompt, (prompt.shape[0], C))
@@ -254,7 +267,7 @@ def excitor_keys(
     gate: Tensor,
     visual: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The merged keys ``k + gate K_x`` [B, H, M, d] (stored [B, M, H, d]), for k after its rotary embedding.
+    """The merged keys ``k + gate K_x`` [B, H, M, d] (stored [B, M, H, d]), for k [B, H or a divisor of it, M, d] after its rotary embedding.
 
     ``hidden`` [B, M, C] is the attention's input, C = H d; ``w_down`` [r, C], ``w_up`` [C, r], ``prompt`` [K, C], ``gate`` [H].
     ``visual`` = (image [B, V, D], wk_down [r, D], wk_up [C, r], wv_down [r, D], wv_up [C, r]) adds the image's keys and values.
@@ -294,7 +307,7 @@ def merge_keys(
     wv_up), so that rows can be gathered and spread where they are narrow. ``scale`` of S_excitor: C^-1/2."""
     params = _params(u, w_up, prompt, gate, visual, scale)
     merged = _Merge.apply(k, *params) if wants_grad(k, *params) else _merge(k, *params)
-    return merged.unflatten(-1, k.shape[1::2]).transpose(1, 2)
+    return merged.unflatten(-1, (gate.shape[0], k.shape[3])).transpose(1, 2)
 
 
 def _params(u, w_up, prompt, gate, visual, scale) -> tuple[Tensor | None, ...]:

@@ -5,7 +5,7 @@
     dQ = R^T dQ'    dK = R^T dK'            the parameters' gradients are excitor_keys.py's, of dK'
 
 Sources and accumulation: theirs. R(K) is not rounded before the sum.
-Shapes: q, k [B, H, M, d]; cos, sin [B or 1, M, d], d even; the rest as in excitor_keys.py.
+Shapes: q [B, H, M, d]; k [B, H_kv, M, d], H a multiple of H_kv; Q', K' [B, H, M, d]; cos, sin [B or 1, M, d], d even; the rest as in excitor_keys.py.
 
 | gradient needed for | saved                                       | computed in backward        |
 |---------------------|---------------------------------------------|-----------------------------|
@@ -13,7 +13,8 @@ Shapes: q, k [B, H, M, d]; cos, sin [B or 1, M, d], d even; the rest as in excit
 | any other           | what excitor_keys.py saves for it           | the same as there           |
 
 Moved through memory by the Triton form, in tensors as wide as k: forward 4 (q, k, Q', K') by one launch, where the rotary pass and the
-merge take 6 by two; T is read once more, for U. Backward 5, as the parts: dK' is read by the transposed rotation and by the parameters'
+merge take 6 by two (grouped heads: k's part of the second is H_kv / H, each head's read of its group's key out of the caches); T is read once
+more, for U. Backward 5, as the parts: dK' is read by the transposed rotation and by the parameters'
 pass (counted by tests/ops/test_traffic.py). As one they would read the tables anew for every head: see kernels/excitor_keys.py.
 """
 
@@ -85,8 +86,9 @@ class _Turn(Function):
     def backward(ctx, *grads):
         need_q, need_k, _, _, *needs = ctx.needs_input_grad
         cos, sin, *params = ctx.saved_tensors
-        B, H, M, d = ctx.shape
-        dq, dk = (g.view(B, M, H, d) if need and g is not None else None for g, need in zip(grads, (need_q, need_k)))
+        B, heads, M, d = ctx.shape
+        dq, dk = (g if need and g is not None else None for g, need in zip(grads, (need_q, need_k)))
+        dq, dk = dq if dq is None else dq.view(B, M, dq.shape[2] // d, d), dk if dk is None else excitor.summed_over_groups(dk, heads, d)
         of_params = excitor._parameter_grads(grads[1], *params, needs) if any(needs) and grads[1] is not None else [None] * 6
         return *(t if t is None else t.transpose(1, 2) for t in _turned_back(dq, dk, cos, sin)), None, None, *of_params
 
@@ -129,7 +131,7 @@ def turn_and_merge(
 
 def _together(q, k, cos, sin, params) -> tuple[Tensor, Tensor]:
     made = _Turn.apply(q, k, cos, sin, *params) if wants_grad(q, k, *params) else _turn(q, k, cos, sin, *params)
-    return tuple(t.unflatten(-1, k.shape[1::2]).transpose(1, 2) for t in made)
+    return tuple(t.unflatten(-1, q.shape[1::2]).transpose(1, 2) for t in made)
 
 
 @under_autocast("lower")
@@ -144,13 +146,14 @@ def excitor_turn(
     gate: Tensor,
     visual: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, H, M, d] as attention reads them: both turned by ``tables`` = (cos, sin), each [B or 1, M, rot], then the keys
+    """Queries [B, H, M, d] and keys [B, H or a divisor of it, M, d] as attention reads them, H heads of both: both turned by ``tables`` = (cos, sin), each [B or 1, M, rot], then the keys
     merged as :func:`fastpeft.ops.excitor_keys` merges them, which says what the rest is.
 
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """
     excitor._check(k, hidden, w_down, w_up, prompt, gate, visual)
-    if q.shape != k.shape or q.dtype != k.dtype:
-        raise ValueError(f"excitor_turn: q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} must match")
+    if q.shape != (k.shape[0], gate.shape[0], *k.shape[2:]) or q.dtype != k.dtype:
+        told = f"q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} must match"
+        raise ValueError(f"excitor_turn: {told}, with a query for each of {gate.shape[0]} gates")
     attention_inputs._check_tables(q.transpose(1, 2), *tables)
     return turn_and_merge(q, k, tables, *excitor._narrow(hidden, w_down, w_up, prompt, gate, visual))

@@ -20,7 +20,8 @@ Accumulation, and what autocast casts: theirs.
 | prefix, Excitor                       | what prefix attention and excitor_keys save besides (their tables)                             |
 | any of the first, ``recompute``       | x, c, lse in place of q, k, v, which backward forms again; with norms also q and k before them |
 
-It is these operators' Functions, not one around them. Such a Function was measured (CPU, one thread, float32, causal with rotary, LoRA
+It is these operators' Functions, not one around them; so are the fused attentions of all backbones (fused/attention_*.py), where layouts
+without padding, caches, labelled queries and hooks come between one operator and the next. Such a Function was measured (CPU, one thread, float32, causal with rotary, LoRA
 of rank 8 on q, v and o; forward and backward, its time over the parts', middle of 5 s interleaved): 20 x 35 x 768 0.99, 4 x 128 x 768
 1.01, 2 x 256 x 1024 0.98, 1 x 512 x 2048 0.96, with the same bytes saved to the byte; only where the host's time is all, at 2 x 4 x 32,
 it was 0.72 (0.64 and 0.47 ms), which a captured graph does not pay either.
@@ -106,18 +107,21 @@ def _queries_keys_values(
         prefix = None
     if _turns_with_keys(q, k, keys, factors):
         q, k = (t.transpose(1, 2) for t in (q, k))
-        return *excitor_turn(q, k, keys.rotary, x, *keys.excitor), v.transpose(1, 2)
+        return *excitor_turn(q, k, keys.rotary, x, *keys.excitor), _for_each_head(v.transpose(1, 2), heads)
     q, k, v = attention_inputs(q, k, v, rotary=keys.rotary, ia3=factors, prefix=prefix, rows_for_queries=True, **norms)
-    if keys.excitor is not None:  # its gate is one number for each query head: groups do not share their keys
-        k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
-        k = excitor_keys(k, x, *keys.excitor)
+    if keys.excitor is not None:
+        k, v = excitor_keys(k, x, *keys.excitor), _for_each_head(v, heads)
     return q, k, v
 
 
+def _for_each_head(v: Tensor, heads: int) -> Tensor:
+    """Values of grouped heads beside Excitor's keys: its gate is one number for each query head, so groups do not share their keys."""
+    return v if v.shape[1] == heads else v.repeat_interleave(heads // v.shape[1], 1)
+
+
 def _turns_with_keys(q: Tensor, k: Tensor, keys: _Keys, factors) -> bool:
-    """Whether the rotary embedding of q and k [B, M, heads, d] and Excitor's keys are one pass: every query head has keys, and nothing
-    else is done to either."""
-    alone = keys.q_norm is keys.k_norm is factors is None and q.shape == k.shape
+    """Whether the rotary embedding of q and k [B, M, heads, d] and Excitor's keys are one pass: nothing else is done to either."""
+    alone = keys.q_norm is keys.k_norm is factors is None
     return keys.excitor is not None and keys.rotary is not None and alone and turns(q, q.shape[-1], keys.rotary[0])
 
 

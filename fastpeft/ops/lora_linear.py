@@ -47,8 +47,13 @@ and copying it moves what the sum into dx does. Model (an H200's 4.2 TB/s and me
 M x K x N: 8192x2048x2048 7, 8192x4096x4096 4, 8192x4096x11008 4, 8192x11008x4096 1; with x copied, less than 0 of a square; 8192x768x768
 12, had its y not fitted into the L2. Measured at 4096 (bench/results/gpu_h200.md): 1.20 of the frozen pair with S made, and 1.21 the C++
 form, by what Triton's passes took in both of these runs.
+q, k and v of one input, 8192x4096x4096 each, share x's buffer, but S is shared already: of three frozen pairs (2049 us) the C++ form adds
+1 x + 6 y in 4 launches, and 9 x in 8 in backward: 1.07 GB, 256 us. The buffer takes 6 y (96 us, 3 launches) for 3 products of 64 more
+columns (16 us): 3.9 percent; 0.8 more were S written by the norm, which no row-wise kernel does (a row's 24 sums read all of A from the
+caches, 24 times the row's bytes). With dq, dk, dv and dS in such buffers, too, 0.8 for dx, and 2.3 had the rotation's backward dS, a sum
+over heads of which each of its groups sees two. For backward the buffer serves at once, dA and dB moving what they move.
 Against it stands that W would have to lie in rows of K + R: a parameter that is a view, which a drop-in may not make of a model's own
-(checkpoints, sharding and optimisers see its storage), and s B written beside it after each step.
+(checkpoints, sharding and optimisers see its storage; a copy doubles a frozen base), and s B written beside it after each step.
 
 csrc/autograd has the Function below in C++, and the products: on CPUs of calls in one dtype without dropout, the same to the bit at a
 third of the host time (bench/results/host_cpu.md); on CUDA of all but mixed dtypes, by cuBLAS, which on an H200 took as long as Triton's

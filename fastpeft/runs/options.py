@@ -15,11 +15,9 @@ from fastpeft.train.config import TrainConfig
 METHOD, READ, PROMPT, SCORE = (Option(panel=name) for name in ("Model and method", "Data", "Language models", "Generation"))
 MEASURE = Option(panel="Metrics of text")
 METRICS = ("rouge", "meteor", "bertscore", "tokens")
-Names = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Names = tuple[str, ...] | None
 Formats = Annotated[Text | tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-
-Stages = Annotated[tuple[dict[str, Any], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v), Field(min_length=1)]
+Stages = Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
 
 
 @options

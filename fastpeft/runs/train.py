@@ -22,12 +22,14 @@ from fastpeft.models.family import Kind
 from fastpeft.models.quantize import check_quantize
 from fastpeft.models.shared_base import own_what_is_trained
 from fastpeft.plan import adapt, plan_for
+from fastpeft.ranks import ranks_here
 from fastpeft.runs import causal, vqa
 from fastpeft.runs.estimate import about_run, expectations
 from fastpeft.runs.options import DataOptions, MetricOptions, TextOptions
 from fastpeft.runs.splits import data_notes, load_splits, load_validation
 from fastpeft.train.caches import Caches
 from fastpeft.train.config import TrainConfig
+from fastpeft.train.resume import check_start
 from fastpeft.train.trainer import Trainer
 from fastpeft.train.validation import ValidationData
 
@@ -189,6 +191,7 @@ def train_run(
     with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`.
     plan None: of the model's paper. ``command``: a command line that does the same, for the summary. With progress shown, the step is
     estimated first, and the summary has the estimate beside what was measured."""
+    ranks_here().first_does(lambda: check_start(config))
     base = {"vocab": vocab, "pretrained": pretrained, "quantize": quantize, "image_encoder": image_encoder}
     loaded = Loaded(model, data, config, text=text, evaluate=evaluate, init_adapter=init_adapter, **base)
     started_from = loaded.adapted(loaded.network, plan, config, init_adapter, **lora)

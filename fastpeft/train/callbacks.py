@@ -10,9 +10,11 @@ Trainer(model, dataset, config, callbacks=[Print()])
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 NUMBERS = ("loss", "learning_rate", "grad_norm", "samples_per_second", "memory_bytes", "validation_loss")  # of a row, for trackers
@@ -79,11 +81,7 @@ class TensorBoard(Callback):
     """Event files in ``out/tensorboard``."""
 
     def on_start(self, run: Mapping[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
-        self.board = SummaryWriter(str(_out(run, "tensorboard") / "tensorboard"), purge_step=run["step"] + 1)
+        self.board = imported("tensorboard").SummaryWriter(str(_out(run, "tensorboard") / "tensorboard"), purge_step=run["step"] + 1)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         for name, value in numbers(row):
@@ -98,10 +96,7 @@ class WandB(Callback):
     and sends nothing. Resumed, it goes on in the same run."""
 
     def on_start(self, run: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        wandb = imported("wandb")
         out = _out(run, "wandb")
         names = {"project": os.environ.get("WANDB_PROJECT", "fastpeft"), "name": out.name, "dir": str(out)}
         names |= {"id": _kept(out / "wandb_run", wandb.util.generate_id), "resume": "allow"}
@@ -121,10 +116,7 @@ class MLflow(Callback):
     in the same run."""
 
     def on_start(self, run: Mapping[str, Any]) -> None:
-        try:
-            import mlflow
-        except ImportError:
-            raise _missing("mlflow") from None
+        mlflow = imported("mlflow")
         out = _out(run, "mlflow")
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -167,8 +159,12 @@ def _out(run: Mapping[str, Any], tracker: str) -> Path:
     return run["out"]
 
 
-def _missing(package: str) -> ValueError:
-    return ValueError(f"{package} is not installed: pip install 'fastpeft[{package}]'")
+def imported(tracker: str) -> ModuleType:
+    """What a tracker writes with. ValueError where its package is not installed."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if tracker == "tensorboard" else tracker)
+    except ImportError:
+        raise ValueError(f"{tracker} is not installed: pip install 'fastpeft[{tracker}]'") from None
 
 
 def _kept(file: Path, make) -> str:

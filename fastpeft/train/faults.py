@@ -111,7 +111,8 @@ def where_not_finite(step: Step, batches: list[dict], before: dict[str, Any]) ->
         for batch in batches:
             with _watched(step.model) as found:
                 loss = step.passes([batch], measured=False).loss
-            wrong = found or [f"gradient of {name}" for name, p in step.model.named_parameters() if p.grad is not None and _bad(p.grad)]
+            bad = {id(p) for p, grad in step.gradients_left() if grad is not None and _bad(grad)}
+            wrong = found or [f"gradient of {name}" for name, p in step.model.named_parameters() if id(p) in bad]
             clear(step)
             if wrong or not math.isfinite(loss):
                 first = f"the first output that is not finite is {found[0]}" if found else f"not finite: {[*wrong, 'the loss'][0]}"

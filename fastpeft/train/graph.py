@@ -4,27 +4,27 @@ A batch is padded to a :class:`fastpeft.train.buckets.Bucket`, copied into buffe
 first batch runs eagerly, which fills every cache; its second is captured; later ones are replayed. Gradients are added to buffers that
 stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of
 its own for each set of parameters that got a gradient. An eager step and a replayed one compute the same, to the bit. Losses and norms of
-gradients are read every few steps. Where a step cannot be captured, steps run as :class:`Step` runs them, and ``note`` says why.
+gradients are read every few steps. What a graph has read of Python (where weights lie, a dropout's p, betas) is compared before each
+replay, and the graph dropped where it is not the same. Where a step cannot be captured, steps run as :class:`Step` runs them, and ``note``
+says why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import StepCost, measure
-from fastpeft.fused.projections import Recomputes
-from fastpeft.methods.quantized import is_held
 from fastpeft.models import family_of
 from fastpeft.ops._common import to_device_async
-from fastpeft.ranks import ALONE
 from fastpeft.static_shapes import NotStatic, Seeds, static_shapes
 from fastpeft.train.buckets import Bucket, measured_batch, padded
+from fastpeft.train.capturable import Surroundings, read_by_update, why_not, why_not_updated
+from fastpeft.train.capture import Captures, Graph
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.optimizer import KeptGradients
 from fastpeft.train.sources import SourceLosses
@@ -40,91 +40,15 @@ HOST_SECONDS = 2e-4  # for each module with parameters of its own
 FLOPS = {"16 bit": 300e12, "tf32": 150e12, "float32": 40e12}
 
 
-def why_not(model: nn.Module, device: torch.device, *, budget: bool, mixed: bool) -> str:
-    """'' or why steps of this run cannot be captured, as far as that is known before."""
-    if device.type != "cuda":
-        return f"there are no CUDA graphs on {device.type}"
-    if budget:
-        return "memory_budget chooses by the batch what to compute again"
-    if mixed:
-        return "losses are told apart by data set, token by token"
-    if not _is_ours(model):
-        return f"what a {type(model).__name__} reads of a batch is not known"
-    methods = (method for methods in model.fastpeft_plan.treatments.values() for method in methods)
-    if foreign := next((type(method).__name__ for method in methods if not _known(type(method))), None):
-        return f"what {foreign} does from step to step is not known"
-    return next(filter(None, (_unfit(name or "the model", module) for name, module in model.named_modules())), "")
-
-
-def _is_ours(model: nn.Module) -> bool:
-    try:
-        return isinstance(model, family_of(model).model)
-    except ValueError:
-        return False
-
-
-def _known(code) -> bool:
-    """Whether a class or a function is of a library whose numbers stay as they are from step to step."""
-    return (code.__module__ or "").partition(".")[0] in ("fastpeft", "transformers", "peft", "torch")
-
-
-def _unfit(name: str, module: nn.Module) -> str:
-    """'' or why a graph cannot hold what a module does, or would not know that it has changed."""
-    if is_held(module):
-        return f"{name} is quantised"
-    if getattr(module, "gradient_checkpointing", False) or (isinstance(module, Recomputes) and module.recompute):
-        return f"{name} is computed again in backward"
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
-    if "forward" in vars(module) or not all(_known(hook if hasattr(hook, "__name__") else type(hook)) for hook in hooks):
-        return f"{name} has hooks, or a forward of its own"
-    return "" if _known(type(module)) else f"what {name}, a {type(module).__name__}, does from step to step is not known"
-
-
-def step_for(config: TrainConfig, model: nn.Module, dataset, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
-    """The step of a run, in graphs where it asks for them and they hold; on a GPU its note says why not."""
-    device = next(model.parameters()).device
-    reason = why_not(model, device, budget=budget is not None, mixed=mixed)
-    if config.cache_layers is not None and not reason:
-        reason = "cache_layers looks up on the host what it keeps"
-    if config.on_nan == "skip" and not reason:
-        reason = "on_nan=skip reads each step's loss before its update"
+def step_for(config: TrainConfig, reason: str, model: nn.Module, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
+    """The step of a run, in graphs unless there is a ``reason`` against it (:func:`fastpeft.train.capturable.why_not_for`), which on a GPU
+    is its note."""
     parts |= {"budget": budget, "mixed": mixed}
-    if not parts.get("ranks", ALONE).alone:
-        reason = reason or "gradients of several ranks travel between backward and update"
-    if config.cuda_graph and not reason:
-        return GraphedStep(model, dataset, *known, **parts, samples=config.batch_size, seed=config.seed)
-    step = Step(model, dataset, *known, **parts)
-    step.note = f"no CUDA graphs: {reason}" if config.cuda_graph and device.type == "cuda" else ""
+    if not reason:
+        return GraphedStep(model, *known, **parts, samples=config.batch_size, seed=config.seed)
+    step = Step(model, *known, **parts)
+    step.note = f"no CUDA graphs: {reason}" if config.cuda_graph and next(model.parameters()).device.type == "cuda" else ""
     return step
-
-
-@contextlib.contextmanager
-def capture_or_leave_all_as_it_was() -> Iterator[None]:
-    """Around a capture: after one that failed the stream is the one from before, and the device's generator draws again. PyTorch leaves the
-    capture's stream current, and a generator that takes every later draw for a part of the capture and refuses it."""
-    stream = torch.cuda.current_stream()
-    try:
-        yield
-    except Exception:
-        torch.cuda.set_stream(stream)
-        if torch.cuda.default_generators:
-            generator, fresh = torch.cuda.default_generators[stream.device_index], torch.Generator(stream.device)
-            fresh.set_state(generator.get_state())
-            generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        raise
-
-
-class Graph:
-    """The launches of one function, captured; not run yet."""
-
-    def __init__(self, function: Callable[[], None], pool):
-        self.function, self.captured = function, torch.cuda.CUDAGraph()
-        how = {"pool": pool, "capture_error_mode": "thread_local"}  # a data loader's thread may allocate meanwhile
-        with capture_or_leave_all_as_it_was(), torch.cuda.graph(self.captured, **how):
-            function()
-
-    def replay(self) -> None:
-        self.captured.replay()
 
 
 class GraphedStep(Step):
@@ -137,42 +61,52 @@ class GraphedStep(Step):
         self.longest = _longest_text(self.model) if family.kind == "vqa" else 1 << 30
         self.most_tokens = _most_tokens(self.model)
         self.seeds, self.terms = Seeds(seed, self.device), torch.zeros((), device=self.device)
-        self.pool, self.gradients = torch.cuda.graph_pool_handle(), KeptGradients(self.optimizer)
+        self.captures, self.gradients = Captures(self.device), KeptGradients(self.optimizer)
+        self.surroundings = Surroundings(self.model)
+        self.read_of_python: list = []  # what ``graphs`` have
         self.buffers: dict[Hashable, Tensor] = {}
         self.graphs: dict[Bucket, Graph] = {}
         self.updates: dict[frozenset[int], Graph | None] = {}  # by the parameters that it changes; None: it ran once
+        self.read_by_updates: dict[frozenset[int], list] = {}
         self.reached: dict[Bucket, frozenset[int]] = {}  # the parameters that the backward of a bucket that ran gives a gradient
         self.now: set[int] = set()  # those of the step so far
+        self.number = 0  # of the step, from 0
         self.unread, self.reads_every = [], READS_EVERY
-        self.replayed, self.eager, self.unlike = 0, 0, ""
+        self.replayed, self.eager, self.changes, self.unlike = 0, 0, 0, ""
 
     def passes(self, batches: list[dict], *, measured: bool) -> Passed:
         if not self.note:
             try:
                 return self._passes(batches, measured)
             except Exception as error:  # an error of the batch itself comes again below
-                self._give_up(error)
+                reason = _said(error)
+            self.give_up(reason)  # out here: the error's frames hold what it had made
         return super().passes(batches, measured=measured)
 
     def update(self, number: int, loss: float | None) -> tuple[float, float | None]:
         if self.note:
             return super().update(number, loss)
-        rate, reached, failed = self.optimizer.set_rates(number), frozenset(self.now), None
+        rate, reached, failed = self.optimizer.set_rates(number), frozenset(self.now), ""
         self.now.clear()
-        graph, update = self.updates.get(reached), functools.partial(self.gradients.update, reached)
+        self.number = number + 1
+        update, masters = functools.partial(self.gradients.update, reached), [self.gradients.pairs[i][1] for i in sorted(reached)]
+        if self.read_by_updates.get(reached) != read_by_update(self.optimizer, masters):
+            self.updates.pop(reached, None)
+        graph = self.updates.get(reached)
         if graph is None and reached in self.updates and len(self.updates) <= MOST:
             try:
-                graph = Graph(update, self.pool)
+                graph = self._captured(update, why_not_updated(self.optimizer))
             except Exception as error:
-                failed = error
+                failed = _said(error)
         self.updates[reached] = graph
         if graph is None:
             update()
         else:
             graph.replay()
+        self.read_by_updates[reached] = read_by_update(self.optimizer, masters)  # the first has made the moments
         self.unread.append(self.gradients.result.clone())
-        if failed is not None:
-            self._give_up(failed)
+        if failed:
+            self.give_up(failed)
         return rate, None
 
     def read(self) -> list[tuple[float, float]]:
@@ -180,29 +114,55 @@ class GraphedStep(Step):
         unread, self.unread = self.unread, []
         return [tuple(row) for row in torch.stack(unread).tolist()] if unread else []
 
-    def start(self, batches: int) -> None:
-        """Go on from where ``batches`` are done: dropout is then that of an uninterrupted run."""
-        self.seeds.counter.fill_(batches)
+    def start(self, step: int) -> None:
+        """Go on from where ``step`` steps are done: dropout is then that of an uninterrupted run."""
+        self.number = step
 
     def said(self) -> str:
         """What it did, for the summary."""
         told = f"{len(self.graphs)} CUDA graphs of batches; {self.replayed} batches were replayed, {self.eager} were not"
+        told += f", {self.changes} times what graphs were made of was changed" if self.changes else ""
         return self.note or told + (f" ({self.unlike})" if self.unlike else "")
 
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, reason: str) -> None:
+        if self.note:
+            return
         self.gradients.release()
-        for held in (self.graphs, self.updates, self.buffers):
+        for held in (self.graphs, self.updates, self.read_by_updates, self.buffers, self.reached):
             held.clear()
-        self.note = f"no CUDA graphs: {' '.join(str(error).split())[:200] or type(error).__name__}"
+        self.note = f"no CUDA graphs: {reason}"
+
+    def _captured(self, function: Callable[[], None], reason: str) -> Graph:
+        if reason:
+            raise RuntimeError(reason)
+        return self.captures.capture(function)
 
     def _passes(self, batches: list[dict], measured: bool) -> Passed:
+        self._drop_what_is_stale()
         terms, cost = sum(map(self.dataset.weight, batches)), None
         self.terms.fill_(terms)
+        self.seeds.start(self.number)
+        self.gradients.lay_out()
         for batch in batches:
             counted = StepCost() if measured and cost is None else None
             self._pass(batch, terms, counted)
             cost = cost or cost_of(counted, batch)
         return Passed(None, SourceLosses(), cost)
+
+    def _drop_what_is_stale(self) -> None:
+        """Graphs of a model that has changed. RuntimeError where it cannot be captured any more."""
+        now = self.surroundings.now()
+        if now == self.read_of_python:
+            return
+        if self.reached:
+            self.changes += 1
+            self.graphs.clear()
+            self.reached.clear()
+            self.surroundings = Surroundings(self.model)
+            now = self.surroundings.now()
+        if reason := why_not(self.model, self.device):
+            raise RuntimeError(reason)
+        self.read_of_python = now
 
     def _pass(self, batch: dict, terms: int, counted: StepCost | None) -> None:
         """Adds a batch's loss and gradients to the step's. ``counted`` takes what it costs: a run's first batch, which is not replayed."""
@@ -214,7 +174,7 @@ class GraphedStep(Step):
             own = measured_batch(inputs, batch, self.samples, self.image_tokens)
         except NotStatic as error:
             self.unlike = str(error)
-            self.seeds.advance()  # the counter counts batches
+            self.seeds.advance()  # it counts batches
             inputs = self._inputs(batch)
             self._eagerly(lambda: self._backward(self.model(**inputs).loss * (self.dataset.weight(batch) / terms)), counted)
             return
@@ -225,10 +185,12 @@ class GraphedStep(Step):
         inputs = {name: self._moved(name, t, kept) for name, t in padded(own, bucket).items()}
         run = functools.partial(self._forward_backward, inputs, bucket)
         if not (kept and bucket in self.reached):
-            self.reached[bucket] = self._eagerly(run, counted)
+            reached = self._eagerly(run, counted)
+            if kept and counted is None:  # being measured, it may have taken other kernels than a captured one takes
+                self.reached[bucket] = reached
             return
         if bucket not in self.graphs:
-            self.graphs[bucket] = Graph(run, self.pool)
+            self.graphs[bucket] = self._captured(run, "")
         self.graphs[bucket].replay()
         self.replayed += 1
         self.now |= self.reached[bucket]
@@ -263,6 +225,10 @@ class GraphedStep(Step):
         if key not in self.buffers:
             self.buffers[key] = torch.empty(t.shape, dtype=t.dtype, device=self.device)
         return self.buffers[key].copy_(t.pin_memory() if t.device.type == "cpu" else t, non_blocking=True)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _most_tokens(model: nn.Module) -> float:

@@ -61,10 +61,14 @@ class Loading:
 
     def halves(self, batch: int) -> list[dict]:
         """A batch of the run as two of half its samples, or itself where it has one."""
+        return self.again(batch, 2)
+
+    def again(self, batch: int, parts: int = 1) -> list[dict]:
+        """A batch of the run once more, in so many parts, or fewer where it has fewer samples."""
         indices, dataset = self.indices(batch), copy.copy(self.dataset)
         dataset._epoch = torch.tensor(batch // len(self.sampler))  # not the shared one: workers load later batches meanwhile
-        half = -(-len(indices) // 2)
-        return [self.collate(dataset.__getitems__(part)) | {"counts": True} for part in (indices[:half], indices[half:]) if part]
+        size = -(-len(indices) // parts)
+        return [self.collate(dataset.__getitems__(indices[at : at + size])) | {"counts": True} for at in range(0, len(indices), size)]
 
     def fault(self, error: BaseException) -> ChildProcessError | None:
         """A worker's death or standstill, as torch reports it, as an error that names it and what it was loading. None for another error.

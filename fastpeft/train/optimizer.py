@@ -117,7 +117,7 @@ class KeptGradients:
         self.result = self.loss.new_zeros(2)  # (loss, gradient's norm before clipping) of the last update
         self.arrived: set[int] = set()
         self.hooks = [p.register_post_accumulate_grad_hook(functools.partial(self._arrive, i)) for i, (p, _) in enumerate(self.pairs)]
-        self._lay_out()
+        self.lay_out()
 
     def _arrive(self, i: int, p: nn.Parameter) -> None:
         self.arrived.add(i)
@@ -125,8 +125,8 @@ class KeptGradients:
             self.buffers[i].add_(p.grad)
             p.grad = None
 
-    def _lay_out(self) -> None:
-        """Where backward adds."""
+    def lay_out(self) -> None:
+        """Where backward adds, whatever a caller has made of the gradients."""
         for (p, master), buffer in zip(self.pairs, self.buffers):
             p.grad = buffer if master is p else None
 
@@ -150,7 +150,7 @@ class KeptGradients:
             p.copy_(master)
         self.result.copy_(torch.stack([self.loss, norm]))
         torch._foreach_zero_([*buffers, self.loss])
-        self._lay_out()
+        self.lay_out()
 
     def reset(self) -> None:
         """Forget what was added up since the last update."""

@@ -6,17 +6,20 @@ import json
 import sys
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastpeft.adapters import fingerprint
 from fastpeft.data.tokenizer import tokenizer_digest
+from fastpeft.device import choose_device
 from fastpeft.documents import parse_json
 from fastpeft.files import clear_drafts, recover_folder
 from fastpeft.models import parts_of
 from fastpeft.plan import parse
-from fastpeft.train.config import FREE
+from fastpeft.train.callbacks import imported
+from fastpeft.train.config import FREE, TrainConfig
 from fastpeft.train.gradients import trained
 from fastpeft.train.metrics import keep_lines
 from fastpeft.train.state import checkpoints, differences, load_state, newest_intact, promote
@@ -75,13 +78,31 @@ def _on_host(state: Any) -> Any:
     return [_on_host(value) for value in state] if isinstance(state, list | tuple) else state
 
 
+def check_start(config: TrainConfig) -> None:
+    """ValueError for what would end a run at its start, before its model is loaded: a folder that is none, or holds a run that is not to
+    be resumed; a tracker that is not installed; a device that cannot be used."""
+    if config.out is not None:
+        if Path(config.out).exists() and not Path(config.out).is_dir():
+            raise ValueError(f"{config.out} is a file: give a folder as out")
+        if not config.resume:
+            _refuse_another(Path(config.out))
+    for tracker in config.trackers:
+        imported(tracker)
+    choose_device(config.device)
+
+
+def _refuse_another(out: Path) -> None:
+    checkpoint, metrics = out / "checkpoint", out / "metrics.jsonl"
+    if checkpoints(checkpoint) or checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size):
+        raise ValueError(f"{out} holds a run already: resume it (--resume), or choose another --out")
+
+
 def open_run(trainer) -> dict[str, Any] | None:
     """Make ``trainer.out`` ready, and put the trainer where the run stands. The summary of a run that is resumed although it is finished,
     else None. ValueError where the folder holds a run that is not to be resumed, or cannot be."""
     checkpoint, metrics = trainer.out / "checkpoint", trainer.out / "metrics.jsonl"
     if not trainer.config.resume:
-        if checkpoints(checkpoint) or checkpoint.exists() or (metrics.is_file() and metrics.stat().st_size):
-            raise ValueError(f"{trainer.out} holds a run already: resume it (--resume), or choose another --out")
+        _refuse_another(trainer.out)
         metrics.unlink(missing_ok=True)
         return None
     clear_drafts(trainer.out)

@@ -52,8 +52,8 @@ class Step:
         self.ranks, self.sums = ranks, GradientSum([master for _, master in optimizer.pairs], ranks)
         self.note, self.reads_every = "", 1
 
-    def start(self, batches: int) -> None:
-        """Called before the first step, where the run stands at so many ``batches``."""
+    def start(self, step: int) -> None:
+        """Called before the first step, where the run stands at this ``step``."""
 
     def said(self) -> str:
         """What is to be said of it in the summary, ''."""
@@ -83,6 +83,13 @@ class Step:
             loss += float(part.detach())
         self.sums.start()
         return Passed(loss, by_source, cost)
+
+    def give_up(self, reason: str) -> None:
+        """Run steps as this class does from now on; ``reason``: what to say of it."""
+
+    def gradients_left(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Of each trained parameter, from the passes since the last update."""
+        return [(p, master.grad if p.grad is None else p.grad) for p, master in self.optimizer.pairs]
 
     def _inputs(self, batch: dict) -> dict[str, Tensor]:
         """The model's keyword arguments."""

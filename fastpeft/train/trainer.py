@@ -30,6 +30,7 @@ from fastpeft.report.report import write_report
 from fastpeft.savings import without
 from fastpeft.train.caches import Caches
 from fastpeft.train.callbacks import TRACKERS, Callback, Followers
+from fastpeft.train.capturable import why_not_for
 from fastpeft.train.config import TrainConfig
 from fastpeft.train.faults import Faults
 from fastpeft.train.gradients import trained
@@ -89,12 +90,13 @@ class Trainer:
         base_in(model, self.dtype)
         self.inputs = model_inputs(model, dataset)
         self.notes: list[str] = []
+        self.mixed = len({sample.data for sample in dataset.samples}) > 1
+        self.ungraphed = why_not_for(config, model, self.device, self.mixed, self.ranks)  # '' or why no step is a CUDA graph
         self.sample_batches_of(config.batch_size * self.ranks.world)
         self.out = Path(config.out) if config.out and self.ranks.first else None
         self.done = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "batches": 0, "first_losses": [], "last_losses": []}
         self.done |= {"half_batches": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.done |= {"steady_samples": 0, "steady_seconds": 0.0, "peak_memory_bytes": 0, "cost": None, "sources": {}, "validation": {}}
-        self.mixed = len({sample.data for sample in dataset.samples}) > 1
         self.plan_steps()
         self.optimizer = Optimizer(model, config, self.total_steps)
         self._before: dict[str, Any] | None = None  # the random state before a step that has changed nothing else yet
@@ -108,7 +110,7 @@ class Trainer:
         self.notes += self.caches.keep_layers_of(self)
         parts = {"features": self.features, "budget": self.budget, "mixed": self.mixed, "ranks": self.ranks}
         known = (model, dataset, self.optimizer, self.inputs, self.device, self.dtype)
-        self.step = step_for(config, *known, **parts)
+        self.step = step_for(config, self.ungraphed, *known, **parts)
         self.rows = Rows(self)
         if config.eval_every and validation is None:
             raise ValueError("eval_every needs validation samples: Trainer(..., validation=ValidationData(...))")
@@ -149,8 +151,7 @@ class Trainer:
     @property
     def shares_prefixes(self) -> bool:
         """Not beside kept lower layers, which hold samples alone, nor in place of CUDA graphs where questions come one an image."""
-        config = self.config
-        graphs = config.cuda_graph and self.device.type == "cuda" and config.questions_per_image == 1
+        config, graphs = self.config, not self.ungraphed and self.config.questions_per_image == 1
         return config.share_prefix and config.cache_layers is None and not graphs and takes_shared_prefixes(self.model, self.inputs)
 
     @functools.cached_property
@@ -217,7 +218,7 @@ class Trainer:
             step_tracer(self.out if config.trace else None, self.total_steps - done["step"]) as tracer,
             stop.together(),
         ):
-            self.step.start(done["batches"])
+            self.step.start(done["step"])
             yield from halt(alone)
             began = time.perf_counter()
             try:
@@ -329,6 +330,7 @@ class Trainer:
             torch.manual_seed(random.Random(f"dropout {self.config.seed} {ranks.rank} {done['step']}").getrandbits(63))
         before = random_state()
         self._before = before if self.out else None
+        self.rows.begin(before, whole)
         loss, by_source, cost = self.faults.passes(batches, whole, before)
         done["cost"] = done["cost"] or cost
         own = [batch for batch in batches if batch["counts"]]

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers as tf
 from double import assert_same, step
-from tiny_models import PAD, V, _lively, tiny
+from tiny_batches import PAD, V, _lively
+from tiny_models import tiny
 
 import fastpeft as fp
 from fastpeft.caching.layers import layer_caches

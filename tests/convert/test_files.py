@@ -90,6 +90,10 @@ def test_broken_files(checkpoint, tmp_path):
         (tmp_path / "cut.pth").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"cut\.pth: no PyTorch checkpoint, or a truncated one"):
             convert(tmp_path / "cut.pth", tmp_path / "hf")
+    for content in (b"#" * 100, b"\xff\xd8\xff\xe0", bytes(100)):  # a script, an image, zeros
+        (tmp_path / "other.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"other\.pth: no PyTorch checkpoint, or a truncated one: (?!Weights only)"):
+            convert(tmp_path / "other.pth", tmp_path / "hf")
     for content in (whole[:100], struct.pack("<Q", 1 << 40)):
         (tmp_path / "cut.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="no safetensors file, or a truncated one"):

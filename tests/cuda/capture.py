@@ -1,14 +1,21 @@
 """CUDA graphs of the device that is not there: what a capture records and refuses, and replay.
 
 A capture records every operator with its arguments. Like a real one it leaves no result: what was there before is as it was, and what it
-made, the graph's own memory, is NaN until a replay. It refuses a wait of the host, a tensor of the host, and a generator that is not the
-device's own. It keeps nothing alive that was made outside: a replay that reads what is gone fails. A Python number is recorded as it was;
-``differences`` of two recordings of one function says which of them was not the same at both times.
+made, the graph's own memory, is NaN (or no index) until a replay. It refuses a wait of the host, a copy from the host, a tensor of the host,
+and a generator that is not the device's own. It keeps nothing alive that was made outside: a replay that reads what is gone fails. A Python
+number is recorded as it was; ``differences`` of two recordings of one function says which of them was not the same at both times.
+
+What goes wrong around a real one goes wrong here: a wait that ``set_sync_debug_mode("error")`` did not catch ends the capture as the driver
+does, after which PyTorch leaves its stream current and its allocator recording, and ``empty_cache`` fails; a pool whose graphs are all gone
+takes no capture; nor does a stream of another device.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +111,7 @@ class Recording:
         self.own: set[int] = set()  # addresses of storages made inside, which ``calls`` holds
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # of storages outside that are written: their bytes, and what these were
         self.rng = torch.get_rng_state()
+        self.ended = False  # by the driver
 
     def run(self, function, implementation, args, kwargs, hosts: list[Tensor]):
         if far := [t for t in hosts if t.dim()]:
@@ -138,8 +146,9 @@ class Recording:
             content.copy_(before)
         self.before.clear()
         for t in _tensors([call.out for call in self.calls]):
-            if _address(t) in self.own and t.is_floating_point():
-                torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).fill_(torch.nan)
+            if _address(t) in self.own and t.dtype not in (torch.bool, torch.uint8):
+                nothing = torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min
+                torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).fill_(nothing)
 
     @on_the_host
     def replay(self) -> None:
@@ -200,9 +209,10 @@ def _told(leaf) -> str:
 _now: Recording | None = None
 
 
-def refuse(what: str) -> None:
-    """RuntimeError inside a capture."""
+def refuse(what: str, ends: bool = False) -> None:
+    """RuntimeError inside a capture; ``ends``: the driver ends it."""
     if _now is not None:
+        _now.ended |= ends
         raise RuntimeError(f"captured: {what}")
 
 
@@ -240,27 +250,78 @@ class CUDAGraph:
         self.recording.replay()
 
 
+class Allocator:
+    """What PyTorch's knows of captures: pools by the number of their graphs, and those that are recorded into now."""
+
+    def __init__(self):
+        self.graphs: Counter = Counter()
+        self.recording: set = set()
+
+    def begin(self, pool) -> None:
+        self.empty_cache()
+        if pool in self.graphs and not self.graphs[pool]:
+            raise RuntimeError("INTERNAL ASSERT FAILED: use_count > 0")
+        self.graphs[pool] += 1
+        self.recording.add(pool)
+
+    def end(self, device: int, pool) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release(self, device: int, pool) -> None:
+        self.graphs[pool] -= 1
+
+    def empty_cache(self) -> None:
+        if self.recording:
+            raise RuntimeError("INTERNAL ASSERT FAILED: captures_underway.empty()")
+
+
+allocator, _numbers = Allocator(), itertools.count(1)
+
+
 @contextmanager
 def graph(captured: CUDAGraph, pool=None, stream=None, capture_error_mode: str = "global") -> Iterator[None]:
-    """As PyTorch's: after a capture that failed its stream is left current."""
-    recording, before = Recording(), torch.cuda.current_stream()
-    torch.cuda.set_stream(Stream())
-    with _capturing(recording):
-        yield
-    torch.cuda.set_stream(before)
+    """As PyTorch's: after a capture that the driver ended its stream is left current, and the allocator is not told."""
+    recording, before, pool = Recording(), torch.cuda.current_stream(), pool or (next(_numbers), 0)
+    stream = stream or Stream()
+    if stream.device_index != 0:
+        raise RuntimeError("captured: on a stream of another device than its kernels', the graph is empty")
+    allocator.begin(pool)
+    torch.cuda.set_stream(stream)
+    try:
+        with _capturing(recording):
+            yield
+    finally:
+        if recording.ended:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        allocator.end(0, pool)
+        torch.cuda.set_stream(before)
+        weakref.finalize(captured, allocator.release, 0, pool)
     captured.recording = recording
 
 
 class Stream:
-    """One of the device's; nothing is queued on it."""
+    """One of a device's; nothing is queued on it."""
 
-    device, device_index = torch.device("cuda", 0), 0
+    def __init__(self, device=None):
+        index = None if device is None else torch.device(device).index
+        self.device_index = torch.cuda.current_device() if index is None else index
+        self.device = torch.device("cuda", self.device_index)
 
 
-_streams = [Stream()]  # the last is the current one
+_streams: dict[int, Stream] = {}  # the current one of each device
+
+
+def _set_stream(stream: Stream) -> None:
+    torch.cuda._exchange_device(stream.device_index)
+    _streams[stream.device_index] = stream
 
 
 def install() -> None:
-    torch.cuda.current_stream, torch.cuda.set_stream = lambda device=None: _streams[-1], _streams.append
-    torch.cuda.CUDAGraph, torch.cuda.graph, torch.cuda.graph_pool_handle = CUDAGraph, graph, lambda: (0, 0)
-    torch.cuda.is_current_stream_capturing = lambda: _now is not None
+    cuda = torch.cuda
+    cuda.current_stream = lambda device=None: _streams.setdefault(cuda.current_device(), Stream())
+    cuda.set_stream, cuda.Stream = _set_stream, Stream
+    cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = CUDAGraph, graph, lambda: (0, next(_numbers))
+    cuda.is_current_stream_capturing, cuda.empty_cache = lambda: _now is not None, allocator.empty_cache
+    torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool = allocator.end, allocator.release

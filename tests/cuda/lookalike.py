@@ -70,6 +70,8 @@ class OnCUDA(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func == Tensor.data_ptr:
+            return args[0].held.data_ptr()
         if func == Tensor.tolist:
             _wait("tolist")
             return args[0].held.tolist()
@@ -86,10 +88,18 @@ class OnCUDA(Tensor):
 
 
 def _wait(what: str) -> None:
-    capture.refuse(f"the host waits for the device: {what}")
     if _forbidden:
         raise RuntimeError(f"the host waits for the device: {what}")
+    capture.refuse(f"the host waits for the device: {what}", ends=True)
     waits.append(what)
+
+
+def _sends(func, t: Tensor, non_blocking: bool) -> None:
+    """A copy from the host: it waits unless told not to, and every replay would copy what lies there then."""
+    if t.numel():
+        if not non_blocking:
+            _wait(f"{func} from the host")
+        capture.refuse(f"{func} takes a tensor of the host, {list(t.shape)} {t.dtype}")
 
 
 def _on_cuda(device) -> bool:
@@ -99,20 +109,6 @@ def _on_cuda(device) -> bool:
 def current_device() -> int:
     """This thread's."""
     return library.lookalike_exchange_device(-1)
-
-
-class Current:
-    """``torch.cuda.device``: a device that is current inside."""
-
-    def __init__(self, device):
-        index = device if isinstance(device, int) else torch.device(device).index
-        self.index = -1 if index is None else index
-
-    def __enter__(self):
-        self.before = library.lookalike_exchange_device(self.index)
-
-    def __exit__(self, *error):
-        library.lookalike_exchange_device(self.before)
 
 
 def _numbered(device) -> torch.device:
@@ -132,6 +128,8 @@ def _run(func, args, kwargs):
             to_cuda, home = _on_cuda(wanted), _numbered(wanted)
             if ours and not to_cuda and torch.device(wanted).type == "cpu":
                 _wait(str(func))
+            if to_cuda and packet is aten._to_copy and not ours:
+                _sends(func, args[0], kwargs.get("non_blocking", False))
         kwargs = kwargs | {"device": None if wanted is not None and _on_cuda(wanted) else wanted}
     elif (packet in WAITING or (func in WAITING and kwargs.get("output_size") is None)) and ours:
         _wait(str(func))
@@ -140,6 +138,8 @@ def _run(func, args, kwargs):
         if isinstance(args[1], OnCUDA) and not isinstance(args[0], OnCUDA):
             _wait(str(func))
         to_cuda, home = isinstance(args[0], OnCUDA), args[0].device
+        if to_cuda and not isinstance(args[1], OnCUDA):
+            _sends(func, args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     elif ours and func.namespace == "fastpeft":  # they may take what lies on the host, and say so
         if _library.FORCED == "composite":  # what serves on CUDA, on tensors of the device
             with Device():
@@ -282,7 +282,7 @@ def install() -> None:
 
     cuda, generator = torch.cuda, torch.Generator
     for name, value in {
-        "_lazy_init": None, "is_available": True, "device_count": 1, "synchronize": None, "empty_cache": None,
+        "_lazy_init": None, "is_available": True, "device_count": 1, "synchronize": None,
         "memory_allocated": 0, "max_memory_allocated": 1 << 30, "reset_peak_memory_stats": None, "get_device_name": "lookalike",
         "get_rng_state_all": [], "set_rng_state_all": None, "get_device_capability": (9, 0), "is_bf16_supported": True,
     }.items():  # fmt: skip
@@ -290,10 +290,11 @@ def install() -> None:
 
     def sync_debug_mode(mode):
         global _forbidden
-        _forbidden = mode == "error"
+        _forbidden = mode in ("error", 2)
 
-    cuda.set_sync_debug_mode = sync_debug_mode
-    cuda.current_device, cuda.device = current_device, Current
+    cuda.set_sync_debug_mode, cuda.get_sync_debug_mode = sync_debug_mode, lambda: 2 * _forbidden
+    cuda.current_device = current_device
+    cuda._exchange_device = cuda._maybe_exchange_device = library.lookalike_exchange_device
     capture.install()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies through the dispatcher
     torch.__future__.set_swap_module_params_on_conversion(True)

@@ -258,8 +258,17 @@ def test_an_image_beyond_the_limit_is_not_decoded(tmp_path, monkeypatch):
     Image.new("1", (10_000, 5_001)).save(path)
     assert path.stat().st_size < 20_000
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with raises("bomb.png: image too large to decode safely .10000 x 5001 pixels; at most 50,000,000"):
+    with raises("bomb.png: image too large to decode safely .* 5001 pixels; at most 50,000,000 are read.: make it smaller, or raise"):
         Preprocess(8)(path)
+
+
+def test_more_pixels_than_pillow_takes_are_read_where_they_are_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path = tmp_path / "large.png"
+    Image.new("1", (80, 80)).save(path)
+    with raises("large.png: image too large to decode safely"):
+        load_image(path)
+    assert load_image(path, max_pixels=MAX_PIXELS + 1).size == (80, 80)
 
 
 @pytest.mark.parametrize("at", ["PIL.ImageFile.ImageFile.load", "PIL.Image.Image.convert", "PIL.Image.open", "PIL.Image.Image.resize"])

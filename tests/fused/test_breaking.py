@@ -8,6 +8,7 @@ import torch
 from small_steps import SINGLE, same, step
 from tiny_models import tiny
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
@@ -173,3 +174,21 @@ def test_outputs_that_hooks_collect_under_checkpointing(name, asked):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     other = fused(model)
     same(*(step(m, given("full"), **{asked: True}) for m in (other, model)), **SINGLE)
+
+
+class Scaled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 1.5 * weight
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weights_that_are_parametrized_after_the_exchange(name):
+    """``torch.nn.utils.parametrize`` makes a class of the fused one: GPT-2's weights lie [in, out] in it, too."""
+    plain, batch = tiny(name)
+    model = fused(plain.train())
+    for root in (plain, model):
+        for layer in [m for m in root.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2]:
+            parametrize.register_parametrization(layer, "weight", Scaled())
+    same(step(model, batch("padded")), step(plain, batch("padded")), **SINGLE)

@@ -9,16 +9,17 @@ import pytest
 import torch
 import transformers as T
 from double import assert_same, step
-from tiny_models import GROUPED, NO_DROPOUT, PAD, TEXT, VISION, _image, _lively, _rows
+from tiny_batches import GROUPED, PAD, TEXT, VISION, _image, _lively, _rows
+from tiny_models import NO_DROPOUT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
-from fastpeft.fused import attention_tokens, queries, state_reads
+from fastpeft.fused import attention_tokens
 from fastpeft.fused.layout import LastLayout
-from fastpeft.fused.pooled import FusedPooledModel, _PooledCall, pooled_read
+from fastpeft.fused.pooled import FusedPooledModel, pooled_read
+from fastpeft.fused.stack_rows import RowsCall
 from fastpeft.methods.base import FSDP
-from fastpeft.ops.attention import attention
 from fastpeft.registry import has_form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,7 +206,7 @@ def test_two_threads(name, monkeypatch, computed):
     model = copy.deepcopy(plain)
     fp.optimize(model)
     given, other, seen = batch_of(name, "padded"), batch_of(name, "full"), []
-    begin = _PooledCall.begin
+    begin = RowsCall.begin
 
     def begun(self, *args):
         thread = threading.Thread(target=lambda: seen.append(model(**other).logits))
@@ -213,12 +214,12 @@ def test_two_threads(name, monkeypatch, computed):
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(_PooledCall, "begin", begun)
+    monkeypatch.setattr(RowsCall, "begin", begun)
     with torch.no_grad():
         theirs = plain(**given).logits
         torch.testing.assert_close(model(**given).logits, theirs)
         torch.testing.assert_close(seen[0], plain(**other).logits)
-        monkeypatch.setattr(_PooledCall, "begin", begin)
+        monkeypatch.setattr(RowsCall, "begin", begin)
         assert len(computed) == 1 and model(**given).logits.shape == theirs.shape
     stack = pooled_read(model).stack
     assert not {"layer", "layers", "score"} & (stack.__dict__.keys() | model.__dict__.keys())
@@ -352,145 +353,3 @@ def test_models_that_read_more():
         T.MistralForTokenClassification(T.MistralConfig(**DECODER)),
     ):
         assert pooled_read(model) is None, type(model).__name__
-
-
-class Inner(nn.Module):
-    def forward(self, x, **kwargs):
-        outputs = self.encoder(x, **kwargs)
-        state = outputs.last_hidden_state
-        return T.modeling_outputs.BaseModelOutputWithPooling(last_hidden_state=state, pooler_output=self.pooler(state))
-
-
-class Head(nn.Module):
-    def forward(self, x, **kwargs):
-        outputs = self.model(x, **kwargs)
-        return self.head(self.dropout(outputs[0])[:, 0]), outputs.hidden_states
-
-
-class HeadOfAMean(Head):
-    def forward(self, x, **kwargs):
-        outputs = self.model(x, **kwargs)
-        return self.head(outputs[0][:, 0] + outputs[0].mean(1))
-
-
-class HeadOfTheSecond(Head):
-    def forward(self, x, **kwargs):
-        outputs = self.model(x, **kwargs)
-        return self.head(outputs[0][:, 1])
-
-
-class HeadThatReadsTwice(Head):
-    def forward(self, x, **kwargs):
-        outputs = self.model(x, **kwargs)
-        state = outputs.last_hidden_state
-        first = state[:, 0]
-        if x is None:
-            first = state
-        return self.head(first)
-
-
-class HeadOfALastToken(Head):
-    def forward(self, input_ids, **kwargs):
-        outputs = self.model(input_ids, **kwargs)
-        logits = self.score(outputs[0])
-        last_non_pad_token = (input_ids != 7).sum(-1)
-        return logits[torch.arange(len(input_ids)), last_non_pad_token]
-
-
-class Stack(nn.Module):
-    def forward(self, x, **kwargs):
-        for layer in self.layers:
-            x = layer(x, **kwargs)
-        return T.modeling_outputs.BaseModelOutput(last_hidden_state=self.norm(x))
-
-
-class StackThatReadsBetween(Stack):
-    def forward(self, x, **kwargs):
-        for layer in self.layers:
-            x = layer(x, **kwargs)
-            x = x - x.mean(1, keepdim=True)
-        return T.modeling_outputs.BaseModelOutput(last_hidden_state=x)
-
-
-class StackThatStops(Stack):
-    def forward(self, x, **kwargs):
-        for layer in self.layers:
-            x = layer(x, **kwargs)
-            if x.dim() == 2:
-                break
-        return T.modeling_outputs.BaseModelOutput(last_hidden_state=x)
-
-
-def test_what_is_found_in_code():
-    assert state_reads.may_pool(Head) and not state_reads.may_pool(Inner)
-    for cls in (HeadOfAMean, HeadOfTheSecond, HeadThatReadsTwice, HeadOfALastToken):
-        assert not state_reads.may_pool(cls) or any(use.uses is None for use in state_reads.state_of(cls).uses), cls
-    assert state_reads.state_of(Stack).layers == "layers"
-    assert state_reads.state_of(StackThatReadsBetween) is None and state_reads.state_of(StackThatStops) is None
-
-
-class Plain(nn.Module):
-    """An attention layer as transformers writes them."""
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        if self.scales:
-            q = q * 2
-        attention_interface = sdpa
-        out, weights = attention_interface(self, q, k, v, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
-        out = out.reshape(*input_shape, -1).contiguous()
-        return self.o_proj(out), weights
-
-
-def sdpa(module, q, k, v, mask, scaling, **kwargs):
-    return attention_tokens.of_real_tokens(
-        lambda m, q, k, v, mask: (attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2), None), module, q, k, v, mask, **kwargs
-    )
-
-
-class Gated(Plain):
-    """Its output has a factor of every token."""
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        gate = self.gate(hidden_states)
-        q = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        attention_interface = sdpa
-        out, weights = attention_interface(self, q, k, k, attention_mask, **kwargs)
-        return self.o_proj(out.reshape(*input_shape, -1) * gate), weights
-
-
-class Scaled(Plain):
-    """Its keys depend on its queries."""
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2) - q.mean()
-        attention_interface = sdpa
-        out, weights = attention_interface(self, q, k, k, attention_mask, **kwargs)
-        return self.o_proj(out.reshape(*input_shape, -1)), weights
-
-
-@pytest.mark.parametrize("column", [0, 3, torch.tensor([2, 0])])
-def test_a_forward_of_few_queries(column):
-    layer = Plain().double()
-    layer.scales, layer.head_dim, layer.is_causal, layer.config = True, 4, False, T.LlamaConfig(attn_implementation="sdpa")
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        setattr(layer, name, nn.Linear(8, 8).double())
-    layer.q_norm = nn.LayerNorm(4).double()
-    forward = queries.of_queries(Plain)
-    x = torch.randn(2, 4, 8, dtype=torch.float64)
-    mask = torch.ones(2, 1, 4, 4).tril().bool()
-    layout = LastLayout.of_columns(2, 4, column, x.device)
-    for given in (None, mask):
-        few, _ = forward(layer, x, given, **{attention_tokens.LAYOUT: layout})
-        torch.testing.assert_close(few, layout.of_each(layer(x, given)[0]))
-    assert queries.of_queries(Gated) is None and queries.of_queries(Scaled) is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 
 import pytest
 import torch
@@ -232,6 +233,28 @@ def test_mistral(window, decoder, tmp_path):
         with pytest.raises(ValueError, match="Prefix is not defined for a MistralModel"):
             fp.adapt(model, "F/T/Prefix/F")
         assert fp.count(fp.adapt(model, "F/T/LoRA/F"))["trainable"]
+
+
+def test_a_folder_of_transformers_own_class(tmp_path):
+    """llava-hf/llava-1.5-7b-hf's kind: other names of the weights, no mm_projector_type, and a number of places that nobody reads."""
+    torch.manual_seed(0)
+    tiny = llava_med_config("llava-med-tiny", text_config={"tie_word_embeddings": False})
+    config = LlavaConfig(vision_config=tiny.vision_config, text_config=tiny.text_config, image_token_index=500, image_seq_length=576)
+    theirs = LlavaForConditionalGeneration(config).double().eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = fp.build(tmp_path / "theirs", dtype=torch.float64).eval()
+    assert model.config.image_seq_length == 16 and fp.count(fp.adapt(model, "F/T/LoRA/F"))["trainable"]
+    ids, pixels = torch.randint(3, 490, (2, 30)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ids[:, 2:18] = 500
+    want = theirs(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels).logits, want, rtol=1e-5, atol=1e-6)  # norms are in float32
+    fp.merge(model).save_pretrained(tmp_path / "ours")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
+    torch.testing.assert_close(again(input_ids=ids, pixel_values=pixels).logits, want, rtol=1e-5, atol=1e-6)
+    settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings | {"projector_hidden_act": "relu"}))
+    with pytest.raises(ValueError, match="projector_hidden_act 'relu' and multimodal_projector_bias True: the connectors known"):
+        fp.build(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(("layer", "strategy", "taken"), [(-1, "default", -1), (2, "default", 2), (0, "full", 0), (-2, "full", -2)])

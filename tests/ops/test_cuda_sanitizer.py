@@ -168,16 +168,30 @@ def test_rescale_and_rotary(sanitizer, dtype):
             sanitizer.run(ops.rotary, [x, angle.cos(), angle.sin()], (True, False, False))
 
 
+def philox(key: int, counter: int) -> list[int]:
+    """Philox4x32-10 (Salmon et al., 2011)."""
+    keys, c = [key & 0xFFFFFFFF, key >> 32], [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+    for _ in range(10):
+        one, two = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(two >> 32) ^ c[1] ^ keys[0], two & 0xFFFFFFFF, (one >> 32) ^ c[3] ^ keys[1], one & 0xFFFFFFFF]
+        keys = [(k + step) & 0xFFFFFFFF for k, step in zip(keys, (0x9E3779B9, 0xBB67AE85))]
+    return c
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout(sanitizer, dtype):
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answer
     for x in (rows(5, 24, dtype), rows(3, 7, dtype), rows(1, 1031, dtype, 1)):
         sanitizer.run(lambda x: torch.ops.fastpeft.dropout(x, 0.3, torch.tensor([2**62]), 3), [x], (False,))
+        kept = torch.tensor([philox(2**62 + 3, i // 4)[i % 4] >= int(0.3 * 2**32) for i in range(x.numel())]).view(x.shape)
+        made = torch.ops.fastpeft.dropout(x, 0.3, torch.tensor([2**62]), 3)
+        assert torch.equal(made, torch.where(kept, x.float() * (1 / 0.7), 0).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d, rot", [(64, 64), (80, 20), (6, 2), (512, 128), (72, 0)])
 def test_attention_inputs(sanitizer, d, rot, dtype):
-    q, k, v = rows(2 * 7, 8 * d, dtype).view(2, 7, 8, d).split([4, 2, 2], 2)
+    q, k, v = rows(2 * 7, 9 * d, dtype).view(2, 7, 9, d).split([5, 2, 2], 2)  # a group takes two heads: one is left of five
     angle = torch.rand(1, 7, rot // 2).repeat(1, 1, 2)
     parameters = {"norms": torch.randn(2, d), "factors": torch.randn(2, 2, d), "prefix": torch.randn(2, 2, 3, d)}
     for kinds in (("norms", "factors", "prefix"), ("norms",), ("factors",), ()):

@@ -14,9 +14,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = _library.FORCED == "triton"
 
 
-def make(B=2, H=2, M=5, d=4, r=2, K=3, image=(), dtype=torch.float32, params=None):
+def make(B=2, H=2, M=5, d=4, r=2, K=3, image=(), dtype=torch.float32, params=None, groups=1):
     C, (V, D) = H * d, image or (0, 0)
-    shapes = [(B, H, M, d), (B, M, C), (r, C), (C, r), (K, C), (H,)]
+    shapes = [(B, H // groups, M, d), (B, M, C), (r, C), (C, r), (K, C), (H,)]
     shapes += [(B, V, D), (r, D), (C, r), (r, D), (C, r)] if image else []
     fan = [1, 1, C, r, 1, 1, 1, D, r, D, r]
     tensors = [torch.randn(shape) * n**-0.5 for shape, n in zip(shapes, fan)]
@@ -81,6 +81,17 @@ def test_odd_sizes(check, H, M, d, r, K):
         check.no_worse(ours, reference, reference, inputs, [i != 5 for i in range(len(inputs))])
         # each gate's gradient is one sum of B M d terms of either sign: what it comes to is no measure of its error, their number's root is
         check.no_worse(ours, reference, reference, inputs, [i == 5 for i in range(len(inputs))], floor=(2 * M * d) ** 0.5)
+
+
+@pytest.mark.parametrize("H, M, d, groups", [(4, 70, 6, 2), (3, 5, 4, 3)])
+def test_grouped_heads(check, H, M, d, groups):
+    """A key for several heads, each with a gate, so keys, of its own; strided, as a slice of one projection's output."""
+    for dtype, image in ((torch.float64, ()), (torch.float32, (37, 9)), (torch.bfloat16, ())):
+        inputs = make(2, H, M, d, image=image, dtype=dtype, groups=groups)
+        inputs[0] = torch.randn(2, M, H // groups, 2 * d).to(dtype)[..., :d].transpose(1, 2)
+        check.no_worse(ours, reference, reference, inputs, [i != 5 for i in range(len(inputs))])
+    got, want = (check.run(fn, make(2, H, M, d, dtype=torch.float64, groups=groups)) for fn in (ours, reference))
+    assert got[0][0].shape == want[0][0].shape == (2, H, M, d) and got[1][0].shape == (2, H // groups, M, d)
 
 
 def test_strided_and_broadcast(check):

@@ -25,9 +25,9 @@ def made(*shapes, dtype=torch.float64):
     return [torch.randn(s).to(dtype) for s in shapes]
 
 
-def make(B=2, H=2, M=5, d=4, r=2, K=3, image=False, dtype=torch.float64):
+def make(B=2, H=2, M=5, d=4, r=2, K=3, image=False, dtype=torch.float64, groups=1):
     C = H * d
-    shapes = [(B, H, M, d), (B, H, M, d), (B, M, C), (r, C), (C, r), (K, C), (H,)]
+    shapes = [(B, H, M, d), (B, H // groups, M, d), (B, M, C), (r, C), (C, r), (K, C), (H,)]
     shapes += [(B, 6, 7), (r, 7), (C, r), (r, 7), (C, r)] * image
     fan = [1, 1, 1, C, r, 1, 1, 1, 7, r, 7, r]
     return [(torch.randn(s) * n**-0.5).to(dtype) for s, n in zip(shapes, fan)]
@@ -80,10 +80,12 @@ def test_odd_sizes(check, B, H, M, d, r, K):
 
 
 def test_strides_and_several_programs(check, monkeypatch):
-    """Queries as one projection's output holds them, keys of every second head, heads shared out among programs."""
+    """Three heads a key; queries as one projection's output holds them, keys of every second head, heads shared out among programs."""
     if INTERPRETED:
         monkeypatch.setattr(importlib.import_module("fastpeft.kernels.excitor_keys"), "PROGRAMS", 4)
-    inputs, cos_sin = make(1, 5, 40, 4, dtype=torch.float32), tables(40, 4)
+    inputs, cos_sin = make(2, 6, 40, 4, dtype=torch.float32, groups=3), tables(40, 4)
+    check.no_worse(ours(cos_sin), reference(cos_sin), reference(cos_sin), inputs)
+    inputs = make(1, 5, 40, 4, dtype=torch.float32)
     inputs[0] = torch.randn(1, 40, 3, 5, 4)[:, :, 1].transpose(1, 2)
     inputs[1] = torch.randn(1, 10, 40, 8)[:, ::2, :, ::2]
     check.no_worse(ours(cos_sin), reference(cos_sin), reference(cos_sin), inputs)

@@ -1,6 +1,7 @@
 """lora_attention against its definition, with float64 as the truth; what it saves for each subset of gradients; what it refuses."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -124,33 +125,36 @@ FLOAT = 4
 WIDE, NARROW, LSE = B * M * H * D * FLOAT, B * M * HKV * D * FLOAT, B * H * M * FLOAT
 X, S = B * M * C * FLOAT, B * M * R * FLOAT
 QKV = WIDE + 2 * NARROW
-# what is trained: what is saved, beside parameters and tables
-SAVED = {
-    "x": QKV + WIDE + LSE,
-    "A_q": X + QKV + WIDE + LSE,
-    "B_q": 3 * S + QKV + WIDE + LSE,
-    "W_k": X + QKV + WIDE + LSE,
-    "A_v B_v": X + 3 * S + QKV + WIDE + LSE,
-    "b_v": QKV + WIDE + LSE,
-    "A_o": WIDE,
-    "B_o": S,
-    "W_o": WIDE,
-    "b_o": 0,
-    "A_q B_q A_v B_v A_o B_o": X + 4 * S + QKV + WIDE + LSE,
-}
+TRAINED = ("x", "A_q", "B_v", "W_k", "b_v", "A_o", "B_o")  # one of a kind: the others of q, k and v are saved for alike
 
 
-@pytest.mark.parametrize("extras", [(), ("rotary",), ("norms", "rotary")], ids=["plain", "rotary", "norms and rotary"])
-@pytest.mark.parametrize("trained", SAVED)
-def test_what_is_saved(check, trained, extras):
-    """Norms keep q and k as they read them, and the reciprocal of the root of each row's mean square; attention then keeps neither."""
+def saved(trained: set, extras: tuple) -> int:
+    """What the docstring's table says, beside parameters and tables."""
+    projected = bool(trained & {"x", "A_q", "B_v", "W_k", "b_v"})
+    own = {"norms": {"q_norm", "k_norm"}, "ia3": {"l_k", "l_v"} if "rotary" in extras else {"l_k"}}
+    scored = projected or any(trained & own[name] for name in extras if name in own)
+    total = X * bool(trained & {"A_q", "W_k"}) + 3 * S * ("B_v" in trained) + S * ("B_o" in trained) + scored * (QKV + WIDE + LSE)
+    if "norms" in extras:  # the reciprocal of the root of each row's mean square; q and k are kept as the norms read them
+        total += sum((projected or name in trained) * B * M * heads * FLOAT for name, heads in (("q_norm", H), ("k_norm", HKV)))
+    folded = extras == ("ia3",)  # what attention gives is not yet what o reads
+    if "ia3" in extras and not folded:  # a factor's gradient asks for what it multiplied
+        total += NARROW * len(trained & {"l_k", "l_v"})
+    total += WIDE * (folded and "l_v" in trained and not scored)
+    return total + WIDE * ("A_o" in trained and (folded or not scored))
+
+
+@pytest.mark.parametrize("extras", [(), ("rotary",), ("norms",), ("norms", "rotary"), ("ia3",), ("ia3", "rotary")], ids=" and ".join)
+def test_what_is_saved(check, extras):
+    """Every subset of gradients, one of a kind."""
+    own = [name for extra, names in (("norms", ("q_norm", "k_norm")), ("ia3", PAIRS["ia3"])) if extra in extras for name in names]
+    names = (*(("x", "A_q", "A_o", "B_o") if own else TRAINED), *own)
     tensors = drawn(**dict.fromkeys(extras))
-    for name in trained.split():
-        tensors[name].requires_grad_()
-    free = [t for name, t in tensors.items() if name != "x"]
-    got = check.saved_bytes(called(lora_attention, list(tensors), causal=True), list(tensors.values()), free)
-    rows = B * M * (H + HKV) * FLOAT if "norms" in extras and SAVED[trained] > 2 * WIDE else 0
-    assert got == SAVED[trained] + rows
+    call, free = called(lora_attention, list(tensors), causal=True), [t for name, t in tensors.items() if name != "x"]
+    for needs in itertools.product((False, True), repeat=len(names)):
+        trained = {name for name, need in zip(names, needs) if need}
+        for name, t in tensors.items():
+            t.requires_grad_(name in trained)
+        assert check.saved_bytes(call, list(tensors.values()), free) == saved(trained, extras), trained
 
 
 def test_x_has_a_recipe(check):

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from fastpeft.runs.options import DataOptions
+from fastpeft.runs.train import train_run
+from fastpeft.train import TrainConfig
 from fastpeft.train.state import differences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +28,20 @@ def test_a_run_is_not_overwritten(runs, phantoms, finished):
     with pytest.raises(ValueError, match="holds a run already: resume it"):
         runs.start(phantoms, finished, steps=2).fit()
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_what_ends_a_run_at_its_start_is_told_before_its_model_is_looked_for(finished, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for change, said in (
+        ({"out": finished}, "holds a run already"),
+        ({"out": tmp_path / "file"}, "file is a file: give a folder as out"),
+        ({"track": "wandb"}, "wandb is not installed"),
+        ({"device": "toaster"}, "device 'toaster' cannot be used here .use "),
+    ):
+        config = TrainConfig(**{"steps": 1, "out": tmp_path / "run"} | change)
+        with pytest.raises(ValueError, match=said):
+            train_run("no-such-model", None, DataOptions(data=str(tmp_path)), config)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import family_of
 from fastpeft.static_shapes import NotStatic, Seeds, first_rows, mixed, static_shapes
 from fastpeft.train.buckets import measured_batch, padded, up
-from fastpeft.train.graph import _most_tokens, why_not
+from fastpeft.train.capturable import why_not
+from fastpeft.train.graph import _most_tokens
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
