@@ -7,7 +7,7 @@
 //
 // Why two: with one, an H200 took 111 us for a rotation of 8192 tokens' 64 heads of 128 in bfloat16, whose bytes it copies in 70. For each Pack a
 // thread ran some 150 instructions, half of them divisions, addresses and the tables' loads, and four blocks of 8 KB shared a
-// multiprocessor; now about 90 (machine code, sm_90), and three of 16 KB. Not timed since.
+// multiprocessor; now 88 (machine code, sm_90, a rotation by float32 tables), and five of 8 KB. Not timed since.
 #include "cuda.cuh"
 
 namespace fastpeft::attention_inputs {

@@ -109,7 +109,8 @@ def _excitor_merge_fwd_kernel(
     GROUPS: tl.constexpr, IMAGE: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    pid_c, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    pid_c, pid, row_blocks = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.cdiv(M, BLOCK_M)
+    pid_m, pid_b = pid % row_blocks, pid // row_blocks
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = out_ptr.dtype.element_ty
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -136,7 +137,8 @@ def _excitor_turn_fwd_kernel(
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """HALF: half of a head's channels, BLOCK_D at most; a program's STEPS heads."""
-    pid_h, pid_m, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    pid_h, pid, row_blocks = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.cdiv(M, BLOCK_M)
+    pid_m, pid_b = pid % row_blocks, pid // row_blocks
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     dtype = out_ptr.dtype.element_ty
     offs_m, offs_d = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -211,15 +213,16 @@ def _launch(kernel, k, u, n, z, prompt, wv_up, gate, columns, config, **own):
     (B, _, M, _), (K, C), R, V = k.shape, prompt.shape, u.shape[2], n.shape[2] - prompt.shape[0]
     row_blocks = triton.cdiv(M, config.BLOCK_M)
     steps = triton.cdiv(columns, max(1, PROGRAMS // max(1, row_blocks * B)))
-    grid = (row_blocks, triton.cdiv(columns, max(1, steps)), B)
+    grid = (row_blocks * B, triton.cdiv(columns, max(1, steps)))  # samples may be more than 65,535
     if 0 in grid:
         return
     n = n.contiguous()
     kernel[grid](
         k_ptr=k, u_ptr=u.contiguous(), n_ptr=n, z_ptr=None if z is None else z.contiguous(), prompt_ptr=prompt.contiguous(),
-        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps, GROUPS=gate.shape[0] // k.shape[1],
-        **_strides("k", k), stride_nb=0 if n.shape[0] == 1 else n.stride(0), IMAGE=z is not None, IEEE=ieee(), STAGES=config.STAGES,
-        BLOCK_M=config.BLOCK_M, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R), num_warps=config.num_warps, **own,
+        up_ptr=None if wv_up is None else wv_up.contiguous(), gate_ptr=gate.contiguous(), M=M, C=C, K=K, V=V, R=R, STEPS=steps,
+        **_strides("k", k), stride_nb=0 if n.shape[0] == 1 else n.stride(0), GROUPS=gate.shape[0] // k.shape[1], IMAGE=z is not None,
+        IEEE=ieee(), STAGES=config.STAGES, BLOCK_M=config.BLOCK_M, BLOCK_K=padded(K), BLOCK_V=min(32, padded(V)), BLOCK_R=padded(R),
+        num_warps=config.num_warps, **own,
     )  # fmt: skip
 
 

@@ -72,8 +72,8 @@ class ExcitorBlock(nn.Module):
         nn.init.normal_(self.gate, std=self.gate_std)
 
     def forward(self, k: Tensor, hidden: Tensor, layout=None, visual: Visual | None = None, tables: tuple[Tensor, Tensor] | None = None):
-        """K' [B, H, M, d] from k [B, H or a divisor of it, M, d], rotated, and hidden [B, M, C], the attention's input, or [T, C] where ``layout`` says how tokens lie in
-        the table of k. tables: (cos, sin) of the tokens, as :func:`fastpeft.ops.rotary` takes them."""
+        """K' [B, H, M, d] from k, rotated, of H heads or of a divisor of it, and hidden [B, M, C], the attention's input, or [T, C] where
+        ``layout`` says how tokens lie in the table of k. tables: (cos, sin) of the tokens, as :func:`fastpeft.ops.rotary` takes them."""
         u = linear(hidden, self.w_down.to(hidden.dtype))
         u = u if layout is None else layout.pad(u)
         gate = self.gate.expand(self.heads)

@@ -13,8 +13,8 @@
 Source: Zou et al., "LLaMA-Excitor" (2024), equations 3-9. Where it is silent: S_extra is scaled like S, S_excitor over the full C,
 the gate is one number per head without tanh, and K_x gets no rotary embedding (K is merged after its own). With grouped heads (H_kv < H,
 not in the paper) each query head has a gate, so keys of its own: K is read where it lies, its group's for every head, and dK adds them up.
-Shapes: k [B, H_kv, M, d], H a multiple of H_kv; K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [C, r]; P (prompt) [K, C]; g (gate) [H];
-I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
+Shapes: k [B, H_kv, M, d], H a multiple of H_kv; K' [B, H, M, d]; T (hidden) [B, M, C], C = H d; w_down [r, C]; w_up [C, r];
+P (prompt) [K, C]; g (gate) [H]; I [B, V, D]; wk_down, wv_down [r, D]; wk_up, wv_up [C, r]; U [B, M, r]; N [B or 1, r, K + V]; Z [B, V, r].
 Accumulation: float32 (float64 for float64), softmax included. Parameters may be float32 masters over a bfloat16 trunk.
 
 Moved through memory by the Triton form, in tensors as wide as k: forward 3 (T and k read, K' written; the merge is one launch), backward 2
@@ -139,11 +139,16 @@ def _softmax_grad(a: Tensor, da: Tensor) -> Tensor:
     return a * (da - (a * da).sum(-1, keepdim=True))
 
 
+def with_prompts(launch, composite, at: int):
+    """Triton's launcher, but ATen for no prompts (argument ``at``) at all: the kernels' maximum of no scores is minus infinity."""
+    return lambda *args: (launch if args[at].shape[0] else composite)(*args)
+
+
 _merge = _library.define(
     "excitor_merge_fwd(Tensor k, Tensor u, Tensor n, Tensor? z, Tensor prompt, Tensor? wv_up, Tensor gate) -> Tensor",
     fake=_fwd_fake,
     composite=_fwd,
-    triton=triton_launcher("excitor_keys", "excitor_merge_fwd", _fwd),
+    triton=with_prompts(triton_launcher("excitor_keys", "excitor_merge_fwd", _fwd), _fwd, 4),
 )
 _merge_bwd = _library.define(
     "excitor_merge_bwd(Tensor dk, Tensor L, Tensor rows, bool need_dl, bool need_y) -> (Tensor dl, Tensor y)",
@@ -153,7 +158,7 @@ _merge_bwd = _library.define(
 )
 def _on_triton(*args):
     """Of more than 128 prompts a program would not hold the scores of its rows in registers."""
-    return (_text_launch if args[3].shape[0] <= 128 else _text_bwd)(*args)
+    return (_text_launch if 0 < args[3].shape[0] <= 128 else _text_bwd)(*args)
 
 
 _text_launch = triton_launcher("excitor_keys", "excitor_text_bwd", _text_bwd)
@@ -228,8 +233,8 @@ class _Merge(Function):
     @first_order
     def backward(ctx, g):
         need_k, *needs = ctx.needs_input_grad
-        B, H, M, d = ctx.shape
-        dk = summed_over_groups(g, H, d).transpose(1, 2) if need_k else None
+        _, heads, _, d = ctx.shape
+        dk = summed_over_groups(g, heads, d).transpose(1, 2) if need_k else None
         return dk, *(_parameter_grads(g, *ctx.saved_tensors, needs) if any(needs) else [None] * 6)
 
 
@@ -267,7 +272,8 @@ def excitor_keys(
     gate: Tensor,
     visual: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The merged keys ``k + gate K_x`` [B, H, M, d] (stored [B, M, H, d]), for k [B, H or a divisor of it, M, d] after its rotary embedding.
+    """The merged keys ``k + gate K_x`` [B, H, M, d] (stored [B, M, H, d]), for k after its rotary embedding, [B, H, M, d] or of a divisor
+    of H heads.
 
     ``hidden`` [B, M, C] is the attention's input, C = H d; ``w_down`` [r, C], ``w_up`` [C, r], ``prompt`` [K, C], ``gate`` [H].
     ``visual`` = (image [B, V, D], wk_down [r, D], wk_up [C, r], wv_down [r, D], wv_up [C, r]) adds the image's keys and values.

@@ -5,7 +5,8 @@
     dQ = R^T dQ'    dK = R^T dK'            the parameters' gradients are excitor_keys.py's, of dK'
 
 Sources and accumulation: theirs. R(K) is not rounded before the sum.
-Shapes: q [B, H, M, d]; k [B, H_kv, M, d], H a multiple of H_kv; Q', K' [B, H, M, d]; cos, sin [B or 1, M, d], d even; the rest as in excitor_keys.py.
+Shapes: q, Q', K' [B, H, M, d]; k [B, H_kv, M, d], H a multiple of H_kv; cos, sin [B or 1, M, d], d even; the rest as in
+excitor_keys.py.
 
 | gradient needed for | saved                                       | computed in backward        |
 |---------------------|---------------------------------------------|-----------------------------|
@@ -13,9 +14,9 @@ Shapes: q [B, H, M, d]; k [B, H_kv, M, d], H a multiple of H_kv; Q', K' [B, H, M
 | any other           | what excitor_keys.py saves for it           | the same as there           |
 
 Moved through memory by the Triton form, in tensors as wide as k: forward 4 (q, k, Q', K') by one launch, where the rotary pass and the
-merge take 6 by two (grouped heads: k's part of the second is H_kv / H, each head's read of its group's key out of the caches); T is read once
-more, for U. Backward 5, as the parts: dK' is read by the transposed rotation and by the parameters'
-pass (counted by tests/ops/test_traffic.py). As one they would read the tables anew for every head: see kernels/excitor_keys.py.
+merge take 6 by two; of grouped heads k is H_kv / H of q, and read again from the caches for each head of its group. T is read once more,
+for U. Backward 5, as the parts: dK' is read by the transposed rotation and by the parameters' pass (counted by
+tests/ops/test_traffic.py). As one they would read the tables anew for every head: see kernels/excitor_keys.py.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _turn = _library.define(
     " -> (Tensor q, Tensor k)",
     fake=_turn_fwd_fake,
     composite=_turn_fwd,
-    triton=triton_launcher("excitor_keys", "excitor_turn_fwd", _turn_fwd),
+    triton=excitor.with_prompts(triton_launcher("excitor_keys", "excitor_turn_fwd", _turn_fwd), _turn_fwd, 7),
 )
 TURNS = {device.lower() for device, served in _library.backend_of()["excitor_turn_fwd"].items() if served.startswith("triton")}
 WIDEST = 128  # channels of a head, whose tables a program holds: at 256 with an image, and in float32, it spilled
@@ -146,8 +147,8 @@ def excitor_turn(
     gate: Tensor,
     visual: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries [B, H, M, d] and keys [B, H or a divisor of it, M, d] as attention reads them, H heads of both: both turned by ``tables`` = (cos, sin), each [B or 1, M, rot], then the keys
-    merged as :func:`fastpeft.ops.excitor_keys` merges them, which says what the rest is.
+    """Queries [B, H, M, d] and keys, of H heads or of a divisor of it, as attention reads them, H heads each: both turned by ``tables`` =
+    (cos, sin), each [B or 1, M, rot], then the keys merged as :func:`fastpeft.ops.excitor_keys` merges them, which says what the rest is.
 
     Raises ValueError or TypeError where shapes or dtypes do not fit.
     """

@@ -21,10 +21,10 @@ Accumulation, and what autocast casts: theirs.
 | any of the first, ``recompute``       | x, c, lse in place of q, k, v, which backward forms again; with norms also q and k before them |
 
 It is these operators' Functions, not one around them; so are the fused attentions of all backbones (fused/attention_*.py), where layouts
-without padding, caches, labelled queries and hooks come between one operator and the next. Such a Function was measured (CPU, one thread, float32, causal with rotary, LoRA
-of rank 8 on q, v and o; forward and backward, its time over the parts', middle of 5 s interleaved): 20 x 35 x 768 0.99, 4 x 128 x 768
-1.01, 2 x 256 x 1024 0.98, 1 x 512 x 2048 0.96, with the same bytes saved to the byte; only where the host's time is all, at 2 x 4 x 32,
-it was 0.72 (0.64 and 0.47 ms), which a captured graph does not pay either.
+without padding, caches, labelled queries and hooks come between one operator and the next. Such a Function was measured (CPU, one thread,
+float32, causal with rotary, LoRA of rank 8 on q, v and o; forward and backward, its time over the parts', middle of 5 s interleaved):
+20 x 35 x 768 0.99, 4 x 128 x 768 1.01, 2 x 256 x 1024 0.98, 1 x 512 x 2048 0.96, with the same bytes saved to the byte; only where the
+host's time is all, at 2 x 4 x 32, it was 0.72 (0.64 and 0.47 ms), which a captured graph does not pay either.
 """
 
 from __future__ import annotations
