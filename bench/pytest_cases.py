@@ -1,4 +1,8 @@
-"""pytest plugin of `bench gpu right`: the most important tests first, each result told as it comes (bench/pieces.py)."""
+"""pytest plugin of `bench gpu right`: the most important tests first, each result told as it comes (bench/pieces.py).
+
+An error inside a kernel leaves CUDA in a state in which nothing runs any more in that process: a worker of xdist then ends, and a new one
+has the tests that are left.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,28 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: rank(item.nodeid))  # stable: every process of xdist collects the same
 
 
+def cuda_works() -> bool:
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+_failed: set[str] = set()  # tests of this worker
+
+
+def pytest_runtest_logfinish(nodeid) -> None:
+    """Its reports have been sent."""
+    if nodeid in _failed and not cuda_works():
+        os._exit(3)
+
+
 def pytest_runtest_logreport(report) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # the process that deals the tests out hears of each, too
+        _failed.update([report.nodeid] * (report.outcome == "failed"))
         return
     if report.when == "call" or report.outcome != "passed":
         case = {"case": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}

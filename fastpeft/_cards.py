@@ -32,6 +32,8 @@ def cards() -> tuple[tuple[int, int], list[tuple[int, int]]] | None:
     finally:
         nvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(found) > 1 and all(entry.strip().isdigit() and int(entry) < len(found) for entry in visible):  # else names: all of them count
+    numbered = all(entry.strip().isdigit() and int(entry) < len(found) for entry in visible)  # else names: all of them count
+    # NVML counts by bus, and CUDA too where it is told to: else the fastest is the first, whichever that is
+    if numbered and os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         found = [found[int(entry)] for entry in visible]
     return ((version.value // 1000, version.value % 1000 // 10), found) if found else None

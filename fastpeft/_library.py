@@ -63,7 +63,9 @@ def cuda_unfit(built: tuple[int, int]) -> str:
         return ""
     driver, capabilities = found
     if min(capabilities) < OLDEST:
-        return f"a card of compute capability {_dotted(min(capabilities))}: our kernels need {_dotted(OLDEST)}"
+        newer = max(capabilities) >= OLDEST
+        hide = "; hide it with CUDA_DEVICE_ORDER=PCI_BUS_ID and CUDA_VISIBLE_DEVICES where only the others are used" if newer else ""
+        return f"a card of compute capability {_dotted(min(capabilities))}: our kernels need {_dotted(OLDEST)}{hide}"
     if driver < built:
         return f"csrc was built with CUDA {_dotted(built)}, and the driver serves {_dotted(driver)}"
     return ""

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -153,3 +154,15 @@ def test_a_source_distribution_can_be_built_from(checkout, tmp_path):
         held = {member.partition("/")[2] for member in archive.getnames()}
     wanted = {f"kernels/{name}" for name in KERNELS} | {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert wanted | {"setup.py", "pyproject.toml", "fastpeft/report/report.html.j2"} <= held
+
+
+def test_what_csrc_is_compiled_for(monkeypatch):
+    """Machine code for each architecture, and PTX of the last one for cards that are newer than all of them."""
+    monkeypatch.setattr("setuptools.setup", lambda **how: None)
+    monkeypatch.chdir(ROOT)
+    built = runpy.run_path("setup.py")["cuda_architectures"]
+    monkeypatch.delenv("FASTPEFT_CUDA_ARCHS", raising=False)
+    real = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)]
+    assert built() == [*real, "-gencode=arch=compute_100,code=compute_100"]
+    monkeypatch.setenv("FASTPEFT_CUDA_ARCHS", "86,90")
+    assert [flag.rpartition("code=")[2] for flag in built()] == ["sm_86", "sm_90", "compute_90"]

@@ -151,7 +151,9 @@ def test_the_calls_and_their_files_fit():
 
 def test_the_most_important_tests_come_first():
     names = [f"t.py::test_{name}" for name in ("norms[768-float32]", "linear_cross_entropy", "norms[768-bfloat16]", "lora[bfloat16]")]
-    assert sorted(names, key=pytest_cases.rank) == [names[3], names[2], names[1], names[0]]
+    items = [mock.Mock(nodeid=name) for name in names]
+    pytest_cases.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [names[3], names[2], names[1], names[0]]
     assert min(*names, "tests/train/test_on_cuda.py::test_a_run[T/T/T]", key=pytest_cases.rank).endswith("[T/T/T]")  # whole runs before all
 
 
@@ -165,6 +167,24 @@ def test_workers_of_pytest_have_a_thread_each(monkeypatch):
             monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
         importlib.reload(pytest_cases)
         assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+def test_a_worker_whose_cuda_is_gone_ends(monkeypatch):
+    """After its failed test was told, and no other: xdist deals the rest to a new one."""
+    ended = []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(pytest_cases, "_failed", set())
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for works, outcome, wanted in ((True, "failed", []), (False, "passed", []), (False, "failed", [3])):
+        monkeypatch.setattr(pytest_cases, "cuda_works", lambda works=works: works)
+        name = f"t.py::test_{works}_{outcome}"
+        pytest_cases.pytest_runtest_logreport(mock.Mock(nodeid=name, outcome=outcome))
+        assert ended == []
+        pytest_cases.pytest_runtest_logfinish(name)
+        assert ended == wanted
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access was encountered")))
+    assert not pytest_cases.cuda_works()
 
 
 def test_every_bench_compiles_its_kernels_first(monkeypatch, capfd):

@@ -16,12 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpeft import _library
 
+# What no mode but the first has another form of, or calls one of: another run would repeat it
+ALIKE = ("absorbed_attention", "attention_backends", "attention_dq", "attention_masks", "attention_scores", "gemm", "launching")
+ON_ATEN = ("mm_adapter", "norm_mm_adapter", "prefix_attention", "tree_attention")  # on a CPU, unless Triton is asked for
 if _library.FORCED == "triton":  # row-wise ops have no Triton form: this run would repeat the composite one
     without = ("activations", "attention_inputs", "clamped_swiglu", "expert_linear", "layer_norm", "relu", "rescale", "rms_norm", "rotary")
-    collect_ignore = [f"test_{op}.py" for op in (*without, "launching")]
-elif _library.FORCED == "composite" and "lookalike" not in sys.modules:  # ATen serves these on a CPU in any case, and all that they call
-    without = ("absorbed_attention", "attention_backends", "attention_dq", "attention_masks", "attention_scores", "gemm", "mm_adapter")
-    collect_ignore = [f"test_{op}.py" for op in (*without, "norm_mm_adapter", "prefix_attention", "tree_attention", "launching")]
+    collect_ignore = [f"test_{op}.py" for op in (*without, *ALIKE)]
+elif _library.FORCED == "composite" and "lookalike" not in sys.modules:
+    collect_ignore = [f"test_{op}.py" for op in (*ALIKE, *ON_ATEN)]
 
 # Grace where PyTorch's own error is (nearly) zero: half a unit in the last place for dtypes rounded once from float32, where it is luck
 # which of two roundings is nearer; a few units for the dtypes sums are made in, which every order of summation moves.

@@ -36,8 +36,10 @@ class Tensor(torch.Tensor):
     device = torch.device("cuda", 1)
 
 
-def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
-    module, current, seen = kernels[0], [0], []
+@pytest.fixture
+def current(monkeypatch):
+    """[the device that is current]."""
+    current = [0]
 
     class Guard:
         def __init__(self, device):
@@ -51,6 +53,11 @@ def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    return current
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(kernels, current):
+    module, seen = kernels[0], []
     module.probe = lambda *args: seen.append(current[0])
     launch = _tiled.triton_launcher("probe", "probe", None)
     launch([None, torch.ones(2).as_subclass(Tensor)], 3)
@@ -58,6 +65,12 @@ def test_a_kernel_is_launched_on_its_tensors_device(kernels, monkeypatch):
     assert seen == [1, 0] and current == [0]
     with _tiled.on_device_of([torch.ones(1), torch.ones(1).as_subclass(Tensor)]):
         assert current == [1]
+
+
+def test_the_losss_chunks_are_launched_on_its_tensors_device(current, monkeypatch):
+    loss = importlib.import_module("fastpeft.ops.linear_cross_entropy")
+    monkeypatch.setattr(loss, "chunked", lambda rows, *args: current[0])
+    assert (loss._triton(torch.ones(2).as_subclass(Tensor)), loss._triton(torch.ones(2)), current) == (1, 0, [0])
 
 
 def test_float64_and_what_does_not_fit_run_on_aten(kernels):
@@ -206,7 +219,8 @@ def test_blocks_leave_room_on_small_cards(limit):
         (None, None, (13, 0), ""),
         (None, ((12, 8), [(9, 0)]), (12, 0), ""),
         (None, ((12, 8), [(9, 0)]), (13, 0), "csrc was built with CUDA 13.0, and the driver serves 12.8"),
-        (None, ((13, 0), [(9, 0), (7, 5)]), (12, 0), "a card of compute capability 7.5"),
+        (None, ((13, 0), [(7, 5)]), (12, 0), "a card of compute capability 7.5: our kernels need 8.0"),
+        (None, ((13, 0), [(9, 0), (7, 5)]), (12, 0), "a card of compute capability 7.5: our kernels need 8.0; hide it with CUDA"),
         ("6.2", None, (0, 0), "a ROCm build of torch"),
     ],
 )
@@ -218,6 +232,53 @@ def test_kernels_of_ours_serve_only_cards_that_run_them(monkeypatch, hip, found,
     monkeypatch.setattr(_library, "_native_cuda", built)
     monkeypatch.setattr(_library, "FORCED", "")
     assert not reason or _library._why_composite("CUDA", native=True, triton=False) == said
+
+
+class Nvml:
+    """Two cards, of compute capability 7.5 and 9.0 by bus; its functions write where they are pointed to."""
+
+    def __init__(self, count=2):
+        self.count = count
+
+    nvmlInit_v2 = nvmlShutdown = lambda self: 0
+
+    def nvmlSystemGetCudaDriverVersion_v2(self, version):
+        version._obj.value = 12080
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = self.count
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, device):
+        device._obj.value = index + 1
+        return 0
+
+    def nvmlDeviceGetCudaComputeCapability(self, device, major, minor):
+        major._obj.value, minor._obj.value = [(7, 5), (9, 0)][device.value - 1]
+        return 0
+
+
+@pytest.mark.parametrize(
+    "visible, order, count, wanted",
+    [
+        (None, None, 2, [(7, 5), (9, 0)]),
+        ("1", "PCI_BUS_ID", 2, [(9, 0)]),
+        ("0", "PCI_BUS_ID", 2, [(7, 5)]),
+        ("1", None, 2, [(7, 5), (9, 0)]),  # the fastest is 0 there: 1 is the old one
+        ("1,0", "PCI_BUS_ID", 2, [(9, 0), (7, 5)]),
+        ("GPU-5f2c", "PCI_BUS_ID", 2, [(7, 5), (9, 0)]),
+        ("3", "PCI_BUS_ID", 2, [(7, 5), (9, 0)]),
+        (None, None, 0, None),
+    ],
+)
+def test_the_cards_that_cuda_sees(monkeypatch, visible, order, count, wanted):
+    monkeypatch.setattr(_cards.ctypes, "CDLL", lambda name: Nvml(count))
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert _cards.cards.__wrapped__() == (None if wanted is None else ((12, 8), wanted))
 
 
 def test_the_machines_cards():

@@ -114,13 +114,15 @@ def test_registered_operators(dtype):
     x, weight, bias = make(7, dtype)
     residual = torch.randn_like(x)
     ops = torch.ops.fastpeft
+    # what AOTAutograd makes of an operator does not depend on the dtype
+    how = {} if dtype == torch.float32 else {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     for second in (None, residual):
         for keep in (False, True):
-            torch.library.opcheck(ops.layer_norm_fwd, (x, second, weight, bias, EPS, keep))
+            torch.library.opcheck(ops.layer_norm_fwd, (x, second, weight, bias, EPS, keep), **how)
     _, h, mean, rstd = ops.layer_norm_fwd(x, residual, weight, bias, EPS, True)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        torch.library.opcheck(ops.layer_norm_bwd, (x, h, weight, mean, rstd, None, *needs))
-        torch.library.opcheck(ops.layer_norm_bwd, (x, h, None, mean, rstd, residual, *needs))
+        torch.library.opcheck(ops.layer_norm_bwd, (x, h, weight, mean, rstd, None, *needs), **how)
+        torch.library.opcheck(ops.layer_norm_bwd, (x, h, None, mean, rstd, residual, *needs), **how)
 
 
 def test_compiles_and_repeats(check, norm):

@@ -114,13 +114,15 @@ def test_registered_operators(dtype):
     x, weight = make(7, dtype)
     residual = torch.randn_like(x)
     ops = torch.ops.fastpeft
+    # what AOTAutograd makes of an operator does not depend on the dtype
+    how = {} if dtype == torch.float32 else {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     for second in (None, residual):
         for keep in (False, True):
-            torch.library.opcheck(ops.rms_norm_fwd, (x, second, weight, EPS, keep))
+            torch.library.opcheck(ops.rms_norm_fwd, (x, second, weight, EPS, keep), **how)
     _, h, rstd = ops.rms_norm_fwd(x, residual, weight, EPS, True)
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(ops.rms_norm_bwd, (x, h, weight, rstd, None, *needs))
-        torch.library.opcheck(ops.rms_norm_bwd, (x, h, None, rstd, residual, *needs))
+        torch.library.opcheck(ops.rms_norm_bwd, (x, h, weight, rstd, None, *needs), **how)
+        torch.library.opcheck(ops.rms_norm_bwd, (x, h, None, rstd, residual, *needs), **how)
 
 
 def test_compiles_and_repeats(check, norm):
