@@ -1,6 +1,6 @@
 """The training step as CUDA graphs: forward and backward of each size of batch, and the update, each one launch of the host.
 
-A batch is padded to a :class:`fastpeft.train.buckets.Bucket`, copied into buffers that stay, and computed in static shapes. A bucket's
+A batch is padded to a :class:`fastpeft.data.buckets.Bucket`, copied into buffers that stay, and computed in static shapes. A bucket's
 first batch runs eagerly, which fills every cache; its second is captured; later ones are replayed. Gradients are added to buffers that
 stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of
 its own for each set of parameters that got a gradient. An eager step and a replayed one compute the same, to the bit. Losses and norms of
@@ -17,12 +17,13 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from fastpeft.cost.graphs import longest_text, most_tokens
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import StepCost, measure
+from fastpeft.data.buckets import Bucket, measured_batch, padded
 from fastpeft.models import family_of
 from fastpeft.ops._common import to_device_async
 from fastpeft.static_shapes import NotStatic, Seeds, static_shapes
-from fastpeft.train.buckets import Bucket, measured_batch, padded
 from fastpeft.train.capturable import Surroundings, read_by_update, why_not, why_not_updated
 from fastpeft.train.capture import Captures, Graph
 from fastpeft.train.config import TrainConfig
@@ -32,12 +33,6 @@ from fastpeft.train.step import Passed, Step, cost_of
 
 MOST = 32  # graphs of batches: activations share their memory, the nodes of a graph of MISS take some MB
 READS_EVERY = 10  # steps
-# A step pays as a graph where the host takes longer to launch it than the GPU to compute it. That is told from sizes, not by a clock: a run
-# that is resumed must pad its batches as one that was not interrupted. The host's side as an H200's machine took for linear layers of 700
-# rows, forward and backward, eagerly: 0.1 ms, 0.3 to 0.4 with LoRA (bench/results/gpu_h200.md). The GPU's side is modelled: forward and the
-# activations' gradients at what products of a step's size sustain on an H100, which has other units for float32
-HOST_SECONDS = 2e-4  # for each module with parameters of its own
-FLOPS = {"16 bit": 300e12, "tf32": 150e12, "float32": 40e12}
 
 
 def step_for(config: TrainConfig, reason: str, model: nn.Module, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
@@ -58,8 +53,8 @@ class GraphedStep(Step):
         super().__init__(*parts, **options)
         family = family_of(self.model)
         self.samples, self.image_tokens = samples, family.image_tokens(self.model.config)
-        self.longest = _longest_text(self.model) if family.kind == "vqa" else 1 << 30
-        self.most_tokens = _most_tokens(self.model)
+        self.longest = longest_text(self.model) if family.kind == "vqa" else 1 << 30
+        self.most_tokens = most_tokens(self.model)
         self.seeds, self.terms = Seeds(seed, self.device), torch.zeros((), device=self.device)
         self.captures, self.gradients = Captures(self.device), KeptGradients(self.optimizer)
         self.surroundings = Surroundings(self.model)
@@ -229,18 +224,3 @@ class GraphedStep(Step):
 
 def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _most_tokens(model: nn.Module) -> float:
-    """Of a batch whose launches take the host longer than its products the GPU."""
-    parameters = list(model.parameters())
-    launching = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
-    wide = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-    flops = FLOPS["16 bit" if parameters[0].element_size() == 2 else wide]
-    return HOST_SECONDS * launching * flops / (4 * sum(p.numel() for p in parameters))
-
-
-def _longest_text(model: nn.Module) -> int:
-    """Tokens that a model with tables of positions has room for, beside a prefix."""
-    prefixes = (module.prefix_encoder.tokens for module in model.modules() if getattr(module, "prefix_encoder", None) is not None)
-    return model.config.text_config.max_position_embeddings - max(prefixes, default=0)

@@ -3,6 +3,8 @@ at two times show what a graph would not know to be stale."""
 
 import json
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -16,6 +18,7 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.static_shapes import Seeds
 from fastpeft.train import graph
 from fastpeft.train.graph import GraphedStep
+from fastpeft.train.interrupts import Interrupted
 from fastpeft.train.optimizer import Optimizer
 
 pytestmark = pytest.mark.gpu
@@ -299,7 +302,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_was(runs, phantoms, tmp
         out = tmp_path / str(graphs)
         run = runs.trainer(phantoms, device="cuda", small=runs.SHALLOW, samples=21, steps=12, seed=0, out=str(out), cuda_graph=graphs)
         alone, pixels = run.dataset.samples[-1].image, run.dataset.pixels
-        monkeypatch.setattr(run.dataset, "pixels", lambda path: pixels(path) * (math.nan if path == alone else 1.0))
+        shown = {sample.image: pixels(sample.image) for sample in run.dataset.samples} | {alone: pixels(alone) * math.nan}
+        monkeypatch.setattr(run.dataset, "pixels", shown.__getitem__)
         with pytest.raises(FloatingPointError) as error:
             run.fit()
         told[graphs], rows[graphs] = str(error.value), runs.metrics(out)
@@ -311,17 +315,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_was(runs, phantoms, tmp
     assert all(saved[True][name] == saved[False][name] for name in ("step", "batches", "samples", "tokens", "skipped"))
 
 
-def test_a_run_resumed_in_the_middle(runs, phantoms, tmp_path):
-    """Rows, weights and optimiser are those of an uninterrupted run, with dropout."""
+def test_a_run_stopped_by_a_signal_and_resumed(runs, phantoms, tmp_path, monkeypatch):
+    """In the middle of a step, whose loss is read later: rows, weights and optimiser are those of an uninterrupted run, with dropout."""
     how = {"device": "cuda", "small": runs.SHALLOW | runs.DROPOUT, "samples": 8, "batch_size": 4, "seed": 3}
     whole = runs.trainer(phantoms, steps=5, out=str(tmp_path / "whole"), **how)
     summary = whole.fit()
-    assert any("CUDA graphs of batches" in note for note in summary["notes"]) and whole.step.replayed
+    assert any("CUDA graphs of batches" in note for note in summary["notes"]) and whole.step.replayed and not whole.step.changes
     part = runs.trainer(phantoms, steps=5, save_every=2, out=str(tmp_path / "part"), **how)
-    step = fp.Trainer._step
-    part._step = lambda *group: step(part, *group) if part.done["step"] < 3 else 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    update = GraphedStep.update
+
+    def stopped(step, number, loss):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(step, number, loss)
+
+    monkeypatch.setattr(GraphedStep, "update", stopped)
+    with pytest.raises(Interrupted, match="after step 3"):
         part.fit()
+    monkeypatch.undo()
+    assert [row["step"] for row in runs.metrics(tmp_path / "part")] == [1, 2, 3]
     rest = runs.trainer(phantoms, steps=5, resume=True, out=str(tmp_path / "part"), **how)
     assert rest.fit()["steps"] == 5
     assert runs.metrics(tmp_path / "part") == runs.metrics(tmp_path / "whole")
