@@ -250,13 +250,14 @@ def _estimate_step(
             known = lower_layers_known(network) if step.cache_layers else nullcontext([])
             with known as left_out, measure(network) as cost, lean_logits(network):
                 network(**inputs).loss.backward()
-        inside = _in_graphs(network, inputs, batch or {}, step, tracker) if graphed else 0
+        most = tracker.peak
+        inside = _in_graphs(network, inputs, batch, step, tracker, graphed)
     halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
     optimizer = sum(8 * p.numel() for p in trained) + sum(4 * p.numel() for p in halves)
     gradients = sum(p.numel() * max(4, p.element_size()) for p in trained)
     held = gradients if step.gradient_accumulation > 1 else 0
-    peak = max(weights + optimizer + held + tracker.peak - before + written, weights + optimizer + gradients)
+    peak = max(weights + optimizer + held + most - before + written, weights + optimizer + gradients)
     process = psutil.Process().memory_info().rss if on_cpu else 0
     notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
     if step.cache_layers:
@@ -268,12 +269,12 @@ def _estimate_step(
     )  # fmt: skip
 
 
-def _in_graphs(network: nn.Module, inputs: dict[str, Tensor], batch: Mapping[str, Any], step: AskedStep, tracker: _Tracker) -> int:
+def _in_graphs(network: nn.Module, inputs: dict[str, Tensor], batch: Mapping[str, Any] | None, step, tracker: _Tracker, asked: bool) -> int:
     """Bytes of inputs that stay, of the pool of the graphs' activations, and of those of an eager batch; 0 where the step is no graph."""
-    if not step.optimized or step.cache_layers or step.quantize:
+    if not asked or not step.optimized or step.cache_layers or step.quantize:
         return 0
     with _no_collection(), lean_logits(network):
-        graphs = in_graphs(network, inputs, batch, step.batch_size, tracker)
+        graphs = in_graphs(network, inputs, batch or {}, step.batch_size, tracker)
     return 0 if graphs is None else graphs.inputs + 2 * graphs.activations
 
 

@@ -142,6 +142,7 @@ def test_bytes_of_cuda_graphs(name, plan):
         model(**inputs, num_items_in_batch=torch.ones(())).loss.backward()
     e = module._estimate_step(name, plan, step, {}, on_cpu=False, batch=None, graphed=True)
     assert bucket.length == 24 and e.process_bytes == 0
+    assert e.peak_bytes == module._estimate_step(name, plan, step, {}, on_cpu=False, batch=None, graphed=False).peak_bytes
     stays = e.weight_bytes + e.optimizer_bytes + e.gradient_bytes + sum(t.nbytes for t in inputs.values())
     assert e.graph_bytes == pytest.approx(stays + 2 * held.peak - e.peak_bytes, rel=0.03)
     for change in ({"cache_layers": True}, {"quantize": "4bit"}) if name == "llama-tiny" else ({"optimized": False},):
