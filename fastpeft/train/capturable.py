@@ -121,7 +121,7 @@ class Surroundings:
             found += map(id, children.values())
             found += map(_place, parameters.values())
             found += map(_place, buffers.values())
-            found.append(sum(map(len, _hooks(attributes))))
+            found.append((sum(map(len, _hooks(attributes))), "forward" in attributes))
         return found
 
 
