@@ -4,9 +4,9 @@ A batch is padded to a :class:`fastpeft.data.buckets.Bucket`, copied into buffer
 first batch runs eagerly, which fills every cache; its second is captured; later ones are replayed. Gradients are added to buffers that
 stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of
 its own for each set of parameters that got a gradient. An eager step and a replayed one compute the same, to the bit. Losses and norms of
-gradients are read every few steps. What a graph has read of Python (where weights lie, a dropout's p, betas) is compared before each
-replay, and the graph dropped where it is not the same. Where a step cannot be captured, steps run as :class:`Step` runs them, and ``note``
-says why.
+gradients are read every few steps. What a graph has read of Python (where weights lie, a dropout's p, betas) is compared whenever others
+have had their turn, and the graph dropped where it is not the same. Where a step cannot be captured, steps run as :class:`Step` runs them,
+and ``note`` says why.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class GraphedStep(Step):
         self.reached: dict[Bucket, frozenset[int]] = {}  # the parameters that the backward of a bucket that ran gives a gradient
         self.now: set[int] = set()  # those of the step so far
         self.number = 0  # of the step, from 0
+        self.left = True  # whether others have had their turn since what graphs have read was looked at: callbacks, validation, other runs
         self.unread, self.reads_every = [], READS_EVERY
         self.replayed, self.eager, self.changes, self.unlike = 0, 0, 0, ""
 
@@ -84,21 +85,22 @@ class GraphedStep(Step):
         rate, reached, failed = self.optimizer.set_rates(number), frozenset(self.now), ""
         self.now.clear()
         self.number = number + 1
-        update, masters = functools.partial(self.gradients.update, reached), [self.gradients.pairs[i][1] for i in sorted(reached)]
-        if self.read_by_updates.get(reached) != read_by_update(self.optimizer, masters):
-            self.updates.pop(reached, None)
-        graph = self.updates.get(reached)
+        if self.left:
+            for each in [each for each, read in self.read_by_updates.items() if read != self._read_by_update(each)]:
+                self.updates.pop(each, None)
+        self.left = False
+        update, graph = functools.partial(self.gradients.update, reached), self.updates.get(reached)
         if graph is None and reached in self.updates and len(self.updates) <= MOST:
             try:
                 graph = self._captured(update, why_not_updated(self.optimizer))
             except Exception as error:
                 failed = _said(error)
         self.updates[reached] = graph
-        if graph is None:
-            update()
-        else:
+        if graph is not None:
             graph.replay()
-        self.read_by_updates[reached] = read_by_update(self.optimizer, masters)  # the first has made the moments
+        else:
+            update()
+            self.read_by_updates[reached] = self._read_by_update(reached)  # it may have made the moments
         self.unread.append(self.gradients.result.clone())
         if failed:
             self.give_up(failed)
@@ -106,12 +108,13 @@ class GraphedStep(Step):
 
     def read(self) -> list[tuple[float, float]]:
         """(loss, norm of the gradient) of each step since the last call; waits for the device."""
+        self.left = True
         unread, self.unread = self.unread, []
         return [tuple(row) for row in torch.stack(unread).tolist()] if unread else []
 
     def start(self, step: int) -> None:
         """Go on from where ``step`` steps are done: dropout is then that of an uninterrupted run."""
-        self.number = step
+        self.number, self.left = step, True
 
     def said(self) -> str:
         """What it did, for the summary."""
@@ -122,18 +125,28 @@ class GraphedStep(Step):
     def give_up(self, reason: str) -> None:
         if self.note:
             return
+        self._let_go(self.graphs, self.updates, self.read_by_updates, self.buffers, self.reached)
         self.gradients.release()
-        for held in (self.graphs, self.updates, self.read_by_updates, self.buffers, self.reached):
-            held.clear()
         self.note = f"no CUDA graphs: {reason}"
+
+    def _let_go(self, *held: dict) -> None:
+        """Of graphs that may still be running."""
+        if self.graphs or any(self.updates.values()):
+            torch.cuda.synchronize(self.device)
+        for each in held:
+            each.clear()
 
     def _captured(self, function: Callable[[], None], reason: str) -> Graph:
         if reason:
             raise RuntimeError(reason)
         return self.captures.capture(function)
 
+    def _read_by_update(self, reached: frozenset[int]) -> list:
+        return read_by_update(self.optimizer, [self.gradients.pairs[i][1] for i in sorted(reached)])
+
     def _passes(self, batches: list[dict], measured: bool) -> Passed:
-        self._drop_what_is_stale()
+        if self.left:
+            self._drop_what_is_stale()
         terms, cost = sum(map(self.dataset.weight, batches)), None
         self.terms.fill_(terms)
         self.seeds.start(self.number)
@@ -151,8 +164,7 @@ class GraphedStep(Step):
             return
         if self.reached:
             self.changes += 1
-            self.graphs.clear()
-            self.reached.clear()
+            self._let_go(self.graphs, self.reached)
             self.surroundings = Surroundings(self.model)
             now = self.surroundings.now()
         if reason := why_not(self.model, self.device):
