@@ -87,7 +87,9 @@ def test_replayed_steps_are_eager_ones(name, monkeypatch):
     assert_same(step, twin)
 
 
-@pytest.mark.parametrize(("plan", "dtype"), [("F/LoRA/LoRA", torch.float32), ("F/IA3/T", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("plan", "dtype"), [pytest.param("F/LoRA/LoRA", torch.float32, marks=pytest.mark.slow), ("F/IA3/T", torch.bfloat16)]
+)
 def test_accumulated_batches_and_short_ones(plan, dtype, monkeypatch):
     groups = [[0, 6], [6, 0]]
     step = step_of("miss-tiny", plan=plan, dtype=dtype)
@@ -216,7 +218,10 @@ def change_nothing(step):
     step.optimizer.adamw.zero_grad()  # sets them to None: a step adds to its own
 
 
-@pytest.mark.parametrize("change", [change_p, change_place, change_betas, change_moments, change_clipping, change_nothing])
+LONG = [pytest.param(change, marks=pytest.mark.slow) for change in (change_moments, change_clipping, change_nothing)]
+
+
+@pytest.mark.parametrize("change", [change_p, change_place, change_betas, *LONG])
 def test_what_changes_between_steps_counts(change, monkeypatch):
     """A graph of before is not replayed; others are, and new ones are made."""
 
