@@ -277,7 +277,7 @@ def test_what_a_graph_would_leave_out_ends_them(change):
 def test_graphs_of_a_device_that_is_not_the_current_one():
     """Theirs are the stream, the generator and the pool: on the current device's stream nothing of it would be captured."""
     if capture is None and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
+        pytest.skip("needs tests/cuda/lookalike.py: or a second GPU, where the current one is to be another")
     model = step_of("llama-tiny").model
     config = fp.TrainConfig(steps=9)
     known = (model, Data(model, names_of(model)), Optimizer(model, config, 9), names_of(model), torch.device("cuda", 0), torch.float32)
