@@ -36,15 +36,17 @@ test-triton: $(VENV)/.built
 build/cuda/emulated.so: $(VENV)/.built $(wildcard csrc/*.* tests/cuda/*)
 	$(PY) tests/cuda/build.py build/cuda
 
-LOOKALIKE = OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) tests/cuda/lookalike.py build/cuda/lookalike.so $(PYTEST) -p no:cacheprovider -m gpu
+LOOKALIKE = OMP_NUM_THREADS=1 FASTPEFT_BACKEND=composite PYTHONPATH=. $(PY) tests/cuda/lookalike.py build/cuda/lookalike.so $(PYTEST) -p no:cacheprovider
+QUICK_GPU = -m 'gpu and not slow'
 ROW_WISE = $(addprefix tests/ops/test_,$(addsuffix .py,activations all_ops attention_inputs cuda_sanitizer cuda_sources layer_norm rescale rms_norm rotary))
 test-cuda: build/cuda/emulated.so  # but for tests of the CPU's own conversions and streaming, of very many rows
 	OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=build/cuda/emulated.so $(PY) -m pytest $(PYTEST) -n 2 $(ROW_WISE) -k 'not 16_bit_number and not larger_than'
-	$(LOOKALIKE) --ignore=tests/ops/test_cuda_twins.py tests/ops tests/train tests/cost & other=$$!; $(LOOKALIKE) tests/ops/test_cuda_twins.py tests/bench && wait $$other
+	$(LOOKALIKE) $(QUICK_GPU) --ignore=tests/ops/test_cuda_twins.py tests/ops tests/train tests/cost & other=$$!; $(LOOKALIKE) $(QUICK_GPU) tests/ops/test_cuda_twins.py tests/bench && wait $$other
 
 test-slow: $(VENV)/.built $(if $(filter x86_64,$(shell uname -m)),build/cuda/emulated.so)
 	$(PY) -m pytest $(PYTEST) -m slow
 	$(if $(filter x86_64,$(shell uname -m)),OMP_NUM_THREADS=1 FASTPEFT_LIBRARY=build/cuda/emulated.so $(PY) -m pytest $(PYTEST) -m slow -n 2 tests/ops/test_cuda_sanitizer.py)
+	$(if $(filter x86_64,$(shell uname -m)),$(LOOKALIKE) -m 'gpu and slow' tests/train)
 
 # runs killed at 500 of their file operations, and resumed; 100,000 drawn files and command lines; a run of an hour. Long: by hand
 crash: $(VENV)/.built

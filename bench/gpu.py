@@ -63,7 +63,7 @@ def right(seconds: float) -> list[tuple[str, list[str], float]]:
     python = sys.executable
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = ["-m", "pytest", "-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "bench.pytest_cases"]
-    pytest += ["--import-mode=importlib", "-m", "gpu"]
+    pytest += ["--import-mode=importlib", "-m", "gpu and not slow"]
     twins = [python, *pytest, str(ROOT / "tests/ops/test_cuda_twins.py"), "-k"]
     native = [*twins[:-1], str(ROOT / "tests/ops/test_dropout.py"), "-k", NATIVE]
     workers = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []

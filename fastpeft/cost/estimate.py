@@ -7,7 +7,6 @@ and saved bytes are those of the step that the trainer measures, and the peak is
 from __future__ import annotations
 
 import gc
-import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.caching.attach import lower_layers_known
+from fastpeft.cost.batches import DTYPES, AskedStep, inputs_for, inputs_of
+from fastpeft.cost.graphs import in_graphs
 from fastpeft.cost.largest import largest
 from fastpeft.cost.profile import measure
 from fastpeft.cost.several_devices import Links, on_several_devices
-from fastpeft.data.shared_prefix import image_once
-from fastpeft.features.frozen_stages import ImageFeatures, QuestionStates, longest_frozen_stages
 from fastpeft.fused.outputs import lean_logits
-from fastpeft.labels import IGNORE_INDEX
-from fastpeft.models import Family, ModelSource, family_of, parts_of, resolve
+from fastpeft.models import ModelSource, family_of, parts_of, resolve
 from fastpeft.models.quantize import quantizable, quantized_bytes
 from fastpeft.ops._private import FakeTensor, FakeTensorMode, storage_id, tree_iter, tree_map_only, without_dispatch_modes
 from fastpeft.optimize import optimize
@@ -37,7 +35,6 @@ from fastpeft.plan import Plan, adapt, build
 from fastpeft.verify.baseline import plain
 
 RESERVE = 1.0e9  # bytes of a GPU that no tensor gets: the CUDA context, libraries' workspaces, the allocator's fragments
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -46,7 +43,7 @@ class Estimate:
     forward to backward. peak_bytes: the most that tensors hold at once, optimiser included, and on a CPU the process around them
     (process_bytes). trained_bytes: of weight_bytes, those that the plan trains. ranks: of several devices
     (:class:`SeveralDevices`). fits, largest_batch_size: into a GPU's memory, less RESERVE. advice: what would make it smaller, with its
-    peak."""
+    peak. graph_bytes: on a GPU, what the trainer's CUDA graphs take beside peak_bytes where there is room (0: the step is not one)."""
 
     model: str
     plan: str
@@ -66,39 +63,11 @@ class Estimate:
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ranks: dict[str, Any] | None = None
+    graph_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not asked for is left out."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What is estimated: arguments of :func:`estimate`, checked."""
-
-    batch_size: int
-    seq_len: int | None
-    answer_len: int | None
-    dtype: str
-    questions_per_image: int
-    feature_cache: bool
-    cache_layers: bool
-    gradient_accumulation: int
-    optimized: bool
-    quantize: str | None
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        sizes = {name: getattr(self, name) for name in ("batch_size", "questions_per_image", "gradient_accumulation")}
-        sizes |= {name: value for name in ("seq_len", "answer_len") if (value := getattr(self, name)) is not None}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
-        if self.cache_layers and not self.optimized:
-            raise ValueError("cache_layers=True has no plain counterpart, which keeps nothing: leave one out")
-        if self.quantize and not self.optimized:
-            raise ValueError(f"quantize={self.quantize!r} has no plain counterpart, which writes a quantised base out: leave one out")
 
 
 class _Tracker(FakeTensorMode):
@@ -181,7 +150,7 @@ def estimate(
     images, and seq_len, answer_len and questions_per_image say what other batches are like. world, nodes, shard, links, flops_per_second:
     of several devices, as :func:`on_several_devices`. ValueError names what cannot be.
     """
-    step = _Step(
+    step = AskedStep(
         batch_size=batch_size,
         seq_len=seq_len,
         answer_len=answer_len,
@@ -197,7 +166,8 @@ def estimate(
 
     def run(**change) -> Estimate:
         alike = batch if not change.keys() & {"batch_size", "questions_per_image"} else None
-        return _estimate_step(model, plan, replace(step, **change), options, on_cpu=gpu_memory is None, batch=alike)
+        how = {"on_cpu": gpu_memory is None, "batch": alike, "graphed": gpu_memory is not None and not change}
+        return _estimate_step(model, plan, replace(step, **change), options, **how)
 
     result = run()
     if world != 1 or nodes != 1 or shard is not None:
@@ -218,11 +188,13 @@ def estimate(
     result.largest_batch_size = largest(peak, batch_size, result.peak_bytes, room)
     if not result.fits:
         result.advice = _advice(run, step, room)
+    if result.graph_bytes:
+        result.notes.append(f"CUDA graphs take {result.graph_bytes / 1e9:.2f} GB more; where there is no room, steps run without")
     result.notes.append(f"{RESERVE / 1e9:.0f} GB of the GPU is left for the CUDA context, workspaces and fragmentation")
     return result
 
 
-def _advice(run: Callable[..., Estimate], step: _Step, room: int) -> list[str]:
+def _advice(run: Callable[..., Estimate], step: AskedStep, room: int) -> list[str]:
     """Options that cost least first, each with its own peak."""
     batch = step.batch_size
     options = [
@@ -247,9 +219,16 @@ def _advice(run: Callable[..., Estimate], step: _Step, room: int) -> list[str]:
 
 
 def _estimate_step(
-    model: ModelSource | nn.Module, plan: str | Plan, step: _Step, options: dict[str, Any], on_cpu: bool, batch: Mapping[str, Any] | None
+    model: ModelSource | nn.Module,
+    plan: str | Plan,
+    step: AskedStep,
+    options: dict[str, Any],
+    *,
+    on_cpu: bool,
+    batch: Mapping[str, Any] | None,
+    graphed: bool,
 ) -> Estimate:
-    """The estimate of one step, of ``batch`` if there is one; ``on_cpu``: with the process around it."""
+    """The estimate of one step, of ``batch`` if there is one; ``on_cpu``: with the process around it; ``graphed``: in CUDA graphs, too."""
     dtype = DTYPES[step.dtype]
     tracker, (network, name) = _Tracker(), _meta_model(model, dtype, step.quantize)
     adapt(network, plan, **options)
@@ -264,19 +243,21 @@ def _estimate_step(
         if not trained:
             raise ValueError("nothing to train: the plan freezes every part")
         before = tracker.live
-        inputs = _inputs_of(network, batch, step.feature_cache, dtype) if batch is not None else _inputs(network, step, dtype)
+        inputs = inputs_of(network, batch, step.feature_cache, dtype) if batch is not None else inputs_for(network, step, dtype)
         tracker.building = False
         with _no_collection():
             tracker.peak = tracker.live
             known = lower_layers_known(network) if step.cache_layers else nullcontext([])
             with known as left_out, measure(network) as cost, lean_logits(network):
                 network(**inputs).loss.backward()
+        most = tracker.peak
+        inside = _in_graphs(network, inputs, batch, step, tracker, graphed)
     halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     # AdamW's two moments, and a float32 master (with its float32 gradient) of every half-precision parameter
     optimizer = sum(8 * p.numel() for p in trained) + sum(4 * p.numel() for p in halves)
     gradients = sum(p.numel() * max(4, p.element_size()) for p in trained)
     held = gradients if step.gradient_accumulation > 1 else 0
-    peak = max(weights + optimizer + held + tracker.peak - before + written, weights + optimizer + gradients)
+    peak = max(weights + optimizer + held + most - before + written, weights + optimizer + gradients)
     process = psutil.Process().memory_info().rss if on_cpu else 0
     notes = ["peak_bytes includes this process as it is, interpreter and libraries (process_bytes)"] if on_cpu else []
     if step.cache_layers:
@@ -284,7 +265,17 @@ def _estimate_step(
     return Estimate(
         name, str(network.fastpeft_plan), step.batch_size, step.dtype, cost.flops / step.batch_size, weights, gradients, optimizer,
         cost.saved_bytes, peak + process, process, cost.flops_by_part, sum(p.nbytes for p in trained), notes=notes,
+        graph_bytes=max(0, weights + optimizer + gradients + inside - peak) * (inside > 0),
     )  # fmt: skip
+
+
+def _in_graphs(network: nn.Module, inputs: dict[str, Tensor], batch: Mapping[str, Any] | None, step, tracker: _Tracker, asked: bool) -> int:
+    """Bytes of inputs that stay, of the pool of the graphs' activations, and of those of an eager batch; 0 where the step is no graph."""
+    if not asked or not step.optimized or step.cache_layers or step.quantize:
+        return 0
+    with _no_collection(), lean_logits(network):
+        graphs = in_graphs(network, inputs, batch or {}, step.batch_size, tracker)
+    return 0 if graphs is None else graphs.inputs + 2 * graphs.activations
 
 
 @contextmanager
@@ -336,65 +327,3 @@ def _fill(network: nn.Module) -> None:
                     filled = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                     made[id(tensor)] = tensor, filled
                 table[name] = made[id(tensor)][1]
-
-
-def _check_lengths(config, family: Family, length: int, answer: int | None) -> None:
-    """ValueError where the model has no room for so many tokens, or a sample none for its image and answer."""
-    if family.kind == "vqa":
-        room = config.text_config.max_position_embeddings
-        for name, tokens in (("seq_len", length), ("answer_len", answer)):
-            if tokens > room:
-                raise ValueError(f"{name}={tokens} is more than the model's {room} positions")
-    elif length < (least := (answer or 1) + family.image_tokens(config)):
-        raise ValueError(f"seq_len={length} leaves no room: image and answer alone take {least} tokens")
-
-
-def _inputs(network: nn.Module, step: _Step, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch without padding: ids and indices with data, pixels and features without. An image's tokens are in a causal model's batch once
-    for all its questions, as the trainer's are."""
-    family, batch, per_image = family_of(network), step.batch_size, step.questions_per_image
-    kept = longest_frozen_stages(network) if step.feature_cache else None
-    config, is_vqa = network.config, family.kind == "vqa"
-    length, answer = (step.seq_len or 20, step.answer_len or 6) if is_vqa else (step.seq_len or 512, step.answer_len)
-    vision = getattr(config, "vision_config", None)
-    inputs = _without_data(network, kept, -(-batch // per_image), (batch, length), dtype)
-    _check_lengths(config, family, length, answer)
-    real = {"input_ids": (batch, length), "labels": (batch, length)}
-    if is_vqa:
-        real |= {"attention_mask": (batch, length), "labels": (batch, answer)}
-    with without_dispatch_modes():  # real: what they hold decides what is computed
-        inputs |= {name: torch.ones(shape, dtype=torch.long) for name, shape in real.items()}
-        if vision is not None:
-            inputs["image_index"] = torch.arange(batch) // per_image
-        if not is_vqa:
-            inputs["labels"][:, : length - (answer or max(1, length // 4))] = IGNORE_INDEX
-            tokens = family.image_tokens(config)
-            if tokens:
-                inputs["image_mask"] = (torch.arange(length) < tokens).expand(batch, length).clone()
-                inputs |= image_once(inputs, tokens, per_image) if step.optimized else {}
-    return {name: t for name, t in inputs.items() if kept is None or name not in kept.replaced}
-
-
-def _inputs_of(network: nn.Module, batch: Mapping[str, Any], feature_cache: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A collated batch as the network takes it: ids, masks and indices are its own, pixels and features without data."""
-    images = len(batch.get("images", ()))
-    kept = longest_frozen_stages(network) if feature_cache and images else None
-    inputs = _without_data(network, kept, images, batch["input_ids"].shape, dtype) if images else {}
-    taken = inspect.signature(network.forward).parameters
-    own = {n: t for n, t in batch.items() if isinstance(t, Tensor) and not t.is_floating_point() and n in taken}
-    return {name: t for name, t in (inputs | own).items() if kept is None or name not in kept.replaced}
-
-
-def _without_data(network: nn.Module, kept: type | None, images: int, tokens: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a step is given of its distinct images: pixels, or what is ``kept`` in their place."""
-    config = network.config
-    vision = getattr(config, "vision_config", None)
-    if kept is QuestionStates:
-        return {"question_states": torch.empty(*tokens, config.text_config.hidden_size, dtype=dtype)}
-    if vision is None:
-        return {}
-    pixels = torch.empty(images, 3, vision.image_size, vision.image_size, dtype=dtype)
-    if kept is ImageFeatures and hasattr(network, "encode_images"):
-        with torch.no_grad():
-            return {"image_embeds": torch.empty_like(network.encode_images(pixels))}
-    return {"pixel_values": pixels}

@@ -1,5 +1,5 @@
-"""Whether a step can be captured, and what a captured one has read of Python: a replay reads it no more, so a graph is used only while it is
-as it was."""
+"""Whether a step can be captured, and what a captured one has read of Python: a replay reads it no more, so a graph is used only while it
+is as it was."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _unfit(name: str, module: nn.Module) -> str:
 
 class Surroundings:
     """What the steps of a model read of Python: where its tensors lie, what its modules and configurations hold of numbers and names (a
-    dropout's p, whether they train), their hooks, and PyTorch's and our switches. :meth:`now` takes a millisecond for a thousand modules."""
+    dropout's p, whether they train), their hooks, and PyTorch's and our switches."""
 
     def __init__(self, model: nn.Module):
         self.model, self.modules = model, list(model.modules())
@@ -121,7 +121,7 @@ class Surroundings:
             found += map(id, children.values())
             found += map(_place, parameters.values())
             found += map(_place, buffers.values())
-            found.append(sum(map(len, _hooks(attributes))))
+            found.append((sum(map(len, _hooks(attributes))), "forward" in attributes))
         return found
 
 

@@ -1,12 +1,12 @@
 """The training step as CUDA graphs: forward and backward of each size of batch, and the update, each one launch of the host.
 
-A batch is padded to a :class:`fastpeft.train.buckets.Bucket`, copied into buffers that stay, and computed in static shapes. A bucket's
+A batch is padded to a :class:`fastpeft.data.buckets.Bucket`, copied into buffers that stay, and computed in static shapes. A bucket's
 first batch runs eagerly, which fills every cache; its second is captured; later ones are replayed. Gradients are added to buffers that
 stay, so that batches are accumulated by replaying. The update (clipping, AdamW, masters) is a graph of
 its own for each set of parameters that got a gradient. An eager step and a replayed one compute the same, to the bit. Losses and norms of
-gradients are read every few steps. What a graph has read of Python (where weights lie, a dropout's p, betas) is compared before each
-replay, and the graph dropped where it is not the same. Where a step cannot be captured, steps run as :class:`Step` runs them, and ``note``
-says why.
+gradients are read every few steps. What a graph has read of Python (where weights lie, a dropout's p, betas) is compared whenever others
+have had their turn, and the graph dropped where it is not the same. Where a step cannot be captured, steps run as :class:`Step` runs them,
+and ``note`` says why.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from fastpeft.cost.graphs import longest_text, most_tokens
 from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import StepCost, measure
+from fastpeft.data.buckets import Bucket, measured_batch, padded
 from fastpeft.models import family_of
 from fastpeft.ops._common import to_device_async
 from fastpeft.static_shapes import NotStatic, Seeds, static_shapes
-from fastpeft.train.buckets import Bucket, measured_batch, padded
 from fastpeft.train.capturable import Surroundings, read_by_update, why_not, why_not_updated
 from fastpeft.train.capture import Captures, Graph
 from fastpeft.train.config import TrainConfig
@@ -32,12 +33,6 @@ from fastpeft.train.step import Passed, Step, cost_of
 
 MOST = 32  # graphs of batches: activations share their memory, the nodes of a graph of MISS take some MB
 READS_EVERY = 10  # steps
-# A step pays as a graph where the host takes longer to launch it than the GPU to compute it. That is told from sizes, not by a clock: a run
-# that is resumed must pad its batches as one that was not interrupted. The host's side as an H200's machine took for linear layers of 700
-# rows, forward and backward, eagerly: 0.1 ms, 0.3 to 0.4 with LoRA (bench/results/gpu_h200.md). The GPU's side is modelled: forward and the
-# activations' gradients at what products of a step's size sustain on an H100, which has other units for float32
-HOST_SECONDS = 2e-4  # for each module with parameters of its own
-FLOPS = {"16 bit": 300e12, "tf32": 150e12, "float32": 40e12}
 
 
 def step_for(config: TrainConfig, reason: str, model: nn.Module, *known, budget: MemoryBudget | None, mixed: bool, **parts) -> Step:
@@ -58,8 +53,8 @@ class GraphedStep(Step):
         super().__init__(*parts, **options)
         family = family_of(self.model)
         self.samples, self.image_tokens = samples, family.image_tokens(self.model.config)
-        self.longest = _longest_text(self.model) if family.kind == "vqa" else 1 << 30
-        self.most_tokens = _most_tokens(self.model)
+        self.longest = longest_text(self.model) if family.kind == "vqa" else 1 << 30
+        self.most_tokens = most_tokens(self.model)
         self.seeds, self.terms = Seeds(seed, self.device), torch.zeros((), device=self.device)
         self.captures, self.gradients = Captures(self.device), KeptGradients(self.optimizer)
         self.surroundings = Surroundings(self.model)
@@ -71,6 +66,7 @@ class GraphedStep(Step):
         self.reached: dict[Bucket, frozenset[int]] = {}  # the parameters that the backward of a bucket that ran gives a gradient
         self.now: set[int] = set()  # those of the step so far
         self.number = 0  # of the step, from 0
+        self.left = True  # whether others have had their turn since what graphs have read was looked at: callbacks, validation, other runs
         self.unread, self.reads_every = [], READS_EVERY
         self.replayed, self.eager, self.changes, self.unlike = 0, 0, 0, ""
 
@@ -89,21 +85,22 @@ class GraphedStep(Step):
         rate, reached, failed = self.optimizer.set_rates(number), frozenset(self.now), ""
         self.now.clear()
         self.number = number + 1
-        update, masters = functools.partial(self.gradients.update, reached), [self.gradients.pairs[i][1] for i in sorted(reached)]
-        if self.read_by_updates.get(reached) != read_by_update(self.optimizer, masters):
-            self.updates.pop(reached, None)
-        graph = self.updates.get(reached)
+        if self.left:
+            for each in [each for each, read in self.read_by_updates.items() if read != self._read_by_update(each)]:
+                self.updates.pop(each, None)
+        self.left = False
+        update, graph = functools.partial(self.gradients.update, reached), self.updates.get(reached)
         if graph is None and reached in self.updates and len(self.updates) <= MOST:
             try:
                 graph = self._captured(update, why_not_updated(self.optimizer))
             except Exception as error:
                 failed = _said(error)
         self.updates[reached] = graph
-        if graph is None:
-            update()
-        else:
+        if graph is not None:
             graph.replay()
-        self.read_by_updates[reached] = read_by_update(self.optimizer, masters)  # the first has made the moments
+        else:
+            update()
+            self.read_by_updates[reached] = self._read_by_update(reached)  # it may have made the moments
         self.unread.append(self.gradients.result.clone())
         if failed:
             self.give_up(failed)
@@ -111,12 +108,13 @@ class GraphedStep(Step):
 
     def read(self) -> list[tuple[float, float]]:
         """(loss, norm of the gradient) of each step since the last call; waits for the device."""
+        self.left = True
         unread, self.unread = self.unread, []
         return [tuple(row) for row in torch.stack(unread).tolist()] if unread else []
 
     def start(self, step: int) -> None:
         """Go on from where ``step`` steps are done: dropout is then that of an uninterrupted run."""
-        self.number = step
+        self.number, self.left = step, True
 
     def said(self) -> str:
         """What it did, for the summary."""
@@ -127,18 +125,28 @@ class GraphedStep(Step):
     def give_up(self, reason: str) -> None:
         if self.note:
             return
+        self._let_go(self.graphs, self.updates, self.read_by_updates, self.buffers, self.reached)
         self.gradients.release()
-        for held in (self.graphs, self.updates, self.read_by_updates, self.buffers, self.reached):
-            held.clear()
         self.note = f"no CUDA graphs: {reason}"
+
+    def _let_go(self, *held: dict) -> None:
+        """Of graphs that may still be running."""
+        if self.graphs or any(self.updates.values()):
+            torch.cuda.synchronize(self.device)
+        for each in held:
+            each.clear()
 
     def _captured(self, function: Callable[[], None], reason: str) -> Graph:
         if reason:
             raise RuntimeError(reason)
         return self.captures.capture(function)
 
+    def _read_by_update(self, reached: frozenset[int]) -> list:
+        return read_by_update(self.optimizer, [self.gradients.pairs[i][1] for i in sorted(reached)])
+
     def _passes(self, batches: list[dict], measured: bool) -> Passed:
-        self._drop_what_is_stale()
+        if self.left:
+            self._drop_what_is_stale()
         terms, cost = sum(map(self.dataset.weight, batches)), None
         self.terms.fill_(terms)
         self.seeds.start(self.number)
@@ -156,8 +164,7 @@ class GraphedStep(Step):
             return
         if self.reached:
             self.changes += 1
-            self.graphs.clear()
-            self.reached.clear()
+            self._let_go(self.graphs, self.reached)
             self.surroundings = Surroundings(self.model)
             now = self.surroundings.now()
         if reason := why_not(self.model, self.device):
@@ -229,18 +236,3 @@ class GraphedStep(Step):
 
 def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _most_tokens(model: nn.Module) -> float:
-    """Of a batch whose launches take the host longer than its products the GPU."""
-    parameters = list(model.parameters())
-    launching = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
-    wide = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-    flops = FLOPS["16 bit" if parameters[0].element_size() == 2 else wide]
-    return HOST_SECONDS * launching * flops / (4 * sum(p.numel() for p in parameters))
-
-
-def _longest_text(model: nn.Module) -> int:
-    """Tokens that a model with tables of positions has room for, beside a prefix."""
-    prefixes = (module.prefix_encoder.tokens for module in model.modules() if getattr(module, "prefix_encoder", None) is not None)
-    return model.config.text_config.max_position_embeddings - max(prefixes, default=0)

@@ -1,17 +1,25 @@
 """Estimates against what the same step measures when it runs."""
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import fastpeft as fp
 from fastpeft.cli import app
 from fastpeft.cost import estimate as module
+from fastpeft.cost.batches import AskedStep, inputs_for
 from fastpeft.cost.profile import measure
+from fastpeft.data.buckets import measured_batch, padded
 from fastpeft.fused.outputs import lean_logits
+from fastpeft.models import family_of
+from fastpeft.static_shapes import Seeds, static_shapes
 
 TABLES = Path(__file__).resolve().parents[3] / "shared" / "tables" / "params.json"
 CASES = [
@@ -34,8 +42,8 @@ BF16 = ("LoRA/LoRA/LoRA", "T/T/T", "LoRA", "T", "Excitor", "MMAdapter/T/MMAdapte
 def test_within_five_percent_of_the_step(name, plan, how, dtype):
     model = fp.adapt(fp.build(name, dtype=module.DTYPES[dtype]), plan).train()
     told = {"seq_len": None, "answer_len": None, "questions_per_image": 1, "feature_cache": True, "cache_layers": False}
-    step = module._Step(batch_size=8, gradient_accumulation=1, dtype=dtype, optimized=True, quantize=None, **told | how)
-    inputs = module._inputs(model, step, module.DTYPES[dtype])
+    step = AskedStep(batch_size=8, gradient_accumulation=1, dtype=dtype, optimized=True, quantize=None, **told | how)
+    inputs = inputs_for(model, step, module.DTYPES[dtype])
     inputs = {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in inputs.items()}
     with measure(model) as cost, lean_logits(model):
         model(**inputs).loss.backward()
@@ -96,11 +104,58 @@ def test_the_papers_memory():
     assert computed == sorted(computed) and len(computed) > 3
 
 
+class Held(TorchDispatchMode):
+    """The most bytes that what is made inside holds at once, beside the tensors ``there``."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.sizes, self.peak = {t.untyped_storage()._cdata: 0 for t in there}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("name, plan", [("miss-tiny", "F/LoRA/LoRA"), ("llama-tiny", "LoRA")])
+def test_bytes_of_cuda_graphs(name, plan):
+    """Weights, moments, gradients and inputs that stay, the pool of the graphs, and an eager batch beside it; as a step holds them."""
+    lengths = {"seq_len": 21, "answer_len": 5}
+    model = fp.adapt(fp.build(name), plan).train()
+    told = {"questions_per_image": 1, "feature_cache": True, "cache_layers": False, "gradient_accumulation": 1}
+    step = AskedStep(batch_size=3, dtype="fp32", optimized=True, quantize=None, **lengths | told)
+    batch = {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in inputs_for(model, step, torch.float32).items()}
+    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    if name == "miss-tiny":
+        batch |= {"decoder_input_ids": batch["labels"], "decoder_attention_mask": torch.ones_like(batch["labels"])}
+    own = measured_batch(batch, {}, 3, family_of(model).image_tokens(model.config))
+    bucket = own.bucket.rounded(128)
+    inputs, seeds = padded(own, bucket), Seeds(0, torch.device("cpu"))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    there = [*model.parameters(), *model.buffers(), *inputs.values(), *(p.grad for p in model.parameters() if p.requires_grad)]
+    with lean_logits(model), static_shapes(bucket.sizes, seeds), Held(there) as held:
+        model(**inputs, num_items_in_batch=torch.ones(())).loss.backward()
+    e = module._estimate_step(name, plan, step, {}, on_cpu=False, batch=None, graphed=True)
+    assert bucket.length == 24 and e.process_bytes == 0
+    assert e.peak_bytes == module._estimate_step(name, plan, step, {}, on_cpu=False, batch=None, graphed=False).peak_bytes
+    stays = e.weight_bytes + e.optimizer_bytes + e.gradient_bytes + sum(t.nbytes for t in inputs.values())
+    assert e.graph_bytes == pytest.approx(stays + 2 * held.peak - e.peak_bytes, rel=0.03)
+    for change in ({"cache_layers": True}, {"quantize": "4bit"}) if name == "llama-tiny" else ({"optimized": False},):
+        without = module._estimate_step(name, plan, replace(step, **change), {}, on_cpu=False, batch=None, graphed=True)
+        assert without.graph_bytes == 0
+
+
 def test_command_line(capsys):
     app(["estimate", "--model", "miss-tiny", "--plan", "F/LoRA/LoRA", "--gpu-memory", "4GB", "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     fields = {"flops_per_sample", "weight_bytes", "optimizer_bytes", "saved_bytes", "peak_bytes", "fits", "largest_batch_size"}
     assert fields <= found.keys() and found["fits"] is True
+    assert found["graph_bytes"] > 0 and any("CUDA graphs take" in note for note in found["notes"])
 
 
 BAD = [

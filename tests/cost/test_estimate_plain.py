@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastpeft as fp
 from fastpeft import cli
 from fastpeft.cost import estimate as module
+from fastpeft.cost.batches import AskedStep, inputs_for
 from fastpeft.cost.profile import measure
 from fastpeft.registry import is_fused
 from fastpeft.verify import compare as verifying
@@ -47,7 +48,7 @@ class Ours(TorchDispatchMode):
 def step_inputs(model, name, how, dtype, batch=4):
     told = {"seq_len": None, "answer_len": None, "questions_per_image": 1, "feature_cache": True, "cache_layers": False}
     told |= {"batch_size": batch, "dtype": dtype, "gradient_accumulation": 1, "optimized": True, "quantize": None}
-    inputs = module._inputs(model, module._Step(**told | {k: v for k, v in how.items() if k in told}), module.DTYPES[dtype])
+    inputs = inputs_for(model, AskedStep(**told | {k: v for k, v in how.items() if k in told}), module.DTYPES[dtype])
     return {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in inputs.items()}
 
 

@@ -1,8 +1,8 @@
 """CUDA graphs of the device that is not there: what a capture records and refuses, and replay.
 
 A capture records every operator with its arguments. Like a real one it leaves no result: what was there before is as it was, and what it
-made, the graph's own memory, is NaN (or no index) until a replay. It refuses a wait of the host, a copy from the host, a tensor of the host,
-and a generator that is not the device's own. It keeps nothing alive that was made outside: a replay that reads what is gone fails. A Python
+made, the graph's own memory, is NaN (or no index) until a replay. It refuses a wait of the host, a tensor of the host or a copy of one, and
+a generator that is not the device's own. It keeps nothing alive that was made outside: a replay that reads what is gone fails. A Python
 number is recorded as it was; ``differences`` of two recordings of one function says which of them was not the same at both times.
 
 What goes wrong around a real one goes wrong here: a wait that ``set_sync_debug_mode("error")`` did not catch ends the capture as the driver

@@ -284,7 +284,8 @@ def install() -> None:
     for name, value in {
         "_lazy_init": None, "is_available": True, "device_count": 1, "synchronize": None,
         "memory_allocated": 0, "max_memory_allocated": 1 << 30, "reset_peak_memory_stats": None, "get_device_name": "lookalike",
-        "get_rng_state_all": [], "set_rng_state_all": None, "get_device_capability": (9, 0), "is_bf16_supported": True,
+        "get_rng_state_all": [], "set_rng_state_all": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
+        "get_device_capability": (9, 0), "is_bf16_supported": True,
     }.items():  # fmt: skip
         setattr(cuda, name, lambda *args, value=value, **kwargs: value)
 

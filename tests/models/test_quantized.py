@@ -125,7 +125,7 @@ def test_a_layer_that_is_not_quantised_yet_says_so(folder):
 def test_build(name, plan, how):
     """Our own door: attention and feed-forward layers are quantised, nothing else; the step is that of the weights written out."""
     pytest.importorskip("bitsandbytes")
-    from fastpeft.cost.estimate import _inputs, _Step
+    from fastpeft.cost.batches import AskedStep, inputs_for
 
     model = fp.adapt(fp.build(name, quantize=how), plan)
     without_dropout(scatter_adapters(model))
@@ -136,7 +136,7 @@ def test_build(name, plan, how):
     told = fp.count(fp.adapt(fp.build(name, device="meta"), plan))
     assert fp.count(model) == told  # parameters are counted, not codes
     told = {"batch_size": 3, "seq_len": 24, "answer_len": 6, "questions_per_image": 1, "feature_cache": False, "cache_layers": False}
-    inputs = _inputs(model, _Step(dtype="fp32", gradient_accumulation=1, optimized=True, quantize=None, **told), torch.float32)
+    inputs = inputs_for(model, AskedStep(dtype="fp32", gradient_accumulation=1, optimized=True, quantize=None, **told), torch.float32)
     inputs = {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in inputs.items()}
     inputs["input_ids"] = torch.randint(3, 400, inputs["input_ids"].shape)
     if name.startswith("lavin"):

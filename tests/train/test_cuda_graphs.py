@@ -3,6 +3,8 @@ at two times show what a graph would not know to be stale."""
 
 import json
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -16,6 +18,7 @@ from fastpeft.fused.outputs import lean_logits
 from fastpeft.static_shapes import Seeds
 from fastpeft.train import graph
 from fastpeft.train.graph import GraphedStep
+from fastpeft.train.interrupts import Interrupted
 from fastpeft.train.optimizer import Optimizer
 
 pytestmark = pytest.mark.gpu
@@ -84,7 +87,9 @@ def test_replayed_steps_are_eager_ones(name, monkeypatch):
     assert_same(step, twin)
 
 
-@pytest.mark.parametrize(("plan", "dtype"), [("F/LoRA/LoRA", torch.float32), ("F/IA3/T", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("plan", "dtype"), [pytest.param("F/LoRA/LoRA", torch.float32, marks=pytest.mark.slow), ("F/IA3/T", torch.bfloat16)]
+)
 def test_accumulated_batches_and_short_ones(plan, dtype, monkeypatch):
     groups = [[0, 6], [6, 0]]
     step = step_of("miss-tiny", plan=plan, dtype=dtype)
@@ -183,8 +188,7 @@ def test_what_is_stale_in_a_graph_shows(monkeypatch):
     step = step_of("llama-tiny", drops=True)
     run(step, "llama-tiny", [[0]] * 4)
     told = stale(step)
-    assert step.note == "" and [sum(operator in line for line in told) > 0 for operator in ("mul", "add")] == [True] * 2
-    assert not any(step.updates.values())  # a rate of Python's is seen to change
+    assert step.note == "" and [sum(operator in line for line in told) > 0 for operator in ("_fused_adamw_", "mul", "add")] == [True] * 3
 
 
 def change_p(step):
@@ -214,7 +218,10 @@ def change_nothing(step):
     step.optimizer.adamw.zero_grad()  # sets them to None: a step adds to its own
 
 
-@pytest.mark.parametrize("change", [change_p, change_place, change_betas, change_moments, change_clipping, change_nothing])
+LONG = [pytest.param(change, marks=pytest.mark.slow) for change in (change_moments, change_clipping, change_nothing)]
+
+
+@pytest.mark.parametrize("change", [change_p, change_place, change_betas, *LONG])
 def test_what_changes_between_steps_counts(change, monkeypatch):
     """A graph of before is not replayed; others are, and new ones are made."""
 
@@ -270,7 +277,7 @@ def test_what_a_graph_would_leave_out_ends_them(change):
 def test_graphs_of_a_device_that_is_not_the_current_one():
     """Theirs are the stream, the generator and the pool: on the current device's stream nothing of it would be captured."""
     if capture is None and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
+        pytest.skip("needs tests/cuda/lookalike.py: or a second GPU, where the current one is to be another")
     model = step_of("llama-tiny").model
     config = fp.TrainConfig(steps=9)
     known = (model, Data(model, names_of(model)), Optimizer(model, config, 9), names_of(model), torch.device("cuda", 0), torch.float32)
@@ -299,7 +306,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_was(runs, phantoms, tmp
         out = tmp_path / str(graphs)
         run = runs.trainer(phantoms, device="cuda", small=runs.SHALLOW, samples=21, steps=12, seed=0, out=str(out), cuda_graph=graphs)
         alone, pixels = run.dataset.samples[-1].image, run.dataset.pixels
-        monkeypatch.setattr(run.dataset, "pixels", lambda path: pixels(path) * (math.nan if path == alone else 1.0))
+        shown = {sample.image: pixels(sample.image) for sample in run.dataset.samples} | {alone: pixels(alone) * math.nan}
+        monkeypatch.setattr(run.dataset, "pixels", shown.__getitem__)
         with pytest.raises(FloatingPointError) as error:
             run.fit()
         told[graphs], rows[graphs] = str(error.value), runs.metrics(out)
@@ -311,17 +319,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_was(runs, phantoms, tmp
     assert all(saved[True][name] == saved[False][name] for name in ("step", "batches", "samples", "tokens", "skipped"))
 
 
-def test_a_run_resumed_in_the_middle(runs, phantoms, tmp_path):
-    """Rows, weights and optimiser are those of an uninterrupted run, with dropout."""
+def test_a_run_stopped_by_a_signal_and_resumed(runs, phantoms, tmp_path, monkeypatch):
+    """In the middle of a step, whose loss is read later: rows, weights and optimiser are those of an uninterrupted run, with dropout."""
     how = {"device": "cuda", "small": runs.SHALLOW | runs.DROPOUT, "samples": 8, "batch_size": 4, "seed": 3}
     whole = runs.trainer(phantoms, steps=5, out=str(tmp_path / "whole"), **how)
     summary = whole.fit()
-    assert any("CUDA graphs of batches" in note for note in summary["notes"]) and whole.step.replayed
+    assert any("CUDA graphs of batches" in note for note in summary["notes"]) and whole.step.replayed and not whole.step.changes
     part = runs.trainer(phantoms, steps=5, save_every=2, out=str(tmp_path / "part"), **how)
-    step = fp.Trainer._step
-    part._step = lambda *group: step(part, *group) if part.done["step"] < 3 else 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    update = GraphedStep.update
+
+    def stopped(step, number, loss):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(step, number, loss)
+
+    monkeypatch.setattr(GraphedStep, "update", stopped)
+    with pytest.raises(Interrupted, match="after step 3"):
         part.fit()
+    monkeypatch.undo()
+    assert [row["step"] for row in runs.metrics(tmp_path / "part")] == [1, 2, 3]
     rest = runs.trainer(phantoms, steps=5, resume=True, out=str(tmp_path / "part"), **how)
     assert rest.fit()["steps"] == 5
     assert runs.metrics(tmp_path / "part") == runs.metrics(tmp_path / "whole")

@@ -4,18 +4,32 @@ import pytest
 import torch
 from static_batches import PLANS, Data, batch_of, inputs_of, model_of
 
+from fastpeft.cost.graphs import most_tokens
+from fastpeft.data.buckets import measured_batch, padded, up
 from fastpeft.fused.outputs import lean_logits
 from fastpeft.models import family_of
 from fastpeft.static_shapes import NotStatic, Seeds, first_rows, mixed, static_shapes
-from fastpeft.train.buckets import measured_batch, padded, up
 from fastpeft.train.capturable import why_not
-from fastpeft.train.graph import _most_tokens
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: leaf(p).metadata.update(old=True)) for p in trained]
     loss.backward()
+    for hook in hooks:
+        hook.remove()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@torch.enable_grad()
+def leaf(p):
+    return p.expand_as(p).grad_fn.next_functions[0][0]
+
+
+def leaf_is_alive(p) -> bool:
+    """Whether something still holds the node that added to p's gradient: in a capture it would add on the stream that it was made on."""
+    return "old" in leaf(p).metadata
 
 
 def compare(name, model, batch, samples, longest=48):
@@ -29,6 +43,8 @@ def compare(name, model, batch, samples, longest=48):
         with static_shapes(bucket.sizes, Seeds(0, torch.device("cpu"))):
             got = model(**padded(own, bucket), num_items_in_batch=torch.tensor(float(terms), dtype=torch.float64)).loss
             have = gradients(model, got)
+    loss, got = loss.detach(), got.detach()
+    assert not any(map(leaf_is_alive, filter(lambda p: p.requires_grad, model.parameters())))
     torch.testing.assert_close(got, loss, rtol=1e-12, atol=0.0)
     assert have.keys() == want.keys() and len(want) > 3
     largest = max(float(grad.abs().max()) for grad in want.values())
@@ -117,6 +133,15 @@ def test_why_steps_are_not_captured():
     assert "lm_head, a Own" in told(lambda model: setattr(model.lm_head, "__class__", Own))
     assert "hooks" in told(lambda model: model.model.norm.register_forward_hook(lambda *args: None))
     assert "hooks" in told(lambda model: setattr(model.model.norm, "forward", model.model.norm.forward))
+    assert "gradient of" in told(lambda model: next(filter(lambda p: p.requires_grad, model.parameters())).register_hook(lambda grad: grad))
+    assert "does from step to step" in told(lambda model: setattr(model.lm_head, "__class__", type("Linear", (torch.nn.Linear,), {})))
+    torch.set_autocast_enabled("cuda", True)  # as torch.autocast does where there is a GPU
+    try:
+        assert "autocast" in told()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    with torch.autograd.detect_anomaly(check_nan=False):
+        assert "anomaly" in told()
     stranger = Own(2, 2)
     assert "Own reads of a batch" in why_not(stranger, torch.device("cuda"), budget=False, mixed=False)
     assert why_not(model_of("miss-tiny", True), torch.device("cuda"), budget=False, mixed=False) == ""  # drop-path is a hook of ours
@@ -124,15 +149,15 @@ def test_why_steps_are_not_captured():
 
 def test_up_to_which_size_a_step_is_a_graph():
     """By sizes alone, so that a resumed run pads as before; fewer tokens where products take longer, and where the model is larger."""
-    most, wide = _most_tokens(model_of("llama-tiny", False).bfloat16()), model_of("llama-tiny", False)
-    assert most == _most_tokens(model_of("llama-tiny", False).half()) == pytest.approx(7.5 * _most_tokens(wide))
+    most, wide = most_tokens(model_of("llama-tiny", False).bfloat16()), model_of("llama-tiny", False)
+    assert most == most_tokens(model_of("llama-tiny", False).half()) == pytest.approx(7.5 * most_tokens(wide))
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        assert _most_tokens(wide) == pytest.approx(most / 2)
+        assert most_tokens(wide) == pytest.approx(most / 2)
     finally:
         matmul.fp32_precision = before
     larger = torch.nn.Linear(wide.lm_head.in_features, 3 * sum(p.numel() for p in wide.parameters()) // wide.lm_head.in_features)
-    few = _most_tokens(wide)
+    few = most_tokens(wide)
     wide.lm_head = larger
-    assert _most_tokens(wide) < few / 2
+    assert most_tokens(wide) < few / 2
