@@ -44,7 +44,7 @@ MODELS = {
     "bamba": lambda: T.BambaForCausalLM(T.BambaConfig(**GROUPED, **MAMBA, attn_layer_indices=[1])),
     "jamba": lambda: T.JambaForCausalLM(T.JambaConfig(**GROUPED, **JAMBA, use_mamba_kernels=False)),
 }
-QUICK = ["falcon", "falcon-alibi", "gptj", "bloom", "qwen3.5", "bamba"]
+QUICK = ["falcon-alibi", "gptj", "bloom", "qwen3.5"]
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 
 
@@ -158,7 +158,7 @@ def test_checkpoints_keep_padding(mixed):
     assert not mixed
 
 
-@pytest.mark.parametrize("name", ["falcon", "bamba"])
+@pytest.mark.parametrize("name", ["falcon", pytest.param("bamba", marks=pytest.mark.slow)])
 def test_adapters_evaluation_and_generation(name, mixed):
     peft = pytest.importorskip("peft")
     targets = ["query_key_value", "dense"] if name == "falcon" else ["in_proj", "q_proj", "down_proj"]
