@@ -122,10 +122,11 @@ def tagged(model: nn.Module, share: float, classes: int) -> Case:
 def llava() -> Case:
     """Images of 16 x 16 patches before 32 tokens of text; the tower's last layer but one is read."""
     seen = tf.CLIPVisionConfig(num_hidden_layers=LAYERS, hidden_size=768, intermediate_size=3072, num_attention_heads=12, patch_size=14)
-    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=seen, text_config=tf.LlamaConfig(**SMALL), image_token_index=FEW - 1))
+    config = tf.LlavaConfig(vision_config=seen, text_config=tf.LlamaConfig(**SMALL), image_token_index=FEW - 1)
     ids = torch.randint(3, FEW - 1, (2, 288))
     ids[:, :256] = FEW - 1
-    return model, {"input_ids": ids, "labels": ids.masked_fill(ids == FEW - 1, -100), "pixel_values": torch.randn(2, 3, 224, 224)}
+    labels = ids.masked_fill(ids == FEW - 1, -100)
+    return tf.LlavaForConditionalGeneration(config), {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(2, 3, 224, 224)}
 
 
 def blip() -> Case:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 SAVINGS = {
     "remake": "what a norm, an activation or a factor returns is recomputed in backward, not kept for the linear layer after it",
-    "labelled": "the last layer computes outputs at labelled positions only, or at the one row of each sample that a head reads",
+    "labelled": "the last layer computes outputs at labelled positions only, or at the one row of each sample that a head reads; "
+    "of an image encoder no layer above the one that is read is computed",
     "absorb": "few questions about many image tokens attend to the tokens themselves, without keys and values",
 }
 _off: set[str] = set()

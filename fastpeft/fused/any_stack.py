@@ -31,9 +31,9 @@ from fastpeft.fused.last_layer import at_rows, handing_on, run_handing_on
 from fastpeft.fused.layer_arguments import BIASES, SOURCE_MASK, STATES, StackCall
 from fastpeft.fused.layout import FULL, LastLayout, Layout, self_layout
 from fastpeft.fused.lower import run_stack, standing
-from fastpeft.fused.mixers import OnPadded, may_be_given, mixer_in, mixes_by_recurrence
+from fastpeft.fused.mixers import OnPadded, may_be_given, mixer_in, mixes_by_recurrence, takes_rest
 from fastpeft.fused.row_wise import hands_states_on, mixes_in_float16
-from fastpeft.fused.state_reads import LAST, ends_row_by_row
+from fastpeft.fused.state_reads import LAST, code_class, ends_row_by_row
 from fastpeft.methods.base import must_be_called
 from fastpeft.ops._autocast import first_order
 from fastpeft.registry import fuses, replaced_class, signature_of_replaced
@@ -359,7 +359,8 @@ class OnTokens:
         """Inside, the layer's mixer gets padded states."""
         if self.mixer is None:
             return nullcontext()
-        mixer = OnPadded(getattr(self.layer, self.mixer), self.call.layout, [*given[0], *given[1].values()])
+        rest = () if takes_rest(code_class(self.layer), self.mixer) else given[1].keys() - set(self.names)
+        mixer = OnPadded(getattr(self.layer, self.mixer), self.call.layout, [*given[0], *given[1].values()], rest)
         return standing(self.layer, mixer, self.mixer)
 
     def run(self, forward: FunctionType | None, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -26,7 +26,6 @@ from fastpeft.fused.state_reads import code_class
 ATTENTIONS = {
     "bf35f5894ab4": "falcon.modeling_falcon.FalconAttention",
     "a7f02475271c": "gptj.modeling_gptj.GPTJAttention",
-    "d4d207c2ab99": "codegen.modeling_codegen.CodeGenAttention",
     "f5f71e77a8c0": "xglm.modeling_xglm.XGLMAttention",
     "acfb8fe8b692": "bloom.modeling_bloom.BloomAttention",
     "b4c9b7321bfd": "mpt.modeling_mpt.MptAttention",
@@ -51,17 +50,19 @@ RECURRENCES = {
 
 def mixer_in(layer: nn.Module) -> str | None:
     """The name of the mixer in a layer, where it has one and hands no other module what it mixes by."""
-    names = [name for name, module in layer._modules.items() if module is not None and _kind(module) is not None]
+    names = [name for name, module in layer._modules.items() if module is not None and kind_of(code_class(module)) is not None]
     return names[0] if len(names) == 1 and Code.of(code_class(layer)) is not None else None
 
 
 def mixes_by_recurrence(layer: nn.Module) -> bool:
     name = mixer_in(layer)
-    return name is not None and _kind(getattr(layer, name)) is RECURRENCES
+    return name is not None and kind_of(code_class(getattr(layer, name))) is RECURRENCES
 
 
-def _kind(module: nn.Module) -> dict[str, str] | None:
-    code = digest(code_class(module))
+@cache
+def kind_of(cls: type[nn.Module]) -> dict[str, str] | None:
+    """The table that has the code of ``cls``, if it is a mixer."""
+    code = digest(cls)
     return next((kind for kind in (ATTENTIONS, RECURRENCES) if code in kind), None)
 
 
@@ -78,6 +79,13 @@ def _names_elsewhere(cls: type[nn.Module], present: frozenset[str], mixer: str) 
     return frozenset(node.id for node in loads if node.id in names and node not in inside)
 
 
+@cache
+def takes_rest(cls: type[nn.Module], mixer: str) -> bool:
+    """Whether a layer of ``cls`` hands its ``mixer`` the keyword arguments that it does not name; else a forward made of its own does."""
+    calls = [node for node in Code.of(cls).nodes if called_path(node) == mixer]
+    return any(keyword.arg is None for call in calls for keyword in call.keywords)
+
+
 def may_be_given(layer: nn.Module, mixer: str, given: dict[str, Any]) -> bool:
     """Whether a layer gets what is ``given`` behind its hidden states, of padded tokens, for its mixer alone."""
     elsewhere = _names_elsewhere(code_class(layer), frozenset(n for n, m in layer._modules.items() if m is not None), mixer)
@@ -88,14 +96,15 @@ class OnPadded:
     """Stands for a mixer in its layer: hands it the states of real tokens [1, T, C] padded, and on what it returns of them. Whatever else
     is asked of it, the mixer answers."""
 
-    def __init__(self, mixer: Callable, layout: Layout, given: list[Any]):
+    def __init__(self, mixer: Callable, layout: Layout, given: list[Any], dropped: Iterable[str] = ()):
         self.mixer, self.layout, self.given, self.thread = mixer, layout, set(map(id, given)), threading.get_ident()
+        self.dropped = {LAYOUT, *dropped}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return self.mixer(*args, **kwargs)
-        kwargs.pop(LAYOUT, None)
-        output = self.mixer(*map(self._padded, args), **{name: self._padded(value) for name, value in kwargs.items()})
+        kwargs = {name: self._padded(value) for name, value in kwargs.items() if name not in self.dropped}
+        output = self.mixer(*map(self._padded, args), **kwargs)
         states, *others = (output,) if isinstance(output, Tensor) else output
         states = self.layout.unpad(states)[None]
         return states if isinstance(output, Tensor) else (states, *others)

@@ -21,7 +21,6 @@ from torch import nn
 from fastpeft.forms import digest
 from fastpeft.fused.attention_interface import reads_interface
 from fastpeft.fused.attention_tokens import KEY_STATES
-from fastpeft.fused.mixers import mixer_in
 from fastpeft.fused.shared_input import tree_of
 from fastpeft.registry import replaced_class
 
@@ -122,7 +121,7 @@ def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
     if _KNOWN[cls] is None:
         return False
     called, silent = _KNOWN[cls]
-    if silent and not (layer and all(name == mixer_in(module) or _takes_rest(getattr(module, name, None)) for name in silent)):
+    if silent and not (layer and all(_takes_rest(getattr(module, name, None)) for name in silent)):
         return False
     # what is not there is not called: a norm that this configuration does without
     return all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)

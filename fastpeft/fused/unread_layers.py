@@ -211,13 +211,22 @@ def _layers_in(tower: nn.Module) -> list[nn.Module] | None:
         kind = kind.target_class if plain else None
     if not isinstance(kind, type):
         return None
-    every = [m for m in tower.modules() if isinstance(m, kind)]
-    for module in tower.modules():
-        if every and every == list(module._modules.get("layers") or module._modules.get("layer") or ()):
+    every = [module for module in _outside(tower, kind) if isinstance(module, kind)]
+    for module in _outside(tower, kind):
+        layers = next((found for name in ("layers", "layer") if (found := module._modules.get(name)) is not None), None)
+        if isinstance(layers, nn.ModuleList) and list(layers) == every:
             state = state_of(code_class(module))
-            known = state is not None and module._modules.get(state.layers or "") is not None and not state.skips
+            known = state is not None and module._modules.get(state.layers or "") is layers and not state.skips
             return every if known and all(isinstance(layer, GradientCheckpointingLayer) for layer in every) else None
     return None
+
+
+def _outside(module: nn.Module, kind: type | tuple[type, ...] = (), same: frozenset[nn.Module] = frozenset()) -> Iterator[nn.Module]:
+    """``module`` and what is in it, but for the insides of modules of ``kind``, and of those that stay the ``same``, and these."""
+    yield module
+    for child in () if isinstance(module, kind) else module.children():
+        if child not in same:
+            yield from _outside(child, kind, same)
 
 
 @fuses(rule=may_read_lower_layers)
@@ -241,6 +250,8 @@ def _unread(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Mo
     except TypeError:  # the model says what is wrong
         return []
     found = []
+    if not any(isinstance(value, Tensor) and value.dim() > 3 for value in given.values()):  # no images: a token that is generated
+        return found
     for reading in readings(code_class(model)):
         if watched_globally() or any(given.get(name) is not None for name in reading.kept):
             continue
@@ -256,11 +267,10 @@ def _unread(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Mo
 
 def _is_watched(tower: nn.Module, read: list[nn.Module]) -> bool:
     """Whether something is done around the call of a module in ``tower``, but for the layers that are ``read`` and what is before them."""
-    before = [*read]
+    before = {*read}
     with suppress(AttributeError, NotImplementedError):
-        before.append(tower.get_input_embeddings())
-    same = {module for part in before for module in part.modules()}
-    return any(has_hooks(module) or must_be_called(module) for module in tower.modules() if module not in same)
+        before.add(tower.get_input_embeddings())
+    return any(has_hooks(module) or must_be_called(module) for module in _outside(tower, same=frozenset(before)))
 
 
 def _index_in(model: nn.Module, reading: Reading, given: dict[str, Any]) -> Any:

@@ -46,7 +46,8 @@ MASKED = {
     "electra-lm": lambda: T.ElectraForMaskedLM(T.ElectraConfig(**ELECTRA)),
     "distilbert-lm": lambda: T.DistilBertForMaskedLM(T.DistilBertConfig(**DISTIL)),
 }
-QUICK = ["bert", "gpt2", "mistral", "llama", "bert-lm", "distilbert-lm"]
+QUICK = ["bert", "mistral", "llama", "distilbert-lm"]
+SLOW = pytest.mark.slow
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*CLASSIFIERS, *MASKED)]
 
 
@@ -111,7 +112,7 @@ def test_the_model_as_it_was(name, computed):
     assert_same(step(fused, given), step(plain, given))
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-lm", "mistral"])
+@pytest.mark.parametrize("name", ["bert-lm", "mistral", pytest.param("bert", marks=SLOW)])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_what_else_is_asked(name, implementation, computed):
     """Evaluation, a step without labels, hidden states, tuples, and a model that was not told that nobody reads: as the model has them."""
@@ -167,7 +168,7 @@ def _hook_on_head(model):
     "name,change,leaves_out",
     [
         ("bert", _adapted("lora"), True),
-        ("bert", _adapted("ia3"), True),
+        pytest.param("bert", _adapted("ia3"), True, marks=SLOW),
         ("bert", _checkpoints, False),
         ("bert", _hook, False),
         ("bert", _hook_on_head, False),
@@ -191,7 +192,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-lm", "mistral", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", *(pytest.param(name, marks=SLOW) for name in ("bert-lm", "mistral"))])
 @pytest.mark.parametrize("what", OTHERS)
 def test_other_arguments(name, what):
     plain, fused = pair(name)

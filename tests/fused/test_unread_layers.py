@@ -130,7 +130,7 @@ def _adapted(model):
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).double()
 
 
-@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("reentrant", [False, *(pytest.param(how, marks=pytest.mark.slow) for how in (None, True))])
 def test_adapters_checkpoints_and_generation(reentrant, left_out):
     """PEFT's adapters in layers that nobody reads get no gradient, as before."""
     plain = _adapted(_lively(clip(), torch.float64)).train()
