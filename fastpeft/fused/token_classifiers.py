@@ -32,7 +32,9 @@ class FusedTokenClassifier:
         given = arguments_of(self, args, kwargs)
         lean = self.lean_logits and self.training and given.get("labels") is not None and returns_names(self, given)
         call = labelled_call(self, given) if lean else None
-        if call is not None and not args and may_leave_out_cache(self, given):
+        # without a mask, position_ids may mark packed samples, but only where there is no cache
+        packed = given.get("attention_mask") is None and given.get("position_ids") is not None
+        if call is not None and not args and not packed and may_leave_out_cache(self, given):
             kwargs["use_cache"] = False
         with standing_in(self, call) as standing:
             output = super().forward(*args, **kwargs)

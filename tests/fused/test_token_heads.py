@@ -187,6 +187,7 @@ def test_with_others(name, change, leaves_out, computed):
 OTHERS = {
     "embeddings": lambda m, given: {"inputs_embeds": m.get_input_embeddings()(given.pop("input_ids")).detach()},
     "a mask of queries": lambda m, given: {"attention_mask": torch.ones(3, 1, 12, 12).tril().bool()},
+    "positions that start again": lambda m, given: {"position_ids": torch.arange(12).remainder(5).expand(3, -1)},
     "every token labelled": lambda m, given: {"labels": given["labels"].clamp(min=0)},
     "no token labelled but one": lambda m, given: {"labels": torch.full((3, 12), -100).index_fill_(1, torch.tensor([5]), 2)},
 }
