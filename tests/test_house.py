@@ -1,6 +1,7 @@
 """The house's limits: files and functions that a reader can hold in mind, and every module's first line."""
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def test_the_map_names_every_module():
     ops = {p.stem for p in (ROOT / "fastpeft" / "ops").glob("[a-z]*.py")}  # one file per operator
     missing = [p for p in FILES if p.is_relative_to(ROOT / "fastpeft") and p.name != "__init__.py" and f"`{p.name}`" not in rows]
     assert [str(p.relative_to(ROOT)) for p in missing if p.stem not in ops] == []
+
+
+def test_every_test_is_run(pytestconfig):
+    """No folder of tests is passed over by name: pytest matches ``norecursedirs`` at any depth."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {p.parent for p in (ROOT / "tests").rglob("test_*.py")}
+    names = {name for folder in folders for name in folder.relative_to(ROOT).parts}
+    assert [name for name in sorted(names) if any(fnmatch(name, pattern) for pattern in patterns)] == []
