@@ -36,7 +36,7 @@ import fastpeft as fp
 from fastpeft.cost.profile import measure
 from fastpeft.data import CausalCollator, CausalDataset, EpochSampler, Instruction, load_instructions, train_causal_tokenizer
 from fastpeft.files import write_json
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.labels import IGNORE_INDEX
 from fastpeft.verify.baseline import scatter_adapters, with_peft, without_dropout
 

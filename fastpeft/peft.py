@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastpeft.fused.attention_llama import FusedLlamaAttention
+from fastpeft.fused.attention.llama import FusedLlamaAttention
 from fastpeft.fused.layout_aware import make_room_for_prefix
-from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.fused.stack.llama import FusedLlamaModel
 from fastpeft.methods.excitor import Excitor, ExcitorBlock
 from fastpeft.registry import has_form, swap_class
 

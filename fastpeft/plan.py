@@ -16,7 +16,7 @@ from torch import nn
 
 from fastpeft.documents import parse_yaml
 from fastpeft.fused.layout_aware import make_room_for_prefix
-from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.fused.stack.llama import FusedLlamaModel
 from fastpeft.methods import METHODS, Frozen, LoRA, Method, Part, find_method, is_adapter
 from fastpeft.methods.adapted import Adapted
 from fastpeft.methods.base import ADAPTER_MODULES
@@ -237,7 +237,7 @@ def adapt(model: nn.Module, plan: str | Path | Mapping[str, Treatment] | Plan | 
                 parameter.requires_grad_(True)
         for module in model.modules():
             if has_form(module, FusedLlamaModel):
-                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.fused.stack_llama.FusedLlamaModel
+                module.samples_alone = True  # in a batch as alone, whatever fills it up: see fastpeft.fused.stack.llama.FusedLlamaModel
         # a frozen part's output for an input is then a constant: no dropout, no drop-path
         model.evaluation_only = [p.path for p in parts if plan.treatments[p.name] == (Frozen(),) and not p.only]
         model.fastpeft_plan = plan

@@ -21,8 +21,8 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 import fastpeft as fp
-from fastpeft.fused.layers import FusedBlipTextLayer
-from fastpeft.fused.stack_blip import FusedBlipTextModel
+from fastpeft.fused.layers.blocks import FusedBlipTextLayer
+from fastpeft.fused.stack.blip import FusedBlipTextModel
 from fastpeft.models.clip import vision_config
 from fastpeft.models.llama import SIZES
 from fastpeft.models.miss import miss_config

@@ -197,7 +197,7 @@ def test_what_filters_leave():
 
 def test_a_setting_that_does_not_fit(monkeypatch):
     """Every fused class that has ``why_not`` is asked, also those that hand masks down."""
-    from fastpeft.fused.attention_llama import FusedLlamaAttention
+    from fastpeft.fused.attention.llama import FusedLlamaAttention
 
     def why_not(module):
         return "attends to both sides" if module.layer_idx == 1 else ""

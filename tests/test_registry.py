@@ -13,7 +13,7 @@ from torch import nn
 import fastpeft as fp
 from fastpeft import registry
 from fastpeft.coverage import why_unknown
-from fastpeft.fused.norms import FusedLayerNorm
+from fastpeft.fused.layers.norms import FusedLayerNorm
 from fastpeft.registry import Form, exchange, form_of, fused_class, fuses, give_back, has_form, is_fused, path_of
 
 LOADED = """

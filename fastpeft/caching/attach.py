@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from fastpeft.caching.frozen import NotUnderstood, calls, delegates, modules_below, names_below, why_not_constant
 from fastpeft.caching.images import REPLICATE, ImageCache, Replicas, image_caches
 from fastpeft.caching.layers import Known, LayerCache, before_layers, layer_caches
-from fastpeft.fused.any_stack import FusedTextStack
-from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.lower import LAYER_CACHE
-from fastpeft.fused.stack_llama import FusedLlamaModel
+from fastpeft.fused.stack.any_stack import FusedTextStack
+from fastpeft.fused.stack.flatten import why_not_flat
+from fastpeft.fused.stack.llama import FusedLlamaModel
+from fastpeft.fused.stack.lower import LAYER_CACHE
 from fastpeft.methods.quantized import size_of
 from fastpeft.options import bytes_of
 

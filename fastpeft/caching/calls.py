@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.caching.digest import row_digests
-from fastpeft.fused.loss import OF_THE_LOSS
+from fastpeft.fused.head.loss import OF_THE_LOSS
 
 GRIDS = ("image_grid_thw", "video_grid_thw", "grid_thw")  # of flat patches: time, height, width of each image or video
 OF_AN_IMAGE = ("image_sizes", "pixel_attention_mask", "pixel_mask", "patch_attention_mask", "spatial_shapes")  # [N, ...] beside pixels

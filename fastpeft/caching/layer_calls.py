@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fastpeft.caching.calls import NOT_READ
 from fastpeft.caching.frozen import ASK_FOR_GRADIENTS
 from fastpeft.caching.spans import TOKENS, Cut, NotCut, cut, tensors_in
-from fastpeft.fused.attention_tokens import LAYOUT
-from fastpeft.fused.last_layer import run_handing_on
+from fastpeft.fused.attention.tokens import LAYOUT
 from fastpeft.fused.layout import Layout, sub_layout
-from fastpeft.fused.lower import Refused
+from fastpeft.fused.stack.last_layer import run_handing_on
+from fastpeft.fused.stack.lower import Refused
 from fastpeft.ops._private import FakeTensor
 
 if TYPE_CHECKING:

@@ -36,9 +36,9 @@ from fastpeft.caching.layer_calls import TIMED, LayerCall
 from fastpeft.caching.memory import Kept
 from fastpeft.caching.spans import Cut
 from fastpeft.caching.store import FeatureStore, digest_of
-from fastpeft.fused.any_stack import asked_for
-from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.lower import LAYER_CACHE
+from fastpeft.fused.stack.any_stack import asked_for
+from fastpeft.fused.stack.flatten import why_not_flat
+from fastpeft.fused.stack.lower import LAYER_CACHE
 from fastpeft.registry import replaced_class
 from fastpeft.static_shapes import sizes
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from fastpeft.fused.outputs import READ_EVERYTHING
+from fastpeft.fused.head.outputs import READ_EVERYTHING
 
 Path = tuple[Any, ...]
 UNREAD = ("last_hidden_state", "hidden_states", "attentions")  # of a tower; beside its pooler_output hardly anybody reads them

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastpeft.caching.calls import as_text, digest_of_text
 from fastpeft.caching.digest import row_digests
-from fastpeft.fused.attention_masks import read_mask
+from fastpeft.fused.attention.masks import read_mask
 from fastpeft.fused.layout import Layout
 
 POSITIONS = ("position_ids", "cache_position")

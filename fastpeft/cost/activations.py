@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.cost.profile import UNCOUNTED
-from fastpeft.fused.flatten import sees_no_values
-from fastpeft.fused.projections import Recomputes
+from fastpeft.fused.layers.projections import Recomputes
+from fastpeft.fused.stack.flatten import sees_no_values
 from fastpeft.ops._private import StorageWeakRef, TorchDispatchMode, storage_id, tree_iter
 
 RANDOM_STATE = 5056  # bytes of the CPU generator's state, which a layer's recomputation keeps

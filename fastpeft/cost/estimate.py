@@ -25,7 +25,7 @@ from fastpeft.cost.graphs import in_graphs
 from fastpeft.cost.largest import largest
 from fastpeft.cost.profile import measure
 from fastpeft.cost.several_devices import Links, on_several_devices
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.models import ModelSource, family_of, parts_of, resolve
 from fastpeft.models.quantize import quantizable, quantized_bytes
 from fastpeft.ops._private import FakeTensor, FakeTensorMode, storage_id, tree_iter, tree_map_only, without_dispatch_modes

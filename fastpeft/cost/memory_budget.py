@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpeft.cost.activations import ActivationProfile, profile_activations
-from fastpeft.fused.projections import Recomputes
+from fastpeft.fused.layers.projections import Recomputes
 from fastpeft.methods.quantized import bytes_held, is_held, is_quantized
 from fastpeft.options import bytes_of
 from fastpeft.ranks import ALONE, Ranks

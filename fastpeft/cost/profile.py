@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastpeft.fused.flatten import sees_no_values
+from fastpeft.fused.stack.flatten import sees_no_values
 from fastpeft.models import parts_of
 from fastpeft.ops._private import storage_id
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.data import encode_questions
-from fastpeft.fused.stack_blip import FusedBlipTextModel
+from fastpeft.fused.stack.blip import FusedBlipTextModel
 from fastpeft.methods import Frozen, Part
 from fastpeft.models import parts_of
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.forms import digest
-from fastpeft.fused.attention_llama import FusedLlamaAttention
-from fastpeft.fused.experts import FIRST, LAST, Branch, FusedExperts
-from fastpeft.fused.flatten import ROW_WISE_PATHS
+from fastpeft.fused.attention.llama import FusedLlamaAttention
+from fastpeft.fused.layers.experts import FIRST, LAST, Branch, FusedExperts
+from fastpeft.fused.stack.flatten import ROW_WISE_PATHS
 from fastpeft.methods.adapted import AdaptedLinear
 from fastpeft.methods.adaption_prompt import Prompted
 from fastpeft.methods.base import has_hooks
@@ -25,7 +25,7 @@ PLAIN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
 class _Fused:
-    takes_flat_tokens = True  # apart from LoRA's variants, which fused/flatten.py looks at
+    takes_flat_tokens = True  # apart from LoRA's variants, which fused/stack/flatten.py looks at
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -178,7 +178,7 @@ class FusedAdaptedAttention:
         return "" if isinstance(module.model, FusedLlamaAttention) else f"{type(module.model).__name__} inside it stays as it is"
 
     def forward(self, hidden_states: Tensor, **kwargs):
-        """As :class:`fastpeft.fused.attention_llama.FusedLlamaAttention`."""
+        """As :class:`fastpeft.fused.attention.llama.FusedLlamaAttention`."""
         given_back = not isinstance(self.model, FusedLlamaAttention)  # restored to its own class
         own_way = kwargs.get("causal") is None and self.model.why_not_now(kwargs.get("attention_mask"), kwargs)
         if given_back or has_hooks(self.model) or own_way:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-from fastpeft.fused.prefix_cache import generate_after
-from fastpeft.fused.stack_llama import check_takes_prefixes
+from fastpeft.fused.attention.prefix_cache import generate_after
+from fastpeft.fused.stack.llama import check_takes_prefixes
 from fastpeft.models.clip import vision_config, vision_part
 from fastpeft.models.family import Family
 from fastpeft.models.llama import llama_config, llama_part

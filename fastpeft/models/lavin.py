@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastpeft.fused.prefix_cache import generate_after
-from fastpeft.fused.stack_llama import check_takes_prefixes
+from fastpeft.fused.attention.prefix_cache import generate_after
+from fastpeft.fused.stack.llama import check_takes_prefixes
 from fastpeft.methods import Part
 from fastpeft.methods.mm_adapter import Place
 from fastpeft.models.clip import vision_config, vision_part

@@ -23,11 +23,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.flatten import why_not_flat
-from fastpeft.fused.loss import OF_THE_LOSS, Labelled, causal_loss
-from fastpeft.fused.outputs import with_deferred_logits
-from fastpeft.fused.prefix_cache import generate_after
-from fastpeft.fused.stack_llama import FusedLlamaModel, check_takes_prefixes
+from fastpeft.fused.attention.prefix_cache import generate_after
+from fastpeft.fused.head.loss import OF_THE_LOSS, Labelled, causal_loss
+from fastpeft.fused.head.outputs import with_deferred_logits
+from fastpeft.fused.stack.flatten import why_not_flat
+from fastpeft.fused.stack.llama import FusedLlamaModel, check_takes_prefixes
 from fastpeft.methods import Part
 from fastpeft.methods.base import has_hooks
 from fastpeft.models.clip import vision_config, vision_part
@@ -204,7 +204,7 @@ class LlavaMedForConditionalGeneration(FrozenEvaluates, LlavaForConditionalGener
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """labels [B, L] with -100 where there is none, shifted here; ``loss`` is the mean over labelled tokens, or their sum over
-        ``num_items_in_batch``. Logits as :class:`fastpeft.fused.head.FusedLlamaForCausalLM` returns them."""
+        ``num_items_in_batch``. Logits as :class:`fastpeft.fused.head.models.FusedLlamaForCausalLM` returns them."""
         if inputs_embeds is None:
             inputs_embeds = self._embedded(input_ids)
             if pixel_values is not None or image_embeds is not None:

@@ -15,8 +15,8 @@ from transformers import BlipConfig, BlipForQuestionAnswering, BlipTextConfig
 from transformers.models.blip.modeling_blip import BlipTextVisionModelOutput
 from transformers.utils import can_return_tuple
 
-from fastpeft.fused.head import FusedBlipTextLMHeadModel, reads_of
-from fastpeft.fused.stack_blip import FusedBlipTextModel
+from fastpeft.fused.head.models import FusedBlipTextLMHeadModel, reads_of
+from fastpeft.fused.stack.blip import FusedBlipTextModel
 from fastpeft.labels import IGNORE_INDEX
 from fastpeft.methods import Part
 from fastpeft.models.family import Family

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fastpeft import savings
-from fastpeft.fused.projections import Recomputes
+from fastpeft.fused.layers.projections import Recomputes
 from fastpeft.methods.quantized import is_held
 from fastpeft.models import family_of
 from fastpeft.ops._private import module_hooks, step_hooks

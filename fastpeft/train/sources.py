@@ -21,7 +21,7 @@ class SourceLosses:
         self.samples: dict[str, int] = defaultdict(int)
 
     def add(self, batch: dict, dataset, recorded: list[Tensor]) -> None:
-        """recorded: of `fused.loss.token_losses`; a loss of the model's own leaves none, and then no loss is known."""
+        """recorded: of `fused.head.loss.token_losses`; a loss of the model's own leaves none, and then no loss is known."""
         counts = dataset.labelled(batch)
         known = len(recorded) == 1 and len(recorded[0]) == sum(counts)
         values = recorded[0].split(counts) if known else ()

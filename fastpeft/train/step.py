@@ -14,7 +14,7 @@ from fastpeft.cost.memory_budget import MemoryBudget
 from fastpeft.cost.profile import StepCost, measure
 from fastpeft.device import to_device
 from fastpeft.features.cache import FeatureCache
-from fastpeft.fused.loss import token_losses
+from fastpeft.fused.head.loss import token_losses
 from fastpeft.ranks import ALONE, Ranks
 from fastpeft.train.gradients import GradientSum
 from fastpeft.train.optimizer import Optimizer

@@ -24,7 +24,7 @@ from fastpeft.evaluate import Scoring, answer_and_score, generation_settings, wr
 from fastpeft.evaluate.responses import model_inputs, takes_shared_prefixes
 from fastpeft.features.cache import sees_constants
 from fastpeft.files import locked, write_json
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.ranks import ALONE, RankLost, Ranks, ranks_here
 from fastpeft.report.report import write_report
 from fastpeft.savings import without

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.optimize import optimize
 from fastpeft.verify.baseline import plain, without_dropout
 from fastpeft.verify.compare import WORST, Check, Result, Step, deviation, tolerance

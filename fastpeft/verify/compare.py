@@ -19,7 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.verify.baseline import plain, scatter_adapters, with_peft, without_dropout
 from fastpeft.verify.cases import Batch, Case, base_dtype, case_of
 

@@ -17,7 +17,7 @@ from fastpeft.cost import estimate as module
 from fastpeft.cost.batches import AskedStep, inputs_for
 from fastpeft.cost.profile import measure
 from fastpeft.data.buckets import measured_batch, padded
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.models import family_of
 from fastpeft.static_shapes import Seeds, static_shapes
 

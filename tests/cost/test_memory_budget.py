@@ -10,7 +10,7 @@ import fastpeft as fp
 from fastpeft.cost.activations import RANDOM_STATE, profile_activations
 from fastpeft.cost.memory_budget import MemoryBudget, apply, choose, fixed_bytes
 from fastpeft.cost.profile import measure
-from fastpeft.fused.projections import Recomputes
+from fastpeft.fused.layers.projections import Recomputes
 from fastpeft.options import bytes_of
 from fastpeft.train.optimizer import Optimizer
 

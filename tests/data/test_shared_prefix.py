@@ -179,7 +179,7 @@ def check_close():
 
 def test_optimize_attends_by_parts(monkeypatch):
     """No product of all tokens with all: the collator's mask is taken for what it says, in any recognised stack."""
-    import fastpeft.fused.attention_masks as masks
+    import fastpeft.fused.attention.masks as masks
 
     calls = []
     monkeypatch.setattr(masks, "tree_attention", lambda *a, **k: calls.append(a[3].shared) or fp.ops.tree_attention(*a, **k))

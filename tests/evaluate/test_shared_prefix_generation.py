@@ -10,8 +10,8 @@ import torch
 import fastpeft as fp
 from fastpeft.data.prompts import Ending
 from fastpeft.evaluate.responses import respond
-from fastpeft.fused import prefix_cache
-from fastpeft.fused.prefix_cache import SharedPrefixCache, generate_after
+from fastpeft.fused.attention import prefix_cache
+from fastpeft.fused.attention.prefix_cache import SharedPrefixCache, generate_after
 
 attention_module = importlib.import_module("fastpeft.ops.attention")  # fastpeft.ops has the function under that name
 CASES = [

@@ -12,9 +12,9 @@ from tiny_models import DECODERS, GROUPED, NO_DROPOUT, TEXT, VISION_LANGUAGE, V,
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastpeft as fp
-from fastpeft.fused import lazy_logits
-from fastpeft.fused.lazy_logits import LazyLogits
-from fastpeft.fused.outputs import is_deferred
+from fastpeft.fused.head import lazy_logits
+from fastpeft.fused.head.lazy_logits import LazyLogits
+from fastpeft.fused.head.outputs import is_deferred
 
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
 BART |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": V, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}
@@ -185,7 +185,7 @@ def test_calls_that_stay_the_models_own(how, monkeypatch):
     elif how == "compiling":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     else:
-        monkeypatch.setattr("fastpeft.fused.any_head.get_interpreter_stack", lambda: [object()])
+        monkeypatch.setattr("fastpeft.fused.head.any_head.get_interpreter_stack", lambda: [object()])
     got, want = model(**given), plain(**given)
     factor = 2 if "head" in how else 1
     assert type(got.logits) is torch.Tensor

@@ -8,7 +8,7 @@ import transformers as T
 from tiny_models import V, tiny
 
 import fastpeft as fp
-from fastpeft.fused import lazy_logits
+from fastpeft.fused.head import lazy_logits
 
 
 class Answers(torch.utils.data.Dataset):

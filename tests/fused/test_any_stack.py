@@ -10,12 +10,13 @@ from tiny_models import DECODERS, OTHER_DECODERS, VISION_LANGUAGE, V, kinds, tin
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.fused import any_head, any_stack
-from fastpeft.fused.any_head import output_head
-from fastpeft.fused.attention_interface import reads_interface
-from fastpeft.fused.last_layer import at_rows
-from fastpeft.fused.layer_arguments import StackCall
-from fastpeft.fused.state_reads import reads_labels_alone
+from fastpeft.fused.attention.interface import reads_interface
+from fastpeft.fused.code.state_reads import reads_labels_alone
+from fastpeft.fused.head import any_head
+from fastpeft.fused.head.any_head import output_head
+from fastpeft.fused.stack import any_stack
+from fastpeft.fused.stack.last_layer import at_rows
+from fastpeft.fused.stack.layer_arguments import StackCall
 
 UNPADDED = ["mistral", "qwen2", "qwen3", "gemma3-text", "phi3", "smollm3", "olmo2"]
 UNPADDED += ["gpt2", "opt", "gpt-neox", "phi", "cohere"]
@@ -99,7 +100,7 @@ def test_the_model_as_it_was(name, tokens_seen):
 @pytest.mark.parametrize("name", ["llava", "idefics3"])
 def test_llamas_own_driver_inside_others(name, monkeypatch):
     """A model with images, around LLaMA: its stack runs without padding too."""
-    from fastpeft.fused import stack_llama
+    from fastpeft.fused.stack import llama as stack_llama
 
     plain, model, batch = both(name, lambda module, where: True)
     plans, run = [], stack_llama.run_layers

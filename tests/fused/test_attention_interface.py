@@ -17,7 +17,7 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 import fastpeft as fp
-from fastpeft.fused.attention_interface import EAGER, OURS, THEIRS, FusedInterfaceAttention, kind_of, returns_probabilities_only
+from fastpeft.fused.attention.interface import EAGER, OURS, THEIRS, FusedInterfaceAttention, kind_of, returns_probabilities_only
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 peft = pytest.importorskip("peft")

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from transformers.models.blip import modeling_blip_text
 
 import fastpeft as fp
-from fastpeft.fused import attention_text
-from fastpeft.fused.flatten import sees_no_values
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.attention import blip_text as attention_text
+from fastpeft.fused.head.outputs import lean_logits
+from fastpeft.fused.stack.flatten import sees_no_values
 from fastpeft.registry import is_fused
 
 PLANS = (

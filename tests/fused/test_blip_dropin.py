@@ -16,8 +16,8 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel, BlipTextOnlyMLMHead
 
 import fastpeft as fp
-from fastpeft.fused.flatten import sees_no_values
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
+from fastpeft.fused.stack.flatten import sees_no_values
 from fastpeft.models.miss import miss_config
 
 IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(7))

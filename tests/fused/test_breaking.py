@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 
 IDS = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -13,7 +13,7 @@ from tiny_models import NO_DROPOUT, PAD, TEXT, VISION, V, tiny
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.fused import any_stack
+from fastpeft.fused.stack import any_stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

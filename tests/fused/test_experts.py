@@ -15,8 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fastpeft as fp
 from fastpeft.forms import digest
-from fastpeft.fused import any_stack, experts, row_wise
-from fastpeft.fused.row_wise import is_row_wise_code
+from fastpeft.fused.layers import experts
+from fastpeft.fused.stack import any_stack, row_wise
+from fastpeft.fused.stack.row_wise import is_row_wise_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

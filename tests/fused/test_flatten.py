@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 import fastpeft as fp
-from fastpeft.fused.flatten import sees_no_values, why_not_flat
+from fastpeft.fused.stack.flatten import sees_no_values, why_not_flat
 from fastpeft.methods.base import has_hooks
 
 

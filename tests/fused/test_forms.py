@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import registry
 from fastpeft.forms import digest
-from fastpeft.fused.mlp import _Chain, _Gated
-from fastpeft.fused.norms import FusedCohereLayerNorm, _RMSNorm, add_norm
+from fastpeft.fused.layers.mlp import _Chain, _Gated
+from fastpeft.fused.layers.norms import FusedCohereLayerNorm, _RMSNorm, add_norm
 from fastpeft.registry import exchange, form_of, recorded
 
 N, HIDDEN = 12, 20

@@ -12,8 +12,9 @@ from tiny_models import tiny
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.fused import any_stack, last_layer, state_reads
+from fastpeft.fused.code import state_reads
 from fastpeft.fused.layout import LastLayout
+from fastpeft.fused.stack import any_stack, last_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +66,7 @@ def test_the_model_as_it_was(name, computed):
 
 def test_llama_inside_others(monkeypatch):
     """Its own driver, told by the model around it."""
-    from fastpeft.fused import stack
+    from fastpeft.fused.stack import driver as stack
 
     plain, batch = tiny("llava")
     model, seen, queries_at = copy.deepcopy(plain.train()), [], stack.queries_at

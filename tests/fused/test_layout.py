@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.fused import loss as losses
+from fastpeft.fused.head import loss as losses
 from fastpeft.fused.layout import Layout, image_layout, queries_at, rows_of, self_layout
 from fastpeft.methods.base import sees_no_values
 from fastpeft.ops import layer_norm

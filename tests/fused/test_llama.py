@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft as fp
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.fused.layout import rows_layout
-from fastpeft.fused.outputs import lean_logits
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 PLANS = ["F", "T", "LoRA", "IA3", "Prefix", "PTv2", "LayerNorm", "Attention", "FFN", "IA3+LoRA", "IA3+PTv2", "LoRA+PTv2"]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import fastpeft as fp
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastpeft.fused.loss import labelled_loss
+from fastpeft.fused.head.loss import labelled_loss
 from fastpeft.labels import IGNORE_INDEX
 
 

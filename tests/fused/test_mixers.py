@@ -13,7 +13,7 @@ from tiny_batches import GROUPED, _lively, _rows
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.fused import any_stack, mixers
+from fastpeft.fused.stack import any_stack, mixers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}

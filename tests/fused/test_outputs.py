@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 import fastpeft as fp
-from fastpeft.fused.outputs import can_defer, lean_logits, with_deferred_logits
+from fastpeft.fused.head.outputs import can_defer, lean_logits, with_deferred_logits
 
 READS = {
     "attribute": lambda out: out.logits,

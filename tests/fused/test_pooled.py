@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
-from fastpeft.fused import attention_tokens
+from fastpeft.fused.attention import tokens as attention_tokens
+from fastpeft.fused.head.pooled import FusedPooledModel, pooled_read
 from fastpeft.fused.layout import LastLayout
-from fastpeft.fused.pooled import FusedPooledModel, pooled_read
-from fastpeft.fused.stack_rows import RowsCall
+from fastpeft.fused.stack.rows import RowsCall
 from fastpeft.methods.base import FSDP
 from fastpeft.registry import has_form
 
@@ -144,7 +144,7 @@ def test_evaluation_and_what_else_is_returned(name, implementation, computed):
 
 def test_llama_with_its_driver(monkeypatch):
     """It is told where it is read; where a call fills a cache, which its caller may read, it computes every token."""
-    from fastpeft.fused import stack
+    from fastpeft.fused.stack import driver as stack
 
     plain, seen, queries_at = tiny("llama"), [], stack.queries_at
     model = copy.deepcopy(plain)

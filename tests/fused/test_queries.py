@@ -7,8 +7,9 @@ import torch
 import transformers as T
 from torch import nn
 
-from fastpeft.fused import attention_tokens, queries
+from fastpeft.fused.attention import tokens as attention_tokens
 from fastpeft.fused.layout import LastLayout
+from fastpeft.fused.stack import queries
 from fastpeft.ops.attention import attention
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.fused.last_layer import handing_on
-from fastpeft.fused.row_wise import is_row_wise_code
+from fastpeft.fused.stack.last_layer import handing_on
+from fastpeft.fused.stack.row_wise import is_row_wise_code
 
 
 def mixing(body):

@@ -12,8 +12,8 @@ from tiny_models import tiny
 from torch import nn
 
 import fastpeft as fp
-from fastpeft.fused import shared_input
-from fastpeft.fused.shared_input import join_calls
+from fastpeft.fused.layers import shared_input
+from fastpeft.fused.layers.shared_input import join_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 peft = pytest.importorskip("peft")

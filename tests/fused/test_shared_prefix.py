@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastpeft as fp
 from fastpeft.cost import memory_budget
 from fastpeft.data.shared_prefix import most_shared, share
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.verify.baseline import scatter_adapters, without_dropout
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}

@@ -6,7 +6,7 @@ import torch
 import transformers as T
 from torch import nn
 
-from fastpeft.fused import state_reads
+from fastpeft.fused.code import state_reads
 
 
 class Inner(nn.Module):

@@ -14,10 +14,10 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
-from fastpeft.fused import token_heads
+from fastpeft.fused.head import token_heads
+from fastpeft.fused.head.token_classifiers import FusedTokenClassifier
+from fastpeft.fused.head.token_heads import token_head, token_path
 from fastpeft.fused.layout import LastLayout
-from fastpeft.fused.token_classifiers import FusedTokenClassifier
-from fastpeft.fused.token_heads import token_head, token_path
 from fastpeft.registry import has_form
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
-from fastpeft.fused import unread_layers
-from fastpeft.fused.unread_layers import FusedLowerLayersReader, readings
+from fastpeft.fused.stack import unread_layers
+from fastpeft.fused.stack.unread_layers import FusedLowerLayersReader, readings
 from fastpeft.methods.base import FSDP
 from fastpeft.registry import has_form
 

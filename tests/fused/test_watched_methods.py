@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastpeft as fp
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 
 CASES = [("llama-tiny", plan) for plan in ("LoRA", "PTv2", "Excitor", "AdaptionPrompt", "RepAdapter")]
 CASES += [("lavin-tiny", "MMAdapter/T/MMAdapter"), ("excitor-tiny", "F/Excitor")]

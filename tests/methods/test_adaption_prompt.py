@@ -9,8 +9,8 @@ from transformers.models.llama import modeling_llama
 
 import fastpeft as fp
 from fastpeft.cost.profile import measure
-from fastpeft.fused import attention_llama
-from fastpeft.fused.head import FusedLlamaForCausalLM
+from fastpeft.fused.attention import llama as attention_llama
+from fastpeft.fused.head.models import FusedLlamaForCausalLM
 from fastpeft.models.llama import PARTS
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}

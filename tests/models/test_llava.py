@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 import fastpeft as fp
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.models.llava import LlavaMedForConditionalGeneration, llava_med_config
 
 ROWS = {  # Table 2 of the LayerNorm paper; its FFN rows count two of three matrices, ours all

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpeft import ops
-from fastpeft.fused import experts
+from fastpeft.fused.layers import experts
 from fastpeft.ops.clamped_swiglu import clamped_swiglu_reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

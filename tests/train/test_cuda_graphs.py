@@ -14,7 +14,7 @@ import torch
 from static_batches import PLANS, Data, batch_of, model_of, names_of, with_features
 
 import fastpeft as fp
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.static_shapes import Seeds
 from fastpeft.train import graph
 from fastpeft.train.graph import GraphedStep

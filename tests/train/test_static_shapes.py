@@ -6,7 +6,7 @@ from static_batches import PLANS, Data, batch_of, inputs_of, model_of
 
 from fastpeft.cost.graphs import most_tokens
 from fastpeft.data.buckets import measured_batch, padded, up
-from fastpeft.fused.outputs import lean_logits
+from fastpeft.fused.head.outputs import lean_logits
 from fastpeft.models import family_of
 from fastpeft.static_shapes import NotStatic, Seeds, first_rows, mixed, static_shapes
 from fastpeft.train.capturable import why_not

@@ -11,7 +11,10 @@ from torch import nn
 
 import fastpeft as fp
 from fastpeft import cli
-from fastpeft.fused import attention_llama, attention_text, projections, stack_blip
+from fastpeft.fused.attention import blip_text as attention_text
+from fastpeft.fused.attention import llama as attention_llama
+from fastpeft.fused.layers import projections
+from fastpeft.fused.stack import blip as stack_blip
 from fastpeft.methods import adaption_prompt, excitor
 from fastpeft.models.vision_language import VisionLanguageModel
 from fastpeft.registry import is_fused

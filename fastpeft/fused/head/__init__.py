@@ -1,0 +1,1 @@
+"""Models with their heads: logits and last hidden states only where something reads them."""
