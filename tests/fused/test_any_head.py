@@ -156,6 +156,16 @@ def test_options_of_the_loss(options, lean, no_logits):
         torch.testing.assert_close(got.hidden_states, want.hidden_states)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_a_tuple_has_its_logits(name):
+    """And those of positions without a label are right: who reads a part of a tuple knows it by its place."""
+    plain, model, batch = both(name, lean_logits=True)
+    given = batch("padded") | {"return_dict": False, "use_cache": False}
+    (loss, logits), (want, wanted) = model(**given), plain(**given)
+    torch.testing.assert_close(logits, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-12)
+
+
 def test_labels_by_position():
     """T5's and GPT-2's callers may name no argument."""
     plain, model, _ = both("gpt2", lean_logits=True)

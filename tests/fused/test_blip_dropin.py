@@ -295,6 +295,8 @@ def test_captions_logits_wait_for_a_reader(make, pixels, monkeypatch):
     assert len(caption(pixels, return_dict=False)(model)) == len(caption(pixels, return_dict=False)(plain)) == 4
     report = fp.optimize(model, lean_logits=True)
     assert caption(pixels)(model).logits is None and any("lean_logits" in note for note in report.notes)
+    for mine, theirs in zip(*(caption(pixels, return_dict=False)(m) for m in (model, plain)), strict=True):  # known by their places
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_one_state_for_all_and_masks(make):

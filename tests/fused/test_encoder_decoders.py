@@ -11,6 +11,7 @@ import transformers as T
 from double import assert_same, step
 from tiny_models import NO_DROPOUT, PAD, TEXT, VISION, V, tiny
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fastpeft as fp
 from fastpeft.fused.stack import any_stack
@@ -151,6 +152,20 @@ def test_an_encoders_padding_is_returned_to_nobody(name, tokens_seen):
         mine, theirs = (each(**called).encoder_last_hidden_state for each in (model, plain))
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)  # T5's norms are float32
         model.eval(), plain.eval()
+
+
+@pytest.mark.parametrize("name", ["bart", "blip2-t5"])
+def test_a_tuple_is_whole(name, tokens_seen):
+    """Its parts are known by their places, so none is left out, of a model inside neither."""
+    plain, model, batch = both(name)
+    mine, theirs = (flat(each(**batch("padded"), return_dict=False)) for each in (model, plain))
+    assert len(mine) == len(theirs) and not tokens_seen
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def flat(output) -> list[torch.Tensor]:
+    return [tensor for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor)]
 
 
 def test_an_encoder_of_ones_own_outputs(tokens_seen):

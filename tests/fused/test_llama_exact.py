@@ -322,9 +322,11 @@ def test_logits_read_after_the_step_are_those_of_before(read, head_trained):
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-11)
 
 
-def test_tuples():
+@pytest.mark.parametrize("lean", [False, True])
+def test_tuples(lean):
+    """Parts are known by their places: none is left out, though nobody reads it."""
     model = llama()
-    theirs, mine = (one(ids_and_labels()[0], **BATCHES["right"], return_dict=False) for one in (model, fused(model)))
+    theirs, mine = (one(ids_and_labels()[0], **BATCHES["right"], return_dict=False) for one in (model, fused(model, lean_logits=lean)))
     assert type(mine) is tuple and len(mine) == len(theirs) == 3
     torch.testing.assert_close(mine[:2], theirs[:2], rtol=1e-10, atol=1e-11)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -17,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from fastpeft.fused.code.state_reads import reads_labels_alone
 from fastpeft.fused.head.lazy_logits import LazyLogits, is_plain, lazy_head
-from fastpeft.fused.head.outputs import can_defer, with_deferred_logits
+from fastpeft.fused.head.outputs import can_defer, returns_names, with_deferred_logits
 from fastpeft.fused.head.token_heads import labelled_call, token_path
 from fastpeft.fused.stack.any_stack import Read, layers_of, read_at
 from fastpeft.fused.stack.encoder_decoder import ENCODER_STATE, labels_handed_to, read_at_labels, read_at_tokens, stacks_of
@@ -72,22 +74,30 @@ class FusedLanguageModel:
 
     @signature_of_replaced
     def forward(self, *args, **kwargs):
-        head = None if torch.compiler.is_compiling() else self._lazy_head(args, kwargs)
-        if head is None:
+        if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         given = arguments_of(self, args, kwargs)
-        reads = self._reads(given, head) if self.lean_logits else {}
+        with _returning_logits(None if returns_names(self, given) else self._leaves_loss_to()):
+            return self._forward(given, args, kwargs)
+
+    def _forward(self, given: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The forward of ``args`` and ``kwargs``, by name ``given``."""
+        head = self._lazy_head(given)
+        if head is None:
+            return super().forward(*args, **kwargs)
+        lean = self._leaves_out_logits(given)
+        reads = self._reads(given, head) if lean else {}
         masked = any(read is None or read.mask is not None for read in reads.values())
         # without a mask, position_ids may mark packed samples, but only where there is no cache
         if reads and (masked or given.get("position_ids") is None) and not args and may_leave_out_cache(self, given):
             kwargs["use_cache"] = False
-        call = labelled_call(self, given) if self.lean_logits and not reads and returns_names(self, given) else None
+        call = labelled_call(self, given) if lean and not reads else None
         with standing_in(self, call), lazy_head(head), read_at(reads) as at_tokens:
             output = super().forward(*args, **kwargs)
             left_out = any(reads[stack] is None for stack in at_tokens)
         if left_out and isinstance(output, ModelOutput) and ENCODER_STATE in output:  # where the encoder had padding
             leave_out(output, ENCODER_STATE)
-        return _handed_out(output, self.lean_logits)
+        return _handed_out(output, lean)
 
     def _reads(self, given: dict[str, Any], head: nn.Module) -> dict[nn.Module, Read | None]:
         """Where the last hidden states of stacks are read (None: at the tokens of its mask), in a training step whose logits nobody
@@ -98,7 +108,7 @@ class FusedLanguageModel:
         if self._has_one_mask(decoder):
             read = _read_by_loss(given, given.get("attention_mask"))
             return {} if read is None else {decoder: read._replace(alone=reads_labels_alone(self, head, decoder))}
-        stacks = stacks_of(self, decoder) if returns_names(self, given) else None
+        stacks = stacks_of(self, decoder)
         if stacks is None:
             return {}
         reads = {stacks.encoder: None} if read_at_tokens(stacks) else {}
@@ -111,17 +121,21 @@ class FusedLanguageModel:
         apart = any(getattr(module.config, "is_encoder_decoder", True) for module in (self, decoder) if hasattr(module, "config"))
         return not apart or "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
 
-    def _lazy_head(self, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
+    def _leaves_out_logits(self, given: dict[str, Any]) -> bool:
+        """Whether nobody reads the logits of this call."""
+        return self.lean_logits and returns_names(self, given) and _returns_logits.get() is not self
+
+    def _lazy_head(self, given: dict[str, Any]) -> nn.Module | None:
         """The head, where this call's logits may be lazy: a training step with labels, which nothing traces or transforms, and afterwards
         nobody reads the logits or they can still be computed."""
-        if not self.training or arguments_of(self, args, kwargs).get("labels") is None:
+        if not self.training or given.get("labels") is None:
             return None
         head = output_head(self)
         if head is None or torch.jit.is_tracing() or get_interpreter_stack() or not _loss_is_known(self):
             return None
         if self.lean_logits and self._leaves_loss_to() is not None:
             return None
-        if why_not_flat(self, head) or not (self.lean_logits or (is_plain(head) and can_defer(head))):
+        if why_not_flat(self, head) or not (self._leaves_out_logits(given) or (is_plain(head) and can_defer(head))):
             return None
         return head
 
@@ -130,6 +144,19 @@ class FusedLanguageModel:
         names = labels_handed_to(replaced_class(type(self)) or type(self))
         inside = (getattr(self, name, None) for name in names)
         return next((m for m in inside if isinstance(m, FusedLanguageModel) and m.config.is_encoder_decoder), None)
+
+
+# the model inside another one whose logits go to the other's caller
+_returns_logits: ContextVar[nn.Module | None] = ContextVar("returns_logits", default=None)
+
+
+@contextmanager
+def _returning_logits(model: nn.Module | None) -> Iterator[None]:
+    token = _returns_logits.set(_returns_logits.get() if model is None else model)
+    try:
+        yield
+    finally:
+        _returns_logits.reset(token)
 
 
 def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -157,12 +184,6 @@ def may_leave_out_cache(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether a model would fill a cache although nobody asks for one, as nobody reads it here."""
     takes = "use_cache" in _signature(replaced_class(type(model)) or type(model)).parameters
     return takes and given.get("use_cache") is None and given.get("past_key_values") is None
-
-
-def returns_names(model: PreTrainedModel, given: dict[str, Any]) -> bool:
-    """Whether a call returns an output with names, of which one can be left out."""
-    asked = given.get("return_dict")
-    return bool(getattr(model.config, "return_dict", True) if asked is None else asked)
 
 
 def leave_out(output: ModelOutput, name: str) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from fastpeft.fused.head.loss import OF_THE_LOSS, Labelled, causal_loss, labelled_loss, loss_of_logits, slice_logits_to_keep
-from fastpeft.fused.head.outputs import can_defer, is_deferred, with_deferred_logits
+from fastpeft.fused.head.outputs import can_defer, is_deferred, returns_names, with_deferred_logits
 from fastpeft.fused.stack.blip import FusedBlipTextModel
 from fastpeft.fused.stack.flatten import why_not_flat
 from fastpeft.fused.stack.llama import FusedLlamaModel, check_takes_prefixes
@@ -35,7 +35,6 @@ class FusedLlamaForCausalLM:
         """'' or why this one stays as it is."""
         return "" if module.loss_function is ForCausalLMLoss else "its loss_function is its own, and takes logits"
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -59,6 +58,8 @@ class FusedLlamaForCausalLM:
         visual: features [U, V, D] of distinct images, of which sample b sees ``visual_index[b]`` (-1: none); or of each sample its own,
         ``visual_seen`` [B] bool saying which have one. For MMAdapter, modality and modality_embeds, and
         prefix_lengths of samples that share prefixes: as FusedLlamaModel takes them."""
+        named = returns_names(self, kwargs)
+        kwargs.pop("return_dict", None)
         to_model = {"modality": modality, "modality_embeds": modality_embeds} if modality is not None else {}
         check_takes_prefixes(self.model, prefix_lengths)
         to_model |= {"prefix_lengths": prefix_lengths, "visual": _visual(visual, visual_index, visual_seen)}
@@ -66,7 +67,8 @@ class FusedLlamaForCausalLM:
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
-        lean = asked is not None and self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
+        lean = asked is not None and self.lean_logits and named and not torch.compiler.is_compiling()
+        lean = lean and not why_not_flat(self, self.lm_head)
         if lean and isinstance(self.model, FusedLlamaModel) and not has_hooks(self.model):
             to_model["output_mask"] = asked.targets != asked.ignore_index
         if use_cache is None and labels is not None and getattr(self.model, "alone", False):
@@ -89,7 +91,8 @@ class FusedLlamaForCausalLM:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
+        output = output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
+        return output if named else output.to_tuple()
 
 
 def _visual(features: Tensor | None, index: Tensor | None, seen: Tensor | None) -> Visual | None:
@@ -120,7 +123,6 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
 
     lean_logits = False  # whether nobody reads the logits of a training step
 
-    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -136,16 +138,20 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
         is_decoder=True,
         reduction="mean",
         logits_to_keep=0,
-        loss_only=False,
+        loss_only=None,
         padding_unread=False,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """As BlipTextLMHeadModel's; reduction "none" sums over each sample's tokens, like transformers. ``num_items_in_batch`` divides the
         sum in place of the mean's own count of labels: gradients accumulated over unequal batches are then those of the whole.
-        ``loss_only``: nobody reads logits, in evaluation neither; ``padding_unread`` is the encoder's."""
+        ``loss_only``: whether nobody reads logits, in evaluation neither (None: as ``lean_logits`` says); ``padding_unread`` is the
+        encoder's."""
+        named = returns_names(self, kwargs)
+        kwargs.pop("return_dict", None)
+        loss_only = self.training and self.lean_logits and named if loss_only is None else loss_only
         shift_labels = kwargs.pop("shift_labels", None)  # aligned with the states by the caller
         items = kwargs.pop("num_items_in_batch", None)
-        lean = labels is not None and (loss_only or (self.training and self.lean_logits)) and not return_logits
+        lean = labels is not None and loss_only and not return_logits
         lean = lean and not torch.compiler.is_compiling() and not why_not_flat(self, self.cls)
         if lean and self._reads_labels_alone(logits_to_keep):
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -178,7 +184,8 @@ class FusedBlipTextLMHeadModel(_ShiftsLabels):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
-        return with_deferred_logits(output, lambda: self.cls(hidden), self.cls) if deferred else output
+        output = with_deferred_logits(output, lambda: self.cls(hidden), self.cls) if deferred else output
+        return output if named else output.to_tuple()
 
     def _reads_labels_alone(self, logits_to_keep: int | Tensor) -> bool:
         """Whether the stack may leave out the outputs that the loss does not read."""
@@ -239,7 +246,6 @@ class FusedBlipForConditionalGeneration:
     """transformers' own forward, whose output hands on logits that are formed when they are read."""
 
     @signature_of_replaced
-    @can_return_tuple
     def forward(
         self,
         pixel_values,
@@ -252,6 +258,9 @@ class FusedBlipForConditionalGeneration:
     ) -> ModelOutput:
         from transformers.models.blip.modeling_blip import BlipForConditionalGenerationModelOutput  # imported already: the base is of it
 
+        named = returns_names(self, kwargs)
+        kwargs.pop("return_dict", None)
+        whole = {"loss_only": False} if not named and isinstance(self.text_decoder, FusedBlipTextLMHeadModel) else {}
         vision = self.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         text = self.text_decoder(
             input_ids=input_ids,
@@ -260,6 +269,7 @@ class FusedBlipForConditionalGeneration:
             labels=labels,
             reduction="mean",
             logits_to_keep=logits_to_keep,
+            **whole,
             **kwargs,
         )
         output = BlipForConditionalGenerationModelOutput(
@@ -270,11 +280,12 @@ class FusedBlipForConditionalGeneration:
             hidden_states=vision.hidden_states,
             attentions=vision.attentions,
         )
-        return with_deferred_logits(output, lambda: text.logits, self.text_decoder.cls) if is_deferred(text) else output
+        output = with_deferred_logits(output, lambda: text.logits, self.text_decoder.cls) if is_deferred(text) else output
+        return output if named else output.to_tuple()
 
 
-def reads_of(decoder: nn.Module) -> dict[str, bool]:
+def reads_of(decoder: nn.Module) -> dict[str, bool | None]:
     """What a model of visual question answering, whose ``decoder`` this is, can say that it does not read; keywords of text models."""
     # a fused decoder attends to no padding of the question
     ours = isinstance(decoder, FusedBlipTextLMHeadModel) and isinstance(decoder.bert, FusedBlipTextModel)
-    return {"loss_only": not has_hooks(decoder), "padding_unread": True} if ours else {}
+    return {"loss_only": not has_hooks(decoder) or None, "padding_unread": True} if ours else {}

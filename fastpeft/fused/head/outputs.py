@@ -3,7 +3,8 @@
 A training step reads the loss; the logits [B, L, V] are the largest tensor of a small batch, and most callers never read them. Some
 do: a ``compute_loss`` of one's own, PEFT's CPT, ``return_dict=False``. :func:`with_deferred_logits` returns an output of the model's own
 class that computes its logits at the first read, by whichever way they are read. Inside :func:`lean_logits` the caller
-promises to read none: ``logits`` are None in training, and what only they need (other positions than labelled ones) is not computed.
+promises to read none: ``logits`` are None in training, and what only they need (other positions than labelled ones) is not computed;
+but for a call that asks for a tuple, whose parts are known by their places.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,12 @@ def lean_logits(model: nn.Module) -> Iterator[None]:
                 module.__dict__.pop("lean_logits", None)  # optimize or restore may have taken it back inside
             else:
                 module.lean_logits = value
+
+
+def returns_names(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether a call returns an output with names, of which one can be left out: parts of a tuple are known by their places."""
+    asked = given.get("return_dict")
+    return bool(getattr(model.config, "return_dict", True) if asked is None else asked)
 
 
 def can_defer(*modules: nn.Module) -> bool:

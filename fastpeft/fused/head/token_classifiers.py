@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fastpeft.fused.head.any_head import arguments_of, leave_out, may_have_output_head, may_leave_out_cache, returns_names
+from fastpeft.fused.head.any_head import arguments_of, leave_out, may_have_output_head, may_leave_out_cache
+from fastpeft.fused.head.outputs import returns_names
 from fastpeft.fused.head.token_heads import labelled_call, token_head, token_path
 from fastpeft.fused.stack.rows import standing_in
 from fastpeft.registry import fuses, signature_of_replaced

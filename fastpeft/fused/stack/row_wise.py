@@ -45,8 +45,10 @@ READ = {
     "83222ec6d585": "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextTopKRouter",
     "d748e3d64a68": "deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter",
     "ecc85144a8b4": "granitemoe.modeling_granitemoe.GraniteMoeTopKRouter",
+    "12cd21d954f1": "granitemoe.modeling_granitemoe.GraniteMoeTopKRouter",  # to transformers 5.17
     "2aa2a176027a": "gpt_oss.modeling_gpt_oss.GptOssTopKRouter",
     "b1d632ccf62c": "nemotron.modeling_nemotron.NemotronLayerNorm1P",
+    "10a67bc6ec22": "nemotron.modeling_nemotron.NemotronLayerNorm1P",  # to transformers 5.17
     "d2c052bd2453": "mixtral.modeling_mixtral.MixtralExperts",
     "1fa971a82665": "mixtral.modeling_mixtral.MixtralExperts",  # to transformers 5.17
     "02814d650b5f": "gpt_oss.modeling_gpt_oss.GptOssExperts",
@@ -56,6 +58,7 @@ READ = {
     "23086ecf74b2": "olmoe.modeling_olmoe.OlmoeSparseMoeBlock",
     "bd955c1b463e": "deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE",
     "88ea07a7977c": "granitemoe.modeling_granitemoe.GraniteMoeMoE",
+    "038b3806a55a": "granitemoe.modeling_granitemoe.GraniteMoeMoE",  # to transformers 5.17
     "0490faf6abfe": "gpt_oss.modeling_gpt_oss.GptOssMLP",
     "28f2ad5dd041": "afmoe.modeling_afmoe.AfmoeSparseMoeBlock",
     "e2eeb571a9df": "cohere2_moe.modeling_cohere2_moe.Cohere2MoeSparseMoeBlock",
@@ -65,6 +68,7 @@ READ = {
     "5171e628bad1": "minimax_m2.modeling_minimax_m2.MiniMaxM2SparseMoeBlock",
     "cb2baff6950c": "deepseek_v2.modeling_deepseek_v2.DeepseekV2TopkRouter",
     "4180b9f44953": "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeTopKRouter",
+    "4f36d2a8035c": "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeTopKRouter",  # to transformers 5.17
     "86d8fd53afec": "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeStatics",
     "efc0f529fc2e": "minimax_m2.modeling_minimax_m2.MiniMaxM2TopKRouter",
     "e9a73cfd066d": "afmoe.modeling_afmoe.AfmoeTokenChoiceRouter",
@@ -87,6 +91,7 @@ READ = {
     "8670a021ed3f": "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention",
     "3bafd2c542e9": "minicpm3.modeling_minicpm3.MiniCPM3Attention",
     "cb3036ffab30": "ministral3.modeling_ministral3.Ministral3Attention",
+    "c65fcfe337c7": "ministral3.modeling_ministral3.Ministral3Attention",  # to transformers 5.17
     "b2bf4d08995e": "stablelm.modeling_stablelm.StableLmAttention",
     "7ff6f0eb0d66": "persimmon.modeling_persimmon.PersimmonAttention",
     "47953bbcba2e": "laguna.modeling_laguna.LagunaAttention",
