@@ -22,9 +22,9 @@ def test_gradients_are_those_without_checkpoints(name, plan):
             module.p = 0.0
     batch = case_of(model).alone[0]
     wanted = step(model, batch)
-    for reentrant in (False, True):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if reentrant:
+    for options in ({"use_reentrant": False}, {"use_reentrant": True}, {"preserve_rng_state": True}):  # PyTorch's default is reentrant
+        model.gradient_checkpointing_enable(dict(options))
+        if options.get("use_reentrant", True):
             model.enable_input_require_grads()
         same(step(model, batch), wanted, **SINGLE)
     assert all(layer.gradient_checkpointing for layer in model.modules() if hasattr(layer, "_gradient_checkpointing_func"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastpeft.fused.layout import LabelledQueries, TokenPlan, queries_at
 from fastpeft.savings import on
 
+REENTRANT_BY_DEFAULT = ("torch.utils.checkpoint", "transformers.modeling_utils")  # modules of what checkpoints a layer
 HANDED = ("routing", "visual")  # options of layers that hold tensors with a gradient, as prefixes do
 
 
@@ -45,8 +46,10 @@ def checkpoint_without_reentrance(layers: Sequence[nn.Module]) -> None:
     through its graph by itself, layer by layer, and the layers' graphs share what made prefixes, routes or images. The same gradients."""
     for layer in layers:
         how = getattr(layer, "_gradient_checkpointing_func", None)
-        if isinstance(how, partial) and how.keywords.get("use_reentrant"):
-            layer._gradient_checkpointing_func = partial(how.func, *how.args, **how.keywords | {"use_reentrant": False})
+        func, args, options = (how.func, how.args, how.keywords) if isinstance(how, partial) else (how, (), {})
+        asked = options.get("use_reentrant")
+        if asked or (asked is None and getattr(func, "__module__", None) in REENTRANT_BY_DEFAULT):
+            layer._gradient_checkpointing_func = partial(func, *args, **options | {"use_reentrant": False})
 
 
 def run_layers(
