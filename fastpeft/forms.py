@@ -16,10 +16,10 @@ import hashlib
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, wraps
 from tokenize import TokenError
 from types import FunctionType, ModuleType
 from typing import Any
@@ -107,14 +107,40 @@ def _static(cls: type, name: str) -> Any:
     return MISSING
 
 
+def as_written(function: Any) -> Any:
+    """The function that decorators of transformers and PyTorch stand around, or that of somebody else's that wraps it (``__wrapped__``):
+    what that one does, no code of the model's tells."""
+    while (inner := getattr(function, "__wrapped__", None)) is not None and home_of(function).split(".")[0] in WRAPPERS:
+        function = inner
+    return function
+
+
+def home_of(function: Any) -> str:
+    """The module in which a function was defined; ``functools.wraps`` gives a wrapper the name of another one."""
+    return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+
+
+def is_of_transformers(cls: type) -> bool:
+    """Whether the forward of ``cls`` is as transformers wrote it."""
+    return home_of(as_written(cls.forward)).startswith("transformers.")
+
+
+def cache_by_forward(read: Callable) -> Callable:
+    """``functools.cache`` of what is read of a class's code, for as long as its forward is the same function."""
+    kept = cache(lambda forward, cls, *args: read(cls, *args))
+
+    @wraps(read)
+    def current(cls: type, *args: Any) -> Any:
+        return kept(cls.forward, cls, *args)
+
+    return current
+
+
 def _function(value: Any) -> FunctionType | None:
     """The function of a method, as it was written; _NoSource where someone else wrapped it."""
-    value = getattr(value, "__func__", value)  # static and class methods
-    while (inner := getattr(value, "__wrapped__", None)) is not None:
-        home = getattr(value, "__globals__", {}).get("__name__", type(value).__module__)
-        if home.split(".")[0] not in WRAPPERS:
-            raise _NoSource
-        value = inner
+    value = as_written(getattr(value, "__func__", value))  # static and class methods
+    if hasattr(value, "__wrapped__"):
+        raise _NoSource
     return value if isinstance(value, FunctionType) else None
 
 

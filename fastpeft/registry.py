@@ -78,7 +78,8 @@ class Form:
 
 _FORMS: dict[str, Form] = {}  # dotted path of a known class -> its form
 _CODES: dict[str, Form] = {}  # digest of a class's code -> its form
-_FOUND: WeakKeyDictionary[type, tuple[str | None, Form | None]] = WeakKeyDictionary()  # class -> (its digest, what that and its bases gave)
+# class -> ((its digest, its forward), what these and its bases gave)
+_FOUND: WeakKeyDictionary[type, tuple[tuple[str | None, Callable], Form | None]] = WeakKeyDictionary()
 _RULES: list[tuple[Callable[[type], bool], Form]] = []  # (whether a class has the form, the form)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {}  # a known class -> the class that replaces it, made when first needed
 _REPLACED: dict[type[nn.Module], type[nn.Module]] = {}  # and back
@@ -150,9 +151,10 @@ def form_of_class(cls: type) -> Form | None:
     if theirs.__module__.split(".")[0] in ("torch", "builtins") or not issubclass(theirs, nn.Module):
         return None
     code = digest(theirs)
+    written = (code, theirs.forward)  # of long forwards no digest tells that they are others
     kept = _FOUND.get(theirs)
-    if kept is None or kept[0] != code:
-        kept = _FOUND[theirs] = code, None if why_wrapped(theirs) else _find(theirs, code)
+    if kept is None or kept[0] != written:
+        kept = _FOUND[theirs] = written, None if why_wrapped(theirs) else _find(theirs, code)
     return kept[1]
 
 

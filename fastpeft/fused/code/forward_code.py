@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from functools import cache
 from types import FunctionType
 
 from torch import nn
 
-from fastpeft.fused.code.state_reads import LAST
+from fastpeft.forms import as_written
+from fastpeft.fused.code.state_reads import LAST, is_of_self
 from fastpeft.fused.layers.shared_input import tree_of
 
 
@@ -21,11 +21,12 @@ class Code:
         self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
         self.arguments = {a.arg for a in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)}
         self.attributes = {node.attr for node in self.nodes if isinstance(node, ast.Attribute)}
+        self.of_self = {node.attr for node in self.nodes if is_of_self(node)}
 
     @staticmethod
     def of(cls: type[nn.Module], method: str = "forward") -> Code | None:
         """The code of a method; None where its source is not there."""
-        return _code_of(inspect.unwrap(getattr(cls, method)))
+        return _code_of(as_written(getattr(cls, method)))
 
     def names(self, name: str, how: type[ast.expr_context] = ast.Load) -> list[ast.Name]:
         return [node for node in self.nodes if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, how)]

@@ -9,7 +9,6 @@ is no padding (:func:`pooled_read`). Whatever a forward does that is not known h
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fastpeft.forms import as_written
 from fastpeft.fused.layers.shared_input import tree_of
 from fastpeft.registry import replaced_class
 
@@ -100,7 +100,7 @@ def code_class(module: nn.Module) -> type[nn.Module]:
 def state_of(cls: type[nn.Module], labels: bool = False) -> State | None:
     """Where the last hidden state in the forward of ``cls`` goes; None where that cannot be told. ``labels``: what is read of it is read
     at labelled positions, whatever rows the forward takes before its head."""
-    return _state_of(inspect.unwrap(cls.forward), getattr(cls, "base_model_prefix", ""), labels)
+    return _state_of(as_written(cls.forward), getattr(cls, "base_model_prefix", ""), labels)
 
 
 @cache
@@ -117,7 +117,7 @@ def _state_of(function: Callable, prefix: str, labels: bool) -> State | None:
 
 def argument_uses(cls: type[nn.Module]) -> frozenset[str | Through] | None:
     """Where the forward of ``cls`` reads its first argument; None where that cannot be told."""
-    return _argument_uses(inspect.unwrap(cls.forward))
+    return _argument_uses(as_written(cls.forward))
 
 
 @cache

@@ -17,6 +17,7 @@ from torch._C._functorch import get_interpreter_stack
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from fastpeft.forms import cache_by_forward, is_of_transformers
 from fastpeft.fused.code.state_reads import reads_labels_alone
 from fastpeft.fused.head.lazy_logits import LazyLogits, is_plain, lazy_head
 from fastpeft.fused.head.outputs import can_defer, returns_names, with_deferred_logits
@@ -32,7 +33,7 @@ from fastpeft.registry import fuses, replaced_class, signature_of_replaced
 def takes_labels(cls: type[nn.Module]) -> bool:
     """Whether modules of ``cls`` are models whose forward, as transformers wrote it, takes labels, and that may have a head that makes
     logits. (A forward of somebody else's may hand logits to what no function of PyTorch's announces, an autograd Function of its own.)"""
-    if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
+    if not issubclass(cls, PreTrainedModel) or not is_of_transformers(cls):
         return False
     return "labels" in _signature(cls).parameters and may_have_output_head(cls)
 
@@ -45,7 +46,7 @@ def may_have_output_head(cls: type[nn.Module]) -> bool:
     return own or any("lm_head" in init.__code__.co_names for init in made if isinstance(init, FunctionType))
 
 
-@cache
+@cache_by_forward
 def _signature(cls: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(cls.forward)
 

@@ -8,7 +8,6 @@ padding (:mod:`fastpeft.fused.stack.rows`).
 from __future__ import annotations
 
 import ast
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+from fastpeft.forms import as_written, is_of_transformers
 from fastpeft.fused.code.state_reads import FIRST, LAST_TOKEN, Unknown, code_class, may_pool
 from fastpeft.fused.head.any_head import arguments_of, may_have_output_head
 from fastpeft.fused.head.token_heads import token_head
@@ -53,7 +53,7 @@ def pooled_read(model: nn.Module) -> Pooled | None:
     pooled.called.remove(model)
     pooled.last_token = reads == {LAST_TOKEN}
     if pooled.last_token:
-        tree = tree_of(inspect.unwrap(code_class(model).forward))
+        tree = tree_of(as_written(code_class(model).forward))
         pooled.reads_text_config = "self.config.get_text_config().pad_token_id" in ast.unparse(tree)
         if not any(module is model for module, _ in pooled.expanded):
             return None  # what is indexed would have one row
@@ -63,7 +63,7 @@ def pooled_read(model: nn.Module) -> Pooled | None:
 def reads_one_row(cls: type[nn.Module]) -> bool:
     """Whether models of ``cls``, as transformers wrote it, may read one row of each sample of a stack's last hidden state, and make no
     logits of a vocabulary."""
-    if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
+    if not issubclass(cls, PreTrainedModel) or not is_of_transformers(cls):
         return False
     return not may_have_output_head(cls) and may_pool(cls) and token_head(cls) is None
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from fastpeft.forms import is_of_transformers
 from fastpeft.fused.head.any_head import arguments_of, leave_out, may_have_output_head, may_leave_out_cache
 from fastpeft.fused.head.outputs import returns_names
 from fastpeft.fused.head.token_heads import labelled_call, token_head, token_path
@@ -15,7 +16,7 @@ from fastpeft.registry import fuses, signature_of_replaced
 
 def classifies_tokens(cls: type[nn.Module]) -> bool:
     """Whether models of ``cls``, as transformers wrote it, have a head over tokens and labels, and make no logits of a vocabulary."""
-    if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
+    if not issubclass(cls, PreTrainedModel) or not is_of_transformers(cls):
         return False
     return not may_have_output_head(cls) and token_head(cls) is not None
 

@@ -11,13 +11,13 @@ and no layer computes padding (:mod:`fastpeft.fused.stack.rows`). A model whose 
 from __future__ import annotations
 
 import ast
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForMaskedLMLoss, ForTokenClassification
 
+from fastpeft.forms import cache_by_forward
 from fastpeft.fused.code.forward_code import Code, called_path
 from fastpeft.fused.code.state_reads import OUT, Unknown, code_class, state_of
 from fastpeft.fused.head.lazy_logits import LazyLogits
@@ -44,7 +44,7 @@ class TokenHead(NamedTuple):
     losses: frozenset[str]
 
 
-@cache
+@cache_by_forward
 def token_head(cls: type[nn.Module]) -> TokenHead | None:
     """Where the last hidden state in the forward of ``cls`` goes, if it goes through modules to a cross entropy with labels, and as logits
     to the caller, and nowhere else; None where that cannot be told."""

@@ -96,7 +96,10 @@ def compiled(function: FunctionType, tree: ast.FunctionDef) -> FunctionType:
 
 
 def tree_of(function: FunctionType) -> ast.FunctionDef | None:
-    """The code of a function, to be changed and compiled: without annotations and defaults. None where there is no source."""
+    """The code of a function, to be changed and compiled: without annotations and defaults. None where there is no source, and of what
+    wraps another function (:func:`fastpeft.forms.as_written`)."""
+    if hasattr(function, "__wrapped__"):
+        return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastpeft.forms import as_written, cache_by_forward, is_of_transformers
 from fastpeft.fused.attention.interface import FusedInterfaceAttention, reads_interface
 from fastpeft.fused.attention.tokens import LAYOUT
 from fastpeft.fused.code.state_reads import LAST, code_class, ends_row_by_row
@@ -112,16 +112,16 @@ def read_of(stack: nn.Module, given: dict[str, Any]) -> Read | None:
 def loops_over_layers(cls: type[nn.Module]) -> bool:
     """Whether modules of ``cls`` are models whose forward, as transformers wrote it, calls ``self.layers`` (or GPT-2's ``self.h``) and is
     no model with a head."""
-    if not issubclass(cls, PreTrainedModel) or not cls.forward.__module__.startswith("transformers."):
+    if not issubclass(cls, PreTrainedModel) or not is_of_transformers(cls):
         return False
-    code = inspect.unwrap(cls.forward).__code__
+    code = as_written(cls.forward).__code__
     arguments = code.co_varnames[: code.co_argcount]
     return len(LOOPS & set(code.co_names)) == 1 and "attention_mask" in arguments and "labels" not in arguments
 
 
 def layers_of(stack: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The layers of a stack, and the name by which it calls them."""
-    names = LOOPS & set(inspect.unwrap((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names)
+    names = LOOPS & set(as_written((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names)
     for name in names:
         layers = stack._modules.get(name)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(isinstance(m, GradientCheckpointingLayer) for m in layers):
@@ -222,7 +222,7 @@ def _tokens(given: dict[str, Any]) -> Tensor | None:
 
 def is_causal(stack: nn.Module) -> bool:
     """Whether the tokens of a stack attend to none that come later, but where a mask says so: it makes a causal mask."""
-    names = inspect.unwrap((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names
+    names = as_written((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names
     return CAUSAL_MASK in names and getattr(stack, "is_decoder", True) and getattr(stack.config, "is_causal", True)
 
 
@@ -319,7 +319,7 @@ def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
         yield
 
 
-@cache
+@cache_by_forward
 def names_behind(cls: type[nn.Module]) -> list[str]:
     """The names of a layer's arguments behind its hidden states."""
     return list(inspect.signature(cls.forward).parameters)[2:]

@@ -13,7 +13,6 @@ model inside, whose output the model with the head hands on.
 from __future__ import annotations
 
 import ast
-from functools import cache
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
+from fastpeft.forms import cache_by_forward
 from fastpeft.fused.code.forward_code import Code, called_path, is_state, keywords_of
 from fastpeft.fused.code.state_reads import CUT, LAST, code_class, handed_on
 from fastpeft.fused.stack.layer_arguments import MASK, SOURCE_MASK, STATES
@@ -66,7 +66,7 @@ def read_at_labels(model: nn.Module, head: nn.Module, stacks: Stacks) -> bool:
     return "loss_function" not in Code.of(code_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
 
 
-@cache
+@cache_by_forward
 def labels_handed_to(cls: type[nn.Module]) -> frozenset[str]:
     """The modules that the forward of ``cls`` calls with labels."""
     code = Code.of(cls)
@@ -83,7 +83,7 @@ class _Pair(NamedTuple):
     decoder_output: str
 
 
-@cache
+@cache_by_forward
 def _pair(cls: type[nn.Module]) -> _Pair | None:
     """The two calls in the forward of ``cls``."""
     code = Code.of(cls)
@@ -110,7 +110,7 @@ def _calls(cls: type[nn.Module]) -> tuple[str, str] | None:
     return None if pair is None else (called_path(pair.encoder), called_path(pair.decoder))
 
 
-@cache
+@cache_by_forward
 def _encoder_is_handed_on(cls: type[nn.Module]) -> bool:
     """Whether the encoder's state goes to the decoder, with the mask that the encoder gets, or is returned, and goes nowhere else."""
     code, pair = Code.of(cls), _pair(cls)
@@ -129,14 +129,14 @@ def _encoder_is_handed_on(cls: type[nn.Module]) -> bool:
     return True
 
 
-@cache
+@cache_by_forward
 def _only_returned(cls: type[nn.Module]) -> bool:
     """Whether the forward of ``cls`` does nothing with the encoder's state in a model's output but return it."""
     code = Code.of(cls)
     return all(code.is_returned(node) for node in code.nodes if isinstance(node, ast.Attribute) and node.attr == ENCODER_STATE)
 
 
-@cache
+@cache_by_forward
 def _state_is_returned(cls: type[nn.Module]) -> bool:
     """Whether the decoder's state is returned as the last hidden state, and goes nowhere else."""
     code = Code.of(cls)
@@ -146,7 +146,7 @@ def _state_is_returned(cls: type[nn.Module]) -> bool:
     )
 
 
-@cache
+@cache_by_forward
 def _state_of(cls: type[nn.Module]) -> str | None:
     """The module whose output's last hidden state the forward of ``cls``, a model with a head, reads."""
     code = Code.of(cls)
@@ -154,7 +154,7 @@ def _state_of(cls: type[nn.Module]) -> str | None:
     return called_path(calls[0]) if len(calls) == 1 else None
 
 
-@cache
+@cache_by_forward
 def _head_of(cls: type[nn.Module]) -> str | None:
     """The head that the decoder's state goes to in the forward of ``cls``; None where it goes elsewhere too, or the head's logits do."""
     code, pair = Code.of(cls), _pair(cls)

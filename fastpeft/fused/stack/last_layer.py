@@ -9,7 +9,6 @@ statement with its attention, goes on with some rows of what it has; where one r
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from fastpeft.forms import as_written
 from fastpeft.fused.attention.interface import FusedInterfaceAttention
 from fastpeft.fused.attention.tokens import LAYOUT
 from fastpeft.fused.layers.shared_input import compiled, tree_of
@@ -34,13 +34,13 @@ ELSEWHERE = "encoder_hidden_states"  # of cross-attention, which no stack withou
 def at_rows(cls: type[nn.Module]) -> FunctionType | None:
     """A forward of the layers of ``cls``, row-wise but for their attention, that computes what follows the attention for the rows alone
     that a :class:`LastLayout` among its keyword arguments names; None where its code does not allow it."""
-    return _at_rows(inspect.unwrap(cls.forward))
+    return _at_rows(as_written(cls.forward))
 
 
 def handing_on(cls: type[nn.Module]) -> FunctionType | None:
     """A forward of the layers of ``cls`` that hands its other keyword arguments, which say where tokens lie, on to its attention too; None
     where its own does, and for what stands for a layer."""
-    return _handing_on(inspect.unwrap(cls.forward)) if issubclass(cls, nn.Module) else None
+    return _handing_on(as_written(cls.forward)) if issubclass(cls, nn.Module) else None
 
 
 def run_handing_on(layer: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -11,12 +11,11 @@ import ast
 import inspect
 import threading
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastpeft.forms import digest
+from fastpeft.forms import as_written, cache_by_forward, digest
 from fastpeft.fused.attention.tokens import LAYOUT
 from fastpeft.fused.code.forward_code import Code, called_path
 from fastpeft.fused.code.state_reads import code_class
@@ -59,14 +58,14 @@ def mixes_by_recurrence(layer: nn.Module) -> bool:
     return name is not None and kind_of(code_class(getattr(layer, name))) is RECURRENCES
 
 
-@cache
+@cache_by_forward
 def kind_of(cls: type[nn.Module]) -> dict[str, str] | None:
     """The table that has the code of ``cls``, if it is a mixer."""
     code = digest(cls)
     return next((kind for kind in (ATTENTIONS, RECURRENCES) if code in kind), None)
 
 
-@cache
+@cache_by_forward
 def _names_elsewhere(cls: type[nn.Module], present: frozenset[str], mixer: str) -> frozenset[str]:
     """The arguments of a layer of ``cls``, behind its hidden states, that it reads elsewhere than in the call of its ``mixer``; calls of
     modules that are not ``present`` are not made."""
@@ -74,12 +73,12 @@ def _names_elsewhere(cls: type[nn.Module], present: frozenset[str], mixer: str) 
     calls = [node for node in code.nodes if (path := called_path(node)) is not None and "." not in path]
     own = [call for call in calls if called_path(call) == mixer or not (called_path(call) in present or hasattr(cls, called_path(call)))]
     inside = {node for call in own for node in ast.walk(call)}
-    names = set(list(inspect.signature(inspect.unwrap(cls.forward)).parameters)[2:])
+    names = set(list(inspect.signature(as_written(cls.forward)).parameters)[2:])
     loads = (node for node in code.nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
     return frozenset(node.id for node in loads if node.id in names and node not in inside)
 
 
-@cache
+@cache_by_forward
 def takes_rest(cls: type[nn.Module], mixer: str) -> bool:
     """Whether a layer of ``cls`` hands its ``mixer`` the keyword arguments that it does not name; else a forward made of its own does."""
     calls = [node for node in Code.of(cls).nodes if called_path(node) == mixer]

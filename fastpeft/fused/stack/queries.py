@@ -13,14 +13,13 @@ computed in full.
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-from functools import cache
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastpeft.forms import as_written, cache_by_forward
 from fastpeft.fused.attention.interface import looking_up_ours
 from fastpeft.fused.attention.rotary import kind_of as rotary_kind
 from fastpeft.fused.attention.tokens import LAYOUT
@@ -61,11 +60,11 @@ class _NotThis(Exception):
     """Code that no forward at some queries is made of."""
 
 
-@cache
+@cache_by_forward
 def of_queries(cls: type[nn.Module]) -> FunctionType | None:
     """A forward of an attention layer of ``cls``, as transformers wrote it, that returns the rows that are read; None where its code does
     not allow it."""
-    function = inspect.unwrap(cls.forward)
+    function = as_written(cls.forward)
     tree = None if function.__closure__ else tree_of(function)
     if tree is None or tree.args.kwarg is None:
         return None

@@ -12,13 +12,11 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable
-from functools import cache
 from types import FunctionType
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fastpeft.forms import digest
+from fastpeft.forms import as_written, cache_by_forward, digest, home_of
 from fastpeft.fused.attention.interface import reads_interface
 from fastpeft.fused.attention.tokens import KEY_STATES
 from fastpeft.fused.layers.shared_input import tree_of
@@ -110,9 +108,6 @@ IN_FLOAT16 = frozenset(("4ab550002f24", "29bf216e4c76", "af96f2f0a421"))
 # what such code does only where an attribute is set: noise on a batch's hidden states, attention of a model's own, chunks of tokens
 UNLESS = ("jitter_noise", "reorder_and_upcast_attn", "chunk_size_feed_forward")
 
-# class -> (the modules that it calls, those of them that get the mask and not where tokens lie), None: not row-wise
-_KNOWN: WeakKeyDictionary[type, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()
-
 
 def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
     """Whether the forward of ``module``'s class, or of the class that it replaces, is known to be row-wise but for the modules it calls.
@@ -120,16 +115,21 @@ def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
     cls = replaced_class(type(module)) or type(module)
     if digest(cls) in READ:
         return not any(getattr(module, name, False) for name in UNLESS)
-    if cls not in _KNOWN:
-        reader = _Reader(cls)
-        _KNOWN[cls] = (frozenset(reader.called), frozenset(reader.silent)) if reader.accepts(cls.forward) else None
-    if _KNOWN[cls] is None:
+    known = _known(cls)
+    if known is None:
         return False
-    called, silent = _KNOWN[cls]
+    called, silent = known
     if silent and not (layer and all(_takes_rest(getattr(module, name, None)) for name in silent)):
         return False
     # what is not there is not called: a norm that this configuration does without
     return all(isinstance(getattr(module, name, None), nn.Module | None) for name in called)
+
+
+@cache_by_forward
+def _known(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]] | None:
+    """(the modules that a forward calls, those of them that get the mask and not where tokens lie), None: it is not row-wise."""
+    reader = _Reader(cls)
+    return (frozenset(reader.called), frozenset(reader.silent)) if reader.accepts(cls.forward) else None
 
 
 def mixes_in_float16(layers: Iterable[nn.Module]) -> bool:
@@ -142,12 +142,12 @@ def hands_states_on(layer: nn.Module) -> bool:
     return all(_hands_states_on(cls) for cls in {replaced_class(type(module)) or type(module) for module in layer.modules()})
 
 
-@cache
+@cache_by_forward
 def _hands_states_on(cls: type[nn.Module]) -> bool:
     names = [name for name in KEY_STATES if name in inspect.signature(cls.forward).parameters]
     if not names or reads_interface(cls):  # attention: it projects them
         return True
-    tree = tree_of(inspect.unwrap(cls.forward))
+    tree = tree_of(as_written(cls.forward))
     if tree is None or tree.args.kwarg is None:
         return False
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and any(_handed(node, name) for name in names)]
@@ -166,11 +166,11 @@ class _Reader:
         self.cls, self.seen, self.called, self.silent = cls, set(), set(), set()
 
     def accepts(self, function: Callable) -> bool:
-        function = inspect.unwrap(function)
+        function = as_written(function)
         if function in self.seen:
             return True
         self.seen.add(function)
-        if not isinstance(function, FunctionType) or not function.__module__.startswith("transformers."):
+        if not isinstance(function, FunctionType) or not home_of(function).startswith("transformers."):
             return False
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]

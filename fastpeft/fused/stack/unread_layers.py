@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import OutputRecorder
 
+from fastpeft.forms import as_written
 from fastpeft.fused.code.forward_code import Code, called_path
 from fastpeft.fused.code.state_reads import code_class, is_of_self, state_of
 from fastpeft.methods.base import has_hooks, must_be_called, watched_globally
@@ -48,11 +49,15 @@ class Reading(NamedTuple):
     kept: frozenset[str]
 
 
-@cache
 def readings(cls: type[nn.Module]) -> tuple[Reading, ...]:
     """What the forward of ``cls``, and the methods that it calls on itself, read of the modules whose hidden states they take; of modules
     that they read nothing else of."""
-    codes = _codes(cls)
+    return _readings(tuple(_codes(cls).items()))
+
+
+@cache
+def _readings(methods: tuple[tuple[str, Code], ...]) -> tuple[Reading, ...]:
+    codes = dict(methods)
     paths = {path for code in codes.values() for node in code.nodes if (path := called_path(node)) and path not in codes}
     return tuple(found for path in sorted(paths) if (found := _reading(codes, path)) is not None)
 
@@ -62,15 +67,14 @@ def _codes(cls: type[nn.Module]) -> dict[str, Code]:
     found, waiting = {}, ["forward"]
     while waiting:
         name = waiting.pop()
-        function = inspect.unwrap(getattr(cls, name))
+        function = as_written(getattr(cls, name))
         if name in found or not isinstance(function, FunctionType) or not function.__module__.startswith("transformers.models."):
             continue
         code = Code.of(cls, name)
         if code is None or "get_encoder" in code.attributes:
             return {}
         found[name] = code
-        called = (node.attr for node in code.nodes if is_of_self(node))
-        waiting += [attr for attr in called if isinstance(inspect.getattr_static(cls, attr, None), FunctionType)]
+        waiting += [attr for attr in code.of_self if isinstance(inspect.getattr_static(cls, attr, None), FunctionType)]
     return found
 
 
@@ -198,7 +202,7 @@ def may_read_lower_layers(cls: type[nn.Module]) -> bool:
     """Whether modules of ``cls``, as transformers wrote it, read lower layers of a module inside alone."""
     if not isinstance(cls.forward, FunctionType) or not cls.__module__.startswith("transformers.models."):
         return False
-    functions = (inspect.unwrap(value) for value in vars(cls).values() if isinstance(value, FunctionType))
+    functions = (as_written(value) for value in vars(cls).values() if isinstance(value, FunctionType))
     return any(STATES in function.__code__.co_names for function in functions) and bool(readings(cls))
 
 
