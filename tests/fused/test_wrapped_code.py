@@ -109,3 +109,15 @@ def test_what_is_read_of_a_class_follows_its_forward(monkeypatch):
     assert [name(Module), name(Module), len(read)] == ["forward", "forward", 1]
     monkeypatch.setattr(Module, "forward", lambda self: None)
     assert name(Module) == "<lambda>"
+
+
+def test_a_layer_that_is_wrapped_later(monkeypatch):
+    """What no module of ours stands for is called as it is then."""
+    from transformers.models.bloom.modeling_bloom import BloomBlock
+
+    plain = _lively(T.BloomForCausalLM(T.BloomConfig(**BLOOM)), torch.float64).train()
+    fused, given, own = copy.deepcopy(plain), batch_of(plain), BloomBlock.forward
+    fp.optimize(fused, lean_logits=True)
+    assert_same(step(fused, given), step(plain, given))
+    monkeypatch.setattr(BloomBlock, "forward", functools.wraps(own)(lambda self, *args, **kwargs: of_tokens(own(self, *args, **kwargs))))
+    assert_same(step(fused, given), step(plain, given))

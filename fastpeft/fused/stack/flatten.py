@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, repeat
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import activations
 from fastpeft.fused.stack.mixers import mixer_in
 from fastpeft.fused.stack.row_wise import is_row_wise_code
 from fastpeft.methods.base import has_hooks, sees_no_values, watched_globally
-from fastpeft.registry import path_of
+from fastpeft.registry import path_of, replaced_class
 
 __all__ = ["ROW_WISE", "ROW_WISE_PATHS", "sees_no_values", "why_not_flat"]
 
@@ -38,6 +38,7 @@ ROW_WISE: set[type[nn.Module]] = set(TORCH_ROW_WISE) | {
 ROW_WISE_PATHS: set[str] = {"transformers.pytorch_utils.Conv1D"}
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _children_of = itemgetter("_modules")
+_forward_of = attrgetter("forward")
 
 
 def is_row_wise(cls: type[nn.Module]) -> bool:
@@ -74,6 +75,8 @@ class _Survey:
         self.modules = list(dict.fromkeys(chain.from_iterable(root.modules() for root in roots)))
         self.attributes = [module.__dict__ for module in self.modules]
         self.classes, self.children = list(map(type, self.modules)), list(self._children())
+        self.kinds = list({replaced_class(cls) or cls for cls in self.classes})
+        self.forwards = list(map(_forward_of, self.kinds))
         self.variants = [v for m in self.modules if isinstance(v := getattr(m, "lora_variant", None), dict)]
         layers = set(chain.from_iterable(root.children() for root in roots))
         mixers = (getattr(layer, name) for layer in layers if by_code and (name := mixer_in(layer)) is not None)
@@ -85,7 +88,9 @@ class _Survey:
         return chain.from_iterable(map(dict.values, map(_children_of, self.attributes)))
 
     def stale(self, roots: tuple[nn.Module, ...]) -> bool:
-        return self.roots != roots or self.classes != list(map(type, self.modules)) or self.children != list(self._children())
+        if self.roots != roots or self.classes != list(map(type, self.modules)) or self.children != list(self._children()):
+            return True
+        return self.forwards != list(map(_forward_of, self.kinds))  # somebody has wrapped one
 
     def changed(self) -> tuple[nn.Module, str] | None:
         """(module, reason) of the first that is more than its class now."""
