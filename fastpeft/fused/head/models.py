@@ -67,8 +67,7 @@ class FusedLlamaForCausalLM:
         tokens, asked = input_ids if inputs_embeds is None else inputs_embeds, None
         if self.training and tokens is not None and self.loss_function is ForCausalLMLoss:
             asked = Labelled.of(labels, tokens.shape[:2], logits_to_keep, kwargs)
-        lean = asked is not None and self.lean_logits and named and not torch.compiler.is_compiling()
-        lean = lean and not why_not_flat(self, self.lm_head)
+        lean = asked is not None and named and self._may_leave_out_logits()
         if lean and isinstance(self.model, FusedLlamaModel) and not has_hooks(self.model):
             to_model["output_mask"] = asked.targets != asked.ignore_index
         if use_cache is None and labels is not None and getattr(self.model, "alone", False):
@@ -93,6 +92,9 @@ class FusedLlamaForCausalLM:
         )
         output = output if read_later is None else with_deferred_logits(output, read_later, self.lm_head)
         return output if named else output.to_tuple()
+
+    def _may_leave_out_logits(self) -> bool:
+        return self.lean_logits and not torch.compiler.is_compiling() and not why_not_flat(self, self.lm_head)
 
 
 def _visual(features: Tensor | None, index: Tensor | None, seen: Tensor | None) -> Visual | None:
