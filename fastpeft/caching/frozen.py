@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastpeft.forms import as_written, home_of
 from fastpeft.methods.base import ADAPTER_MODULES, is_adapter, sees_values, watched_globally
 from fastpeft.methods.quantized import pieces_of
 
@@ -60,12 +61,17 @@ def _is_of_self(node: ast.AST) -> bool:
 
 
 def source_of(cls: type, name: str) -> ast.AST | None:
-    """The code of a method, parsed; None where there is none to read."""
+    """The code of a method, parsed; None where there is none to read, or somebody wraps it."""
     attribute = inspect.getattr_static(cls, name, None)
     attribute = attribute.fget if isinstance(attribute, property) else attribute
     attribute = attribute.__func__ if isinstance(attribute, (staticmethod, classmethod)) else attribute
+    if home_of(attribute).startswith("fastpeft."):  # a fused forward with the signature of the one that it replaces
+        attribute = getattr(attribute, "__wrapped__", attribute)
+    attribute = as_written(attribute)
+    if hasattr(attribute, "__wrapped__"):  # by somebody else, and inspect would read what is inside
+        return None
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(attribute))))
+        return ast.parse(textwrap.dedent(inspect.getsource(attribute)))
     except (TypeError, OSError, SyntaxError):
         return None
 

@@ -14,6 +14,7 @@ from tiny_batches import GROUPED, IMAGE, TEXT, VISION, _image, _lively, _one_ima
 from tiny_models import NO_DROPOUT
 
 import fastpeft as fp
+from fastpeft.caching.frozen import source_of
 from fastpeft.forms import as_written, cache_by_forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,3 +122,12 @@ def test_a_layer_that_is_wrapped_later(monkeypatch):
     assert_same(step(fused, given), step(plain, given))
     monkeypatch.setattr(BloomBlock, "forward", functools.wraps(own)(lambda self, *args, **kwargs: of_tokens(own(self, *args, **kwargs))))
     assert_same(step(fused, given), step(plain, given))
+
+
+def test_what_is_constant_is_not_told_of_wrapped_code(monkeypatch):
+    from transformers.models.clip.modeling_clip import CLIPVisionModel
+
+    own = CLIPVisionModel.forward
+    assert source_of(CLIPVisionModel, "forward") is not None
+    monkeypatch.setattr(CLIPVisionModel, "forward", functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs)))
+    assert source_of(CLIPVisionModel, "forward") is None
