@@ -39,6 +39,8 @@ def write_blip_folder(
     with atomic_folder(out, keep=besides_weights) as draft:
         count = write_model(draft, config, state.items())
         (draft / "fastpeft_preprocess.json").write_text(json.dumps(images) + "\n")
+    if not any((out / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        more.append("a checkpoint has no vocabulary: put BERT's vocab.txt (bert-base-uncased) into the folder, or give it with --vocab")
     if preprocess == "miss":
         more.append("images are prepared as MISS's (divided by 255 twice, not normalised); for a checkpoint of BLIP's: --preprocess blip")
     return ConversionReport("official -> transformers", count, [*contents.notes(), *more])

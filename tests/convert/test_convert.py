@@ -97,7 +97,7 @@ def test_folder_records_miss(checkpoint, tmp_path):
     assert preprocess == {"image_size": SIZE, "mean": None, "std": None, "extra_255": True}
     (*_, note) = convert(checkpoint, tmp_path / "blip", preprocess="blip").notes
     assert preprocess_for(tmp_path / "blip", load(tmp_path / "blip")) == Preprocess(SIZE, CLIP_MEAN, CLIP_STD, interpolation="bicubic")
-    assert "MISS" not in note and "--preprocess blip" in convert(checkpoint, tmp_path / "miss").notes[-1]
+    assert "vocab.txt" in note and "--preprocess blip" in convert(checkpoint, tmp_path / "miss").notes[-1]
     with pytest.raises(ValueError, match="preprocess must be one of miss, blip, not 'clip'"):
         convert(checkpoint, tmp_path / "none", preprocess="clip")
 
