@@ -64,7 +64,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
 def test_yaml_takes_the_command_lines_names(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("lr: 2e-5\nbatch-size: 4\nworkers: 2\nquiet: true\nlanguages: en,zh\nno-eval: true\n")
-    want = {"learning_rate": 2e-5, "batch_size": 4, "num_workers": 2, "progress": False, "languages": ["en", "zh"], "no_eval": True}
+    want = {"learning_rate": 2e-5, "batch_size": 4, "num_workers": 2, "progress": False, "languages": ("en", "zh"), "no_eval": True}
     assert read_yaml(file) == want
 
 

@@ -126,7 +126,7 @@ def a_loss_read(monkeypatch):
 
 
 def rows_counted(monkeypatch):
-    for module in ("loss", "layout"):
+    for module in ("head.loss", "layout"):
         monkeypatch.setattr(import_module(f"fastpeft.fused.{module}"), "first_rows", lambda wanted, n: wanted.nonzero()[:n, 0])
 
 
