@@ -109,8 +109,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"no adapter folder at {folder}")
     plan = read_plan(model, folder)
     mine = getattr(model, "fastpeft_plan", None)
-    if mine is not None and not _equivalent(mine, plan, parts_of(model)):
-        raise ValueError(f"{folder} holds {plan}, and the model is adapted with {mine} (options included); load it into a fresh base")
+    if mine is not None and (other := _differences(mine, plan, parts_of(model))):
+        said = f"{folder} holds {plan}, and the model is adapted with {mine}, options included: {'; '.join(other)}"
+        raise ValueError(f"{said}. Give the same plan and options, or load it into a fresh base")
     if mine is None:
         _check_shapes(model, plan, folder)
     with undone_on_error(model) if mine is None else nullcontext():
@@ -160,9 +161,19 @@ def _warn_of_another_base(model: nn.Module, folder: Path) -> None:
         warnings.warn(f"{folder} was trained on other base weights than this model's", stacklevel=4)
 
 
-def _equivalent(mine: Plan, theirs: Plan, parts: tuple[Part, ...]) -> bool:
-    pairs = [(part, mine.treatments[part.name], theirs.treatments[part.name]) for part in parts]
-    return all(len(a) == len(b) and all(m.equivalent(n, part) for m, n in zip(a, b)) for part, a, b in pairs)
+def _differences(mine: Plan, theirs: Plan, parts: tuple[Part, ...]) -> list[str]:
+    """What a folder's plan does otherwise than a model's, a text for each part and method; none where both compute the same."""
+    found = []
+    for part in parts:
+        here, there = mine.treatments[part.name], theirs.treatments[part.name]
+        if [type(m) for m in here] != [type(n) for n in there]:
+            found.append(f"{part.name} has {'+'.join(map(str, there))} in the folder, {'+'.join(map(str, here))} in the model")
+            continue
+        for m, n in zip(here, there):
+            if not m.equivalent(n, part):
+                options = [f"{o}={v!r} not {m.options()[o]!r}" for o, v in n.options().items() if v != m.options()[o]]
+                found.append(f"{part.name}'s {m} has {', '.join(options)} in the folder")
+    return found
 
 
 def adapter_in(folder: str | Path) -> Path:

@@ -96,7 +96,7 @@ ESTIMATE = (
 app.command(epilog=example(*ESTIMATE))(estimate)
 app.command(context_settings=other_names(*READING), epilog=example("fastpeft instruct SLAKE my-instructions --style released"))(instruct)
 CONVERT = (
-    "fastpeft convert model_base_vqa_capfilt_large.pth my-blip",
+    "fastpeft convert model_base_vqa_capfilt_large.pth my-blip --preprocess blip",
     "fastpeft convert llama7B-15.pth my-lavin --llama LLAMA/7B --clip ViT-L-14.pt",
 )
 app.command(epilog=example(*CONVERT))(convert)

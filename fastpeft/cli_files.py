@@ -91,6 +91,7 @@ def convert(
     image_size: Annotated[int | None, typer.Option(help="Interpolate position embeddings to images of this size.")] = None,
     text_heads: Annotated[int | None, typer.Option(help="Heads of the text models (default: by their width, or 64 wide).")] = None,
     vision_heads: Annotated[int | None, typer.Option(help="Heads of the image encoder, likewise.")] = None,
+    preprocess: Annotated[str | None, typer.Option(help="Whose images a MISS or BLIP checkpoint saw: miss (default), blip.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder to write.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +100,7 @@ def convert(
 
     heads = {"text_heads": text_heads, "vision_heads": vision_heads}
     companions = {"llama": llama, "clip": clip, "backbone": backbone, "vicuna_delta": vicuna_delta}
-    companions |= {"mm_projector": mm_projector, "template": template}
+    companions |= {"mm_projector": mm_projector, "template": template, "preprocess": preprocess}
     router = {"temperature": temperature, "adapter_scale": adapter_scale}
     report = convert_run(Path(checkpoint), Path(out), image_size, overwrite, **heads, **companions, **router)
     about = {"direction": report.direction, "n_tensors": report.n_tensors, "notes": list(report.notes), "out": out}

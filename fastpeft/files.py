@@ -61,7 +61,7 @@ def save_tensors(tensors: dict[str, Any], path: str | Path, metadata: dict[str, 
             _sort_metadata(path)
         path.chmod(mode)  # safetensors lets none but its owner read a file, whatever the umask
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
+        raise OSError(f"{_whole(path)} cannot be written: {error}") from None
 
 
 def _sort_metadata(path: Path) -> None:
@@ -214,6 +214,11 @@ def clear_drafts(folder: Path) -> None:
 
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}-{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def _whole(path: Path) -> Path:
+    """What a file in a draft is called once that is whole: a message names what its reader asked for."""
+    return Path(*(found[1] if (found := re.fullmatch(r"\.(.+)-new-[0-9a-f]{8}", name)) else name for name in path.parts))
 
 
 def _clear_abandoned(folder: Path) -> None:

@@ -13,23 +13,36 @@ from transformers import BlipConfig
 from fastpeft.convert.blip_names import TIED, blip_with_notes, lost, transformers_to_blip
 from fastpeft.convert.reading import Contents, naming, read_file, read_safetensors
 from fastpeft.convert.writing import ConversionReport, besides_weights, owned, write_model
+from fastpeft.data.images import CLIP_MEAN, CLIP_STD
 from fastpeft.documents import parse_json
 from fastpeft.files import atomic_file, atomic_folder
 
+PREPROCESSING = {  # of images; a checkpoint does not say whose it is
+    "miss": {"mean": None, "std": None, "extra_255": True},
+    "blip": {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic"},
+}
 
-def write_blip_folder(out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None) -> ConversionReport:
-    """A checkpoint's contents as a transformers folder, with MISS's preprocessing."""
+
+def write_blip_folder(
+    out: Path, source: Path, contents: Contents, image_size=None, text_heads=None, vision_heads=None, preprocess: str = "miss"
+) -> ConversionReport:
+    """A checkpoint's contents as a transformers folder, with the preprocessing of MISS or, ``preprocess`` "blip", of BLIP."""
+    if preprocess not in PREPROCESSING:
+        raise ValueError(f"preprocess must be one of {', '.join(PREPROCESSING)}, not {preprocess!r}")
     with naming(source):
         state, config, more = blip_with_notes(contents.state, image_size, text_heads, vision_heads)
     state = {k: v for k, v in state.items() if k not in TIED}
     dtypes = {v.dtype for v in state.values()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.architectures = ["BlipForQuestionAnswering"]
-    preprocess = {"image_size": config.vision_config.image_size, "mean": None, "std": None, "extra_255": True}
+    images = {"image_size": config.vision_config.image_size} | PREPROCESSING[preprocess]
     with atomic_folder(out, keep=besides_weights) as draft:
         count = write_model(draft, config, state.items())
-        (draft / "fastpeft_preprocess.json").write_text(json.dumps(preprocess) + "\n")
-    more.append("fastpeft_preprocess.json holds MISS's preprocessing (divided by 255 twice, not normalised): edit it for BLIP's own")
+        (draft / "fastpeft_preprocess.json").write_text(json.dumps(images) + "\n")
+    if not any((out / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        more.append("a checkpoint has no vocabulary: put BERT's vocab.txt (bert-base-uncased) into the folder, or give it with --vocab")
+    if preprocess == "miss":
+        more.append("images are prepared as MISS's (divided by 255 twice, not normalised); for a checkpoint of BLIP's: --preprocess blip")
     return ConversionReport("official -> transformers", count, [*contents.notes(), *more])
 
 

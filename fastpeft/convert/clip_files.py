@@ -15,6 +15,7 @@ from fastpeft.convert.clip_names import clip_to_transformers
 from fastpeft.convert.llama_files import no_tokenizer, open_llama
 from fastpeft.convert.reading import Contents, naming
 from fastpeft.convert.writing import ConversionReport, besides_weights, write_model
+from fastpeft.data.images import CLIP_MEAN, CLIP_STD
 from fastpeft.files import atomic_folder
 from fastpeft.models.excitor import ExcitorModelConfig
 from fastpeft.models.lavin import LavinConfig, Neck
@@ -80,7 +81,7 @@ def clip_preprocessing(config: PretrainedConfig) -> dict:
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
         "do_convert_rgb": True,
     }

@@ -51,7 +51,8 @@ def convert(
     with ``llama=`` (what a delta is added to) and ``clip=`` -> a folder of LLaVA-Med.
 
     ``out`` appears whole or not at all. An existing one is refused unless ``overwrite``; other files in it then stay.
-    A new folder also gets its images' preprocessing: ``fastpeft_preprocess.json`` of MISS, CLIP's ``preprocessor_config.json``.
+    A new folder also gets its images' preprocessing: ``fastpeft_preprocess.json`` of MISS or, with ``preprocess="blip"``, of BLIP; CLIP's
+    ``preprocessor_config.json``.
     ValueError says what is wrong.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser().resolve()
@@ -83,6 +84,6 @@ FORMATS = (  # the first that knows a source
         "OpenAI's CLIP", lambda path, names: is_clip(names), ("vision_heads", "llama", "backbone", "vicuna_delta"), write_clip_folder
     ),
     CheckpointFormat(
-        "a MISS or BLIP checkpoint", lambda path, names: True, ("image_size", "text_heads", "vision_heads"), write_blip_folder
+        "a MISS or BLIP checkpoint", lambda path, names: True, ("image_size", "text_heads", "vision_heads", "preprocess"), write_blip_folder
     ),
 )

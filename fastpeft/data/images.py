@@ -21,6 +21,7 @@ from fastpeft.data._resize import resize_and_crop
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # Pillow's others have decoders that run other programs (EPS: Ghostscript)
 MAX_PIXELS = 50_000_000  # of an image that is decoded: as RGB 150 MB
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of an image's colours; BLIP's too
 MOST_PIXELS_A_SIDE = 8192  # of what a model is given; every published one takes less than a quarter
 _ROWS = 256  # of an image of more than 8 bits, scaled at a time
 

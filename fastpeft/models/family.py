@@ -241,7 +241,11 @@ def _content(folder: Path) -> dict[str, Any]:
         content = parse_json(path.read_text())
         content.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a transformers folder: cannot read config.json ({error})") from None
+        said = f"{folder} is not a transformers folder: cannot read config.json ({error})"
+        if any((folder / place / "fastpeft.json").is_file() for place in (".", "adapter")):
+            said = f"{folder} holds an adapter, not a model: "
+            said += "give its base as the model, and this folder as --init-adapter or to fp.load_adapter"
+        raise ValueError(said) from None
     return content
 
 

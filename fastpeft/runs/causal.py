@@ -10,6 +10,7 @@ from torch import nn
 
 from fastpeft.data import CausalDataset, Instruction, Preprocess, SampleList, load_causal_tokenizer, load_instructions
 from fastpeft.data import train_causal_tokenizer as learn_tokenizer
+from fastpeft.data.images import CLIP_MEAN, CLIP_STD
 from fastpeft.data.scienceqa import asked_in
 from fastpeft.documents import parse_json
 from fastpeft.evaluate import respond_and_score
@@ -19,7 +20,6 @@ from fastpeft.runs.options import DataOptions, TextOptions
 
 BEAMS = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 AROUND = ("<im_start>", "<im_end>")  # beside an image, where LLaVA's configuration says so (mm_use_im_start_end)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

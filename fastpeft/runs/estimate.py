@@ -146,6 +146,8 @@ def expectations(source: ModelSource, data: DataOptions, held: SampleList | None
     if source.name.endswith("-tiny") and not drawn:
         knows = "knows drawn phantoms alone" if source.folder is not None else "has random weights"
         notes.append(f"{source} is for trying things out: it {knows}, and learns little more than frequent answers from other data")
+    elif source.folder is None and not source.name.endswith("-tiny"):
+        notes.append(f"{source}'s weights are random here: to adapt trained ones, give their folder as --model")
     if evaluate and asked is None and not data.hold_out:
         notes.append("nothing was scored: --hold-out 0.2 would hold out a fifth of the images, or of samples without any, and score it")
     return notes

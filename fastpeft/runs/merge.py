@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fastpeft.adapters import adapter_in, describe, merge, save_adapter
 from fastpeft.data import save_tokenizer
 from fastpeft.files import atomic_folder, write_json
@@ -32,7 +34,10 @@ def merge_run(adapter: str | Path, out: str | Path, model: str | None = None, mo
             save_adapter(network, draft / "adapter", description=more, write_more=tokens)
             detach(network)
         network.config.architectures = [family_of(network).known.__name__]
-        network.save_pretrained(draft)
+        try:
+            network.save_pretrained(draft)
+        except SafetensorError as error:  # of a full disk
+            raise OSError(f"{out} cannot be written: {error}") from None
         save_tokenizer(tokenizer, draft)
         if preprocess is not None:
             write_json(draft / PREPROCESS, preprocess.to_dict())

@@ -79,7 +79,7 @@ class RunOptions:
     image_encoder: Annotated[Text | None, METHOD] = None
     "Image encoder of a named model that sees through CLIP: B/16, L/14, L/14@336 (default: the model's own)."
     plan: Annotated[Text | dict[str, Any] | None, METHOD, Option(must="a plan such as F/LoRA/LoRA")] = None
-    "What each part gets, such as F/LoRA/LoRA, or a YAML file of it (default: the plan of the model's paper)."
+    "What each part gets, such as F/LoRA/LoRA, or a YAML file of it (default: that of --init-adapter, or of the model's paper)."
     rank: Annotated[int | None, METHOD, Option(names=("r", "lora_r"))] = None
     "LoRA's rank (default 4)."
     lora_alpha: Annotated[float | None, METHOD] = None
@@ -93,7 +93,7 @@ class RunOptions:
     from_scratch: Annotated[bool, METHOD] = False
     "Begin with random weights, even where the package ships trained ones."
     init_adapter: Annotated[FilePath | None, METHOD] = None
-    "Begin with the adapter in this folder, or of this run, of the same base and plan."
+    "Begin with the adapter in this folder, or of this run, of the same base; its plan and options are the default."
     stages: Annotated[Stages | None, METHOD, Option(must="a list of stages, each a mapping of options")] = None
     "Runs in turn, each going on from the one before, with options of its own (in YAML only; see fastpeft.runs.stages)."
     no_eval: Annotated[bool, READ] = False
@@ -115,8 +115,8 @@ class DataOptions:
     """Which samples."""
 
     data: Annotated[Sources, READ, Option(repeats=True, must="a path, or a list of them")]
-    """Folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists. Several are mixed, each
-    with options of its own: DIR,weight=2,kind=llava,image_folder=train2017,image_prefix=COCO_,turns=first."""
+    """Folder of a data set: Slake, VQA-RAD, MILE, Alpaca, LLaVA, COCO captions, ScienceQA, image and report lists; for eval, MMLU too.
+    Several are mixed, each with options of its own: DIR,weight=2,kind=llava,image_folder=train2017,image_prefix=COCO_,turns=first."""
     split_file: Annotated[FilePath | None, READ] = None
     "Annotation file, or a file of qids, to read (default: by the data set's own file names)."
     eval_split_file: Annotated[FilePath | None, READ] = None

@@ -90,6 +90,10 @@ class Loaded:
         allow_pixels(data.max_pixels)
         self.source, self.data, self.text, self.evaluate = resolve(model, image_encoder), data, text or TextOptions(), evaluate
         before = None if init_adapter is None else described(init_adapter)
+        parts = {part.name for part in self.source.family.parts}
+        if before is not None and before["treatments"].keys() != parts:  # told before data are read, which another model cannot
+            trained = f"{init_adapter} is of {before['base'].get('model')}"
+            raise ValueError(f"init_adapter: {trained}, and the model is {self.source.name}: give its own")
         self.run, options = RUNS[self.source.kind], {"vocab": vocab, "pretrained": pretrained, "seed": config.seed}
         if quantize is not None:
             check_quantize(quantize, DTYPES[config.dtype], self.source)
@@ -126,10 +130,12 @@ class Loaded:
     def adapted(
         self, network: nn.Module, plan: str | dict | None, config: TrainConfig, init_adapter: str | None = None, **lora
     ) -> dict[str, Any] | None:
-        """Adapt ``network``, the base or a model on it, in place; returns the lineage of ``init_adapter``, None without."""
+        """Adapt ``network``, the base or a model on it, in place; returns the lineage of ``init_adapter``, None without. plan None: the
+        plan of ``init_adapter``, its options included, or of the model's paper."""
         torch.manual_seed(config.seed)  # new adapters are drawn at random
         family = self.source.family
-        adapt(network, plan_for(family.parts, plan or family.plan, **lora))
+        default = family.plan if init_adapter is None else described(init_adapter)["treatments"]
+        adapt(network, plan_for(family.parts, plan or default, **lora))
         if network is not self.network:
             own_what_is_trained(network)
         return None if init_adapter is None else go_on_from(network, init_adapter, described(init_adapter))
@@ -189,8 +195,8 @@ def train_run(
     generated text, with the scores. ``quantize``: as
     :func:`fastpeft.build` takes it, from weights in the run's dtype. ``init_adapter``: an adapter of the same base and plan to go on from,
     with a fresh optimiser and schedule. ``image_encoder``: as :func:`fastpeft.models.resolve`. ``lora``: as :func:`plan_for`.
-    plan None: of the model's paper. ``command``: a command line that does the same, for the summary. With progress shown, the step is
-    estimated first, and the summary has the estimate beside what was measured."""
+    plan None: ``init_adapter``'s, or of the model's paper. ``command``: a command line that does the same, for the summary. With progress
+    shown, the step is estimated first, and the summary has the estimate beside what was measured."""
     ranks_here().first_does(lambda: check_start(config))
     base = {"vocab": vocab, "pretrained": pretrained, "quantize": quantize, "image_encoder": image_encoder}
     loaded = Loaded(model, data, config, text=text, evaluate=evaluate, init_adapter=init_adapter, **base)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.data import Preprocess, SampleList, VQADataset, load_samples, load_tokenizer, train_tokenizer
+from fastpeft.data.images import CLIP_MEAN, CLIP_STD
 from fastpeft.documents import parse_json
 from fastpeft.evaluate import answer_and_score
 from fastpeft.models import ModelSource, resolve
@@ -15,6 +16,7 @@ from fastpeft.plan import build
 from fastpeft.runs.options import DataOptions, TextOptions
 
 PREPROCESS = "fastpeft_preprocess.json"
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which transformers' files have
 BEAMS = 3  # of the papers
 
 
@@ -74,7 +76,8 @@ def check_vocabulary(network: nn.Module, tokenizer, model: str) -> None:
 
 
 def preprocess_for(folder: Path | None, network: nn.Module) -> Preprocess:
-    """From the model's folder: ours, or transformers' preprocessor_config.json; else [-1, 1] at the model's image size."""
+    """From the model's folder: ours, or transformers' preprocessor_config.json (what it does not say is BlipImageProcessor's); else
+    [-1, 1] at the model's image size. ValueError names a file that cannot be followed."""
     size = network.config.vision_config.image_size
     if folder is not None:
         for name in (PREPROCESS, "preprocessor_config.json"):
@@ -85,7 +88,10 @@ def preprocess_for(folder: Path | None, network: nn.Module) -> Preprocess:
                     if name == PREPROCESS:
                         return Preprocess.from_dict(content)
                     scaled = content.get("do_normalize", True)
-                    return Preprocess(size, *((content.get("image_mean"), content.get("image_std")) if scaled else ()))
+                    numbers = (content.get("image_mean", CLIP_MEAN), content.get("image_std", CLIP_STD)) if scaled else (None, None)
+                    if (how := content.get("resample", 3)) not in RESAMPLE:
+                        raise ValueError(f"resample={how!r}: images are resized with 2 (bilinear) or 3 (bicubic)")
+                    return Preprocess(size, *numbers, interpolation=RESAMPLE[how])
                 except (ValueError, TypeError, AttributeError) as error:
                     raise ValueError(f"{path}: {error}") from None
     return Preprocess(size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

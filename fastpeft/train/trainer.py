@@ -192,7 +192,7 @@ class Trainer:
             except Exception as error:
                 with stop.ending():
                     cause, error = error, self.loading.fault(error) or error
-                said = self._saved_at_end(stop, "")
+                said = self._saved_at_end(stop, "").removesuffix(f": {error}")  # of one cause, which is told once
                 if said and type(error) in (RuntimeError, ValueError, OSError, ChildProcessError, FloatingPointError):
                     raise type(error)(f"{error}; {said}") from cause
                 raise error from cause if cause is not error else error.__cause__

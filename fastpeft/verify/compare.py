@@ -61,12 +61,15 @@ class Result:
         checks = [asdict(check) | {"ok": check.ok} for check in self.checks]
         return {"ok": self.ok, "checks": checks, "skipped": [{"check": name, "reason": why} for name, why in self.skipped]}
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
-        """A table for a terminal."""
+        """A table for a terminal, the worst gradient named."""
         rows = [("check", "quantity", "error", "plain error", "tolerance", "")]
         for c in self.checks:
-            shown = ("" if c.plain_error is None else f"{c.plain_error:.1e}", f"{c.tolerance:.1e}", "ok" if c.ok else f"FAILED {c.worst}")
-            rows.append((c.check, c.quantity, f"{c.error:.1e}", *shown))
+            plain, verdict = "" if c.plain_error is None else f"{c.plain_error:.1e}", "ok" if c.ok else "FAILED"
+            rows.append((c.check, c.quantity, f"{c.error:.1e}", plain, f"{c.tolerance:.1e}", f"{verdict} {c.worst}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0))).rstrip() for row in rows]
         return lines + [f"not compared: {name} ({why})" for name, why in self.skipped]

@@ -28,7 +28,10 @@ from transformers import BlipForQuestionAnswering
 import fastpeft
 from fastpeft.convert import blip_names as official
 from fastpeft.convert.formats import blip_to_transformers, convert, transformers_to_blip
+from fastpeft.data import Preprocess
+from fastpeft.data.images import CLIP_MEAN, CLIP_STD
 from fastpeft.models.miss import miss_config
+from fastpeft.runs.vqa import preprocess_for
 
 
 @pytest.fixture
@@ -92,6 +95,11 @@ def test_folder_records_miss(checkpoint, tmp_path):
     assert facts(config) == facts(expected)
     preprocess = json.loads((tmp_path / "hf/fastpeft_preprocess.json").read_text())
     assert preprocess == {"image_size": SIZE, "mean": None, "std": None, "extra_255": True}
+    (*_, note) = convert(checkpoint, tmp_path / "blip", preprocess="blip").notes
+    assert preprocess_for(tmp_path / "blip", load(tmp_path / "blip")) == Preprocess(SIZE, CLIP_MEAN, CLIP_STD, interpolation="bicubic")
+    assert "vocab.txt" in note and "--preprocess blip" in convert(checkpoint, tmp_path / "miss").notes[-1]
+    with pytest.raises(ValueError, match="preprocess must be one of miss, blip, not 'clip'"):
+        convert(checkpoint, tmp_path / "none", preprocess="clip")
 
 
 def test_full_size_config_is_miss():

@@ -36,7 +36,7 @@ def test_both_positions_on_disk(samples, pixels, tmp_path):
     again = fp.load_adapter(fp.build("lavin-tiny", dtype=torch.float64), tmp_path / "adapter")
     batch = padded(samples, pixels)
     assert torch.equal(again.eval()(**batch).loss, model.eval()(**batch).loss)
-    with pytest.raises(ValueError, match="options included"):
+    with pytest.raises(ValueError, match="options included: vision's MMAdapter has position='block' not 'attn' in the folder; llm's"):
         fp.load_adapter(fp.adapt(fp.build("lavin-tiny", dtype=torch.float64), PLAN), tmp_path / "adapter")
     assert fp.restore(model)
     torch.testing.assert_close(model(**batch).loss, again(**batch).loss, rtol=1e-8, atol=0)

@@ -1,5 +1,6 @@
 """One call to an answer: fp.load(folder).ask(image, question), and `fastpeft ask`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 import fastpeft as fp
 from fastpeft.adapters import describe
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(phantoms, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     config = TrainConfig(steps=2, batch_size=4, out=out, device="cpu", progress=False)
-    train_run("miss-tiny", "F/LoRA/LoRA", DataOptions(str(phantoms)), config, pretrained=False, evaluate=False)
+    train_run("miss-tiny", "F/LoRA/LoRA", DataOptions(str(phantoms)), config, pretrained=False, evaluate=False, r=3)
     return out
 
 
@@ -50,10 +52,27 @@ def test_a_merged_model_answers_alike(run, phantoms, tmp_path):
     assert fp.load(merged, device="cpu").ask(sample.image, sample.question) == fp.load(run / "adapter").ask(sample.image, sample.question)
 
 
+def test_a_full_disk_is_told_by_the_merged_folders_name(run, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full_disk)
+    with pytest.raises(OSError, match=r"merged cannot be written: .*No space left"):
+        merge_run(run, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_goes_on_from_a_runs_folder_as_from_its_adapters(run, phantoms, tmp_path):
     config = TrainConfig(steps=1, batch_size=2, out=tmp_path / "run", device="cpu", progress=False)
-    train_run("miss-tiny", "F/LoRA/LoRA", DataOptions(str(phantoms)), config, pretrained=False, evaluate=False, init_adapter=str(run))
-    assert describe(tmp_path / "run" / "adapter")["started_from"]["adapter"] == str(run / "adapter")
+    train_run("miss-tiny", None, DataOptions(str(phantoms)), config, pretrained=False, evaluate=False, init_adapter=str(run))
+    about, before = describe(tmp_path / "run" / "adapter"), describe(run / "adapter")
+    assert about["started_from"]["adapter"] == str(run / "adapter")
+    assert about["treatments"] == before["treatments"] and before["treatments"]["dec"][0]["LoRA"]["r"] == 3  # its plan and options
+    other = dataclasses.replace(config, out=tmp_path / "other")
+    with pytest.raises(ValueError, match=f"is of {before['base']['model']}, and the model is llama-tiny: give its own"):
+        train_run("llama-tiny", None, DataOptions(str(phantoms)), other, init_adapter=str(run))
+    with pytest.raises(ValueError, match=r"holds an adapter, not a model: give its base as the model, and this folder as --init-adapter"):
+        train_run(str(run), None, DataOptions(str(phantoms)), other)
     model = load_run(run)[0]
     assert fp.load_adapter(model, run) is model
 

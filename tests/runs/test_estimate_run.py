@@ -82,3 +82,11 @@ def test_reading_a_run_loads_no_weights_and_no_image(phantoms, monkeypatch):
     _, run = module.read_run(resolve("miss-tiny"), DataOptions(data=str(phantoms)), TextOptions(), 5, questions_per_image=5)
     assert len(run.batch["images"]) == 1 and "pixel_values" not in run.batch and run.samples == 50
     assert module.products_per_second(width=64) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("miss", "miss's weights are random"), ("llama-tiny", "has random weights"), ("miss-tiny", "drawn phantoms alone")]
+)
+def test_who_adapts_random_weights_is_told(name, says, alpaca):
+    (note,) = module.expectations(resolve(name), DataOptions(str(alpaca)), None, None, evaluate=False)
+    assert says in note

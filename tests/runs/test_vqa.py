@@ -4,8 +4,11 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import fastpeft as fp
 from fastpeft.data import Preprocess, load_samples, load_tokenizer, save_tokenizer, train_tokenizer
@@ -164,15 +167,18 @@ def test_a_folder_takes_only_its_own_vocabulary(phantoms, finished, tmp_path):
 
 
 def test_preprocessing_is_the_folders(tmp_path):
-    network = fp.build("miss-tiny", device="meta")
-    published = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3], "size": {"height": 384}}
-    for content, want in [
-        (published, Preprocess(64, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))),
-        (published | {"do_normalize": False}, Preprocess(64)),
-        ({}, Preprocess(64)),
-    ]:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-        assert preprocess_for(tmp_path, network) == want
+    """Of transformers' file the pixels that its own processor makes of it."""
+    network, file = fp.build("miss-tiny", device="meta"), tmp_path / "preprocessor_config.json"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    published = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3], "size": {"height": 64, "width": 64}}
+    plain = {"do_normalize": False, "resample": 2}
+    for content in (published, published | plain, published | {"resample": 3}, {"size": published["size"]}):
+        file.write_text(json.dumps(content))
+        want = BlipImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(preprocess_for(tmp_path, network)(image), want, rtol=0, atol=1e-6)
+    file.write_text('{"resample": 1}')
+    with pytest.raises(ValueError, match="resample=1: images are resized with 2"):
+        preprocess_for(tmp_path, network)
     (tmp_path / PREPROCESS).write_text(json.dumps(Preprocess(48, extra_255=True).to_dict()))
     assert preprocess_for(tmp_path, network) == Preprocess(48, extra_255=True)
     for torn in ("{", "[1]", '{"image_size": "big"}', '{"tint": 3}'):
