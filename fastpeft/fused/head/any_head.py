@@ -52,11 +52,14 @@ def _signature(cls: type[nn.Module]) -> inspect.Signature:
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
-    """The module that makes logits, None where there is none: what ``get_output_embeddings`` gives, if it is a part of the model."""
+    """The module that makes logits, None where there is none: what ``get_output_embeddings`` gives, if it is a part of the model, and no
+    layer before the logits, as wide as its input (DeBERTa's, whose ``legacy`` is False)."""
     with suppress(AttributeError, NotImplementedError):
         head = model.get_output_embeddings()
         if isinstance(head, nn.Module):
-            return head
+            shape = getattr(getattr(head, "weight", None), "shape", ())
+            before = len(shape) == 2 and shape[0] == shape[1] != getattr(model.config.get_text_config(), "vocab_size", shape[0])
+            return None if before else head
     return None
 
 
