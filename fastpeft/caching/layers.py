@@ -39,21 +39,16 @@ from fastpeft.caching.store import FeatureStore, digest_of
 from fastpeft.fused.stack.any_stack import asked_for
 from fastpeft.fused.stack.flatten import why_not_flat
 from fastpeft.fused.stack.lower import LAYER_CACHE
-from fastpeft.registry import replaced_class
+from fastpeft.registry import original_class
 from fastpeft.static_shapes import sizes
 
 STATES, TAIL = ("states",), ("tail",)
 
 
-def forward_of(stack: nn.Module) -> type:
-    """The class whose forward is the stack's own."""
-    return replaced_class(type(stack)) or type(stack)
-
-
 def before_layers(stack: nn.Module) -> list[str]:
     """Names of the modules, parameters and buffers of ``stack`` that its forward may use before its layers are through."""
     own = [*stack._modules, *stack._parameters, *stack._buffers]
-    tree = source_of(forward_of(stack), "forward")
+    tree = source_of(original_class(stack), "forward")
     loops = [] if tree is None else [n for n in ast.walk(tree) if isinstance(n, ast.For) and "self.layers" in ast.unparse(n.iter)]
     after: set[str] = set()
     if len(loops) == 1:
@@ -151,7 +146,7 @@ class LayerCache:
                     self._longer(key, int(rest.partition("/")[0]))
 
     def _identity(self) -> dict[str, Any]:
-        cls = forward_of(self.stack)
+        cls = original_class(self.stack)
         below = [*tensors_below(self.stack._modules["layers"], self.layers), *tensors_below(self.stack, self.before)]
         return {
             "weights": digest_of_weights(sorted(below, key=lambda named: named[0])),

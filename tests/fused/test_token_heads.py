@@ -286,3 +286,19 @@ def test_what_is_found_in_code():
     assert token_head(Good) == token_heads.TokenHead("bert", frozenset(("dropout", "classifier")), frozenset())
     for cls in (Shifted, Smoothed, HandsStatesOut, Means):
         assert token_head(cls) is None, cls
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_what_is_called_output_embeddings_may_make_no_logits(act, lean):
+    """DeBERTa with ``legacy=False`` names the layer before its logits, whose output an activation of ours reads."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+    config = T.DebertaV2Config(**sizes, hidden_act=act, legacy=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = T.DebertaV2ForMaskedLM(config).train()
+    model = copy.deepcopy(plain)
+    fp.optimize(model, lean_logits=lean)
+    batch = {"input_ids": torch.tensor([[34, 41, 88], [64, 43, 96]]), "labels": torch.tensor([[34, 41, 88], [64, -100, -100]])}
+    for each in (plain, model):
+        each(**batch).loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-4, msg=name)

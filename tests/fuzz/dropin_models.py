@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_batches import randomise
 from tiny_models import PAD, VISION_LANGUAGE, V, tiny
 from torch import nn
 from transformers import PretrainedConfig
@@ -159,14 +160,7 @@ def draw_model(draw: random.Random, only: str | None = None) -> tuple[str, str, 
 
 def lively(model: nn.Module) -> nn.Module:
     """Random weights everywhere, in norms, biases and gates too, in float64."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.dim() < 2:
-                p.add_(0.1 * noise)
-            else:
-                p.copy_(noise * (0.7 / p[0].numel() ** 0.5 if "embed" not in name else 0.5))
+    randomise(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # of a configuration that has no name for it
             module.p = 0.0

@@ -16,7 +16,7 @@ VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "n
 GLOBAL_AND_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "head_dim": 8}
 
 
-def _lively(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def randomise(model: nn.Module) -> None:
     """Random weights everywhere, also in norms, biases and gates that start at 0 or 1, so that no gradient is zero by chance."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -26,6 +26,10 @@ def _lively(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 p.add_(0.1 * noise)
             else:
                 p.copy_(noise * (0.7 / p[0].numel() ** 0.5 if "embed" not in name else 0.5))
+
+
+def _lively(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    randomise(model)
     return model.to(dtype).eval()
 
 

@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft.forms import as_written
 from fastpeft.fused.layers.shared_input import tree_of
-from fastpeft.registry import replaced_class
+from fastpeft.registry import original_class
 
 LAST = "last_hidden_state"
 CUT = "slice_logits_to_keep"
@@ -63,12 +63,12 @@ def reads_labels_alone(model: nn.Module, head: nn.Module, decoder: nn.Module | N
     it elsewhere. For training steps whose logits and hidden states nobody reads."""
     if decoder is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return False
-    found = read_by_head(code_class(model))
+    found = read_by_head(original_class(model))
     if found is None or getattr(model, found[1], None) is not head:
         return False
     inner = attrgetter(found[0])(model)
     while isinstance(inner, nn.Module) and inner is not decoder:
-        path = handed_on(code_class(inner))
+        path = handed_on(original_class(inner))
         inner = None if path is None else attrgetter(path)(inner)
     return inner is decoder
 
@@ -91,10 +91,6 @@ def ends_row_by_row(cls: type[nn.Module]) -> bool:
     """Whether the forward of a stack's class, behind its loop over layers, calls norms and projections on the hidden states alone."""
     state = state_of(cls, labels=True)
     return state is not None and state.layers is not None and _ends(state.uses) <= {OUT, BACK}
-
-
-def code_class(module: nn.Module) -> type[nn.Module]:
-    return replaced_class(type(module)) or type(module)
 
 
 def state_of(cls: type[nn.Module], labels: bool = False) -> State | None:

@@ -27,7 +27,7 @@ from fastpeft.fused.stack.encoder_decoder import ENCODER_STATE, labels_handed_to
 from fastpeft.fused.stack.flatten import why_not_flat
 from fastpeft.fused.stack.rows import standing_in
 from fastpeft.labels import IGNORE_INDEX, next_labels
-from fastpeft.registry import fuses, replaced_class, signature_of_replaced
+from fastpeft.registry import fuses, original_class, signature_of_replaced
 
 
 def takes_labels(cls: type[nn.Module]) -> bool:
@@ -123,7 +123,7 @@ class FusedLanguageModel:
         """Whether ``attention_mask`` is of the tokens that have labels, and not of an encoder's. (BLIP-2 takes language models of both
         kinds.)"""
         apart = any(getattr(module.config, "is_encoder_decoder", True) for module in (self, decoder) if hasattr(module, "config"))
-        return not apart or "decoder_input_ids" not in _signature(replaced_class(type(self)) or type(self)).parameters
+        return not apart or "decoder_input_ids" not in _signature(original_class(self)).parameters
 
     def _leaves_out_logits(self, given: dict[str, Any]) -> bool:
         """Whether nobody reads the logits of this call."""
@@ -145,7 +145,7 @@ class FusedLanguageModel:
 
     def _leaves_loss_to(self) -> nn.Module | None:
         """The encoder-decoder inside that gets the labels, as BLIP-2's T5 does; None where the loss is formed here."""
-        names = labels_handed_to(replaced_class(type(self)) or type(self))
+        names = labels_handed_to(original_class(self))
         inside = (getattr(self, name, None) for name in names)
         return next((m for m in inside if isinstance(m, FusedLanguageModel) and m.config.is_encoder_decoder), None)
 
@@ -168,7 +168,7 @@ def arguments_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[
     if not args:
         return kwargs
     try:
-        named = dict(_signature(replaced_class(type(model)) or type(model)).bind(model, *args, **kwargs).arguments)
+        named = dict(_signature(original_class(model)).bind(model, *args, **kwargs).arguments)
     except TypeError:
         return kwargs
     return named | named.pop("kwargs", {})
@@ -186,7 +186,7 @@ def _decoder_of(model: PreTrainedModel) -> nn.Module | None:
 
 def may_leave_out_cache(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether a model would fill a cache although nobody asks for one, as nobody reads it here."""
-    takes = "use_cache" in _signature(replaced_class(type(model)) or type(model)).parameters
+    takes = "use_cache" in _signature(original_class(model)).parameters
     return takes and given.get("use_cache") is None and given.get("past_key_values") is None
 
 

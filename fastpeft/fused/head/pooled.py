@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from fastpeft.forms import as_written, is_of_transformers
-from fastpeft.fused.code.state_reads import FIRST, LAST_TOKEN, Unknown, code_class, may_pool
+from fastpeft.fused.code.state_reads import FIRST, LAST_TOKEN, Unknown, may_pool
 from fastpeft.fused.head.any_head import arguments_of, may_have_output_head
 from fastpeft.fused.head.token_heads import token_head
 from fastpeft.fused.layers.shared_input import tree_of
@@ -27,7 +27,7 @@ from fastpeft.fused.stack.last_layer import MASK
 from fastpeft.fused.stack.llama import FusedLlamaModel
 from fastpeft.fused.stack.rows import RowsCall, cannot_be_read, layers_may, may_leave_rows_out, standing_in
 from fastpeft.fused.stack.state_walk import StatePath, StateWalk
-from fastpeft.registry import fuses, signature_of_replaced
+from fastpeft.registry import fuses, original_class, signature_of_replaced
 
 NOTE = "the head reads one row of each sample of the last hidden state: the last layer computes no other, and no layer computes padding"
 
@@ -53,7 +53,7 @@ def pooled_read(model: nn.Module) -> Pooled | None:
     pooled.called.remove(model)
     pooled.last_token = reads == {LAST_TOKEN}
     if pooled.last_token:
-        tree = tree_of(as_written(code_class(model).forward))
+        tree = tree_of(as_written(original_class(model).forward))
         pooled.reads_text_config = "self.config.get_text_config().pad_token_id" in ast.unparse(tree)
         if not any(module is model for module, _ in pooled.expanded):
             return None  # what is indexed would have one row

@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForMaskedLMLoss, ForTokenClassification
 
 from fastpeft.forms import cache_by_forward
 from fastpeft.fused.code.forward_code import Code, called_path
-from fastpeft.fused.code.state_reads import OUT, Unknown, code_class, state_of
+from fastpeft.fused.code.state_reads import OUT, Unknown, state_of
 from fastpeft.fused.head.lazy_logits import LazyLogits
 from fastpeft.fused.layout import FULL, LastLayout, self_layout
 from fastpeft.fused.stack.any_stack import Read
@@ -28,6 +28,7 @@ from fastpeft.fused.stack.llama import FusedLlamaModel
 from fastpeft.fused.stack.rows import RowsCall, cannot_be_read, layers_may, may_leave_rows_out
 from fastpeft.fused.stack.state_walk import StatePath, StateWalk
 from fastpeft.labels import IGNORE_INDEX
+from fastpeft.registry import original_class
 
 LOSS_FUNCTIONS = (ForTokenClassification, ForMaskedLMLoss)
 RENAMES = frozenset(("view", "reshape", "float", "to", "contiguous"))  # of logits: the same in another shape or dtype
@@ -125,7 +126,7 @@ class _Follower:
 
 def token_path(model: nn.Module) -> StatePath | None:
     """The way of the last hidden state of ``model``'s stack to its loss, token by token; None where there is no such."""
-    head = token_head(code_class(model))
+    head = token_head(original_class(model))
     if head is None or not all(_is_known_loss(getattr(model, name, None)) for name in head.losses):
         return None
     walk = StateWalk(model)

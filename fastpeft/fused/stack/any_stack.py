@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastpeft.forms import as_written, cache_by_forward, is_of_transformers
 from fastpeft.fused.attention.interface import FusedInterfaceAttention, reads_interface
 from fastpeft.fused.attention.tokens import LAYOUT
-from fastpeft.fused.code.state_reads import LAST, code_class, ends_row_by_row
+from fastpeft.fused.code.state_reads import LAST, ends_row_by_row
 from fastpeft.fused.layout import FULL, LastLayout, Layout, self_layout
 from fastpeft.fused.stack.flatten import why_not_flat
 from fastpeft.fused.stack.last_layer import at_rows, handing_on, run_handing_on
@@ -36,7 +36,7 @@ from fastpeft.fused.stack.mixers import OnPadded, may_be_given, mixer_in, mixes_
 from fastpeft.fused.stack.row_wise import hands_states_on, mixes_in_float16
 from fastpeft.methods.base import must_be_called
 from fastpeft.ops._autocast import first_order
-from fastpeft.registry import fuses, replaced_class, signature_of_replaced
+from fastpeft.registry import fuses, original_class, replaced_class, signature_of_replaced
 
 LOOPS = frozenset(("layers", "h", "block", "blocks"))  # what a stack calls its layers
 CAUSAL_MASK = "create_causal_mask"
@@ -121,7 +121,7 @@ def loops_over_layers(cls: type[nn.Module]) -> bool:
 
 def layers_of(stack: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The layers of a stack, and the name by which it calls them."""
-    names = LOOPS & set(as_written((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names)
+    names = LOOPS & set(as_written((original_class(stack)).forward).__code__.co_names)
     for name in names:
         layers = stack._modules.get(name)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(isinstance(m, GradientCheckpointingLayer) for m in layers):
@@ -222,7 +222,7 @@ def _tokens(given: dict[str, Any]) -> Tensor | None:
 
 def is_causal(stack: nn.Module) -> bool:
     """Whether the tokens of a stack attend to none that come later, but where a mask says so: it makes a causal mask."""
-    names = as_written((replaced_class(type(stack)) or type(stack)).forward).__code__.co_names
+    names = as_written((original_class(stack)).forward).__code__.co_names
     return CAUSAL_MASK in names and getattr(stack, "is_decoder", True) and getattr(stack.config, "is_causal", True)
 
 
@@ -240,7 +240,7 @@ def asked_for(stack: nn.Module, what: str, options: dict[str, Any]) -> bool:
 
 def hands_on_layouts(module: nn.Module) -> bool:
     """Whether ``module``, if it is an attention layer, looks its function up where layouts are understood."""
-    return isinstance(module, FusedInterfaceAttention) or not reads_interface(replaced_class(type(module)) or type(module))
+    return isinstance(module, FusedInterfaceAttention) or not reads_interface(original_class(module))
 
 
 def checkpoints(layer: nn.Module) -> bool:
@@ -310,7 +310,7 @@ class _Padded(Function):
 @contextmanager
 def _on_tokens(stack: nn.Module, layout: Layout, read: Read) -> Iterator[None]:
     """Inside, and on this thread, the layers of ``stack`` are called on real tokens."""
-    at_last = read.alone and ends_row_by_row(replaced_class(type(stack)) or type(stack))
+    at_last = read.alone and ends_row_by_row(original_class(stack))
     by_mask = not read.alone and layout.source is None and read.mask is not None and is_causal(stack)
     call = StackCall(layout, read.outputs() if at_last else None, None if by_mask else is_causal(stack))
     name, own = layers_of(stack)
@@ -360,7 +360,7 @@ class OnTokens:
         """Inside, the layer's mixer gets padded states."""
         if self.mixer is None:
             return nullcontext()
-        rest = () if takes_rest(code_class(self.layer), self.mixer) else given[1].keys() - set(self.names)
+        rest = () if takes_rest(original_class(self.layer), self.mixer) else given[1].keys() - set(self.names)
         mixer = OnPadded(getattr(self.layer, self.mixer), self.call.layout, [*given[0], *given[1].values()], rest)
         return standing(self.layer, mixer, self.mixer)
 

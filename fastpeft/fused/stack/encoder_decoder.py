@@ -22,8 +22,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from fastpeft.forms import cache_by_forward
 from fastpeft.fused.code.forward_code import Code, called_path, is_state, keywords_of
-from fastpeft.fused.code.state_reads import CUT, LAST, code_class, handed_on
+from fastpeft.fused.code.state_reads import CUT, LAST, handed_on
 from fastpeft.fused.stack.layer_arguments import MASK, SOURCE_MASK, STATES
+from fastpeft.registry import original_class
 
 ENCODER_STATE = "encoder_last_hidden_state"  # what outputs call it
 RENAMES = frozenset(("view", "reshape", "float", "to", "contiguous"))  # of logits: the same in another shape or dtype
@@ -44,8 +45,8 @@ class Stacks(NamedTuple):
 def stacks_of(model: nn.Module, decoder: nn.Module) -> Stacks | None:
     """The encoder and decoder of ``model``; None where no forward known to do so calls them."""
     above, home = [], model
-    while (paths := _calls(code_class(home))) is None:
-        path = handed_on(code_class(home)) if above else _state_of(code_class(home))
+    while (paths := _calls(original_class(home))) is None:
+        path = handed_on(original_class(home)) if above else _state_of(original_class(home))
         if path is None or not isinstance(inner := attrgetter(path)(home), PreTrainedModel) or inner is home:
             return None
         above, home = [*above, home], inner
@@ -55,15 +56,15 @@ def stacks_of(model: nn.Module, decoder: nn.Module) -> Stacks | None:
 
 def read_at_tokens(stacks: Stacks) -> bool:
     """Whether the encoder's last hidden state is read by the decoder alone, and returned."""
-    return _encoder_is_handed_on(code_class(stacks.home)) and all(_only_returned(code_class(module)) for module in stacks.above)
+    return _encoder_is_handed_on(original_class(stacks.home)) and all(_only_returned(original_class(module)) for module in stacks.above)
 
 
 def read_at_labels(model: nn.Module, head: nn.Module, stacks: Stacks) -> bool:
     """Whether the decoder's last hidden state goes to ``head`` alone, and its logits to a cross entropy of the labels alone."""
-    name = _head_of(code_class(model))
-    if name is None or getattr(model, name, None) is not head or (stacks.above and not _state_is_returned(code_class(stacks.home))):
+    name = _head_of(original_class(model))
+    if name is None or getattr(model, name, None) is not head or (stacks.above and not _state_is_returned(original_class(stacks.home))):
         return False
-    return "loss_function" not in Code.of(code_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
+    return "loss_function" not in Code.of(original_class(model)).attributes or getattr(model, "loss_function", None) in LOSSES
 
 
 @cache_by_forward

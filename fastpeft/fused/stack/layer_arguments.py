@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft.forms import digest
 from fastpeft.fused.layout import LastLayout, Layout
-from fastpeft.registry import replaced_class
+from fastpeft.registry import original_class
 
 MASK, SOURCE_MASK, STATES = "attention_mask", "encoder_attention_mask", "encoder_hidden_states"
 BIASES = ("position_bias", "encoder_decoder_position_bias")
@@ -95,7 +95,7 @@ class StackCall:
 
     def _formed(self, layer: nn.Module | None) -> Tensor:
         for module in () if layer is None else layer.modules():
-            if getattr(module, "has_relative_attention_bias", False) and digest(replaced_class(type(module)) or type(module)) in BIASED:
+            if getattr(module, "has_relative_attention_bias", False) and digest(original_class(module)) in BIASED:
                 device = module.relative_attention_bias.weight.device
                 return module.compute_bias(self.layout.columns, self.layout.columns, device=device)
         raise Unknown

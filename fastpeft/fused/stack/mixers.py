@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastpeft.forms import as_written, cache_by_forward, digest
 from fastpeft.fused.attention.tokens import LAYOUT
 from fastpeft.fused.code.forward_code import Code, called_path
-from fastpeft.fused.code.state_reads import code_class
 from fastpeft.fused.layout import Layout
+from fastpeft.registry import original_class
 
 # Digests of mixers, each with a class that has it, in which no token reads another one that the mask hides from it, nor a later one.
 ATTENTIONS = {
@@ -49,13 +49,13 @@ RECURRENCES = {
 
 def mixer_in(layer: nn.Module) -> str | None:
     """The name of the mixer in a layer, where it has one and hands no other module what it mixes by."""
-    names = [name for name, module in layer._modules.items() if module is not None and kind_of(code_class(module)) is not None]
-    return names[0] if len(names) == 1 and Code.of(code_class(layer)) is not None else None
+    names = [name for name, module in layer._modules.items() if module is not None and kind_of(original_class(module)) is not None]
+    return names[0] if len(names) == 1 and Code.of(original_class(layer)) is not None else None
 
 
 def mixes_by_recurrence(layer: nn.Module) -> bool:
     name = mixer_in(layer)
-    return name is not None and kind_of(code_class(getattr(layer, name))) is RECURRENCES
+    return name is not None and kind_of(original_class(getattr(layer, name))) is RECURRENCES
 
 
 @cache_by_forward
@@ -87,7 +87,7 @@ def takes_rest(cls: type[nn.Module], mixer: str) -> bool:
 
 def may_be_given(layer: nn.Module, mixer: str, given: dict[str, Any]) -> bool:
     """Whether a layer gets what is ``given`` behind its hidden states, of padded tokens, for its mixer alone."""
-    elsewhere = _names_elsewhere(code_class(layer), frozenset(n for n, m in layer._modules.items() if m is not None), mixer)
+    elsewhere = _names_elsewhere(original_class(layer), frozenset(n for n, m in layer._modules.items() if m is not None), mixer)
     return all(given.get(name) is None or isinstance(given[name], bool | int | float | str) for name in elsewhere)
 
 

@@ -20,7 +20,7 @@ from fastpeft.forms import as_written, cache_by_forward, digest, home_of
 from fastpeft.fused.attention.interface import reads_interface
 from fastpeft.fused.attention.tokens import KEY_STATES
 from fastpeft.fused.layers.shared_input import tree_of
-from fastpeft.registry import replaced_class
+from fastpeft.registry import original_class
 
 ANYWHERE = frozenset((
     "contiguous", "unsqueeze", "to", "float", "type", "type_as", "pow", "square", "rsqrt", "sqrt", "clamp", "clone", "size",
@@ -112,7 +112,7 @@ UNLESS = ("jitter_noise", "reorder_and_upcast_attn", "chunk_size_feed_forward")
 def is_row_wise_code(module: nn.Module, layer: bool = False) -> bool:
     """Whether the forward of ``module``'s class, or of the class that it replaces, is known to be row-wise but for the modules it calls.
     ``layer``: a stack's own, which may be made to hand on where tokens lie (:func:`fastpeft.fused.stack.last_layer.handing_on`)."""
-    cls = replaced_class(type(module)) or type(module)
+    cls = original_class(module)
     if digest(cls) in READ:
         return not any(getattr(module, name, False) for name in UNLESS)
     known = _known(cls)
@@ -134,12 +134,12 @@ def _known(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]] | None
 
 def mixes_in_float16(layers: Iterable[nn.Module]) -> bool:
     """Whether a layer of a stack looks at a batch's tokens together where hidden states are float16."""
-    return any(digest(cls) in IN_FLOAT16 for cls in {replaced_class(type(layer)) or type(layer) for layer in layers})
+    return any(digest(cls) in IN_FLOAT16 for cls in {original_class(layer) for layer in layers})
 
 
 def hands_states_on(layer: nn.Module) -> bool:
     """Whether what is in a layer hands all keyword arguments, which say where tokens lie, to whatever it hands an encoder's states."""
-    return all(_hands_states_on(cls) for cls in {replaced_class(type(module)) or type(module) for module in layer.modules()})
+    return all(_hands_states_on(cls) for cls in {original_class(module) for module in layer.modules()})
 
 
 @cache_by_forward

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpeft.fused.code.state_reads import BACK, FIRST, LAST_TOKEN, LOSS, OUT, Through, Unknown, argument_uses, code_class, state_of
+from fastpeft.fused.code.state_reads import BACK, FIRST, LAST_TOKEN, LOSS, OUT, Through, Unknown, argument_uses, state_of
 from fastpeft.fused.stack.flatten import is_row_wise
 from fastpeft.fused.stack.row_wise import is_row_wise_code
-from fastpeft.registry import path_of
+from fastpeft.registry import original_class, path_of
 
 WRAPPER = "peft.utils.other.ModulesToSaveWrapper"
 
@@ -43,7 +43,7 @@ class StateWalk:
 
     def walk(self, module: nn.Module) -> set[str]:
         """What is read of the state that ``module`` has from its stack, in it or below; ``OUT`` where it hands the state on."""
-        state = known(state_of(code_class(module)))
+        state = known(state_of(original_class(module)))
         if state.layers is not None:
             layers, dropped = module._modules.get(state.layers), getattr(module, "layerdrop", None)
             if (state.skips and dropped != 0) or not isinstance(layers, nn.ModuleList):
@@ -83,7 +83,7 @@ class StateWalk:
                 self.path.expanded.append((module, use.name))
             return reads
         own = unwrapped(inner)
-        if self.settle(own, known(argument_uses(code_class(own)))) != {FIRST}:
+        if self.settle(own, known(argument_uses(original_class(own)))) != {FIRST}:
             raise Unknown
         self.path.called += [inner, own]
         return {FIRST}

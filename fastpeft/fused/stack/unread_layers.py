@@ -31,9 +31,9 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from fastpeft.forms import as_written
 from fastpeft.fused.code.forward_code import Code, called_path
-from fastpeft.fused.code.state_reads import code_class, is_of_self, state_of
+from fastpeft.fused.code.state_reads import is_of_self, state_of
 from fastpeft.methods.base import has_hooks, must_be_called, watched_globally
-from fastpeft.registry import fuses, signature_of_replaced
+from fastpeft.registry import fuses, original_class, signature_of_replaced
 from fastpeft.savings import on
 
 STATES = "hidden_states"
@@ -208,7 +208,7 @@ def may_read_lower_layers(cls: type[nn.Module]) -> bool:
 
 def _layers_in(tower: nn.Module) -> list[nn.Module] | None:
     """The layers in ``tower`` whose outputs are its hidden states, behind the input of the first; None where that is not known."""
-    recorded = getattr(code_class(tower), "_can_record_outputs", None)
+    recorded = getattr(original_class(tower), "_can_record_outputs", None)
     kind = recorded.get(STATES) if isinstance(recorded, dict) else None
     if isinstance(kind, OutputRecorder):
         plain = kind.index == 0 and kind.layer_name is None and getattr(kind, "capture_initial_hidden_state", True)
@@ -219,7 +219,7 @@ def _layers_in(tower: nn.Module) -> list[nn.Module] | None:
     for module in _outside(tower, kind):
         layers = next((found for name in ("layers", "layer") if (found := module._modules.get(name)) is not None), None)
         if isinstance(layers, nn.ModuleList) and list(layers) == every:
-            state = state_of(code_class(module))
+            state = state_of(original_class(module))
             known = state is not None and module._modules.get(state.layers or "") is layers and not state.skips
             return every if known and all(isinstance(layer, GradientCheckpointingLayer) for layer in every) else None
     return None
@@ -250,18 +250,18 @@ class FusedLowerLayersReader:
 def _unread(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
     """The layers in ``model`` whose outputs this call reads none of."""
     try:
-        given = inspect.signature(code_class(model).forward).bind(model, *args, **kwargs).arguments
+        given = inspect.signature(original_class(model).forward).bind(model, *args, **kwargs).arguments
     except TypeError:  # the model says what is wrong
         return []
     found = []
     if not any(isinstance(value, Tensor) and value.dim() > 3 for value in given.values()):  # no images: a token that is generated
         return found
-    for reading in readings(code_class(model)):
+    for reading in readings(original_class(model)):
         if watched_globally() or any(given.get(name) is not None for name in reading.kept):
             continue
         tower = getattr(model, reading.path, None)
         layers = _layers_in(tower) if isinstance(tower, PreTrainedModel) else None
-        if layers is None or any(name in model.__dict__ for name in _codes(code_class(model))):  # an image cache of ours
+        if layers is None or any(name in model.__dict__ for name in _codes(original_class(model))):  # an image cache of ours
             continue
         read = _highest(_index_in(model, reading, given), len(layers))
         if read is not None and not _is_watched(tower, layers[:read]):
